@@ -1,0 +1,47 @@
+# Everything that people do with this project. `make` lists it.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+
+VERSION := $(shell git describe --tags --always --dirty 2>/dev/null)
+LDFLAGS := -X main.version=$(VERSION)
+STACK   := .stack/bin/stack
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(STACK) ## The main job: orders travel while relay and consumer are killed, then the ledger
+	$(STACK) -- go run ./cmd/demo
+
+up: $(STACK) build ## Start servers and service, and leave them running
+	@scripts/up.sh
+
+down: $(STACK) ## Stop what `make up` started
+	@$(STACK) down
+
+test: $(STACK) ## Every test, with the race detector, on real servers
+	@scripts/need.sh gcc gcc libc6-dev
+	$(STACK) --profile test -- go test -race -timeout 10m ./...
+
+lint: ## Static checks, protobuf checks, and that generated code is current
+	scripts/lint.sh
+
+ci: lint test ## What CI runs
+
+bench: $(STACK) ## The relay against RabbitMQ's own ceiling
+	go build -C bench -o ../.stack/bin/bench .
+	$(STACK) -- .stack/bin/bench
+
+build: ## Build bin/orders
+	go build -trimpath -ldflags '$(LDFLAGS)' -o bin/orders ./cmd/orders
+
+generate: ## Generate code from proto/
+	@scripts/need.sh npm nodejs npm
+	cd tools && npm ci --no-fund --no-audit
+	tools/node_modules/.bin/buf generate
+
+# Always asked, never old: go build knows best.
+$(STACK): FORCE
+	@go build -o $@ ./cmd/stack
+
+FORCE:
+.PHONY: help demo up down test lint ci bench build generate FORCE

@@ -1,0 +1,224 @@
+// Command orders is the service: one binary, one process a subcommand.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"os"
+	"os/signal"
+	"runtime/debug"
+	"strings"
+	"syscall"
+	"time"
+
+	"example.com/orders/internal/app"
+	"example.com/orders/internal/outbox"
+	"example.com/orders/internal/rabbit"
+	"example.com/orders/internal/telemetry"
+	"example.com/orders/migrations"
+	"github.com/alecthomas/kong"
+	"github.com/jackc/pgx/v5"
+)
+
+// version is set by the linker; without it the build info says what there is to say.
+var version = ""
+
+// cli is every flag and environment variable of the service.
+type cli struct {
+	LogLevel  slog.Level `env:"LOG_LEVEL" default:"info" help:"Least level that is logged: debug, info, warn, error."`
+	LogFormat string     `env:"LOG_FORMAT" default:"text" enum:"text,json" help:"text or json."`
+
+	API         apiCommand         `cmd:"" name:"api" help:"Serve the RPCs (Connect, gRPC, gRPC-Web)."`
+	Relay       relayCommand       `cmd:"" help:"Publish the outbox to RabbitMQ."`
+	Consumer    consumerCommand    `cmd:"" help:"Run the consumer groups."`
+	All         allCommand         `cmd:"" help:"API, relay and consumers in one process."`
+	Migrate     migrateCommand     `cmd:"" help:"Bring the database's schema up to date."`
+	Healthcheck healthcheckCommand `cmd:"" help:"Ask a running process whether it is ready; exit 1 if not."`
+	Version     versionCommand     `cmd:"" help:"Print the version."`
+}
+
+type databaseFlags struct {
+	PostgresURL postgresURL `name:"postgres-url" env:"POSTGRES_URL" required:"" help:"Postgres to work on (URL or libpq keywords)."`
+	MaxConns    int32       `env:"POSTGRES_MAX_CONNS" default:"10" help:"Most connections of this process to Postgres."`
+	ListenURL   postgresURL `name:"postgres-listen-url" env:"POSTGRES_LISTEN_URL" help:"Direct connection to the same database for LISTEN/NOTIFY, if the other one is a transaction-mode pooler."`
+}
+
+type brokerFlags struct {
+	AMQPURL  amqpURL `name:"amqp-url" env:"AMQP_URL" required:"" help:"RabbitMQ and vhost to work on."`
+	Exchange string  `env:"EXCHANGE" default:"events" help:"Topic exchange that events are published to."`
+}
+
+type relayFlags struct {
+	PageRows     int           `env:"RELAY_PAGE_ROWS" default:"500" help:"Most messages of one page, 1 to 5000. A crash repeats at most two pages."`
+	Lease        time.Duration `env:"RELAY_LEASE" default:"5s" help:"How long a relay that went silent keeps its shard, 1s to 5m."`
+	PollInterval time.Duration `env:"RELAY_POLL_INTERVAL" default:"1s" help:"Longest time between two looks at the outbox when no doorbell rings, 10ms to 1m."`
+}
+
+type consumerFlags struct {
+	Prefetch int `env:"CONSUMER_PREFETCH" default:"300" help:"Most unacked deliveries of one consumer group, 1 to 10000."`
+	Batch    int `env:"CONSUMER_BATCH" default:"100" help:"Most deliveries applied in one transaction, 1 to 1000."`
+}
+
+type apiCommand struct {
+	Listen listenAddress `env:"LISTEN" default:"127.0.0.1:8080" help:"Address to serve on."`
+	databaseFlags
+}
+
+type relayCommand struct {
+	Listen listenAddress `env:"LISTEN" default:"127.0.0.1:8081" help:"Address to answer health checks on."`
+	databaseFlags
+	brokerFlags
+	relayFlags
+}
+
+type consumerCommand struct {
+	Listen listenAddress `env:"LISTEN" default:"127.0.0.1:8082" help:"Address to answer health checks on."`
+	databaseFlags
+	brokerFlags
+	consumerFlags
+}
+
+type allCommand struct {
+	Listen listenAddress `env:"LISTEN" default:"127.0.0.1:8080" help:"Address to serve on."`
+	databaseFlags
+	brokerFlags
+	relayFlags
+	consumerFlags
+}
+
+func (c *apiCommand) Run(ctx context.Context) error {
+	return app.RunAPI(ctx, appConfig(c.Listen, c.databaseFlags, brokerFlags{}, relayFlags{}, consumerFlags{}))
+}
+
+func (c *relayCommand) Run(ctx context.Context) error {
+	return app.RunRelay(ctx, appConfig(c.Listen, c.databaseFlags, c.brokerFlags, c.relayFlags, consumerFlags{}))
+}
+
+func (c *consumerCommand) Run(ctx context.Context) error {
+	return app.RunConsumer(ctx, appConfig(c.Listen, c.databaseFlags, c.brokerFlags, relayFlags{}, c.consumerFlags))
+}
+
+func (c *allCommand) Run(ctx context.Context) error {
+	return app.RunAll(ctx, appConfig(c.Listen, c.databaseFlags, c.brokerFlags, c.relayFlags, c.consumerFlags))
+}
+
+func appConfig(listen listenAddress, db databaseFlags, broker brokerFlags, relay relayFlags, consumer consumerFlags) app.Config {
+	return app.Config{
+		Addr: string(listen), PostgresURL: string(db.PostgresURL), ListenURL: string(db.ListenURL), MaxConns: db.MaxConns,
+		AMQPURL: string(broker.AMQPURL), Exchange: broker.Exchange,
+		Relay:    outbox.Config{PageRows: relay.PageRows, Lease: relay.Lease, PollInterval: relay.PollInterval},
+		Prefetch: consumer.Prefetch, Batch: consumer.Batch,
+	}
+}
+
+type migrateCommand struct {
+	PostgresURL postgresURL `name:"postgres-url" env:"POSTGRES_URL" required:"" help:"Postgres to work on, as a direct connection."`
+}
+
+func (c *migrateCommand) Run(ctx context.Context) error {
+	applied, err := migrations.Up(ctx, string(c.PostgresURL))
+	if err != nil {
+		return err
+	}
+	for _, name := range applied {
+		fmt.Println("applied", name)
+	}
+	if len(applied) == 0 {
+		fmt.Println("schema is up to date")
+	}
+	return nil
+}
+
+type healthcheckCommand struct {
+	URL     string        `arg:"" optional:"" default:"http://127.0.0.1:8080/readyz" help:"The process's readiness URL."`
+	Timeout time.Duration `default:"3s" help:"How long to wait for the answer."`
+}
+
+func (c *healthcheckCommand) Run(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, c.Timeout)
+	defer cancel()
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, c.URL, nil)
+	if err != nil {
+		return fmt.Errorf("health check: %w", err)
+	}
+	response, err := http.DefaultClient.Do(request)
+	if err != nil {
+		return fmt.Errorf("health check: %w", err)
+	}
+	defer response.Body.Close()
+	if response.StatusCode != http.StatusOK {
+		return fmt.Errorf("%s is not ready: %s", c.URL, response.Status)
+	}
+	return nil
+}
+
+type versionCommand struct{}
+
+func (c *versionCommand) Run() error {
+	if version == "" {
+		version = "development"
+		if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" && info.Main.Version != "(devel)" {
+			version = info.Main.Version
+		}
+	}
+	fmt.Println(app.ServiceName, version)
+	return nil
+}
+
+func main() {
+	var flags cli
+	parser := kong.Must(&flags, kong.Name(app.ServiceName), kong.UsageOnError(),
+		kong.Description("Orders over Connect and RabbitMQ, with a transactional outbox."))
+	command, err := parser.Parse(os.Args[1:])
+	if err != nil {
+		fail(2, withoutSecrets(err.Error()))
+	}
+	slog.SetDefault(telemetry.NewLogger(os.Stderr, flags.LogFormat, flags.LogLevel))
+
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	context.AfterFunc(ctx, stop) // a second signal kills
+	command.BindTo(ctx, (*context.Context)(nil))
+	if err := command.Run(); err != nil {
+		fail(1, err.Error())
+	}
+}
+
+func fail(status int, text string) {
+	fmt.Fprintf(os.Stderr, "%s: %s\n", app.ServiceName, text)
+	os.Exit(status)
+}
+
+// withoutSecrets keeps the values of variables that hold passwords out of error texts: kong quotes the value that it could not use.
+func withoutSecrets(text string) string {
+	for _, name := range []string{"POSTGRES_URL", "POSTGRES_LISTEN_URL", "AMQP_URL"} {
+		if value := os.Getenv(name); value != "" {
+			text = strings.ReplaceAll(text, fmt.Sprintf("%q", value), "…")
+			text = strings.ReplaceAll(text, value, "…")
+		}
+	}
+	return text
+}
+
+// postgresURL is checked when flags are read, so that a typo is one line at the start and not an endless retry.
+type postgresURL string
+
+func (u *postgresURL) UnmarshalText(text []byte) error {
+	if _, err := pgx.ParseConfig(string(text)); err != nil {
+		return errors.New("not a Postgres URL or connection string, such as postgres://user:password@host:5432/database")
+	}
+	*u = postgresURL(text)
+	return nil
+}
+
+type amqpURL string
+
+func (u *amqpURL) UnmarshalText(text []byte) error {
+	if err := rabbit.ValidateURL(string(text)); err != nil {
+		return errors.New("not an AMQP URL, such as amqp://user:password@host:5672/vhost")
+	}
+	*u = amqpURL(text)
+	return nil
+}

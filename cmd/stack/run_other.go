@@ -1,0 +1,23 @@
+//go:build !linux
+
+package main
+
+import (
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+)
+
+// endWithParent does nothing: only Linux can. A command whose stack was killed
+// loses its servers and ends in its own way.
+func endWithParent(*syscall.SysProcAttr) {}
+
+func parentName(pid int) string {
+	out, err := exec.Command("ps", "-o", "comm=", "-p", strconv.Itoa(pid)).Output()
+	if err != nil {
+		return ""
+	}
+	return filepath.Base(strings.TrimSpace(string(out)))
+}

@@ -1,0 +1,124 @@
+// Package app wires the processes: which parts each one runs, and with what. It is the only place where the database's side (outbox,
+// inbox) and the broker's side (rabbit) meet.
+package app
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"os"
+
+	"example.com/orders/internal/outbox"
+	"example.com/orders/internal/postgres"
+	"example.com/orders/internal/rabbit"
+	"example.com/orders/internal/rpcserver"
+	"github.com/jackc/pgx/v5/pgxpool"
+	"golang.org/x/sync/errgroup"
+)
+
+// Config is what the processes need to know. Flags and environment are read in cmd/orders.
+type Config struct {
+	PostgresURL string
+	// ListenURL is a direct connection to the same database, for LISTEN: a transaction-mode pooler has none. Default PostgresURL.
+	ListenURL string
+	AMQPURL   string
+	// Exchange is the topic exchange that events go to.
+	Exchange string
+	// Addr is where the API listens; relay and consumer answer health checks there.
+	Addr string
+	// MaxConns bounds the connections to Postgres of one process.
+	MaxConns int32
+	Relay    outbox.Config
+	// Prefetch and Batch set up the consumers; see rabbit.ConsumerConfig.
+	Prefetch int
+	Batch    int
+}
+
+// RunAPI serves the RPCs until ctx is done.
+func RunAPI(ctx context.Context, config Config) error {
+	return run(ctx, config, "api", (*process).startAPI)
+}
+
+// RunRelay publishes the outbox until ctx is done.
+func RunRelay(ctx context.Context, config Config) error {
+	return run(ctx, config, "relay", (*process).startRelay, (*process).startHealth)
+}
+
+// RunConsumer runs every consumer group until ctx is done.
+func RunConsumer(ctx context.Context, config Config) error {
+	return run(ctx, config, "consumer", (*process).startConsumer, (*process).startHealth)
+}
+
+// RunAll does all three in one process, until ctx is done.
+func RunAll(ctx context.Context, config Config) error {
+	return run(ctx, config, "all", (*process).startRelay, (*process).startConsumer, (*process).startAPI)
+}
+
+// process is what the parts of one process share.
+type process struct {
+	config Config
+	name   string
+	db     *pgxpool.Pool
+	bell   *outbox.NotifyBell
+	domain domain
+	checks []rpcserver.Check
+	group  *errgroup.Group
+}
+
+// part starts one part of a process in p.group. Health is served last: by then the others have said what they need.
+type part func(p *process, ctx context.Context)
+
+func run(ctx context.Context, config Config, name string, parts ...part) error {
+	db, err := postgres.Open(ctx, postgres.Config{URL: config.PostgresURL, MaxConns: config.MaxConns, ApplicationName: ServiceName + " " + name})
+	if err != nil {
+		return err
+	}
+	defer db.Close()
+	group, ctx := errgroup.WithContext(ctx)
+	bell := outbox.NewNotifyBell(config.listenURL())
+	p := &process{config: config, name: name, db: db, bell: bell, group: group, domain: newDomain(db, outbox.NewWriter(db, bell))}
+	p.checks = []rpcserver.Check{{Name: "database", Ready: db.Ping}}
+	for _, start := range parts {
+		start(p, ctx)
+	}
+	group.Go(func() error { bell.Run(ctx); return nil })
+	slog.InfoContext(ctx, "started", "process", name, "addr", config.Addr, "pid", os.Getpid())
+	err = group.Wait()
+	slog.InfoContext(ctx, "stopped", "process", name)
+	return err
+}
+
+func (c Config) listenURL() string {
+	if c.ListenURL != "" {
+		return c.ListenURL
+	}
+	return c.PostgresURL
+}
+
+// connectionName is what the broker's operators see.
+func (p *process) connectionName(part string) string {
+	host, _ := os.Hostname()
+	return fmt.Sprintf("%s %s on %s/%d", ServiceName, part, host, os.Getpid())
+}
+
+// needBroker makes readiness depend on the broker.
+func (p *process) needBroker() {
+	if len(p.checks) == 1 {
+		p.checks = append(p.checks, rpcserver.Check{
+			Name:  "broker",
+			Ready: func(ctx context.Context) error { return rabbit.Check(ctx, p.config.AMQPURL) },
+			// Not for the API: it accepts orders while the broker is away, that is what the outbox is for.
+			Services: []string{""},
+		})
+	}
+}
+
+func (p *process) startAPI(ctx context.Context) {
+	server := rpcserver.New(rpcserver.Config{Addr: p.config.Addr, Checks: p.checks}, p.domain.register)
+	p.group.Go(func() error { return server.Run(ctx) })
+}
+
+func (p *process) startHealth(ctx context.Context) {
+	server := rpcserver.New(rpcserver.Config{Addr: p.config.Addr, Checks: p.checks})
+	p.group.Go(func() error { return server.Run(ctx) })
+}

@@ -1,0 +1,45 @@
+package app
+
+import (
+	"context"
+
+	"example.com/orders/internal/inbox"
+	"example.com/orders/internal/outbox"
+	"example.com/orders/internal/rabbit"
+)
+
+// topology is what the service's groups need on the broker. Every process that connects declares all of it.
+func (p *process) topology() rabbit.Topology {
+	topology := rabbit.Topology{Exchange: p.config.Exchange}
+	for _, group := range p.domain.groups {
+		topology.Queues = append(topology.Queues, rabbit.Queue{Name: queueName(group), Types: group.Types()})
+	}
+	return topology
+}
+
+func queueName(g group) string { return ServiceName + "." + g.Name() }
+
+func (p *process) startRelay(ctx context.Context) {
+	p.needBroker()
+	publisher := rabbit.NewPublisher(rabbit.PublisherConfig{
+		URL: p.config.AMQPURL, Topology: p.topology(), Name: p.connectionName("relay"),
+		Window: outbox.MaxInFlight(p.config.Relay),
+	})
+	wake := outbox.NewLocalBell()
+	relay := outbox.NewRelay(p.db, publisher, wake, p.config.Relay)
+	p.group.Go(func() error { return relay.Run(ctx) })
+	p.group.Go(func() error { outbox.Listen(ctx, p.config.listenURL(), wake); return nil })
+}
+
+func (p *process) startConsumer(ctx context.Context) {
+	p.needBroker()
+	for _, group := range p.domain.groups {
+		processor := inbox.NewProcessor(p.db, group.Group, inbox.Config{AfterCommit: p.bell.Ring})
+		consumer := rabbit.NewConsumer(rabbit.ConsumerConfig{
+			URL: p.config.AMQPURL, Topology: p.topology(), Queue: queueName(group), Name: p.connectionName("consumer " + group.Name()),
+			Lanes: group.lanes, Prefetch: p.config.Prefetch, Batch: p.config.Batch,
+		}, processor.Process)
+		p.group.Go(func() error { return consumer.Run(ctx) })
+		p.group.Go(func() error { return processor.Run(ctx) })
+	}
+}

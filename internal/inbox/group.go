@@ -1,0 +1,73 @@
+package inbox
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"slices"
+
+	"example.com/orders/internal/deadletter"
+	"example.com/orders/internal/messaging"
+	"github.com/jackc/pgx/v5"
+	"google.golang.org/protobuf/proto"
+)
+
+// Group is a consumer group: a name, and a handler for each message type that it wants. Its name is part of every inbox row, so
+// a group that is renamed starts anew.
+type Group struct {
+	name     string
+	handlers map[string]handler
+}
+
+// handler decodes the payload of a message and runs on it.
+type handler func(ctx context.Context, tx pgx.Tx, payload []byte) error
+
+// NewGroup makes a Group without handlers.
+func NewGroup(name string) *Group {
+	return &Group{name: name, handlers: map[string]handler{}}
+}
+
+// Name returns the group's name.
+func (g *Group) Name() string { return g.name }
+
+// Types returns the message types that the group handles, sorted. Its queue is bound to exactly these.
+func (g *Group) Types() []string { return slices.Sorted(maps.Keys(g.handlers)) }
+
+// Handle registers fn for the messages of type M, as protobuf names it. It panics if M has a handler already.
+//
+// fn runs in the transaction that records the message as taken: what it writes through tx, outbox.Insert included, is committed once
+// or not at all. What it does elsewhere (mail, HTTP) may happen more than once. An error marked by messaging.Permanent sends the message to
+// the dead letters; any other error has it tried again later, before any other message of its key. fn may run several times before
+// one run is committed.
+func Handle[M proto.Message](g *Group, fn func(ctx context.Context, tx pgx.Tx, message M) error) {
+	var zero M
+	kind := zero.ProtoReflect().Type()
+	name := string(kind.Descriptor().FullName())
+	if _, taken := g.handlers[name]; taken {
+		panic(fmt.Sprintf("inbox: group %s has two handlers for %s", g.name, name))
+	}
+	g.handlers[name] = func(ctx context.Context, tx pgx.Tx, payload []byte) error {
+		message := kind.New().Interface().(M)
+		if err := proto.Unmarshal(payload, message); err != nil {
+			return &rejection{deadletter.Undecodable, fmt.Errorf("decode %s: %w", name, err)}
+		}
+		return fn(ctx, tx, message)
+	}
+}
+
+// handle runs the handler for a delivery's type.
+func (g *Group) handle(ctx context.Context, tx pgx.Tx, delivery messaging.Delivery) error {
+	handler, ok := g.handlers[delivery.Type]
+	if !ok {
+		return &rejection{deadletter.UnknownType, fmt.Errorf("group %s has no handler for type %q", g.name, delivery.Type)}
+	}
+	return handler(ctx, tx, delivery.Payload)
+}
+
+// rejection is an error that no retry mends, with its reason.
+type rejection struct {
+	reason deadletter.Reason
+	error
+}
+
+func (r *rejection) Unwrap() error { return r.error }

@@ -1,0 +1,253 @@
+// Package inbox is the Postgres side of receiving: it applies each message's effect once, however many copies arrive.
+//
+// # What it guarantees
+//
+// For a consumer group and a message ID, the transaction with the handler's effect is committed at most once, and exactly once unless the
+// message stands in dead_letter. A message is recorded as taken in the same transaction that applies it, or that sets it aside in
+// inbox_retry or dead_letter; only when that is committed does the caller ack it. So a copy finds the record and is absorbed, and
+// a crash before the commit leaves neither record nor effect.
+//
+// The messages of one key are applied in the order in which they are handed in, also when one of them fails: those behind it
+// wait in inbox_retry until it is applied or dead, while other keys go on.
+//
+// One bad message harms no other. A handler's error rolls the batch back and runs it message by message. A message whose delivery was broken
+// off twice may be killing the process: it is set aside unhandled, and from there it is tried alone, each start counted before it begins.
+//
+// It does not promise anything about effects outside of this database, nor about messages older than the window: those could be copies
+// of something forgotten, and go to dead_letter. A database that is away costs no attempts.
+package inbox
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"runtime/debug"
+	"slices"
+	"time"
+
+	"example.com/orders/internal/deadletter"
+	"example.com/orders/internal/failpoint"
+	"example.com/orders/internal/messaging"
+	"example.com/orders/internal/postgres"
+	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+)
+
+// Config sets up a Processor; the zero value is fit for production.
+type Config struct {
+	// MaxAttempts is how often a handler may fail on a message before it goes to the dead letters. Default 10.
+	MaxAttempts int
+	// RetryBase is the pause after the first failure; it doubles with each further one, plus or minus a quarter at random. Default 1 s.
+	RetryBase time.Duration
+	// RetryMax is the longest pause. Default 10 min: with the other defaults the last attempt comes about 9 minutes after the first.
+	RetryMax time.Duration
+	// HandlerTimeout is how long one run of a handler may take. Default 30 s.
+	HandlerTimeout time.Duration
+	// PollInterval is how often due retries are looked for. Default 1 s.
+	PollInterval time.Duration
+	// AfterCommit is called when something was committed that may have inserted into the outbox: the place for the doorbell.
+	AfterCommit func()
+}
+
+// Processor applies messages for one consumer group.
+type Processor struct {
+	db     *pgxpool.Pool
+	group  *Group
+	config Config
+}
+
+// NewProcessor makes a Processor.
+func NewProcessor(db *pgxpool.Pool, group *Group, config Config) *Processor {
+	config.MaxAttempts = cmp.Or(config.MaxAttempts, 10)
+	config.RetryBase = cmp.Or(config.RetryBase, time.Second)
+	config.RetryMax = cmp.Or(config.RetryMax, 10*time.Minute)
+	config.HandlerTimeout = cmp.Or(config.HandlerTimeout, 30*time.Second)
+	config.PollInterval = cmp.Or(config.PollInterval, time.Second)
+	if config.AfterCommit == nil {
+		config.AfterCommit = func() {}
+	}
+	return &Processor{db: db, group: group, config: config}
+}
+
+// item is one message of a batch, with all its copies in the batch.
+type item struct {
+	messaging.Delivery
+	identity
+	copies int
+}
+
+// maxBreaks is how many deliveries of a message may have ended without an ack before it is set aside unhandled.
+const maxBreaks = 2
+
+// Process settles a batch, in its order. When it returns nil, every delivery is applied, known as a duplicate, waiting in inbox_retry,
+// or in dead_letter, all of that committed: they may be acked. An error means that the database could not decide; hand the batch in again.
+func (p *Processor) Process(ctx context.Context, deliveries []messaging.Delivery) error {
+	items, err := p.admit(ctx, deliveries)
+	if err != nil || len(items) == 0 {
+		return err
+	}
+	err = p.apply(ctx, items, nil)
+	var failed *failure
+	if !errors.As(err, &failed) {
+		return err
+	}
+	for _, one := range items {
+		alone := []*item{one}
+		err := p.apply(ctx, alone, nil)
+		if errors.As(err, &failed) {
+			err = p.apply(ctx, alone, failed)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// admit joins the copies of each message, and keeps as dead letters what has no place in the inbox.
+func (p *Processor) admit(ctx context.Context, deliveries []messaging.Delivery) ([]*item, error) {
+	var items []*item
+	var letters []deadletter.Letter
+	now := time.Now()
+	known := make(map[identity]*item, len(deliveries))
+	for _, delivery := range deliveries {
+		who, err := identify(delivery.ID, now)
+		if err == nil {
+			err = wellFormed(delivery)
+		}
+		if err != nil {
+			letters = append(letters, p.letter(ctx, delivery, 0, &failure{err}))
+			continue
+		}
+		if first, again := known[who]; again {
+			first.copies++
+			continue
+		}
+		known[who] = &item{Delivery: delivery, identity: who, copies: 1}
+		items = append(items, known[who])
+	}
+	if len(letters) == 0 {
+		return items, nil
+	}
+	return items, postgres.Transact(ctx, p.db, func(tx pgx.Tx) error { return deadletter.Insert(ctx, tx, letters...) })
+}
+
+// apply takes items and runs their handlers in one transaction. It returns a *failure if a handler failed, when nothing is
+// written. With known given, the items are not run but set aside for that failure.
+func (p *Processor) apply(ctx context.Context, items []*item, known *failure) error {
+	var applied, aside int
+	err := postgres.Transact(ctx, p.db, func(tx pgx.Tx) error {
+		applied, aside = 0, 0
+		fresh, err := p.take(ctx, tx, items)
+		if err != nil {
+			return err
+		}
+		failpoint.Hit("consumer.taken")
+		waiting, err := p.waitingKeys(ctx, tx, fresh)
+		if err != nil {
+			return err
+		}
+		for _, one := range fresh {
+			switch {
+			case known != nil:
+				err = p.setAside(ctx, tx, one, known)
+				aside++
+			case waiting[one.Key], one.Count >= maxBreaks:
+				err = p.queue(ctx, tx, one, waitingTurn)
+				waiting[one.Key] = one.Key != ""
+				aside++
+			default:
+				err = p.run(ctx, tx, one.Delivery)
+				applied++
+			}
+			if err != nil {
+				return err
+			}
+		}
+		failpoint.Hit("consumer.handled")
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	if applied > 0 {
+		p.config.AfterCommit()
+	}
+	if n := len(items) - applied - aside; n > 0 {
+		slog.DebugContext(ctx, "duplicates absorbed", "consumer", p.group.name, "messages", n)
+	}
+	return nil
+}
+
+// In the order of the primary key, so that two transactions that take the same messages cannot wait for each other. A copy that
+// another transaction is applying right now waits for its end here. Dead versions of the row are left by duplicates only.
+const takeSQL = `
+INSERT INTO inbox (consumer, slot, message_id, copies)
+SELECT $1, slot, message_id, copies
+FROM unnest($2::smallint[], $3::uuid[], $4::integer[]) AS batch (slot, message_id, copies)
+ORDER BY slot, message_id
+ON CONFLICT (slot, consumer, message_id) DO UPDATE SET copies = inbox.copies + excluded.copies
+RETURNING message_id, copies`
+
+// take records items as taken, and returns those that were not taken before, in their order.
+func (p *Processor) take(ctx context.Context, tx pgx.Tx, items []*item) ([]*item, error) {
+	taken := make(map[uuid.UUID]int, len(items))
+	slots, ids, copies := make([]int16, len(items)), make([]uuid.UUID, len(items)), make([]int, len(items))
+	for i, one := range items {
+		slots[i], ids[i], copies[i] = one.slot, one.id, one.copies
+	}
+	rows, err := tx.Query(ctx, takeSQL, p.group.name, slots, ids, copies)
+	if err != nil {
+		return nil, fmt.Errorf("take messages: %w", err)
+	}
+	var id uuid.UUID
+	var sum int
+	_, err = pgx.ForEachRow(rows, []any{&id, &sum}, func() error {
+		taken[id] = sum
+		return nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("take messages: %w", err)
+	}
+	return slices.DeleteFunc(slices.Clone(items), func(one *item) bool {
+		return taken[one.id] != one.copies // more copies than these: it was there
+	}), nil
+}
+
+// failure is what a handler failed with; any other error is the database's.
+type failure struct{ error }
+
+func (f *failure) Unwrap() error { return f.error }
+
+// run runs the handler. What it returns is a *failure, unless the database or the end of ctx is to blame.
+func (p *Processor) run(ctx context.Context, tx pgx.Tx, delivery messaging.Delivery) error {
+	limited, cancel := context.WithTimeout(ctx, p.config.HandlerTimeout)
+	defer cancel()
+	err := p.runSafely(limited, tx, delivery)
+	switch {
+	case ctx.Err() != nil:
+		return ctx.Err()
+	case err == nil && tx.Conn().PgConn().TxStatus() == 'E':
+		return &failure{errors.New("the handler returned nil although a statement of its transaction failed")}
+	case err == nil:
+		return nil
+	case limited.Err() != nil:
+		return &failure{fmt.Errorf("handler ran longer than %s: %w", p.config.HandlerTimeout, err)}
+	case errors.Is(postgres.Classify(err), postgres.ErrUnavailable):
+		return err
+	}
+	return &failure{err}
+}
+
+func (p *Processor) runSafely(ctx context.Context, tx pgx.Tx, delivery messaging.Delivery) (err error) {
+	defer func() {
+		if cause := recover(); cause != nil {
+			slog.ErrorContext(ctx, "handler panicked", "consumer", p.group.name, "message_id", delivery.ID, "panic", cause, "stack", string(debug.Stack()))
+			err = fmt.Errorf("handler panicked: %v", cause)
+		}
+	}()
+	return p.group.handle(ctx, tx, delivery)
+}

@@ -1,0 +1,240 @@
+package inbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"time"
+
+	"example.com/orders/internal/deadletter"
+	"example.com/orders/internal/messaging"
+	"example.com/orders/internal/postgres"
+	"github.com/jackc/pgx/v5"
+)
+
+// maxCrashes is how many runs of a retried message may have been started and never ended. A handler that takes the process
+// with it (out of memory, a fatal error) reaches this number and no other message does: retries run one at a time.
+const maxCrashes = 3
+
+// waitingTurn is the error text of a message that has not failed itself.
+var waitingTurn = &failure{errors.New("waits its turn")}
+
+const waitingSQL = `SELECT DISTINCT key FROM inbox_retry WHERE consumer = $1 AND key = ANY ($2) AND key <> ''`
+
+// waitingKeys tells which keys of items have messages in inbox_retry: whatever comes later on those keys queues behind them. A message
+// that is being retried at this moment counts, until its effect is committed.
+func (p *Processor) waitingKeys(ctx context.Context, tx pgx.Tx, items []*item) (map[string]bool, error) {
+	keys := make([]string, 0, len(items))
+	for _, one := range items {
+		keys = append(keys, one.Key)
+	}
+	rows, err := tx.Query(ctx, waitingSQL, p.group.name, keys)
+	if err != nil {
+		return nil, fmt.Errorf("look for waiting keys: %w", err)
+	}
+	waiting := map[string]bool{}
+	var key string
+	_, err = pgx.ForEachRow(rows, []any{&key}, func() error {
+		waiting[key] = true
+		return nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("look for waiting keys: %w", err)
+	}
+	return waiting, nil
+}
+
+// setAside keeps a message whose handler failed: for a retry, or as a dead letter if no retry can help.
+func (p *Processor) setAside(ctx context.Context, tx pgx.Tx, one *item, cause *failure) error {
+	if final(cause) || p.config.MaxAttempts <= 1 {
+		return deadletter.Insert(ctx, tx, p.letter(ctx, one.Delivery, 1, cause))
+	}
+	return p.queue(ctx, tx, one, cause)
+}
+
+const queueSQL = `
+INSERT INTO inbox_retry (consumer, message_id, type, key, payload, headers, attempts, due_at, last_error)
+VALUES ($1, $2, $3, $4, $5, $6, $7, clock_timestamp() + $8, $9)`
+
+// queue puts a message behind those of its key that wait already.
+func (p *Processor) queue(ctx context.Context, tx pgx.Tx, one *item, cause *failure) error {
+	attempts, pause := 0, time.Duration(0)
+	if cause != waitingTurn {
+		attempts, pause = 1, p.pause(1)
+		slog.WarnContext(ctx, "message will be retried", "consumer", p.group.name, "message_id", one.ID, "attempt", 1, "error", cause, "retry_in", pause)
+	}
+	_, err := tx.Exec(ctx, queueSQL, p.group.name, one.ID, one.Type, one.Key, notNil(one.Payload), one.Headers, attempts, pause, messaging.CleanText(cause.Error()))
+	if err != nil {
+		return fmt.Errorf("queue retry: %w", err)
+	}
+	return nil
+}
+
+// Run retries what is due until ctx is done. Any number of processes may do so.
+func (p *Processor) Run(ctx context.Context) error {
+	for ctx.Err() == nil {
+		found, err := p.RetryNext(ctx)
+		if err != nil && ctx.Err() == nil {
+			slog.WarnContext(ctx, "retries interrupted", "consumer", p.group.name, "error", err)
+		}
+		if found && err == nil {
+			continue
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(p.config.PollInterval):
+		}
+	}
+	return nil
+}
+
+// retry is a row of inbox_retry.
+type retry struct {
+	messaging.Delivery
+	seq      int64
+	attempts int
+	starts   int
+}
+
+// The start is counted in a transaction of its own, before the handler runs: if the handler takes the process with it, the count
+// stays. Meanwhile the row is not due for as long as a handler may take. Only the first message of a key is a candidate.
+const claimSQL = `
+UPDATE inbox_retry SET starts = starts + 1, due_at = clock_timestamp() + $2
+WHERE seq = (
+    SELECT seq FROM inbox_retry AS candidate
+    WHERE consumer = $1 AND due_at <= clock_timestamp()
+      AND (key = '' OR NOT EXISTS (
+          SELECT FROM inbox_retry AS earlier
+          WHERE earlier.consumer = candidate.consumer AND earlier.key = candidate.key AND earlier.seq < candidate.seq))
+    ORDER BY due_at LIMIT 1
+    FOR UPDATE SKIP LOCKED)
+RETURNING seq, attempts, starts, message_id, type, key, payload, headers`
+
+// RetryNext runs the handler on the message that has been due longest. It returns false if none is due.
+func (p *Processor) RetryNext(ctx context.Context) (found bool, err error) {
+	var one retry
+	err = postgres.Transact(ctx, p.db, func(tx pgx.Tx) error {
+		return tx.QueryRow(ctx, claimSQL, p.group.name, p.config.HandlerTimeout+5*time.Second).
+			Scan(&one.seq, &one.attempts, &one.starts, &one.ID, &one.Type, &one.Key, &one.Payload, &one.Headers)
+	})
+	if errors.Is(err, pgx.ErrNoRows) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("claim retry: %w", err)
+	}
+	if one.starts-one.attempts > maxCrashes {
+		crashed := fmt.Errorf("the handler was started %d times without coming to an end", one.starts-one.attempts-1)
+		return true, p.retryFailed(ctx, one, &failure{&rejection{deadletter.Crashed, crashed}})
+	}
+	err = postgres.Transact(ctx, p.db, func(tx pgx.Tx) error {
+		if err := p.remove(ctx, tx, one); err != nil {
+			return err
+		}
+		return p.run(ctx, tx, one.Delivery)
+	})
+	var failed *failure
+	if errors.As(err, &failed) {
+		return true, p.retryFailed(ctx, one, failed)
+	}
+	if err == nil {
+		p.config.AfterCommit()
+	} else if !errors.Is(err, errStolen) {
+		p.giveBack(ctx, one)
+	}
+	return true, ignoreStolen(err)
+}
+
+// giveBack takes back the start of a run that the database or the end of the process broke off: it was not the message's fault.
+// If that fails too, the start stays counted; only several of them in a row do harm.
+func (p *Processor) giveBack(ctx context.Context, one retry) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
+	defer cancel()
+	_, err := p.db.Exec(ctx, `UPDATE inbox_retry SET starts = starts - 1, due_at = clock_timestamp() WHERE seq = $1 AND starts = $2`, one.seq, one.starts)
+	if err != nil {
+		slog.WarnContext(ctx, "retry not given back", "consumer", p.group.name, "message_id", one.ID, "error", err)
+	}
+}
+
+// errStolen: the claim ran out, and another process has the row or is done with it.
+var errStolen = errors.New("retry was taken over by another process")
+
+func ignoreStolen(err error) error {
+	if errors.Is(err, errStolen) {
+		return nil
+	}
+	return err
+}
+
+// remove deletes the row that was claimed, if the claim still holds.
+func (p *Processor) remove(ctx context.Context, tx pgx.Tx, one retry) error {
+	tag, err := tx.Exec(ctx, `DELETE FROM inbox_retry WHERE seq = $1 AND starts = $2`, one.seq, one.starts)
+	if err == nil && tag.RowsAffected() == 0 {
+		return errStolen
+	}
+	return err
+}
+
+const postponeSQL = `
+UPDATE inbox_retry SET attempts = $3, starts = $3, due_at = clock_timestamp() + $4, last_error = $5
+WHERE seq = $1 AND starts = $2`
+
+// retryFailed puts a message off once more, or gives it up.
+func (p *Processor) retryFailed(ctx context.Context, one retry, cause *failure) error {
+	attempts := one.attempts + 1
+	err := postgres.Transact(ctx, p.db, func(tx pgx.Tx) error {
+		if final(cause) || attempts >= p.config.MaxAttempts {
+			if err := p.remove(ctx, tx, one); err != nil {
+				return err
+			}
+			return deadletter.Insert(ctx, tx, p.letter(ctx, one.Delivery, attempts, cause))
+		}
+		pause := p.pause(attempts)
+		slog.WarnContext(ctx, "message will be retried", "consumer", p.group.name, "message_id", one.ID, "attempt", attempts, "error", cause, "retry_in", pause)
+		_, err := tx.Exec(ctx, postponeSQL, one.seq, one.starts, attempts, pause, messaging.CleanText(cause.Error()))
+		return err
+	})
+	return ignoreStolen(err)
+}
+
+// pause is exponential, with jitter so that what failed together does not come back together.
+func (p *Processor) pause(attempts int) time.Duration {
+	pause := p.config.RetryBase << min(attempts-1, 20)
+	if pause <= 0 || pause > p.config.RetryMax {
+		pause = p.config.RetryMax
+	}
+	return time.Duration(float64(pause) * (0.75 + rand.Float64()/2))
+}
+
+// final tells whether no retry can help.
+func final(cause *failure) bool {
+	var rejected *rejection
+	return messaging.IsPermanent(cause) || errors.As(cause, &rejected)
+}
+
+// letter makes the dead letter of a message, and logs it.
+func (p *Processor) letter(ctx context.Context, d messaging.Delivery, attempts int, cause *failure) deadletter.Letter {
+	var rejected *rejection
+	reason := deadletter.Exhausted
+	switch {
+	case errors.As(cause, &rejected):
+		reason = rejected.reason
+	case messaging.IsPermanent(cause):
+		reason = deadletter.Permanent
+	}
+	slog.ErrorContext(ctx, "message is dead", "consumer", p.group.name, "message_id", d.ID, "type", d.Type, "attempt", attempts, "reason", reason, "error", cause)
+	return deadletter.Letter{
+		Consumer: p.group.name, MessageID: d.ID, Type: d.Type, Key: d.Key, Payload: d.Payload, Headers: d.Headers,
+		Reason: reason, Error: cause.Error(), Attempts: attempts,
+	}
+}
+
+// notNil keeps an empty payload from becoming NULL.
+func notNil(payload []byte) []byte {
+	if payload == nil {
+		return []byte{}
+	}
+	return payload
+}

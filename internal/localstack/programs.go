@@ -1,0 +1,133 @@
+package localstack
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+// programs are the server programs found on this machine; empty means missing.
+type programs struct {
+	postgresBin    string // folder with postgres and initdb
+	rabbitmqServer string
+	epmd           string
+}
+
+func (p programs) postgres() string { return filepath.Join(p.postgresBin, "postgres") }
+func (p programs) initdb() string   { return filepath.Join(p.postgresBin, "initdb") }
+
+// missing returns the names that the packages to install have on Debian.
+func (p programs) missing() []string {
+	var packages []string
+	if p.postgresBin == "" {
+		packages = append(packages, "postgresql")
+	}
+	if p.rabbitmqServer == "" || p.epmd == "" {
+		packages = append(packages, "rabbitmq-server")
+	}
+	return packages
+}
+
+// findPrograms looks in PATH and where the packages of Debian, Red Hat and Homebrew
+// put servers, which is mostly not in a developer's PATH.
+func findPrograms() programs {
+	var found programs
+	for _, postgres := range append(inPath("postgres"), newestFirst(
+		"/usr/lib/postgresql/*/bin/postgres",
+		"/usr/pgsql-*/bin/postgres",
+		"/opt/homebrew/opt/postgresql@*/bin/postgres",
+		"/usr/local/opt/postgresql@*/bin/postgres",
+	)...) {
+		bin := filepath.Dir(postgres)
+		if executable(filepath.Join(bin, "initdb")) {
+			found.postgresBin = bin
+			break
+		}
+	}
+	// Debian's rabbitmq-server in PATH is a wrapper that insists on its own user and
+	// log folder, so the script behind it comes first.
+	found.rabbitmqServer = firstExecutable(append(
+		[]string{"/usr/lib/rabbitmq/bin/rabbitmq-server"},
+		append(inPath("rabbitmq-server"), "/opt/homebrew/sbin/rabbitmq-server", "/usr/local/sbin/rabbitmq-server")...))
+	found.epmd = firstExecutable(append(inPath("epmd"), newestFirst(
+		"/usr/lib/erlang/erts-*/bin/epmd",
+		"/usr/lib64/erlang/erts-*/bin/epmd",
+		"/opt/homebrew/opt/erlang/lib/erlang/erts-*/bin/epmd",
+		"/usr/local/opt/erlang/lib/erlang/erts-*/bin/epmd",
+	)...))
+	return found
+}
+
+// ensurePrograms finds the programs, installing the missing ones where that can be
+// done without asking. It is an error if any is missing in the end.
+func ensurePrograms(ctx context.Context, log io.Writer) (programs, error) {
+	found := findPrograms()
+	if len(found.missing()) == 0 {
+		return found, nil
+	}
+	if err := install(ctx, log); err != nil {
+		return programs{}, err
+	}
+	found = findPrograms()
+	if packages := found.missing(); len(packages) > 0 {
+		return programs{}, fmt.Errorf("installed, but still not found: programs of %s", strings.Join(packages, ", "))
+	}
+	return found, nil
+}
+
+// inPath returns the absolute path of a program in PATH as a list of at most one.
+func inPath(name string) []string {
+	path, err := exec.LookPath(name)
+	if err != nil {
+		return nil
+	}
+	if path, err = filepath.Abs(path); err != nil {
+		return nil
+	}
+	return []string{path}
+}
+
+// newestFirst expands the patterns in order, each with the highest version first.
+func newestFirst(patterns ...string) []string {
+	var paths []string
+	for _, pattern := range patterns {
+		matches, _ := filepath.Glob(pattern) // the patterns are constants, and well-formed
+		slices.SortFunc(matches, func(a, b string) int { return cmp.Compare(versionIn(b), versionIn(a)) })
+		paths = append(paths, matches...)
+	}
+	return paths
+}
+
+// versionIn returns the first number in a path that follows a separator, such as 15
+// in /usr/lib/postgresql/15/bin. As text, 9 would come after 15.
+func versionIn(path string) float64 {
+	for _, part := range strings.FieldsFunc(path, func(r rune) bool { return strings.ContainsRune("/@-", r) }) {
+		major, rest, _ := strings.Cut(part, ".")
+		minor, _, _ := strings.Cut(rest, ".")
+		if version, err := strconv.ParseFloat(strings.TrimSuffix(major+"."+minor, "."), 64); err == nil {
+			return version
+		}
+	}
+	return 0
+}
+
+func firstExecutable(paths []string) string {
+	for _, path := range paths {
+		if executable(path) {
+			return path
+		}
+	}
+	return ""
+}
+
+func executable(path string) bool {
+	info, err := os.Stat(path)
+	return err == nil && info.Mode().IsRegular() && info.Mode()&0o111 != 0
+}

@@ -1,0 +1,16 @@
+package messaging
+
+// Delivery is one copy of a message as the broker handed it over. Nothing in it has been checked: the broker is not
+// trusted to hold only what our own relay sent.
+type Delivery struct {
+	// ID is the AMQP message_id, "" if the sender set none.
+	ID string
+	// Type is the AMQP type property, or the routing key where a sender set no type.
+	Type string
+	// Key is the ordering key, "" for none.
+	Key     string
+	Payload []byte
+	Headers map[string]string
+	// Count is how often the broker handed this copy out before without getting an ack: 0 the first time.
+	Count int64
+}

@@ -1,0 +1,319 @@
+// Package orders is the example domain: RPC methods and message handlers, each next to its SQL.
+//
+// It guarantees that stock is never oversold, that an order ID stands for one order however often PlaceOrder is repeated,
+// and that every change of an order commits together with the event that tells of it. An order that was placed stays so
+// until its event has come back through the broker: it is confirmed or rejected eventually, not at once.
+package orders
+
+import (
+	"context"
+	"encoding/base64"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"connectrpc.com/connect/v2"
+	ordersv1 "example.com/orders/internal/gen/orders/v1"
+	"example.com/orders/internal/gen/orders/v1/ordersv1connect"
+	"example.com/orders/internal/messaging"
+	"example.com/orders/internal/outbox"
+	"example.com/orders/internal/postgres"
+	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/timestamppb"
+)
+
+// Service implements orders.v1.OrderService, whose proto file says what each method does. Requests must have passed its
+// validation rules.
+type Service struct {
+	db  *pgxpool.Pool
+	out *outbox.Writer
+}
+
+var _ ordersv1connect.OrderServiceHandler = (*Service)(nil)
+
+// NewService makes a Service that reads from db and writes through out.
+func NewService(db *pgxpool.Pool, out *outbox.Writer) *Service {
+	return &Service{db: db, out: out}
+}
+
+const placeSQL = `
+WITH placed AS (
+    -- Of several calls with one ID the first inserts; the others wait for its commit here and then get no row.
+    INSERT INTO orders (id, customer_id) VALUES ($1, $2) ON CONFLICT (id) DO NOTHING RETURNING id, placed_at
+), lines AS (
+    INSERT INTO order_lines (order_id, sku, quantity)
+    SELECT placed.id, line.sku, line.quantity FROM placed, unnest($3::text[], $4::int[]) AS line (sku, quantity)
+)
+SELECT placed_at FROM placed`
+
+// PlaceOrder implements orders.v1.OrderService.
+func (s *Service) PlaceOrder(ctx context.Context, req *ordersv1.PlaceOrderRequest) (*ordersv1.PlaceOrderResponse, error) {
+	id, err := parseID(req.GetOrderId())
+	if err != nil {
+		return nil, err
+	}
+	lines, skus, quantities := sortLines(req.GetLines())
+	var order *ordersv1.Order
+	err = s.out.Transact(ctx, func(tx pgx.Tx) error {
+		var placedAt time.Time
+		err := tx.QueryRow(ctx, placeSQL, id, req.GetCustomerId(), skus, quantities).Scan(&placedAt)
+		if errors.Is(err, pgx.ErrNoRows) {
+			order, err = samePlaced(ctx, tx, id, req.GetCustomerId(), lines)
+			return err
+		}
+		if err != nil {
+			return fmt.Errorf("place order: %w", err)
+		}
+		at := timestamppb.New(placedAt)
+		order = &ordersv1.Order{
+			Id: id, CustomerId: req.GetCustomerId(), Lines: lines, Status: ordersv1.OrderStatus_ORDER_STATUS_PLACED,
+			PlacedAt: at, UpdatedAt: at,
+		}
+		return outbox.Insert(ctx, tx, messaging.New(id, &ordersv1.OrderPlaced{
+			OrderId: id, CustomerId: req.GetCustomerId(), Lines: lines, PlacedAt: at,
+		}))
+	})
+	if err != nil {
+		return nil, err
+	}
+	return &ordersv1.PlaceOrderResponse{Order: order}, nil
+}
+
+// samePlaced returns the order that already has the ID, if it is what the caller wants to place.
+func samePlaced(ctx context.Context, tx pgx.Tx, id, customer string, lines []*ordersv1.Line) (*ordersv1.Order, error) {
+	order, err := read(ctx, tx, id)
+	if err != nil {
+		return nil, err
+	}
+	same := slices.EqualFunc(order.GetLines(), lines, func(a, b *ordersv1.Line) bool { return proto.Equal(a, b) })
+	if !same || order.GetCustomerId() != customer {
+		return nil, connect.Errorf(connect.CodeAlreadyExists, "order %s exists with other content", id)
+	}
+	return order, nil
+}
+
+// GetOrder implements orders.v1.OrderService.
+func (s *Service) GetOrder(ctx context.Context, req *ordersv1.GetOrderRequest) (*ordersv1.GetOrderResponse, error) {
+	id, err := parseID(req.GetOrderId())
+	if err != nil {
+		return nil, err
+	}
+	order, err := read(ctx, s.db, id)
+	if err != nil {
+		return nil, err
+	}
+	return &ordersv1.GetOrderResponse{Order: order}, nil
+}
+
+const cancelSQL = `
+UPDATE orders SET status = 'cancelled', updated_at = clock_timestamp()
+WHERE id = $1 AND status IN ('placed', 'confirmed')`
+
+// CancelOrder implements orders.v1.OrderService. What the order holds is released by Fulfillment.
+func (s *Service) CancelOrder(ctx context.Context, req *ordersv1.CancelOrderRequest) (*ordersv1.CancelOrderResponse, error) {
+	id, err := parseID(req.GetOrderId())
+	if err != nil {
+		return nil, err
+	}
+	var order *ordersv1.Order
+	err = s.out.Transact(ctx, func(tx pgx.Tx) error {
+		changed, err := tx.Exec(ctx, cancelSQL, id)
+		if err != nil {
+			return fmt.Errorf("cancel order: %w", err)
+		}
+		if order, err = read(ctx, tx, id); err != nil {
+			return err
+		}
+		switch {
+		case changed.RowsAffected() == 1:
+			return outbox.Insert(ctx, tx, messaging.New(id, &ordersv1.OrderCancelled{
+				OrderId: id, CustomerId: order.GetCustomerId(), CancelledAt: order.GetUpdatedAt(),
+			}))
+		case order.GetStatus() == ordersv1.OrderStatus_ORDER_STATUS_REJECTED:
+			return connect.Errorf(connect.CodeFailedPrecondition, "order %s is rejected", id)
+		}
+		return nil // cancelled before
+	})
+	if err != nil {
+		return nil, err
+	}
+	return &ordersv1.CancelOrderResponse{Order: order}, nil
+}
+
+const listSQL = `
+SELECT o.id, o.customer_id, o.status, o.reject_reason, o.placed_at, o.updated_at, line.skus, line.quantities
+FROM orders o
+CROSS JOIN LATERAL (
+    SELECT array_agg(sku ORDER BY sku) AS skus, array_agg(quantity ORDER BY sku) AS quantities
+    FROM order_lines WHERE order_id = o.id
+) line
+WHERE ($1::text IS NULL OR o.status = $1)
+  AND ($2::text IS NULL OR o.customer_id = $2)
+  AND ($3::timestamptz IS NULL OR (o.placed_at, o.id) < ($3, $4::uuid))
+ORDER BY o.placed_at DESC, o.id DESC
+LIMIT $5`
+
+// ListOrders implements orders.v1.OrderService.
+func (s *Service) ListOrders(ctx context.Context, req *ordersv1.ListOrdersRequest) (*ordersv1.ListOrdersResponse, error) {
+	size := int(req.GetPageSize())
+	if size == 0 {
+		size = 50
+	}
+	var status, customer *string
+	if req.GetStatus() != ordersv1.OrderStatus_ORDER_STATUS_UNSPECIFIED {
+		status = proto.String(statusText(req.GetStatus()))
+	}
+	if req.GetCustomerId() != "" {
+		customer = proto.String(req.GetCustomerId())
+	}
+	after, afterID, err := parsePageToken(req.GetPageToken())
+	if err != nil {
+		return nil, err
+	}
+	// Planned anew for every call: a plan for any filter would scan all orders for the few of one customer.
+	rows, _ := s.db.Query(ctx, listSQL, pgx.QueryExecModeCacheDescribe, status, customer, after, afterID, size+1)
+	orders, err := pgx.CollectRows(rows, scanOrder)
+	if err != nil {
+		return nil, postgres.Classify(fmt.Errorf("list orders: %w", err))
+	}
+	if len(orders) <= size {
+		return &ordersv1.ListOrdersResponse{Orders: orders}, nil
+	}
+	return &ordersv1.ListOrdersResponse{Orders: orders[:size], NextPageToken: pageToken(orders[size-1])}, nil
+}
+
+// A watched order is read again and again: soon after a change, for another is likely then, and later once a second.
+const (
+	watchFirst = 100 * time.Millisecond
+	watchLast  = time.Second
+)
+
+// WatchOrder implements orders.v1.OrderService.
+func (s *Service) WatchOrder(ctx context.Context, req *ordersv1.WatchOrderRequest, stream ordersv1connect.OrderServiceWatchOrderServerStream) error {
+	id, err := parseID(req.GetOrderId())
+	if err != nil {
+		return err
+	}
+	var sent *ordersv1.Order
+	for pause := watchFirst; ; pause = min(pause*3/2, watchLast) {
+		order, err := read(ctx, s.db, id)
+		if err != nil {
+			return err
+		}
+		if !proto.Equal(order, sent) {
+			if err := stream.Send(&ordersv1.WatchOrderResponse{Order: order}); err != nil {
+				return err
+			}
+			sent, pause = order, watchFirst
+		}
+		switch order.GetStatus() {
+		case ordersv1.OrderStatus_ORDER_STATUS_REJECTED, ordersv1.OrderStatus_ORDER_STATUS_CANCELLED:
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(pause):
+		}
+	}
+}
+
+const readSQL = `
+SELECT o.id, o.customer_id, o.status, o.reject_reason, o.placed_at, o.updated_at,
+       array_agg(l.sku ORDER BY l.sku), array_agg(l.quantity ORDER BY l.sku)
+FROM orders o JOIN order_lines l ON l.order_id = o.id
+WHERE o.id = $1
+GROUP BY o.id`
+
+// read returns the order with the ID, or a not_found error.
+func read(ctx context.Context, db interface {
+	Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error)
+}, id string) (*ordersv1.Order, error) {
+	rows, _ := db.Query(ctx, readSQL, id)
+	order, err := pgx.CollectExactlyOneRow(rows, scanOrder)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return nil, connect.Errorf(connect.CodeNotFound, "order %s does not exist", id)
+	}
+	if err != nil {
+		return nil, postgres.Classify(fmt.Errorf("read order: %w", err))
+	}
+	return order, nil
+}
+
+func scanOrder(row pgx.CollectableRow) (*ordersv1.Order, error) {
+	var (
+		order               ordersv1.Order
+		status              string
+		placedAt, updatedAt time.Time
+		skus                []string
+		quantities          []int32
+	)
+	err := row.Scan(&order.Id, &order.CustomerId, &status, &order.RejectReason, &placedAt, &updatedAt, &skus, &quantities)
+	if err != nil {
+		return nil, err
+	}
+	for i, sku := range skus {
+		order.Lines = append(order.Lines, &ordersv1.Line{Sku: sku, Quantity: quantities[i]})
+	}
+	order.Status = parseStatus(status)
+	order.PlacedAt, order.UpdatedAt = timestamppb.New(placedAt), timestamppb.New(updatedAt)
+	return &order, nil
+}
+
+// sortLines returns the lines sorted by SKU, which is how they are stored and compared, and their columns.
+func sortLines(lines []*ordersv1.Line) (sorted []*ordersv1.Line, skus []string, quantities []int32) {
+	sorted = slices.SortedFunc(slices.Values(lines), func(a, b *ordersv1.Line) int { return strings.Compare(a.GetSku(), b.GetSku()) })
+	for _, line := range sorted {
+		skus = append(skus, line.GetSku())
+		quantities = append(quantities, line.GetQuantity())
+	}
+	return sorted, skus, quantities
+}
+
+// parseID returns the one spelling of an order ID that keys and answers use.
+func parseID(text string) (string, error) {
+	id, err := uuid.Parse(text)
+	if err != nil {
+		return "", connect.NewError(connect.CodeInvalidArgument, "order_id is not a UUID")
+	}
+	return id.String(), nil
+}
+
+// statusText is the status as orders.status stores it: ORDER_STATUS_PLACED is "placed".
+func statusText(status ordersv1.OrderStatus) string {
+	return strings.ToLower(strings.TrimPrefix(status.String(), "ORDER_STATUS_"))
+}
+
+func parseStatus(text string) ordersv1.OrderStatus {
+	return ordersv1.OrderStatus(ordersv1.OrderStatus_value["ORDER_STATUS_"+strings.ToUpper(text)])
+}
+
+// pageToken names the last order of a page: the time in microseconds, which is Postgres' resolution, and the ID.
+func pageToken(last *ordersv1.Order) string {
+	id := uuid.MustParse(last.GetId())
+	token := binary.BigEndian.AppendUint64(nil, uint64(last.GetPlacedAt().AsTime().UnixMicro()))
+	return base64.RawURLEncoding.EncodeToString(append(token, id[:]...))
+}
+
+// parsePageToken returns nil for an empty token.
+func parsePageToken(text string) (*time.Time, *uuid.UUID, error) {
+	if text == "" {
+		return nil, nil, nil
+	}
+	token, err := base64.RawURLEncoding.DecodeString(text)
+	if err != nil || len(token) != 8+16 {
+		return nil, nil, connect.NewError(connect.CodeInvalidArgument, "page_token is not one that ListOrders returned")
+	}
+	at := time.UnixMicro(int64(binary.BigEndian.Uint64(token)))
+	if year := at.Year(); year < 1970 || year > 9999 {
+		return nil, nil, connect.NewError(connect.CodeInvalidArgument, "page_token is not one that ListOrders returned")
+	}
+	id := uuid.UUID(token[8:])
+	return &at, &id, nil
+}

@@ -1,0 +1,251 @@
+package orders_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"slices"
+	"sync/atomic"
+	"syscall"
+	"testing"
+
+	"connectrpc.com/connect/v2"
+	"connectrpc.com/connect/v2/connecthttp"
+	ordersv1 "example.com/orders/internal/gen/orders/v1"
+	"example.com/orders/internal/gen/orders/v1/ordersv1connect"
+	"example.com/orders/internal/inbox"
+	"example.com/orders/internal/messaging"
+	"example.com/orders/internal/orders"
+	"example.com/orders/internal/outbox"
+	"example.com/orders/internal/rpcserver"
+	"example.com/orders/internal/testenv"
+	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+)
+
+func TestMain(m *testing.M) { testenv.Main(m) }
+
+// bundle is the domain as it runs in production, except that the test carries the messages, when and as often as it likes.
+type bundle struct {
+	ordersv1connect.OrderServiceClient
+	url  string
+	http *http.Client
+	db   *pgxpool.Pool // for looking
+	link *link         // between the service and the database
+
+	groups  []*inbox.Group
+	carried int64 // the id of the last outbox row that deliver read
+}
+
+func setup(t *testing.T) *bundle {
+	t.Helper()
+	b := &bundle{db: testenv.Postgres(t), link: new(link)}
+	config := b.db.Config()
+	config.ConnConfig.DialFunc = b.link.dial
+	db, err := pgxpool.NewWithConfig(t.Context(), config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(db.Close)
+	service := orders.NewService(db, outbox.NewWriter(db, nil))
+	b.groups = []*inbox.Group{service.Fulfillment(), service.Notifications()}
+
+	edge := rpcserver.New(rpcserver.Config{Log: slog.New(slog.DiscardHandler)}, func(s *connect.Server) {
+		ordersv1connect.RegisterOrderServiceHandler(s, service)
+	})
+	server := httptest.NewUnstartedServer(edge)
+	server.Config.Protocols = new(http.Protocols)
+	server.Config.Protocols.SetHTTP1(true)
+	server.Config.Protocols.SetUnencryptedHTTP2(true) // for gRPC
+	server.Start()
+	t.Cleanup(server.Close)
+	b.url, b.http = server.URL, server.Client()
+	b.OrderServiceClient = ordersv1connect.NewOrderServiceClient(connect.NewClient(connecthttp.NewTransport(server.Client(), b.url)))
+	return b
+}
+
+// place places an order of a few pieces of each SKU and returns its ID.
+func (b *bundle) place(t testing.TB, quantity int32, skus ...string) string {
+	t.Helper()
+	req := order(quantity, skus...)
+	if _, err := b.PlaceOrder(t.Context(), req); err != nil {
+		t.Fatal(err)
+	}
+	return req.OrderId
+}
+
+func order(quantity int32, skus ...string) *ordersv1.PlaceOrderRequest {
+	req := &ordersv1.PlaceOrderRequest{OrderId: uuid.NewString(), CustomerId: "customer-1"}
+	for _, sku := range skus {
+		req.Lines = append(req.Lines, &ordersv1.Line{Sku: sku, Quantity: quantity})
+	}
+	return req
+}
+
+func (b *bundle) setStock(t testing.TB, total int32, skus ...string) {
+	t.Helper()
+	for _, sku := range skus {
+		if _, err := b.SetStock(t.Context(), &ordersv1.SetStockRequest{Sku: sku, Total: total}); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func (b *bundle) cancel(t testing.TB, id string) *ordersv1.Order {
+	t.Helper()
+	res, err := b.CancelOrder(t.Context(), &ordersv1.CancelOrderRequest{OrderId: id})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return res.GetOrder()
+}
+
+func (b *bundle) wantStatus(t testing.TB, id string, want ordersv1.OrderStatus) *ordersv1.Order {
+	t.Helper()
+	res, err := b.GetOrder(t.Context(), &ordersv1.GetOrderRequest{OrderId: id})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := res.GetOrder().GetStatus(); got != want {
+		t.Errorf("order %s is %s, want %s", id, got, want)
+	}
+	return res.GetOrder()
+}
+
+func (b *bundle) wantStock(t testing.TB, sku string, free, reserved int32) {
+	t.Helper()
+	res, err := b.GetStock(t.Context(), &ordersv1.GetStockRequest{Sku: sku})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := res.GetStock(); got.GetFree() != free || got.GetReserved() != reserved || got.GetTotal() != free+reserved {
+		t.Errorf("stock is %v, want %d free and %d reserved", got, free, reserved)
+	}
+}
+
+// messages returns what the outbox took since it was called last.
+func (b *bundle) messages(t testing.TB) []messaging.Delivery {
+	t.Helper()
+	rows, err := b.db.Query(t.Context(), `SELECT id, message_id::text, type, key, payload FROM outbox WHERE id > $1 ORDER BY id`, b.carried)
+	if err != nil {
+		t.Fatal(err)
+	}
+	deliveries, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (d messaging.Delivery, err error) {
+		return d, row.Scan(&b.carried, &d.ID, &d.Type, &d.Key, &d.Payload)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return deliveries
+}
+
+// deliver carries messages to the groups until there are no more. Each comes twice, as messages may.
+func (b *bundle) deliver(t testing.TB) {
+	t.Helper()
+	for batch := b.messages(t); len(batch) > 0; batch = b.messages(t) {
+		b.handle(t, batch)
+		b.handle(t, batch)
+	}
+}
+
+// handle hands a batch to the groups that want it.
+func (b *bundle) handle(t testing.TB, batch []messaging.Delivery) {
+	t.Helper()
+	for _, group := range b.groups {
+		wanted := slices.DeleteFunc(slices.Clone(batch), func(d messaging.Delivery) bool { return !slices.Contains(group.Types(), d.Type) })
+		if err := inbox.NewProcessor(b.db, group, inbox.Config{}).Process(t.Context(), wanted); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// checkInvariants checks what must hold whenever all messages are delivered.
+func (b *bundle) checkInvariants(t testing.TB) {
+	t.Helper()
+	for what, sql := range map[string]string{
+		"order neither confirmed nor rejected nor cancelled": `SELECT id::text FROM orders WHERE status = 'placed'`,
+		"SKU with other reservations than reserved pieces": `
+			SELECT sku FROM stock LEFT JOIN reservations USING (sku) GROUP BY sku, reserved HAVING reserved <> coalesce(sum(quantity), 0)`,
+		"confirmed order whose lines are not all reserved": `
+			SELECT id::text FROM orders JOIN order_lines l ON l.order_id = id LEFT JOIN reservations r USING (order_id, sku)
+			WHERE status = 'confirmed' AND r.quantity IS DISTINCT FROM l.quantity`,
+		"order that holds stock but is not confirmed": `
+			SELECT id::text FROM orders JOIN reservations ON order_id = id WHERE status <> 'confirmed'`,
+		"confirmed or rejected order without exactly one notification": `
+			SELECT o.id::text FROM orders o LEFT JOIN notifications n ON n.order_id = o.id AND n.kind = o.status
+			WHERE status IN ('confirmed', 'rejected') GROUP BY o.id HAVING count(n.id) <> 1`,
+		"notification that came twice": `SELECT order_id::text FROM notifications GROUP BY order_id, kind HAVING count(*) > 1`,
+		"dead letter":                  `SELECT message_id::text FROM dead_letter`,
+		"message that waits for retry": `SELECT message_id::text FROM inbox_retry`,
+	} {
+		rows, _ := b.db.Query(t.Context(), sql)
+		found, err := pgx.CollectRows(rows, pgx.RowTo[string])
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, one := range found {
+			t.Errorf("%s: %s", what, one)
+		}
+	}
+}
+
+func (b *bundle) count(t testing.TB, sql string, args ...any) (n int) {
+	t.Helper()
+	if err := b.db.QueryRow(t.Context(), sql, args...).Scan(&n); err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+func wantCode(t testing.TB, err error, want connect.Code, message string) {
+	t.Helper()
+	var got *connect.Error
+	if !errors.As(err, &got) || got.Code() != want || (message != "" && got.Message() != message) {
+		t.Errorf("got error %v, want %s: %s", err, want, message)
+	}
+}
+
+// link is the connection between the service and Postgres, and its faults.
+type link struct {
+	away      atomic.Bool // every connection breaks, and none can be made
+	cutCommit atomic.Bool // the next COMMIT arrives and is answered, but the answer is lost with the connection
+}
+
+func (l *link) dial(ctx context.Context, network, address string) (net.Conn, error) {
+	if l.away.Load() {
+		return nil, &net.OpError{Op: "dial", Net: network, Err: syscall.ECONNREFUSED}
+	}
+	conn, err := new(net.Dialer).DialContext(ctx, network, address)
+	if err != nil {
+		return nil, err
+	}
+	return &linked{Conn: conn, link: l}, nil
+}
+
+type linked struct {
+	net.Conn
+	link *link
+	cut  atomic.Bool
+}
+
+func (c *linked) Write(p []byte) (int, error) {
+	if bytes.Contains(p, []byte("commit\x00")) && c.link.cutCommit.CompareAndSwap(true, false) {
+		c.cut.Store(true)
+	}
+	return c.Conn.Write(p)
+}
+
+func (c *linked) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	if c.link.away.Load() || c.cut.Load() {
+		c.Conn.Close()
+		return 0, io.ErrUnexpectedEOF
+	}
+	return n, err
+}

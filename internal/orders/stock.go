@@ -1,0 +1,152 @@
+package orders
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"connectrpc.com/connect/v2"
+	ordersv1 "example.com/orders/internal/gen/orders/v1"
+	"example.com/orders/internal/inbox"
+	"example.com/orders/internal/messaging"
+	"example.com/orders/internal/outbox"
+	"example.com/orders/internal/postgres"
+	"github.com/jackc/pgx/v5"
+	"google.golang.org/protobuf/types/known/timestamppb"
+)
+
+const setStockSQL = `
+INSERT INTO stock (sku, total) VALUES ($1, $2)
+-- No row comes back if orders hold more than the new total.
+ON CONFLICT (sku) DO UPDATE SET total = excluded.total WHERE stock.reserved <= excluded.total
+RETURNING sku, total, reserved, free`
+
+// SetStock implements orders.v1.OrderService.
+func (s *Service) SetStock(ctx context.Context, req *ordersv1.SetStockRequest) (*ordersv1.SetStockResponse, error) {
+	stock, err := s.stock(ctx, setStockSQL, req.GetSku(), req.GetTotal())
+	if errors.Is(err, pgx.ErrNoRows) {
+		return nil, connect.Errorf(connect.CodeFailedPrecondition, "more than %d pieces of %s are reserved", req.GetTotal(), req.GetSku())
+	}
+	if err != nil {
+		return nil, postgres.Classify(fmt.Errorf("set stock: %w", err))
+	}
+	return &ordersv1.SetStockResponse{Stock: stock}, nil
+}
+
+const getStockSQL = `SELECT sku, total, reserved, free FROM stock WHERE sku = $1`
+
+// GetStock implements orders.v1.OrderService.
+func (s *Service) GetStock(ctx context.Context, req *ordersv1.GetStockRequest) (*ordersv1.GetStockResponse, error) {
+	stock, err := s.stock(ctx, getStockSQL, req.GetSku())
+	if errors.Is(err, pgx.ErrNoRows) {
+		return nil, connect.Errorf(connect.CodeNotFound, "there is no stock of %s", req.GetSku())
+	}
+	if err != nil {
+		return nil, postgres.Classify(fmt.Errorf("get stock: %w", err))
+	}
+	return &ordersv1.GetStockResponse{Stock: stock}, nil
+}
+
+func (s *Service) stock(ctx context.Context, sql string, args ...any) (*ordersv1.Stock, error) {
+	var stock ordersv1.Stock
+	err := s.db.QueryRow(ctx, sql, args...).Scan(&stock.Sku, &stock.Total, &stock.Reserved, &stock.Free)
+	return &stock, err
+}
+
+// Fulfillment returns the group that reserves stock for placed orders and releases what cancelled ones hold.
+func (s *Service) Fulfillment() *inbox.Group {
+	group := inbox.NewGroup("fulfillment")
+	inbox.Handle(group, reserve)
+	inbox.Handle(group, release)
+	return group
+}
+
+const reserveSQL = `
+WITH placed AS MATERIALIZED (
+    -- Locked against CancelOrder. An order that was cancelled first gives no row, and so reserves nothing.
+    SELECT id FROM orders WHERE id = $1 AND status = 'placed' FOR UPDATE
+), wanted AS MATERIALIZED (
+    SELECT sku, quantity FROM order_lines JOIN placed ON order_id = placed.id
+), available AS MATERIALIZED (
+    -- Locked in the order of SKUs, so that two orders cannot wait for each other.
+    SELECT sku, free FROM stock WHERE sku IN (SELECT sku FROM wanted) ORDER BY sku FOR UPDATE
+), verdict AS MATERIALIZED (
+    -- One row, of which short is NULL if nothing is missing. All locks are held once it is there.
+    SELECT string_agg(sku, ', ' ORDER BY sku) AS short
+    FROM wanted LEFT JOIN available USING (sku) WHERE coalesce(free, 0) < quantity
+), reserved AS (
+    UPDATE stock SET reserved = stock.reserved + wanted.quantity FROM wanted, verdict
+    WHERE stock.sku = wanted.sku AND short IS NULL
+), held AS (
+    INSERT INTO reservations (order_id, sku, quantity)
+    SELECT placed.id, wanted.sku, wanted.quantity FROM placed, wanted, verdict WHERE short IS NULL
+)
+UPDATE orders SET
+    status = CASE WHEN short IS NULL THEN 'confirmed' ELSE 'rejected' END,
+    reject_reason = coalesce('not enough stock: ' || short, ''),
+    updated_at = clock_timestamp()
+FROM placed, verdict WHERE orders.id = placed.id
+RETURNING orders.customer_id, orders.reject_reason, orders.updated_at`
+
+// reserve confirms an order and holds its stock, or rejects it: all of its lines or none.
+func reserve(ctx context.Context, tx pgx.Tx, event *ordersv1.OrderPlaced) error {
+	var customer, reason string
+	var at time.Time
+	err := tx.QueryRow(ctx, reserveSQL, event.GetOrderId()).Scan(&customer, &reason, &at)
+	switch {
+	case errors.Is(err, pgx.ErrNoRows):
+		return nil // cancelled before its stock was looked at
+	case err != nil:
+		return fmt.Errorf("reserve stock: %w", err)
+	case reason != "":
+		return outbox.Insert(ctx, tx, messaging.New(event.GetOrderId(), &ordersv1.OrderRejected{
+			OrderId: event.GetOrderId(), CustomerId: customer, Reason: reason, RejectedAt: timestamppb.New(at),
+		}))
+	}
+	return outbox.Insert(ctx, tx, messaging.New(event.GetOrderId(), &ordersv1.OrderConfirmed{
+		OrderId: event.GetOrderId(), CustomerId: customer, ConfirmedAt: timestamppb.New(at),
+	}))
+}
+
+const releaseSQL = `
+WITH released AS (
+    DELETE FROM reservations WHERE order_id = $1 RETURNING sku, quantity
+), locked AS MATERIALIZED (
+    SELECT sku FROM stock WHERE sku IN (SELECT sku FROM released) ORDER BY sku FOR UPDATE -- as in reserveSQL
+)
+UPDATE stock SET reserved = stock.reserved - released.quantity
+FROM locked JOIN released USING (sku) WHERE stock.sku = locked.sku`
+
+// release gives back what a cancelled order holds: nothing, if it was cancelled before reserve saw it.
+func release(ctx context.Context, tx pgx.Tx, event *ordersv1.OrderCancelled) error {
+	if _, err := tx.Exec(ctx, releaseSQL, event.GetOrderId()); err != nil {
+		return fmt.Errorf("release stock: %w", err)
+	}
+	return nil
+}
+
+// Notifications returns the group that records one notification for each order that was confirmed or rejected.
+func (s *Service) Notifications() *inbox.Group {
+	group := inbox.NewGroup("notifications")
+	inbox.Handle(group, func(ctx context.Context, tx pgx.Tx, event *ordersv1.OrderConfirmed) error {
+		return notify(ctx, tx, "confirmed", event)
+	})
+	inbox.Handle(group, func(ctx context.Context, tx pgx.Tx, event *ordersv1.OrderRejected) error {
+		return notify(ctx, tx, "rejected", event)
+	})
+	return group
+}
+
+// notify does not guard against doubles: that each event is applied once is the inbox's promise.
+func notify(ctx context.Context, tx pgx.Tx, kind string, event interface {
+	GetOrderId() string
+	GetCustomerId() string
+}) error {
+	_, err := tx.Exec(ctx, `INSERT INTO notifications (order_id, kind, customer_id) VALUES ($1, $2, $3)`,
+		event.GetOrderId(), kind, event.GetCustomerId())
+	if err != nil {
+		return fmt.Errorf("record notification: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,238 @@
+package orders_test
+
+import (
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"testing"
+
+	"connectrpc.com/connect/v2"
+	ordersv1 "example.com/orders/internal/gen/orders/v1"
+	"example.com/orders/internal/inbox"
+	"example.com/orders/internal/messaging"
+	"github.com/google/uuid"
+	"pgregory.net/rapid"
+)
+
+func TestFulfillmentConfirmsWhatIsInStock(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	b.setStock(t, 10, "apple", "pear")
+	id := b.place(t, 4, "pear", "apple")
+	b.wantStock(t, "apple", 10, 0)
+	b.deliver(t)
+	b.wantStatus(t, id, confirmed)
+	b.wantStock(t, "apple", 6, 4)
+	b.wantStock(t, "pear", 6, 4)
+	b.checkInvariants(t)
+}
+
+func TestFulfillmentRejectsWhatIsMissingAndReservesNothing(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	b.setStock(t, 10, "apple")
+	b.setStock(t, 3, "pear")
+	id := b.place(t, 4, "apple", "pear", "unknown")
+	b.deliver(t)
+	if reason := b.wantStatus(t, id, rejected).GetRejectReason(); reason != "not enough stock: pear, unknown" {
+		t.Errorf("reason is %q", reason)
+	}
+	b.wantStock(t, "apple", 10, 0)
+	b.wantStock(t, "pear", 3, 0)
+	b.checkInvariants(t)
+	_, err := b.CancelOrder(t.Context(), &ordersv1.CancelOrderRequest{OrderId: id})
+	wantCode(t, err, connect.CodeFailedPrecondition, "order "+id+" is rejected")
+}
+
+func TestCancelReleasesWhatWasReserved(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	b.setStock(t, 10, "apple", "pear")
+	kept, id := b.place(t, 1, "apple"), b.place(t, 4, "apple", "pear")
+	b.deliver(t)
+	first := b.cancel(t, id)
+	b.deliver(t)
+	b.wantStock(t, "apple", 9, 1)
+	b.wantStock(t, "pear", 10, 0)
+	b.wantStatus(t, kept, confirmed)
+	b.checkInvariants(t)
+	if again := b.cancel(t, id); again.GetStatus() != cancelled || !again.GetUpdatedAt().AsTime().Equal(first.GetUpdatedAt().AsTime()) {
+		t.Errorf("cancelled twice: got %v, then %v", first, again)
+	}
+	if n := len(b.messages(t)); n != 0 {
+		t.Errorf("the second cancel sent %d messages", n)
+	}
+}
+
+func TestOrderCancelledBeforeItsStockWasLookedAtReservesNothing(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	b.setStock(t, 10, "apple")
+	id := b.place(t, 4, "apple")
+	b.cancel(t, id)
+	b.deliver(t)
+	b.wantStatus(t, id, cancelled)
+	b.wantStock(t, "apple", 10, 0)
+	b.checkInvariants(t)
+	if n := b.count(t, `SELECT count(*) FROM notifications`); n != 0 {
+		t.Errorf("%d notifications", n)
+	}
+}
+
+func TestSetStockKeepsWhatIsReserved(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	b.setStock(t, 10, "apple")
+	b.place(t, 4, "apple")
+	b.deliver(t)
+	_, err := b.SetStock(t.Context(), &ordersv1.SetStockRequest{Sku: "apple", Total: 3})
+	wantCode(t, err, connect.CodeFailedPrecondition, "more than 3 pieces of apple are reserved")
+	b.wantStock(t, "apple", 6, 4)
+	b.setStock(t, 4, "apple")
+	b.wantStock(t, "apple", 0, 4)
+}
+
+func TestEveryEventHasAGroup(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	var handled []string
+	for _, group := range b.groups {
+		handled = append(handled, group.Types()...)
+	}
+	events := ordersv1.File_orders_v1_events_proto.Messages()
+	for i := range events.Len() {
+		if name := string(events.Get(i).FullName()); !slices.Contains(handled, name) {
+			t.Errorf("no group handles %s: it would be parked as unroutable", name)
+		}
+	}
+}
+
+// TestRacesForStock lets several consumers, callers who cancel and one who sets the stock work on the same few SKUs.
+func TestRacesForStock(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	skus := numbered(4)
+	b.setStock(t, 15, skus...)
+	var ids []string
+	for range 60 {
+		wanted := slices.Clone(skus)
+		rand.Shuffle(len(wanted), func(i, j int) { wanted[i], wanted[j] = wanted[j], wanted[i] })
+		ids = append(ids, b.place(t, 1+rand.Int32N(2), wanted[:1+rand.IntN(3)]...))
+	}
+	batch := b.messages(t)
+	var racing sync.WaitGroup
+	for part := range slices.Chunk(batch, len(batch)/4) {
+		racing.Go(func() {
+			processor := inbox.NewProcessor(b.db, b.groups[0], inbox.Config{})
+			for _, message := range part { // one transaction each: all four wait for each other's rows
+				if err := processor.Process(t.Context(), []messaging.Delivery{message}); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	racing.Go(func() {
+		for i := 0; i < len(ids); i += 3 {
+			_, err := b.CancelOrder(t.Context(), &ordersv1.CancelOrderRequest{OrderId: ids[i]})
+			if err != nil && connect.CodeOf(err) != connect.CodeFailedPrecondition { // rejected by now
+				t.Error(err)
+			}
+		}
+	})
+	racing.Go(func() {
+		for i := range int32(20) {
+			b.setStock(t, 15+i/4, skus...)
+		}
+	})
+	racing.Wait()
+	b.deliver(t)
+	b.checkInvariants(t)
+	if n := b.count(t, `SELECT count(*) FROM orders WHERE status = 'rejected'`); n == 0 {
+		t.Error("no order was rejected: there was no race for stock")
+	}
+}
+
+// TestAgainstAModel compares the service with twenty lines of Go, step by step, for whatever rapid thinks of.
+func TestAgainstAModel(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	rapid.Check(t, func(r *rapid.T) {
+		prefix := uuid.NewString()[:8] + "-" // runs share the database and must not share SKUs
+		skus := []string{prefix + "a", prefix + "b"}
+		total, held := map[string]int32{}, map[string]int32{}
+		type known struct {
+			*ordersv1.PlaceOrderRequest
+			status ordersv1.OrderStatus
+		}
+		var all []*known
+		var undelivered []*known
+		settle := func() {
+			b.deliver(t)
+			for _, one := range undelivered {
+				if one.status != placed {
+					continue
+				}
+				one.status = confirmed
+				for _, line := range one.Lines {
+					if total[line.Sku]-held[line.Sku] < line.Quantity {
+						one.status = rejected
+					}
+				}
+				for _, line := range one.Lines {
+					if one.status == confirmed {
+						held[line.Sku] += line.Quantity
+					}
+				}
+			}
+			undelivered = nil
+		}
+		for range rapid.IntRange(1, 12).Draw(r, "steps") {
+			switch action := rapid.SampledFrom([]string{"place", "place", "cancel", "stock", "settle"}).Draw(r, "action"); {
+			case action == "place":
+				n := rapid.IntRange(1, 2).Draw(r, "lines")
+				one := &known{order(rapid.Int32Range(1, 5).Draw(r, "quantity"), skus[:n]...), placed}
+				if _, err := b.PlaceOrder(t.Context(), one.PlaceOrderRequest); err != nil {
+					r.Fatal(err)
+				}
+				all, undelivered = append(all, one), append(undelivered, one)
+			case action == "cancel" && len(all) > 0:
+				one := rapid.SampledFrom(all).Draw(r, "order")
+				_, err := b.CancelOrder(t.Context(), &ordersv1.CancelOrderRequest{OrderId: one.OrderId})
+				if failed := err != nil; failed != (one.status == rejected) {
+					r.Fatalf("cancel of an order that is %s: %v", one.status, err)
+				}
+				if one.status == confirmed {
+					settle() // it is released when the event arrives
+					for _, line := range one.Lines {
+						held[line.Sku] -= line.Quantity
+					}
+				}
+				if one.status != rejected {
+					one.status = cancelled
+				}
+			case action == "stock":
+				sku, n := rapid.SampledFrom(skus).Draw(r, "sku"), rapid.Int32Range(0, 12).Draw(r, "total")
+				_, err := b.SetStock(t.Context(), &ordersv1.SetStockRequest{Sku: sku, Total: n})
+				if failed := err != nil; failed != (n < held[sku]) {
+					r.Fatalf("set stock to %d with %d held: %v", n, held[sku], err)
+				}
+				if n >= held[sku] {
+					total[sku] = n
+				}
+			case action == "settle":
+				settle()
+			}
+		}
+		settle()
+		for _, one := range all {
+			b.wantStatus(t, one.OrderId, one.status)
+		}
+		for sku := range total {
+			b.wantStock(t, sku, total[sku]-held[sku], held[sku])
+		}
+		if t.Failed() {
+			r.Fatal("see above")
+		}
+	})
+	b.checkInvariants(t)
+}

@@ -1,0 +1,121 @@
+package outbox
+
+import (
+	"context"
+	"log/slog"
+	"time"
+
+	"github.com/cenkalti/backoff/v5"
+	"github.com/jackc/pgx/v5"
+)
+
+// channel is the Postgres notification channel of the doorbell.
+const channel = "outbox"
+
+// Bell tells the relay that there may be something new. Ring never blocks, and any number of rings may become one:
+// the relay reads until nothing is left, so all that counts is that a ring follows the last commit.
+type Bell interface {
+	Ring()
+}
+
+// LocalBell is the doorbell of a relay in the same process, and what the relay itself waits on.
+type LocalBell chan struct{}
+
+// NewLocalBell makes a LocalBell.
+func NewLocalBell() LocalBell { return make(LocalBell, 1) }
+
+// Ring wakes the relay, now or when it next looks.
+func (b LocalBell) Ring() {
+	select {
+	case b <- struct{}{}:
+	default: // one ring is waiting already, and it will be heard after this commit
+	}
+}
+
+// NotifyBell rings a relay in another process by NOTIFY. It does so outside of business transactions, on a connection of its own:
+// a NOTIFY inside a transaction takes a lock over the whole cluster at commit and costs writers half of their throughput.
+type NotifyBell struct {
+	local LocalBell
+	url   string
+}
+
+// NewNotifyBell makes a bell for the database at url. It rings only while Run runs.
+func NewNotifyBell(url string) *NotifyBell {
+	return &NotifyBell{local: NewLocalBell(), url: url}
+}
+
+// Ring asks for a notification.
+func (b *NotifyBell) Ring() { b.local.Ring() }
+
+// notifyInterval is the least time between two notifications of one process. Commits within it share one, and 2 ms are little
+// beside the two commits and the confirm that follow.
+const notifyInterval = 2 * time.Millisecond
+
+// Run passes rings on until ctx is done. Failures only cost latency, since the relay polls as well: they are logged and tried again.
+func (b *NotifyBell) Run(ctx context.Context) {
+	withConnection(ctx, b.url, "doorbell", func(conn *pgx.Conn) error {
+		for {
+			select {
+			case <-ctx.Done():
+				return ctx.Err()
+			case <-b.local:
+			}
+			if _, err := conn.Exec(ctx, "NOTIFY "+channel); err != nil {
+				b.Ring() // for the next connection
+				return err
+			}
+			select {
+			case <-ctx.Done():
+				return ctx.Err()
+			case <-time.After(notifyInterval):
+			}
+		}
+	})
+}
+
+// Listen rings bell for every notification from the database at url, until ctx is done. The connection must be a direct one:
+// a transaction-mode pooler drops LISTEN silently.
+func Listen(ctx context.Context, url string, bell Bell) {
+	withConnection(ctx, url, "listen", func(conn *pgx.Conn) error {
+		if _, err := conn.Exec(ctx, "LISTEN "+channel); err != nil {
+			return err
+		}
+		bell.Ring() // whatever was said while nobody listened
+		for {
+			if _, err := conn.WaitForNotification(ctx); err != nil {
+				return err
+			}
+			bell.Ring()
+		}
+	})
+}
+
+// withConnection calls fn with a connection of its own, again and again with backoff, until ctx is done.
+func withConnection(ctx context.Context, url, name string, fn func(conn *pgx.Conn) error) {
+	pause := backoff.NewExponentialBackOff()
+	pause.MaxInterval = 10 * time.Second
+	for ctx.Err() == nil {
+		started := time.Now()
+		err := connectAnd(ctx, url, fn)
+		if ctx.Err() != nil {
+			return
+		}
+		if time.Since(started) > pause.MaxInterval {
+			pause.Reset()
+		}
+		slog.WarnContext(ctx, "doorbell connection lost, polling meanwhile", "purpose", name, "error", err)
+		select {
+		case <-ctx.Done():
+		case <-time.After(pause.NextBackOff()):
+		}
+	}
+}
+
+func connectAnd(ctx context.Context, url string, fn func(conn *pgx.Conn) error) error {
+	conn, err := pgx.Connect(ctx, url)
+	if err != nil {
+		return err
+	}
+	defer conn.Close(context.WithoutCancel(ctx)) // bounded by pgx itself
+	return fn(conn)
+}

@@ -1,0 +1,141 @@
+package outbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"example.com/orders/internal/deadletter"
+	"example.com/orders/internal/postgres"
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgtype"
+	"github.com/jackc/pgx/v5/pgxpool"
+)
+
+var (
+	// errNotLeased: another relay holds the shard.
+	errNotLeased = errors.New("shard is leased to another relay")
+	// errFenced: another relay has taken the shard over meanwhile.
+	errFenced = errors.New("lease lost to another relay")
+	// ErrForeignCluster: the database was dumped and restored into another cluster, whose transaction IDs are not those of the cursor.
+	ErrForeignCluster = errors.New("the outbox cursor belongs to another Postgres cluster (was this database restored from a dump?): " +
+		"its snapshots mean nothing here, and relaying by them would skip messages")
+)
+
+// cursor is a shard's row in outbox_cursor while this relay holds the lease. Whoever takes the lease raises the epoch, and every
+// statement here says "where epoch is mine": a relay that was frozen past its lease and wakes up can move nothing.
+type cursor struct {
+	db    *pgxpool.Pool
+	shard int16
+	epoch int64
+	// tid is where the row's newest version was last seen. Every move leaves a dead version behind, which vacuum cannot
+	// remove for as long as some transaction holds an old snapshot; finding the row by its key would wade through
+	// all of them, finding it by place does not. It is a hint: if the row is not there, it is looked for by key.
+	tid pgtype.TID
+}
+
+const acquireSQL = `
+UPDATE outbox_cursor
+SET owner = $2, epoch = epoch + 1, lease_expires_at = clock_timestamp() + $3
+WHERE shard = $1 AND (lease_expires_at < clock_timestamp() OR owner = $2)
+  AND system_identifier = (SELECT system_identifier FROM pg_control_system())
+RETURNING epoch, ctid, delivered::text, coalesce(batch::text, ''), last_id`
+
+const clusterSQL = `
+SELECT system_identifier = (SELECT system_identifier FROM pg_control_system())
+FROM outbox_cursor WHERE shard = $1`
+
+// acquire takes the lease of a shard, if it is free, and returns where its last holder came to.
+func acquire(ctx context.Context, db *pgxpool.Pool, shard int16, owner string, lease time.Duration) (*cursor, position, error) {
+	c, at := &cursor{db: db, shard: shard}, position{}
+	err := postgres.Transact(ctx, db, func(tx pgx.Tx) error {
+		return tx.QueryRow(ctx, acquireSQL, shard, owner, lease).Scan(&c.epoch, &c.tid, &at.base, &at.batch, &at.lastID)
+	})
+	if !errors.Is(err, pgx.ErrNoRows) {
+		return c, at, err
+	}
+	var ours bool
+	err = db.QueryRow(ctx, clusterSQL, shard).Scan(&ours)
+	switch {
+	case errors.Is(err, pgx.ErrNoRows):
+		return nil, at, fmt.Errorf("shard %d has no row in outbox_cursor", shard)
+	case err != nil:
+		return nil, at, postgres.Classify(err)
+	case !ours:
+		return nil, at, ErrForeignCluster
+	}
+	return nil, at, errNotLeased
+}
+
+// progress is what one move of the cursor records.
+type progress struct {
+	delivered position
+	claimed   string // the snapshot of the page to be published next, "" for none
+	published int
+	parked    []deadletter.Letter
+}
+
+// Written so that each row version is found in one step; $2 is NULL for "look for it".
+const moveSQL = `
+UPDATE outbox_cursor
+SET delivered = $4, batch = nullif($5, '')::pg_snapshot, last_id = $6, claimed = coalesce(nullif($7, '')::pg_snapshot, claimed),
+    published = published + $8, parked = parked + $9, moved_at = clock_timestamp()
+WHERE ctid = coalesce($2, (SELECT ctid FROM outbox_cursor WHERE shard = $1 AND epoch = $3)) AND shard = $1 AND epoch = $3
+RETURNING ctid`
+
+// move records progress and commits. It is the claim as well: what was read before it may be published after it.
+// It returns errFenced if the lease is another's by now.
+func (c *cursor) move(ctx context.Context, p progress) error {
+	var tid pgtype.TID
+	err := postgres.Transact(ctx, c.db, func(tx pgx.Tx) error {
+		if p.claimed == "" {
+			// Nothing is published on the strength of this commit. If a crash of Postgres loses it, the page is repeated.
+			if _, err := tx.Exec(ctx, `SET LOCAL synchronous_commit = off`); err != nil {
+				return err
+			}
+		}
+		if len(p.parked) > 0 {
+			if err := deadletter.Insert(ctx, tx, p.parked...); err != nil {
+				return err
+			}
+		}
+		for _, hint := range []pgtype.TID{c.tid, {}} {
+			err := tx.QueryRow(ctx, moveSQL, c.shard, hint, c.epoch, p.delivered.base, p.delivered.batch, p.delivered.lastID,
+				p.claimed, p.published, len(p.parked)).Scan(&tid)
+			if !errors.Is(err, pgx.ErrNoRows) {
+				return err
+			}
+		}
+		return errFenced
+	})
+	if err != nil {
+		return fmt.Errorf("move cursor: %w", err)
+	}
+	c.tid = tid
+	return nil
+}
+
+const renewSQL = `
+UPDATE outbox_cursor SET lease_expires_at = clock_timestamp() + $3 WHERE shard = $1 AND epoch = $2`
+
+// renew extends the lease. It returns errFenced if the lease is another's by now.
+func (c *cursor) renew(ctx context.Context, lease time.Duration) error {
+	tag, err := c.db.Exec(ctx, renewSQL, c.shard, c.epoch, lease)
+	if err != nil {
+		return fmt.Errorf("renew lease: %w", postgres.Classify(err))
+	}
+	if tag.RowsAffected() == 0 {
+		return errFenced
+	}
+	return nil
+}
+
+const releaseSQL = `
+UPDATE outbox_cursor SET owner = '', lease_expires_at = '-infinity' WHERE shard = $1 AND epoch = $2`
+
+// release gives the lease back, so that another relay need not wait for its end.
+func (c *cursor) release(ctx context.Context) error {
+	_, err := c.db.Exec(ctx, releaseSQL, c.shard, c.epoch)
+	return err
+}

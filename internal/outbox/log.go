@@ -1,0 +1,181 @@
+package outbox
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"example.com/orders/internal/messaging"
+	"example.com/orders/internal/postgres"
+	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+)
+
+// position is a place in the log: everything visible in base is before it, and, while a batch is open, everything visible in
+// batch whose id is at most lastID. Snapshots are kept in Postgres' text form; only Postgres computes with them.
+type position struct {
+	base   string
+	batch  string // "" when no batch is open
+	lastID int64
+}
+
+// page is a contiguous run of the log, in order.
+type page struct {
+	rows     []row
+	snapshot string   // the batch that the rows were read from
+	start    position // before the first row
+	end      position // after the last row
+}
+
+type row struct {
+	id      int64
+	message messaging.Message
+}
+
+// before returns the position before the i-th row: everything up to the row in front of it is done.
+func (p *page) before(i int) position {
+	switch {
+	case i == 0:
+		return p.start
+	case i == len(p.rows):
+		return p.end
+	}
+	return position{base: p.start.base, batch: p.snapshot, lastID: p.rows[i-1].id}
+}
+
+// eventLog reads the log of one shard, page by page.
+type eventLog struct {
+	db       *pgxpool.Pool
+	shard    int16
+	maxRows  int
+	maxBytes int
+	bounds   bounds // of the batch that is open
+}
+
+// bounds are the smallest and largest id among a batch's rows from transactions that began after its base.
+type bounds struct {
+	batch  string
+	lo, hi int64
+}
+
+// The two ways in which a row is new since a snapshot, as two branches so that each is an index range: a transaction that was under
+// way when it was taken, or one that began later. (xid >= pg_snapshot_xmin would do as one, and would read again everything
+// since the oldest open transaction, for as long as that is open.)
+//
+// One row more than a page is read of each, to see whether all fits. What fits is sorted by id; what does not is a batch that
+// pageSQL walks through, and only its first row is returned, to carry the snapshot. Payloads are not touched before that
+// decision; OFFSET 0 makes sure that they are then looked up row by row, whatever the planner believes of LIMIT's parameter.
+const openSQL = `
+WITH fresh AS MATERIALIZED (
+    SELECT old.slot, old.id, old.size
+    FROM pg_snapshot_xip($2::pg_snapshot) AS under_way (xid) CROSS JOIN LATERAL (
+        SELECT slot, id, octet_length(payload) AS size FROM outbox
+        WHERE shard = $1 AND outbox.xid = under_way.xid
+        ORDER BY id LIMIT $3 + 1) AS old
+    UNION ALL
+    (SELECT slot, id, octet_length(payload) FROM outbox
+     WHERE shard = $1 AND xid >= pg_snapshot_xmax($2::pg_snapshot)
+     ORDER BY xid LIMIT $3 + 1)
+), measured AS (
+    SELECT slot, id, count(*) OVER () <= $3 AND sum(size) OVER () <= $4 AS complete, row_number() OVER (ORDER BY id) AS position
+    FROM fresh
+)
+SELECT (SELECT pg_current_snapshot())::text, complete, id, message_id, type, key, payload, headers, created_at
+FROM measured CROSS JOIN LATERAL (
+    SELECT message_id, type, key, payload, headers, created_at FROM outbox
+    WHERE shard = $1 AND slot = measured.slot AND id = measured.id OFFSET 0) AS message
+WHERE complete OR position = 1
+ORDER BY id`
+
+// The bounds of a batch that does not fit into a page. Reads the batch once in the index, whatever its size. The count keeps the
+// planner from answering min() and max() by walking the primary key through everything delivered long ago.
+const boundsSQL = `
+SELECT coalesce(min(id), 0), coalesce(max(id), 0), count(*)
+FROM outbox
+WHERE shard = $1 AND xid >= pg_snapshot_xmax($2::pg_snapshot) AND xid < pg_snapshot_xmax($3::pg_snapshot)
+  AND pg_visible_in_snapshot(xid, $3::pg_snapshot)`
+
+// One page of an open batch: what is visible in the batch ($3), is not in the base ($2), and stands after the last id. For each
+// transaction that was under way at the base, its next rows; for the later ones the next rows by id within the bounds, between which
+// nearly everything belongs to the batch. The cut by size keeps at least one row.
+const pageSQL = `
+WITH candidates AS MATERIALIZED (
+    SELECT old.slot, old.id, old.size
+    FROM pg_snapshot_xip($2::pg_snapshot) AS under_way (xid) CROSS JOIN LATERAL (
+        SELECT slot, id, octet_length(payload) AS size FROM outbox
+        WHERE shard = $1 AND outbox.xid = under_way.xid AND id > $4
+        ORDER BY id LIMIT $5) AS old
+    WHERE pg_visible_in_snapshot(under_way.xid, $3::pg_snapshot)
+    UNION ALL
+    (SELECT slot, id, octet_length(payload) FROM outbox
+     WHERE shard = $1 AND id > $4 AND id BETWEEN $7 AND $8
+       AND xid >= pg_snapshot_xmax($2::pg_snapshot) AND pg_visible_in_snapshot(xid, $3::pg_snapshot)
+     ORDER BY id LIMIT $5)
+), measured AS (
+    SELECT slot, id, sum(size) OVER (ORDER BY id) AS running, row_number() OVER (ORDER BY id) AS position
+    FROM candidates
+    ORDER BY id LIMIT $5
+)
+SELECT '', true, id, message_id, type, key, payload, headers, created_at
+FROM measured CROSS JOIN LATERAL (
+    SELECT message_id, type, key, payload, headers, created_at FROM outbox
+    WHERE shard = $1 AND slot = measured.slot AND id = measured.id OFFSET 0) AS message
+WHERE running <= $6 OR position = 1
+ORDER BY id`
+
+// next returns the page after at, or nil and the position to go on from if there is nothing yet.
+func (l *eventLog) next(ctx context.Context, at position) (*page, position, error) {
+	if at.batch != "" {
+		found, err := l.nextOfBatch(ctx, at)
+		if found != nil || err != nil {
+			return found, at, err
+		}
+		at = position{base: at.batch} // the batch is read to its end
+	}
+	rows, snapshot, complete, err := l.query(ctx, openSQL, l.shard, at.base, l.maxRows, l.maxBytes)
+	switch {
+	case err != nil || len(rows) == 0:
+		return nil, at, err
+	case complete:
+		return &page{rows: rows, snapshot: snapshot, start: at, end: position{base: snapshot}}, at, nil
+	}
+	found, err := l.nextOfBatch(ctx, position{base: at.base, batch: snapshot})
+	return found, at, err
+}
+
+func (l *eventLog) nextOfBatch(ctx context.Context, at position) (*page, error) {
+	if l.bounds.batch != at.batch {
+		found := bounds{batch: at.batch}
+		err := l.db.QueryRow(ctx, boundsSQL, l.shard, at.base, at.batch).Scan(&found.lo, &found.hi, nil)
+		if err != nil {
+			return nil, fmt.Errorf("find bounds of batch: %w", postgres.Classify(err))
+		}
+		l.bounds = found
+	}
+	rows, _, _, err := l.query(ctx, pageSQL, l.shard, at.base, at.batch, at.lastID, l.maxRows, l.maxBytes, l.bounds.lo, l.bounds.hi)
+	if err != nil || len(rows) == 0 {
+		return nil, err
+	}
+	end := position{base: at.base, batch: at.batch, lastID: rows[len(rows)-1].id}
+	return &page{rows: rows, snapshot: at.batch, start: at, end: end}, nil
+}
+
+func (l *eventLog) query(ctx context.Context, sql string, args ...any) (rows []row, snapshot string, complete bool, err error) {
+	found, err := l.db.Query(ctx, sql, args...)
+	if err == nil {
+		rows, err = pgx.CollectRows(found, func(r pgx.CollectableRow) (row, error) {
+			var one row
+			var id uuid.UUID
+			var created time.Time
+			m := &one.message
+			err := r.Scan(&snapshot, &complete, &one.id, &id, &m.Type, &m.Key, &m.Payload, &m.Headers, &created)
+			m.ID, m.CreatedAt = id, created
+			return one, err
+		})
+	}
+	if err != nil {
+		return nil, "", false, fmt.Errorf("read outbox: %w", postgres.Classify(err))
+	}
+	return rows, snapshot, complete, nil
+}

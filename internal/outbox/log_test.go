@@ -1,0 +1,354 @@
+package outbox
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"testing"
+
+	"example.com/orders/internal/messaging"
+	"example.com/orders/internal/testenv"
+	"github.com/google/go-cmp/cmp"
+	"github.com/jackc/pgx/v5"
+	"pgregory.net/rapid"
+)
+
+func equal(t testing.TB, what string, got, want any) {
+	t.Helper()
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Fatalf("%s (-want +got):\n%s", what, diff)
+	}
+}
+
+func TestLogSkipsNothing(t *testing.T) {
+	t.Parallel()
+
+	// Breaks a cursor of the form "id > last".
+	t.Run("AnIDTakenFirstAndCommittedLast", func(t *testing.T) {
+		t.Parallel()
+		db := testenv.Postgres(t)
+		r := newReader(db)
+		slow := openTx(t, db)
+		insertIn(t, slow, "", "slow")
+		insert(t, db, "", "quick")
+		equal(t, "while the slow one is open", r.all(t), []string{"quick"})
+		commitTx(t, slow)
+		equal(t, "after it", r.all(t), []string{"slow"})
+	})
+
+	t.Run("ARollbackLeavesNothing", func(t *testing.T) {
+		t.Parallel()
+		db := testenv.Postgres(t)
+		r := newReader(db)
+		undone := openTx(t, db)
+		insertIn(t, undone, "", "undone")
+		insert(t, db, "", "done")
+		equal(t, "before", r.all(t), []string{"done"})
+		if err := undone.Rollback(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		insert(t, db, "", "next")
+		equal(t, "after", r.all(t), []string{"next"})
+	})
+
+	t.Run("ASubtransaction", func(t *testing.T) {
+		t.Parallel()
+		db := testenv.Postgres(t)
+		r := newReader(db)
+		outer := openTx(t, db)
+		inner, err := outer.Begin(t.Context()) // a savepoint has an xid of its own
+		if err != nil {
+			t.Fatal(err)
+		}
+		insertIn(t, inner, "", "inner")
+		insert(t, db, "", "other")
+		equal(t, "before", r.all(t), []string{"other"})
+		commitTx(t, inner)
+		commitTx(t, outer)
+		equal(t, "after", r.all(t), []string{"inner"})
+	})
+}
+
+// Breaks a watermark of the form "xid < pg_snapshot_xmin".
+func TestLogWaitsForNobody(t *testing.T) {
+	t.Parallel()
+
+	t.Run("AWriteTransactionOpen", func(t *testing.T) {
+		t.Parallel()
+		db := testenv.Postgres(t)
+		if _, err := openTx(t, db).Exec(t.Context(), `CREATE TABLE other ()`); err != nil {
+			t.Fatal(err)
+		}
+		insert(t, db, "", "quick")
+		equal(t, "delivered", newReader(db).all(t), []string{"quick"})
+	})
+
+	t.Run("AWriteTransactionOpenInAnotherDatabase", func(t *testing.T) {
+		t.Parallel()
+		db, other := testenv.Postgres(t), testenv.Postgres(t)
+		if _, err := openTx(t, other).Exec(t.Context(), `CREATE TABLE other ()`); err != nil {
+			t.Fatal(err)
+		}
+		insert(t, db, "", "quick")
+		equal(t, "delivered", newReader(db).all(t), []string{"quick"})
+	})
+
+	t.Run("AnOrphanPreparedTransaction", func(t *testing.T) {
+		t.Parallel()
+		db := testenv.Postgres(t)
+		conn, err := db.Acquire(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Release()
+		exec := func(sql string) {
+			t.Helper()
+			if _, err := conn.Exec(context.WithoutCancel(t.Context()), sql); err != nil {
+				t.Fatal(err)
+			}
+		}
+		name := fmt.Sprintf("'orphan of %s'", conn.Conn().Config().Database)
+		exec(`BEGIN`)
+		exec(`SELECT outbox_insert('probe.Orphan', '', '')`)
+		exec(`PREPARE TRANSACTION ` + name)
+		defer func() { exec(`ROLLBACK PREPARED ` + name) }()
+		insert(t, db, "", "quick")
+		equal(t, "delivered", newReader(db).all(t), []string{"quick"})
+	})
+}
+
+// Breaks an order by xid or by created_at.
+func TestLogKeepsTheCommitOrderOfAKey(t *testing.T) {
+	t.Parallel()
+	db := testenv.Postgres(t)
+	first := openTx(t, db)
+	if _, err := first.Exec(t.Context(), `SELECT pg_current_xact_id()`); err != nil { // it has the lower xid
+		t.Fatal(err)
+	}
+	insert(t, db, "k", "second starter, committed first")
+	insertIn(t, first, "k", "first starter, committed second")
+	commitTx(t, first)
+	equal(t, "order", newReader(db).all(t), []string{"second starter, committed first", "first starter, committed second"})
+}
+
+func TestLogPages(t *testing.T) {
+	t.Parallel()
+
+	t.Run("ALargeBatchWithRowsOfASlowTransactionInBetween", func(t *testing.T) {
+		t.Parallel()
+		db := testenv.Postgres(t)
+		r := newReader(db)
+		slow := openTx(t, db)
+		want := numbered(60)
+		insertIn(t, slow, "", want[0])
+		insert(t, db, "", "before")
+		equal(t, "before the batch", r.all(t), []string{"before"}) // slow is under way in the base
+		for i, text := range want[1:] {
+			if i%3 == 0 {
+				insertIn(t, slow, "", text)
+			} else {
+				insert(t, db, "", text)
+			}
+		}
+		stillOpen := openTx(t, db)
+		insertIn(t, stillOpen, "", "late")
+		commitTx(t, slow)
+		equal(t, "the batch, by id", r.all(t), want)
+		commitTx(t, stillOpen)
+		equal(t, "after the batch", r.all(t), []string{"late"})
+	})
+
+	t.Run("WhatIsCommittedMeanwhileComesAfterTheBatch", func(t *testing.T) {
+		t.Parallel()
+		db := testenv.Postgres(t)
+		r := newReader(db)
+		for _, text := range numbered(25) {
+			insert(t, db, "", text)
+		}
+		got, _ := r.page(t)
+		insert(t, db, "", "meanwhile")
+		equal(t, "all", append(got, r.all(t)...), append(numbered(25), "meanwhile"))
+	})
+
+	t.Run("AreCutBySizeToo", func(t *testing.T) {
+		t.Parallel()
+		db := testenv.Postgres(t)
+		fill(t, db, 9, 300_000)
+		r := newReader(db)
+		var sizes []int
+		for {
+			_, found := r.rawPage(t)
+			if found == nil {
+				break
+			}
+			sizes = append(sizes, len(found.rows))
+		}
+		equal(t, "rows of the pages", sizes, []int{3, 3, 3}) // 1 MiB at most
+	})
+
+	t.Run("CanBeResumedBehindEachRow", func(t *testing.T) {
+		t.Parallel()
+		db := testenv.Postgres(t)
+		for _, text := range numbered(25) {
+			insert(t, db, "", text)
+		}
+		r := newReader(db)
+		for done := 0; done < 25; {
+			got, found := r.page(t)
+			for i := range found.rows {
+				again := newReader(db) // as a relay that starts anew
+				again.at = found.before(i)
+				equal(t, fmt.Sprintf("resumed behind %d", done+i), again.all(t), numbered(25)[done+i:])
+			}
+			done += len(got)
+		}
+	})
+}
+
+// rawPage is page for rows that are no probes.
+func (r *reader) rawPage(t testing.TB) ([]row, *page) {
+	t.Helper()
+	found, at, err := r.log.next(t.Context(), r.at)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.at = at
+	if found == nil {
+		return nil, nil
+	}
+	r.at = found.end
+	return found.rows, found
+}
+
+// TestLogAgainstModel runs random interleavings of transactions, some of which share keys, with readers that page in between and start
+// anew at any row: what was committed is read once and in the commit order of its key, what was not is never read.
+func TestLogAgainstModel(t *testing.T) {
+	t.Parallel()
+	db := testenv.Postgres(t)
+	start, at, err := acquire(t.Context(), db, 0, "model", 1)
+	_ = start
+	if err != nil {
+		t.Fatal(err)
+	}
+	rapid.Check(t, func(rt *rapid.T) {
+		// The table is shared between the runs: begin behind what earlier runs left.
+		r := &reader{log: eventLog{db: db, maxRows: rapid.IntRange(1, 5).Draw(rt, "page"), maxBytes: 1 << 20}, at: at}
+		r.all(t)
+		var open []*modelTx
+		var committed, read []string
+		next := 0
+		end := func(one *modelTx, commit bool) {
+			if commit {
+				commitTx(t, one.tx)
+				committed = append(committed, one.texts...)
+			} else if err := one.tx.Rollback(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+		}
+		rt.Repeat(map[string]func(*rapid.T){
+			"begin": func(rt *rapid.T) {
+				if len(open) == 4 {
+					rt.Skip()
+				}
+				open = append(open, &modelTx{tx: openTx(t, db)})
+			},
+			"insert": func(rt *rapid.T) {
+				if len(open) == 0 {
+					rt.Skip()
+				}
+				one := rapid.SampledFrom(open).Draw(rt, "tx")
+				key := rapid.SampledFrom([]string{"", "a", "b"}).Draw(rt, "key")
+				if slices.ContainsFunc(open, func(other *modelTx) bool { return other != one && other.keys[key] }) {
+					rt.Skip() // it would wait for the other's commit
+				}
+				text := fmt.Sprintf("%s/%d", key, next)
+				next++
+				insertIn(t, one.tx, key, text)
+				one.add(key, text)
+			},
+			"end": func(rt *rapid.T) {
+				if len(open) == 0 {
+					rt.Skip()
+				}
+				i := rapid.IntRange(0, len(open)-1).Draw(rt, "tx")
+				end(open[i], rapid.Float64().Draw(rt, "fate") < 0.8)
+				open = slices.Delete(open, i, i+1)
+			},
+			"read": func(rt *rapid.T) {
+				some, found := r.page(t)
+				if found == nil {
+					return
+				}
+				if rapid.Bool().Draw(rt, "crash") { // in the middle of the page; what was before is recorded
+					done := rapid.IntRange(0, len(found.rows)).Draw(rt, "done")
+					some, r.at, r.log.bounds = some[:done], found.before(done), bounds{}
+				}
+				read = append(read, some...)
+			},
+		})
+		for _, one := range open {
+			end(one, true)
+		}
+		read = append(read, r.all(t)...)
+		at = r.at
+		for _, key := range []string{"", "a", "b"} {
+			want, got := ofKey(committed, key), ofKey(read, key)
+			if key == "" { // no order promised
+				slices.Sort(want)
+				slices.Sort(got)
+			}
+			if diff := cmp.Diff(want, got); diff != "" {
+				rt.Fatalf("key %q (-committed +read):\n%s", key, diff)
+			}
+		}
+	})
+}
+
+type modelTx struct {
+	tx    pgx.Tx
+	keys  map[string]bool // that it holds the lock of
+	texts []string
+}
+
+func (m *modelTx) add(key, text string) {
+	if m.keys == nil {
+		m.keys = map[string]bool{}
+	}
+	m.keys[key] = key != ""
+	m.texts = append(m.texts, text)
+}
+
+func ofKey(all []string, key string) []string {
+	found := []string{}
+	for _, text := range all {
+		if text[:len(key)+1] == key+"/" {
+			found = append(found, text)
+		}
+	}
+	return found
+}
+
+// TestInsertMatchesTheSQLFunction: a writer in another language gets what Go gets.
+func TestInsertMatchesTheSQLFunction(t *testing.T) {
+	t.Parallel()
+	db := testenv.Postgres(t)
+	m := probe("k", "same")
+	m.Headers = map[string]string{"tenant": "a"}
+	inTx(t, db, func(tx pgx.Tx) error { return Insert(t.Context(), tx, m) })
+	if _, err := db.Exec(t.Context(), `SELECT outbox_insert($1, $2, $3, $4)`, m.Type, m.Key, m.Payload, m.Headers); err != nil {
+		t.Fatal(err)
+	}
+	rows, _ := newReader(db).rawPage(t)
+	if len(rows) != 2 {
+		t.Fatalf("%d rows", len(rows))
+	}
+	for _, one := range rows {
+		if err := one.message.Validate(); err != nil {
+			t.Error(err)
+		}
+	}
+	a, b := rows[0].message, rows[1].message
+	b.ID, b.CreatedAt = a.ID, a.CreatedAt
+	equal(t, "messages", fmt.Sprint(a), fmt.Sprint(b))
+	_ = messaging.Message{}
+}

@@ -1,0 +1,129 @@
+package outbox
+
+import (
+	"context"
+	"fmt"
+	"testing"
+
+	"example.com/orders/internal/messaging"
+	"example.com/orders/internal/postgres"
+	"example.com/orders/internal/testenv"
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/wrapperspb"
+)
+
+func TestMain(m *testing.M) { testenv.Main(m) }
+
+// probe is a message whose payload is a text.
+func probe(key, text string) messaging.Message { return messaging.New(key, wrapperspb.String(text)) }
+
+// insert commits one transaction with one message.
+func insert(t testing.TB, db *pgxpool.Pool, key, text string) {
+	t.Helper()
+	err := postgres.Transact(t.Context(), db, func(tx pgx.Tx) error { return Insert(t.Context(), tx, probe(key, text)) })
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// openTx begins a transaction that the test ends itself.
+func openTx(t testing.TB, db *pgxpool.Pool) pgx.Tx {
+	t.Helper()
+	tx, err := db.Begin(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = tx.Rollback(context.Background()) })
+	return tx
+}
+
+func insertIn(t testing.TB, tx pgx.Tx, key, text string) {
+	t.Helper()
+	if err := Insert(t.Context(), tx, probe(key, text)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func commitTx(t testing.TB, tx pgx.Tx) {
+	t.Helper()
+	if err := tx.Commit(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// fill inserts n messages with the texts 0..n-1 in one transaction, quickly.
+func fill(t testing.TB, db *pgxpool.Pool, n, size int) {
+	t.Helper()
+	_, err := db.Exec(t.Context(), `
+		SELECT outbox_insert(array_agg(outbox_uuidv7()), array_agg('probe.Filler'::text), array_agg(''::text), array_agg(decode(repeat('00', $2), 'hex')), array_agg('{}'::jsonb))
+		FROM generate_series(1, $1)`, n, size)
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// reader reads the log like a relay that is never disturbed.
+type reader struct {
+	log eventLog
+	at  position
+}
+
+func newReader(db *pgxpool.Pool) *reader {
+	return &reader{log: eventLog{db: db, maxRows: 10, maxBytes: 1 << 20}, at: position{base: "1:1:"}}
+}
+
+// page returns the texts of the next page, and the page.
+func (r *reader) page(t testing.TB) ([]string, *page) {
+	t.Helper()
+	found, at, err := r.log.next(t.Context(), r.at)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.at = at
+	if found == nil {
+		return nil, nil
+	}
+	r.at = found.end
+	return texts(t, found.rows), found
+}
+
+// all returns the texts of everything that is there.
+func (r *reader) all(t testing.TB) []string {
+	t.Helper()
+	var all []string
+	for {
+		some, found := r.page(t)
+		if found == nil {
+			return all
+		}
+		all = append(all, some...)
+	}
+}
+
+func texts(t testing.TB, rows []row) []string {
+	t.Helper()
+	found := make([]string, len(rows))
+	for i, one := range rows {
+		found[i] = text(t, one.message)
+	}
+	return found
+}
+
+func text(t testing.TB, m messaging.Message) string {
+	t.Helper()
+	var body wrapperspb.StringValue
+	if err := proto.Unmarshal(m.Payload, &body); err != nil {
+		t.Fatal(err)
+	}
+	return body.GetValue()
+}
+
+func numbered(n int) []string {
+	all := make([]string, n)
+	for i := range all {
+		all[i] = fmt.Sprintf("m%03d", i)
+	}
+	return all
+}

@@ -1,0 +1,117 @@
+// Package outbox is the Postgres side of sending: it writes messages into the log in the caller's transaction, and its
+// relay publishes them in order.
+//
+// # What it guarantees
+//
+// A message is in the log if and only if the transaction that inserted it committed, and then it is published at least once,
+// or parked in dead_letter with a reason. None is skipped, whatever the order in which transactions commit, and however
+// long one stays open; none waits for the transaction of another. The messages of one key are published in the order in which
+// their transactions committed: in what the broker receives, the first copy of each stands in that order, across crashes and even
+// if two relays run at once. A crash repeats at most the two pages in flight.
+//
+// It does not promise order between keys, nor that a message is published once: copies are for the inbox to absorb. If the broker
+// nacks one message and accepts a later one of the same key, the two change places; queues without a length limit, as
+// this project declares them, do not do that in normal operation.
+//
+// # Why nothing is skipped
+//
+// Transactions commit in another order than the one in which they draw their ids, so "id > the last one I saw" loses what
+// commits late. Here the cursor is not a number but a snapshot, the database's own notion of what had committed: two snapshots
+// tell exactly which rows became visible in between. Every row stores its transaction's xid. A row is new if its xid is not
+// visible in the cursor's snapshot, that is, if it is one of the transactions under way back then (pg_snapshot_xip) or one that
+// began later (at or above pg_snapshot_xmax); both are found by index. The rows and the snapshot that becomes the next
+// cursor come from one statement, so they cannot disagree. The log is in log.go.
+//
+// # Why the order of a key holds
+//
+// Inserting takes a lock on the key that is held until the commit is visible, and only then draws the row's id. So for two
+// transactions on a key, ids are in the order of commits, and a snapshot that shows the second shows the first. Rows are published in
+// the order of id, each relay publishing one contiguous run that begins at or before the first message not yet delivered.
+//
+// # Why a message is never ahead of its transaction
+//
+// A row may be visible and still vanish in a failover, for as long as the standby has not got it. So the relay claims a page before it
+// publishes it: it commits the page's snapshot to its cursor. Postgres' log is sequential, so if that commit is safe, then so is every
+// row that the page shows.
+package outbox
+
+import (
+	"context"
+	"fmt"
+
+	"example.com/orders/internal/messaging"
+	"example.com/orders/internal/postgres"
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+	"go.opentelemetry.io/otel/propagation"
+)
+
+// Writer runs transactions that insert messages.
+type Writer struct {
+	db   *pgxpool.Pool
+	bell Bell
+}
+
+// NewWriter makes a Writer. The bell is rung after each commit; nil means that the relay finds new messages by polling.
+func NewWriter(db *pgxpool.Pool, bell Bell) *Writer {
+	return &Writer{db: db, bell: bell}
+}
+
+// Transact is postgres.Transact, and rings the relay's doorbell after the commit. A process that dies in between costs the
+// message up to one poll interval, never the message.
+func (w *Writer) Transact(ctx context.Context, fn func(tx pgx.Tx) error) error {
+	if err := postgres.Transact(ctx, w.db, fn); err != nil {
+		return err
+	}
+	if w.bell != nil {
+		w.bell.Ring()
+	}
+	return nil
+}
+
+const insertSQL = `SELECT outbox_insert($1::uuid[], $2::text[], $3::text[], $4::bytea[], $5::jsonb[])`
+
+// Insert writes messages into the log, in their order, as part of tx. The trace of ctx travels with them.
+// It returns an error that wraps messaging.ErrInvalid, before anything is written, if one of them could never be published.
+//
+// It locks the messages' keys until tx ends. A transaction that calls it more than once with different keys can deadlock with
+// another that does so the other way round; Postgres then ends one of them, and Transact runs it again.
+func Insert(ctx context.Context, tx pgx.Tx, messages ...messaging.Message) error {
+	if len(messages) == 0 {
+		return nil
+	}
+	n := len(messages)
+	ids, types, keys := make([][16]byte, n), make([]string, n), make([]string, n)
+	payloads, headers := make([][]byte, n), make([]map[string]string, n)
+	for i, message := range messages {
+		message.Headers = withTrace(ctx, message.Headers)
+		if err := message.Validate(); err != nil {
+			return fmt.Errorf("insert into outbox: %w", err)
+		}
+		ids[i], types[i], keys[i] = message.ID, message.Type, message.Key
+		payloads[i], headers[i] = notNil(message.Payload), message.Headers
+	}
+	if _, err := tx.Exec(ctx, insertSQL, ids, types, keys, payloads, headers); err != nil {
+		return fmt.Errorf("insert into outbox: %w", err)
+	}
+	return nil
+}
+
+// notNil keeps a payload of no bytes, which is a valid protobuf message, from becoming NULL.
+func notNil(payload []byte) []byte {
+	if payload == nil {
+		return []byte{}
+	}
+	return payload
+}
+
+// withTrace returns a copy of headers with the W3C trace context of ctx. It is stored in the row because the relay publishes
+// much later, in a process that knows nothing of the request.
+func withTrace(ctx context.Context, headers map[string]string) map[string]string {
+	carrier := propagation.MapCarrier{}
+	propagation.TraceContext{}.Inject(ctx, carrier)
+	for name, value := range headers {
+		carrier[name] = value
+	}
+	return carrier
+}

@@ -1,0 +1,267 @@
+package outbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"example.com/orders/internal/deadletter"
+	"example.com/orders/internal/failpoint"
+	"example.com/orders/internal/messaging"
+	"example.com/orders/internal/postgres"
+	"github.com/cenkalti/backoff/v5"
+)
+
+// maxInFlight is how many pages may be without verdict. With two, the next page is read, claimed and written while the broker
+// still works on the one before; more would only add to what a crash repeats.
+const maxInFlight = 2
+
+// minPoll is how soon the log is looked at again after something was found; the pause doubles from there to the poll interval.
+const minPoll = 5 * time.Millisecond
+
+// errBroker is wrapped by the failures that leave the lease and the position intact.
+var errBroker = errors.New("broker")
+
+// run publishes under one lease. It is a single goroutine: read, claim, publish, settle. When the broker fails, it goes back to the
+// last position that is known to be delivered; when the database fails, it ends, and the next run asks the cursor where it stands.
+type run struct {
+	log       eventLog
+	cursor    *cursor
+	publisher messaging.Publisher
+	wake      LocalBell
+	poll      time.Duration
+	pause     *backoff.ExponentialBackOff
+
+	next     position // where to read on
+	claimed  string   // the snapshot that was claimed last
+	inFlight []flight // published, without verdict, oldest first
+	settled  progress // what is delivered and not yet recorded
+	dirty    bool     // settled has something to record
+	// alone is how many more messages are to be published one by one. The broker closed the channel over one of them without
+	// saying which; published alone, it gives itself away, and the others are repeated once and no more.
+	alone int
+}
+
+// flight is a page on its way.
+type flight struct {
+	*page
+	sent    []int   // indexes of the rows that were published
+	invalid []error // a row: why it was not
+	receipt messaging.Receipt
+}
+
+func (r *Relay) newRun(held *cursor, at position, pause *backoff.ExponentialBackOff) *run {
+	return &run{
+		log:    eventLog{db: r.db, shard: r.config.Shard, maxRows: r.config.PageRows, maxBytes: r.config.PageBytes},
+		cursor: held, publisher: r.publisher, wake: r.wake, poll: r.config.PollInterval, pause: pause,
+		next: at, settled: progress{delivered: at},
+	}
+}
+
+// loop publishes until the database fails, the lease is lost, or ctx is done, when it still settles what is in flight.
+func (r *run) loop(ctx context.Context) error {
+	var sleep time.Duration
+	for {
+		idle, err := r.step(ctx)
+		switch {
+		case errors.Is(err, postgres.ErrOutcomeUnknown), errors.Is(err, errFenced):
+			return errors.Join(err, r.publisher.Close())
+		case ctx.Err() != nil:
+			return r.finish(ctx)
+		case errors.Is(err, errBroker):
+			if err := r.retreat(ctx, err); err != nil {
+				return err
+			}
+		case err != nil:
+			return errors.Join(err, r.publisher.Close())
+		case idle:
+			sleep = min(max(2*sleep, minPoll), r.poll)
+			wait(ctx, r.wake, sleep)
+		default:
+			sleep = 0
+		}
+	}
+}
+
+// step does the next thing: publish another page if there is one and room for it, else settle the oldest in flight, else
+// record. It returns true when there was nothing to do.
+func (r *run) step(ctx context.Context) (idle bool, err error) {
+	if len(r.inFlight) < r.room() {
+		found, at, err := r.read(ctx)
+		if err != nil {
+			return false, err
+		}
+		r.next = at
+		if found != nil {
+			return false, r.publish(ctx, found)
+		}
+	}
+	switch {
+	case len(r.inFlight) > 0:
+		return false, r.settle(ctx)
+	case r.settled.delivered != r.next: // a batch came to its end, and there is nothing new
+		r.settled.delivered, r.dirty = r.next, true
+		fallthrough
+	case r.dirty:
+		return false, r.record(ctx, "")
+	}
+	return true, nil
+}
+
+func (r *run) room() int {
+	if r.alone > 0 {
+		return 1
+	}
+	return maxInFlight
+}
+
+func (r *run) read(ctx context.Context) (*page, position, error) {
+	log := r.log
+	if r.alone > 0 {
+		log.maxRows = 1
+	}
+	found, at, err := log.next(ctx, r.next)
+	r.log.bounds = log.bounds
+	return found, at, err
+}
+
+// publish claims a page, and only then writes it to the broker.
+func (r *run) publish(ctx context.Context, found *page) error {
+	claim := found.snapshot
+	if claim == r.claimed {
+		claim = "" // a further page of a batch that is claimed: no need to wait for the disk again
+	}
+	if err := r.record(ctx, claim); err != nil {
+		return err
+	}
+	r.claimed = found.snapshot
+	failpoint.Hit("relay.claimed")
+	one := flight{page: found, invalid: make([]error, len(found.rows))}
+	var messages []messaging.Message
+	for i, row := range found.rows {
+		if one.invalid[i] = row.message.Validate(); one.invalid[i] == nil {
+			messages, one.sent = append(messages, row.message), append(one.sent, i)
+		}
+	}
+	receipt, err := r.publisher.Publish(ctx, messages)
+	if err != nil {
+		return fmt.Errorf("%w: publish page: %w", errBroker, err)
+	}
+	failpoint.Hit("relay.published")
+	one.receipt = receipt
+	r.inFlight = append(r.inFlight, one)
+	r.next = found.end
+	return nil
+}
+
+// settle waits for the verdicts on the oldest page. The position moves over the rows up to the first one that must be sent again:
+// everything behind that one is sent again too, whatever its own verdict, so that the order holds.
+func (r *run) settle(ctx context.Context) error {
+	oldest := r.inFlight[0]
+	verdicts := oldest.invalid
+	for i, verdict := range oldest.receipt.Wait(ctx) {
+		verdicts[oldest.sent[i]] = verdict
+	}
+	failpoint.Hit("relay.confirmed")
+	for i, verdict := range verdicts {
+		reason, final := r.judge(verdict, len(oldest.rows) == 1)
+		if !final {
+			r.passed(oldest.before(i))
+			if errors.Is(verdict, messaging.ErrRefused) {
+				r.alone = len(oldest.rows) - i
+			}
+			return fmt.Errorf("%w: publish message %s: %w", errBroker, oldest.rows[i].message.ID, verdict)
+		}
+		if verdict == nil {
+			r.settled.published++
+		} else {
+			r.settled.parked = append(r.settled.parked, park(ctx, oldest.rows[i], reason, verdict))
+		}
+	}
+	r.passed(oldest.end)
+	r.inFlight = r.inFlight[1:]
+	r.alone = max(0, r.alone-len(oldest.rows))
+	r.pause.Reset() // something got through
+	return nil
+}
+
+// judge tells whether a verdict is final, and why the message is parked if it is not nil.
+func (r *run) judge(verdict error, alone bool) (reason deadletter.Reason, final bool) {
+	switch {
+	case verdict == nil:
+		return "", true
+	case errors.Is(verdict, messaging.ErrInvalid):
+		return deadletter.Malformed, true
+	case errors.Is(verdict, messaging.ErrReturned):
+		return deadletter.Unroutable, true
+	case errors.Is(verdict, messaging.ErrRefused) && alone:
+		return deadletter.Refused, true
+	}
+	return "", false
+}
+
+func park(ctx context.Context, one row, reason deadletter.Reason, verdict error) deadletter.Letter {
+	m := one.message
+	slog.ErrorContext(ctx, "message parked", "message_id", m.ID, "type", m.Type, "reason", reason, "error", verdict)
+	return deadletter.Letter{
+		MessageID: m.ID.String(), Type: m.Type, Key: m.Key, Payload: m.Payload, Headers: m.Headers,
+		Reason: reason, Error: verdict.Error(), Attempts: 1,
+	}
+}
+
+func (r *run) passed(at position) {
+	r.settled.delivered, r.dirty = at, true
+}
+
+// record commits what is settled, and the claim of a snapshot if one is given.
+func (r *run) record(ctx context.Context, claimed string) error {
+	r.settled.claimed = claimed
+	if err := r.cursor.move(ctx, r.settled); err != nil {
+		return err
+	}
+	r.settled, r.dirty = progress{delivered: r.settled.delivered}, false
+	failpoint.Hit("relay.moved")
+	return nil
+}
+
+// retreat gives up what is in flight after a failure of the broker, and waits before the next try.
+func (r *run) retreat(ctx context.Context, cause error) error {
+	r.giveUp()
+	if r.dirty {
+		if err := r.record(ctx, ""); err != nil {
+			return err
+		}
+	}
+	if errors.Is(cause, messaging.ErrRefused) {
+		slog.WarnContext(ctx, "broker refused something on the page, publishing one by one", "messages", r.alone, "error", cause)
+		return nil
+	}
+	retryIn := r.pause.NextBackOff()
+	slog.WarnContext(ctx, "publishing interrupted", "shard", r.cursor.shard, "error", cause, "retry_in", retryIn)
+	wait(ctx, nil, retryIn)
+	return nil
+}
+
+// giveUp forgets what is in flight, and goes back to what is known to be delivered. The channel must go with it: a verdict that
+// came later would be taken for one of the next try.
+func (r *run) giveUp() {
+	_ = r.publisher.Close() // it is broken already, or will be of no further use
+	r.inFlight, r.next = nil, r.settled.delivered
+}
+
+// finish settles what is in flight at shutdown, so that the next relay need not send it again.
+func (r *run) finish(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+	defer cancel()
+	var err error
+	for err == nil && len(r.inFlight) > 0 {
+		err = r.settle(ctx)
+	}
+	r.giveUp()
+	if !r.dirty {
+		return err
+	}
+	return errors.Join(err, r.record(ctx, ""))
+}

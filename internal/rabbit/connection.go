@@ -1,0 +1,73 @@
+// Package rabbit publishes to RabbitMQ and consumes from it.
+//
+// The publisher guarantees that a message it reports as published is confirmed by every queue that it was routed to, and was routed to
+// at least one. The consumer guarantees that a delivery is acked only after its handler returned nil, and that deliveries of one key
+// are handled one after the other in the order of the queue. Both reconnect for as long as they run; the client library's own
+// recovery is off, since it gives up after five tries and turns the confirms that are under way into nacks.
+//
+// Neither promises that something is delivered once: what is unknown when a connection ends is sent, or delivered, again.
+package rabbit
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"net"
+	"time"
+
+	amqp "github.com/rabbitmq/amqp091-go"
+)
+
+const (
+	// handshakeTimeout bounds dialling and the AMQP handshake.
+	handshakeTimeout = 10 * time.Second
+	// heartbeat finds a dead peer within two of its intervals. Below 5 s a busy broker is taken for a dead one.
+	heartbeat = 10 * time.Second
+	// closeTimeout bounds the polite end of a connection. A blocked connection never answers.
+	closeTimeout = 2 * time.Second
+)
+
+// dial connects. The name is shown to the broker's operators. A wrap that is given gets hold of the network connection.
+func dial(ctx context.Context, url, name string, wrap func(net.Conn) net.Conn) (*amqp.Connection, error) {
+	properties := amqp.NewConnectionProperties()
+	properties.SetClientConnectionName(cmp.Or(name, "unnamed"))
+	conn, err := amqp.DialConfig(url, amqp.Config{
+		Heartbeat: heartbeat, Properties: properties, Locale: "en_US",
+		Dial: func(network, address string) (net.Conn, error) {
+			conn, err := (&net.Dialer{Timeout: handshakeTimeout}).DialContext(ctx, network, address)
+			if err != nil {
+				return nil, err
+			}
+			if wrap != nil {
+				conn = wrap(conn)
+			}
+			// For the handshake only: the library takes it off again.
+			return conn, conn.SetDeadline(time.Now().Add(handshakeTimeout))
+		},
+	})
+	if err != nil {
+		return nil, fmt.Errorf("connect to rabbitmq: %w", err)
+	}
+	return conn, nil
+}
+
+// hangUp closes a connection, by force if it does not answer.
+func hangUp(conn *amqp.Connection) {
+	_ = conn.CloseDeadline(time.Now().Add(closeTimeout)) // what is lost with it is unknown to both sides anyway
+}
+
+// Check connects and says whether the broker is there. It is what health checks call.
+func Check(ctx context.Context, url string) error {
+	conn, err := dial(ctx, url, "health check", nil)
+	if err != nil {
+		return err
+	}
+	hangUp(conn)
+	return nil
+}
+
+// ValidateURL says whether url is one that dial could use.
+func ValidateURL(url string) error {
+	_, err := amqp.ParseURI(url)
+	return err
+}

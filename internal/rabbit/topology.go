@@ -1,0 +1,84 @@
+package rabbit
+
+import (
+	"errors"
+	"fmt"
+
+	amqp "github.com/rabbitmq/amqp091-go"
+)
+
+// Topology is what a service needs on the broker. It follows from the message types that its consumer groups handle; every process
+// declares it when it connects, so there is no topology file and nothing to set up.
+type Topology struct {
+	// Exchange is the topic exchange that events go to, with the message type as routing key.
+	Exchange string
+	Queues   []Queue
+}
+
+// Queue is the queue of one consumer group.
+type Queue struct {
+	Name string
+	// Types are the message types that the queue is bound to.
+	Types []string
+}
+
+// DeadQueue is the name of the queue that takes what the broker gave up delivering from a queue.
+func DeadQueue(name string) string { return name + ".dead" }
+
+// deliveryLimit is how often the broker hands out a message that nobody acks. It is a last resort: the inbox takes over at the
+// third delivery. Explicit, because the default is none in RabbitMQ 3 and 20 since 4.0.
+const deliveryLimit = 20
+
+// queueArguments are the arguments of a group's queue, all of them explicit, since their defaults differ between versions.
+func queueArguments(name string) amqp.Table {
+	return amqp.Table{
+		// Replicated, and confirmed only when a majority has it on disk.
+		"x-queue-type": "quorum",
+		// One consumer at a time: with several, a key's messages would be handled out of order. The others stand by.
+		"x-single-active-consumer": true,
+		"x-delivery-limit":         deliveryLimit,
+		// Beyond the limit a message moves to the dead queue, and leaves this one only when it is safe there. That strategy demands
+		// reject-publish, which has no other effect on a queue without a length limit.
+		"x-dead-letter-exchange":    "",
+		"x-dead-letter-routing-key": DeadQueue(name),
+		"x-dead-letter-strategy":    "at-least-once",
+		"x-overflow":                "reject-publish",
+	}
+}
+
+// deadQueueArguments: nothing leaves a dead queue but by an ack.
+var deadQueueArguments = amqp.Table{"x-queue-type": "quorum", "x-delivery-limit": 1_000_000, "x-overflow": "reject-publish"}
+
+// declare makes the topology on ch. All of it is idempotent. A queue that exists with other arguments is an error that says so:
+// deleting and making it anew is a decision about its messages, and not ours.
+func (t Topology) declare(ch *amqp.Channel) error {
+	if err := ch.ExchangeDeclare(t.Exchange, amqp.ExchangeTopic, true, false, false, false, nil); err != nil {
+		return fmt.Errorf("declare exchange %s: %w", t.Exchange, err)
+	}
+	for _, queue := range t.Queues {
+		if err := declareQueue(ch, DeadQueue(queue.Name), deadQueueArguments); err != nil {
+			return err
+		}
+		if err := declareQueue(ch, queue.Name, queueArguments(queue.Name)); err != nil {
+			return err
+		}
+		for _, key := range queue.Types {
+			if err := ch.QueueBind(queue.Name, key, t.Exchange, false, nil); err != nil {
+				return fmt.Errorf("bind queue %s to %s: %w", queue.Name, key, err)
+			}
+		}
+	}
+	return nil
+}
+
+func declareQueue(ch *amqp.Channel, name string, arguments amqp.Table) error {
+	_, err := ch.QueueDeclare(name, true, false, false, false, arguments)
+	var refused *amqp.Error
+	if errors.As(err, &refused) && refused.Code == amqp.PreconditionFailed {
+		return fmt.Errorf("queue %s exists with other arguments; empty and delete it, or give this one another name: %w", name, err)
+	}
+	if err != nil {
+		return fmt.Errorf("declare queue %s: %w", name, err)
+	}
+	return nil
+}

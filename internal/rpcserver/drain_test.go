@@ -1,0 +1,118 @@
+package rpcserver_test
+
+import (
+	"context"
+	"errors"
+	"testing"
+	"time"
+
+	"connectrpc.com/connect/v2"
+	"example.com/orders/internal/rpcserver"
+	"google.golang.org/grpc/codes"
+	reflectionv1 "google.golang.org/grpc/reflection/grpc_reflection_v1"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/wrapperspb"
+)
+
+func TestDrainFinishesUnaryCallsAndEndsStreams(t *testing.T) {
+	t.Parallel()
+	for _, transport := range transports {
+		t.Run(transport.name, func(t *testing.T) {
+			t.Parallel()
+			arrived, proceed := make(chan struct{}), make(chan struct{})
+			server := serve(t, rpcserver.Config{},
+				unary(func(ctx context.Context, in string) (string, error) {
+					close(arrived)
+					<-proceed
+					return in, ctx.Err()
+				}),
+				stream(func(ctx context.Context, _ string, send func(string) error) error {
+					if err := send("first"); err != nil {
+						return err
+					}
+					<-ctx.Done()
+					return ctx.Err()
+				}))
+			client := server.client(t, transport.http2, transport.options...)
+			unaryEnded := make(chan error, 1)
+			go func() {
+				_, err := call(t.Context(), client, "hello")
+				unaryEnded <- err
+			}()
+			<-arrived
+			watch, err := client.CallServerStream(t.Context(), streamSpec, wrapperspb.String(""))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer watch.Close()
+			if err := watch.Receive(new(wrapperspb.StringValue)); err != nil {
+				t.Fatal(err)
+			}
+
+			server.stop()
+			wantError(t, watch.Receive(new(wrapperspb.StringValue)), connect.CodeUnavailable, "server is shutting down, try again")
+			select {
+			case err := <-server.done:
+				t.Fatalf("drained before the unary call was answered: %v", err)
+			default:
+			}
+			close(proceed)
+			if err := <-unaryEnded; err != nil {
+				t.Errorf("unary call under way: %v", err)
+			}
+			if err := <-server.done; err != nil {
+				t.Errorf("Serve: %v", err)
+			}
+		})
+	}
+}
+
+// TestDrainEndsStreamsThatWaitForTheCaller has a handler in Receive, where no context reaches it.
+func TestDrainEndsStreamsThatWaitForTheCaller(t *testing.T) {
+	t.Parallel()
+	server := serve(t, rpcserver.Config{DrainTimeout: time.Minute})
+	reflection, err := reflectionv1.NewServerReflectionClient(server.grpc(t)).ServerReflectionInfo(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	list := &reflectionv1.ServerReflectionRequest{MessageRequest: &reflectionv1.ServerReflectionRequest_ListServices{}}
+	if err := reflection.Send(list); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := reflection.Recv(); err != nil {
+		t.Fatal(err)
+	}
+	server.stop()
+	if _, err := reflection.Recv(); status.Code(err) != codes.Unavailable {
+		t.Errorf("stream ended with %v", err)
+	}
+	if err := <-server.done; err != nil {
+		t.Errorf("Serve: %v", err)
+	}
+}
+
+func TestDrainTimeoutCutsOffWhatIsStuck(t *testing.T) {
+	t.Parallel()
+	arrived, ended := make(chan struct{}), make(chan struct{})
+	server := serve(t, rpcserver.Config{DrainTimeout: 50 * time.Millisecond}, unary(func(ctx context.Context, _ string) (string, error) {
+		close(arrived)
+		<-ctx.Done()
+		close(ended)
+		return "", ctx.Err()
+	}))
+	answered := make(chan error, 1)
+	client := server.client(t, false)
+	go func() {
+		_, err := call(t.Context(), client, "")
+		answered <- err
+	}()
+	<-arrived
+	server.stop()
+	if err := <-server.done; !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("Serve: %v", err)
+	}
+	<-ended
+	if err := <-answered; err == nil {
+		t.Error("the call succeeded")
+	}
+}

@@ -1,0 +1,79 @@
+package rpcserver
+
+import (
+	"context"
+	"net/http"
+	"time"
+
+	"connectrpc.com/connect/v2"
+)
+
+// guard is the mux that Connect mounts its handlers on. It puts around each of them what the kind of call needs, which
+// only HTTP can do.
+type guard struct {
+	mux    *http.ServeMux
+	config Config
+	types  map[string]connect.StreamType
+}
+
+func newGuard(mux *http.ServeMux, config Config, rpc *connect.Server) *guard {
+	types := make(map[string]connect.StreamType)
+	for spec := range rpc.Specs() {
+		types[spec.Procedure] = spec.StreamType
+	}
+	return &guard{mux: mux, config: config, types: types}
+}
+
+// Handle implements connecthttp.ServeMux. A pattern that is no procedure is a service's unknown methods: unary, as it were.
+func (g *guard) Handle(pattern string, handler http.Handler) {
+	if g.types[pattern]&connect.StreamTypeClient == 0 {
+		handler = g.boundBody(handler)
+	}
+	if g.types[pattern] != connect.StreamTypeUnary {
+		handler = endOnDrain(handler)
+	}
+	g.mux.Handle(pattern, handler)
+}
+
+// boundBody bounds the body of a call with one request message in size and time. Connect bounds the message by itself, but
+// would read what is too large to its end, and wait for it however long.
+func (g *guard) boundBody(next http.Handler) http.Handler {
+	const framing = 1 << 10 // room for the envelope, so that it is Connect that refuses what is a little too large
+	limit := int64(g.config.ReadMaxBytes) + framing
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		// A body that is there already must get no deadline: net/http reads on, to notice when the caller leaves. Otherwise it
+		// lifts the deadline by itself when the body is at its end.
+		if r.Body != http.NoBody {
+			_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(g.config.BodyTimeout)) // httptest.ResponseRecorder has none
+			r.Body = http.MaxBytesReader(w, r.Body, limit)
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+// endOnDrain ends a stream when the server begins to drain: its context, for handlers that wait for something to send, and
+// its body, for those that wait for the caller.
+func endOnDrain(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		draining, ok := r.Context().Value(drainingKey{}).(context.Context)
+		if !ok { // not served by Serve
+			next.ServeHTTP(w, r)
+			return
+		}
+		ctx, cancel := context.WithCancelCause(r.Context())
+		defer cancel(nil)
+		control := http.NewResponseController(w)
+		ended := make(chan struct{})
+		stop := context.AfterFunc(draining, func() {
+			defer close(ended)
+			cancel(errDraining)
+			_ = control.SetReadDeadline(time.Now())
+		})
+		defer func() {
+			if !stop() {
+				<-ended // w must not be used once ServeHTTP has returned
+			}
+		}()
+		next.ServeHTTP(w, r.WithContext(ctx))
+	})
+}

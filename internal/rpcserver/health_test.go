@@ -1,0 +1,122 @@
+package rpcserver_test
+
+import (
+	"context"
+	"errors"
+	"io"
+	"strings"
+	"sync/atomic"
+	"testing"
+
+	"example.com/orders/internal/rpcserver"
+	"google.golang.org/grpc/codes"
+	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/status"
+)
+
+const (
+	serving    = healthv1.HealthCheckResponse_SERVING
+	notServing = healthv1.HealthCheckResponse_NOT_SERVING
+)
+
+// dependency is something that can be away.
+type dependency struct{ away atomic.Bool }
+
+func (d *dependency) ready(context.Context) error {
+	if d.away.Load() {
+		return errors.New("secret: dial db-1")
+	}
+	return nil
+}
+
+func TestHealthFollowsWhatEachServiceNeeds(t *testing.T) {
+	t.Parallel()
+	var database, broker dependency
+	server := serve(t, rpcserver.Config{Checks: []rpcserver.Check{
+		{Name: "database", Ready: database.ready},
+		{Name: "broker", Ready: broker.ready, Services: []string{"other.v1.Other"}},
+	}}, unary(echo))
+	client := healthv1.NewHealthClient(server.grpc(t))
+	tests := []struct {
+		name            string
+		database        bool
+		broker          bool
+		overall, probe  healthv1.HealthCheckResponse_ServingStatus
+		readyzStatus    int
+		readyzMentioned string
+	}{
+		{"all there", true, true, serving, serving, 200, `{"ready":true,"draining":false,"missing":[]}`},
+		{"broker away", true, false, notServing, serving, 503, `{"ready":false,"draining":false,"missing":["broker"]}`},
+		{"database away", false, true, notServing, notServing, 503, `{"ready":false,"draining":false,"missing":["database"]}`},
+		{"both away", false, false, notServing, notServing, 503, `{"ready":false,"draining":false,"missing":["database","broker"]}`},
+		{"back again", true, true, serving, serving, 200, `{"ready":true,"draining":false,"missing":[]}`},
+	}
+	for _, test := range tests {
+		database.away.Store(!test.database)
+		broker.away.Store(!test.broker)
+		for service, want := range map[string]healthv1.HealthCheckResponse_ServingStatus{"": test.overall, "probe.v1.Probe": test.probe} {
+			res, err := client.Check(t.Context(), &healthv1.HealthCheckRequest{Service: service})
+			if err != nil || res.GetStatus() != want {
+				t.Errorf("%s: service %q: got %s, %v, want %s", test.name, service, res.GetStatus(), err, want)
+			}
+		}
+		if code, body := get(t, server.url+"/readyz"); code != test.readyzStatus || body != test.readyzMentioned {
+			t.Errorf("%s: /readyz: got %d %s, want %d %s", test.name, code, body, test.readyzStatus, test.readyzMentioned)
+		}
+		if code, body := get(t, server.url+"/healthz"); code != 200 || body != "ok" {
+			t.Errorf("%s: /healthz: got %d %s", test.name, code, body)
+		}
+	}
+	if n := strings.Count(server.logs.String(), `msg="not ready"`); n != 3 {
+		t.Errorf("database left once and broker twice, but that was logged %d times:\n%s", n, server.logs)
+	}
+}
+
+func TestHealthOfUnknownService(t *testing.T) {
+	t.Parallel()
+	client := healthv1.NewHealthClient(serve(t, rpcserver.Config{}, unary(echo)).grpc(t))
+	if _, err := client.Check(t.Context(), &healthv1.HealthCheckRequest{Service: "none"}); status.Code(err) != codes.NotFound {
+		t.Errorf("Check: got %v", err)
+	}
+	watch, err := client.Watch(t.Context(), &healthv1.HealthCheckRequest{Service: "none"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if res, err := watch.Recv(); err != nil || res.GetStatus() != healthv1.HealthCheckResponse_SERVICE_UNKNOWN {
+		t.Errorf("Watch: got %s, %v", res.GetStatus(), err)
+	}
+	list, err := client.List(t.Context(), new(healthv1.HealthListRequest))
+	if err != nil || list.GetStatuses()["probe.v1.Probe"].GetStatus() != serving {
+		t.Errorf("List: got %v, %v", list, err)
+	}
+}
+
+func TestHealthWatchSendsChanges(t *testing.T) {
+	t.Parallel()
+	var database dependency
+	server := serve(t, rpcserver.Config{Checks: []rpcserver.Check{{Name: "database", Ready: database.ready}}}, unary(echo))
+	watch, err := healthv1.NewHealthClient(server.grpc(t)).Watch(t.Context(), new(healthv1.HealthCheckRequest))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []healthv1.HealthCheckResponse_ServingStatus{serving, notServing, serving} {
+		database.away.Store(want == notServing)
+		if res, err := watch.Recv(); err != nil || res.GetStatus() != want {
+			t.Errorf("got %s, %v, want %s", res.GetStatus(), err, want)
+		}
+	}
+}
+
+func get(t *testing.T, url string) (int, string) {
+	t.Helper()
+	res, err := httpClient(t, false).Get(url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer res.Body.Close()
+	body, err := io.ReadAll(res.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return res.StatusCode, strings.TrimSpace(string(body))
+}

@@ -1,0 +1,92 @@
+package rpcserver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"runtime/debug"
+	"time"
+
+	"connectrpc.com/connect/v2"
+	"connectrpc.com/validate"
+	"example.com/orders/internal/postgres"
+)
+
+// Interceptors returns what every call goes through, whatever it came by, the outermost first: access log, recovery from
+// panics and error mapping, the given interceptors, validation. New uses them; a server for another transport should, too.
+//
+// What a caller may see of an error is decided here and nowhere else. A *connect.Error that a handler returns is meant for
+// the caller and passes, unless it is another server's. postgres.ErrUnavailable and postgres.ErrOutcomeUnknown become
+// unavailable, the second with a text that says so; the end of the call's context becomes canceled or deadline_exceeded. Anything
+// else is logged and becomes internal with a fixed text.
+func Interceptors(log *slog.Logger, inner ...connect.ServerInterceptor) []connect.ServerInterceptor {
+	all := []connect.ServerInterceptor{logAccess(log), answerErrors(log)}
+	all = append(all, inner...)
+	return append(all, validate.NewServerInterceptor())
+}
+
+func logAccess(log *slog.Logger) connect.ServerInterceptor {
+	return func(next connect.ServerFunc) connect.ServerFunc {
+		return func(ctx context.Context, spec connect.Spec, stream connect.ServerStream) error {
+			started := time.Now()
+			err := next(ctx, spec, stream)
+			level, code := slog.LevelDebug, "ok"
+			if err != nil {
+				level, code = slog.LevelInfo, connect.CodeOf(err).String()
+			}
+			if log.Enabled(ctx, level) {
+				info, _ := connect.CallInfoForServerContext(ctx)
+				log.Log(ctx, level, "rpc", "procedure", spec.Procedure, "code", code, "duration", time.Since(started),
+					"protocol", info.Protocol, "peer", info.PeerAddr)
+			}
+			return err
+		}
+	}
+}
+
+func answerErrors(log *slog.Logger) connect.ServerInterceptor {
+	return func(next connect.ServerFunc) connect.ServerFunc {
+		return func(ctx context.Context, spec connect.Spec, stream connect.ServerStream) (err error) {
+			defer func() {
+				if p := recover(); p != nil {
+					log.ErrorContext(ctx, "rpc panicked", "procedure", spec.Procedure, "panic", fmt.Sprint(p), "stack", string(debug.Stack()))
+					err = errInternal
+				}
+			}()
+			if err := next(ctx, spec, stream); err != nil {
+				answer, level := public(ctx, err)
+				log.Log(ctx, level, "rpc failed", "procedure", spec.Procedure, "code", answer.Code().String(), "error", err)
+				return answer.WithCause(err)
+			}
+			return nil
+		}
+	}
+}
+
+var errInternal = connect.NewError(connect.CodeInternal, "internal error")
+
+// public returns what the caller may see of err, and how loudly the rest, which only the log gets to see, should be said.
+func public(ctx context.Context, err error) (*connect.Error, slog.Level) {
+	var own *connect.Error
+	switch {
+	case errors.Is(context.Cause(ctx), errDraining):
+		return connect.NewError(connect.CodeUnavailable, "server is shutting down, try again"), slog.LevelDebug
+	case errors.As(err, &own) && !own.IsRemote():
+		if errors.Is(err, os.ErrDeadlineExceeded) { // of the body; Connect's text for it names addresses
+			return connect.NewError(connect.CodeDeadlineExceeded, "request did not arrive in time"), slog.LevelDebug
+		}
+		return own, slog.LevelDebug
+	case errors.Is(err, postgres.ErrOutcomeUnknown):
+		return connect.NewError(connect.CodeUnavailable,
+			"the outcome is unknown: it may have been done or not; repeat the call with the same ID, which is safe"), slog.LevelWarn
+	case errors.Is(ctx.Err(), context.DeadlineExceeded):
+		return connect.NewError(connect.CodeDeadlineExceeded, "deadline exceeded"), slog.LevelDebug
+	case ctx.Err() != nil:
+		return connect.NewError(connect.CodeCanceled, "canceled"), slog.LevelDebug
+	case errors.Is(err, postgres.ErrUnavailable):
+		return connect.NewError(connect.CodeUnavailable, "database is unavailable, try again"), slog.LevelWarn
+	}
+	return errInternal, slog.LevelError
+}

@@ -1,0 +1,37 @@
+package testenv
+
+import (
+	"testing"
+	"time"
+)
+
+const (
+	firstPoll = 2 * time.Millisecond
+	lastPoll  = 50 * time.Millisecond
+)
+
+// Eventually calls check until it returns nil, and fails the test with its last
+// error if that has not happened within the timeout.
+//
+// It is only for states of systems that cannot signal: a server, or another
+// process. What the code under test does is awaited through channels, and pure
+// timing is tested under testing/synctest.
+func Eventually(t testing.TB, timeout time.Duration, check func() error) {
+	t.Helper()
+	poll := firstPoll
+	for deadline := time.Now().Add(timeout); ; {
+		err := check()
+		if err == nil {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("still after %s: %v", timeout, err)
+		}
+		select {
+		case <-t.Context().Done(): // the test's cleanup has begun: it will not get better
+			t.Fatalf("test ended while waiting: %v", err)
+		case <-time.After(poll):
+		}
+		poll = min(2*poll, lastPoll)
+	}
+}

@@ -1,0 +1,161 @@
+package testenv
+
+import (
+	"context"
+	"net/http"
+	"net/url"
+	"strings"
+	"testing"
+)
+
+// AMQP returns the URL of a new RabbitMQ vhost that is the test's own. It is
+// deleted when the test ends, with all that is in it and all its connections.
+func AMQP(t testing.TB) string {
+	t.Helper()
+	e := shared(t)
+	vhost := uniqueName(t)
+	ctx, cancel := context.WithTimeout(t.Context(), callPatience)
+	defer cancel()
+	if err := e.management.call(ctx, http.MethodPut, nil, nil, "vhosts", vhost); err != nil {
+		t.Fatalf("create vhost: %v", err)
+	}
+	t.Cleanup(func() {
+		ctx, cancel := cleanupContext()
+		defer cancel()
+		if err := e.management.call(ctx, http.MethodDelete, nil, nil, "vhosts", vhost); err != nil {
+			t.Errorf("delete vhost: %v", err)
+		}
+	})
+	broker, err := url.Parse(e.stack.AMQPURL)
+	if err != nil {
+		t.Fatalf("parse AMQP_URL: %v", err)
+	}
+	all := map[string]string{"configure": ".*", "write": ".*", "read": ".*"}
+	if err := e.management.call(ctx, http.MethodPut, all, nil, "permissions", vhost, broker.User.Username()); err != nil {
+		t.Fatalf("grant permissions: %v", err)
+	}
+	broker.Path = "/" + vhost
+	return broker.String()
+}
+
+// Queue is what the management API says about a queue. Counts are up to two
+// seconds old.
+type Queue struct {
+	Name      string         `json:"name"`
+	Type      string         `json:"type"` // classic, quorum or stream
+	Durable   bool           `json:"durable"`
+	Arguments map[string]any `json:"arguments"`
+	Messages  int            `json:"messages"` // ready and unacknowledged
+	Ready     int            `json:"messages_ready"`
+	Unacked   int            `json:"messages_unacknowledged"`
+	Consumers int            `json:"consumers"`
+}
+
+// Message is a message that Get took from a queue.
+type Message struct {
+	Exchange   string `json:"exchange"`
+	RoutingKey string `json:"routing_key"`
+	Payload    string `json:"payload"` // base64 if Encoding says so
+	Encoding   string `json:"payload_encoding"`
+	Properties struct {
+		MessageID   string         `json:"message_id"`
+		Type        string         `json:"type"`
+		ContentType string         `json:"content_type"`
+		Headers     map[string]any `json:"headers"`
+	} `json:"properties"`
+}
+
+// ManagementClient does to one vhost what operators and accidents do. Its methods
+// fail the test on any error and must be called from the test's goroutine.
+type ManagementClient struct {
+	t     testing.TB
+	api   *management
+	vhost string
+}
+
+// Management returns a client for the vhost of a URL that AMQP returned.
+func Management(t testing.TB, amqpURL string) *ManagementClient {
+	t.Helper()
+	parsed, err := url.Parse(amqpURL)
+	if err != nil {
+		t.Fatalf("parse amqp url: %v", err)
+	}
+	return &ManagementClient{t: t, api: shared(t).management, vhost: strings.TrimPrefix(parsed.Path, "/")}
+}
+
+// CloseConnections closes all connections to the vhost from the broker's side, as
+// an operator would, and returns how many. It waits for the first one to show up,
+// since the API learns of connections a moment after their clients do.
+func (c *ManagementClient) CloseConnections() int {
+	c.t.Helper()
+	var connections []struct {
+		Name string `json:"name"`
+	}
+	Eventually(c.t, callPatience, func() error {
+		connections = nil
+		if err := c.try(http.MethodGet, nil, &connections, "vhosts", c.vhost, "connections"); err != nil {
+			return err
+		}
+		if len(connections) == 0 {
+			return errNoConnections
+		}
+		return nil
+	})
+	for _, connection := range connections {
+		if err := c.try(http.MethodDelete, nil, nil, "connections", connection.Name); !isNotFound(err) && err != nil {
+			c.t.Fatalf("close connection: %v", err)
+		}
+	}
+	return len(connections)
+}
+
+// Queue returns a queue; ok is false if there is none of this name.
+func (c *ManagementClient) Queue(name string) (queue Queue, ok bool) {
+	c.t.Helper()
+	err := c.try(http.MethodGet, nil, &queue, "queues", c.vhost, name)
+	if isNotFound(err) {
+		return Queue{}, false
+	}
+	c.must("read queue", err)
+	return queue, true
+}
+
+// Get takes up to max messages from a queue, for good. Unlike counts it is exact.
+func (c *ManagementClient) Get(queue string, max int) []Message {
+	c.t.Helper()
+	request := map[string]any{"count": max, "ackmode": "ack_requeue_false", "encoding": "auto"}
+	var messages []Message
+	c.must("get messages", c.try(http.MethodPost, request, &messages, "queues", c.vhost, queue, "get"))
+	return messages
+}
+
+// Purge removes the messages that are ready in a queue.
+func (c *ManagementClient) Purge(queue string) {
+	c.t.Helper()
+	c.must("purge queue", c.try(http.MethodDelete, nil, nil, "queues", c.vhost, queue, "contents"))
+}
+
+// DeleteQueue deletes a queue, used or not.
+func (c *ManagementClient) DeleteQueue(name string) {
+	c.t.Helper()
+	c.must("delete queue", c.try(http.MethodDelete, nil, nil, "queues", c.vhost, name))
+}
+
+// DeleteExchange deletes an exchange, used or not.
+func (c *ManagementClient) DeleteExchange(name string) {
+	c.t.Helper()
+	c.must("delete exchange", c.try(http.MethodDelete, nil, nil, "exchanges", c.vhost, name))
+}
+
+func (c *ManagementClient) must(what string, err error) {
+	c.t.Helper()
+	if err != nil {
+		c.t.Fatalf("%s: %v", what, err)
+	}
+}
+
+func (c *ManagementClient) try(method string, body, result any, path ...string) error {
+	ctx, cancel := context.WithTimeout(c.t.Context(), callPatience)
+	defer cancel()
+	return c.api.call(ctx, method, body, result, path...)
+}

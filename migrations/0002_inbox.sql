@@ -1,0 +1,55 @@
+-- The inbox: which messages a consumer group has taken, and those whose handler is to be tried again.
+
+-- +goose Up
+
+-- One row for each message that a group has taken over from the broker: its effect is committed, or it stands in
+-- inbox_retry or dead_letter. Eight slots of a day make a ring like the outbox's. The slot comes from the time inside the
+-- UUIDv7, so all copies of a message meet in one slot and the primary key holds although the table is partitioned;
+-- slot -1 holds messages of other senders whose IDs carry no time.
+CREATE TABLE inbox (
+    slot        smallint    NOT NULL,
+    consumer    text        NOT NULL,
+    message_id  uuid        NOT NULL,
+    -- Deliveries that were seen: 1 and the duplicates that were absorbed.
+    copies      integer     NOT NULL DEFAULT 1,
+    received_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    CONSTRAINT inbox_pkey PRIMARY KEY (slot, consumer, message_id)
+) PARTITION BY LIST (slot);
+
+CREATE TABLE inbox_slot_foreign PARTITION OF inbox FOR VALUES IN (-1);
+
+-- +goose StatementBegin
+DO $$
+BEGIN
+    FOR slot IN 0..7 LOOP
+        EXECUTE format('CREATE TABLE inbox_slot_%s PARTITION OF inbox FOR VALUES IN (%s)', slot, slot);
+    END LOOP;
+END
+$$;
+-- +goose StatementEnd
+
+CREATE TABLE inbox_retry (
+    -- The order in which the messages of one key came.
+    seq        bigint      NOT NULL GENERATED ALWAYS AS IDENTITY CONSTRAINT inbox_retry_pkey PRIMARY KEY,
+    consumer   text        NOT NULL,
+    message_id text        NOT NULL,
+    type       text        NOT NULL,
+    key        text        NOT NULL,
+    payload    bytea       NOT NULL,
+    headers    jsonb       NOT NULL,
+    -- Runs of the handler that failed.
+    attempts   integer     NOT NULL,
+    -- Runs that were started, counted before the handler runs: those that neither failed nor ended took the process with them.
+    starts     integer     NOT NULL DEFAULT 0,
+    due_at     timestamptz NOT NULL,
+    last_error text        NOT NULL,
+    created_at timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+
+-- For "does anything of this key wait?", asked for every batch, and for "is this the first of its key?".
+CREATE INDEX inbox_retry_key_idx ON inbox_retry (consumer, key, seq) WHERE key <> '';
+-- For "what is due?".
+CREATE INDEX inbox_retry_due_idx ON inbox_retry (consumer, due_at);
+
+-- +goose Down
+DROP TABLE inbox_retry, inbox;

@@ -1,0 +1,65 @@
+// Package migrations holds the database's schema as goose migrations, embedded into the binary.
+//
+// Up is safe to call from any number of processes at once: a session-level advisory lock lets one of them work and the others wait.
+// Migrations need a direct connection, since a transaction-mode pooler has no sessions.
+package migrations
+
+import (
+	"context"
+	"database/sql"
+	"embed"
+	"fmt"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/stdlib"
+	"github.com/pressly/goose/v3"
+	"github.com/pressly/goose/v3/lock"
+)
+
+// FS holds the migrations, named NNNN_name.sql.
+//
+//go:embed *.sql
+var FS embed.FS
+
+// Up brings the database at url to the newest version and returns the names of the migrations that it applied.
+func Up(ctx context.Context, url string) (applied []string, err error) {
+	config, err := pgx.ParseConfig(url)
+	if err != nil {
+		return nil, fmt.Errorf("parse postgres url: %w", err)
+	}
+	db := stdlib.OpenDB(*config)
+	defer db.Close()
+	provider, err := newProvider(db)
+	if err != nil {
+		return nil, err
+	}
+	results, err := provider.Up(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("migrate: %w", err)
+	}
+	for _, result := range results {
+		applied = append(applied, result.Source.Path)
+	}
+	return applied, nil
+}
+
+// Pending tells whether the database at url lacks migrations that this binary holds.
+func Pending(ctx context.Context, db *sql.DB) (bool, error) {
+	provider, err := newProvider(db)
+	if err != nil {
+		return false, err
+	}
+	return provider.HasPending(ctx)
+}
+
+func newProvider(db *sql.DB) (*goose.Provider, error) {
+	locker, err := lock.NewPostgresSessionLocker()
+	if err != nil {
+		return nil, fmt.Errorf("make migration lock: %w", err)
+	}
+	provider, err := goose.NewProvider(goose.DialectPostgres, db, FS, goose.WithSessionLocker(locker))
+	if err != nil {
+		return nil, fmt.Errorf("load migrations: %w", err)
+	}
+	return provider, nil
+}

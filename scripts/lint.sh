@@ -1,0 +1,96 @@
+#!/usr/bin/env bash
+# All static checks: Go, protobuf, generated code. Runs every check, then names those that failed.
+#
+#   scripts/lint.sh
+#
+# Needs Go and Node (taken from apt on Debian when missing and allowed). Writes nothing but tools/node_modules and Go's
+# own caches.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+failed=()
+
+# check NAME COMMAND... runs one check under a heading and remembers when it failed.
+check() {
+  local name=$1
+  shift
+  printf '\n== %s\n' "$name"
+  if ! "$@"; then
+    failed+=("$name")
+  fi
+}
+
+# The installed tree carries a copy of the lock file that it was made from.
+install_tools() {
+  if ! cmp -s tools/package-lock.json tools/node_modules/.lint-lock; then
+    (cd tools && npm ci --no-fund --no-audit)
+    cp tools/package-lock.json tools/node_modules/.lint-lock
+  fi
+}
+
+in_bench() { (cd bench && "$@"); }
+
+gofmt_clean() {
+  local files
+  files=$(gofmt -l .)
+  [ -z "$files" ] || { printf 'not formatted: %s\n' $files; return 1; }
+}
+
+# main_ref prints the newest commit of the main branch that this clone has or can fetch.
+main_ref() {
+  git rev-parse -q --verify refs/remotes/origin/main^{commit} ||
+    git rev-parse -q --verify refs/heads/main^{commit} ||
+    { git fetch -q --depth=1 origin main 2>/dev/null && git rev-parse -q --verify FETCH_HEAD^{commit}; }
+}
+
+# The old files are taken out by git archive: buf's own git input wants a branch, which a CI clone does not have.
+breaking() {
+  local ref
+  if ! ref=$(main_ref); then
+    echo 'skipped: there is no main branch to compare with'
+    return
+  fi
+  if ! git cat-file -e "$ref:proto" 2>/dev/null; then
+    echo 'skipped: the main branch has no proto folder yet'
+    return
+  fi
+  mkdir "$scratch/main"
+  git archive "$ref" proto | tar -x -C "$scratch/main"
+  cp buf.yaml "$scratch/main"
+  "$buf" breaking --against "$scratch/main"
+}
+
+generated() {
+  "$buf" generate -o "$scratch/generated" || return 1
+  local out
+  for out in $(sed -n 's/.*out: *\([^,} ]*\).*/\1/p' buf.gen.yaml | sort -u); do
+    if ! diff -r "$scratch/generated/$out" "$out"; then
+      echo "$out is not what proto/ generates: run $buf generate"
+      return 1
+    fi
+  done
+}
+
+buf=tools/node_modules/.bin/buf
+scripts/need.sh npm nodejs npm
+install_tools
+
+check 'gofmt' gofmt_clean
+check 'go vet' go vet ./...
+check 'staticcheck' go tool -modfile=tools/go.mod staticcheck ./...
+check 'go.mod is tidy' go mod tidy -diff
+check 'bench: go vet' go -C bench vet ./...
+check 'bench: staticcheck' in_bench go tool -modfile=../tools/go.mod staticcheck ./...
+check 'bench: go.mod is tidy' go -C bench mod tidy -diff
+check 'buf lint' "$buf" lint
+check 'buf format' "$buf" format --diff --exit-code
+check 'buf breaking, against main' breaking
+check 'generated code is current' generated
+
+if [ ${#failed[@]} -gt 0 ]; then
+  printf '\nfailed: %s\n' "${failed[@]}"
+  exit 1
+fi
+printf '\nall checks passed\n'

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Installs what a command needs, on Debian and Ubuntu as root or with passwordless sudo; elsewhere it says what to install.
+#
+#   scripts/need.sh COMMAND PACKAGE...
+set -euo pipefail
+command=$1
+shift
+if command -v "$command" >/dev/null; then
+  exit
+fi
+root=()
+if [ "$(id -u)" != 0 ]; then
+  root=(sudo -n)
+fi
+if ! command -v apt-get >/dev/null || { [ "$(id -u)" != 0 ] && ! sudo -n true 2>/dev/null; }; then
+  echo "$command is missing: install it (Debian's packages: $*) and run this again." >&2
+  exit 1
+fi
+echo "installing $* for $command" >&2
+"${root[@]}" apt-get update -qq
+DEBIAN_FRONTEND=noninteractive "${root[@]}" apt-get install -y -qq --no-install-recommends "$@"

@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Starts the servers and the three processes of the service, and leaves them running. `make down` stops them.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+stack=.stack/bin/stack
+api=127.0.0.1:8080 relay=127.0.0.1:8081 consumer=127.0.0.1:8082
+
+eval "$($stack up)"
+bin/orders migrate
+LISTEN=$api $stack daemon api -- bin/orders api
+LISTEN=$relay $stack daemon relay -- bin/orders relay
+LISTEN=$consumer $stack daemon consumer -- bin/orders consumer
+for address in $api $relay $consumer; do
+  for try in $(seq 100); do
+    if bin/orders healthcheck "http://$address/readyz" 2>/dev/null; then
+      continue 2
+    fi
+    sleep 0.1
+  done
+  bin/orders healthcheck "http://$address/readyz" || { echo "see .stack/dev/log" >&2; exit 1; }
+done
+
+cat <<TEXT
+
+API        http://$api     (Connect, gRPC and gRPC-Web, without TLS)
+readiness  http://$api/readyz, http://$relay/readyz, http://$consumer/readyz
+Postgres   $POSTGRES_URL
+RabbitMQ   $AMQP_URL   console: $RABBITMQ_MANAGEMENT_URL
+logs       .stack/dev/log
+
+Try it:
+
+  curl -d '{"sku":"apple","total":10}' -H 'Content-Type: application/json' http://$api/orders.v1.OrderService/SetStock
+  curl -d '{"orderId":"0190c0de-0000-7000-8000-000000000001","customerId":"ann","lines":[{"sku":"apple","quantity":2}]}' -H 'Content-Type: application/json' http://$api/orders.v1.OrderService/PlaceOrder
+  curl -d '{"orderId":"0190c0de-0000-7000-8000-000000000001"}' -H 'Content-Type: application/json' http://$api/orders.v1.OrderService/GetOrder
+
+make down stops it all.
+TEXT
