@@ -32,7 +32,7 @@ bench: $(STACK) ## The relay against RabbitMQ's own ceiling
 	$(STACK) -- .stack/bin/bench
 
 build: ## Build bin/orders
-	go build -trimpath -ldflags '$(LDFLAGS)' -o bin/orders ./cmd/orders
+	go build -ldflags '$(LDFLAGS)' -o bin/orders ./cmd/orders
 
 generate: ## Generate code from proto/
 	@scripts/need.sh npm nodejs npm

@@ -1,0 +1,71 @@
+// Command victim is the relay or the consumer of a service without a domain, for the tests in internal/chaos to kill. Its one handler writes
+// down each effect, so that a doubled or a missing one shows.
+package main
+
+import (
+	"context"
+	"fmt"
+	"log"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+
+	"example.com/orders/internal/inbox"
+	"example.com/orders/internal/outbox"
+	"example.com/orders/internal/postgres"
+	"example.com/orders/internal/rabbit"
+	"github.com/jackc/pgx/v5"
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/protobuf/types/known/wrapperspb"
+)
+
+const (
+	exchange = "events"
+	queue    = "victim.effects"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
+	defer stop()
+	if err := run(ctx, os.Args[1]); err != nil {
+		log.Fatal(err)
+	}
+}
+
+func run(ctx context.Context, role string) error {
+	db, err := postgres.Open(ctx, postgres.Config{URL: os.Getenv("POSTGRES_URL")})
+	if err != nil {
+		return err
+	}
+	defer db.Close()
+	group := inbox.NewGroup("effects")
+	inbox.Handle(group, apply)
+	topology := rabbit.Topology{Exchange: exchange, Queues: []rabbit.Queue{{Name: queue, Types: group.Types()}}}
+	amqpURL := os.Getenv("AMQP_URL")
+
+	running, ctx := errgroup.WithContext(ctx)
+	switch role {
+	case "relay":
+		config := outbox.Config{PageRows: 20, Lease: time.Second, PollInterval: 20 * time.Millisecond}
+		publisher := rabbit.NewPublisher(rabbit.PublisherConfig{URL: amqpURL, Topology: topology, Name: "victim relay"})
+		relay := outbox.NewRelay(db, publisher, outbox.NewLocalBell(), config)
+		running.Go(func() error { return relay.Run(ctx) })
+	case "consumer":
+		processor := inbox.NewProcessor(db, group, inbox.Config{PollInterval: 20 * time.Millisecond})
+		consumer := rabbit.NewConsumer(rabbit.ConsumerConfig{
+			URL: amqpURL, Topology: topology, Queue: queue, Name: "victim consumer", Batch: 20, Lanes: 2,
+		}, processor.Process)
+		running.Go(func() error { return consumer.Run(ctx) })
+		running.Go(func() error { return processor.Run(ctx) })
+	default:
+		return fmt.Errorf("no such role: %q", role)
+	}
+	return running.Wait()
+}
+
+// apply is not idempotent on purpose.
+func apply(ctx context.Context, tx pgx.Tx, message *wrapperspb.StringValue) error {
+	_, err := tx.Exec(ctx, `INSERT INTO effects (message) VALUES ($1)`, message.GetValue())
+	return err
+}

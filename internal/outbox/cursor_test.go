@@ -1,0 +1,107 @@
+package outbox
+
+import (
+	"errors"
+	"testing"
+	"time"
+
+	"example.com/orders/internal/deadletter"
+	"example.com/orders/internal/testenv"
+	"github.com/jackc/pgx/v5/pgtype"
+)
+
+func TestCursor(t *testing.T) {
+	t.Parallel()
+
+	t.Run("IsLeasedToOne", func(t *testing.T) {
+		t.Parallel()
+		db := testenv.Postgres(t)
+		held, _, err := acquire(t.Context(), db, 0, "a", time.Hour)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, _, err := acquire(t.Context(), db, 0, "b", time.Hour); !errors.Is(err, errNotLeased) {
+			t.Fatalf("error is %v", err)
+		}
+		if err := held.release(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if _, _, err := acquire(t.Context(), db, 0, "b", time.Hour); err != nil {
+			t.Fatal(err)
+		}
+	})
+
+	t.Run("OfAZombieMovesNothing", func(t *testing.T) {
+		t.Parallel()
+		db := testenv.Postgres(t)
+		zombie, at, err := acquire(t.Context(), db, 0, "zombie", time.Millisecond)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var next *cursor
+		testenv.Eventually(t, 5*time.Second, func() error {
+			next, _, err = acquire(t.Context(), db, 0, "next", time.Hour)
+			return err
+		})
+		moved := progress{delivered: position{base: "900:900:"}, published: 1, parked: []deadletter.Letter{{MessageID: "x"}}}
+		if err := zombie.move(t.Context(), moved); !errors.Is(err, errFenced) {
+			t.Fatalf("move: %v", err)
+		}
+		if err := zombie.renew(t.Context(), time.Hour); !errors.Is(err, errFenced) {
+			t.Fatalf("renew: %v", err)
+		}
+		if err := zombie.release(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		letters, published, inCursor := parked(t, db)
+		equal(t, "letters, published, parked", []int{len(letters), published, inCursor}, []int{0, 0, 0})
+		if err := next.move(t.Context(), progress{delivered: at}); err != nil {
+			t.Fatalf("the new holder's move: %v", err)
+		}
+	})
+
+	t.Run("IsFoundAlsoWhereItIsNotExpected", func(t *testing.T) {
+		t.Parallel()
+		db := testenv.Postgres(t)
+		held, at, err := acquire(t.Context(), db, 0, "a", time.Hour)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, hint := range []pgtype.TID{{}, {BlockNumber: 77, OffsetNumber: 1, Valid: true}} {
+			held.tid = hint
+			if err := held.move(t.Context(), progress{delivered: at, published: 1}); err != nil {
+				t.Fatalf("hint %v: %v", hint, err)
+			}
+		}
+		_, published, _ := parked(t, db)
+		equal(t, "published", published, 2)
+	})
+
+	t.Run("OfAnotherClusterIsRefused", func(t *testing.T) {
+		t.Parallel()
+		db := testenv.Postgres(t)
+		if _, err := db.Exec(t.Context(), `UPDATE outbox_cursor SET system_identifier = 1`); err != nil { // as after a restore
+			t.Fatal(err)
+		}
+		err := NewRelay(db, newBroker(0), NewLocalBell(), Config{}).Run(t.Context())
+		if !errors.Is(err, ErrForeignCluster) {
+			t.Fatalf("error is %v", err)
+		}
+	})
+
+	t.Run("IsTakenOverWhenItsHolderIsSilent", func(t *testing.T) {
+		t.Parallel()
+		db := testenv.Postgres(t)
+		insert(t, db, "", "m000")
+		if _, _, err := acquire(t.Context(), db, 0, "killed", time.Second); err != nil {
+			t.Fatal(err)
+		}
+		b := newBroker(1)
+		started := time.Now()
+		start(t, db, b, Config{Lease: time.Second})
+		await(t, "take-over", b.complete)
+		if took := time.Since(started); took > 10*time.Second { // far above 2 x lease: a guard against waiting for nothing
+			t.Errorf("took %s", took)
+		}
+	})
+}

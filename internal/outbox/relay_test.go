@@ -1,0 +1,337 @@
+package outbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"example.com/orders/internal/messaging"
+	"example.com/orders/internal/testenv"
+	"github.com/jackc/pgx/v5/pgxpool"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/wrapperspb"
+)
+
+// broker is a messaging.Publisher whose verdicts the test decides. The real one is tested in internal/rabbit, and both together in
+// internal/app; this one can fail at will.
+type broker struct {
+	mu       sync.Mutex
+	stored   []string // in the order in which the broker took them
+	sizes    []int    // of the pages
+	closed   int
+	verdict  func(text string, page []string) error // nil: all is well
+	onPage   func(page []string) error              // what Publish returns
+	complete chan struct{}                          // closed when wanted texts are stored
+	wanted   int
+}
+
+func newBroker(wanted int) *broker {
+	return &broker{wanted: wanted, complete: make(chan struct{})}
+}
+
+func (b *broker) Publish(_ context.Context, messages []messaging.Message) (messaging.Receipt, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	page := make([]string, len(messages))
+	for i, m := range messages {
+		var body wrapperspb.StringValue
+		if err := proto.Unmarshal(m.Payload, &body); err != nil {
+			return nil, err
+		}
+		page[i] = body.GetValue()
+	}
+	b.sizes = append(b.sizes, len(page))
+	if b.onPage != nil {
+		if err := b.onPage(page); err != nil {
+			return nil, err
+		}
+	}
+	verdicts := make(verdicts, len(page))
+	for i, text := range page {
+		if b.verdict != nil {
+			verdicts[i] = b.verdict(text, page)
+		}
+		if verdicts[i] == nil {
+			b.stored = append(b.stored, text)
+		}
+	}
+	if b.wanted > 0 && len(b.firstCopies()) >= b.wanted {
+		close(b.complete)
+		b.wanted = 0
+	}
+	return verdicts, nil
+}
+
+func (b *broker) Close() error {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.closed++
+	return nil
+}
+
+type verdicts []error
+
+func (v verdicts) Wait(context.Context) []error { return v }
+
+func (b *broker) firstCopies() []string {
+	var first []string
+	for _, text := range b.stored {
+		if !slices.Contains(first, text) {
+			first = append(first, text)
+		}
+	}
+	return first
+}
+
+// start runs a relay until the test, or the function that it returns, ends it.
+func start(t *testing.T, db *pgxpool.Pool, b messaging.Publisher, config Config) (stop func()) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	var running sync.WaitGroup
+	running.Go(func() {
+		if err := NewRelay(db, b, NewLocalBell(), config).Run(ctx); err != nil {
+			t.Error(err)
+		}
+	})
+	stop = func() { cancel(); running.Wait() }
+	t.Cleanup(stop)
+	return stop
+}
+
+func await(t *testing.T, what string, done <-chan struct{}) {
+	t.Helper()
+	select {
+	case <-done:
+	case <-time.After(30 * time.Second):
+		t.Fatalf("%s: not within 30 s", what)
+	}
+}
+
+type letter struct{ Text, Reason string }
+
+func parked(t *testing.T, db *pgxpool.Pool) (letters []letter, published, inCursor int) {
+	t.Helper()
+	rows, err := db.Query(t.Context(), `SELECT payload, reason FROM dead_letter WHERE consumer = '' ORDER BY id`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer rows.Close()
+	for rows.Next() {
+		var payload []byte
+		var one letter
+		if err := rows.Scan(&payload, &one.Reason); err != nil {
+			t.Fatal(err)
+		}
+		one.Text = text(t, messaging.Message{Payload: payload})
+		letters = append(letters, one)
+	}
+	if err := db.QueryRow(t.Context(), `SELECT published, parked FROM outbox_cursor`).Scan(&published, &inCursor); err != nil {
+		t.Fatal(err)
+	}
+	return letters, published, inCursor
+}
+
+func TestRelay(t *testing.T) {
+	t.Parallel()
+
+	t.Run("PublishesEachMessageOnceInOrderWhenNothingFails", func(t *testing.T) {
+		t.Parallel()
+		db := testenv.Postgres(t)
+		for _, text := range numbered(50) {
+			insert(t, db, "k", text)
+		}
+		b := newBroker(50)
+		stop := start(t, db, b, Config{PageRows: 7})
+		await(t, "all", b.complete)
+		insert(t, db, "k", "m050") // without a doorbell: found by polling
+		testenv.Eventually(t, 10*time.Second, func() error {
+			b.mu.Lock()
+			defer b.mu.Unlock()
+			if len(b.stored) < 51 {
+				return errors.New("not polled")
+			}
+			return nil
+		})
+		stop()
+		equal(t, "stored", b.stored, numbered(51))
+		letters, published, _ := parked(t, db)
+		equal(t, "published", published, 51)
+		equal(t, "parked", len(letters), 0)
+
+		next := newBroker(1) // whoever comes next has nothing to repeat
+		insert(t, db, "k", "m051")
+		start(t, db, next, Config{})
+		await(t, "next", next.complete)
+		equal(t, "stored by the next relay", next.stored, []string{"m051"})
+	})
+
+	t.Run("ParksTheUnroutableAndGoesOn", func(t *testing.T) {
+		t.Parallel()
+		db := testenv.Postgres(t)
+		for _, text := range numbered(20) {
+			insert(t, db, "", text)
+		}
+		b := newBroker(18)
+		b.verdict = func(text string, _ []string) error {
+			if text == "m003" || text == "m011" {
+				return fmt.Errorf("%w: 312 NO_ROUTE", messaging.ErrReturned)
+			}
+			return nil
+		}
+		stop := start(t, db, b, Config{PageRows: 5})
+		await(t, "the others", b.complete)
+		stop()
+		letters, published, inCursor := parked(t, db)
+		equal(t, "letters", letters, []letter{{"m003", "unroutable"}, {"m011", "unroutable"}})
+		equal(t, "published", published, 18)
+		equal(t, "parked", inCursor, 2)
+		equal(t, "stored", len(b.stored), 18)
+	})
+
+	t.Run("FindsWhatTheBrokerRefusesAndRepeatsTheRestOnce", func(t *testing.T) {
+		t.Parallel()
+		db := testenv.Postgres(t)
+		for _, text := range numbered(50) {
+			insert(t, db, "", text)
+		}
+		b := newBroker(49)
+		b.verdict = func(text string, page []string) error {
+			// The channel closes over m013. What came before is stored, but its confirms may be lost with the channel.
+			if i := slices.Index(page, "m013"); i >= 0 {
+				if text < "m013" {
+					b.stored = append(b.stored, text)
+				}
+				return fmt.Errorf("%w: 406", messaging.ErrRefused)
+			}
+			return nil
+		}
+		stop := start(t, db, b, Config{PageRows: 10})
+		await(t, "the others", b.complete)
+		stop()
+		letters, _, _ := parked(t, db)
+		equal(t, "letters", letters, []letter{{"m013", "refused"}})
+		for _, text := range numbered(50) {
+			if n := count(b.stored, text); n > 2 {
+				t.Errorf("%s was stored %d times", text, n)
+			}
+		}
+		if b.sizes[len(b.sizes)-1] == 1 {
+			t.Errorf("pages stayed small: %v", b.sizes)
+		}
+	})
+
+	t.Run("SendsFromTheFirstNackedMessageAgain", func(t *testing.T) {
+		t.Parallel()
+		for _, verdict := range []error{messaging.ErrNacked, messaging.ErrUnknown} {
+			t.Run(strings.ReplaceAll(verdict.Error(), " ", "_"), func(t *testing.T) {
+				t.Parallel()
+				db := testenv.Postgres(t)
+				for _, text := range numbered(20) {
+					insert(t, db, "", text)
+				}
+				b := newBroker(20)
+				failures := 3
+				b.verdict = func(text string, _ []string) error {
+					if text == "m007" && failures > 0 {
+						failures--
+						return verdict
+					}
+					return nil
+				}
+				stop := start(t, db, b, Config{PageRows: 5})
+				await(t, "all", b.complete)
+				stop()
+				letters, published, _ := parked(t, db)
+				equal(t, "letters", len(letters), 0)
+				equal(t, "published", published, 20)
+				for i, text := range numbered(20) {
+					if n := count(b.stored, text); n < 1 || i < 7 && n != 1 {
+						t.Errorf("%s was stored %d times", text, n)
+					}
+				}
+			})
+		}
+	})
+
+	t.Run("KeepsTheOrderOfFirstCopiesThroughLostConnections", func(t *testing.T) {
+		t.Parallel()
+		db := testenv.Postgres(t)
+		for _, text := range numbered(40) {
+			insert(t, db, "k", text)
+		}
+		b := newBroker(40)
+		pages := 0
+		b.onPage = func(page []string) error {
+			if pages++; pages%3 == 0 { // half of the page is stored, and nobody hears of it
+				b.stored = append(b.stored, page[:len(page)/2]...)
+				return errors.New("connection lost")
+			}
+			return nil
+		}
+		stop := start(t, db, b, Config{PageRows: 6, PollInterval: 10 * time.Millisecond})
+		await(t, "all", b.complete)
+		stop()
+		equal(t, "first copies", b.firstCopies(), numbered(40))
+		_, published, _ := parked(t, db)
+		equal(t, "published", published, 40)
+	})
+
+	t.Run("PublishesNothingThatItHasNotClaimed", func(t *testing.T) {
+		t.Parallel()
+		db := testenv.Postgres(t)
+		insert(t, db, "", "m000")
+		b := newBroker(1)
+		var claimed string
+		b.onPage = func([]string) error {
+			return db.QueryRow(context.Background(), `SELECT coalesce(claimed::text, '') FROM outbox_cursor`).Scan(&claimed)
+		}
+		stop := start(t, db, b, Config{})
+		await(t, "all", b.complete)
+		stop()
+		var visible bool
+		err := db.QueryRow(t.Context(), `SELECT bool_and(pg_visible_in_snapshot(xid, $1::text::pg_snapshot)) FROM outbox`, claimed).Scan(&visible)
+		if err != nil || !visible {
+			t.Fatalf("published before its snapshot was committed: claimed %q, %v", claimed, err)
+		}
+	})
+
+	t.Run("GoesOnAfterTheDatabaseWasAway", func(t *testing.T) {
+		t.Parallel()
+		db := testenv.Postgres(t)
+		proxy, url := testenv.ProxyURL(t, db.Config().ConnString())
+		far, err := pgxpool.New(t.Context(), url)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(far.Close)
+		for _, text := range numbered(30) {
+			insert(t, db, "k", text)
+		}
+		b := newBroker(30)
+		cuts := 0
+		b.onPage = func([]string) error {
+			if cuts++; cuts%4 == 0 && cuts < 20 {
+				proxy.Cut()
+			}
+			return nil
+		}
+		stop := start(t, far, b, Config{PageRows: 4, Lease: time.Second})
+		await(t, "all", b.complete)
+		stop()
+		equal(t, "first copies", b.firstCopies(), numbered(30))
+	})
+}
+
+func count(all []string, wanted string) (n int) {
+	for _, one := range all {
+		if one == wanted {
+			n++
+		}
+	}
+	return n
+}
