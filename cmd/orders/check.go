@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"net"
+	"strings"
 	"time"
 )
 
@@ -21,13 +22,18 @@ func (a *listenAddress) UnmarshalText(text []byte) error {
 	return nil
 }
 
-// Validate is called by kong.
-func (f *databaseFlags) Validate() error {
+func (f *databaseFlags) check() error {
 	return between("--max-conns", f.MaxConns, 2, 1000)
 }
 
-// Validate is called by kong.
-func (f *relayFlags) Validate() error {
+func (f *brokerFlags) check() error {
+	if f.Exchange == "" || len(f.Exchange) > 255 || strings.HasPrefix(f.Exchange, "amq.") {
+		return fmt.Errorf("--exchange: %q is not the name of an exchange of our own: 1 to 255 bytes, not beginning with amq.", f.Exchange)
+	}
+	return nil
+}
+
+func (f *relayFlags) check() error {
 	if err := between("--page-rows", f.PageRows, 1, 5000); err != nil {
 		return err
 	}
@@ -37,12 +43,34 @@ func (f *relayFlags) Validate() error {
 	return between("--poll-interval", f.PollInterval, 10*time.Millisecond, time.Minute)
 }
 
-// Validate is called by kong.
-func (f *consumerFlags) Validate() error {
+func (f *consumerFlags) check() error {
 	if err := between("--prefetch", f.Prefetch, 1, 10_000); err != nil {
 		return err
 	}
 	return between("--batch", f.Batch, 1, 1000)
+}
+
+// Validate is called by kong, for commands only: each checks the flags that it embeds.
+
+func (c *apiCommand) Validate() error { return c.databaseFlags.check() }
+func (c *relayCommand) Validate() error {
+	return firstOf(&c.databaseFlags, &c.brokerFlags, &c.relayFlags)
+}
+func (c *consumerCommand) Validate() error {
+	return firstOf(&c.databaseFlags, &c.brokerFlags, &c.consumerFlags)
+}
+func (c *allCommand) Validate() error {
+	return firstOf(&c.databaseFlags, &c.brokerFlags, &c.relayFlags, &c.consumerFlags)
+}
+
+// firstOf returns the first error, so that it is one line.
+func firstOf(flags ...interface{ check() error }) error {
+	for _, f := range flags {
+		if err := f.check(); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func between[N int | int32 | time.Duration](flag string, value, least, most N) error {

@@ -170,7 +170,7 @@ func (c *versionCommand) Run() error {
 
 func main() {
 	var flags cli
-	parser := kong.Must(&flags, kong.Name(app.ServiceName), kong.UsageOnError(),
+	parser := kong.Must(&flags, kong.Name(app.ServiceName),
 		kong.Description("Orders over Connect and RabbitMQ, with a transactional outbox."))
 	command, err := parser.Parse(os.Args[1:])
 	if err != nil {
@@ -187,6 +187,7 @@ func main() {
 }
 
 func fail(status int, text string) {
+	text = strings.Join(strings.Fields(text), " ") // drivers break lines
 	fmt.Fprintf(os.Stderr, "%s: %s\n", app.ServiceName, text)
 	os.Exit(status)
 }

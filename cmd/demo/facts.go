@@ -1,0 +1,125 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"example.com/orders/internal/orders"
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+)
+
+// facts is all that is known when everything has stopped: what callers were told, what the tables hold, what the tap saw.
+type facts struct {
+	acked         []string // IDs of orders whose callers had a good answer
+	orders        []order
+	messages      []message // by ID
+	published     int
+	parked        int
+	copies        int // seen by the tap
+	arrivals      []arrival
+	taken         []taken
+	notifications []notification
+	stock         []stock
+	initial       map[string]int // pieces of each SKU before the load
+	deadLetters   int
+	retrying      int
+	queued        map[string]int // messages left, by queue
+	groups        map[string]string
+}
+
+type order struct{ ID, Status string }
+
+// message is a row of the outbox.
+type message struct {
+	ID        int64
+	MessageID string
+	Type      string
+	Key       string
+	CreatedAt time.Time
+}
+
+// taken is a row of the inbox.
+type taken struct {
+	Consumer   string
+	MessageID  string
+	Copies     int
+	ReceivedAt time.Time
+}
+
+type notification struct{ OrderID, Kind string }
+
+// stock is a row of stock, with what it should agree with.
+type stock struct {
+	SKU       string
+	Total     int
+	Free      int
+	Reserved  int
+	Held      int // by reservations
+	Confirmed int // asked for by confirmed orders
+}
+
+const stockSQL = `
+SELECT sku, total, free, reserved,
+       (SELECT coalesce(sum(quantity), 0) FROM reservations WHERE reservations.sku = stock.sku) AS held,
+       (SELECT coalesce(sum(quantity), 0) FROM order_lines JOIN orders ON orders.id = order_id
+        WHERE order_lines.sku = stock.sku AND orders.status = 'confirmed') AS confirmed
+FROM stock ORDER BY sku`
+
+// readFacts reads what is left when the processes have stopped.
+func (d *demo) readFacts(ctx context.Context) (f facts, err error) {
+	db := d.watch.db
+	now, err := d.watch.sample(ctx)
+	if err != nil {
+		return f, err
+	}
+	f.acked, f.initial = d.load.acked, d.load.plan.stock
+	f.published, f.parked, f.retrying = now.Published, now.Parked, now.Retrying
+	f.copies, f.arrivals = d.tap.all()
+	if f.orders, err = read[order](ctx, db, `SELECT id::text, status FROM orders`); err != nil {
+		return f, err
+	}
+	f.messages, err = read[message](ctx, db, `SELECT id, message_id::text, type, key, created_at FROM outbox ORDER BY id`)
+	if err != nil {
+		return f, err
+	}
+	if f.taken, err = read[taken](ctx, db, `SELECT consumer, message_id::text, copies, received_at FROM inbox`); err != nil {
+		return f, err
+	}
+	f.notifications, err = read[notification](ctx, db, `SELECT order_id::text, kind FROM notifications`)
+	if err != nil {
+		return f, err
+	}
+	if f.stock, err = read[stock](ctx, db, stockSQL); err != nil {
+		return f, err
+	}
+	if err := db.QueryRow(ctx, `SELECT count(*) FROM dead_letter`).Scan(&f.deadLetters); err != nil {
+		return f, fmt.Errorf("count dead letters: %w", err)
+	}
+	f.groups, f.queued = map[string]string{}, map[string]int{}
+	service := orders.NewService(nil, nil) // only asked for its groups
+	for _, group := range []interface {
+		Name() string
+		Types() []string
+	}{service.Fulfillment(), service.Notifications()} {
+		for _, kind := range group.Types() {
+			f.groups[kind] = group.Name()
+		}
+		for _, queue := range []string{"orders." + group.Name(), "orders." + group.Name() + ".dead"} {
+			if f.queued[queue], err = d.tap.depth(queue); err != nil {
+				return f, err
+			}
+		}
+	}
+	return f, nil
+}
+
+func read[T any](ctx context.Context, db *pgxpool.Pool, sql string) ([]T, error) {
+	rows, _ := db.Query(ctx, sql) // CollectRows returns its error
+	found, err := pgx.CollectRows(rows, pgx.RowToStructByPos[T])
+	if err != nil {
+		return nil, fmt.Errorf("read the tables: %w", err)
+	}
+	return found, nil
+}

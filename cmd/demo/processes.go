@@ -1,0 +1,244 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+)
+
+var processNames = []string{"api", "relay", "consumer"}
+
+const (
+	// relayLease is as short as the relay allows, so that the successor of a killed relay need not wait long.
+	relayLease = "1s"
+	// startPatience bounds how long a process may take to be ready.
+	startPatience = 30 * time.Second
+	// stopPatience is more than the processes' own drain timeout.
+	stopPatience = 15 * time.Second
+)
+
+// build compiles the service.
+func build(ctx context.Context, binary string) error {
+	output, err := exec.CommandContext(ctx, "go", "build", "-o", binary, "example.com/orders/cmd/orders").CombinedOutput()
+	if err != nil {
+		return fmt.Errorf("build cmd/orders: %w\n%s", err, output)
+	}
+	return nil
+}
+
+// fleet is the service's processes, each a child of ours.
+type fleet struct {
+	binary string
+	dir    string // of logs
+	env    []string
+	addrs  map[string]string
+	fail   context.CancelCauseFunc // called when a process ends that should not
+	starts chan func()
+
+	mu      sync.Mutex
+	running map[string]*process
+}
+
+// process is one child.
+type process struct {
+	name    string
+	command *exec.Cmd
+	done    chan struct{} // closed when it has ended
+	err     error         // how, once done is closed
+	ending  bool          // we ended it; guarded by fleet.mu
+}
+
+func newFleet(binary, dir string, box *sandbox, fail context.CancelCauseFunc) (*fleet, error) {
+	f := &fleet{
+		binary: binary, dir: dir, fail: fail, addrs: map[string]string{}, running: map[string]*process{},
+		env:    append(withoutService(os.Environ()), "POSTGRES_URL="+box.postgresURL, "AMQP_URL="+box.amqpURL, "RELAY_LEASE="+relayLease),
+		starts: make(chan func()),
+	}
+	for _, name := range processNames {
+		listener, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			return nil, fmt.Errorf("find a free port: %w", err)
+		}
+		defer listener.Close() // not before all ports are found: they must differ
+		f.addrs[name] = listener.Addr().String()
+	}
+	go func() {
+		// Linux ties the death signal to the thread that started the child: this one lives as long as we do.
+		runtime.LockOSThread()
+		for start := range f.starts {
+			start()
+		}
+	}()
+	return f, nil
+}
+
+// withoutService drops the service's own settings: the processes run with their defaults.
+func withoutService(environ []string) []string {
+	prefixes := []string{"LISTEN=", "EXCHANGE=", "LOG_", "RELAY_", "CONSUMER_", "POSTGRES_", "AMQP_URL="}
+	return slices.DeleteFunc(environ, func(entry string) bool {
+		return slices.ContainsFunc(prefixes, func(prefix string) bool { return strings.HasPrefix(entry, prefix) })
+	})
+}
+
+func (f *fleet) addr(name string) string { return f.addrs[name] }
+
+func (f *fleet) pid(name string) int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.running[name].command.Process.Pid
+}
+
+func (f *fleet) migrate(ctx context.Context) error {
+	command := exec.CommandContext(ctx, f.binary, "migrate")
+	command.Env = f.env
+	if output, err := command.CombinedOutput(); err != nil {
+		return fmt.Errorf("migrate: %w\n%s", err, output)
+	}
+	return nil
+}
+
+// start starts a process and returns when it is ready. Its log goes behind that of its predecessor.
+func (f *fleet) start(ctx context.Context, name string) error {
+	log, err := os.OpenFile(f.logPath(name), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	defer log.Close() // the child has its own
+	command := exec.Command(f.binary, name)
+	command.Env = append(slices.Clone(f.env), "LISTEN="+f.addrs[name])
+	command.Stdout, command.Stderr = log, log
+	// In a group of its own, so that Ctrl-C comes to us alone and the children are stopped in order.
+	command.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	endWithUs(command.SysProcAttr)
+	started := make(chan error)
+	f.starts <- func() { started <- command.Start() }
+	if err := <-started; err != nil {
+		return fmt.Errorf("start %s: %w", name, err)
+	}
+	p := &process{name: name, command: command, done: make(chan struct{})}
+	f.mu.Lock()
+	f.running[name] = p
+	f.mu.Unlock()
+	go f.reap(p)
+	return f.awaitReady(ctx, p)
+}
+
+func (f *fleet) reap(p *process) {
+	p.err = p.command.Wait()
+	f.mu.Lock()
+	expected := p.ending
+	f.mu.Unlock()
+	close(p.done)
+	if !expected {
+		f.fail(fmt.Errorf("%s ended by itself: %w%s", p.name, orZero(p.err), f.tail(p.name)))
+	}
+}
+
+// orZero gives a process that ended without an error one.
+func orZero(err error) error {
+	if err == nil {
+		return errors.New("exit status 0")
+	}
+	return err
+}
+
+func (f *fleet) awaitReady(ctx context.Context, p *process) error {
+	ctx, cancel := context.WithTimeout(ctx, startPatience)
+	defer cancel()
+	ticker := time.NewTicker(50 * time.Millisecond)
+	defer ticker.Stop()
+	for {
+		if ready(ctx, "http://"+f.addrs[p.name]+"/readyz") {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("%s is not ready: %w%s", p.name, ctx.Err(), f.tail(p.name))
+		case <-p.done:
+			return fmt.Errorf("%s ended at its start: %w%s", p.name, orZero(p.err), f.tail(p.name))
+		case <-ticker.C:
+		}
+	}
+}
+
+func ready(ctx context.Context, url string) bool {
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	if err != nil {
+		return false
+	}
+	response, err := http.DefaultClient.Do(request)
+	if err != nil {
+		return false
+	}
+	response.Body.Close()
+	return response.StatusCode == http.StatusOK
+}
+
+// kill ends a process with SIGKILL and waits for its end.
+func (f *fleet) kill(name string) (pid int) {
+	p := f.end(name, syscall.SIGKILL)
+	<-p.done
+	return p.command.Process.Pid
+}
+
+func (f *fleet) end(name string, signal syscall.Signal) *process {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	p := f.running[name]
+	p.ending = true
+	_ = p.command.Process.Signal(signal) // fails only if it has ended
+	return p
+}
+
+// stop ends all processes in good order. It may be called twice; the error is of those that did not do it well.
+func (f *fleet) stop() error {
+	f.mu.Lock()
+	names := slices.Sorted(maps.Keys(f.running))
+	f.mu.Unlock()
+	var ended []*process
+	for _, name := range names {
+		ended = append(ended, f.end(name, syscall.SIGTERM))
+	}
+	patience := time.After(stopPatience)
+	var errs []error
+	for _, p := range ended {
+		select {
+		case <-p.done:
+		case <-patience:
+			f.kill(p.name)
+		}
+		if p.err != nil {
+			errs = append(errs, fmt.Errorf("%s did not stop cleanly: %w%s", p.name, p.err, f.tail(p.name)))
+		}
+	}
+	f.mu.Lock()
+	clear(f.running)
+	f.mu.Unlock()
+	return errors.Join(errs...)
+}
+
+func (f *fleet) logPath(name string) string { return filepath.Join(f.dir, name+".log") }
+
+// tail returns the end of a process's log, as part of an error text.
+func (f *fleet) tail(name string) string {
+	content, err := os.ReadFile(f.logPath(name))
+	if err != nil {
+		return ""
+	}
+	lines := bytes.Split(bytes.TrimSpace(content), []byte("\n"))
+	last := lines[max(0, len(lines)-12):]
+	return fmt.Sprintf("\nthe end of %s:\n    %s", f.logPath(name), bytes.Join(last, []byte("\n    ")))
+}

@@ -1,0 +1,161 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/url"
+	"strings"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5"
+	amqp "github.com/rabbitmq/amqp091-go"
+)
+
+// sandbox is a database and a vhost of the run's own, and the proxy through which the processes reach the broker.
+type sandbox struct {
+	name        string // of both
+	postgresURL string
+	amqpURL     string // through the proxy
+	direct      string // past it, for the tap
+	proxy       *proxy
+
+	serverURL  string // of the Postgres server, as given
+	management *url.URL
+}
+
+// newSandbox leaves nothing behind if it fails.
+func newSandbox(ctx context.Context, flags cli) (_ *sandbox, err error) {
+	b := &sandbox{name: "orders_demo_" + uuid.NewString()[:8], serverURL: flags.PostgresURL}
+	broker, err := amqp.ParseURI(flags.AMQPURL)
+	if err != nil {
+		return nil, errors.New("AMQP_URL is not an AMQP URL")
+	}
+	if b.management, err = managementURL(flags.ManagementURL, broker); err != nil {
+		return nil, err
+	}
+	if b.proxy, err = newProxy(net.JoinHostPort(broker.Host, fmt.Sprint(broker.Port))); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+			defer cancel()
+			_ = b.remove(ctx) // err says what is wrong
+		}
+	}()
+	login := url.UserPassword(broker.Username, broker.Password)
+	b.direct = (&url.URL{Scheme: "amqp", User: login, Host: net.JoinHostPort(broker.Host, fmt.Sprint(broker.Port)), Path: b.name}).String()
+	b.amqpURL = (&url.URL{Scheme: "amqp", User: login, Host: b.proxy.addr(), Path: b.name}).String()
+	if b.postgresURL, err = withDatabase(flags.PostgresURL, b.name); err != nil {
+		return nil, err
+	}
+	if err := b.execute(ctx, "CREATE DATABASE "+pgx.Identifier{b.name}.Sanitize()); err != nil {
+		return nil, fmt.Errorf("create database: %w", err)
+	}
+	if err := b.manage(ctx, http.MethodPut, nil, "vhosts", b.name); err != nil {
+		return nil, fmt.Errorf("create vhost: %w; the demo needs RabbitMQ's management plugin, and RABBITMQ_MANAGEMENT_URL if it is not on port 15672", err)
+	}
+	all := map[string]string{"configure": ".*", "write": ".*", "read": ".*"}
+	if err := b.manage(ctx, http.MethodPut, all, "permissions", b.name, broker.Username); err != nil {
+		return nil, fmt.Errorf("grant permissions on the vhost: %w", err)
+	}
+	return b, nil
+}
+
+// remove drops database and vhost. On nil it does nothing.
+func (b *sandbox) remove(ctx context.Context) error {
+	if b == nil {
+		return nil
+	}
+	b.close()
+	dropped := b.execute(ctx, "DROP DATABASE IF EXISTS "+pgx.Identifier{b.name}.Sanitize()+" WITH (FORCE)")
+	if dropped != nil {
+		dropped = fmt.Errorf("drop database %s: %w", b.name, dropped)
+	}
+	err := b.manage(ctx, http.MethodDelete, nil, "vhosts", b.name)
+	if err != nil {
+		err = fmt.Errorf("delete vhost %s: %w", b.name, err)
+	}
+	return errors.Join(dropped, err)
+}
+
+// close ends the proxy. On nil it does nothing.
+func (b *sandbox) close() {
+	if b != nil {
+		b.proxy.close()
+	}
+}
+
+// execute runs a statement on the server's own database.
+func (b *sandbox) execute(ctx context.Context, sql string) error {
+	conn, err := pgx.Connect(ctx, b.serverURL)
+	if err != nil {
+		return err
+	}
+	defer conn.Close(context.WithoutCancel(ctx))
+	_, err = conn.Exec(ctx, sql)
+	return err
+}
+
+// manage calls RabbitMQ's management API.
+func (b *sandbox) manage(ctx context.Context, method string, body any, path ...string) error {
+	content, err := json.Marshal(body)
+	if err != nil {
+		return err
+	}
+	target := b.management.JoinPath("api")
+	for _, element := range path {
+		target = target.JoinPath(url.PathEscape(element))
+	}
+	request, err := http.NewRequestWithContext(ctx, method, target.String(), strings.NewReader(string(content)))
+	if err != nil {
+		return err
+	}
+	request.Header.Set("Content-Type", "application/json")
+	response, err := http.DefaultClient.Do(request)
+	if err != nil {
+		return err
+	}
+	defer response.Body.Close()
+	if response.StatusCode/100 != 2 {
+		return fmt.Errorf("%s %s: %s", method, target.Path, response.Status)
+	}
+	return nil
+}
+
+// managementURL guesses where the API is if it was not given.
+func managementURL(given string, broker amqp.URI) (*url.URL, error) {
+	if given == "" {
+		return &url.URL{Scheme: "http", User: url.UserPassword(broker.Username, broker.Password), Host: net.JoinHostPort(broker.Host, "15672")}, nil
+	}
+	parsed, err := url.Parse(given)
+	if err != nil || parsed.Host == "" {
+		return nil, errors.New("RABBITMQ_MANAGEMENT_URL is not a URL")
+	}
+	if parsed.User == nil {
+		parsed.User = url.UserPassword(broker.Username, broker.Password)
+	}
+	return parsed, nil
+}
+
+// withDatabase names another database in a URL, or in a string of libpq keywords, of which the last one counts.
+func withDatabase(given, name string) (string, error) {
+	if !strings.HasPrefix(given, "postgres://") && !strings.HasPrefix(given, "postgresql://") {
+		return given + " dbname=" + name, nil
+	}
+	parsed, err := url.Parse(given)
+	if err != nil {
+		return "", errors.New("POSTGRES_URL is not a URL")
+	}
+	parsed.Path = "/" + name
+	query := parsed.Query()
+	query.Del("dbname")
+	query.Del("database")
+	parsed.RawQuery = query.Encode()
+	return parsed.String(), nil
+}

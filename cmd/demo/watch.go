@@ -1,0 +1,118 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+)
+
+const (
+	// watchInterval is short, for it is also how exactly a recovery is timed.
+	watchInterval = 100 * time.Millisecond
+	// recoveryPatience is how long the service may take to be back after a fault.
+	recoveryPatience = 30 * time.Second
+	// settlePatience bounds the wait after the load, and stallPatience how long nothing may move meanwhile.
+	settlePatience = 2 * time.Minute
+	stallPatience  = 10 * time.Second
+)
+
+// watch looks at the tables while the load runs.
+type watch struct{ db *pgxpool.Pool }
+
+// sample is where things stand.
+type sample struct {
+	Messages  int   // committed to the outbox
+	Published int   // confirmed by the broker
+	Parked    int   // given up by the relay
+	Epoch     int64 // which lease of the relay it is
+	Applied   int   // taken by a consumer group; every message has exactly one group here
+	Retrying  int
+	Open      int // orders without final state
+}
+
+func (s sample) backlog() int { return s.Messages - s.Parked - s.Applied }
+
+// quiet tells that everything committed is published and applied.
+func (s sample) quiet() bool { return s.Published+s.Parked == s.Messages && s.backlog() == 0 }
+
+const sampleSQL = `
+SELECT (SELECT count(*) FROM outbox) AS messages, cursor.published, cursor.parked, cursor.epoch,
+       (SELECT count(*) FROM inbox) AS applied, (SELECT count(*) FROM inbox_retry) AS retrying,
+       (SELECT count(*) FROM orders WHERE status = 'placed') AS open
+FROM outbox_cursor AS cursor WHERE shard = 0`
+
+func (w *watch) sample(ctx context.Context) (sample, error) {
+	rows, _ := w.db.Query(ctx, sampleSQL) // CollectExactlyOneRow returns its error
+	now, err := pgx.CollectExactlyOneRow(rows, pgx.RowToStructByName[sample])
+	if err != nil {
+		return sample{}, fmt.Errorf("look at the tables: %w", err)
+	}
+	return now, nil
+}
+
+// run shows a sample at every interval until ctx is done.
+func (w *watch) run(ctx context.Context, show func(sample)) {
+	ticker := time.NewTicker(watchInterval)
+	defer ticker.Stop()
+	for {
+		if now, err := w.sample(ctx); err == nil {
+			show(now)
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-ticker.C:
+		}
+	}
+}
+
+var errNoRecovery = errors.New("no recovery")
+
+// await samples until reached is true, and returns that sample.
+func (w *watch) await(ctx context.Context, patience time.Duration, reached func(sample) bool) (sample, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, patience, fmt.Errorf("%w within %s", errNoRecovery, patience))
+	defer cancel()
+	ticker := time.NewTicker(watchInterval / 2)
+	defer ticker.Stop()
+	for {
+		now, err := w.sample(ctx)
+		switch {
+		case ctx.Err() != nil:
+			return now, context.Cause(ctx)
+		case err != nil:
+			return now, err
+		case reached(now):
+			return now, nil
+		}
+		select {
+		case <-ctx.Done():
+		case <-ticker.C:
+		}
+	}
+}
+
+// settle waits until every message is published, seen by the tap and applied. If nothing moves any more it returns too: the ledger
+// says what is missing.
+func (w *watch) settle(ctx context.Context, tap *tap) error {
+	var last sample
+	moved := time.Now()
+	_, err := w.await(ctx, settlePatience, func(now sample) bool {
+		if now != last {
+			last, moved = now, time.Now()
+		}
+		settled := now.quiet() && now.Retrying == 0 && now.Open == 0 &&
+			tap.distinct() >= now.Published
+		return settled || tap.broken() || time.Since(moved) > stallPatience
+	})
+	if tap.broken() {
+		return errors.New("the tap lost its connection to the broker, so there is nothing to count with")
+	}
+	if errors.Is(err, errNoRecovery) {
+		return nil
+	}
+	return err
+}

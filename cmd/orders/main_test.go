@@ -1,0 +1,139 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+// binary is the program under test, built once.
+var binary string
+
+func TestMain(m *testing.M) {
+	os.Exit(func() int {
+		dir, err := os.MkdirTemp("", "orders")
+		if err != nil {
+			panic(err)
+		}
+		defer os.RemoveAll(dir)
+		binary = filepath.Join(dir, "orders")
+		if output, err := exec.Command("go", "build", "-o", binary, ".").CombinedOutput(); err != nil {
+			panic(string(output))
+		}
+		return m.Run()
+	}())
+}
+
+const (
+	goodPostgres = "POSTGRES_URL=postgres://u:hunter2@127.0.0.1:1/orders"
+	goodAMQP     = "AMQP_URL=amqp://u:hunter2@127.0.0.1:1/"
+)
+
+// call runs the program with nothing but the given environment.
+func call(t *testing.T, environment []string, args ...string) (status int, stdout, stderr string) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second) // what should have been refused runs for ever
+	defer cancel()
+	command := exec.CommandContext(ctx, binary, args...)
+	var out, errs bytes.Buffer
+	command.Env, command.Stdout, command.Stderr = environment, &out, &errs
+	err := command.Run()
+	var exit *exec.ExitError
+	if err != nil && !errors.As(err, &exit) {
+		t.Fatal(err)
+	}
+	return command.ProcessState.ExitCode(), out.String(), errs.String()
+}
+
+func TestWrongSettingsAreNamedInOneLine(t *testing.T) {
+	t.Parallel()
+	for name, one := range map[string]struct {
+		environment string // besides good URLs
+		args        string
+		names       string // what the line must name
+	}{
+		"no command":              {"", "", "expected one of"},
+		"unknown command":         {"", "serve", "serve"},
+		"unknown flag":            {"", "api --port=1", "--port"},
+		"log level":               {"LOG_LEVEL=loud", "all", "--log-level"},
+		"log format":              {"LOG_FORMAT=xml", "all", "--log-format"},
+		"listen address":          {"LISTEN=nowhere", "api", "--listen"},
+		"listen port":             {"LISTEN=127.0.0.1:70000", "api", "--listen"},
+		"postgres url":            {"POSTGRES_URL=postgres://u:hunter2@h:port/d", "api", "--postgres-url"},
+		"postgres url of migrate": {"POSTGRES_URL=postgres://u:hunter2@h:port/d", "migrate", "--postgres-url"},
+		"listen url":              {"POSTGRES_LISTEN_URL=mysql://u:hunter2@h", "api", "--postgres-listen-url"},
+		"amqp url":                {"AMQP_URL=http://u:hunter2@h", "relay", "--amqp-url"},
+		"too few connections":     {"POSTGRES_MAX_CONNS=1", "api", "--max-conns"},
+		"connections not number":  {"POSTGRES_MAX_CONNS=many", "api", "--max-conns"},
+		"page rows":               {"RELAY_PAGE_ROWS=0", "relay", "--page-rows"},
+		"lease":                   {"RELAY_LEASE=1ms", "relay", "--lease"},
+		"lease not duration":      {"RELAY_LEASE=5", "relay", "--lease"},
+		"poll interval":           {"RELAY_POLL_INTERVAL=1h", "all", "--poll-interval"},
+		"prefetch":                {"CONSUMER_PREFETCH=0", "consumer", "--prefetch"},
+		"batch":                   {"CONSUMER_BATCH=9999", "consumer", "--batch"},
+		"exchange":                {"EXCHANGE=amq.fanout", "relay", "--exchange"},
+		"health check timeout":    {"", "healthcheck --timeout=soon", "--timeout"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			environment := []string{goodPostgres, goodAMQP}
+			if one.environment != "" {
+				environment = append(environment, one.environment) // the last one counts
+			}
+			status, stdout, stderr := call(t, environment, strings.Fields(one.args)...)
+			if status != 2 || stdout != "" {
+				t.Errorf("exit status %d, output %q", status, stdout)
+			}
+			if strings.Count(stderr, "\n") != 1 || !strings.Contains(stderr, one.names) {
+				t.Errorf("not one line that names %s: %q", one.names, stderr)
+			}
+			if strings.Contains(stderr, "hunter2") {
+				t.Errorf("a password is shown: %q", stderr)
+			}
+		})
+	}
+}
+
+func TestMissingURLsAreNamed(t *testing.T) {
+	t.Parallel()
+	for command, missing := range map[string][]string{
+		"api": {"--postgres-url"}, "migrate": {"--postgres-url"},
+		"relay": {"--postgres-url", "--amqp-url"}, "consumer": {"--postgres-url", "--amqp-url"}, "all": {"--postgres-url", "--amqp-url"},
+	} {
+		status, _, stderr := call(t, nil, command)
+		if status != 2 || strings.Count(stderr, "\n") != 1 {
+			t.Errorf("%s: exit status %d, %q", command, status, stderr)
+		}
+		for _, name := range missing {
+			if !strings.Contains(stderr, name) {
+				t.Errorf("%s: %s is not named: %q", command, name, stderr)
+			}
+		}
+	}
+}
+
+func TestFailuresAreOneLineToo(t *testing.T) {
+	t.Parallel()
+	for command, environment := range map[string]string{
+		"migrate":                               goodPostgres,
+		"healthcheck http://127.0.0.1:1/readyz": "",
+	} {
+		status, _, stderr := call(t, []string{environment}, strings.Fields(command)...)
+		if status != 1 || strings.Count(stderr, "\n") != 1 || strings.Contains(stderr, "hunter2") {
+			t.Errorf("%s: exit status %d, %q", command, status, stderr)
+		}
+	}
+}
+
+func TestVersion(t *testing.T) {
+	t.Parallel()
+	if status, stdout, _ := call(t, nil, "version"); status != 0 || !strings.HasPrefix(stdout, "orders ") {
+		t.Errorf("exit status %d, output %q", status, stdout)
+	}
+}

@@ -1,0 +1,179 @@
+// Package house holds the test that keeps the arrows between the packages, so that the example domain can be deleted and the core kept.
+package house
+
+import (
+	"go/ast"
+	"go/parser"
+	"go/token"
+	"io/fs"
+	"maps"
+	"os"
+	"path"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+)
+
+const module = "example.com/orders/"
+
+// domain is the example: what a user of the template deletes, and what demonstrates it.
+var domain = []string{"internal/orders", "internal/gen/orders", "cmd/demo"}
+
+// arrows says which packages of the core each package may import. What is not listed may import nothing of ours.
+var arrows = map[string][]string{
+	"cmd/orders":             {"internal/app", "internal/outbox", "internal/rabbit", "internal/telemetry", "migrations"},
+	"cmd/stack":              {"internal/localstack"},
+	"internal/app":           {"internal/inbox", "internal/outbox", "internal/postgres", "internal/rabbit", "internal/rpcserver"},
+	"internal/orders":        {"internal/inbox", "internal/messaging", "internal/outbox", "internal/postgres"},
+	"internal/outbox":        {"internal/deadletter", "internal/failpoint", "internal/messaging", "internal/postgres"},
+	"internal/inbox":         {"internal/deadletter", "internal/failpoint", "internal/messaging", "internal/postgres"},
+	"internal/deadletter":    {"internal/messaging"},
+	"internal/rabbit":        {"internal/failpoint", "internal/messaging"},
+	"internal/rpcserver":     {"internal/postgres"},
+	"internal/testenv":       {"internal/localstack", "migrations"},
+	"internal/chaos/victim":  {"internal/inbox", "internal/outbox", "internal/postgres", "internal/rabbit"},
+	"internal/chaos":         {},
+	"internal/gen/orders/v1": {},
+}
+
+// file is one Go file of the module.
+type file struct {
+	dir, name string
+	test      bool
+	imports   []string // of the module, without its path
+	foreign   []string
+	syntax    *ast.File
+}
+
+func files(t *testing.T) []file {
+	t.Helper()
+	root := filepath.Join("..", "..")
+	var all []file
+	err := filepath.WalkDir(root, func(p string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		rel, _ := filepath.Rel(root, p)
+		rel = filepath.ToSlash(rel)
+		if d.IsDir() && (rel == "bench" || rel == "web" || strings.HasPrefix(d.Name(), ".") && rel != "." || d.Name() == "node_modules") {
+			return fs.SkipDir // bench is a module of its own
+		}
+		if d.IsDir() || path.Ext(rel) != ".go" {
+			return nil
+		}
+		one := file{dir: path.Dir(rel), name: path.Base(rel), test: strings.HasSuffix(rel, "_test.go")}
+		one.syntax, err = parser.ParseFile(token.NewFileSet(), p, nil, 0)
+		if err != nil {
+			return err
+		}
+		for _, spec := range one.syntax.Imports {
+			imported, _ := strconv.Unquote(spec.Path.Value)
+			if ours, ok := strings.CutPrefix(imported, module); ok {
+				one.imports = append(one.imports, ours)
+			} else {
+				one.foreign = append(one.foreign, imported)
+			}
+		}
+		all = append(all, one)
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(all) < 20 {
+		t.Fatalf("only %d Go files found: looking in the wrong place", len(all))
+	}
+	return all
+}
+
+func isDomain(dir string) bool {
+	return slices.ContainsFunc(domain, func(d string) bool { return dir == d || strings.HasPrefix(dir, d+"/") })
+}
+
+func TestOnlyDomainGoNamesTheDomain(t *testing.T) {
+	for _, f := range files(t) {
+		if isDomain(f.dir) || f.dir == "internal/app" && f.name == "domain.go" {
+			continue
+		}
+		for _, imported := range f.imports {
+			if isDomain(imported) {
+				t.Errorf("%s/%s imports %s: the core must not know the example domain", f.dir, f.name, imported)
+			}
+		}
+	}
+}
+
+func TestArrows(t *testing.T) {
+	for _, f := range files(t) {
+		if f.test || f.dir == "cmd/demo" {
+			continue
+		}
+		for _, imported := range f.imports {
+			if !isDomain(imported) && !slices.Contains(arrows[f.dir], imported) {
+				t.Errorf("%s/%s imports %s: if that arrow is right, add it here", f.dir, f.name, imported)
+			}
+		}
+	}
+}
+
+// The database's side and the broker's side meet in internal/app only.
+func TestPostgresAndRabbitMQAreKeptApart(t *testing.T) {
+	for _, f := range files(t) {
+		if f.test {
+			continue
+		}
+		for _, imported := range f.foreign {
+			amqp, pgx := strings.HasPrefix(imported, "github.com/rabbitmq/"), strings.HasPrefix(imported, "github.com/jackc/pgx/")
+			switch {
+			case amqp && (f.dir == "internal/outbox" || f.dir == "internal/inbox" || f.dir == "internal/orders" || f.dir == "internal/messaging"),
+				pgx && (f.dir == "internal/rabbit" || f.dir == "internal/rabbitrpc" || f.dir == "internal/messaging"):
+				t.Errorf("%s/%s imports %s", f.dir, f.name, imported)
+			}
+		}
+	}
+}
+
+// tableOf finds the tables that an SQL statement names.
+var tableOf = regexp.MustCompile(`(?i)\b(?:FROM|INTO|UPDATE|JOIN|TABLE|TRUNCATE)\s+(?:ONLY\s+)?([a-z_]+)`)
+
+func TestEachTableIsNamedByOnePackage(t *testing.T) {
+	owners := map[string]map[string]bool{}
+	migrations, err := filepath.Glob(filepath.Join("..", "..", "migrations", "*.sql"))
+	if err != nil || len(migrations) == 0 {
+		t.Fatalf("no migrations found: %v", err)
+	}
+	for _, p := range migrations {
+		text, err := os.ReadFile(p)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, found := range regexp.MustCompile(`(?m)^CREATE TABLE (\w+) \(`).FindAllSubmatch(text, -1) {
+			owners[string(found[1])] = map[string]bool{}
+		}
+	}
+	for _, f := range files(t) {
+		if f.test || f.dir == "cmd/demo" { // tests and the demo's ledger look at everything
+			continue
+		}
+		ast.Inspect(f.syntax, func(n ast.Node) bool {
+			literal, ok := n.(*ast.BasicLit)
+			if !ok || literal.Kind != token.STRING {
+				return true
+			}
+			for _, found := range tableOf.FindAllStringSubmatch(literal.Value, -1) {
+				if packages, ours := owners[found[1]]; ours {
+					packages[f.dir] = true
+				}
+			}
+			return true
+		})
+	}
+	for table, packages := range owners {
+		if len(packages) != 1 {
+			t.Errorf("table %s is named by %v, want one package", table, slices.Sorted(maps.Keys(packages)))
+		}
+	}
+}
