@@ -4,14 +4,12 @@ package chaos
 
 import (
 	"bytes"
-	"context"
 	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -195,30 +193,13 @@ func (p *process) awaitKill(t *testing.T) {
 	}
 }
 
-var build struct {
-	once sync.Once
-	path string
-	err  error
-}
-
-// buildVictim builds the victim with its failpoints, once.
+// buildVictim builds the victim with its failpoints.
 func buildVictim(t *testing.T) string {
 	t.Helper()
-	build.once.Do(func() {
-		dir, err := os.MkdirTemp("", "victim")
-		if err != nil {
-			build.err = err
-			return
-		}
-		build.path = filepath.Join(dir, "victim")
-		command := exec.CommandContext(context.Background(), "go", "build", "-tags", "failpoints", "-o", build.path, "./victim")
-		if output, err := command.CombinedOutput(); err != nil {
-			build.err = fmt.Errorf("%w: %s", err, output)
-		}
-	})
-	if build.err != nil {
-		t.Fatal(build.err)
+	binary := filepath.Join(t.TempDir(), "victim")
+	command := exec.CommandContext(t.Context(), "go", "build", "-tags", "failpoints", "-o", binary, "./victim")
+	if output, err := command.CombinedOutput(); err != nil {
+		t.Fatalf("build: %v\n%s", err, output)
 	}
-	t.Cleanup(func() { _ = os.RemoveAll(filepath.Dir(build.path)) })
-	return build.path
+	return binary
 }

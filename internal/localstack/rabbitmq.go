@@ -104,6 +104,10 @@ management.sample_retention_policies.global.minute = 1
 management.sample_retention_policies.basic.minute = 1
 management.sample_retention_policies.detailed.minute = 1
 `, loopback(r.state.AMQP), r.state.Management)
+	if r.profile.throwaway {
+		// Below our own limit of a message, so that a test can have one refused by the broker.
+		config += "max_message_size = 524288\n"
+	}
 	for name, content := range map[string]string{
 		"rabbitmq.conf":   config,
 		"enabled_plugins": "[rabbitmq_management].\n",

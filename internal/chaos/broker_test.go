@@ -1,0 +1,128 @@
+package chaos
+
+import (
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"example.com/orders/internal/messaging"
+	"example.com/orders/internal/outbox"
+	"example.com/orders/internal/postgres"
+	"example.com/orders/internal/testenv"
+	"github.com/jackc/pgx/v5"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/wrapperspb"
+)
+
+// TestBadMessages: one message that the broker will not take neither stops the others nor has them sent again and again.
+func TestBadMessages(t *testing.T) {
+	t.Parallel()
+	binary := buildVictim(t)
+	for name, bad := range map[string]struct {
+		body   proto.Message
+		reason string
+	}{
+		"NoQueueWantsTheType":   {wrapperspb.Bytes([]byte("nobody handles bytes")), "unroutable"},
+		"TooLargeForThisBroker": {wrapperspb.String(strings.Repeat("x", 600<<10)), "refused"}, // it takes 512 KiB
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s := newStage(t, binary)
+			one := messaging.New("", bad.body)
+			for i := range messages {
+				s.insert(t, i)
+				if i == messages/2 {
+					err := postgres.Transact(t.Context(), s.db, func(tx pgx.Tx) error { return outbox.Insert(t.Context(), tx, one) })
+					if err != nil {
+						t.Fatal(err)
+					}
+				}
+			}
+			s.start(t, "relay")
+			s.start(t, "consumer")
+			s.awaitEffects(t)
+			s.awaitCursor(t, messages, 1)
+			var id, reason string
+			var payload []byte
+			err := s.db.QueryRow(t.Context(), `SELECT message_id, reason, payload FROM dead_letter`).Scan(&id, &reason, &payload)
+			if err != nil || id != one.ID.String() || reason != bad.reason || string(payload) != string(one.Payload) {
+				t.Errorf("dead letter %s, %s, %d bytes, %v", id, reason, len(payload), err)
+			}
+			var copies int
+			if err := s.db.QueryRow(t.Context(), `SELECT max(copies) FROM inbox`).Scan(&copies); err != nil || copies > 2 {
+				t.Errorf("a message was sent %d times (%v)", copies, err)
+			}
+			if _, err := s.db.Exec(t.Context(), `DELETE FROM dead_letter`); err != nil { // check wants none
+				t.Fatal(err)
+			}
+			s.check(t)
+		})
+	}
+}
+
+// awaitCursor waits until the relay has recorded what it did.
+func (s *stage) awaitCursor(t *testing.T, published, parked int) {
+	t.Helper()
+	testenv.Eventually(t, 20*time.Second, func() error {
+		var gotPublished, gotParked int
+		err := s.db.QueryRow(t.Context(), `SELECT published, parked FROM outbox_cursor`).Scan(&gotPublished, &gotParked)
+		if err == nil && (gotPublished != published || gotParked != parked) {
+			err = fmt.Errorf("%d published and %d parked, want %d and %d", gotPublished, gotParked, published, parked)
+		}
+		return err
+	})
+}
+
+// TestBrokerDisturbed takes the broker away from under running processes.
+func TestBrokerDisturbed(t *testing.T) {
+	t.Parallel()
+	binary := buildVictim(t)
+	for name, disturb := range map[string]func(proxy *testenv.TCPProxy){
+		"ConnectionsCut": func(proxy *testenv.TCPProxy) { proxy.Cut() },
+		"ConnectionsRefusedForAWhile": func(proxy *testenv.TCPProxy) {
+			proxy.Refuse(true)
+			proxy.Cut()
+			proxy.Refuse(false)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s := newStage(t, binary)
+			proxy, url := testenv.ProxyURL(t, s.amqpURL)
+			s.amqpURL = url
+			s.start(t, "relay")
+			s.start(t, "consumer")
+			for i := range messages {
+				s.insert(t, i)
+				if i%40 == 20 {
+					disturb(proxy)
+				}
+			}
+			s.awaitEffects(t)
+			s.check(t)
+		})
+	}
+}
+
+// TestExchangeDeleted: the relay declares the exchange again and goes on, and parks, rather than loses, what no queue is bound for meanwhile.
+func TestExchangeDeleted(t *testing.T) {
+	t.Parallel()
+	s := newStage(t, buildVictim(t))
+	s.start(t, "relay")
+	s.start(t, "consumer")
+	for i := range messages {
+		s.insert(t, i)
+		if i == messages/2 {
+			testenv.Management(t, s.amqpURL).DeleteExchange("events")
+		}
+	}
+	testenv.Eventually(t, 60*time.Second, func() error {
+		var effects, dead int
+		err := s.db.QueryRow(t.Context(), `SELECT (SELECT count(DISTINCT message) FROM effects), (SELECT count(DISTINCT message_id) FROM dead_letter)`).Scan(&effects, &dead)
+		if err == nil && effects+dead != messages {
+			err = fmt.Errorf("%d effects and %d dead letters of %d messages", effects, dead, messages)
+		}
+		return err
+	})
+}
