@@ -23,7 +23,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"runtime/debug"
 	"slices"
 	"time"
 
@@ -85,11 +84,23 @@ const maxBreaks = 2
 // Process settles a batch, in its order. When it returns nil, every delivery is applied, known as a duplicate, waiting in inbox_retry,
 // or in dead_letter, all of that committed: they may be acked. An error means that the database could not decide; hand the batch in again.
 func (p *Processor) Process(ctx context.Context, deliveries []messaging.Delivery) error {
-	items, err := p.admit(ctx, deliveries)
-	if err != nil || len(items) == 0 {
+	items, letters := p.admit(ctx, deliveries)
+	if err := p.settle(ctx, items); err != nil {
 		return err
 	}
-	err = p.apply(ctx, items, nil)
+	if len(letters) == 0 {
+		return nil
+	}
+	// Last, because nothing tells copies of these: a batch that is handed in again shall not repeat them.
+	return postgres.Transact(ctx, p.db, func(tx pgx.Tx) error { return deadletter.Insert(ctx, tx, letters...) })
+}
+
+// settle runs items together, and if one of them fails, each by itself.
+func (p *Processor) settle(ctx context.Context, items []*item) error {
+	if len(items) == 0 {
+		return nil
+	}
+	err := p.apply(ctx, items, nil)
 	var failed *failure
 	if !errors.As(err, &failed) {
 		return err
@@ -107,10 +118,8 @@ func (p *Processor) Process(ctx context.Context, deliveries []messaging.Delivery
 	return nil
 }
 
-// admit joins the copies of each message, and keeps as dead letters what has no place in the inbox.
-func (p *Processor) admit(ctx context.Context, deliveries []messaging.Delivery) ([]*item, error) {
-	var items []*item
-	var letters []deadletter.Letter
+// admit joins the copies of each message, and makes dead letters of what has no place in the inbox.
+func (p *Processor) admit(ctx context.Context, deliveries []messaging.Delivery) (items []*item, letters []deadletter.Letter) {
 	now := time.Now()
 	known := make(map[identity]*item, len(deliveries))
 	for _, delivery := range deliveries {
@@ -129,10 +138,7 @@ func (p *Processor) admit(ctx context.Context, deliveries []messaging.Delivery) 
 		known[who] = &item{Delivery: delivery, identity: who, copies: 1}
 		items = append(items, known[who])
 	}
-	if len(letters) == 0 {
-		return items, nil
-	}
-	return items, postgres.Transact(ctx, p.db, func(tx pgx.Tx) error { return deadletter.Insert(ctx, tx, letters...) })
+	return items, letters
 }
 
 // apply takes items and runs their handlers in one transaction. It returns a *failure if a handler failed, when nothing is
@@ -215,39 +221,4 @@ func (p *Processor) take(ctx context.Context, tx pgx.Tx, items []*item) ([]*item
 	return slices.DeleteFunc(slices.Clone(items), func(one *item) bool {
 		return taken[one.id] != one.copies // more copies than these: it was there
 	}), nil
-}
-
-// failure is what a handler failed with; any other error is the database's.
-type failure struct{ error }
-
-func (f *failure) Unwrap() error { return f.error }
-
-// run runs the handler. What it returns is a *failure, unless the database or the end of ctx is to blame.
-func (p *Processor) run(ctx context.Context, tx pgx.Tx, delivery messaging.Delivery) error {
-	limited, cancel := context.WithTimeout(ctx, p.config.HandlerTimeout)
-	defer cancel()
-	err := p.runSafely(limited, tx, delivery)
-	switch {
-	case ctx.Err() != nil:
-		return ctx.Err()
-	case err == nil && tx.Conn().PgConn().TxStatus() == 'E':
-		return &failure{errors.New("the handler returned nil although a statement of its transaction failed")}
-	case err == nil:
-		return nil
-	case limited.Err() != nil:
-		return &failure{fmt.Errorf("handler ran longer than %s: %w", p.config.HandlerTimeout, err)}
-	case errors.Is(postgres.Classify(err), postgres.ErrUnavailable):
-		return err
-	}
-	return &failure{err}
-}
-
-func (p *Processor) runSafely(ctx context.Context, tx pgx.Tx, delivery messaging.Delivery) (err error) {
-	defer func() {
-		if cause := recover(); cause != nil {
-			slog.ErrorContext(ctx, "handler panicked", "consumer", p.group.name, "message_id", delivery.ID, "panic", cause, "stack", string(debug.Stack()))
-			err = fmt.Errorf("handler panicked: %v", cause)
-		}
-	}()
-	return p.group.handle(ctx, tx, delivery)
 }

@@ -55,8 +55,8 @@ func (p *Processor) setAside(ctx context.Context, tx pgx.Tx, one *item, cause *f
 }
 
 const queueSQL = `
-INSERT INTO inbox_retry (consumer, message_id, type, key, payload, headers, attempts, due_at, last_error)
-VALUES ($1, $2, $3, $4, $5, $6, $7, clock_timestamp() + $8, $9)`
+INSERT INTO inbox_retry (consumer, message_id, type, key, payload, headers, attempts, starts, due_at, last_error)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $7, clock_timestamp() + $8, $9)`
 
 // queue puts a message behind those of its key that wait already.
 func (p *Processor) queue(ctx context.Context, tx pgx.Tx, one *item, cause *failure) error {
@@ -65,7 +65,7 @@ func (p *Processor) queue(ctx context.Context, tx pgx.Tx, one *item, cause *fail
 		attempts, pause = 1, p.pause(1)
 		slog.WarnContext(ctx, "message will be retried", "consumer", p.group.name, "message_id", one.ID, "attempt", 1, "error", cause, "retry_in", pause)
 	}
-	_, err := tx.Exec(ctx, queueSQL, p.group.name, one.ID, one.Type, one.Key, notNil(one.Payload), one.Headers, attempts, pause, messaging.CleanText(cause.Error()))
+	_, err := tx.Exec(ctx, queueSQL, p.group.name, one.ID, one.Type, one.Key, notNil(one.Payload), headersOf(one.Delivery), attempts, pause, messaging.CleanText(cause.Error()))
 	if err != nil {
 		return fmt.Errorf("queue retry: %w", err)
 	}
@@ -137,22 +137,29 @@ func (p *Processor) RetryNext(ctx context.Context) (found bool, err error) {
 	})
 	var failed *failure
 	if errors.As(err, &failed) {
-		return true, p.retryFailed(ctx, one, failed)
-	}
-	if err == nil {
+		err = p.retryFailed(ctx, one, failed)
+	} else if err == nil {
 		p.config.AfterCommit()
-	} else if !errors.Is(err, errStolen) {
+	}
+	if errors.Is(err, errStolen) {
+		return true, nil
+	}
+	if err != nil {
 		p.giveBack(ctx, one)
 	}
-	return true, ignoreStolen(err)
+	return true, err
 }
+
+const giveBackSQL = `
+UPDATE inbox_retry SET starts = starts - 1, due_at = clock_timestamp()
+WHERE seq = $1 AND starts = $2 AND attempts = $3`
 
 // giveBack takes back the start of a run that the database or the end of the process broke off: it was not the message's fault.
 // If that fails too, the start stays counted; only several of them in a row do harm.
 func (p *Processor) giveBack(ctx context.Context, one retry) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
 	defer cancel()
-	_, err := p.db.Exec(ctx, `UPDATE inbox_retry SET starts = starts - 1, due_at = clock_timestamp() WHERE seq = $1 AND starts = $2`, one.seq, one.starts)
+	_, err := p.db.Exec(ctx, giveBackSQL, one.seq, one.starts, one.attempts)
 	if err != nil {
 		slog.WarnContext(ctx, "retry not given back", "consumer", p.group.name, "message_id", one.ID, "error", err)
 	}
@@ -161,16 +168,9 @@ func (p *Processor) giveBack(ctx context.Context, one retry) {
 // errStolen: the claim ran out, and another process has the row or is done with it.
 var errStolen = errors.New("retry was taken over by another process")
 
-func ignoreStolen(err error) error {
-	if errors.Is(err, errStolen) {
-		return nil
-	}
-	return err
-}
-
 // remove deletes the row that was claimed, if the claim still holds.
 func (p *Processor) remove(ctx context.Context, tx pgx.Tx, one retry) error {
-	tag, err := tx.Exec(ctx, `DELETE FROM inbox_retry WHERE seq = $1 AND starts = $2`, one.seq, one.starts)
+	tag, err := tx.Exec(ctx, `DELETE FROM inbox_retry WHERE seq = $1 AND starts = $2 AND attempts = $3`, one.seq, one.starts, one.attempts)
 	if err == nil && tag.RowsAffected() == 0 {
 		return errStolen
 	}
@@ -178,13 +178,13 @@ func (p *Processor) remove(ctx context.Context, tx pgx.Tx, one retry) error {
 }
 
 const postponeSQL = `
-UPDATE inbox_retry SET attempts = $3, starts = $3, due_at = clock_timestamp() + $4, last_error = $5
-WHERE seq = $1 AND starts = $2`
+UPDATE inbox_retry SET attempts = attempts + 1, starts = attempts + 1, due_at = clock_timestamp() + $4, last_error = $5
+WHERE seq = $1 AND starts = $2 AND attempts = $3`
 
 // retryFailed puts a message off once more, or gives it up.
 func (p *Processor) retryFailed(ctx context.Context, one retry, cause *failure) error {
 	attempts := one.attempts + 1
-	err := postgres.Transact(ctx, p.db, func(tx pgx.Tx) error {
+	return postgres.Transact(ctx, p.db, func(tx pgx.Tx) error {
 		if final(cause) || attempts >= p.config.MaxAttempts {
 			if err := p.remove(ctx, tx, one); err != nil {
 				return err
@@ -193,17 +193,16 @@ func (p *Processor) retryFailed(ctx context.Context, one retry, cause *failure) 
 		}
 		pause := p.pause(attempts)
 		slog.WarnContext(ctx, "message will be retried", "consumer", p.group.name, "message_id", one.ID, "attempt", attempts, "error", cause, "retry_in", pause)
-		_, err := tx.Exec(ctx, postponeSQL, one.seq, one.starts, attempts, pause, messaging.CleanText(cause.Error()))
+		_, err := tx.Exec(ctx, postponeSQL, one.seq, one.starts, one.attempts, pause, messaging.CleanText(cause.Error()))
 		return err
 	})
-	return ignoreStolen(err)
 }
 
 // pause is exponential, with jitter so that what failed together does not come back together.
 func (p *Processor) pause(attempts int) time.Duration {
-	pause := p.config.RetryBase << min(attempts-1, 20)
-	if pause <= 0 || pause > p.config.RetryMax {
-		pause = p.config.RetryMax
+	pause, doublings := p.config.RetryMax, attempts-1
+	if p.config.RetryBase <= p.config.RetryMax>>doublings { // shifted this way it cannot overflow
+		pause = p.config.RetryBase << doublings
 	}
 	return time.Duration(float64(pause) * (0.75 + rand.Float64()/2))
 }
@@ -229,6 +228,14 @@ func (p *Processor) letter(ctx context.Context, d messaging.Delivery, attempts i
 		Consumer: p.group.name, MessageID: d.ID, Type: d.Type, Key: d.Key, Payload: d.Payload, Headers: d.Headers,
 		Reason: reason, Error: cause.Error(), Attempts: attempts,
 	}
+}
+
+// headersOf keeps a delivery without headers from becoming NULL.
+func headersOf(d messaging.Delivery) map[string]string {
+	if d.Headers == nil {
+		return map[string]string{}
+	}
+	return d.Headers
 }
 
 // notNil keeps an empty payload from becoming NULL.

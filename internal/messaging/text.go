@@ -14,8 +14,7 @@ func ValidText(s string) bool {
 // texts and for what broken messages carry.
 func CleanText(s string) string {
 	const limit = 4 << 10
-	if len(s) > limit {
-		s = s[:limit]
-	}
-	return strings.ReplaceAll(strings.ToValidUTF8(s, "\uFFFD"), "\x00", "\uFFFD")
+	s = s[:min(len(s), limit)] // at first, so that cleaning is cheap, and again since replacements are longer
+	s = strings.ReplaceAll(strings.ToValidUTF8(s, "\uFFFD"), "\x00", "\uFFFD")
+	return strings.ToValidUTF8(s[:min(len(s), limit)], "")
 }

@@ -49,7 +49,13 @@ func Transact(ctx context.Context, db *pgxpool.Pool, fn func(tx pgx.Tx) error) e
 }
 
 func transactOnce(ctx context.Context, db *pgxpool.Pool, fn func(tx pgx.Tx) error) error {
-	tx, err := db.Begin(ctx)
+	// Not db.Begin, whose Commit gives the connection away: commit reads from it afterwards.
+	conn, err := db.Acquire(ctx)
+	if err != nil {
+		return Classify(fmt.Errorf("acquire connection: %w", err))
+	}
+	defer conn.Release()
+	tx, err := conn.Begin(ctx)
 	if err != nil {
 		return Classify(fmt.Errorf("begin: %w", err))
 	}
@@ -74,12 +80,12 @@ func transactOnce(ctx context.Context, db *pgxpool.Pool, fn func(tx pgx.Tx) erro
 }
 
 func commit(ctx context.Context, tx pgx.Tx) error {
-	conn := tx.Conn().PgConn()
+	notes := tx.Conn().PgConn().CustomData()
+	delete(notes, syncWaitCancelled) // may be left from a statement outside of Transact, which committed by itself
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), commitTimeout)
 	defer cancel()
 	err := tx.Commit(ctx)
-	if err == nil && conn.CustomData()[syncWaitCancelled] == true {
-		delete(conn.CustomData(), syncWaitCancelled)
+	if err == nil && notes[syncWaitCancelled] == true {
 		return fmt.Errorf("commit: wait for the standby was cancelled: %w", ErrOutcomeUnknown)
 	}
 	if err == nil || certainlyNotCommitted(err) {

@@ -1,0 +1,300 @@
+package inbox
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"net"
+	"strconv"
+	"sync/atomic"
+	"testing"
+
+	"example.com/orders/internal/deadletter"
+	"example.com/orders/internal/messaging"
+	"example.com/orders/internal/postgres"
+	"example.com/orders/internal/testenv"
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+)
+
+// setupProxied is setup with a second way to the database, which can be broken.
+func setupProxied(t *testing.T, config Config) (*bundle, *Processor, *testenv.TCPProxy) {
+	t.Helper()
+	b := setup(t)
+	server := b.db.Config().ConnConfig
+	proxy := testenv.Proxy(t, net.JoinHostPort(server.Host, strconv.Itoa(int(server.Port))))
+	return b, NewProcessor(openVia(t, b, func(ctx context.Context, network, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, network, proxy.Addr())
+	}), b.group, config), proxy
+}
+
+// breaksTheConnection makes an act that loses its connection, and with it all that the processor has.
+func breaksTheConnection(proxy *testenv.TCPProxy) act {
+	return func(ctx context.Context, tx pgx.Tx) error {
+		proxy.Cut()
+		_, err := tx.Exec(ctx, `SELECT 1`)
+		return err
+	}
+}
+
+func TestDatabaseAway(t *testing.T) {
+	t.Parallel()
+
+	t.Run("CutInTheMiddleOfABatch", func(t *testing.T) {
+		t.Parallel()
+		b, p, proxy := setupProxied(t, eager)
+		batch, texts := probes(5)
+		nameless := probe("", "nameless")
+		nameless.ID = ""
+		batch = append(batch, nameless)
+		b.on(texts[2], breaksTheConnection(proxy))
+		for range 4 { // more often than a message may fail
+			wantAway(t, p.Process(t.Context(), batch))
+		}
+		b.wantEffects(t)
+		b.wantWaiting(t)
+		b.wantDead(t) // not even the one that is dead anyway: it would be repeated
+		b.on(texts[2], nil)
+		process(t, p, batch...)
+		b.wantEffects(t, texts...)
+		b.wantCopies(t, batch[0], 1)
+		b.wantDead(t, "no_id 0")
+	})
+
+	t.Run("RefusedFromTheStart", func(t *testing.T) {
+		t.Parallel()
+		b, p, proxy := setupProxied(t, eager)
+		proxy.Refuse(true)
+		one := probe("", "one")
+		wantAway(t, p.Process(t.Context(), []messaging.Delivery{one}))
+		if _, err := p.RetryNext(t.Context()); !errors.Is(err, postgres.ErrUnavailable) {
+			t.Errorf("retry: got error %v", err)
+		}
+		proxy.Refuse(false)
+		process(t, p, one)
+		b.wantEffects(t, "one")
+	})
+
+	// The batch fails for another reason, and then the database goes away while it is run one by one.
+	t.Run("CutWhileRunOneByOne", func(t *testing.T) {
+		t.Parallel()
+		b, p, proxy := setupProxied(t, eager)
+		b.on("bad", fails)
+		runs := 0
+		b.on("victim", func(ctx context.Context, tx pgx.Tx) error {
+			if runs++; runs == 1 {
+				return breaksTheConnection(proxy)(ctx, tx)
+			}
+			return nil
+		})
+		batch := []messaging.Delivery{probe("", "good"), probe("k", "bad"), probe("k", "behind"), probe("", "victim")}
+		wantAway(t, p.Process(t.Context(), batch))
+		b.wantEffects(t, "good")
+		b.wantWaiting(t, "bad 1/1", "behind 0/0")
+		process(t, p, batch...)
+		b.wantEffects(t, "good", "victim")
+		b.wantWaiting(t, "bad 1/1", "behind 0/0")
+	})
+
+	t.Run("RetryCostsNothing", func(t *testing.T) {
+		t.Parallel()
+		b, p, proxy := setupProxied(t, eager)
+		b.on("one", fails)
+		process(t, p, probe("k", "one"))
+		b.on("one", breaksTheConnection(proxy))
+		for range 2 * maxCrashes {
+			_, err := p.RetryNext(t.Context())
+			wantAway(t, err)
+			b.wantWaiting(t, "one 1/1")
+		}
+		b.on("one", nil)
+		retryAll(t, p)
+		b.wantEffects(t, "one")
+	})
+}
+
+func TestCancelledContextCostsNothing(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	p, one := b.processor(eager), probe("k", "one")
+	b.on("one", func(context.Context, pgx.Tx) error { cancel(); return errProbe })
+	if err := p.Process(ctx, []messaging.Delivery{one}); !errors.Is(err, context.Canceled) {
+		t.Errorf("process: got error %v", err)
+	}
+	b.wantWaiting(t)
+	b.on("one", fails)
+	process(t, p, one)
+	for range 2 * maxCrashes {
+		ctx, cancel := context.WithCancel(t.Context())
+		b.on("one", func(context.Context, pgx.Tx) error { cancel(); return errProbe })
+		if _, err := p.RetryNext(ctx); !errors.Is(err, context.Canceled) {
+			t.Errorf("retry: got error %v", err)
+		}
+		b.wantWaiting(t, "one 1/1")
+	}
+	b.wantDead(t)
+}
+
+// TestCrashedRuns lets the process of a retry die as the database sees it: the claim is there, and nobody comes back to it.
+func TestCrashedRuns(t *testing.T) {
+	t.Parallel()
+	for name, test := range map[string]struct {
+		count int64
+		want  []string
+	}{
+		// Because it has killed two processes already.
+		"OfAMessageSetAsideUnhandled": {maxBreaks, []string{"killer 0/1", "killer 0/2", "killer 0/3"}},
+		"OfAMessageThatFailedBefore":  {0, []string{"killer 1/2", "killer 1/3", "killer 1/4"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b, p, proxy := setupProxied(t, Config{RetryBase: 1})
+			killer := probe("k", "killer")
+			killer.Count = test.count
+			b.on("killer", fails)
+			process(t, p, killer, probe("k", "behind"))
+			before := b.ran("killer")
+			b.on("killer", func(ctx context.Context, tx pgx.Tx) error {
+				proxy.Refuse(true) // what is started cannot be given back
+				return breaksTheConnection(proxy)(ctx, tx)
+			})
+			for _, want := range test.want {
+				_, err := p.RetryNext(t.Context())
+				wantAway(t, err)
+				proxy.Refuse(false)
+				b.wantWaiting(t, want, "behind 0/0")
+				if retryOne(t, p) {
+					t.Error("claimed again while the claim holds")
+				}
+				b.makeDue(t) // the claim runs out
+			}
+			retryAll(t, p)
+			if runs := b.ran("killer") - before; runs != maxCrashes {
+				t.Errorf("the handler was started %d times, want %d", runs, maxCrashes)
+			}
+			b.wantKept(t, deadletter.Crashed, killer.Payload)
+			b.wantEffects(t, "behind")
+		})
+	}
+}
+
+// TestClaimThatRanOut is about a process that was frozen and comes back: its claim is another's by then.
+func TestClaimThatRanOut(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	b.on("one", fails)
+	p := b.processor(eager)
+	process(t, p, probe("k", "one"))
+	b.on("one", nil)
+	frozen := retry{Delivery: probe("k", "one"), attempts: 1, starts: 2}
+	if err := b.db.QueryRow(t.Context(), `UPDATE inbox_retry SET starts = starts + 1 RETURNING seq`).Scan(&frozen.seq); err != nil {
+		t.Fatal(err)
+	}
+	b.on("one", fails)
+	retryOne(t, p) // another claims it and fails: the counts start anew
+	b.wantWaiting(t, "one 2/2")
+	for name, late := range map[string]func() error{
+		"Remove": func() error {
+			return postgres.Transact(t.Context(), b.db, func(tx pgx.Tx) error { return p.remove(t.Context(), tx, frozen) })
+		},
+		"Give up": func() error {
+			return p.retryFailed(t.Context(), frozen, &failure{messaging.Permanent(errProbe)})
+		},
+	} {
+		if err := late(); !errors.Is(err, errStolen) {
+			t.Errorf("%s: got error %v", name, err)
+		}
+	}
+	p.giveBack(t.Context(), frozen)
+	if err := p.retryFailed(t.Context(), frozen, &failure{errProbe}); err != nil {
+		t.Errorf("put off: %v", err)
+	}
+	b.wantWaiting(t, "one 2/2")
+	b.wantDead(t)
+}
+
+func TestAnswerOfCommitLost(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	var cut atomic.Int32 // the n-th COMMIT from now on loses its answer
+	p := NewProcessor(openVia(t, b, func(ctx context.Context, network, address string) (net.Conn, error) {
+		conn, err := new(net.Dialer).DialContext(ctx, network, address)
+		return &commitCutter{Conn: conn, left: &cut}, err
+	}), b.group, eager)
+	wantUnknown := func(err error) {
+		t.Helper()
+		if !errors.Is(err, postgres.ErrOutcomeUnknown) {
+			t.Errorf("got error %v, want one that wraps ErrOutcomeUnknown", err)
+		}
+	}
+	handIn := func(d ...messaging.Delivery) error { return p.Process(t.Context(), d) }
+
+	one, bad := probe("", "one"), probe("k", "bad")
+	cut.Store(1)
+	wantUnknown(handIn(one))
+	b.wantEffects(t, "one")
+	process(t, p, one)
+	b.wantEffects(t, "one")
+
+	// A message that fails, when it is set aside.
+	b.on("bad", fails)
+	cut.Store(1)
+	wantUnknown(handIn(bad))
+	process(t, p, bad)
+	b.wantWaiting(t, "bad 1/1")
+
+	// Of a retry that fails, when it is put off: the first COMMIT is the claim's.
+	cut.Store(2)
+	_, err := p.RetryNext(t.Context())
+	wantUnknown(err)
+	b.wantWaiting(t, "bad 2/2")
+
+	// Of a retry that succeeds.
+	b.on("bad", nil)
+	cut.Store(2)
+	_, err = p.RetryNext(t.Context())
+	wantUnknown(err)
+	b.wantWaiting(t)
+	retryAll(t, p)
+	b.wantEffects(t, "one", "bad")
+	b.wantDead(t)
+}
+
+// commitCutter is a connection that loses the answer of a COMMIT.
+type commitCutter struct {
+	net.Conn
+	left *atomic.Int32
+	cut  atomic.Bool
+}
+
+func (c *commitCutter) Write(p []byte) (int, error) {
+	if bytes.Contains(p, []byte("commit\x00")) && c.left.Add(-1) == 0 {
+		c.cut.Store(true)
+	}
+	return c.Conn.Write(p)
+}
+
+// Read waits for the answer, so that the commit is certainly done, and then breaks off.
+func (c *commitCutter) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	if c.cut.Load() {
+		c.Conn.Close()
+		return 0, io.ErrUnexpectedEOF
+	}
+	return n, err
+}
+
+// openVia opens a second pool on the test's database.
+func openVia(t *testing.T, b *bundle, dial func(context.Context, string, string) (net.Conn, error)) *pgxpool.Pool {
+	t.Helper()
+	config := b.db.Config()
+	config.ConnConfig.DialFunc = dial
+	db, err := pgxpool.NewWithConfig(t.Context(), config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(db.Close)
+	return db
+}

@@ -1,0 +1,203 @@
+package inbox
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net"
+	"strings"
+	"testing"
+	"time"
+
+	"example.com/orders/internal/deadletter"
+	"example.com/orders/internal/messaging"
+	"github.com/jackc/pgx/v5"
+	"google.golang.org/protobuf/types/known/wrapperspb"
+)
+
+func TestOneBadMessageHarmsNoOther(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	deliveries, texts := probes(100)
+	b.on(texts[41], fails)
+	process(t, b.processor(Config{}), deliveries...)
+	b.wantEffects(t, append(append([]string{}, texts[:41]...), texts[42:]...)...)
+	b.wantWaiting(t, "m041 1/1")
+	b.wantDead(t)
+}
+
+// TestHandlerFailures runs every way to fail between two good messages.
+func TestHandlerFailures(t *testing.T) {
+	t.Parallel()
+	db := setup(t).db
+	for name, do := range map[string]act{
+		"Error": fails,
+		"Panic": func(context.Context, pgx.Tx) error { panic("probe") },
+		"PanicWithARunningQuery": func(ctx context.Context, tx pgx.Tx) error {
+			_, _ = tx.Query(ctx, `SELECT generate_series(1, 100000)`)
+			panic(errProbe)
+		},
+		"SQLError": func(ctx context.Context, tx pgx.Tx) error {
+			_, err := tx.Exec(ctx, `SELECT 1 / 0`)
+			return err
+		},
+		"SwallowedSQLError": func(ctx context.Context, tx pgx.Tx) error {
+			_, _ = tx.Exec(ctx, `SELECT 1 / 0`)
+			return nil
+		},
+		"RowsLeftOpen": func(ctx context.Context, tx pgx.Tx) error {
+			_, err := tx.Query(ctx, `SELECT generate_series(1, 100000)`)
+			return err
+		},
+		"OwnDeadlineSwallowed": func(ctx context.Context, tx pgx.Tx) error {
+			ctx, cancel := context.WithTimeout(ctx, time.Millisecond)
+			defer cancel()
+			_, _ = tx.Exec(ctx, `SELECT pg_sleep(10)`) // pgx closes the connection
+			return nil
+		},
+		"OwnDeadline": func(ctx context.Context, tx pgx.Tx) error {
+			ctx, cancel := context.WithTimeout(ctx, time.Millisecond)
+			defer cancel()
+			_, err := tx.Exec(ctx, `SELECT pg_sleep(10)`)
+			return err
+		},
+		"TransactionRolledBack": func(ctx context.Context, tx pgx.Tx) error { return tx.Rollback(ctx) },
+		// What reads like the database's network trouble, but comes from elsewhere.
+		"EndOfFile":             func(context.Context, pgx.Tx) error { return io.ErrUnexpectedEOF },
+		"NetworkErrorElsewhere": func(context.Context, pgx.Tx) error { return &net.OpError{Op: "dial", Err: errProbe} },
+		"ContextErrorElsewhere": func(context.Context, pgx.Tx) error { return context.Canceled },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b := newBundle(db, name)
+			b.on("bad", do)
+			p := b.processor(eager)
+			process(t, p, probe("", "before"), probe("k", "bad"), probe("", "after"))
+			b.wantEffects(t, "before", "after")
+			b.wantWaiting(t, "bad 1/1")
+			if n := retryAll(t, p); n != eager.MaxAttempts-1 {
+				t.Errorf("tried %d times again, want %d", n, eager.MaxAttempts-1)
+			}
+			b.wantDead(t, "exhausted 3")
+			b.wantWaiting(t)
+			b.wantEffects(t, "before", "after")
+		})
+	}
+}
+
+func TestHandlerTimeout(t *testing.T) {
+	t.Parallel()
+	db := setup(t).db
+	for name, do := range map[string]act{
+		"InAStatement": func(ctx context.Context, tx pgx.Tx) error {
+			_, err := tx.Exec(ctx, `SELECT pg_sleep(60)`)
+			return err
+		},
+		"Elsewhere": func(ctx context.Context, _ pgx.Tx) error { <-ctx.Done(); return ctx.Err() },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b := newBundle(db, name)
+			b.on("slow", do)
+			p := b.processor(Config{MaxAttempts: 2, RetryBase: 1, HandlerTimeout: 200 * time.Millisecond})
+			process(t, p, probe("", "before"), probe("", "slow"), probe("", "after"))
+			b.wantEffects(t, "before", "after")
+			b.wantWaiting(t, "slow 1/1")
+			retryAll(t, p)
+			b.wantDead(t, "exhausted 2")
+			if text := b.errorTexts(t)[0]; !strings.HasPrefix(text, "handler ran longer than 200ms: ") {
+				t.Errorf("error is %q", text)
+			}
+		})
+	}
+}
+
+func TestPermanentDiesAtOnce(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	b.on("first", func(context.Context, pgx.Tx) error { return messaging.Permanent(errProbe) })
+	b.on("later", fails)
+	p := b.processor(eager)
+	process(t, p, probe("k", "first"), probe("k", "second"), probe("", "later"))
+	b.wantDead(t, "permanent 1")
+	b.wantEffects(t, "second")
+	b.on("later", func(context.Context, pgx.Tx) error {
+		return errors.Join(errors.New("x"), messaging.Permanent(errProbe))
+	})
+	retryAll(t, p)
+	b.wantDead(t, "permanent 1", "permanent 2")
+	b.wantWaiting(t)
+}
+
+// TestUnfitDeliveriesAreKept hands in what a broker that holds anything may hold, amid good messages.
+func TestUnfitDeliveriesAreKept(t *testing.T) {
+	t.Parallel()
+	db := setup(t).db
+	for name, test := range map[string]struct {
+		spoil  func(d *messaging.Delivery)
+		reason deadletter.Reason
+	}{
+		"Undecodable":           {func(d *messaging.Delivery) { d.Payload = []byte("\x0a\xff\x00\xfe") }, deadletter.Undecodable},
+		"InvalidTextInPayload":  {func(d *messaging.Delivery) { d.Payload = []byte("\x0a\x02\xff\xfe") }, deadletter.Undecodable},
+		"UnknownType":           {func(d *messaging.Delivery) { d.Type = "google.protobuf.Int32Value" }, deadletter.UnknownType},
+		"NoType":                {func(d *messaging.Delivery) { d.Type = "" }, deadletter.UnknownType},
+		"HugeType":              {func(d *messaging.Delivery) { d.Type = strings.Repeat("t", 1<<20) }, deadletter.UnknownType},
+		"NULInID":               {func(d *messaging.Delivery) { d.ID = "a\x00b" }, deadletter.Malformed},
+		"InvalidID":             {func(d *messaging.Delivery) { d.ID = "a\xff" }, deadletter.Malformed},
+		"NULInType":             {func(d *messaging.Delivery) { d.Type += "\x00" }, deadletter.Malformed},
+		"InvalidType":           {func(d *messaging.Delivery) { d.Type = "\xc3" }, deadletter.Malformed},
+		"NULInKey":              {func(d *messaging.Delivery) { d.Key = "\x00" }, deadletter.Malformed},
+		"InvalidKey":            {func(d *messaging.Delivery) { d.Key = "\xed\xa0\x80" }, deadletter.Malformed},
+		"HugeKey":               {func(d *messaging.Delivery) { d.Key = strings.Repeat("k", 1<<20) }, deadletter.Malformed},
+		"KeyOneTooLong":         {func(d *messaging.Delivery) { d.Key = strings.Repeat("k", messaging.MaxKey+1) }, deadletter.Malformed},
+		"NULInHeaderName":       {func(d *messaging.Delivery) { d.Headers["a\x00"] = "1" }, deadletter.Malformed},
+		"NULInHeader":           {func(d *messaging.Delivery) { d.Headers["a"] = "\x00" }, deadletter.Malformed},
+		"InvalidHeader":         {func(d *messaging.Delivery) { d.Headers["a"] = "\xff" }, deadletter.Malformed},
+		"InvalidHeaderName":     {func(d *messaging.Delivery) { d.Headers["\xff"] = "a" }, deadletter.Malformed},
+		"NULAndBytesInPayload":  {func(d *messaging.Delivery) { d.ID, d.Payload = "", []byte("\x00\xff\x00") }, deadletter.NoID},
+		"NoPayloadAndNoHeaders": {func(d *messaging.Delivery) { d.ID, d.Payload, d.Headers = "", nil, nil }, deadletter.NoID},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b := newBundle(db, name)
+			unfit := probe("k", "unfit")
+			test.spoil(&unfit)
+			process(t, b.processor(Config{}), probe("k", "before"), unfit, probe("k", "after"))
+			b.wantEffects(t, "before", "after")
+			b.wantKept(t, test.reason, unfit.Payload)
+			b.wantWaiting(t)
+		})
+	}
+}
+
+// TestBareDeliveryIsTaken is about what is allowed to be missing: an empty message encodes to no bytes.
+func TestBareDeliveryIsTaken(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	b.on("", fails)
+	bare := messaging.Delivery{ID: probe("", "").ID, Type: string((*wrapperspb.StringValue)(nil).ProtoReflect().Descriptor().FullName())}
+	p := b.processor(eager)
+	process(t, p, bare)
+	b.wantWaiting(t, " 1/1")
+	b.on("", nil)
+	retryAll(t, p)
+	b.wantEffects(t, "")
+}
+
+func TestErrorTextsOfEveryKindAreKept(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	for name, text := range map[string]string{"nul": "a\x00b", "invalid": "a\xffb", "long": strings.Repeat("ü", 1<<20), "empty": ""} {
+		b.on(name, func(context.Context, pgx.Tx) error { return errors.New(text) })
+	}
+	p := b.processor(eager)
+	process(t, p, probe("", "nul"), probe("", "invalid"), probe("", "long"), probe("", "empty"))
+	b.wantWaiting(t, "nul 1/1", "invalid 1/1", "long 1/1", "empty 1/1")
+	retryAll(t, p)
+	b.wantDead(t, "exhausted 3", "exhausted 3", "exhausted 3", "exhausted 3")
+	for _, text := range b.errorTexts(t) {
+		if len(text) > 4<<10 || !messaging.ValidText(text) {
+			t.Errorf("kept %d bytes: %.100q", len(text), text)
+		}
+	}
+}

@@ -1,0 +1,137 @@
+package inbox
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"testing"
+
+	"example.com/orders/internal/messaging"
+	"github.com/jackc/pgx/v5"
+	"pgregory.net/rapid"
+)
+
+// TestAnyScheduleAppliesEachMessageOnceInOrder lets rapid choose what the broker delivers again, which handlers fail how often, when
+// a batch is broken off, and when retries run. At the end each message is applied exactly once or dead, and the
+// effects of a key are in the order in which its messages first came.
+func TestAnyScheduleAppliesEachMessageOnceInOrder(t *testing.T) {
+	t.Parallel()
+	db, schedules := setup(t).db, 0
+	rapid.Check(t, func(r *rapid.T) {
+		schedules++
+		m := newModel(r, newBundle(db, fmt.Sprintf("schedule %d", schedules)))
+		r.Repeat(map[string]func(*rapid.T){
+			"deliver":   m.deliver,
+			"redeliver": m.redeliver,
+			"break off": m.breakOff,
+			"retry":     func(*rapid.T) { retryOne(r, m.processor) },
+			"restart":   func(*rapid.T) { m.processor = m.bundle.processor(eager) },
+		})
+		m.finish(r)
+		m.check(r)
+	})
+}
+
+// forever is more failures than a message may have.
+const forever = 1 << 20
+
+// model is one queue and its consumer.
+type model struct {
+	bundle    *bundle
+	processor *Processor
+	queue     []messaging.Delivery
+	fate      []int // how often the handler fails on each; -1: permanently
+	next      int   // the first that was never delivered
+}
+
+func newModel(r *rapid.T, b *bundle) *model {
+	m := &model{bundle: b, processor: b.processor(eager)}
+	keys := rapid.SampledFrom([]string{"", "a", "a", "b"})
+	fates := rapid.SampledFrom([]int{0, 0, 0, 1, 3, forever, -1})
+	for i := range rapid.IntRange(1, 12).Draw(r, "messages") {
+		text, left := fmt.Sprint(i), fates.Draw(r, "failures")
+		m.queue = append(m.queue, probe(keys.Draw(r, "key"), text))
+		m.fate = append(m.fate, left)
+		b.on(text, func(context.Context, pgx.Tx) error {
+			switch {
+			case left < 0:
+				return messaging.Permanent(errProbe)
+			case left > 0:
+				left--
+				return errProbe
+			}
+			return nil
+		})
+	}
+	return m
+}
+
+// deliver hands in the next few, after some that come again because their ack was lost.
+func (m *model) deliver(r *rapid.T) {
+	from := max(0, m.next-rapid.IntRange(0, 3).Draw(r, "again"))
+	m.next = min(len(m.queue), m.next+rapid.IntRange(1, 4).Draw(r, "new"))
+	process(r, m.processor, m.queue[from:m.next]...)
+}
+
+// redeliver hands in copies of what came before, in any order: a relay published them twice.
+func (m *model) redeliver(r *rapid.T) {
+	if m.next == 0 {
+		return
+	}
+	process(r, m.processor, rapid.SliceOfN(rapid.SampledFrom(m.queue[:m.next]), 1, 4).Draw(r, "copies")...)
+}
+
+// breakOff hands in the next few and ends the context in the handler of one. They are not acked, so they come again.
+func (m *model) breakOff(r *rapid.T) {
+	end := min(len(m.queue), m.next+rapid.IntRange(1, 4).Draw(r, "new"))
+	if end == m.next {
+		return
+	}
+	victim := fmt.Sprint(rapid.IntRange(m.next, end-1).Draw(r, "victim"))
+	ctx, cancel := context.WithCancel(r.Context())
+	defer cancel()
+	do := m.bundle.acts[victim]
+	m.bundle.on(victim, func(ctx context.Context, tx pgx.Tx) error { cancel(); return do(ctx, tx) })
+	err := m.processor.Process(ctx, m.queue[m.next:end])
+	m.bundle.on(victim, do)
+	if err == nil && m.bundle.ran(victim) > 0 && ctx.Err() != nil {
+		r.Fatal("no error although the context ended in the handler")
+	}
+	if err == nil {
+		m.next = end // the victim waited behind another and was not run
+	}
+}
+
+func (m *model) finish(r *rapid.T) {
+	process(r, m.processor, m.queue[m.next:]...)
+	retryAll(r, m.processor)
+}
+
+func (m *model) check(r *rapid.T) {
+	m.bundle.wantWaiting(r)
+	effects := m.bundle.list(r, `SELECT CASE n WHEN 1 THEN name ELSE format('%s x%s', name, n) END FROM effects WHERE consumer = $1 ORDER BY seq`)
+	dead := m.bundle.list(r, `SELECT headers ->> 'probe' FROM dead_letter WHERE consumer = $1`)
+	byKey := map[string][]string{}
+	for i, d := range m.queue {
+		text := fmt.Sprint(i)
+		applied, died := slices.Contains(effects, text), slices.Contains(dead, text)
+		if applied == died {
+			r.Errorf("message %s: applied %t, dead %t", text, applied, died)
+		}
+		if (m.fate[i] == 0 && died) || ((m.fate[i] < 0 || m.fate[i] == forever) && applied) {
+			r.Errorf("message %s that fails %d times: applied %t", text, m.fate[i], applied)
+		}
+		if applied {
+			byKey[d.Key] = append(byKey[d.Key], text)
+		}
+	}
+	if len(effects)+len(dead) != len(m.queue) {
+		r.Errorf("%d effects and %d dead letters of %d messages: %q, %q", len(effects), len(dead), len(m.queue), effects, dead)
+	}
+	for key, want := range byKey {
+		got := slices.DeleteFunc(slices.Clone(effects), func(text string) bool { return !slices.Contains(want, text) })
+		if key != "" && !slices.Equal(got, want) {
+			r.Errorf("effects of key %s are %q, want %q", key, got, want)
+		}
+	}
+}

@@ -1,0 +1,252 @@
+package inbox
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"example.com/orders/internal/messaging"
+	"github.com/jackc/pgx/v5"
+)
+
+// makeDue lets the time until the next attempt pass.
+func (b *bundle) makeDue(t testing.TB) {
+	t.Helper()
+	b.exec(t, `UPDATE inbox_retry SET due_at = clock_timestamp() WHERE consumer = $1`, b.group.name)
+}
+
+func TestOrderOfAKeySurvivesFailures(t *testing.T) {
+	t.Parallel()
+
+	t.Run("LaterOnesWaitBehindAndOtherKeysGoOn", func(t *testing.T) {
+		t.Parallel()
+		b := setup(t)
+		b.on("k1", fails)
+		p := b.processor(eager)
+		process(t, p, probe("other", "o1"), probe("k", "k1"), probe("k", "k2"), probe("", "free"), probe("other", "o2"))
+		process(t, b.processor(eager), probe("k", "k3"), probe("other", "o3"))
+		b.wantEffects(t, "o1", "free", "o2", "o3")
+		b.wantWaiting(t, "k1 1/1", "k2 0/0", "k3 0/0")
+		retryOne(t, p)
+		b.wantWaiting(t, "k1 2/2", "k2 0/0", "k3 0/0")
+		b.on("k1", nil)
+		retryAll(t, p)
+		b.wantEffects(t, "o1", "free", "o2", "o3", "k1", "k2", "k3")
+		process(t, p, probe("k", "k4")) // nobody waits any more
+		b.wantEffects(t, "o1", "free", "o2", "o3", "k1", "k2", "k3", "k4")
+	})
+
+	t.Run("NextProceedsWhenTheHeadDies", func(t *testing.T) {
+		t.Parallel()
+		b := setup(t)
+		b.on("k1", fails)
+		b.on("k3", fails)
+		p := b.processor(eager)
+		process(t, p, probe("k", "k1"), probe("k", "k2"), probe("k", "k3"), probe("k", "k4"))
+		retryAll(t, p)
+		b.wantDead(t, "exhausted 3", "exhausted 3")
+		b.wantEffects(t, "k2", "k4")
+		b.wantWaiting(t)
+	})
+
+	t.Run("HeadThatIsNotDueHoldsTheOthers", func(t *testing.T) {
+		t.Parallel()
+		b := setup(t)
+		b.on("k1", fails)
+		p := b.processor(Config{RetryBase: time.Hour})
+		process(t, p, probe("k", "k1"), probe("k", "k2"))
+		if retryOne(t, p) {
+			t.Error("one was found due")
+		}
+		b.wantEffects(t)
+	})
+
+	t.Run("DeliveryThatBrokeOffTwiceIsNotHandledInTheBatch", func(t *testing.T) {
+		t.Parallel()
+		b := setup(t)
+		suspect, once := probe("k", "suspect"), probe("", "once")
+		suspect.Count, once.Count = 2, 1
+		p := b.processor(eager)
+		process(t, p, once, suspect, probe("k", "behind"), probe("", "free"))
+		b.wantEffects(t, "once", "free")
+		b.wantWaiting(t, "suspect 0/0", "behind 0/0")
+		if ran := b.ran("suspect"); ran != 0 {
+			t.Errorf("the handler ran %d times", ran)
+		}
+		retryAll(t, p)
+		b.wantEffects(t, "once", "free", "suspect", "behind")
+	})
+}
+
+// TestRetryIsOneTransaction looks from outside while the handler of a retry runs: its row is still there, since its effect is not.
+func TestRetryIsOneTransaction(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	b.on("k1", fails)
+	p := b.processor(eager)
+	process(t, p, probe("k", "k1"))
+	b.on("k1", func(context.Context, pgx.Tx) error {
+		b.wantWaiting(t, "k1 1/2")
+		b.wantEffects(t)
+		// What comes now queues behind, and nobody else takes it or the one that runs.
+		process(t, b.processor(eager), probe("k", "k2"))
+		if retryOne(t, b.processor(eager)) {
+			t.Error("somebody else found something due")
+		}
+		return nil
+	})
+	retryOne(t, p)
+	b.wantEffects(t, "k1")
+	b.wantWaiting(t, "k2 0/0")
+}
+
+// TestRetrySkipsWhatAnotherHolds has a claim of another process in the middle: it is neither waited for nor claimed a second time, which
+// would count as a start.
+func TestRetrySkipsWhatAnotherHolds(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	b.on("held", fails)
+	b.on("free", fails)
+	p := b.processor(eager)
+	process(t, p, probe("k", "held"), probe("k", "behind"))
+	process(t, p, probe("", "free"))
+	b.on("free", nil)
+	err := pgx.BeginFunc(t.Context(), b.db, func(tx pgx.Tx) error {
+		if _, err := tx.Exec(t.Context(), `SELECT FROM inbox_retry WHERE key = 'k' ORDER BY seq LIMIT 1 FOR UPDATE`); err != nil {
+			return err
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second) // a claim that waits would wait for this transaction
+		defer cancel()
+		for _, want := range []bool{true, false} {
+			if found, err := p.RetryNext(ctx); found != want || err != nil {
+				return fmt.Errorf("found %t: %w", found, err)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Error(err)
+	}
+	b.wantEffects(t, "free")
+	b.wantWaiting(t, "held 1/1", "behind 0/0")
+}
+
+// TestRetriesByManyProcesses checks that no key runs twice at a time or out of order, whoever retries it.
+func TestRetriesByManyProcesses(t *testing.T) {
+	t.Parallel()
+	const keys, each, processes = 4, 6, 5
+	b := setup(t)
+	var batch []messaging.Delivery
+	running := map[string]*atomic.Int32{}
+	for k := range keys {
+		key := string(rune('a' + k))
+		running[key] = new(atomic.Int32)
+		for i := range each {
+			text := key + string(rune('0'+i))
+			batch = append(batch, probe(key, text))
+			b.on(text, fails)
+		}
+	}
+	process(t, b.processor(Config{RetryBase: 1}), batch...)
+	b.wantEffects(t)
+	for _, d := range batch {
+		text, n := d.Headers["probe"], running[d.Key]
+		failed := new(atomic.Bool)
+		b.on(text, func(context.Context, pgx.Tx) error {
+			if n.Add(1) > 1 {
+				t.Errorf("key %s is run twice at a time", d.Key)
+			}
+			defer n.Add(-1)
+			if text[1]%2 == 0 && failed.CompareAndSwap(false, true) {
+				return errProbe
+			}
+			return nil
+		})
+	}
+	done := make(chan error)
+	for range processes {
+		p := b.processor(Config{RetryBase: 1})
+		go func() {
+			for {
+				if found, err := p.RetryNext(t.Context()); err != nil || !found {
+					done <- err
+					return
+				}
+			}
+		}()
+	}
+	for range processes {
+		if err := <-done; err != nil {
+			t.Fatal(err)
+		}
+	}
+	retryAll(t, b.processor(Config{RetryBase: 1}))
+	b.wantDead(t)
+	b.wantWaiting(t)
+	got := b.list(t, `SELECT name FROM effects WHERE n = 1 AND consumer = $1 ORDER BY left(name, 1), seq`)
+	if len(got) != keys*each || !slices.IsSorted(got) {
+		t.Errorf("effects by key are %q", got)
+	}
+}
+
+func TestRunRetriesUntilItsContextIsDone(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	b.on("bad", fails)
+	p := b.processor(Config{RetryBase: 1, PollInterval: time.Millisecond})
+	process(t, p, probe("", "bad"))
+	applied := make(chan struct{})
+	ctx, cancel := context.WithCancel(t.Context())
+	p.config.AfterCommit = func() { close(applied) }
+	b.on("bad", nil)
+	ended := make(chan error)
+	go func() { ended <- p.Run(ctx) }()
+	<-applied
+	cancel()
+	if err := <-ended; err != nil {
+		t.Errorf("run: %v", err)
+	}
+	b.wantEffects(t, "bad")
+}
+
+func TestAfterCommit(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	calls := 0
+	config := eager
+	config.AfterCommit = func() { calls++ }
+	p := b.processor(config)
+	want := func(what string, n int) {
+		t.Helper()
+		if calls != n {
+			t.Errorf("%s: called %d times, want %d", what, calls, n)
+		}
+		calls = 0
+	}
+	one := probe("", "one")
+	process(t, p, one, probe("", "two"))
+	want("a batch", 1)
+	process(t, p, one)
+	want("a duplicate", 0)
+	b.on("bad", fails)
+	process(t, p, probe("k", "bad"), probe("k", "behind"))
+	want("a failure and one that waits behind", 0)
+	retryOne(t, p)
+	want("a retry that failed", 0)
+	b.on("bad", nil)
+	retryOne(t, p)
+	want("a retry", 1)
+	nameless := probe("", "nameless")
+	nameless.ID = ""
+	process(t, p, nameless)
+	want("a dead letter", 0)
+	ctx, cancel := context.WithCancel(t.Context())
+	b.on("cancelled", func(context.Context, pgx.Tx) error { cancel(); return nil })
+	if err := p.Process(ctx, []messaging.Delivery{probe("", "cancelled")}); err == nil {
+		t.Error("no error although the context was cancelled")
+	}
+	want("a rollback", 0)
+}

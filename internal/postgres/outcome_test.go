@@ -1,0 +1,227 @@
+package postgres
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"testing"
+	"time"
+
+	"example.com/orders/internal/testenv"
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgxpool"
+	"golang.org/x/sync/errgroup"
+)
+
+func TestUnknownOutcome(t *testing.T) {
+	t.Parallel()
+
+	t.Run("AnswerOfCommitLost", func(t *testing.T) {
+		t.Parallel()
+		db, faults := setup(t), new(losesCommit)
+		lossy := alter(t, db, func(c *pgxpool.Config) { c.ConnConfig.DialFunc = faults.dial })
+		faults.answer.Store(true)
+		if err := Transact(t.Context(), lossy, insert(t, 1)); !errors.Is(err, ErrOutcomeUnknown) || errors.Is(err, ErrUnavailable) {
+			t.Errorf("got error %v", err)
+		}
+		wantRows(t, db, 1)
+		if err := Transact(t.Context(), lossy, insert(t, 2)); err != nil {
+			t.Errorf("afterwards: %v", err)
+		}
+	})
+
+	// The caller cannot tell this from the other, and so it must not sound different.
+	t.Run("CommitLostOnItsWay", func(t *testing.T) {
+		t.Parallel()
+		db, faults := setup(t), new(losesCommit)
+		lossy := alter(t, db, func(c *pgxpool.Config) { c.ConnConfig.DialFunc = faults.dial })
+		faults.request.Store(true)
+		if err := Transact(t.Context(), lossy, insert(t, 1)); !errors.Is(err, ErrOutcomeUnknown) || errors.Is(err, ErrUnavailable) {
+			t.Errorf("got error %v", err)
+		}
+		wantRows(t, db, 0)
+	})
+
+	t.Run("TerminatedDuringCommit", func(t *testing.T) {
+		t.Parallel()
+		db := setup(t)
+		atCommit(t, db, `PERFORM pg_terminate_backend(pg_backend_pid());`)
+		if err := Transact(t.Context(), db, insert(t, 1)); !errors.Is(err, ErrOutcomeUnknown) {
+			t.Errorf("got error %v", err)
+		}
+	})
+
+	// COMMIT succeeds with a warning that it is on no standby. Here a warning of a trigger stands for it, under its name.
+	t.Run("WaitForTheStandbyCancelled", func(t *testing.T) {
+		t.Parallel()
+		plain := setup(t)
+		atCommit(t, plain, `IF NEW.n % 2 = 1 THEN RAISE WARNING 'cancelled'; END IF;`)
+		db := alter(t, plain, func(c *pgxpool.Config) {
+			c.MaxConns = 1 // so that each transaction has the connection of another
+			c.ConnConfig.OnNotice = func(conn *pgconn.PgConn, notice *pgconn.Notice) {
+				notice.Routine = "SyncRepWaitForLSN"
+				noteCancelledSyncWait(conn, notice)
+			}
+		})
+		var all errgroup.Group
+		for n := range 40 {
+			all.Go(func() error {
+				err := Transact(t.Context(), db, insert(t, n))
+				if errors.Is(err, ErrOutcomeUnknown) != (n%2 == 1) {
+					return fmt.Errorf("transaction %d: got error %w", n, err)
+				}
+				return nil
+			})
+		}
+		if err := all.Wait(); err != nil {
+			t.Error(err)
+		}
+		exec(t, db, `INSERT INTO t VALUES (41)`) // by itself, not through Transact
+		if err := Transact(t.Context(), db, insert(t, 42)); err != nil {
+			t.Errorf("the warning of another transaction: %v", err)
+		}
+	})
+}
+
+func TestNoteCancelledSyncWait(t *testing.T) {
+	t.Parallel()
+	db := setup(t)
+	conn, err := db.Acquire(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Release()
+	raw := conn.Conn().PgConn()
+	for _, other := range []pgconn.Notice{
+		{Code: "01000", Routine: "exec_stmt_raise"},
+		{Code: "00000", Routine: "SyncRepWaitForLSN"},
+	} {
+		noteCancelledSyncWait(raw, &other)
+		if len(raw.CustomData()) != 0 {
+			t.Errorf("took %+v for it", other)
+		}
+	}
+	noteCancelledSyncWait(raw, &pgconn.Notice{Code: "01000", Routine: "SyncRepWaitForLSN"})
+	if raw.CustomData()[syncWaitCancelled] != true {
+		t.Error("did not take note")
+	}
+}
+
+func TestUnavailable(t *testing.T) {
+	t.Parallel()
+
+	t.Run("Refused", func(t *testing.T) {
+		t.Parallel()
+		proxy, url := testenv.ProxyURL(t, testenv.PostgresURL(t))
+		proxy.Refuse(true)
+		wantUnavailable(t, open(t, Config{URL: url}), func(pgx.Tx) error { return nil })
+	})
+
+	t.Run("NobodyListens", func(t *testing.T) {
+		t.Parallel()
+		listener, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		listener.Close()
+		wantUnavailable(t, open(t, Config{URL: "postgres://x:x@" + listener.Addr().String() + "/x"}), func(pgx.Tx) error { return nil })
+	})
+
+	t.Run("BlackHole", func(t *testing.T) {
+		t.Parallel()
+		proxy, url := testenv.ProxyURL(t, testenv.PostgresURL(t))
+		proxy.Freeze(true)
+		wantUnavailable(t, open(t, Config{URL: url, ConnectTimeout: 100 * time.Millisecond}), func(pgx.Tx) error { return nil })
+	})
+
+	t.Run("CutInTheMiddle", func(t *testing.T) {
+		t.Parallel()
+		proxy, url := testenv.ProxyURL(t, testenv.PostgresURL(t))
+		db := open(t, Config{URL: url})
+		exec(t, db, `CREATE TABLE t (n integer PRIMARY KEY)`)
+		wantUnavailable(t, db, func(tx pgx.Tx) error {
+			if err := insert(t, 1)(tx); err != nil {
+				t.Errorf("insert: %v", err)
+			}
+			proxy.Cut()
+			return insert(t, 2)(tx)
+		})
+		wantRows(t, db, 0)
+	})
+
+	t.Run("ConnectionLongGone", func(t *testing.T) {
+		t.Parallel()
+		db := setup(t)
+		wantUnavailable(t, db, func(tx pgx.Tx) error {
+			_ = tx.Conn().Close(t.Context())
+			return insert(t, 1)(tx)
+		})
+	})
+
+	t.Run("BackendTerminated", func(t *testing.T) {
+		t.Parallel()
+		wantUnavailable(t, setup(t), func(tx pgx.Tx) error {
+			_, err := tx.Exec(t.Context(), `SELECT pg_terminate_backend(pg_backend_pid())`)
+			return err
+		})
+	})
+
+	t.Run("ReadOnly", func(t *testing.T) {
+		t.Parallel()
+		db := alter(t, setup(t), func(c *pgxpool.Config) { c.ConnConfig.RuntimeParams["default_transaction_read_only"] = "on" })
+		wantUnavailable(t, db, insert(t, 1))
+		wantRows(t, db, 0)
+	})
+}
+
+func wantUnavailable(t *testing.T, db *pgxpool.Pool, fn func(tx pgx.Tx) error) {
+	t.Helper()
+	if err := Transact(t.Context(), db, fn); !errors.Is(err, ErrUnavailable) || errors.Is(err, ErrOutcomeUnknown) {
+		t.Errorf("got error %v, want one that wraps ErrUnavailable", err)
+	}
+}
+
+func TestClassify(t *testing.T) {
+	t.Parallel()
+	code := func(code string) error { return fmt.Errorf("query: %w", &pgconn.PgError{Code: code}) }
+	for _, away := range []error{
+		code("53300"), code("57P01"), code("57P02"), code("57P03"), code("25006"), code("53100"), code("53200"), code("08006"),
+		io.EOF, io.ErrUnexpectedEOF, pgconn.ErrConnClosed, &net.OpError{Op: "read", Err: errProbe},
+	} {
+		err := Classify(away)
+		if !errors.Is(err, ErrUnavailable) || !errors.Is(err, away) {
+			t.Errorf("%v became %v", away, err)
+		}
+		if again := Classify(err); again != err {
+			t.Errorf("twice it became %v", again)
+		}
+	}
+	for _, other := range []error{
+		nil, errProbe, code("23505"), code("40001"), code("57014"), context.Canceled, context.DeadlineExceeded, pgx.ErrNoRows,
+		fmt.Errorf("commit: %w: %w", ErrOutcomeUnknown, io.EOF),
+	} {
+		if err := Classify(other); err != other {
+			t.Errorf("%v became %v", other, err)
+		}
+	}
+}
+
+func TestOpen(t *testing.T) {
+	t.Parallel()
+	if _, err := Open(t.Context(), Config{URL: "postgres://[", MaxConns: 1}); err == nil {
+		t.Error("opened what is no URL")
+	}
+	db := open(t, Config{URL: testenv.PostgresURL(t), ApplicationName: "probe"})
+	for setting, want := range map[string]string{"application_name": "probe", idleTimeoutParam: "1min"} {
+		var got string
+		if err := db.QueryRow(t.Context(), `SELECT current_setting($1)`, setting).Scan(&got); err != nil || got != want {
+			t.Errorf("%s is %q, %v, want %q", setting, got, err, want)
+		}
+	}
+	if n := db.Config().MaxConns; n != 10 {
+		t.Errorf("pool of %d connections", n)
+	}
+}
