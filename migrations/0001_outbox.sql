@@ -26,7 +26,7 @@ BEGIN
         RETURN false;
     END IF;
     RETURN (
-        SELECT count(*) <= 32 AND bool_and(name ~ '^[a-z0-9][a-z0-9-]{0,63}$' AND jsonb_typeof(value) = 'string'
+        SELECT count(*) <= 32 AND bool_and(name ~ '^[a-z0-9][a-z0-9-]{0,63}$' AND name !~ '^x-' AND name <> 'message-key' AND jsonb_typeof(value) = 'string'
                                            AND octet_length(value #>> '{}') <= 1024)
         FROM jsonb_each(headers) AS header (name, value));
 END

@@ -28,7 +28,7 @@ func (f *databaseFlags) check() error {
 
 func (f *brokerFlags) check() error {
 	if f.Exchange == "" || len(f.Exchange) > 255 || strings.HasPrefix(f.Exchange, "amq.") {
-		return fmt.Errorf("--exchange: %q is not the name of an exchange of our own: 1 to 255 bytes, not beginning with amq.", f.Exchange)
+		return fmt.Errorf("--exchange: %q is not the name of an exchange of our own: 1 to 255 bytes, none that begins with amq", f.Exchange)
 	}
 	return nil
 }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"regexp"
+	"strings"
 	"time"
 
 	"github.com/google/uuid"
@@ -28,6 +29,9 @@ const (
 	MaxHeaderValue = 1024
 )
 
+// KeyHeader is the header in which the key travels; a message's own headers may not use its name.
+const KeyHeader = "message-key"
+
 // Message is one fact to be published. Make one with New; the outbox carries it from there.
 type Message struct {
 	// ID is a UUIDv7 and the one identity a message has: outbox row, AMQP message_id, inbox key.
@@ -40,7 +44,7 @@ type Message struct {
 	// Payload is the protobuf binary encoding of the body.
 	Payload []byte
 	// Headers travel beside the payload: trace context and the sender's own. Names are lower-case letters, digits and
-	// dashes. They never become AMQP properties.
+	// dashes; x-… is the broker's. They never become AMQP properties.
 	Headers map[string]string
 	// CreatedAt is when the row was inserted, by the database's clock. The outbox fills it in.
 	CreatedAt time.Time
@@ -84,8 +88,8 @@ func (m Message) Validate() error {
 		return fmt.Errorf("%w: %d headers, limit %d", ErrInvalid, len(m.Headers), MaxHeaders)
 	}
 	for name, value := range m.Headers {
-		if !headerPattern.MatchString(name) {
-			return fmt.Errorf("%w: header name %.100q: use a-z, 0-9 and dash, at most 64", ErrInvalid, name)
+		if !headerPattern.MatchString(name) || strings.HasPrefix(name, "x-") || name == KeyHeader {
+			return fmt.Errorf("%w: header name %.100q: use a-z, 0-9 and dash, at most 64, not x-… and not %s", ErrInvalid, name, KeyHeader)
 		}
 		if len(value) > MaxHeaderValue || !ValidText(value) {
 			return fmt.Errorf("%w: header %s: value must be UTF-8 without NUL, at most %d bytes", ErrInvalid, name, MaxHeaderValue)

@@ -28,19 +28,21 @@ func TestInsertRefusesWhatCouldNeverBePublished(t *testing.T) {
 	t.Parallel()
 	db := testenv.Postgres(t)
 	for name, spoil := range map[string]func(m *messaging.Message){
-		"ID of version 4":    func(m *messaging.Message) { m.ID = uuid.New() },
-		"no ID":              func(m *messaging.Message) { m.ID = uuid.Nil },
-		"no type":            func(m *messaging.Message) { m.Type = "" },
-		"type with wildcard": func(m *messaging.Message) { m.Type = "a.*" },
-		"long type":          func(m *messaging.Message) { m.Type = strings.Repeat("a", 256) },
-		"long key":           func(m *messaging.Message) { m.Key = strings.Repeat("k", 256) },
-		"key with NUL":       func(m *messaging.Message) { m.Key = "a\x00" },
-		"key not UTF-8":      func(m *messaging.Message) { m.Key = "\xff" },
-		"large payload":      func(m *messaging.Message) { m.Payload = make([]byte, messaging.MaxPayload+1) },
-		"header CC":          func(m *messaging.Message) { m.Headers = map[string]string{"CC": "elsewhere"} },
-		"header with space":  func(m *messaging.Message) { m.Headers = map[string]string{"a b": ""} },
-		"long header":        func(m *messaging.Message) { m.Headers = map[string]string{"a": strings.Repeat("v", 1025)} },
-		"header not UTF-8":   func(m *messaging.Message) { m.Headers = map[string]string{"a": "\xff"} },
+		"ID of version 4":      func(m *messaging.Message) { m.ID = uuid.New() },
+		"no ID":                func(m *messaging.Message) { m.ID = uuid.Nil },
+		"no type":              func(m *messaging.Message) { m.Type = "" },
+		"type with wildcard":   func(m *messaging.Message) { m.Type = "a.*" },
+		"long type":            func(m *messaging.Message) { m.Type = strings.Repeat("a", 256) },
+		"long key":             func(m *messaging.Message) { m.Key = strings.Repeat("k", 256) },
+		"key with NUL":         func(m *messaging.Message) { m.Key = "a\x00" },
+		"key not UTF-8":        func(m *messaging.Message) { m.Key = "\xff" },
+		"large payload":        func(m *messaging.Message) { m.Payload = make([]byte, messaging.MaxPayload+1) },
+		"header CC":            func(m *messaging.Message) { m.Headers = map[string]string{"CC": "elsewhere"} },
+		"header of the broker": func(m *messaging.Message) { m.Headers = map[string]string{"x-delay": "1"} },
+		"header of the key":    func(m *messaging.Message) { m.Headers = map[string]string{"message-key": "k"} },
+		"header with space":    func(m *messaging.Message) { m.Headers = map[string]string{"a b": ""} },
+		"long header":          func(m *messaging.Message) { m.Headers = map[string]string{"a": strings.Repeat("v", 1025)} },
+		"header not UTF-8":     func(m *messaging.Message) { m.Headers = map[string]string{"a": "\xff"} },
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -75,6 +77,8 @@ func TestTableRefusesTheSame(t *testing.T) {
 		`'probe.P', repeat('k', 256), ''`: "outbox_key_fits",
 		`'probe.P', 'k', decode(repeat('00', 1048577), 'hex')`:                                      "outbox_payload_fits",
 		`'probe.P', 'k', '', '{"CC": "elsewhere"}'`:                                                 "outbox_headers_are_valid",
+		`'probe.P', 'k', '', '{"x-delay": "1"}'`:                                                    "outbox_headers_are_valid",
+		`'probe.P', 'k', '', '{"message-key": "k"}'`:                                                "outbox_headers_are_valid",
 		`'probe.P', 'k', '', '[]'`:                                                                  "outbox_headers_are_valid",
 		`'probe.P', 'k', '', '{"a": 1}'`:                                                            "outbox_headers_are_valid",
 		`'probe.P', 'k', '', jsonb_build_object('a', repeat('v', 1025))`:                            "outbox_headers_are_valid",

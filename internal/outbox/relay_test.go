@@ -225,6 +225,35 @@ func TestRelay(t *testing.T) {
 		}
 	})
 
+	t.Run("DoesNotTakeAPageOfOneForTheCulpritOfTheNext", func(t *testing.T) {
+		t.Parallel()
+		db := testenv.Postgres(t)
+		insert(t, db, "", "m000")
+		insert(t, db, "", "m001") // the culprit
+		insert(t, db, "", "m002")
+		b := newBroker(2)
+		closed := false
+		b.verdict = func(text string, page []string) error {
+			switch { // as one page after the other went out, the channel closed over the second, and took the first one's confirm with it
+			case text == "m001", text == "m000" && !closed:
+				closed = true
+				return fmt.Errorf("%w: 406", messaging.ErrRefused)
+			}
+			return nil
+		}
+		stop := start(t, db, b, Config{PageRows: 1})
+		await(t, "the others", b.complete)
+		testenv.Eventually(t, 10*time.Second, func() error {
+			if letters, published, _ := parked(t, db); len(letters) == 0 || published < 2 {
+				return errors.New("not settled")
+			}
+			return nil
+		})
+		stop()
+		letters, _, _ := parked(t, db)
+		equal(t, "letters", letters, []letter{{"m001", "refused"}})
+	})
+
 	t.Run("SendsFromTheFirstNackedMessageAgain", func(t *testing.T) {
 		t.Parallel()
 		for _, verdict := range []error{messaging.ErrNacked, messaging.ErrUnknown} {

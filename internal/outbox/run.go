@@ -166,7 +166,7 @@ func (r *run) settle(ctx context.Context) error {
 	}
 	failpoint.Hit("relay.confirmed")
 	for i, verdict := range verdicts {
-		reason, final := r.judge(verdict, len(oldest.rows) == 1)
+		reason, final := judge(verdict, len(oldest.rows) == 1 && len(r.inFlight) == 1)
 		if !final {
 			r.passed(oldest.before(i))
 			if errors.Is(verdict, messaging.ErrRefused) {
@@ -187,8 +187,9 @@ func (r *run) settle(ctx context.Context) error {
 	return nil
 }
 
-// judge tells whether a verdict is final, and why the message is parked if it is not nil.
-func (r *run) judge(verdict error, alone bool) (reason deadletter.Reason, final bool) {
+// judge tells whether a verdict is final, and why the message is parked if it is not nil. A refusal is final for a message that was
+// alone on the channel.
+func judge(verdict error, alone bool) (reason deadletter.Reason, final bool) {
 	switch {
 	case verdict == nil:
 		return "", true

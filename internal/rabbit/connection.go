@@ -27,42 +27,53 @@ const (
 	closeTimeout = 2 * time.Second
 )
 
-// dial connects. The name is shown to the broker's operators. A wrap that is given gets hold of the network connection.
-func dial(ctx context.Context, url, name string, wrap func(net.Conn) net.Conn) (*amqp.Connection, error) {
+// connection is the library's connection, and the network connection beneath it.
+type connection struct {
+	*amqp.Connection
+	network *gatheringConn
+}
+
+// dial connects, and gives up when ctx ends. The name is shown to the broker's operators.
+func dial(ctx context.Context, url, name string) (*connection, error) {
 	properties := amqp.NewConnectionProperties()
 	properties.SetClientConnectionName(cmp.Or(name, "unnamed"))
+	var network *gatheringConn
+	stop := func() bool { return true }
 	conn, err := amqp.DialConfig(url, amqp.Config{
 		Heartbeat: heartbeat, Properties: properties, Locale: "en_US",
-		Dial: func(network, address string) (net.Conn, error) {
-			conn, err := (&net.Dialer{Timeout: handshakeTimeout}).DialContext(ctx, network, address)
+		Dial: func(kind, address string) (net.Conn, error) {
+			conn, err := (&net.Dialer{Timeout: handshakeTimeout}).DialContext(ctx, kind, address)
 			if err != nil {
 				return nil, err
 			}
-			if wrap != nil {
-				conn = wrap(conn)
-			}
+			network = &gatheringConn{Conn: conn}
+			stop = context.AfterFunc(ctx, network.cut)
 			// For the handshake only: the library takes it off again.
-			return conn, conn.SetDeadline(time.Now().Add(handshakeTimeout))
+			return network, conn.SetDeadline(time.Now().Add(handshakeTimeout))
 		},
 	})
+	stop()
 	if err != nil {
 		return nil, fmt.Errorf("connect to rabbitmq: %w", err)
 	}
-	return conn, nil
+	return &connection{Connection: conn, network: network}, nil
 }
 
-// hangUp closes a connection, by force if it does not answer.
-func hangUp(conn *amqp.Connection) {
-	_ = conn.CloseDeadline(time.Now().Add(closeTimeout)) // what is lost with it is unknown to both sides anyway
+// hangUp closes the connection, by force if the broker does not answer. The library's deadline alone does not bound it: every frame
+// that comes in puts it off, and a broker that blocks us goes on sending heartbeats.
+func (c *connection) hangUp() {
+	force := time.AfterFunc(closeTimeout, c.network.cut)
+	defer force.Stop()
+	_ = c.CloseDeadline(time.Now().Add(closeTimeout)) // what is lost with it is unknown to both sides anyway
 }
 
 // Check connects and says whether the broker is there. It is what health checks call.
 func Check(ctx context.Context, url string) error {
-	conn, err := dial(ctx, url, "health check", nil)
+	conn, err := dial(ctx, url, "health check")
 	if err != nil {
 		return err
 	}
-	hangUp(conn)
+	conn.hangUp()
 	return nil
 }
 

@@ -3,7 +3,6 @@ package rabbit
 import (
 	"cmp"
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"time"
@@ -72,80 +71,54 @@ func (c *Consumer) Run(ctx context.Context) error {
 	return nil
 }
 
-var errDeliveriesEnded = errors.New("the broker ended the deliveries")
-
 // consume takes deliveries over one connection until that ends or ctx is done.
 func (c *Consumer) consume(ctx context.Context) error {
-	conn, err := dial(ctx, c.config.URL, c.config.Name, nil)
+	conn, err := dial(ctx, c.config.URL, c.config.Name)
 	if err != nil {
 		return err
 	}
-	defer hangUp(conn)
+	defer conn.hangUp()
+	stop := context.AfterFunc(ctx, conn.network.cut)
+	channel, source, err := c.subscribe(conn)
+	if !stop() {
+		return ctx.Err()
+	}
+	if err != nil {
+		return err
+	}
+	closed := channel.NotifyClose(make(chan *amqp.Error, 1))
+	if err := c.dispatch(ctx, channel, source); err != nil {
+		select {
+		case reason := <-closed:
+			if reason != nil {
+				err = fmt.Errorf("%w: %w", err, reason)
+			}
+		default:
+		}
+		return err
+	}
+	return nil
+}
+
+const consumerTag = "group"
+
+// subscribe starts the deliveries.
+func (c *Consumer) subscribe(conn *connection) (*amqp.Channel, <-chan amqp.Delivery, error) {
 	channel, err := conn.Channel()
 	if err != nil {
-		return fmt.Errorf("open channel: %w", err)
+		return nil, nil, fmt.Errorf("open channel: %w", err)
 	}
 	if err := c.config.Topology.declare(channel); err != nil {
-		return err
+		return nil, nil, err
 	}
 	if err := channel.Qos(c.config.Prefetch, 0, false); err != nil {
-		return fmt.Errorf("set prefetch: %w", err)
+		return nil, nil, fmt.Errorf("set prefetch: %w", err)
 	}
-	const tag = "group"
-	source, err := channel.Consume(c.config.Queue, tag, false, false, false, false, nil)
+	source, err := channel.Consume(c.config.Queue, consumerTag, false, false, false, false, nil)
 	if err != nil {
-		return fmt.Errorf("consume %s: %w", c.config.Queue, err)
+		return nil, nil, fmt.Errorf("consume %s: %w", c.config.Queue, err)
 	}
-	// At the end of ctx the broker is told to send no more. What it has sent is worked off, and then source is closed: by the
-	// library, which also does so when the queue is deleted, when the channel stays open.
-	stop := context.AfterFunc(ctx, func() { _ = channel.Cancel(tag, false) })
-	defer stop()
-	c.dispatch(ctx, source)
-	if ctx.Err() != nil {
-		return nil
-	}
-	return errDeliveriesEnded
-}
-
-// dispatch hands deliveries to their lanes until source is closed, and waits for the lanes.
-func (c *Consumer) dispatch(ctx context.Context, source <-chan amqp.Delivery) {
-	// Handlers outlive ctx: a delivery that was begun is finished. They end with the drain timeout, or with this connection.
-	work, cancel := context.WithCancel(context.WithoutCancel(ctx))
-	defer cancel()
-	stop := context.AfterFunc(ctx, func() { time.AfterFunc(c.config.DrainTimeout, cancel) })
-	defer stop()
-
-	lanes := make([]chan amqp.Delivery, c.config.Lanes)
-	done := make(chan struct{})
-	for i := range lanes {
-		// Room for all that may be unacked, so that a slow lane never holds up the others.
-		lanes[i] = make(chan amqp.Delivery, c.config.Prefetch)
-		go func() {
-			defer func() { done <- struct{}{} }()
-			c.lane(work, lanes[i])
-		}()
-	}
-	for delivery := range source {
-		lanes[c.laneOf(&delivery)] <- delivery
-	}
-	if ctx.Err() == nil {
-		cancel() // the connection is gone and with it the acks: what is not begun is delivered again
-	}
-	for _, lane := range lanes {
-		close(lane)
-	}
-	for range lanes {
-		<-done
-	}
-}
-
-// laneOf keeps the deliveries of one key together, and spreads those without a key.
-func (c *Consumer) laneOf(d *amqp.Delivery) int {
-	if c.config.Lanes == 1 {
-		return 0
-	}
-	key, _ := d.Headers[keyHeader].(string)
-	return int(hash(cmp.Or(key, d.MessageId)) % uint32(c.config.Lanes))
+	return channel, source, nil
 }
 
 // sleep waits, or returns early when ctx is done.

@@ -9,7 +9,7 @@ import (
 
 const (
 	// keyHeader carries the message's key.
-	keyHeader = "message-key"
+	keyHeader = messaging.KeyHeader
 	// contentType of every message that we send.
 	contentType = "application/protobuf"
 )
@@ -22,6 +22,7 @@ func encode(m messaging.Message) amqp.Publishing {
 	for name, value := range m.Headers {
 		headers[name] = value
 	}
+	delete(headers, keyHeader) // the key is the message's, and no header may pass for it
 	if m.Key != "" {
 		headers[keyHeader] = m.Key
 	}
@@ -40,7 +41,10 @@ func decode(d *amqp.Delivery) messaging.Delivery {
 		}
 	}
 	key, _ := d.Headers[keyHeader].(string)
-	count, _ := d.Headers["x-delivery-count"].(int64)
+	var count int64
+	if d.Redelivered { // else the sender set the header
+		count, _ = d.Headers["x-delivery-count"].(int64)
+	}
 	kind := d.Type
 	if kind == "" {
 		kind = d.RoutingKey

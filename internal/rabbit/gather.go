@@ -16,41 +16,46 @@ type gatheringConn struct {
 	mu        sync.Mutex
 	gathering bool
 	buffer    []byte
+	failure   error // of a write: the broker saw part of a frame at best, and nothing that is sent after it would make sense
 }
 
 // Write implements net.Conn. While gathering, it keeps p for later; the library's heartbeats queue up in order like everything else.
 func (c *gatheringConn) Write(p []byte) (int, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if !c.gathering {
-		return c.Conn.Write(p)
-	}
 	c.buffer = append(c.buffer, p...)
-	if len(c.buffer) < gatherSize {
+	if c.gathering && c.failure == nil && len(c.buffer) < gatherSize {
 		return len(p), nil
 	}
-	return len(p), c.flush()
+	if err := c.flush(); err != nil {
+		return 0, err
+	}
+	return len(p), nil
 }
 
 // gather calls fn and sends at its end what has not been sent by then.
 func (c *gatheringConn) gather(fn func()) error {
 	c.setGathering(true)
 	fn()
-	return c.setGathering(false)
-}
-
-func (c *gatheringConn) setGathering(on bool) error {
+	c.setGathering(false)
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.gathering = on
 	return c.flush()
 }
 
-func (c *gatheringConn) flush() error {
-	if len(c.buffer) == 0 {
-		return nil
-	}
-	_, err := c.Conn.Write(c.buffer)
-	c.buffer = c.buffer[:0]
-	return err
+func (c *gatheringConn) setGathering(on bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.gathering = on
 }
+
+func (c *gatheringConn) flush() error {
+	if c.failure == nil && len(c.buffer) > 0 {
+		_, c.failure = c.Conn.Write(c.buffer)
+	}
+	c.buffer = c.buffer[:0]
+	return c.failure
+}
+
+// cut ends the connection without a word.
+func (c *gatheringConn) cut() { _ = c.Conn.Close() }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"hash/fnv"
 	"log/slog"
+	"sync"
 	"time"
 
 	"example.com/orders/internal/failpoint"
@@ -12,21 +13,43 @@ import (
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 
-// lane handles deliveries in batches, one after the other, until its channel is closed or ctx is done.
-func (c *Consumer) lane(ctx context.Context, source <-chan amqp.Delivery) {
+// lanes are the goroutines of one connection's deliveries.
+type lanes struct {
+	sources []chan amqp.Delivery
+	handled chan []amqp.Delivery // batches to be acked
+	running sync.WaitGroup
+}
+
+// startLanes starts lanes that work until ctx ends, or wait is called and nothing is left to do.
+func (c *Consumer) startLanes(ctx context.Context) *lanes {
+	l := &lanes{sources: make([]chan amqp.Delivery, c.config.Lanes), handled: make(chan []amqp.Delivery, c.config.Lanes)}
+	for i := range l.sources {
+		// Room for all that may be unacked, so that a slow lane never holds up the others.
+		l.sources[i] = make(chan amqp.Delivery, c.config.Prefetch)
+		l.running.Go(func() { c.lane(ctx, l.sources[i], l.handled) })
+	}
+	return l
+}
+
+// wait waits until the lanes have ended.
+func (l *lanes) wait() {
+	for _, source := range l.sources {
+		close(source)
+	}
+	l.running.Wait()
+}
+
+// lane handles deliveries in batches, one after the other, until its source is closed or ctx is done.
+func (c *Consumer) lane(ctx context.Context, source <-chan amqp.Delivery, handled chan<- []amqp.Delivery) {
 	for ctx.Err() == nil {
 		batch := c.collect(source)
-		if len(batch) == 0 {
-			return
-		}
-		if !c.handleUntilDone(ctx, batch) {
+		if len(batch) == 0 || !c.handleUntilDone(ctx, batch) {
 			return
 		}
 		failpoint.Hit("consumer.applied")
-		if err := c.ack(batch); err != nil {
-			// The connection is gone. All copies that come again are duplicates to the inbox.
-			slog.WarnContext(ctx, "ack failed, deliveries will come again", "queue", c.config.Queue, "deliveries", len(batch), "error", err)
-			return
+		select {
+		case handled <- batch:
+		case <-ctx.Done():
 		}
 	}
 }
@@ -74,19 +97,6 @@ func (c *Consumer) handleUntilDone(ctx context.Context, batch []amqp.Delivery) b
 		slog.WarnContext(ctx, "consumer waits", "queue", c.config.Queue, "deliveries", len(batch), "error", err, "retry_in", retryIn)
 		sleep(ctx, retryIn)
 	}
-}
-
-// ack settles a batch. With one lane everything before its last delivery is done, and one frame says so.
-func (c *Consumer) ack(batch []amqp.Delivery) error {
-	if c.config.Lanes == 1 {
-		return batch[len(batch)-1].Ack(true)
-	}
-	for i := range batch {
-		if err := batch[i].Ack(false); err != nil {
-			return err
-		}
-	}
-	return nil
 }
 
 func hash(s string) uint32 {

@@ -5,10 +5,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"slices"
 	"time"
 
+	"example.com/orders/internal/failpoint"
 	"example.com/orders/internal/messaging"
 	amqp "github.com/rabbitmq/amqp091-go"
 )
@@ -43,8 +43,7 @@ func NewPublisher(config PublisherConfig) *Publisher {
 
 // link is one connection with its channel in confirm mode. It is thrown away at the first failure.
 type link struct {
-	conn     *amqp.Connection
-	network  *gatheringConn
+	conn     *connection
 	channel  *amqp.Channel
 	returns  chan amqp.Return
 	closed   chan *amqp.Error
@@ -54,10 +53,16 @@ type link struct {
 	writing  chan struct{}          // closed when nothing is being written
 	stopped  bool                   // the broker has blocked the connection
 	reason   *amqp.Error            // why the channel ended, once that has been heard
+	broken   bool                   // a receipt has told that something is unknown
 }
 
 // Publish implements messaging.Publisher.
 func (p *Publisher) Publish(ctx context.Context, messages []messaging.Message) (messaging.Receipt, error) {
+	// A connection that ended is replaced only when nothing is waiting for it: on a new one, this page would overtake those that the
+	// old one lost. Until their receipts have told so, pages go to the old one, and are lost as well.
+	if l := p.link; l != nil && (l.broken || l.waiting == 0 && l.channel.IsClosed()) {
+		_ = p.Close()
+	}
 	if p.link == nil {
 		if err := p.connect(ctx); err != nil {
 			return nil, err
@@ -76,7 +81,7 @@ func (p *Publisher) Publish(ctx context.Context, messages []messaging.Message) (
 	go func() {
 		defer close(receipt.written)
 		<-previous
-		if err := l.network.gather(func() { receipt.write(p.config.Topology.Exchange) }); err != nil && receipt.failure == nil {
+		if err := l.conn.network.gather(func() { receipt.write(p.config.Topology.Exchange) }); err != nil && receipt.failure == nil {
 			receipt.failure = err
 		}
 	}()
@@ -86,7 +91,7 @@ func (p *Publisher) Publish(ctx context.Context, messages []messaging.Message) (
 // Close implements messaging.Publisher.
 func (p *Publisher) Close() error {
 	if p.link != nil {
-		hangUp(p.link.conn)
+		p.link.conn.hangUp()
 		<-p.link.writing
 		p.link = nil
 	}
@@ -94,23 +99,23 @@ func (p *Publisher) Close() error {
 }
 
 func (p *Publisher) connect(ctx context.Context) error {
-	var network *gatheringConn
-	conn, err := dial(ctx, p.config.URL, p.config.Name, func(conn net.Conn) net.Conn {
-		network = &gatheringConn{Conn: conn}
-		return network
-	})
+	conn, err := dial(ctx, p.config.URL, p.config.Name)
 	if err != nil {
 		return err
 	}
+	stop := context.AfterFunc(ctx, conn.network.cut)
 	channel, err := p.open(conn)
+	if !stop() {
+		err = ctx.Err()
+	}
 	if err != nil {
-		hangUp(conn)
+		conn.hangUp()
 		return err
 	}
 	idle := make(chan struct{})
 	close(idle)
 	p.link = &link{
-		conn: conn, network: network, channel: channel, writing: idle, returned: map[string]amqp.Return{},
+		conn: conn, channel: channel, writing: idle, returned: map[string]amqp.Return{},
 		returns: channel.NotifyReturn(make(chan amqp.Return, p.config.Window)),
 		closed:  channel.NotifyClose(make(chan *amqp.Error, 1)),
 		blocked: conn.NotifyBlocked(make(chan amqp.Blocking, 64)),
@@ -118,7 +123,7 @@ func (p *Publisher) connect(ctx context.Context) error {
 	return nil
 }
 
-func (p *Publisher) open(conn *amqp.Connection) (*amqp.Channel, error) {
+func (p *Publisher) open(conn *connection) (*amqp.Channel, error) {
 	channel, err := conn.Channel()
 	if err != nil {
 		return nil, fmt.Errorf("open channel: %w", err)
@@ -149,6 +154,7 @@ type receipt struct {
 func (r *receipt) write(exchange string) {
 	r.confirms = make([]*amqp.DeferredConfirmation, 0, len(r.messages))
 	for _, message := range r.messages {
+		failpoint.Hit("relay.publishing")
 		confirm, err := r.link.channel.PublishWithDeferredConfirm(exchange, message.Type, true, false, encode(message))
 		if err != nil {
 			r.failure = err
@@ -197,6 +203,7 @@ func (r *receipt) await(ctx context.Context, done <-chan struct{}, timer *time.T
 		case <-ctx.Done():
 			return ctx.Err()
 		case <-expired:
+			r.link.broken = true
 			return fmt.Errorf("no confirm within %s", r.timeout)
 		case state, open := <-r.link.blocked:
 			if !open { // the connection ended, and done is about to be closed
@@ -252,6 +259,7 @@ func (l *link) drainReturns() {
 // whyClosed turns the end of the channel into a verdict: the broker's refusal of something that was published, or unknown. The library
 // reports the reason before it ends the confirms.
 func (l *link) whyClosed(otherwise error) error {
+	l.broken = true
 	if l.reason == nil {
 		select {
 		case l.reason = <-l.closed:

@@ -1,0 +1,130 @@
+package rabbit
+
+import (
+	"bytes"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"example.com/orders/internal/messaging"
+	"example.com/orders/internal/testenv"
+	"github.com/google/go-cmp/cmp"
+	amqp "github.com/rabbitmq/amqp091-go"
+)
+
+func TestConsumeWhenTheConnectionFails(t *testing.T) {
+	t.Parallel()
+
+	t.Run("WhatWasNotAckedComesAgainAndIsCounted", func(t *testing.T) {
+		t.Parallel()
+		url, p := setUp(t)
+		proxy, through := testenv.ProxyURL(t, url)
+		mustPublish(t, p, texts(0, 3)...)
+		gate := newGated()
+		consume(t, ConsumerConfig{URL: through, Batch: 1}, gate.handle)
+		for count := range int64(3) {
+			got := receive(t, gate.begun)
+			if diff := cmp.Diff([]string{"0"}, valuesOf(t, got)); diff != "" {
+				t.Error(diff)
+			}
+			if got[0].Count != count {
+				t.Errorf("count %d, want %d", got[0].Count, count)
+			}
+			if count < 2 && proxy.Cut() == 0 {
+				t.Fatal("no connection to cut")
+			}
+		}
+		close(gate.release)
+		gate.begun.next(t, 2)
+	})
+
+	t.Run("AQueueThatIsDeletedIsMadeAnew", func(t *testing.T) {
+		t.Parallel()
+		url, p := setUp(t)
+		got := make(recorder, 100)
+		consume(t, ConsumerConfig{URL: url}, got.handle)
+		mustPublish(t, p, texts(0, 1)...)
+		got.next(t, 1)
+		testenv.Management(t, url).DeleteQueue(queue)
+		message := texts(1, 1)
+		testenv.Eventually(t, patience, func() error { return wait(t, publish(t, p, message...))[0] }) // returned until the queue is there
+		if diff := cmp.Diff([]string{"1"}, valuesOf(t, got.next(t, 1))); diff != "" {
+			t.Error(diff)
+		}
+	})
+
+	t.Run("AnOperatorWhoClosesConnectionsDoesNotStopIt", func(t *testing.T) {
+		t.Parallel()
+		url, p := setUp(t)
+		got := make(recorder, 100)
+		consume(t, ConsumerConfig{URL: url}, got.handle)
+		mustPublish(t, p, texts(0, 1)...)
+		got.next(t, 1)
+		_ = p.Close()
+		testenv.Management(t, url).CloseConnections()
+		mustPublish(t, p, texts(1, 1)...)
+		got.next(t, 1)
+	})
+}
+
+func TestConsumeWhatOthersSend(t *testing.T) {
+	t.Parallel()
+	url, _ := setUp(t)
+	ch := raw(t, url)
+	nested := amqp.Table{"list": []any{int32(1), amqp.Table{"deep": []byte{0xff}}}}
+	long := strings.Repeat("x", 100_000)
+	cases := map[string]struct {
+		sent amqp.Publishing
+		want messaging.Delivery
+	}{
+		"NoProperties": {amqp.Publishing{}, messaging.Delivery{}},
+		"NoIDButAType": {amqp.Publishing{Type: "some.Type"}, messaging.Delivery{Type: "some.Type"}},
+		"BrokenText":   {amqp.Publishing{MessageId: "\xff\x00", Type: "\xfe"}, messaging.Delivery{ID: "\xff\x00", Type: "\xfe"}},
+		"ForeignHeaders": {
+			amqp.Publishing{Headers: amqp.Table{
+				"int": int64(1), "bool": true, "time": time.Unix(1, 0), "nothing": nil, "float": 1.5, "nested": nested,
+				"bytes": []byte("b"), "text": "kept", "decimal": amqp.Decimal{Scale: 1, Value: 2},
+			}},
+			messaging.Delivery{Headers: map[string]string{"text": "kept"}},
+		},
+		"AKeyThatIsNoText":  {amqp.Publishing{Headers: amqp.Table{keyHeader: int32(7)}}, messaging.Delivery{}},
+		"AKeyThatIsATable":  {amqp.Publishing{Headers: amqp.Table{keyHeader: nested}}, messaging.Delivery{}},
+		"AForgedCount":      {amqp.Publishing{Headers: amqp.Table{"x-delivery-count": int64(99)}}, messaging.Delivery{}},
+		"ACountThatIsText":  {amqp.Publishing{Headers: amqp.Table{"x-delivery-count": "99", "x-death": "me"}}, messaging.Delivery{}},
+		"AHugeHeader":       {amqp.Publishing{Headers: amqp.Table{"long": long}}, messaging.Delivery{Headers: map[string]string{"long": long}}},
+		"AForeignEncoding":  {amqp.Publishing{ContentType: "text/plain", ContentEncoding: "gzip"}, messaging.Delivery{}},
+		"ALargePayload":     {amqp.Publishing{Body: bytes.Repeat([]byte{1}, 20<<10)}, messaging.Delivery{Payload: bytes.Repeat([]byte{1}, 20<<10)}},
+		"AThousandHeaders":  {amqp.Publishing{Headers: manyHeaders}, messaging.Delivery{Headers: manyTexts}},
+		"TransientDelivery": {amqp.Publishing{DeliveryMode: amqp.Transient, Priority: 9}, messaging.Delivery{}},
+	}
+	got := make(recorder)
+	consume(t, ConsumerConfig{URL: url}, got.handle)
+	for name, tc := range cases {
+		if err := ch.Publish(exchange, topology.Queues[0].Types[0], false, false, tc.sent); err != nil {
+			t.Fatal(err)
+		}
+		delivery := got.next(t, 1)[0]
+		if tc.want.Type == "" {
+			tc.want.Type = topology.Queues[0].Types[0] // the routing key stands in
+		}
+		if tc.want.Headers == nil {
+			tc.want.Headers = map[string]string{}
+		}
+		if tc.want.Payload == nil {
+			tc.want.Payload = []byte{}
+		}
+		if diff := cmp.Diff(tc.want, delivery); diff != "" {
+			t.Errorf("%s: %.1000s", name, diff)
+		}
+	}
+}
+
+var manyHeaders, manyTexts = func() (amqp.Table, map[string]string) {
+	headers, texts := amqp.Table{}, map[string]string{}
+	for i := range 1000 {
+		name := fmt.Sprint("header-", i)
+		headers[name], texts[name] = "value", "value"
+	}
+	return headers, texts
+}()

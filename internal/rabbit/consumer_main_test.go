@@ -1,0 +1,121 @@
+package rabbit
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"testing"
+
+	"example.com/orders/internal/messaging"
+	"example.com/orders/internal/testenv"
+	amqp "github.com/rabbitmq/amqp091-go"
+)
+
+// running is a Consumer under test.
+type running struct {
+	t      *testing.T
+	cancel context.CancelFunc
+	ended  chan error
+}
+
+// consume runs a Consumer of the usual queue until the test ends, or stop is called.
+func consume(t *testing.T, config ConsumerConfig, handle Handler) *running {
+	t.Helper()
+	config.Topology, config.Queue = topology, queue
+	ctx, cancel := context.WithCancel(t.Context())
+	r := &running{t: t, cancel: cancel, ended: make(chan error, 1)}
+	go func() {
+		defer close(r.ended)
+		r.ended <- NewConsumer(config, handle).Run(ctx)
+	}()
+	t.Cleanup(func() {
+		cancel()
+		for range r.ended {
+		}
+	})
+	return r
+}
+
+// stop ends the consumer and waits for it.
+func (r *running) stop() {
+	r.t.Helper()
+	r.cancel()
+	if err := <-r.ended; err != nil {
+		r.t.Errorf("Run returned %v", err)
+	}
+}
+
+// recorder is a Handler that hands everything on to a test.
+type recorder chan []messaging.Delivery
+
+func (r recorder) handle(_ context.Context, deliveries []messaging.Delivery) error {
+	r <- deliveries
+	return nil
+}
+
+// next returns the next n deliveries.
+func (r recorder) next(t *testing.T, n int) []messaging.Delivery {
+	t.Helper()
+	var got []messaging.Delivery
+	for len(got) < n {
+		got = append(got, receive(t, r)...)
+	}
+	if len(got) > n {
+		t.Fatalf("%d deliveries, want %d", len(got), n)
+	}
+	return got
+}
+
+// receive waits for a signal of the code under test.
+func receive[T any](t *testing.T, from <-chan T) T {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	select {
+	case value := <-from:
+		return value
+	case <-ctx.Done():
+		t.Fatalf("nothing came within %s", patience)
+		panic("unreachable")
+	}
+}
+
+// setUp makes a vhost with the topology.
+func setUp(t *testing.T) (url string, p *Publisher) {
+	t.Helper()
+	url = testenv.AMQP(t)
+	p = newPublisher(t, PublisherConfig{URL: url})
+	mustPublish(t, p)
+	return url, p
+}
+
+// ready waits until so many messages are left in the queue that are not handed out.
+func ready(t *testing.T, url string, want int) {
+	t.Helper()
+	ch := raw(t, url)
+	testenv.Eventually(t, patience, func() error {
+		state, err := ch.QueueDeclarePassive(queue, true, false, false, false, nil)
+		if err == nil && state.Messages != want {
+			err = fmt.Errorf("%d messages are ready, want %d", state.Messages, want)
+		}
+		return err
+	})
+}
+
+// standBy subscribes as a consumer does, and returns once the broker has registered it.
+func standBy(t *testing.T, url string) <-chan amqp.Delivery {
+	t.Helper()
+	conn, err := dial(t.Context(), url, "second")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(conn.hangUp)
+	config := ConsumerConfig{Topology: topology, Queue: queue}
+	_, source, err := NewConsumer(config, nil).subscribe(conn)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return source
+}
+
+var errHandler = errors.New("the database is away")

@@ -1,0 +1,94 @@
+package rabbit
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	amqp "github.com/rabbitmq/amqp091-go"
+)
+
+var errDeliveriesEnded = errors.New("the broker ended the deliveries")
+
+// quietTime is how long nothing must come before the deliveries that the broker has sent are taken to be all here. One that is missed does no
+// harm, but it counts as handed out once when the next consumer gets it.
+const quietTime = 50 * time.Millisecond
+
+// dispatch hands deliveries to their lanes and acks what comes back, until source is closed: by the library, when the connection ends, and
+// also when the queue is deleted, when connection and channel stay open. It returns nil if ctx ended it and everything is settled.
+//
+// At the end of ctx it works off what was delivered, but withholds the acks until all of it is done. The broker makes the next consumer of
+// the queue the active one as soon as this one cancels or closes, whatever is still unacked here; and it sends more for each ack. So
+// only when nothing is unfinished here may another one begin: else it would overtake us on the same key.
+func (c *Consumer) dispatch(ctx context.Context, channel *amqp.Channel, source <-chan amqp.Delivery) error {
+	// Handlers outlive ctx: a delivery that was begun is finished. They end with the drain timeout, or with this connection.
+	work, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	lanes := c.startLanes(work)
+	defer lanes.wait()
+	defer cancel()
+
+	ending := ctx.Done()
+	var quiet <-chan time.Time
+	var held []amqp.Delivery
+	for stopping, unfinished, over := false, 0, false; !over; {
+		select {
+		case delivery, open := <-source:
+			if !open {
+				return errDeliveriesEnded // and with them the acks: what is not begun is delivered again
+			}
+			unfinished++
+			lanes.sources[c.laneOf(&delivery)] <- delivery
+		case batch := <-lanes.handled:
+			unfinished -= len(batch)
+			if stopping {
+				held = append(held, batch...)
+			} else if err := c.ack(batch); err != nil {
+				return err
+			}
+		case <-ending:
+			stopping, ending = true, nil
+			expiry := time.AfterFunc(c.config.DrainTimeout, cancel)
+			defer expiry.Stop()
+		case <-work.Done():
+			return c.ack(held)
+		case <-quiet:
+			over = true
+		}
+		quiet = nil
+		if stopping && unfinished == 0 {
+			over = over || len(held) >= c.config.Prefetch
+			quiet = time.After(quietTime)
+		}
+	}
+	if len(held) >= c.config.Prefetch {
+		// The broker could send nothing more, so nothing is under way that would be cut off. With the acks it would send again, to be
+		// handed out a second time after the end of the connection.
+		_ = channel.Cancel(consumerTag, true) // fails only if the connection is gone, and then so does the ack
+	}
+	return c.ack(held)
+}
+
+// laneOf keeps the deliveries of one key together, and spreads those without a key.
+func (c *Consumer) laneOf(d *amqp.Delivery) int {
+	if c.config.Lanes == 1 {
+		return 0
+	}
+	key, _ := d.Headers[keyHeader].(string)
+	return int(hash(cmp.Or(key, d.MessageId)) % uint32(c.config.Lanes))
+}
+
+// ack settles a batch. With one lane everything before its last delivery is done, and one frame says so.
+func (c *Consumer) ack(batch []amqp.Delivery) error {
+	if c.config.Lanes == 1 && len(batch) > 0 {
+		batch = batch[len(batch)-1:]
+	}
+	for i := range batch {
+		if err := batch[i].Ack(c.config.Lanes == 1); err != nil {
+			// The connection is gone. All copies that come again are duplicates to the inbox.
+			return fmt.Errorf("ack: %w", err)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,96 @@
+package rabbit
+
+import (
+	"strings"
+	"testing"
+
+	"example.com/orders/internal/testenv"
+	"github.com/google/go-cmp/cmp"
+	amqp "github.com/rabbitmq/amqp091-go"
+)
+
+func TestDeclare(t *testing.T) {
+	t.Parallel()
+
+	t.Run("IsIdempotent", func(t *testing.T) {
+		t.Parallel()
+		ch := raw(t, testenv.AMQP(t))
+		for range 3 {
+			if err := topology.declare(ch); err != nil {
+				t.Fatal(err)
+			}
+		}
+	})
+
+	t.Run("LeavesNoArgumentToTheBrokersVersion", func(t *testing.T) {
+		t.Parallel()
+		url, _ := setUp(t)
+		operator := testenv.Management(t, url)
+		want := map[string]map[string]any{
+			queue: {
+				"x-queue-type": "quorum", "x-single-active-consumer": true, "x-delivery-limit": 20.0, "x-overflow": "reject-publish",
+				"x-dead-letter-exchange": "", "x-dead-letter-routing-key": queue + ".dead", "x-dead-letter-strategy": "at-least-once",
+			},
+			queue + ".dead": {"x-queue-type": "quorum", "x-delivery-limit": 1e6, "x-overflow": "reject-publish"},
+		}
+		for name, arguments := range want {
+			state, ok := operator.Queue(name)
+			if !ok || !state.Durable || state.Type != "quorum" {
+				t.Errorf("%s: exists %t, durable %t, type %s", name, ok, state.Durable, state.Type)
+			}
+			if diff := cmp.Diff(arguments, state.Arguments); diff != "" {
+				t.Errorf("%s: %s", name, diff)
+			}
+		}
+	})
+
+	t.Run("AQueueWithOtherArgumentsIsLeftAloneAndNamed", func(t *testing.T) {
+		t.Parallel()
+		url := testenv.AMQP(t)
+		declareFull(t, raw(t, url), 5)
+		err := topology.declare(raw(t, url))
+		if err == nil || !strings.Contains(err.Error(), "queue "+queue+" exists with other arguments; empty and delete it") {
+			t.Errorf("got %v", err)
+		}
+		if _, err := newPublisher(t, PublisherConfig{URL: url}).Publish(t.Context(), texts(0, 1)); err == nil {
+			t.Error("published to a topology that is not ours")
+		}
+	})
+
+	t.Run("BindsEachQueueToItsTypesOnly", func(t *testing.T) {
+		t.Parallel()
+		url := testenv.AMQP(t)
+		both := Topology{Exchange: exchange, Queues: []Queue{
+			{Name: "all", Types: []string{"google.protobuf.StringValue", "google.protobuf.Int64Value"}},
+			{Name: "numbers", Types: []string{"google.protobuf.Int64Value"}},
+		}}
+		p := newPublisher(t, PublisherConfig{URL: url, Topology: both})
+		mustPublish(t, p, text("", "a"), number(1))
+		if all, numbers := len(take(t, url, "all")), len(take(t, url, "numbers")); all != 2 || numbers != 1 {
+			t.Errorf("%d and %d messages, want 2 and 1", all, numbers)
+		}
+	})
+
+	t.Run("WhatIsGivenUpMovesToTheDeadQueue", func(t *testing.T) {
+		t.Parallel()
+		url, p := setUp(t)
+		mustPublish(t, p, texts(0, 1)...)
+		source, err := raw(t, url).Consume(queue, "", false, false, false, false, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for range deliveryLimit + 1 {
+			delivery := receive(t, source)
+			if err := delivery.Nack(false, true); err != nil {
+				t.Fatal(err)
+			}
+		}
+		dead, err := raw(t, url).Consume(DeadQueue(queue), "", true, false, false, false, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := textOf(t, receive[amqp.Delivery](t, dead).Body); got != "0" {
+			t.Errorf("got %s", got)
+		}
+	})
+}
