@@ -30,7 +30,7 @@ const (
 type relayCommand struct{}
 
 func (c *relayCommand) Run(ctx context.Context, f *flags) error {
-	db, err := postgres.Open(ctx, postgres.Config{URL: f.PostgresURL})
+	db, err := postgres.Open(ctx, postgres.Config{URL: f.PostgresURL, GenericPlans: true})
 	if err != nil {
 		return err
 	}
@@ -106,7 +106,7 @@ func freshDatabase(ctx context.Context, url string) (string, error) {
 		}
 	}
 	config := conn.Config()
-	fresh := fmt.Sprintf("host=%s port=%d user=%s password=%s dbname=%s plan_cache_mode=force_generic_plan", config.Host, config.Port, config.User, quote(config.Password), database)
+	fresh := fmt.Sprintf("host=%s port=%d user=%s password=%s dbname=%s", config.Host, config.Port, config.User, quote(config.Password), database)
 	_, err = migrations.Up(ctx, fresh)
 	return fresh, err
 }

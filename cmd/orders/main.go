@@ -52,7 +52,7 @@ type brokerFlags struct {
 }
 
 type relayFlags struct {
-	PageRows     int           `env:"RELAY_PAGE_ROWS" default:"500" help:"Most messages of one page, 1 to 5000. A crash repeats at most two pages."`
+	PageRows     int           `env:"RELAY_PAGE_ROWS" default:"1000" help:"Most messages of one page, 1 to 5000. A crash repeats at most two pages."`
 	Lease        time.Duration `env:"RELAY_LEASE" default:"5s" help:"How long a relay that went silent keeps its shard, 1s to 5m."`
 	PollInterval time.Duration `env:"RELAY_POLL_INTERVAL" default:"1s" help:"Longest time between two looks at the outbox when no doorbell rings, 10ms to 1m."`
 }

@@ -56,14 +56,18 @@ func RunAll(ctx context.Context, config Config) error {
 
 // process is what the parts of one process share.
 type process struct {
-	config Config
-	name   string
-	db     *pgxpool.Pool
-	bell   *outbox.NotifyBell
-	domain domain
-	checks []rpcserver.Check
-	group  *errgroup.Group
+	config  Config
+	name    string
+	db      *pgxpool.Pool
+	relayDB *pgxpool.Pool
+	bell    *outbox.NotifyBell
+	domain  domain
+	checks  []rpcserver.Check
+	group   *errgroup.Group
 }
+
+// relayConns is one connection for pages, one for the lease, and one to read ahead.
+const relayConns = 3
 
 // part starts one part of a process in p.group. Health is served last: by then the others have said what they need.
 type part func(p *process, ctx context.Context)
@@ -74,9 +78,17 @@ func run(ctx context.Context, config Config, name string, parts ...part) error {
 		return err
 	}
 	defer db.Close()
+	// The relay has connections of its own: a service whose pool is exhausted must still be able to drain.
+	relayDB, err := postgres.Open(ctx, postgres.Config{
+		URL: config.PostgresURL, MaxConns: relayConns, ApplicationName: ServiceName + " relay", GenericPlans: true,
+	})
+	if err != nil {
+		return err
+	}
+	defer relayDB.Close()
 	group, ctx := errgroup.WithContext(ctx)
 	bell := outbox.NewNotifyBell(config.listenURL())
-	p := &process{config: config, name: name, db: db, bell: bell, group: group, domain: newDomain(db, outbox.NewWriter(db, bell))}
+	p := &process{config: config, name: name, db: db, relayDB: relayDB, bell: bell, group: group, domain: newDomain(db, outbox.NewWriter(db, bell))}
 	p.checks = []rpcserver.Check{{Name: "database", Ready: db.Ping}}
 	for _, start := range parts {
 		start(p, ctx)

@@ -26,7 +26,7 @@ func (p *process) startRelay(ctx context.Context) {
 		Window: outbox.MaxInFlight(p.config.Relay),
 	})
 	wake := outbox.NewLocalBell()
-	relay := outbox.NewRelay(p.db, publisher, wake, p.config.Relay)
+	relay := outbox.NewRelay(p.relayDB, publisher, wake, p.config.Relay)
 	p.group.Go(func() error { return relay.Run(ctx) })
 	p.group.Go(func() error { outbox.Listen(ctx, p.config.listenURL(), wake); return nil })
 }

@@ -21,7 +21,7 @@ type Config struct {
 	// Shard is the part of the log that the relay publishes. Default 0, the only one there is by default.
 	Shard int16
 	// PageRows is the most messages of one page. Two pages are in flight at most, so a crash repeats up to twice as many.
-	// Default 500: at that size RabbitMQ, not the relay, is the limit.
+	// Default 1000: with two such pages in flight RabbitMQ, not the relay, is the limit; half of that costs a tenth of the rate.
 	PageRows int
 	// PageBytes is the most payload bytes of one page, and with it bounds the relay's memory. Default 4 MiB.
 	PageBytes int
@@ -32,7 +32,7 @@ type Config struct {
 }
 
 func (c Config) withDefaults() Config {
-	c.PageRows = cmp.Or(c.PageRows, 500)
+	c.PageRows = cmp.Or(c.PageRows, 1000)
 	c.PageBytes = max(cmp.Or(c.PageBytes, 4<<20), messaging.MaxPayload)
 	c.Lease = cmp.Or(c.Lease, 5*time.Second)
 	c.PollInterval = cmp.Or(c.PollInterval, time.Second)

@@ -36,6 +36,7 @@ type run struct {
 
 	next     position // where to read on
 	claimed  string   // the snapshot that was claimed last
+	ahead    *ahead   // what is being read there already
 	inFlight []flight // published, without verdict, oldest first
 	settled  progress // what is delivered and not yet recorded
 	dirty    bool     // settled has something to record
@@ -67,15 +68,18 @@ func (r *run) loop(ctx context.Context) error {
 		idle, err := r.step(ctx)
 		switch {
 		case errors.Is(err, postgres.ErrOutcomeUnknown), errors.Is(err, errFenced):
-			return errors.Join(err, r.publisher.Close())
+			r.giveUp()
+			return err
 		case ctx.Err() != nil:
 			return r.finish(ctx)
 		case errors.Is(err, errBroker):
 			if err := r.retreat(ctx, err); err != nil {
 				return err
 			}
+			sleep = 0
 		case err != nil:
-			return errors.Join(err, r.publisher.Close())
+			r.giveUp()
+			return err
 		case idle:
 			sleep = min(max(2*sleep, minPoll), r.poll)
 			wait(ctx, r.wake, sleep)
@@ -117,7 +121,13 @@ func (r *run) room() int {
 	return maxInFlight
 }
 
+// read returns the next page, which may have been read ahead.
 func (r *run) read(ctx context.Context) (*page, position, error) {
+	if ahead := r.ahead; ahead != nil {
+		r.ahead = nil
+		<-ahead.done
+		return ahead.found, ahead.at, ahead.err
+	}
 	log := r.log
 	if r.alone > 0 {
 		log.maxRows = 1
@@ -125,6 +135,27 @@ func (r *run) read(ctx context.Context) (*page, position, error) {
 	found, at, err := log.next(ctx, r.next)
 	r.log.bounds = log.bounds
 	return found, at, err
+}
+
+// ahead is a page that is being read while the broker works.
+type ahead struct {
+	done  chan struct{}
+	found *page
+	at    position
+	err   error
+}
+
+// readAhead begins to read the page behind one that has been published. It does so within a batch only: what stands there is settled, while
+// the news behind the batch are the fresher the later they are looked for.
+func (r *run) readAhead(ctx context.Context) {
+	if r.next.batch == "" || r.alone > 0 {
+		return
+	}
+	r.ahead = &ahead{done: make(chan struct{})}
+	go func(a *ahead, at position) {
+		defer close(a.done)
+		a.found, a.at, a.err = r.log.next(ctx, at)
+	}(r.ahead, r.next)
 }
 
 // publish claims a page, and only then writes it to the broker.
@@ -153,6 +184,7 @@ func (r *run) publish(ctx context.Context, found *page) error {
 	one.receipt = receipt
 	r.inFlight = append(r.inFlight, one)
 	r.next = found.end
+	r.readAhead(ctx)
 	return nil
 }
 
@@ -248,6 +280,10 @@ func (r *run) retreat(ctx context.Context, cause error) error {
 // giveUp forgets what is in flight, and goes back to what is known to be delivered. The channel must go with it: a verdict that
 // came later would be taken for one of the next try.
 func (r *run) giveUp() {
+	if r.ahead != nil {
+		<-r.ahead.done
+		r.ahead = nil
+	}
 	_ = r.publisher.Close() // it is broken already, or will be of no further use
 	r.inFlight, r.next = nil, r.settled.delivered
 }

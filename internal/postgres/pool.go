@@ -23,6 +23,9 @@ type Config struct {
 	ApplicationName string
 	// MaxConns bounds the pool. Default 10: two busy cores are saturated by fewer.
 	MaxConns int32
+	// GenericPlans plans each prepared statement once instead of trying anew for its parameters. Planning over the partitions costs the relay
+	// more than reading a page, and its statements are made to need no luck with the planner.
+	GenericPlans bool
 	// ConnectTimeout bounds one attempt to connect. Default 5 s: a black hole must not look like a slow query.
 	ConnectTimeout time.Duration
 }
@@ -40,6 +43,9 @@ func Open(ctx context.Context, config Config) (*pgxpool.Pool, error) {
 	}
 	if _, given := parsed.ConnConfig.RuntimeParams[idleTimeoutParam]; !given {
 		parsed.ConnConfig.RuntimeParams[idleTimeoutParam] = "60s"
+	}
+	if config.GenericPlans {
+		parsed.ConnConfig.RuntimeParams["plan_cache_mode"] = "force_generic_plan"
 	}
 	parsed.ConnConfig.OnNotice = noteCancelledSyncWait
 	pool, err := pgxpool.NewWithConfig(ctx, parsed)

@@ -19,7 +19,7 @@ type PublisherConfig struct {
 	Topology Topology
 	// Name is the connection's name in the broker's eyes.
 	Name string
-	// Window is the most messages that may be without verdict. Default 1,000. Returns are buffered up to this number: the library drops
+	// Window is the most messages that may be without verdict. Default 2,000. Returns are buffered up to this number: the library drops
 	// a return that finds no room, and the message would pass for published.
 	Window int
 	// ConfirmTimeout is how long nothing may be heard of a publishing before the connection is given up. Default 30 s. The time during which
@@ -36,7 +36,7 @@ type Publisher struct {
 
 // NewPublisher makes a Publisher. It does not connect.
 func NewPublisher(config PublisherConfig) *Publisher {
-	config.Window = cmp.Or(config.Window, 1000)
+	config.Window = cmp.Or(config.Window, 2000)
 	config.ConfirmTimeout = cmp.Or(config.ConfirmTimeout, 30*time.Second)
 	return &Publisher{config: config}
 }
