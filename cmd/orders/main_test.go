@@ -42,7 +42,7 @@ func call(t *testing.T, environment []string, args ...string) (status int, stdou
 	defer cancel()
 	command := exec.CommandContext(ctx, binary, args...)
 	var out, errs bytes.Buffer
-	command.Env, command.Stdout, command.Stderr = environment, &out, &errs
+	command.Env, command.Stdout, command.Stderr = append([]string{}, environment...), &out, &errs // nil would be ours
 	err := command.Run()
 	var exit *exec.ExitError
 	if err != nil && !errors.As(err, &exit) {

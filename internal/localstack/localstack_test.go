@@ -89,6 +89,7 @@ func TestJoinUsesServersOfTheEnvironment(t *testing.T) {
 	t.Run("Both", func(t *testing.T) {
 		t.Setenv(postgresVar, "postgres://db/orders")
 		t.Setenv(amqpVar, "amqp://me:secret@mq:5999/vhost")
+		t.Setenv(managementVar, "")
 		stack, release, err := Join(t.Context(), config)
 		if err != nil {
 			t.Fatalf("join: %v", err)

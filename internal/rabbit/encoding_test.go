@@ -19,7 +19,7 @@ func TestHeadersOfTheSenderAreNoProperties(t *testing.T) {
 	m.Headers = map[string]string{
 		"cc": "elsewhere", "bcc": "elsewhere", "expiration": "1", "user-id": "nobody", "reply-to": "elsewhere", "priority": "9",
 		"delivery-mode": "1", "message-id": "other", "type": "other", "content-type": "other", "content-encoding": "gzip",
-		"correlation-id": "1", "timestamp": "1", "app-id": "other", keyHeader: "other",
+		"correlation-id": "1", "timestamp": "1", "app-id": "other",
 	}
 	if err := m.Validate(); err != nil {
 		t.Fatal(err)
