@@ -53,7 +53,8 @@ func Pending(ctx context.Context, db *sql.DB) (bool, error) {
 }
 
 func newProvider(db *sql.DB) (*goose.Provider, error) {
-	locker, err := lock.NewPostgresSessionLocker()
+	// Asked for each second, for five minutes: by default a process that comes second waits at least five seconds.
+	locker, err := lock.NewPostgresSessionLocker(lock.WithLockTimeout(1, 300))
 	if err != nil {
 		return nil, fmt.Errorf("make migration lock: %w", err)
 	}

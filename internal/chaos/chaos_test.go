@@ -14,9 +14,11 @@ import (
 	"testing"
 	"time"
 
+	_ "example.com/orders/internal/inbox" // of the victim: go test's cache must know what this test depends on
 	"example.com/orders/internal/messaging"
 	"example.com/orders/internal/outbox"
 	"example.com/orders/internal/postgres"
+	_ "example.com/orders/internal/rabbit" // likewise
 	"example.com/orders/internal/testenv"
 	"github.com/google/go-cmp/cmp"
 	"github.com/jackc/pgx/v5"

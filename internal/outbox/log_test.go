@@ -204,21 +204,6 @@ func TestLogPages(t *testing.T) {
 	})
 }
 
-// rawPage is page for rows that are no probes.
-func (r *reader) rawPage(t testing.TB) ([]row, *page) {
-	t.Helper()
-	found, at, err := r.log.next(t.Context(), r.at)
-	if err != nil {
-		t.Fatal(err)
-	}
-	r.at = at
-	if found == nil {
-		return nil, nil
-	}
-	r.at = found.end
-	return found.rows, found
-}
-
 // TestLogAgainstModel runs random interleavings of transactions, some of which share keys, with readers that page in between and start
 // anew at any row: what was committed is read once and in the commit order of its key, what was not is never read.
 func TestLogAgainstModel(t *testing.T) {

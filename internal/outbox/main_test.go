@@ -77,6 +77,13 @@ func newReader(db *pgxpool.Pool) *reader {
 // page returns the texts of the next page, and the page.
 func (r *reader) page(t testing.TB) ([]string, *page) {
 	t.Helper()
+	rows, found := r.rawPage(t)
+	return texts(t, rows), found
+}
+
+// rawPage is page for rows that are no probes.
+func (r *reader) rawPage(t testing.TB) ([]row, *page) {
+	t.Helper()
 	found, at, err := r.log.next(t.Context(), r.at)
 	if err != nil {
 		t.Fatal(err)
@@ -86,7 +93,7 @@ func (r *reader) page(t testing.TB) ([]string, *page) {
 		return nil, nil
 	}
 	r.at = found.end
-	return texts(t, found.rows), found
+	return found.rows, found
 }
 
 // all returns the texts of everything that is there.

@@ -1,0 +1,77 @@
+package migrations_test
+
+import (
+	"slices"
+	"sync"
+	"testing"
+
+	"example.com/orders/internal/testenv"
+	"example.com/orders/migrations"
+	"github.com/jackc/pgx/v5/pgxpool"
+	"github.com/jackc/pgx/v5/stdlib"
+	"github.com/pressly/goose/v3"
+)
+
+func TestMain(m *testing.M) { testenv.Main(m) }
+
+func TestUpAppliesEachMigrationOnce(t *testing.T) {
+	t.Parallel()
+	db := testenv.Postgres(t)
+	empty(t, db)
+	url := db.Config().ConnString()
+	var mu sync.Mutex
+	var all []string
+	var racing sync.WaitGroup
+	for range 4 {
+		racing.Go(func() {
+			applied, err := migrations.Up(t.Context(), url)
+			if err != nil {
+				t.Error(err)
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			all = append(all, applied...)
+		})
+	}
+	racing.Wait()
+	slices.Sort(all)
+	if files, err := migrations.FS.ReadDir("."); err != nil || len(all) != len(files) || len(slices.Compact(slices.Clone(all))) != len(all) {
+		t.Errorf("applied %v of %d (%v)", all, len(files), err)
+	}
+	if again, err := migrations.Up(t.Context(), url); err != nil || len(again) > 0 {
+		t.Errorf("applied %v again (%v)", again, err)
+	}
+}
+
+func TestDownUndoesEverything(t *testing.T) {
+	t.Parallel()
+	pool := testenv.Postgres(t)
+	db := stdlib.OpenDBFromPool(pool)
+	defer db.Close()
+	provider, err := goose.NewProvider(goose.DialectPostgres, db, migrations.FS)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := provider.DownTo(t.Context(), 0); err != nil {
+		t.Fatal(err)
+	}
+	var left []string
+	err = pool.QueryRow(t.Context(), `
+		SELECT coalesce(array_agg(name), '{}') FROM (
+			SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relname NOT LIKE 'goose%'
+			UNION ALL SELECT proname FROM pg_proc WHERE pronamespace = 'public'::regnamespace
+		) AS left_behind (name)`).Scan(&left)
+	if err != nil || len(left) > 0 {
+		t.Errorf("left behind: %v (%v)", left, err)
+	}
+	if _, err := provider.Up(t.Context()); err != nil {
+		t.Errorf("up again: %v", err)
+	}
+}
+
+func empty(t *testing.T, db *pgxpool.Pool) {
+	t.Helper()
+	if _, err := db.Exec(t.Context(), `DROP SCHEMA public CASCADE; CREATE SCHEMA public`); err != nil {
+		t.Fatal(err)
+	}
+}
