@@ -37,8 +37,8 @@ type cli struct {
 	PostgresURL   string `name:"postgres-url" env:"POSTGRES_URL" help:"Postgres server; the demo makes a database of its own there."`
 	AMQPURL       string `name:"amqp-url" env:"AMQP_URL" help:"RabbitMQ server; the demo makes a vhost of its own there."`
 	ManagementURL string `name:"management-url" env:"RABBITMQ_MANAGEMENT_URL" help:"RabbitMQ's management API with credentials. Default: the AMQP URL's host and user, port 15672."`
-	Orders        int    `default:"3000" help:"Orders to place."`
-	Rate          int    `help:"Orders placed a second, at most. Default: 160, or fewer so that the load lasts for 18 s and the faults fall into it."`
+	Orders        int    `default:"2400" help:"Orders to place."`
+	Rate          int    `help:"Orders placed a second, at most. Default: 110, or fewer so that the load lasts for 18 s and the faults fall into it."`
 	Keep          bool   `help:"Keep database, vhost and logs also when all is well."`
 }
 
@@ -60,7 +60,7 @@ func (c *cli) Validate() error {
 	case c.Rate < 0 || c.Rate > 10_000:
 		return fmt.Errorf("--rate: %d is not between 1 and 10000", c.Rate)
 	}
-	c.Rate = cmp.Or(c.Rate, max(1, min(160, c.Orders/18)))
+	c.Rate = cmp.Or(c.Rate, max(1, min(110, c.Orders/18)))
 	return nil
 }
 
