@@ -63,6 +63,62 @@ func TestCostStaysFlat(t *testing.T) {
 	}
 }
 
+// TestMovingTheCursorStaysFlat: a busy relay moves its cursor hundreds of times a second, and a snapshot that is held keeps every old
+// version of the row. Finding the row by its key would visit them all.
+func TestMovingTheCursorStaysFlat(t *testing.T) {
+	t.Parallel()
+	db := testenv.Postgres(t)
+	holder, err := db.BeginTx(t.Context(), pgx.TxOptions{IsoLevel: pgx.RepeatableRead})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = holder.Rollback(t.Context()) })
+	if _, err := holder.Exec(t.Context(), `SELECT 1`); err != nil {
+		t.Fatal(err)
+	}
+	config := db.Config().Copy()
+	config.MaxConns = 1 // a session can make only its own counters current
+	relay, err := pgxpool.NewWithConfig(t.Context(), config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(relay.Close)
+	held, at, err := acquire(t.Context(), relay, 0, "cost", time.Hour)
+	if err != nil {
+		t.Fatal(err)
+	}
+	reads := func() (n int) {
+		t.Helper()
+		if _, err := relay.Exec(t.Context(), `SELECT pg_stat_force_next_flush()`); err != nil {
+			t.Fatal(err)
+		}
+		err := relay.QueryRow(t.Context(), `
+			SELECT heap_blks_hit + heap_blks_read + idx_blks_hit + idx_blks_read FROM pg_statio_user_tables
+			WHERE relname = 'outbox_cursor'`).Scan(&n)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	moveTimes := func(n int) (perMove float64) {
+		t.Helper()
+		before := reads()
+		for range n {
+			if err := held.move(t.Context(), progress{delivered: at}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		return float64(reads()-before) / float64(n)
+	}
+	first := moveTimes(200)
+	moveTimes(2000)
+	last := moveTimes(200)
+	t.Logf("buffers a move: %.1f at first, %.1f at last", first, last)
+	if last > 2*first {
+		t.Errorf("a move reads %.1f buffers at last, %.1f at first", last, first)
+	}
+}
+
 // explain runs a statement and returns how many buffers it touched.
 func explain(t *testing.T, db *pgxpool.Pool, sql string, args ...any) int {
 	t.Helper()

@@ -2,9 +2,11 @@ package outbox
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"testing"
+	"time"
 
 	"example.com/orders/internal/testenv"
 	"github.com/google/go-cmp/cmp"
@@ -128,6 +130,42 @@ func TestLogKeepsTheCommitOrderOfAKey(t *testing.T) {
 	insertIn(t, first, "k", "first starter, committed second")
 	commitTx(t, first)
 	equal(t, "order", newReader(db).all(t), []string{"second starter, committed first", "first starter, committed second"})
+}
+
+// Breaks an insert that does not lock the key: the id would be drawn before the commit of the one in front.
+func TestLogOrdersWritersOfAKeyThatOverlap(t *testing.T) {
+	t.Parallel()
+	db := testenv.Postgres(t)
+	first := openTx(t, db)
+	insertIn(t, first, "k", "first")
+	second := openTx(t, db)
+	var pid int
+	if err := second.QueryRow(t.Context(), `SELECT pg_backend_pid()`).Scan(&pid); err != nil {
+		t.Fatal(err)
+	}
+	committed := make(chan error, 1)
+	go func() {
+		err := Insert(t.Context(), second, probe("k", "second"))
+		if err == nil {
+			err = second.Commit(t.Context())
+		}
+		committed <- err
+	}()
+	// It must come to wait for the first one's commit.
+	testenv.Eventually(t, 10*time.Second, func() error {
+		var waits bool
+		err := db.QueryRow(t.Context(), `SELECT EXISTS (SELECT FROM pg_locks WHERE pid = $1 AND locktype = 'advisory' AND NOT granted)`, pid).Scan(&waits)
+		if err == nil && !waits {
+			err = errors.New("the second writer does not wait")
+		}
+		return err
+	})
+	insert(t, db, "another key", "third")
+	commitTx(t, first)
+	if err := <-committed; err != nil {
+		t.Fatal(err)
+	}
+	equal(t, "order", newReader(db).all(t), []string{"first", "third", "second"})
 }
 
 func TestLogPages(t *testing.T) {
