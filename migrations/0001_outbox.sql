@@ -111,12 +111,14 @@ CREATE TABLE outbox_cursor (
     last_id          bigint      NOT NULL DEFAULT 0,
     -- The newest snapshot of which something may have been published. Its commit proves that what it shows is durable.
     claimed          pg_snapshot,
-    -- Messages published and confirmed, or parked, so far.
+    -- Messages published and confirmed so far, and messages parked.
     published        bigint      NOT NULL DEFAULT 0,
     parked           bigint      NOT NULL DEFAULT 0,
     -- The lease: who may move this cursor, and until when by this database's clock. Each new holder raises the epoch.
     owner            text        NOT NULL DEFAULT '',
     epoch            bigint      NOT NULL DEFAULT 0,
+    -- Counts the moves, so that a holder notices when the row is not as it left it: after a failover that lost some.
+    moves            bigint      NOT NULL DEFAULT 0,
     lease_expires_at timestamptz NOT NULL DEFAULT '-infinity',
     moved_at         timestamptz NOT NULL DEFAULT clock_timestamp()
 );

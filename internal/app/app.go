@@ -81,6 +81,8 @@ func run(ctx context.Context, config Config, name string, parts ...part) error {
 	// The relay has connections of its own: a service whose pool is exhausted must still be able to drain.
 	relayDB, err := postgres.Open(ctx, postgres.Config{
 		URL: config.PostgresURL, MaxConns: relayConns, ApplicationName: ServiceName + " relay", GenericPlans: true,
+		// Another relay that takes over must not wait for a row that this one has locked and, frozen, does not let go.
+		IdleInTransaction: config.Relay.Lease,
 	})
 	if err != nil {
 		return err

@@ -5,6 +5,7 @@ import (
 	"log/slog"
 	"time"
 
+	"example.com/orders/internal/postgres"
 	"github.com/cenkalti/backoff/v5"
 	"github.com/jackc/pgx/v5"
 )
@@ -112,7 +113,7 @@ func withConnection(ctx context.Context, url, name string, fn func(conn *pgx.Con
 }
 
 func connectAnd(ctx context.Context, url string, fn func(conn *pgx.Conn) error) error {
-	conn, err := pgx.Connect(ctx, url)
+	conn, err := postgres.Connect(ctx, url)
 	if err != nil {
 		return err
 	}

@@ -16,8 +16,8 @@ import (
 var (
 	// errNotLeased: another relay holds the shard.
 	errNotLeased = errors.New("shard is leased to another relay")
-	// errFenced: another relay has taken the shard over meanwhile.
-	errFenced = errors.New("lease lost to another relay")
+	// errFenced: the row is not as this relay left it.
+	errFenced = errors.New("lease lost: another relay has taken the shard over, or the database has failed over")
 	// ErrForeignCluster: the database was dumped and restored into another cluster, whose transaction IDs are not those of the cursor.
 	ErrForeignCluster = errors.New("the outbox cursor belongs to another Postgres cluster (was this database restored from a dump?): " +
 		"its snapshots mean nothing here, and relaying by them would skip messages")
@@ -25,10 +25,16 @@ var (
 
 // cursor is a shard's row in outbox_cursor while this relay holds the lease. Whoever takes the lease raises the epoch, and every
 // statement here says "where epoch is mine": a relay that was frozen past its lease and wakes up can move nothing.
+//
+// The relay's position is in its memory, and after a failover the connection pool quietly reaches another server: the row there may be
+// older than the position, and transactions that this position calls delivered may never have been there. So a move also demands that the row
+// has had exactly the moves that we know of, and that the server is on the timeline on which the lease was taken: each promotion begins another.
 type cursor struct {
-	db    *pgxpool.Pool
-	shard int16
-	epoch int64
+	db       *pgxpool.Pool
+	shard    int16
+	epoch    int64
+	moves    int64
+	timeline string
 	// tid is where the row's newest version was last seen. Every move leaves a dead version behind, which vacuum cannot
 	// remove for as long as some transaction holds an old snapshot; finding the row by its key would wade through
 	// all of them, finding it by place does not. It is a hint: if the row is not there, it is looked for by key.
@@ -40,7 +46,10 @@ UPDATE outbox_cursor
 SET owner = $2, epoch = epoch + 1, lease_expires_at = clock_timestamp() + $3
 WHERE shard = $1 AND (lease_expires_at < clock_timestamp() OR owner = $2)
   AND system_identifier = (SELECT system_identifier FROM pg_control_system())
-RETURNING epoch, ctid, delivered::text, coalesce(batch::text, ''), last_id`
+RETURNING epoch, moves, ` + timelineSQL + `, ctid, delivered::text, coalesce(batch::text, ''), last_id`
+
+// The timeline is the first third of the name of a WAL segment.
+const timelineSQL = `substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8)`
 
 const clusterSQL = `
 SELECT system_identifier = (SELECT system_identifier FROM pg_control_system())
@@ -50,7 +59,7 @@ FROM outbox_cursor WHERE shard = $1`
 func acquire(ctx context.Context, db *pgxpool.Pool, shard int16, owner string, lease time.Duration) (*cursor, position, error) {
 	c, at := &cursor{db: db, shard: shard}, position{}
 	err := postgres.Transact(ctx, db, func(tx pgx.Tx) error {
-		return tx.QueryRow(ctx, acquireSQL, shard, owner, lease).Scan(&c.epoch, &c.tid, &at.base, &at.batch, &at.lastID)
+		return tx.QueryRow(ctx, acquireSQL, shard, owner, lease).Scan(&c.epoch, &c.moves, &c.timeline, &c.tid, &at.base, &at.batch, &at.lastID)
 	})
 	if !errors.Is(err, pgx.ErrNoRows) {
 		return c, at, err
@@ -80,17 +89,18 @@ type progress struct {
 const moveSQL = `
 UPDATE outbox_cursor
 SET delivered = $4, batch = nullif($5, '')::pg_snapshot, last_id = $6, claimed = coalesce(nullif($7, '')::pg_snapshot, claimed),
-    published = published + $8, parked = parked + $9, moved_at = clock_timestamp()
+    published = published + $8, parked = parked + $9, moves = moves + 1, moved_at = clock_timestamp()
 WHERE ctid = coalesce($2, (SELECT ctid FROM outbox_cursor WHERE shard = $1 AND epoch = $3)) AND shard = $1 AND epoch = $3
+  AND moves = $10 AND ` + timelineSQL + ` = $11
 RETURNING ctid`
 
 // move records progress and commits. It is the claim as well: what was read before it may be published after it.
-// It returns errFenced if the lease is another's by now.
+// It returns errFenced if the row is not as this relay left it.
 func (c *cursor) move(ctx context.Context, p progress) error {
 	var tid pgtype.TID
 	err := postgres.Transact(ctx, c.db, func(tx pgx.Tx) error {
 		if p.claimed == "" {
-			// Nothing is published on the strength of this commit. If a crash of Postgres loses it, the page is repeated.
+			// Nothing is published on the strength of this commit. If a crash of Postgres loses it, what it says is delivered is repeated.
 			if _, err := tx.Exec(ctx, `SET LOCAL synchronous_commit = off`); err != nil {
 				return err
 			}
@@ -102,7 +112,7 @@ func (c *cursor) move(ctx context.Context, p progress) error {
 		}
 		for _, hint := range []pgtype.TID{c.tid, {}} {
 			err := tx.QueryRow(ctx, moveSQL, c.shard, hint, c.epoch, p.delivered.base, p.delivered.batch, p.delivered.lastID,
-				p.claimed, p.published, len(p.parked)).Scan(&tid)
+				p.claimed, p.published, len(p.parked), c.moves, c.timeline).Scan(&tid)
 			if !errors.Is(err, pgx.ErrNoRows) {
 				return err
 			}
@@ -112,16 +122,17 @@ func (c *cursor) move(ctx context.Context, p progress) error {
 	if err != nil {
 		return fmt.Errorf("move cursor: %w", err)
 	}
-	c.tid = tid
+	c.tid, c.moves = tid, c.moves+1
 	return nil
 }
 
 const renewSQL = `
-UPDATE outbox_cursor SET lease_expires_at = clock_timestamp() + $3 WHERE shard = $1 AND epoch = $2`
+UPDATE outbox_cursor SET lease_expires_at = clock_timestamp() + $3
+WHERE shard = $1 AND epoch = $2 AND ` + timelineSQL + ` = $4`
 
-// renew extends the lease. It returns errFenced if the lease is another's by now.
+// renew extends the lease. It returns errFenced if it is not ours any more.
 func (c *cursor) renew(ctx context.Context, lease time.Duration) error {
-	tag, err := c.db.Exec(ctx, renewSQL, c.shard, c.epoch, lease)
+	tag, err := c.db.Exec(ctx, renewSQL, c.shard, c.epoch, lease, c.timeline)
 	if err != nil {
 		return fmt.Errorf("renew lease: %w", postgres.Classify(err))
 	}

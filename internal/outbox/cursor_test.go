@@ -2,10 +2,12 @@ package outbox
 
 import (
 	"errors"
+	"fmt"
 	"testing"
 	"time"
 
 	"example.com/orders/internal/deadletter"
+	"example.com/orders/internal/postgres"
 	"example.com/orders/internal/testenv"
 	"github.com/jackc/pgx/v5/pgtype"
 )
@@ -60,6 +62,83 @@ func TestCursor(t *testing.T) {
 		}
 	})
 
+	t.Run("IsFencedWhenItsRowIsNotAsItWasLeft", func(t *testing.T) {
+		t.Parallel()
+		db := testenv.Postgres(t)
+		held, at, err := acquire(t.Context(), db, 0, "a", time.Hour)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := held.move(t.Context(), progress{delivered: at}); err != nil {
+			t.Fatal(err)
+		}
+		exec(t, db, `UPDATE outbox_cursor SET moves = moves - 1`) // a standby that had not got the last move was promoted
+		if err := held.move(t.Context(), progress{delivered: at}); !errors.Is(err, errFenced) {
+			t.Errorf("a row that lost a move: %v", err)
+		}
+		exec(t, db, `UPDATE outbox_cursor SET moves = moves + 1`)
+		held.timeline = "0000FFFF" // it had got all of them
+		if err := held.move(t.Context(), progress{delivered: at}); !errors.Is(err, errFenced) {
+			t.Errorf("move on another timeline: %v", err)
+		}
+		if err := held.renew(t.Context(), time.Hour); !errors.Is(err, errFenced) {
+			t.Errorf("renew on another timeline: %v", err)
+		}
+	})
+
+	t.Run("IsReadAnewAfterAFailover", func(t *testing.T) {
+		t.Parallel()
+		db := testenv.Postgres(t)
+		insert(t, db, "", "m000")
+		b := newBroker(1)
+		start(t, db, b, Config{PollInterval: 10 * time.Millisecond})
+		await(t, "m000", b.complete)
+		testenv.Eventually(t, 10*time.Second, func() error {
+			if _, published, _ := parked(t, db); published != 1 {
+				return errors.New("not recorded")
+			}
+			return nil
+		})
+		// The promoted standby knows nothing of the delivery; the connections of the pool reach it as if nothing had happened.
+		exec(t, db, `UPDATE outbox_cursor SET delivered = '1:1:', batch = NULL, last_id = 0, published = 0, moves = moves - 1`)
+		insert(t, db, "", "m001")
+		testenv.Eventually(t, 10*time.Second, func() error {
+			b.mu.Lock()
+			defer b.mu.Unlock()
+			if count(b.stored, "m000") != 2 || count(b.stored, "m001") != 1 {
+				return fmt.Errorf("stored %v, want what this cursor says is not delivered", b.stored)
+			}
+			return nil
+		})
+	})
+
+	t.Run("IsGivenUpWhenTheDatabaseSaysNothing", func(t *testing.T) {
+		t.Parallel()
+		proxy, url := testenv.ProxyURL(t, testenv.PostgresURL(t))
+		db, err := postgres.Open(t.Context(), postgres.Config{URL: url})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(db.Close)
+		b := newBroker(1)
+		start(t, db, b, Config{Lease: 200 * time.Millisecond, PollInterval: 10 * time.Millisecond})
+		insert(t, db, "", "m000")
+		await(t, "m000", b.complete)
+		proxy.Freeze(true) // the queries that are under way are never answered
+		b.mu.Lock()
+		closed := b.closed
+		b.mu.Unlock()
+		testenv.Eventually(t, 20*time.Second, func() error {
+			b.mu.Lock()
+			defer b.mu.Unlock()
+			if b.closed == closed {
+				return errors.New("the run still waits")
+			}
+			return nil
+		})
+		proxy.Freeze(false)
+	})
+
 	t.Run("IsFoundAlsoWhereItIsNotExpected", func(t *testing.T) {
 		t.Parallel()
 		db := testenv.Postgres(t)
@@ -80,9 +159,7 @@ func TestCursor(t *testing.T) {
 	t.Run("OfAnotherClusterIsRefused", func(t *testing.T) {
 		t.Parallel()
 		db := testenv.Postgres(t)
-		if _, err := db.Exec(t.Context(), `UPDATE outbox_cursor SET system_identifier = 1`); err != nil { // as after a restore
-			t.Fatal(err)
-		}
+		exec(t, db, `UPDATE outbox_cursor SET system_identifier = 1`) // as after a restore
 		err := NewRelay(db, newBroker(0), NewLocalBell(), Config{}).Run(t.Context())
 		if !errors.Is(err, ErrForeignCluster) {
 			t.Fatalf("error is %v", err)

@@ -28,6 +28,23 @@ func insert(t testing.TB, db *pgxpool.Pool, key, text string) {
 	}
 }
 
+func exec(t testing.TB, db *pgxpool.Pool, sql string, args ...any) {
+	t.Helper()
+	if _, err := db.Exec(t.Context(), sql, args...); err != nil {
+		t.Fatalf("%s: %v", sql, err)
+	}
+}
+
+// fillProbes inserts n probes with the texts of numbered in one transaction.
+func fillProbes(t testing.TB, db *pgxpool.Pool, n int) {
+	t.Helper()
+	tx := openTx(t, db)
+	for _, text := range numbered(n) {
+		insertIn(t, tx, "", text)
+	}
+	commitTx(t, tx)
+}
+
 // openTx begins a transaction that the test ends itself.
 func openTx(t testing.TB, db *pgxpool.Pool) pgx.Tx {
 	t.Helper()

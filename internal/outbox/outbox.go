@@ -7,7 +7,8 @@
 // or parked in dead_letter with a reason. None is skipped, whatever the order in which transactions commit, and however
 // long one stays open; none waits for the transaction of another. The messages of one key are published in the order in which
 // their transactions committed: in what the broker receives, the first copy of each stands in that order, across crashes and even
-// if two relays run at once. A crash repeats at most the two pages in flight.
+// if two relays run at once. A crash of the relay repeats at most the two pages in flight; a crash of Postgres also what it had
+// not yet written to disk about deliveries, which is less than a second's worth.
 //
 // It does not promise order between keys, nor that a message is published once: copies are for the inbox to absorb. If the broker
 // nacks one message and accepts a later one of the same key, the two change places; queues without a length limit, as
@@ -21,6 +22,10 @@
 // visible in the cursor's snapshot, that is, if it is one of the transactions under way back then (pg_snapshot_xip) or one that
 // began later (at or above pg_snapshot_xmax); both are found by index. The rows and the snapshot that becomes the next
 // cursor come from one statement, so they cannot disagree. The log is in log.go.
+//
+// A snapshot means something on one timeline of one cluster only. After a failover or a restore, transactions that a snapshot calls
+// visible may never have happened, and their ids be given to others. So the relay stops when the server is not the one that it took its lease
+// on, and begins again from the cursor as that server has it. The cursor is in cursor.go.
 //
 // # Why the order of a key holds
 //
@@ -74,7 +79,8 @@ const insertSQL = `SELECT outbox_insert($1::uuid[], $2::text[], $3::text[], $4::
 // Insert writes messages into the log, in their order, as part of tx. The trace of ctx travels with them.
 // It returns an error that wraps messaging.ErrInvalid, before anything is written, if one of them could never be published.
 //
-// It locks the messages' keys until tx ends. A transaction that calls it more than once with different keys can deadlock with
+// It locks the messages' keys until tx ends; each key takes a place in Postgres' lock table, so tens of thousands of keys in one transaction
+// may fail for want of shared memory. A transaction that calls it more than once with different keys can deadlock with
 // another that does so the other way round; Postgres then ends one of them, and Transact runs it again.
 func Insert(ctx context.Context, tx pgx.Tx, messages ...messaging.Message) error {
 	if len(messages) == 0 {

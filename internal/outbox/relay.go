@@ -20,12 +20,12 @@ import (
 type Config struct {
 	// Shard is the part of the log that the relay publishes. Default 0, the only one there is by default.
 	Shard int16
-	// PageRows is the most messages of one page. Two pages are in flight at most, so a crash repeats up to twice as many.
+	// PageRows is the most messages of one page. Two pages are in flight at most, so a crash of the relay repeats up to twice as many.
 	// Default 1000: with two such pages in flight RabbitMQ, not the relay, is the limit; half of that costs a tenth of the rate.
 	PageRows int
 	// PageBytes is the most payload bytes of one page, and with it bounds the relay's memory. Default 4 MiB.
 	PageBytes int
-	// Lease is how long a relay that went silent keeps its shard. Default 5 s.
+	// Lease is how long a relay that went silent keeps its shard, by the database's clock. Another one takes over within twice that. Default 5 s.
 	Lease time.Duration
 	// PollInterval is the longest time between two looks at the log when no doorbell rings. Default 1 s.
 	PollInterval time.Duration
@@ -80,6 +80,9 @@ func (r *Relay) Run(ctx context.Context) error {
 	return nil
 }
 
+// acquireTimeout ends an attempt to take the lease: a database that vanished without a word is given up, and looked for anew.
+const acquireTimeout = 10 * time.Second
+
 // newPause spaces the tries after failures. What failed for one relay fails for all of them at once, hence the jitter.
 func newPause(first time.Duration) *backoff.ExponentialBackOff {
 	pause := backoff.NewExponentialBackOff()
@@ -90,7 +93,9 @@ func newPause(first time.Duration) *backoff.ExponentialBackOff {
 
 // lead takes the lease and publishes until something fails.
 func (r *Relay) lead(ctx context.Context, pause *backoff.ExponentialBackOff) error {
-	held, at, err := acquire(ctx, r.db, r.config.Shard, r.owner, r.config.Lease)
+	limited, cancel := context.WithTimeout(ctx, acquireTimeout)
+	held, at, err := acquire(limited, r.db, r.config.Shard, r.owner, r.config.Lease)
+	cancel()
 	if err != nil {
 		return err
 	}
@@ -109,15 +114,28 @@ func (r *Relay) lead(ctx context.Context, pause *backoff.ExponentialBackOff) err
 	return group.Wait()
 }
 
-// keepLease renews the lease at a third of its time. It runs beside the publishing, which may wait long for the broker.
+// keepLease renews the lease at a third of its time. It runs beside the publishing, which may wait long for the broker. When it has not
+// come through for a whole lease, it ends the run: the database may be gone without a word, and whoever waits for its answer with it.
 func (r *Relay) keepLease(ctx context.Context, held *cursor) error {
+	renewed := time.Now()
 	for {
 		if wait(ctx, nil, r.config.Lease/3); ctx.Err() != nil {
 			return nil
 		}
-		if err := held.renew(ctx, r.config.Lease); errors.Is(err, errFenced) {
+		began := time.Now()
+		limited, cancel := context.WithTimeout(ctx, r.config.Lease/2)
+		err := held.renew(limited, r.config.Lease)
+		cancel()
+		switch {
+		case err == nil:
+			renewed = began
+		case ctx.Err() != nil:
+			return nil
+		case errors.Is(err, errFenced):
 			return err
-		} else if err != nil && ctx.Err() == nil {
+		case time.Since(renewed) > r.config.Lease:
+			return fmt.Errorf("lease not renewed for %s: %w", r.config.Lease, err)
+		default:
 			slog.WarnContext(ctx, "lease not renewed", "shard", r.config.Shard, "error", err)
 		}
 	}

@@ -356,6 +356,51 @@ func TestRelay(t *testing.T) {
 	})
 }
 
+// slowBroker confirms one page in two parts: the rest comes only after the wait for it was broken off.
+type slowBroker struct {
+	*broker
+	waiting chan struct{}
+}
+
+func (b *slowBroker) Publish(ctx context.Context, messages []messaging.Message) (messaging.Receipt, error) {
+	final, err := b.broker.Publish(ctx, messages)
+	return &slowReceipt{verdicts: final.(verdicts), waiting: b.waiting}, err
+}
+
+type slowReceipt struct {
+	verdicts verdicts
+	waiting  chan struct{}
+	waits    int
+}
+
+func (r *slowReceipt) Wait(ctx context.Context) []error {
+	if r.waits++; r.waits > 1 {
+		return r.verdicts
+	}
+	close(r.waiting)
+	<-ctx.Done()
+	return append(slices.Clone(r.verdicts[:2]), slices.Repeat([]error{messaging.ErrUnknown}, len(r.verdicts)-2)...)
+}
+
+func TestAPageIsCountedOnceWhenTheRelayIsStoppedInTheMiddle(t *testing.T) {
+	t.Parallel()
+	db := testenv.Postgres(t)
+	fillProbes(t, db, 5)
+	b := &slowBroker{broker: newBroker(0), waiting: make(chan struct{})}
+	b.verdict = func(text string, _ []string) error {
+		if text == "m000" {
+			return messaging.ErrReturned
+		}
+		return nil
+	}
+	stop := start(t, db, b, Config{})
+	await(t, "the wait", b.waiting)
+	stop()
+	letters, published, inCursor := parked(t, db)
+	equal(t, "letters", letters, []letter{{"m000", "unroutable"}})
+	equal(t, "published, parked", []int{published, inCursor}, []int{4, 1})
+}
+
 func count(all []string, wanted string) (n int) {
 	for _, one := range all {
 		if one == wanted {

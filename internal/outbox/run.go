@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"time"
 
 	"example.com/orders/internal/deadletter"
@@ -145,8 +146,8 @@ type ahead struct {
 	err   error
 }
 
-// readAhead begins to read the page behind one that has been published. It does so within a batch only: what stands there is settled, while
-// the news behind the batch are the fresher the later they are looked for.
+// readAhead begins to read the page behind one that has been published. It begins within a batch only: what stands there is settled, while
+// the news behind the batch are the fresher the later they are looked for. (At the batch's end it finds news all the same.)
 func (r *run) readAhead(ctx context.Context) {
 	if r.next.batch == "" || r.alone > 0 {
 		return
@@ -189,18 +190,23 @@ func (r *run) publish(ctx context.Context, found *page) error {
 }
 
 // settle waits for the verdicts on the oldest page. The position moves over the rows up to the first one that must be sent again:
-// everything behind that one is sent again too, whatever its own verdict, so that the order holds.
+// everything behind that one is sent again too, whatever its own verdict, so that the order holds. It counts a page once: if ctx ends
+// the wait, nothing is counted yet and the page stays in flight; else the page is out of flight, in whole or with all that is behind it.
 func (r *run) settle(ctx context.Context) error {
 	oldest := r.inFlight[0]
-	verdicts := oldest.invalid
+	verdicts := slices.Clone(oldest.invalid)
 	for i, verdict := range oldest.receipt.Wait(ctx) {
 		verdicts[oldest.sent[i]] = verdict
+	}
+	if err := ctx.Err(); err != nil {
+		return err
 	}
 	failpoint.Hit("relay.confirmed")
 	for i, verdict := range verdicts {
 		reason, final := judge(verdict, len(oldest.rows) == 1 && len(r.inFlight) == 1)
 		if !final {
 			r.passed(oldest.before(i))
+			r.inFlight = nil
 			if errors.Is(verdict, messaging.ErrRefused) {
 				r.alone = len(oldest.rows) - i
 			}
@@ -288,17 +294,25 @@ func (r *run) giveUp() {
 	r.inFlight, r.next = nil, r.settled.delivered
 }
 
-// finish settles what is in flight at shutdown, so that the next relay need not send it again.
+// finish settles what is in flight at shutdown, so that the next relay need not send it again. The broker's silence must not use up
+// the time to record what it has confirmed.
 func (r *run) finish(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
-	defer cancel()
-	var err error
-	for err == nil && len(r.inFlight) > 0 {
-		err = r.settle(ctx)
-	}
+	err := shortly(ctx, func(ctx context.Context) (err error) {
+		for err == nil && len(r.inFlight) > 0 {
+			err = r.settle(ctx)
+		}
+		return err
+	})
 	r.giveUp()
 	if !r.dirty {
 		return err
 	}
-	return errors.Join(err, r.record(ctx, ""))
+	return errors.Join(err, shortly(ctx, func(ctx context.Context) error { return r.record(ctx, "") }))
+}
+
+// shortly calls fn with 5 s to go, although ctx is done.
+func shortly(ctx context.Context, fn func(ctx context.Context) error) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+	defer cancel()
+	return fn(ctx)
 }

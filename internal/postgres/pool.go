@@ -9,15 +9,19 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"net"
+	"strconv"
 	"time"
 
+	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
 // Config says how to reach the database.
 type Config struct {
-	// URL is a libpq connection string or URL.
+	// URL is a libpq connection string or URL. One that goes to a pooler in transaction mode must say so by a default_query_exec_mode
+	// that needs no session, such as cache_describe: see IsPooled.
 	URL string
 	// ApplicationName is shown in pg_stat_activity. Default: what the URL says.
 	ApplicationName string
@@ -28,6 +32,9 @@ type Config struct {
 	GenericPlans bool
 	// ConnectTimeout bounds one attempt to connect. Default 5 s: a black hole must not look like a slow query.
 	ConnectTimeout time.Duration
+	// IdleInTransaction is how long Postgres lets a transaction stand still before it ends it: a process that was frozen in the middle of one
+	// would hold up everyone else, by its locks on keys and inbox rows, for as long as it is. Default 1 min.
+	IdleInTransaction time.Duration
 }
 
 // Open makes a pool. It does not connect: a database that is away at start-up is a state like any other.
@@ -37,17 +44,27 @@ func Open(ctx context.Context, config Config) (*pgxpool.Pool, error) {
 		return nil, fmt.Errorf("parse postgres url: %w", err)
 	}
 	parsed.MaxConns = cmp.Or(config.MaxConns, 10)
-	parsed.ConnConfig.ConnectTimeout = cmp.Or(config.ConnectTimeout, 5*time.Second)
-	if config.ApplicationName != "" {
-		parsed.ConnConfig.RuntimeParams["application_name"] = config.ApplicationName
-	}
-	if _, given := parsed.ConnConfig.RuntimeParams[idleTimeoutParam]; !given {
-		parsed.ConnConfig.RuntimeParams[idleTimeoutParam] = "60s"
-	}
-	if config.GenericPlans {
-		parsed.ConnConfig.RuntimeParams["plan_cache_mode"] = "force_generic_plan"
-	}
+	parsed.ConnConfig.ConnectTimeout = cmp.Or(config.ConnectTimeout, connectTimeout)
+	parsed.ConnConfig.DialFunc = dial
 	parsed.ConnConfig.OnNotice = noteCancelledSyncWait
+	params := parsed.ConnConfig.RuntimeParams
+	if config.ApplicationName != "" {
+		params["application_name"] = config.ApplicationName
+	}
+	idle := strconv.FormatInt(cmp.Or(config.IdleInTransaction, time.Minute).Milliseconds(), 10)
+	switch _, given := params[idleTimeoutParam]; {
+	case given:
+	case isPooled(parsed.ConnConfig):
+		parsed.AfterConnect = func(_ context.Context, conn *pgx.Conn) error {
+			conn.PgConn().CustomData()[beginSQL] = "begin; set local " + idleTimeoutParam + " = " + idle
+			return nil
+		}
+	default:
+		params[idleTimeoutParam] = idle
+	}
+	if config.GenericPlans && !isPooled(parsed.ConnConfig) {
+		params["plan_cache_mode"] = "force_generic_plan"
+	}
 	pool, err := pgxpool.NewWithConfig(ctx, parsed)
 	if err != nil {
 		return nil, fmt.Errorf("open postgres pool: %w", err)
@@ -55,9 +72,50 @@ func Open(ctx context.Context, config Config) (*pgxpool.Pool, error) {
 	return pool, nil
 }
 
-// idleTimeoutParam lets Postgres end the transaction of a process that was frozen in the middle of it: its locks on keys and inbox rows
-// would hold up everyone else for as long as it is.
+// IsPooled tells whether url goes to a pooler in transaction mode, where nothing that belongs to a session can be relied on: settings,
+// LISTEN, prepared statements. A URL says so by asking pgx for a way to run queries that prepares none.
+func IsPooled(url string) (bool, error) {
+	parsed, err := pgx.ParseConfig(url)
+	if err != nil {
+		return false, fmt.Errorf("parse postgres url: %w", err)
+	}
+	return isPooled(parsed), nil
+}
+
+func isPooled(config *pgx.ConnConfig) bool {
+	return config.DefaultQueryExecMode != pgx.QueryExecModeCacheStatement
+}
+
+// Connect makes one connection outside of any pool.
+func Connect(ctx context.Context, url string) (*pgx.Conn, error) {
+	parsed, err := pgx.ParseConfig(url)
+	if err != nil {
+		return nil, fmt.Errorf("parse postgres url: %w", err)
+	}
+	parsed.ConnectTimeout = connectTimeout
+	parsed.DialFunc = dial
+	return pgx.ConnectConfig(ctx, parsed)
+}
+
+const connectTimeout = 5 * time.Second
+
+// silence is how long a server may say nothing, not even that it has received what was sent, before its connection counts as broken. Left to
+// themselves, Linux' timeouts take a quarter of an hour to notice a host that vanished.
+const silence = 15 * time.Second
+
+// dial makes connections that notice when the other side is gone.
+func dial(ctx context.Context, network, address string) (net.Conn, error) {
+	dialer := net.Dialer{
+		KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: silence / 3, Interval: silence / 3, Count: 2},
+		Control:         limitSilence,
+	}
+	return dialer.DialContext(ctx, network, address)
+}
+
 const idleTimeoutParam = "idle_in_transaction_session_timeout"
+
+// beginSQL is the key under which a connection through a pooler knows how its transactions begin.
+const beginSQL = "begin"
 
 // syncWaitCancelled is the key under which a connection remembers that a COMMIT gave up waiting for its standby.
 const syncWaitCancelled = "sync_wait_cancelled"

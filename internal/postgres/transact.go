@@ -33,7 +33,8 @@ const (
 // Transact runs fn in one READ COMMITTED transaction and commits it. When Postgres chooses the transaction as the victim
 // of a deadlock or a serialization failure, it runs fn again, up to three times: fn must not keep state of its own between runs.
 //
-// Its errors are those of fn, or wrap ErrUnavailable (nothing was written) or ErrOutcomeUnknown.
+// Its errors are those of fn, the end of ctx, Postgres' refusal of COMMIT (a *pgconn.PgError, as for a deferred constraint), or wrap
+// ErrUnavailable; with all of these nothing was written. Or they wrap ErrOutcomeUnknown.
 func Transact(ctx context.Context, db *pgxpool.Pool, fn func(tx pgx.Tx) error) error {
 	for run := 1; ; run++ {
 		err := transactOnce(ctx, db, fn)
@@ -55,7 +56,8 @@ func transactOnce(ctx context.Context, db *pgxpool.Pool, fn func(tx pgx.Tx) erro
 		return Classify(fmt.Errorf("acquire connection: %w", err))
 	}
 	defer conn.Release()
-	tx, err := conn.Begin(ctx)
+	begin, _ := conn.Conn().PgConn().CustomData()[beginSQL].(string)
+	tx, err := conn.BeginTx(ctx, pgx.TxOptions{BeginQuery: begin})
 	if err != nil {
 		return Classify(fmt.Errorf("begin: %w", err))
 	}
