@@ -4,16 +4,30 @@
 
 -- The time slot that a new row falls into. Eight slots of four hours make a ring: a slot is emptied as a whole when every
 -- row in it is delivered and past its retention, so the log never needs a DELETE and never bloats.
+CREATE FUNCTION outbox_slot_length() RETURNS interval
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    RETURN interval '4 hours';
+
 CREATE FUNCTION outbox_slot(at timestamptz) RETURNS smallint
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
-    RETURN (floor(extract(epoch FROM at) / 14400)::bigint % 8)::smallint;
+    RETURN (floor(extract(epoch FROM at) / extract(epoch FROM outbox_slot_length()))::bigint % 8)::smallint;
 
--- A UUIDv7 for writers that have no library for it: 48 bits of Unix milliseconds, then random bits (RFC 9562, section 5.7).
--- gen_random_uuid() sets the variant; version 4 (0100) becomes 7 (0111) by setting two bits.
+-- The shard that a message belongs to: one for all, until outbox_set_shards says otherwise. The messages of a key are always in one.
+CREATE FUNCTION outbox_shard(key text, message_id uuid) RETURNS smallint
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    RETURN 0::smallint;
+
+-- The time of now in an ID, whose random bits stay: 48 bits of Unix milliseconds, and version 7 (RFC 9562, section 5.7). The variant is the
+-- same in all versions; 7 is 0111, and of its bits all but the first are set here, so the ID must be of version 4 (0100) or 7.
+CREATE FUNCTION outbox_redate(id uuid) RETURNS uuid
+    LANGUAGE sql VOLATILE PARALLEL SAFE
+    RETURN encode(set_bit(set_bit(overlay(uuid_send(id)
+        PLACING substring(int8send((extract(epoch FROM clock_timestamp()) * 1000)::bigint) FROM 3) FROM 1 FOR 6), 52, 1), 53, 1), 'hex')::uuid;
+
+-- A UUIDv7 for writers that have no library for it.
 CREATE FUNCTION outbox_uuidv7() RETURNS uuid
     LANGUAGE sql VOLATILE PARALLEL SAFE
-    RETURN encode(set_bit(set_bit(overlay(uuid_send(gen_random_uuid())
-        PLACING substring(int8send((extract(epoch FROM clock_timestamp()) * 1000)::bigint) FROM 3) FROM 1 FOR 6), 52, 1), 53, 1), 'hex')::uuid;
+    RETURN outbox_redate(gen_random_uuid());
 
 -- Header names must not be able to become AMQP properties or RabbitMQ's own headers (CC, x-*): see internal/messaging.
 -- +goose StatementBegin
@@ -39,7 +53,7 @@ CREATE TABLE outbox (
     -- speed (never for correctness): ids of transactions that began after a snapshot are larger than all ids in it.
     xid        xid8        NOT NULL DEFAULT pg_current_xact_id(),
     id         bigint      NOT NULL GENERATED ALWAYS AS IDENTITY (CACHE 1),
-    shard      smallint    NOT NULL DEFAULT 0,
+    shard      smallint    NOT NULL,
     message_id uuid        NOT NULL,
     type       text        NOT NULL,
     key        text        NOT NULL DEFAULT '',
@@ -68,6 +82,9 @@ $$;
 -- For finding what became visible since a snapshot: a range of xids, and the few that were under way.
 CREATE INDEX outbox_xid_idx ON outbox (shard, xid, id);
 
+-- For finding a message by the time in its ID. It costs writers next to nothing: one entry for 128 pages.
+CREATE INDEX outbox_created_at_idx ON outbox USING brin (created_at);
+
 -- Writes messages in the order of the arrays. It is the one way into the log, for Go and for every other language:
 -- inserting into the table directly would miss the key locks and with them the order per key.
 -- +goose StatementBegin
@@ -80,8 +97,9 @@ BEGIN
     PERFORM pg_advisory_xact_lock(1869968482, lock.hash)
     FROM (SELECT DISTINCT hashtext(key) AS hash FROM unnest(keys) AS key WHERE key <> '' ORDER BY hash) AS lock;
 
-    INSERT INTO outbox (message_id, type, key, payload, headers)
-    SELECT message.id, message.type, coalesce(message.key, ''), message.payload, coalesce(message.headers, '{}')
+    INSERT INTO outbox (shard, message_id, type, key, payload, headers)
+    SELECT outbox_shard(coalesce(message.key, ''), message.id), message.id, message.type, coalesce(message.key, ''), message.payload,
+        coalesce(message.headers, '{}')
     FROM unnest(ids, types, keys, payloads, headers) WITH ORDINALITY AS message (id, type, key, payload, headers, position)
     ORDER BY message.position;
 END
@@ -102,13 +120,20 @@ $$;
 -- Where the relay is, one row a shard.
 CREATE TABLE outbox_cursor (
     shard            smallint    NOT NULL CONSTRAINT outbox_cursor_pkey PRIMARY KEY,
+    -- Shards are made a generation at a time. Those of the next one are not read before all of this one are drained.
+    generation       integer     NOT NULL DEFAULT 0,
+    -- No transaction writes to the shard any more; and everything in it is delivered.
+    retired          boolean     NOT NULL DEFAULT false,
+    drained          boolean     NOT NULL DEFAULT false,
     -- The cluster whose transaction IDs the snapshots are made of. After a dump and restore they mean nothing, and the relay
     -- refuses to run rather than to skip.
-    system_identifier bigint   NOT NULL,
+    system_identifier bigint     NOT NULL,
     -- Everything visible in this snapshot is delivered; so is what is visible in batch up to last_id.
     delivered        pg_snapshot NOT NULL,
     batch            pg_snapshot,
     last_id          bigint      NOT NULL DEFAULT 0,
+    -- The largest id that was ever delivered: what outbox_repair knows of rows when the snapshots mean nothing any more.
+    top_id           bigint      NOT NULL DEFAULT 0,
     -- The newest snapshot of which something may have been published. Its commit proves that what it shows is durable.
     claimed          pg_snapshot,
     -- Messages published and confirmed so far, and messages parked.
@@ -117,15 +142,230 @@ CREATE TABLE outbox_cursor (
     -- The lease: who may move this cursor, and until when by this database's clock. Each new holder raises the epoch.
     owner            text        NOT NULL DEFAULT '',
     epoch            bigint      NOT NULL DEFAULT 0,
+    lease_expires_at timestamptz NOT NULL DEFAULT '-infinity',
     -- Counts the moves, so that a holder notices when the row is not as it left it: after a failover that lost some.
     moves            bigint      NOT NULL DEFAULT 0,
-    lease_expires_at timestamptz NOT NULL DEFAULT '-infinity',
     moved_at         timestamptz NOT NULL DEFAULT clock_timestamp()
 );
 
 -- Before every transaction: all that was ever written is new.
 INSERT INTO outbox_cursor (shard, system_identifier, delivered)
 SELECT 0, system_identifier, '1:1:' FROM pg_control_system();
+
+-- The relays alive, so that each can work out its fair share of the shards.
+CREATE TABLE outbox_relay (
+    owner      text        NOT NULL CONSTRAINT outbox_relay_pkey PRIMARY KEY,
+    expires_at timestamptz NOT NULL
+);
+
+-- Spreads the log over so many shards from now on. A message that is inserted before this commits is in a shard of the old generation,
+-- one inserted after it in a new one, whose relay waits until the old ones are drained: no message of a key overtakes another.
+--
+-- The lock waits for every transaction that has inserted, and holds up new ones meanwhile: set a lock_timeout, and try again.
+-- A shard's number is used again only after 32,000 others; by then nothing of it is in the log.
+-- +goose StatementBegin
+CREATE FUNCTION outbox_set_shards(shards integer) RETURNS void
+    LANGUAGE plpgsql AS $$
+DECLARE
+    first integer;
+BEGIN
+    IF shards IS NULL OR shards NOT BETWEEN 1 AND 64 THEN
+        RAISE EXCEPTION 'the outbox can have 1 to 64 shards, not %', shards USING ERRCODE = 'invalid_parameter_value';
+    END IF;
+    LOCK TABLE outbox IN SHARE ROW EXCLUSIVE MODE;
+    SELECT (max(shard) + 1) % 32000 INTO first FROM outbox_cursor WHERE generation = (SELECT max(generation) FROM outbox_cursor);
+    DELETE FROM outbox_cursor WHERE drained AND shard BETWEEN first AND first + shards - 1;
+    UPDATE outbox_cursor SET retired = true WHERE NOT retired;
+    INSERT INTO outbox_cursor (shard, generation, system_identifier, delivered)
+    SELECT first + n, (SELECT max(generation) + 1 FROM outbox_cursor), system_identifier, pg_current_snapshot()
+    FROM generate_series(0, shards - 1) AS n, pg_control_system();
+    EXECUTE format('CREATE OR REPLACE FUNCTION outbox_shard(key text, message_id uuid) RETURNS smallint LANGUAGE sql IMMUTABLE PARALLEL SAFE '
+        'RETURN (%s + (hashtext(CASE key WHEN '''' THEN message_id::text ELSE key END) & 2147483647) %% %s)::smallint', first, shards);
+END
+$$;
+-- +goose StatementEnd
+
+-- Whether nothing in a slot is left to deliver. What is below the xmin of a cursor is delivered, so of each shard only the rest is looked at:
+-- next to nothing, unless some transaction has been open for very long.
+-- +goose StatementBegin
+CREATE FUNCTION outbox_slot_delivered(part text) RETURNS boolean
+    LANGUAGE plpgsql AS $$
+DECLARE
+    waiting boolean;
+BEGIN
+    EXECUTE format('SELECT EXISTS (SELECT FROM outbox_cursor AS at JOIN %I AS message USING (shard)
+        WHERE NOT drained AND xid >= pg_snapshot_xmin(delivered) AND NOT pg_visible_in_snapshot(xid, delivered))', part) INTO waiting;
+    RETURN NOT waiting;
+END
+$$;
+-- +goose StatementEnd
+
+-- Empties the slots that are delivered and past the retention, and returns them. Every relay calls it, about once a minute.
+--
+-- A slot's turn ends when its time is over; what came last then still has its whole retention before it. Whether all of it is delivered is
+-- looked up without a lock first, since that may take long, and then again under the lock, which waits for transactions that wrote in the
+-- slot's time and are open still. The lock is asked for briefly: everyone else would queue behind it.
+-- +goose StatementBegin
+CREATE FUNCTION outbox_sweep(retention interval) RETURNS smallint[]
+    LANGUAGE plpgsql SET lock_timeout = '100ms' AS $$
+DECLARE
+    turn    CONSTANT interval := outbox_slot_length();
+    present CONSTANT timestamptz := clock_timestamp();
+    part    text;
+    emptied smallint[] := '{}';
+BEGIN
+    FOR age IN 1..7 LOOP
+        part := 'outbox_slot_' || outbox_slot(present - age * turn);
+        CONTINUE WHEN date_bin(turn, present, 'epoch') - (age - 1) * turn > present - retention
+            OR pg_relation_size(part::regclass) = 0 OR NOT outbox_slot_delivered(part);
+        BEGIN
+            EXECUTE format('LOCK TABLE ONLY %I IN ACCESS EXCLUSIVE MODE', part);
+            IF outbox_slot_delivered(part) THEN
+                EXECUTE format('TRUNCATE ONLY %I', part);
+                emptied := emptied || outbox_slot(present - age * turn);
+            END IF;
+        EXCEPTION WHEN lock_not_available THEN
+            NULL; -- next time
+        END;
+    END LOOP;
+    RETURN emptied;
+END
+$$;
+-- +goose StatementEnd
+
+-- What waits to be delivered, a row a shard, as it was last counted.
+CREATE TABLE outbox_backlog (
+    shard       smallint    NOT NULL CONSTRAINT outbox_backlog_pkey PRIMARY KEY,
+    messages    bigint      NOT NULL,
+    -- When the first of them was inserted; NULL when there is none.
+    oldest_at   timestamptz,
+    measured_at timestamptz NOT NULL
+);
+
+-- Counts the backlog, unless it was counted within the interval or somebody is counting right now, and returns what is known. The relay
+-- calls it every second or so, and that keeps the numbers fresh for everyone else. Reads the index entries of what is undelivered.
+-- +goose StatementBegin
+CREATE FUNCTION outbox_measure(stale interval) RETURNS SETOF outbox_backlog
+    LANGUAGE plpgsql AS $$
+DECLARE
+    cursor   record;
+    waiting  bigint;
+    first_id bigint;
+BEGIN
+    -- 1869968483 follows the class of the key locks.
+    IF NOT EXISTS (SELECT FROM outbox_backlog WHERE measured_at > clock_timestamp() - stale) AND pg_try_advisory_xact_lock(1869968483, 0) THEN
+        FOR cursor IN SELECT shard, delivered, batch, last_id FROM outbox_cursor WHERE NOT drained LOOP
+            SELECT count(*), min(id) INTO waiting, first_id
+            FROM (
+                SELECT id, xid FROM outbox WHERE shard = cursor.shard AND xid = ANY (ARRAY(SELECT pg_snapshot_xip(cursor.delivered)))
+                UNION ALL
+                SELECT id, xid FROM outbox WHERE shard = cursor.shard AND xid >= pg_snapshot_xmax(cursor.delivered)) AS undelivered
+            WHERE cursor.batch IS NULL OR id > cursor.last_id OR NOT pg_visible_in_snapshot(xid, cursor.batch);
+
+            INSERT INTO outbox_backlog (shard, messages, oldest_at, measured_at)
+            VALUES (cursor.shard, waiting, (SELECT created_at FROM outbox WHERE shard = cursor.shard AND id = first_id), clock_timestamp())
+            ON CONFLICT (shard) DO UPDATE
+            SET messages = excluded.messages, oldest_at = excluded.oldest_at, measured_at = excluded.measured_at;
+        END LOOP;
+    END IF;
+    RETURN QUERY SELECT b.* FROM outbox_backlog AS b JOIN outbox_cursor AS c USING (shard) WHERE NOT c.drained ORDER BY b.shard;
+END
+$$;
+-- +goose StatementEnd
+
+-- Messages that are to be inserted later: at a time, or, if only the latest of a key and type is wanted, when the time in which others may
+-- replace it is over. The checks are the log's, so nothing can be accepted here and refused there.
+CREATE TABLE outbox_scheduled (LIKE outbox INCLUDING CONSTRAINTS INCLUDING DEFAULTS);
+ALTER TABLE outbox_scheduled
+    DROP COLUMN slot, DROP COLUMN xid, DROP COLUMN id, DROP COLUMN shard,
+    ADD COLUMN due_at timestamptz NOT NULL,
+    ADD COLUMN latest boolean NOT NULL,
+    ADD CONSTRAINT outbox_scheduled_pkey PRIMARY KEY (message_id),
+    ADD CONSTRAINT outbox_scheduled_latest_has_key CHECK (NOT latest OR key <> '');
+CREATE INDEX outbox_scheduled_due_idx ON outbox_scheduled (due_at, message_id);
+CREATE UNIQUE INDEX outbox_scheduled_latest_idx ON outbox_scheduled (type, key) WHERE latest;
+
+-- Where only the latest is wanted, a message takes the place of the one that waits, and its time with it: so it is never put off for ever. The row
+-- stays locked until the transaction ends, so the one that commits last is the one that stays.
+-- +goose StatementBegin
+CREATE FUNCTION outbox_schedule(ids uuid[], types text[], keys text[], payloads bytea[], headers jsonb[], due_at timestamptz, latest boolean) RETURNS void
+    LANGUAGE plpgsql AS $$
+#variable_conflict use_column
+BEGIN
+    INSERT INTO outbox_scheduled (message_id, type, key, payload, headers, due_at, latest)
+    SELECT id, type, key, payload, header, outbox_schedule.due_at, outbox_schedule.latest
+    FROM (
+        SELECT DISTINCT ON (CASE WHEN outbox_schedule.latest THEN type END, CASE WHEN outbox_schedule.latest THEN key ELSE id::text END) *
+        FROM unnest(ids, types, keys, payloads, headers) WITH ORDINALITY AS message (id, type, key, payload, header, position)
+        -- In one order, so that two calls cannot wait for each other; of several, the last.
+        ORDER BY CASE WHEN outbox_schedule.latest THEN type END, CASE WHEN outbox_schedule.latest THEN key ELSE id::text END, position DESC) AS message
+    ON CONFLICT (type, key) WHERE latest DO UPDATE
+    SET message_id = excluded.message_id, payload = excluded.payload, headers = excluded.headers, created_at = excluded.created_at;
+END
+$$;
+-- +goose StatementEnd
+
+-- Moves what is due into the log, in the order in which it is due, and tells how many and when the next will be. One caller at a time
+-- does so, or messages of a key could change places. IDs are dated anew, because an inbox remembers by the time in them.
+-- +goose StatementBegin
+CREATE FUNCTION outbox_move_due(most integer, OUT moved bigint, OUT next_due_at timestamptz)
+    LANGUAGE plpgsql AS $$
+BEGIN
+    moved := 0;
+    IF pg_try_advisory_xact_lock(1869968483, 1) THEN
+        WITH due AS (
+            DELETE FROM outbox_scheduled
+            WHERE message_id IN (
+                SELECT message_id FROM outbox_scheduled WHERE due_at <= clock_timestamp()
+                ORDER BY due_at, message_id LIMIT most FOR UPDATE SKIP LOCKED)
+            RETURNING *
+        ), ordered AS (
+            SELECT count(*) AS n, array_agg(outbox_redate(message_id) ORDER BY due_at, message_id) AS ids, array_agg(type ORDER BY due_at, message_id) AS types,
+                array_agg(key ORDER BY due_at, message_id) AS keys, array_agg(payload ORDER BY due_at, message_id) AS payloads,
+                array_agg(headers ORDER BY due_at, message_id) AS headers
+            FROM due
+        )
+        SELECT n INTO moved FROM ordered, LATERAL (SELECT outbox_insert(ids, types, keys, payloads, headers)) AS inserted WHERE n > 0;
+        moved := coalesce(moved, 0);
+    END IF;
+    SELECT min(due_at) INTO next_due_at FROM outbox_scheduled;
+END
+$$;
+-- +goose StatementEnd
+
+-- After the database was restored into another cluster, gives the rows and the cursor transaction ids that mean something here. What the cursor
+-- knows as delivered stays so; everything else, all that was written since the restore included, is published, maybe again.
+--
+-- The snapshots of the cursor still say of restored rows which were delivered, but not of rows written since, whose ids are above all of those.
+-- Lower than any real xid is 3, the first of them; delivered rows get that one. What is left gets this transaction's, and as a cursor
+-- a snapshot that sees all below it: the lock makes sure that nobody else is writing.
+-- +goose StatementBegin
+CREATE FUNCTION outbox_repair() RETURNS bigint
+    LANGUAGE plpgsql AS $$
+DECLARE
+    here   CONSTANT bigint := (SELECT system_identifier FROM pg_control_system());
+    me     CONSTANT xid8 := pg_current_xact_id();
+    kept   bigint;
+BEGIN
+    LOCK TABLE outbox IN SHARE ROW EXCLUSIVE MODE;
+    PERFORM FROM outbox_cursor FOR UPDATE;
+    IF NOT EXISTS (SELECT FROM outbox_cursor WHERE system_identifier <> here) THEN
+        RETURN NULL;
+    END IF;
+    UPDATE outbox AS message
+    SET xid = CASE WHEN cursor.shard IS NULL OR cursor.drained OR id <= cursor.top_id AND (
+            pg_visible_in_snapshot(xid, cursor.delivered)
+            OR cursor.batch IS NOT NULL AND id <= cursor.last_id AND pg_visible_in_snapshot(xid, cursor.batch)) THEN '3' ELSE me END
+    FROM outbox AS row LEFT JOIN outbox_cursor AS cursor USING (shard)
+    WHERE row.slot = message.slot AND row.shard = message.shard AND row.id = message.id;
+    UPDATE outbox_cursor
+    SET system_identifier = here, delivered = format('%s:%s:', me, me)::pg_snapshot, batch = NULL, last_id = 0, claimed = NULL,
+        owner = '', epoch = epoch + 1, lease_expires_at = '-infinity', moves = moves + 1, moved_at = clock_timestamp();
+    SELECT count(*) INTO kept FROM outbox WHERE xid = me;
+    RETURN kept;
+END
+$$;
+-- +goose StatementEnd
 
 -- What could not be published or applied, with everything needed to look at it and to send it again.
 CREATE TABLE dead_letter (
@@ -145,7 +385,8 @@ CREATE TABLE dead_letter (
 );
 
 -- +goose Down
-DROP TABLE dead_letter, outbox_cursor, outbox;
+DROP FUNCTION outbox_repair, outbox_move_due, outbox_schedule, outbox_measure, outbox_sweep, outbox_slot_delivered, outbox_set_shards;
+DROP TABLE dead_letter, outbox_scheduled, outbox_backlog, outbox_relay, outbox_cursor, outbox;
 DROP FUNCTION outbox_insert(text, text, bytea, jsonb, uuid);
 DROP FUNCTION outbox_insert(uuid[], text[], text[], bytea[], jsonb[]);
-DROP FUNCTION outbox_headers_valid, outbox_uuidv7, outbox_slot;
+DROP FUNCTION outbox_headers_valid, outbox_uuidv7, outbox_redate, outbox_shard, outbox_slot, outbox_slot_length;

@@ -2,9 +2,12 @@ package main
 
 import (
 	"fmt"
+	"math"
 	"net"
 	"strings"
 	"time"
+
+	"example.com/orders/internal/outbox"
 )
 
 // listenAddress is HOST:PORT; the host may be empty for all interfaces.
@@ -40,7 +43,17 @@ func (f *relayFlags) check() error {
 	if err := between("--lease", f.Lease, time.Second, 5*time.Minute); err != nil {
 		return err
 	}
-	return between("--poll-interval", f.PollInterval, 10*time.Millisecond, time.Minute)
+	if err := between("--poll-interval", f.PollInterval, 10*time.Millisecond, time.Minute); err != nil {
+		return err
+	}
+	return between("--retention", f.Retention, time.Minute, outbox.MaxRetention)
+}
+
+func (f *apiFlags) check() error {
+	if err := between("--max-backlog", f.MaxBacklog, 0, math.MaxInt64); err != nil {
+		return err
+	}
+	return between("--max-backlog-age", f.MaxBacklogAge, 0, 365*24*time.Hour)
 }
 
 func (f *consumerFlags) check() error {
@@ -52,7 +65,7 @@ func (f *consumerFlags) check() error {
 
 // Validate is called by kong, for commands only: each checks the flags that it embeds.
 
-func (c *apiCommand) Validate() error { return c.databaseFlags.check() }
+func (c *apiCommand) Validate() error { return firstOf(&c.databaseFlags, &c.apiFlags) }
 func (c *relayCommand) Validate() error {
 	return firstOf(&c.databaseFlags, &c.brokerFlags, &c.relayFlags)
 }
@@ -60,7 +73,7 @@ func (c *consumerCommand) Validate() error {
 	return firstOf(&c.databaseFlags, &c.brokerFlags, &c.consumerFlags)
 }
 func (c *allCommand) Validate() error {
-	return firstOf(&c.databaseFlags, &c.brokerFlags, &c.relayFlags, &c.consumerFlags)
+	return firstOf(&c.databaseFlags, &c.apiFlags, &c.brokerFlags, &c.relayFlags, &c.consumerFlags)
 }
 
 // firstOf returns the first error, so that it is one line.
@@ -73,7 +86,7 @@ func firstOf(flags ...interface{ check() error }) error {
 	return nil
 }
 
-func between[N int | int32 | time.Duration](flag string, value, least, most N) error {
+func between[N int | int32 | int64 | time.Duration](flag string, value, least, most N) error {
 	if value < least || value > most {
 		return fmt.Errorf("%s: %v is not between %v and %v", flag, value, least, most)
 	}

@@ -51,10 +51,16 @@ type brokerFlags struct {
 	Exchange string  `env:"EXCHANGE" default:"events" help:"Topic exchange that events are published to."`
 }
 
+type apiFlags struct {
+	MaxBacklog    int64         `env:"MAX_BACKLOG" default:"1000000" help:"Messages waiting for the broker from which on the API answers resource_exhausted, before it writes; 0 for no limit."`
+	MaxBacklogAge time.Duration `env:"MAX_BACKLOG_AGE" default:"0s" help:"Age of the oldest message waiting for the broker, likewise; 0s for no limit."`
+}
+
 type relayFlags struct {
-	PageRows     int           `env:"RELAY_PAGE_ROWS" default:"1000" help:"Most messages of one page, 1 to 5000. A crash repeats at most two pages."`
+	PageRows     int           `env:"RELAY_PAGE_ROWS" default:"1000" help:"Most messages of one page, 1 to 5000. A crash of the relay repeats at most two pages."`
 	Lease        time.Duration `env:"RELAY_LEASE" default:"5s" help:"How long a relay that went silent keeps its shard, 1s to 5m."`
 	PollInterval time.Duration `env:"RELAY_POLL_INTERVAL" default:"1s" help:"Longest time between two looks at the outbox when no doorbell rings, 10ms to 1m."`
+	Retention    time.Duration `env:"OUTBOX_RETENTION" default:"24h" help:"How long delivered messages are kept for replay at least, 1m to 28h."`
 }
 
 type consumerFlags struct {
@@ -65,6 +71,7 @@ type consumerFlags struct {
 type apiCommand struct {
 	Listen listenAddress `env:"LISTEN" default:"127.0.0.1:8080" help:"Address to serve on."`
 	databaseFlags
+	apiFlags
 }
 
 type relayCommand struct {
@@ -84,32 +91,34 @@ type consumerCommand struct {
 type allCommand struct {
 	Listen listenAddress `env:"LISTEN" default:"127.0.0.1:8080" help:"Address to serve on."`
 	databaseFlags
+	apiFlags
 	brokerFlags
 	relayFlags
 	consumerFlags
 }
 
 func (c *apiCommand) Run(ctx context.Context) error {
-	return app.RunAPI(ctx, appConfig(c.Listen, c.databaseFlags, brokerFlags{}, relayFlags{}, consumerFlags{}))
+	return app.RunAPI(ctx, appConfig(c.Listen, c.databaseFlags, c.apiFlags, brokerFlags{}, relayFlags{}, consumerFlags{}))
 }
 
 func (c *relayCommand) Run(ctx context.Context) error {
-	return app.RunRelay(ctx, appConfig(c.Listen, c.databaseFlags, c.brokerFlags, c.relayFlags, consumerFlags{}))
+	return app.RunRelay(ctx, appConfig(c.Listen, c.databaseFlags, apiFlags{}, c.brokerFlags, c.relayFlags, consumerFlags{}))
 }
 
 func (c *consumerCommand) Run(ctx context.Context) error {
-	return app.RunConsumer(ctx, appConfig(c.Listen, c.databaseFlags, c.brokerFlags, relayFlags{}, c.consumerFlags))
+	return app.RunConsumer(ctx, appConfig(c.Listen, c.databaseFlags, apiFlags{}, c.brokerFlags, relayFlags{}, c.consumerFlags))
 }
 
 func (c *allCommand) Run(ctx context.Context) error {
-	return app.RunAll(ctx, appConfig(c.Listen, c.databaseFlags, c.brokerFlags, c.relayFlags, c.consumerFlags))
+	return app.RunAll(ctx, appConfig(c.Listen, c.databaseFlags, c.apiFlags, c.brokerFlags, c.relayFlags, c.consumerFlags))
 }
 
-func appConfig(listen listenAddress, db databaseFlags, broker brokerFlags, relay relayFlags, consumer consumerFlags) app.Config {
+func appConfig(listen listenAddress, db databaseFlags, api apiFlags, broker brokerFlags, relay relayFlags, consumer consumerFlags) app.Config {
 	return app.Config{
 		Addr: string(listen), PostgresURL: string(db.PostgresURL), ListenURL: string(db.ListenURL), MaxConns: db.MaxConns,
-		AMQPURL: string(broker.AMQPURL), Exchange: broker.Exchange,
-		Relay:    outbox.Config{PageRows: relay.PageRows, Lease: relay.Lease, PollInterval: relay.PollInterval},
+		HighWater: outbox.GateConfig{MaxMessages: api.MaxBacklog, MaxAge: api.MaxBacklogAge},
+		AMQPURL:   string(broker.AMQPURL), Exchange: broker.Exchange,
+		Relay:    outbox.Config{PageRows: relay.PageRows, Lease: relay.Lease, PollInterval: relay.PollInterval, Retention: relay.Retention},
 		Prefetch: consumer.Prefetch, Batch: consumer.Batch,
 	}
 }

@@ -3,6 +3,7 @@
 package app
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"log/slog"
@@ -19,7 +20,8 @@ import (
 // Config is what the processes need to know. Flags and environment are read in cmd/orders.
 type Config struct {
 	PostgresURL string
-	// ListenURL is a direct connection to the same database, for LISTEN: a transaction-mode pooler has none. Default PostgresURL.
+	// ListenURL is a direct connection to the same database, for LISTEN: a transaction-mode pooler has none. Default PostgresURL, unless that
+	// goes to such a pooler, as postgres.Config says; then the relay polls.
 	ListenURL string
 	AMQPURL   string
 	// Exchange is the topic exchange that events go to.
@@ -29,6 +31,8 @@ type Config struct {
 	// MaxConns bounds the connections to Postgres of one process.
 	MaxConns int32
 	Relay    outbox.Config
+	// HighWater is the backlog above which the API refuses to write.
+	HighWater outbox.GateConfig
 	// Prefetch and Batch set up the consumers; see rabbit.ConsumerConfig.
 	Prefetch int
 	Batch    int
@@ -61,13 +65,15 @@ type process struct {
 	db      *pgxpool.Pool
 	relayDB *pgxpool.Pool
 	bell    *outbox.NotifyBell
+	gate    *outbox.Gate
 	domain  domain
 	checks  []rpcserver.Check
 	group   *errgroup.Group
 }
 
-// relayConns is one connection for pages, one for the lease, and one to read ahead.
-const relayConns = 3
+// relayConns is more than a relay with a few shards uses at once: for each shard a connection for pages and one to read ahead, now and then one for
+// its lease, and one for the chores. A relay with more shards waits a moment for a free one.
+const relayConns = 8
 
 // part starts one part of a process in p.group. Health is served last: by then the others have said what they need.
 type part func(p *process, ctx context.Context)
@@ -89,8 +95,11 @@ func run(ctx context.Context, config Config, name string, parts ...part) error {
 	}
 	defer relayDB.Close()
 	group, ctx := errgroup.WithContext(ctx)
-	bell := outbox.NewNotifyBell(config.listenURL())
-	p := &process{config: config, name: name, db: db, relayDB: relayDB, bell: bell, group: group, domain: newDomain(db, outbox.NewWriter(db, bell))}
+	bell, gate := outbox.NewNotifyBell(config.notifyURL()), outbox.NewGate(db, config.HighWater)
+	p := &process{
+		config: config, name: name, db: db, relayDB: relayDB, bell: bell, gate: gate, group: group,
+		domain: newDomain(db, outbox.NewWriter(db, bell, gate)),
+	}
 	p.checks = []rpcserver.Check{{Name: "database", Ready: db.Ping}}
 	for _, start := range parts {
 		start(p, ctx)
@@ -102,12 +111,19 @@ func run(ctx context.Context, config Config, name string, parts ...part) error {
 	return err
 }
 
+// listenURL is where LISTEN works: "" if there is only a pooler in transaction mode, when the relay polls.
 func (c Config) listenURL() string {
 	if c.ListenURL != "" {
 		return c.ListenURL
 	}
+	if pooled, err := postgres.IsPooled(c.PostgresURL); err != nil || pooled {
+		return ""
+	}
 	return c.PostgresURL
 }
+
+// notifyURL is where NOTIFY works, which is everywhere.
+func (c Config) notifyURL() string { return cmp.Or(c.listenURL(), c.PostgresURL) }
 
 // connectionName is what the broker's operators see.
 func (p *process) connectionName(part string) string {
@@ -130,6 +146,7 @@ func (p *process) needBroker() {
 func (p *process) startAPI(ctx context.Context) {
 	server := rpcserver.New(rpcserver.Config{Addr: p.config.Addr, Checks: p.checks}, p.domain.register)
 	p.group.Go(func() error { return server.Run(ctx) })
+	p.group.Go(func() error { p.gate.Run(ctx); return nil })
 }
 
 func (p *process) startHealth(ctx context.Context) {

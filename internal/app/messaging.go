@@ -4,6 +4,7 @@ import (
 	"context"
 
 	"example.com/orders/internal/inbox"
+	"example.com/orders/internal/messaging"
 	"example.com/orders/internal/outbox"
 	"example.com/orders/internal/rabbit"
 )
@@ -21,14 +22,17 @@ func queueName(g group) string { return ServiceName + "." + g.Name() }
 
 func (p *process) startRelay(ctx context.Context) {
 	p.needBroker()
-	publisher := rabbit.NewPublisher(rabbit.PublisherConfig{
-		URL: p.config.AMQPURL, Topology: p.topology(), Name: p.connectionName("relay"),
-		Window: outbox.MaxInFlight(p.config.Relay),
-	})
-	wake := outbox.NewLocalBell()
-	relay := outbox.NewRelay(p.relayDB, publisher, wake, p.config.Relay)
+	newPublisher := func() messaging.Publisher {
+		return rabbit.NewPublisher(rabbit.PublisherConfig{
+			URL: p.config.AMQPURL, Topology: p.topology(), Name: p.connectionName("relay"),
+			Window: outbox.MaxInFlight(p.config.Relay),
+		})
+	}
+	relay := outbox.NewRelay(p.relayDB, newPublisher, p.config.Relay)
 	p.group.Go(func() error { return relay.Run(ctx) })
-	p.group.Go(func() error { outbox.Listen(ctx, p.config.listenURL(), wake); return nil })
+	if url := p.config.listenURL(); url != "" {
+		p.group.Go(func() error { relay.Listen(ctx, url); return nil })
+	}
 }
 
 func (p *process) startConsumer(ctx context.Context) {

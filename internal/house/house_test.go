@@ -26,15 +26,15 @@ var domain = []string{"internal/orders", "internal/gen/orders", "cmd/demo"}
 var arrows = map[string][]string{
 	"cmd/orders":             {"internal/app", "internal/outbox", "internal/rabbit", "internal/telemetry", "migrations"},
 	"cmd/stack":              {"internal/localstack"},
-	"internal/app":           {"internal/inbox", "internal/outbox", "internal/postgres", "internal/rabbit", "internal/rpcserver"},
+	"internal/app":           {"internal/inbox", "internal/messaging", "internal/outbox", "internal/postgres", "internal/rabbit", "internal/rpcserver"},
 	"internal/orders":        {"internal/inbox", "internal/messaging", "internal/outbox", "internal/postgres"},
 	"internal/outbox":        {"internal/deadletter", "internal/failpoint", "internal/messaging", "internal/postgres"},
 	"internal/inbox":         {"internal/deadletter", "internal/failpoint", "internal/messaging", "internal/postgres"},
 	"internal/deadletter":    {"internal/messaging"},
 	"internal/rabbit":        {"internal/failpoint", "internal/messaging"},
-	"internal/rpcserver":     {"internal/postgres"},
+	"internal/rpcserver":     {"internal/outbox", "internal/postgres"},
 	"internal/testenv":       {"internal/localstack", "migrations"},
-	"internal/chaos/victim":  {"internal/inbox", "internal/outbox", "internal/postgres", "internal/rabbit"},
+	"internal/chaos/victim":  {"internal/inbox", "internal/messaging", "internal/outbox", "internal/postgres", "internal/rabbit"},
 	"internal/chaos":         {},
 	"internal/gen/orders/v1": {},
 }

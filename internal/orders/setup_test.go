@@ -53,7 +53,7 @@ func setup(t *testing.T) *bundle {
 		t.Fatal(err)
 	}
 	t.Cleanup(db.Close)
-	service := orders.NewService(db, outbox.NewWriter(db, nil))
+	service := orders.NewService(db, outbox.NewWriter(db, nil, nil))
 	b.groups = []*inbox.Group{service.Fulfillment(), service.Notifications()}
 
 	edge := rpcserver.New(rpcserver.Config{Log: slog.New(slog.DiscardHandler)}, func(s *connect.Server) {

@@ -74,19 +74,23 @@ func (b *NotifyBell) Run(ctx context.Context) {
 	})
 }
 
-// Listen rings bell for every notification from the database at url, until ctx is done. The connection must be a direct one:
-// a transaction-mode pooler drops LISTEN silently.
-func Listen(ctx context.Context, url string, bell Bell) {
+// leaseNews is the payload of a notification that a shard has become free.
+const leaseNews = "lease"
+
+// listen calls hear for every notification from the database at url, until ctx is done; and with "" at its beginning, for whatever was said
+// while nobody listened. The connection must be a direct one: a transaction-mode pooler drops LISTEN silently.
+func listen(ctx context.Context, url string, hear func(payload string)) {
 	withConnection(ctx, url, "listen", func(conn *pgx.Conn) error {
 		if _, err := conn.Exec(ctx, "LISTEN "+channel); err != nil {
 			return err
 		}
-		bell.Ring() // whatever was said while nobody listened
+		hear("")
 		for {
-			if _, err := conn.WaitForNotification(ctx); err != nil {
+			news, err := conn.WaitForNotification(ctx)
+			if err != nil {
 				return err
 			}
-			bell.Ring()
+			hear(news.Payload)
 		}
 	})
 }

@@ -44,7 +44,7 @@ func TestCostStaysFlat(t *testing.T) {
 						t.Fatalf("%v, %v", found, err)
 					}
 					at = found.end
-					buffers += explain(t, db, moveSQL, int16(0), held.tid, held.epoch, at.base, at.batch, at.lastID, found.snapshot, 0, 0, held.moves, held.timeline)
+					buffers += explain(t, db, moveSQL, int16(0), held.tid, held.epoch, at.base, at.batch, at.lastID, found.snapshot, 0, 0, held.moves, held.timeline, 0)
 					// The explained statement has moved the row, as the relay's own does.
 					if err := db.QueryRow(t.Context(), `SELECT ctid FROM outbox_cursor`).Scan(&held.tid); err != nil {
 						t.Fatal(err)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync/atomic"
 	"time"
 
 	"example.com/orders/internal/deadletter"
@@ -14,8 +15,10 @@ import (
 )
 
 var (
-	// errNotLeased: another relay holds the shard.
+	// errNotLeased: another relay holds the shard, or it is not yet, or no more, to be read.
 	errNotLeased = errors.New("shard is leased to another relay")
+	// errDrained: the shard is retired and everything in it is delivered.
+	errDrained = errors.New("shard is drained")
 	// errFenced: the row is not as this relay left it.
 	errFenced = errors.New("lease lost: another relay has taken the shard over, or the database has failed over")
 	// ErrForeignCluster: the database was dumped and restored into another cluster, whose transaction IDs are not those of the cursor.
@@ -35,6 +38,8 @@ type cursor struct {
 	epoch    int64
 	moves    int64
 	timeline string
+	// retired is set when no transaction writes to the shard any more.
+	retired atomic.Bool
 	// tid is where the row's newest version was last seen. Every move leaves a dead version behind, which vacuum cannot
 	// remove for as long as some transaction holds an old snapshot; finding the row by its key would wade through
 	// all of them, finding it by place does not. It is a hint: if the row is not there, it is looked for by key.
@@ -44,9 +49,13 @@ type cursor struct {
 const acquireSQL = `
 UPDATE outbox_cursor
 SET owner = $2, epoch = epoch + 1, lease_expires_at = clock_timestamp() + $3
-WHERE shard = $1 AND (lease_expires_at < clock_timestamp() OR owner = $2)
+WHERE shard = $1 AND (lease_expires_at < clock_timestamp() OR owner = $2) AND ` + readableSQL + `
   AND system_identifier = (SELECT system_identifier FROM pg_control_system())
-RETURNING epoch, moves, ` + timelineSQL + `, ctid, delivered::text, coalesce(batch::text, ''), last_id`
+RETURNING epoch, moves, retired, ` + timelineSQL + `, ctid, delivered::text, coalesce(batch::text, ''), last_id`
+
+// A shard is read when every shard of the generations before it is drained, and until it is drained itself.
+const readableSQL = `NOT drained AND NOT EXISTS (
+    SELECT FROM outbox_cursor AS older WHERE older.generation < outbox_cursor.generation AND NOT older.drained)`
 
 // The timeline is the first third of the name of a WAL segment.
 const timelineSQL = `substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8)`
@@ -58,10 +67,12 @@ FROM outbox_cursor WHERE shard = $1`
 // acquire takes the lease of a shard, if it is free, and returns where its last holder came to.
 func acquire(ctx context.Context, db *pgxpool.Pool, shard int16, owner string, lease time.Duration) (*cursor, position, error) {
 	c, at := &cursor{db: db, shard: shard}, position{}
+	var retired bool
 	err := postgres.Transact(ctx, db, func(tx pgx.Tx) error {
-		return tx.QueryRow(ctx, acquireSQL, shard, owner, lease).Scan(&c.epoch, &c.moves, &c.timeline, &c.tid, &at.base, &at.batch, &at.lastID)
+		return tx.QueryRow(ctx, acquireSQL, shard, owner, lease).Scan(&c.epoch, &c.moves, &retired, &c.timeline, &c.tid, &at.base, &at.batch, &at.lastID)
 	})
 	if !errors.Is(err, pgx.ErrNoRows) {
+		c.retired.Store(retired)
 		return c, at, err
 	}
 	var ours bool
@@ -80,6 +91,7 @@ func acquire(ctx context.Context, db *pgxpool.Pool, shard int16, owner string, l
 // progress is what one move of the cursor records.
 type progress struct {
 	delivered position
+	topID     int64  // the largest id delivered meanwhile
 	claimed   string // the snapshot of the page to be published next, "" for none
 	published int
 	parked    []deadletter.Letter
@@ -89,15 +101,16 @@ type progress struct {
 const moveSQL = `
 UPDATE outbox_cursor
 SET delivered = $4, batch = nullif($5, '')::pg_snapshot, last_id = $6, claimed = coalesce(nullif($7, '')::pg_snapshot, claimed),
-    published = published + $8, parked = parked + $9, moves = moves + 1, moved_at = clock_timestamp()
+    published = published + $8, parked = parked + $9, top_id = greatest(top_id, $12), moves = moves + 1, moved_at = clock_timestamp()
 WHERE ctid = coalesce($2, (SELECT ctid FROM outbox_cursor WHERE shard = $1 AND epoch = $3)) AND shard = $1 AND epoch = $3
   AND moves = $10 AND ` + timelineSQL + ` = $11
-RETURNING ctid`
+RETURNING ctid, retired`
 
 // move records progress and commits. It is the claim as well: what was read before it may be published after it.
 // It returns errFenced if the row is not as this relay left it.
 func (c *cursor) move(ctx context.Context, p progress) error {
 	var tid pgtype.TID
+	var retired bool
 	err := postgres.Transact(ctx, c.db, func(tx pgx.Tx) error {
 		if p.claimed == "" {
 			// Nothing is published on the strength of this commit. If a crash of Postgres loses it, what it says is delivered is repeated.
@@ -112,7 +125,7 @@ func (c *cursor) move(ctx context.Context, p progress) error {
 		}
 		for _, hint := range []pgtype.TID{c.tid, {}} {
 			err := tx.QueryRow(ctx, moveSQL, c.shard, hint, c.epoch, p.delivered.base, p.delivered.batch, p.delivered.lastID,
-				p.claimed, p.published, len(p.parked), c.moves, c.timeline).Scan(&tid)
+				p.claimed, p.published, len(p.parked), c.moves, c.timeline, p.topID).Scan(&tid, &retired)
 			if !errors.Is(err, pgx.ErrNoRows) {
 				return err
 			}
@@ -123,30 +136,52 @@ func (c *cursor) move(ctx context.Context, p progress) error {
 		return fmt.Errorf("move cursor: %w", err)
 	}
 	c.tid, c.moves = tid, c.moves+1
+	c.retired.Store(retired)
 	return nil
 }
 
 const renewSQL = `
 UPDATE outbox_cursor SET lease_expires_at = clock_timestamp() + $3
-WHERE shard = $1 AND epoch = $2 AND ` + timelineSQL + ` = $4`
+WHERE shard = $1 AND epoch = $2 AND ` + timelineSQL + ` = $4
+RETURNING retired`
 
 // renew extends the lease. It returns errFenced if it is not ours any more.
 func (c *cursor) renew(ctx context.Context, lease time.Duration) error {
-	tag, err := c.db.Exec(ctx, renewSQL, c.shard, c.epoch, lease, c.timeline)
+	var retired bool
+	err := c.db.QueryRow(ctx, renewSQL, c.shard, c.epoch, lease, c.timeline).Scan(&retired)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return errFenced
+	}
 	if err != nil {
 		return fmt.Errorf("renew lease: %w", postgres.Classify(err))
 	}
-	if tag.RowsAffected() == 0 {
-		return errFenced
-	}
+	c.retired.Store(retired)
 	return nil
 }
 
+// Who waits for a shard is told at once, and need not wait for the next look.
 const releaseSQL = `
-UPDATE outbox_cursor SET owner = '', lease_expires_at = '-infinity' WHERE shard = $1 AND epoch = $2`
+WITH released AS (
+    UPDATE outbox_cursor SET owner = '', lease_expires_at = '-infinity', drained = drained OR $3
+    WHERE shard = $1 AND epoch = $2 AND (NOT $3 OR retired AND moves = $4 AND ` + timelineSQL + ` = $5)
+    RETURNING shard)
+SELECT pg_notify('` + channel + `', '` + leaseNews + `') FROM released`
 
 // release gives the lease back, so that another relay need not wait for its end.
 func (c *cursor) release(ctx context.Context) error {
-	_, err := c.db.Exec(ctx, releaseSQL, c.shard, c.epoch)
+	_, err := c.db.Exec(ctx, releaseSQL, c.shard, c.epoch, false, c.moves, c.timeline)
 	return err
+}
+
+// drain marks a retired shard as read to its end, and gives the lease back. The caller must have known it retired before it looked for messages
+// for the last time, and all it has found must be recorded.
+func (c *cursor) drain(ctx context.Context) error {
+	tag, err := c.db.Exec(ctx, releaseSQL, c.shard, c.epoch, true, c.moves, c.timeline)
+	switch {
+	case err != nil:
+		return fmt.Errorf("drain shard: %w", postgres.Classify(err))
+	case tag.RowsAffected() == 0:
+		return errFenced
+	}
+	return errDrained
 }

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"example.com/orders/internal/deadletter"
+	"example.com/orders/internal/messaging"
 	"example.com/orders/internal/postgres"
 	"example.com/orders/internal/testenv"
 	"github.com/jackc/pgx/v5/pgtype"
@@ -160,7 +161,7 @@ func TestCursor(t *testing.T) {
 		t.Parallel()
 		db := testenv.Postgres(t)
 		exec(t, db, `UPDATE outbox_cursor SET system_identifier = 1`) // as after a restore
-		err := NewRelay(db, newBroker(0), NewLocalBell(), Config{}).Run(t.Context())
+		err := NewRelay(db, func() messaging.Publisher { return newBroker(0) }, Config{}).Run(t.Context())
 		if !errors.Is(err, ErrForeignCluster) {
 			t.Fatalf("error is %v", err)
 		}

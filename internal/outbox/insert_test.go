@@ -165,7 +165,7 @@ func TestWriterRingsAfterTheCommit(t *testing.T) {
 	t.Parallel()
 	db := testenv.Postgres(t)
 	bell := NewLocalBell()
-	w := NewWriter(db, bell)
+	w := NewWriter(db, bell, nil)
 	if err := w.Transact(t.Context(), func(pgx.Tx) error { return errors.New("no") }); err == nil || len(bell) != 0 {
 		t.Fatalf("error %v, rings %d", err, len(bell))
 	}
@@ -182,7 +182,7 @@ func TestNotifyBellReachesAnotherProcess(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	var running sync.WaitGroup
 	running.Go(func() { far.Run(ctx) })
-	running.Go(func() { Listen(ctx, url, heard) })
+	running.Go(func() { listen(ctx, url, func(string) { heard.Ring() }) })
 	<-heard // listening has begun
 	far.Ring()
 	<-heard

@@ -55,16 +55,21 @@ import (
 type Writer struct {
 	db   *pgxpool.Pool
 	bell Bell
+	gate *Gate
 }
 
-// NewWriter makes a Writer. The bell is rung after each commit; nil means that the relay finds new messages by polling.
-func NewWriter(db *pgxpool.Pool, bell Bell) *Writer {
-	return &Writer{db: db, bell: bell}
+// NewWriter makes a Writer. The bell is rung after each commit; nil means that the relay finds new messages by polling. A gate may be
+// given; nil means that everything is accepted, however long the broker is away.
+func NewWriter(db *pgxpool.Pool, bell Bell, gate *Gate) *Writer {
+	return &Writer{db: db, bell: bell, gate: gate}
 }
 
 // Transact is postgres.Transact, and rings the relay's doorbell after the commit. A process that dies in between costs the
-// message up to one poll interval, never the message.
+// message up to one poll interval, never the message. It returns ErrBacklogFull, before anything is done, if the gate is closed.
 func (w *Writer) Transact(ctx context.Context, fn func(tx pgx.Tx) error) error {
+	if err := w.gate.Check(); err != nil {
+		return err
+	}
 	if err := postgres.Transact(ctx, w.db, fn); err != nil {
 		return err
 	}
@@ -86,21 +91,30 @@ func Insert(ctx context.Context, tx pgx.Tx, messages ...messaging.Message) error
 	if len(messages) == 0 {
 		return nil
 	}
+	columns, err := columnsOf(ctx, messages)
+	if err == nil {
+		_, err = tx.Exec(ctx, insertSQL, columns...)
+	}
+	if err != nil {
+		return fmt.Errorf("insert into outbox: %w", err)
+	}
+	return nil
+}
+
+// columnsOf returns messages as the arrays that the SQL functions take, with the trace of ctx.
+func columnsOf(ctx context.Context, messages []messaging.Message) ([]any, error) {
 	n := len(messages)
 	ids, types, keys := make([][16]byte, n), make([]string, n), make([]string, n)
 	payloads, headers := make([][]byte, n), make([]map[string]string, n)
 	for i, message := range messages {
 		message.Headers = withTrace(ctx, message.Headers)
 		if err := message.Validate(); err != nil {
-			return fmt.Errorf("insert into outbox: %w", err)
+			return nil, err
 		}
 		ids[i], types[i], keys[i] = message.ID, message.Type, message.Key
 		payloads[i], headers[i] = notNil(message.Payload), message.Headers
 	}
-	if _, err := tx.Exec(ctx, insertSQL, ids, types, keys, payloads, headers); err != nil {
-		return fmt.Errorf("insert into outbox: %w", err)
-	}
-	return nil
+	return []any{ids, types, keys, payloads, headers}, nil
 }
 
 // notNil keeps a payload of no bytes, which is a valid protobuf message, from becoming NULL.

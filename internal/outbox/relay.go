@@ -3,85 +3,123 @@ package outbox
 import (
 	"cmp"
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"os"
+	"slices"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"example.com/orders/internal/messaging"
 	"github.com/cenkalti/backoff/v5"
 	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
-	"golang.org/x/sync/errgroup"
 )
 
 // Config sets up a Relay; the zero value is fit for production.
 type Config struct {
-	// Shard is the part of the log that the relay publishes. Default 0, the only one there is by default.
-	Shard int16
 	// PageRows is the most messages of one page. Two pages are in flight at most, so a crash of the relay repeats up to twice as many.
 	// Default 1000: with two such pages in flight RabbitMQ, not the relay, is the limit; half of that costs a tenth of the rate.
 	PageRows int
 	// PageBytes is the most payload bytes of one page, and with it bounds the relay's memory. Default 4 MiB.
 	PageBytes int
-	// Lease is how long a relay that went silent keeps its shard, by the database's clock. Another one takes over within twice that. Default 5 s.
+	// Lease is how long a relay that went silent keeps its shards, by the database's clock. Another one takes over within twice that. Default 5 s.
 	Lease time.Duration
 	// PollInterval is the longest time between two looks at the log when no doorbell rings. Default 1 s.
 	PollInterval time.Duration
+	// Retention is how long delivered messages stay in the log at least, to be looked at and replayed. Default 24 h.
+	Retention time.Duration
 }
+
+// MaxRetention is the longest Retention: the ring of slots comes round after 32 hours, and one slot of four hours is being written.
+const MaxRetention = 28 * time.Hour
 
 func (c Config) withDefaults() Config {
 	c.PageRows = cmp.Or(c.PageRows, 1000)
 	c.PageBytes = max(cmp.Or(c.PageBytes, 4<<20), messaging.MaxPayload)
 	c.Lease = cmp.Or(c.Lease, 5*time.Second)
 	c.PollInterval = cmp.Or(c.PollInterval, time.Second)
+	c.Retention = cmp.Or(c.Retention, 24*time.Hour)
 	return c
 }
 
-// Relay publishes the log of one shard, in order, for as long as it holds the shard's lease. Any number of relays may run.
+// Relay publishes the log, each shard in order. Any number of relays may run: they share the shards out among them, and each shard is
+// published by the one that holds its lease.
 type Relay struct {
-	db        *pgxpool.Pool
-	publisher messaging.Publisher
-	wake      LocalBell
-	owner     string
-	config    Config
+	db           *pgxpool.Pool
+	newPublisher func() messaging.Publisher
+	owner        string
+	config       Config
+	attention    LocalBell // rung when there may be a shard to take
+
+	backlog atomic.Pointer[[]Backlog]
+
+	mu      sync.Mutex
+	tenures map[int16]*tenure
 }
 
-// NewRelay makes a Relay. It looks at the log when wake is rung, and at every poll interval.
-func NewRelay(db *pgxpool.Pool, publisher messaging.Publisher, wake LocalBell, config Config) *Relay {
+// NewRelay makes a Relay. Each shard that it holds is published through a publisher of its own.
+func NewRelay(db *pgxpool.Pool, newPublisher func() messaging.Publisher, config Config) *Relay {
 	host, _ := os.Hostname()
 	return &Relay{
-		db: db, publisher: publisher, wake: wake, config: config.withDefaults(),
+		db: db, newPublisher: newPublisher, config: config.withDefaults(), attention: NewLocalBell(), tenures: map[int16]*tenure{},
 		owner: fmt.Sprintf("%s/%d/%s", host, os.Getpid(), uuid.NewString()[:8]),
 	}
 }
 
-// Run publishes until ctx is done, then waits for what is in flight and gives the lease back. It goes on through every failure of
-// the database and the broker; the only error it returns is ErrForeignCluster.
-func (r *Relay) Run(ctx context.Context) error {
-	defer r.publisher.Close()
-	pause := newPause(r.config.PollInterval)
-	for ctx.Err() == nil {
-		err := r.lead(ctx, pause)
-		switch {
-		case ctx.Err() != nil:
-			return nil
-		case errors.Is(err, ErrForeignCluster):
-			return err
-		case errors.Is(err, errNotLeased):
-			wait(ctx, nil, r.config.Lease/4) // not a failure: be there when the lease ends
-			continue
-		}
-		retryIn := pause.NextBackOff()
-		slog.WarnContext(ctx, "relay interrupted", "shard", r.config.Shard, "error", err, "retry_in", retryIn)
-		wait(ctx, nil, retryIn)
+// Ring makes the relay look at the log now. It is the Bell for writers in the same process.
+func (r *Relay) Ring() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, held := range r.tenures {
+		held.wake.Ring()
 	}
-	return nil
 }
 
-// acquireTimeout ends an attempt to take the lease: a database that vanished without a word is given up, and looked for anew.
-const acquireTimeout = 10 * time.Second
+// Listen hears the doorbells of other processes until ctx is done, on a direct connection to url. A relay that does not listen polls.
+func (r *Relay) Listen(ctx context.Context, url string) {
+	listen(ctx, url, func(payload string) {
+		if payload == leaseNews {
+			r.attention.Ring()
+		} else {
+			r.Ring()
+		}
+	})
+}
+
+// Run publishes until ctx is done, then waits for what is in flight and gives the leases back. It goes on through every failure of
+// the database and the broker; the only error it returns is ErrForeignCluster.
+func (r *Relay) Run(ctx context.Context) error {
+	work, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
+	var chores sync.WaitGroup
+	chores.Go(func() { r.sweepNowAndThen(work) })
+	chores.Go(func() { r.moveDue(work) })
+	chores.Go(func() { r.measure(work) })
+	defer func() {
+		r.leave(ctx) // first, or those who hear of a free shard would leave it to us
+		cancel(nil)
+		r.settleDown()
+		chores.Wait()
+	}()
+	pause := newPause(r.config.PollInterval)
+	for ctx.Err() == nil {
+		next := r.config.Lease / 4 // so that a shard is taken soon after its lease has ended
+		err := r.attend(ctx, work, cancel)
+		switch {
+		case work.Err() != nil:
+			return context.Cause(work)
+		case err != nil && ctx.Err() == nil:
+			next = pause.NextBackOff()
+			slog.WarnContext(ctx, "relay has no view of the shards", "error", err, "retry_in", next)
+		default:
+			pause.Reset()
+		}
+		wait(ctx, r.attention, next)
+	}
+	return context.Cause(work)
+}
 
 // newPause spaces the tries after failures. What failed for one relay fails for all of them at once, hence the jitter.
 func newPause(first time.Duration) *backoff.ExponentialBackOff {
@@ -91,54 +129,117 @@ func newPause(first time.Duration) *backoff.ExponentialBackOff {
 	return pause
 }
 
-// lead takes the lease and publishes until something fails.
-func (r *Relay) lead(ctx context.Context, pause *backoff.ExponentialBackOff) error {
-	limited, cancel := context.WithTimeout(ctx, acquireTimeout)
-	held, at, err := acquire(limited, r.db, r.config.Shard, r.owner, r.config.Lease)
-	cancel()
+// databaseTimeout ends statements that should be quick: a database that vanished without a word is given up, and looked for anew.
+const databaseTimeout = 10 * time.Second
+
+const aliveSQL = `
+INSERT INTO outbox_relay (owner, expires_at) VALUES ($1, clock_timestamp() + $2)
+ON CONFLICT (owner) DO UPDATE SET expires_at = excluded.expires_at`
+
+const viewSQL = `
+SELECT shard, CASE WHEN lease_expires_at < clock_timestamp() THEN '' ELSE owner END AS holder,
+    (SELECT array_agg(owner) FROM outbox_relay WHERE expires_at > clock_timestamp()) AS relays
+FROM outbox_cursor WHERE ` + readableSQL + `
+ORDER BY shard`
+
+// attend says that this relay is alive, takes shards if it has less than its share, and gives one up if another relay has too little.
+func (r *Relay) attend(ctx, work context.Context, fail context.CancelCauseFunc) error {
+	ctx, cancel := context.WithTimeout(ctx, databaseTimeout)
+	defer cancel()
+	if _, err := r.db.Exec(ctx, aliveSQL, r.owner, 2*r.config.Lease); err != nil {
+		return err
+	}
+	rows, err := r.db.Query(ctx, viewSQL)
 	if err != nil {
 		return err
 	}
-	slog.InfoContext(ctx, "relay leads", "shard", r.config.Shard, "epoch", held.epoch, "owner", r.owner)
-	defer func() {
-		// Also when ctx is done: the next relay should not have to wait for the lease to end.
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
-		defer cancel()
-		if err := held.release(ctx); err != nil {
-			slog.WarnContext(ctx, "lease not released, it will end by itself", "shard", r.config.Shard, "error", err)
-		}
-	}()
-	group, ctx := errgroup.WithContext(ctx)
-	group.Go(func() error { return r.keepLease(ctx, held) })
-	group.Go(func() error { return r.newRun(held, at, pause).loop(ctx) })
-	return group.Wait()
-}
-
-// keepLease renews the lease at a third of its time. It runs beside the publishing, which may wait long for the broker. When it has not
-// come through for a whole lease, it ends the run: the database may be gone without a word, and whoever waits for its answer with it.
-func (r *Relay) keepLease(ctx context.Context, held *cursor) error {
-	renewed := time.Now()
-	for {
-		if wait(ctx, nil, r.config.Lease/3); ctx.Err() != nil {
-			return nil
-		}
-		began := time.Now()
-		limited, cancel := context.WithTimeout(ctx, r.config.Lease/2)
-		err := held.renew(limited, r.config.Lease)
-		cancel()
-		switch {
-		case err == nil:
-			renewed = began
-		case ctx.Err() != nil:
-			return nil
-		case errors.Is(err, errFenced):
-			return err
-		case time.Since(renewed) > r.config.Lease:
-			return fmt.Errorf("lease not renewed for %s: %w", r.config.Lease, err)
-		default:
-			slog.WarnContext(ctx, "lease not renewed", "shard", r.config.Shard, "error", err)
+	view, err := pgx.CollectRows(rows, pgx.RowToStructByPos[shardView])
+	if err != nil {
+		return err
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for shard, held := range r.tenures {
+		if held.isOver() {
+			delete(r.tenures, shard)
 		}
 	}
+	take, give := share(view, r.owner)
+	for _, one := range view {
+		// What is ours by the book and not served is what we lost by a failover.
+		if r.tenures[one.Shard] == nil && (one.Holder == r.owner || slices.Contains(take, one.Shard)) {
+			r.tenures[one.Shard] = r.begin(work, fail, one.Shard)
+		}
+	}
+	if held := r.tenures[give]; held != nil {
+		held.end()
+	}
+	return nil
+}
+
+// leave takes this relay from the list of those alive.
+func (r *Relay) leave(ctx context.Context) {
+	err := shortly(ctx, func(ctx context.Context) error {
+		_, err := r.db.Exec(ctx, `DELETE FROM outbox_relay WHERE owner = $1 OR expires_at < clock_timestamp() - interval '1 day'`, r.owner)
+		return err
+	})
+	if err != nil {
+		slog.WarnContext(ctx, "relay stays listed as alive until its time ends", "error", err)
+	}
+}
+
+func (r *Relay) settleDown() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, held := range r.tenures {
+		<-held.over
+	}
+}
+
+// shardView is a shard that can be read, who holds it ("" for nobody), and which relays are alive.
+type shardView struct {
+	Shard  int16
+	Holder string
+	Relays []string
+}
+
+const none = -1
+
+// share works out which shards to take and which one to give up. A relay takes what is free up to its share, rounded up; and it gives one up
+// to a relay that has at least two less. So in the end nobody has more than one shard more than another.
+func share(view []shardView, me string) (take []int16, give int16) {
+	give = none
+	if len(view) == 0 {
+		return nil, give
+	}
+	holds := map[string]int{}
+	for _, relay := range view[0].Relays {
+		holds[relay] = 0
+	}
+	var last int16 = none
+	for _, one := range view {
+		if _, alive := holds[one.Holder]; alive {
+			holds[one.Holder]++
+		}
+		if one.Holder == me {
+			last = one.Shard
+		}
+	}
+	mine, least := holds[me], len(view)
+	for relay, n := range holds {
+		if relay != me {
+			least = min(least, n)
+		}
+	}
+	if len(holds) > 1 && mine-least >= 2 {
+		return nil, last
+	}
+	for _, one := range view {
+		if one.Holder == "" && mine+len(take) < (len(view)+len(holds)-1)/len(holds) {
+			take = append(take, one.Shard)
+		}
+	}
+	return take, give
 }
 
 // wait returns when the bell rings, after a time, or when ctx is done.
@@ -154,3 +255,28 @@ func wait(ctx context.Context, bell LocalBell, at time.Duration) {
 
 // MaxInFlight is the most messages that a relay with this configuration has without verdict: what its publisher must have room for.
 func MaxInFlight(config Config) int { return maxInFlight * config.withDefaults().PageRows }
+
+const sweepInterval = time.Minute
+
+// sweepNowAndThen empties the slots whose time is over.
+func (r *Relay) sweepNowAndThen(ctx context.Context) {
+	for ctx.Err() == nil {
+		emptied, err := Sweep(ctx, r.db, r.config.Retention)
+		if err != nil && ctx.Err() == nil {
+			slog.WarnContext(ctx, "outbox not swept, it grows until it is", "error", err)
+		}
+		if len(emptied) > 0 {
+			slog.InfoContext(ctx, "outbox swept", "slots", emptied)
+		}
+		wait(ctx, nil, sweepInterval)
+	}
+}
+
+// Sweep empties the slots of the log in which everything is delivered and older than retention, and returns them. A slot that
+// holds something undelivered stays, however old it is.
+func Sweep(ctx context.Context, db *pgxpool.Pool, retention time.Duration) (slots []int16, err error) {
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	err = db.QueryRow(ctx, `SELECT outbox_sweep($1)`, retention).Scan(&slots)
+	return slots, err
+}

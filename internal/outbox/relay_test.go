@@ -94,7 +94,7 @@ func start(t *testing.T, db *pgxpool.Pool, b messaging.Publisher, config Config)
 	ctx, cancel := context.WithCancel(context.Background())
 	var running sync.WaitGroup
 	running.Go(func() {
-		if err := NewRelay(db, b, NewLocalBell(), config).Run(ctx); err != nil {
+		if err := NewRelay(db, func() messaging.Publisher { return b }, config).Run(ctx); err != nil {
 			t.Error(err)
 		}
 	})

@@ -54,10 +54,11 @@ type flight struct {
 	receipt messaging.Receipt
 }
 
-func (r *Relay) newRun(held *cursor, at position, pause *backoff.ExponentialBackOff) *run {
+func (t *tenure) newRun(held *cursor, at position) *run {
+	config := t.relay.config
 	return &run{
-		log:    eventLog{db: r.db, shard: r.config.Shard, maxRows: r.config.PageRows, maxBytes: r.config.PageBytes},
-		cursor: held, publisher: r.publisher, wake: r.wake, poll: r.config.PollInterval, pause: pause,
+		log:    eventLog{db: t.relay.db, shard: t.shard, maxRows: config.PageRows, maxBytes: config.PageBytes},
+		cursor: held, publisher: t.publisher, wake: t.wake, poll: config.PollInterval, pause: t.pause,
 		next: at, settled: progress{delivered: at},
 	}
 }
@@ -68,7 +69,7 @@ func (r *run) loop(ctx context.Context) error {
 	for {
 		idle, err := r.step(ctx)
 		switch {
-		case errors.Is(err, postgres.ErrOutcomeUnknown), errors.Is(err, errFenced):
+		case errors.Is(err, postgres.ErrOutcomeUnknown), errors.Is(err, errFenced), errors.Is(err, errDrained):
 			r.giveUp()
 			return err
 		case ctx.Err() != nil:
@@ -93,6 +94,7 @@ func (r *run) loop(ctx context.Context) error {
 // step does the next thing: publish another page if there is one and room for it, else settle the oldest in flight, else
 // record. It returns true when there was nothing to do.
 func (r *run) step(ctx context.Context) (idle bool, err error) {
+	retired := r.ahead == nil && r.cursor.retired.Load() // known before the log is looked at
 	if len(r.inFlight) < r.room() {
 		found, at, err := r.read(ctx)
 		if err != nil {
@@ -111,6 +113,8 @@ func (r *run) step(ctx context.Context) (idle bool, err error) {
 		fallthrough
 	case r.dirty:
 		return false, r.record(ctx, "")
+	case retired:
+		return false, r.cursor.drain(ctx)
 	}
 	return true, nil
 }
@@ -217,6 +221,7 @@ func (r *run) settle(ctx context.Context) error {
 		} else {
 			r.settled.parked = append(r.settled.parked, park(ctx, oldest.rows[i], reason, verdict))
 		}
+		r.settled.topID = max(r.settled.topID, oldest.rows[i].id)
 	}
 	r.passed(oldest.end)
 	r.inFlight = r.inFlight[1:]

@@ -17,6 +17,8 @@ import (
 type PublisherConfig struct {
 	URL      string
 	Topology Topology
+	// Queue, if given, is the one queue that everything goes to, instead of the topology's exchange: for a replay to one consumer group.
+	Queue string
 	// Name is the connection's name in the broker's eyes.
 	Name string
 	// Window is the most messages that may be without verdict. Default 2,000. Returns are buffered up to this number: the library drops
@@ -81,7 +83,7 @@ func (p *Publisher) Publish(ctx context.Context, messages []messaging.Message) (
 	go func() {
 		defer close(receipt.written)
 		<-previous
-		if err := l.conn.network.gather(func() { receipt.write(p.config.Topology.Exchange) }); err != nil && receipt.failure == nil {
+		if err := l.conn.network.gather(func() { receipt.write(&p.config) }); err != nil && receipt.failure == nil {
 			receipt.failure = err
 		}
 	}()
@@ -151,11 +153,15 @@ type receipt struct {
 	verdicts []error
 }
 
-func (r *receipt) write(exchange string) {
+func (r *receipt) write(config *PublisherConfig) {
 	r.confirms = make([]*amqp.DeferredConfirmation, 0, len(r.messages))
 	for _, message := range r.messages {
 		failpoint.Hit("relay.publishing")
-		confirm, err := r.link.channel.PublishWithDeferredConfirm(exchange, message.Type, true, false, encode(message))
+		exchange, routingKey := config.Topology.Exchange, message.Type
+		if config.Queue != "" {
+			exchange, routingKey = "", config.Queue
+		}
+		confirm, err := r.link.channel.PublishWithDeferredConfirm(exchange, routingKey, true, false, encode(message))
 		if err != nil {
 			r.failure = err
 			return

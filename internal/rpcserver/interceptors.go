@@ -11,6 +11,7 @@ import (
 
 	"connectrpc.com/connect/v2"
 	"connectrpc.com/validate"
+	"example.com/orders/internal/outbox"
 	"example.com/orders/internal/postgres"
 )
 
@@ -19,7 +20,7 @@ import (
 //
 // What a caller may see of an error is decided here and nowhere else. A *connect.Error that a handler returns is meant for
 // the caller and passes, unless it is another server's. postgres.ErrUnavailable and postgres.ErrOutcomeUnknown become
-// unavailable, the second with a text that says so; the end of the call's context becomes canceled or deadline_exceeded. Anything
+// unavailable, the second with a text that says so; outbox.ErrBacklogFull becomes resource_exhausted; the end of the call's context becomes canceled or deadline_exceeded. Anything
 // else is logged and becomes internal with a fixed text.
 func Interceptors(log *slog.Logger, inner ...connect.ServerInterceptor) []connect.ServerInterceptor {
 	all := []connect.ServerInterceptor{logAccess(log), answerErrors(log)}
@@ -85,6 +86,8 @@ func public(ctx context.Context, err error) (*connect.Error, slog.Level) {
 		return connect.NewError(connect.CodeDeadlineExceeded, "deadline exceeded"), slog.LevelDebug
 	case ctx.Err() != nil:
 		return connect.NewError(connect.CodeCanceled, "canceled"), slog.LevelDebug
+	case errors.Is(err, outbox.ErrBacklogFull):
+		return connect.NewError(connect.CodeResourceExhausted, "too much is waiting to be processed; nothing was done, try again later"), slog.LevelWarn
 	case errors.Is(err, postgres.ErrUnavailable):
 		return connect.NewError(connect.CodeUnavailable, "database is unavailable, try again"), slog.LevelWarn
 	}

@@ -20,6 +20,7 @@ import (
 	"connectrpc.com/connect/v2"
 	"connectrpc.com/connect/v2/connecthttp"
 	"connectrpc.com/connect/v2/connectproto"
+	"example.com/orders/internal/outbox"
 	"example.com/orders/internal/postgres"
 	"example.com/orders/internal/rpcserver"
 	"google.golang.org/grpc/codes"
@@ -104,6 +105,10 @@ func TestErrorsAreMappedForCallers(t *testing.T) {
 		},
 		"another server's error is internal": {
 			connect.NewError(connect.CodeNotFound, secret).WithRemote(), connect.CodeInternal, "internal error", "ERROR",
+		},
+		"backlog full": {
+			fmt.Errorf(secret+": %w", outbox.ErrBacklogFull), connect.CodeResourceExhausted,
+			"too much is waiting to be processed; nothing was done, try again later", "WARN",
 		},
 		"database away": {
 			fmt.Errorf(secret+": %w", postgres.ErrUnavailable), connect.CodeUnavailable, "database is unavailable, try again", "WARN",

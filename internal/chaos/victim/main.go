@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"example.com/orders/internal/inbox"
+	"example.com/orders/internal/messaging"
 	"example.com/orders/internal/outbox"
 	"example.com/orders/internal/postgres"
 	"example.com/orders/internal/rabbit"
@@ -48,8 +49,10 @@ func run(ctx context.Context, role string) error {
 	switch role {
 	case "relay":
 		config := outbox.Config{PageRows: 20, Lease: time.Second, PollInterval: 20 * time.Millisecond}
-		publisher := rabbit.NewPublisher(rabbit.PublisherConfig{URL: amqpURL, Topology: topology, Name: "victim relay"})
-		relay := outbox.NewRelay(db, publisher, outbox.NewLocalBell(), config)
+		newPublisher := func() messaging.Publisher {
+			return rabbit.NewPublisher(rabbit.PublisherConfig{URL: amqpURL, Topology: topology, Name: "victim relay"})
+		}
+		relay := outbox.NewRelay(db, newPublisher, config)
 		running.Go(func() error { return relay.Run(ctx) })
 	case "consumer":
 		processor := inbox.NewProcessor(db, group, inbox.Config{PollInterval: 20 * time.Millisecond})

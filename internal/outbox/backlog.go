@@ -1,0 +1,132 @@
+package outbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync/atomic"
+	"time"
+
+	"example.com/orders/internal/postgres"
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+)
+
+// Backlog is what waits to be delivered in one shard.
+type Backlog struct {
+	Shard    int16
+	Messages int64
+	// Age of the oldest; 0 if there is none.
+	Age time.Duration
+}
+
+const measureSQL = `
+SELECT shard, messages, coalesce(clock_timestamp() - oldest_at, interval '0') FROM outbox_measure($1)`
+
+// Measure returns the backlog of each shard as it was counted within the time stale, and counts it if nobody has.
+func Measure(ctx context.Context, db *pgxpool.Pool, stale time.Duration) ([]Backlog, error) {
+	var found []Backlog
+	err := postgres.Transact(ctx, db, func(tx pgx.Tx) error { // for the lock that it takes
+		rows, err := tx.Query(ctx, measureSQL, stale)
+		if err == nil {
+			found, err = pgx.CollectRows(rows, pgx.RowToStructByPos[Backlog])
+		}
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("measure backlog: %w", err)
+	}
+	return found, nil
+}
+
+// measureInterval is how often the relay counts. What is counted costs little as long as it is little; a large backlog is counted less often.
+const measureInterval = time.Second
+
+// measure keeps the numbers fresh until ctx is done.
+func (r *Relay) measure(ctx context.Context) {
+	for ctx.Err() == nil {
+		began := time.Now()
+		found, err := Measure(ctx, r.db, measureInterval*9/10)
+		if err == nil {
+			r.backlog.Store(&found)
+		} else if ctx.Err() == nil {
+			slog.DebugContext(ctx, "backlog not measured", "error", err)
+		}
+		wait(ctx, nil, max(measureInterval, 20*time.Since(began)))
+	}
+}
+
+// Gate keeps the backlog from growing for ever while the broker is away: above the high-water mark, transactions that would write are
+// refused before they begin.
+type Gate struct {
+	db     *pgxpool.Pool
+	config GateConfig
+	why    atomic.Pointer[string]
+}
+
+// GateConfig is the high-water mark; 0 means none.
+type GateConfig struct {
+	MaxMessages int64
+	MaxAge      time.Duration
+}
+
+// ErrBacklogFull means that too much waits for the broker, and that nothing was written.
+var ErrBacklogFull = errors.New("outbox backlog is full")
+
+// NewGate makes a Gate. It is open, and follows the backlog while Run runs.
+func NewGate(db *pgxpool.Pool, config GateConfig) *Gate {
+	return &Gate{db: db, config: config}
+}
+
+// Check returns ErrBacklogFull above the high-water mark. It costs no query.
+func (g *Gate) Check() error {
+	if g == nil {
+		return nil
+	}
+	if why := g.why.Load(); why != nil {
+		return fmt.Errorf("%w: %s", ErrBacklogFull, *why)
+	}
+	return nil
+}
+
+// gateStale is how old the relay's count may be before the gate counts itself: when no relay runs, the backlog grows all the more.
+const gateStale = 5 * time.Second
+
+// Run looks at the count each second, until ctx is done. The relay makes it; what the database cannot tell leaves the gate as it is.
+func (g *Gate) Run(ctx context.Context) {
+	for ctx.Err() == nil {
+		found, err := Measure(ctx, g.db, gateStale)
+		switch {
+		case err == nil:
+			g.judge(ctx, found)
+		case ctx.Err() == nil:
+			slog.DebugContext(ctx, "backlog not known", "error", err)
+		}
+		wait(ctx, nil, measureInterval)
+	}
+}
+
+func (g *Gate) judge(ctx context.Context, found []Backlog) {
+	var messages int64
+	var age time.Duration
+	for _, one := range found {
+		messages, age = messages+one.Messages, max(age, one.Age)
+	}
+	var why string
+	switch {
+	case g.config.MaxMessages > 0 && messages >= g.config.MaxMessages:
+		why = fmt.Sprintf("%d messages wait for the broker, the limit is %d", messages, g.config.MaxMessages)
+	case g.config.MaxAge > 0 && age >= g.config.MaxAge:
+		why = fmt.Sprintf("messages wait for the broker since %s, the limit is %s", age.Round(time.Second), g.config.MaxAge)
+	}
+	was := g.why.Load() != nil
+	if why == "" {
+		g.why.Store(nil)
+	} else {
+		g.why.Store(&why)
+	}
+	if is := why != ""; is != was {
+		slog.WarnContext(ctx, "backpressure changed", "refusing", is, "messages", messages, "age", age)
+	}
+}

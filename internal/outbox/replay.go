@@ -1,0 +1,159 @@
+package outbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"example.com/orders/internal/messaging"
+	"example.com/orders/internal/postgres"
+	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+	"golang.org/x/time/rate"
+)
+
+// ReplayFilter chooses messages that are delivered and still in the log; what is empty chooses all. Since and Until are times of insertion.
+type ReplayFilter struct {
+	Since, Until time.Time
+	Types, Keys  []string
+	IDs          []uuid.UUID
+}
+
+// What is not delivered yet is the relay's to publish first: a copy that came before would stand in the wrong place.
+const deliveredSQL = `(drained OR pg_visible_in_snapshot(xid, delivered) OR (batch IS NOT NULL AND id <= last_id AND pg_visible_in_snapshot(xid, batch)))`
+
+const replaySQL = `
+SELECT id, message_id, type, key, payload, headers, created_at
+FROM outbox JOIN outbox_cursor USING (shard)
+WHERE shard = $1 AND id > $2 AND ` + deliveredSQL + `
+  AND ($3::timestamptz IS NULL OR created_at >= $3) AND ($4::timestamptz IS NULL OR created_at < $4)
+  AND (cardinality($5::text[]) = 0 OR type = ANY ($5)) AND (cardinality($6::text[]) = 0 OR key = ANY ($6))
+  AND (cardinality($7::uuid[]) = 0 OR message_id = ANY ($7))
+ORDER BY id LIMIT $8`
+
+const replayPage = 200
+
+// Replay publishes delivered messages again, with the same IDs and in the order of the log, at most perSecond of them a second. Those who have
+// applied a message absorb its copy. Between what is replayed and what is published meanwhile there is no order. With a nil
+// publisher it only counts. Failures of database and broker are waited out; unroutable messages are logged and counted, and left out.
+func Replay(ctx context.Context, db *pgxpool.Pool, publisher messaging.Publisher, filter ReplayFilter, perSecond float64) (published, unroutable int, err error) {
+	pace := rate.NewLimiter(rate.Limit(perSecond), replayPage)
+	pace.AllowN(time.Now(), replayPage) // a rate, and not a burst first
+	var shards []int16
+	err = db.QueryRow(ctx, `SELECT array_agg(shard ORDER BY generation, shard) FROM outbox_cursor`).Scan(&shards)
+	if err != nil {
+		return 0, 0, fmt.Errorf("read shards: %w", err)
+	}
+	pause := newPause(time.Second)
+	for _, shard := range shards {
+		for after := int64(0); ; {
+			rows, err := replayRows(ctx, db, shard, after, filter)
+			returned := 0
+			if err == nil && publisher != nil && len(rows) > 0 {
+				if err := pace.WaitN(ctx, len(rows)); err != nil {
+					return published, unroutable, err
+				}
+				returned, err = publishAgain(ctx, publisher, rows)
+			}
+			switch {
+			case ctx.Err() != nil:
+				return published, unroutable, ctx.Err()
+			case errors.Is(err, messaging.ErrRefused), err != nil && !errors.Is(err, postgres.ErrUnavailable) && !errors.Is(err, errBroker):
+				return published, unroutable, err
+			case err != nil:
+				retryIn := pause.NextBackOff()
+				slog.WarnContext(ctx, "replay interrupted", "error", err, "retry_in", retryIn)
+				wait(ctx, nil, retryIn)
+				continue
+			}
+			pause.Reset()
+			published, unroutable = published+len(rows)-returned, unroutable+returned
+			if len(rows) < replayPage {
+				break
+			}
+			after = rows[len(rows)-1].id
+		}
+	}
+	return published, unroutable, nil
+}
+
+func replayRows(ctx context.Context, db *pgxpool.Pool, shard int16, after int64, f ReplayFilter) ([]row, error) {
+	optional := func(at time.Time) *time.Time {
+		if at.IsZero() {
+			return nil
+		}
+		return &at
+	}
+	found, err := db.Query(ctx, replaySQL, shard, after, optional(f.Since), optional(f.Until),
+		append([]string{}, f.Types...), append([]string{}, f.Keys...), append([]uuid.UUID{}, f.IDs...), replayPage)
+	if err != nil {
+		return nil, fmt.Errorf("read outbox: %w", postgres.Classify(err))
+	}
+	rows, err := pgx.CollectRows(found, func(r pgx.CollectableRow) (one row, err error) {
+		m := &one.message
+		err = r.Scan(&one.id, &m.ID, &m.Type, &m.Key, &m.Payload, &m.Headers, &m.CreatedAt)
+		return one, err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("read outbox: %w", postgres.Classify(err))
+	}
+	return rows, nil
+}
+
+// publishAgain publishes a page and waits for the verdicts. It returns how many messages no queue wanted.
+func publishAgain(ctx context.Context, publisher messaging.Publisher, rows []row) (returned int, err error) {
+	messages := make([]messaging.Message, len(rows))
+	for i, row := range rows {
+		messages[i] = row.message
+	}
+	receipt, err := publisher.Publish(ctx, messages)
+	if err != nil {
+		return 0, fmt.Errorf("%w: %w", errBroker, err)
+	}
+	for i, verdict := range receipt.Wait(ctx) {
+		switch {
+		case errors.Is(verdict, messaging.ErrReturned):
+			returned++
+			slog.WarnContext(ctx, "replayed message is unroutable", "message_id", messages[i].ID, "type", messages[i].Type)
+		case verdict != nil:
+			_ = publisher.Close() // it is broken, or will be of no further use
+			return 0, fmt.Errorf("%w: replay message %s: %w", errBroker, messages[i].ID, verdict)
+		}
+	}
+	return returned, nil
+}
+
+// Entry is a message as it stands in the log.
+type Entry struct {
+	messaging.Message
+	Shard         int16
+	TransactionID uint64
+	Delivered     bool
+}
+
+const findSQL = `
+SELECT message_id, type, key, payload, headers, created_at, shard, xid, ` + deliveredSQL + `
+FROM outbox JOIN outbox_cursor USING (shard)
+WHERE message_id = $1 AND created_at BETWEEN $2 AND $3`
+
+// Find returns what the log holds of a message, usually one entry and none after the retention. The time in the ID says where to look.
+func Find(ctx context.Context, db *pgxpool.Pool, id uuid.UUID) ([]Entry, error) {
+	born := time.Unix(id.Time().UnixTime())
+	for _, around := range []time.Duration{15 * time.Minute, 100 * 365 * 24 * time.Hour} { // clocks differ, and redriven messages are old
+		rows, err := db.Query(ctx, findSQL, id, born.Add(-around), born.Add(around))
+		if err != nil {
+			return nil, fmt.Errorf("find message: %w", err)
+		}
+		entries, err := pgx.CollectRows(rows, func(r pgx.CollectableRow) (one Entry, err error) {
+			err = r.Scan(&one.ID, &one.Type, &one.Key, &one.Payload, &one.Headers, &one.CreatedAt, &one.Shard, &one.TransactionID, &one.Delivered)
+			return one, err
+		})
+		if err != nil || len(entries) > 0 {
+			return entries, err
+		}
+	}
+	return nil, nil
+}

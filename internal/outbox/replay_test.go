@@ -1,0 +1,160 @@
+package outbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"testing"
+	"time"
+
+	"example.com/orders/internal/messaging"
+	"example.com/orders/internal/testenv"
+	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+)
+
+const fast = 1e9 // messages a second
+
+func replay(t testing.TB, db *pgxpool.Pool, b *broker, filter ReplayFilter) (published, unroutable int) {
+	t.Helper()
+	published, unroutable, err := Replay(t.Context(), db, b, filter, fast)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return published, unroutable
+}
+
+func TestReplay(t *testing.T) {
+	t.Parallel()
+
+	t.Run("ChoosesByTimeTypeKeyAndID", func(t *testing.T) {
+		t.Parallel()
+		db := testenv.Postgres(t)
+		first := probe("a", "m000")
+		in(t, db, func(ctx context.Context, tx pgx.Tx) error { return Insert(ctx, tx, first, probe("b", "m001")) })
+		between := time.Now()
+		insert(t, db, "a", "m002")
+		deliver(t, db)
+		kind := first.Type
+		for name, one := range map[string]struct {
+			filter ReplayFilter
+			want   []string
+		}{
+			"All":       {ReplayFilter{}, numbered(3)},
+			"Since":     {ReplayFilter{Since: between}, []string{"m002"}},
+			"Until":     {ReplayFilter{Until: between}, []string{"m000", "m001"}},
+			"Key":       {ReplayFilter{Keys: []string{"a", "c"}}, []string{"m000", "m002"}},
+			"Type":      {ReplayFilter{Types: []string{kind}}, numbered(3)},
+			"OtherType": {ReplayFilter{Types: []string{"probe.Other"}}, nil},
+			"ID":        {ReplayFilter{IDs: []uuid.UUID{first.ID}}, []string{"m000"}},
+			"KeySince":  {ReplayFilter{Keys: []string{"a"}, Since: between}, []string{"m002"}},
+		} {
+			b := newBroker(0)
+			published, _ := replay(t, db, b, one.filter)
+			equal(t, name, b.stored, one.want)
+			equal(t, name+", count", published, len(one.want))
+			counted, _, err := Replay(t.Context(), db, nil, one.filter, fast)
+			if err != nil || counted != len(one.want) {
+				t.Errorf("%s: dry run counted %d, %v", name, counted, err)
+			}
+		}
+	})
+
+	t.Run("LeavesToTheRelayWhatIsNotDelivered", func(t *testing.T) {
+		t.Parallel()
+		db := testenv.Postgres(t)
+		insert(t, db, "", "m000")
+		deliver(t, db)
+		insert(t, db, "", "m001")
+		b := newBroker(0)
+		replay(t, db, b, ReplayFilter{})
+		equal(t, "replayed", b.stored, numbered(1))
+	})
+
+	t.Run("GoesOnThroughFailuresInOrder", func(t *testing.T) {
+		t.Parallel()
+		db := testenv.Postgres(t)
+		const n = 2*replayPage + 50
+		in(t, db, func(ctx context.Context, tx pgx.Tx) error {
+			for i := range n {
+				if err := Insert(ctx, tx, probe("k", fmt.Sprintf("m%03d", i))); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+		deliver(t, db)
+		b := newBroker(0)
+		pages := 0
+		b.onPage = func([]string) error {
+			if pages++; pages == 2 {
+				return errors.New("connection lost")
+			}
+			return nil
+		}
+		b.verdict = func(text string, _ []string) error {
+			switch {
+			case text == "m017":
+				return messaging.ErrReturned
+			case text >= "m300" && pages < 4:
+				return messaging.ErrNacked
+			}
+			return nil
+		}
+		published, unroutable := replay(t, db, b, ReplayFilter{})
+		equal(t, "published, unroutable", []int{published, unroutable}, []int{n - 1, 1})
+		equal(t, "first copies", b.firstCopies(), slices.DeleteFunc(numbered(n), func(text string) bool { return text == "m017" }))
+	})
+
+	t.Run("KeepsToItsRate", func(t *testing.T) {
+		t.Parallel()
+		db := testenv.Postgres(t)
+		fillProbes(t, db, 30)
+		deliver(t, db)
+		started := time.Now()
+		if _, _, err := Replay(t.Context(), db, newBroker(0), ReplayFilter{}, 100); err != nil {
+			t.Fatal(err)
+		}
+		if took := time.Since(started); took < 280*time.Millisecond {
+			t.Errorf("30 messages at 100 a second took %s", took)
+		}
+	})
+
+	t.Run("CanBeBrokenOff", func(t *testing.T) {
+		t.Parallel()
+		db := testenv.Postgres(t)
+		fillProbes(t, db, 1)
+		deliver(t, db)
+		ctx, cancel := context.WithCancel(t.Context())
+		b := newBroker(0)
+		b.onPage = func([]string) error { cancel(); return errors.New("broker away") }
+		if _, _, err := Replay(ctx, db, b, ReplayFilter{}, fast); !errors.Is(err, context.Canceled) {
+			t.Errorf("error is %v", err)
+		}
+	})
+}
+
+func TestFind(t *testing.T) {
+	t.Parallel()
+	db := testenv.Postgres(t)
+	fresh, old := probe("k", "m000"), probe("k", "m001")
+	for i := range 6 {
+		old.ID[i] = 1 // as of a message that was redriven
+	}
+	in(t, db, func(ctx context.Context, tx pgx.Tx) error { return Insert(ctx, tx, fresh, old) })
+	for _, message := range []messaging.Message{fresh, old} {
+		for _, delivered := range []bool{false, true} {
+			found, err := Find(t.Context(), db, message.ID)
+			if err != nil || len(found) != 1 || found[0].ID != message.ID || found[0].Delivered != delivered || found[0].TransactionID == 0 {
+				t.Errorf("found %+v, %v", found, err)
+			}
+			deliver(t, db)
+		}
+		exec(t, db, `UPDATE outbox_cursor SET delivered = '1:1:'`)
+	}
+	if found, err := Find(t.Context(), db, probe("", "").ID); err != nil || len(found) != 0 {
+		t.Errorf("found %v, %v", found, err)
+	}
+}

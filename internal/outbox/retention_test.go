@@ -1,0 +1,152 @@
+package outbox
+
+import (
+	"errors"
+	"fmt"
+	"testing"
+	"time"
+
+	"example.com/orders/internal/testenv"
+	"github.com/jackc/pgx/v5/pgxpool"
+)
+
+// shortSlots makes the ring come round within seconds.
+func shortSlots(t testing.TB, db *pgxpool.Pool, length time.Duration) {
+	t.Helper()
+	exec(t, db, fmt.Sprintf(`CREATE OR REPLACE FUNCTION outbox_slot_length() RETURNS interval LANGUAGE sql IMMUTABLE PARALLEL SAFE RETURN interval '%d milliseconds'`,
+		length.Milliseconds()))
+}
+
+// nextSlot waits until rows fall into another slot than now, and returns it.
+func nextSlot(t testing.TB, db *pgxpool.Pool) (slot int16) {
+	t.Helper()
+	now := func() (slot int16) {
+		if err := db.QueryRow(t.Context(), `SELECT outbox_slot(clock_timestamp())`).Scan(&slot); err != nil {
+			t.Fatal(err)
+		}
+		return slot
+	}
+	was := now()
+	testenv.Eventually(t, 10*time.Second, func() error {
+		if slot = now(); slot == was {
+			return errors.New("same slot")
+		}
+		return nil
+	})
+	return slot
+}
+
+// deliver moves the cursor behind everything that is there.
+func deliver(t testing.TB, db *pgxpool.Pool) {
+	t.Helper()
+	exec(t, db, `UPDATE outbox_cursor SET delivered = pg_current_snapshot()`)
+}
+
+func rowsOf(t testing.TB, db *pgxpool.Pool) (n int) {
+	t.Helper()
+	if err := db.QueryRow(t.Context(), `SELECT count(*) FROM outbox`).Scan(&n); err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+func sweep(t testing.TB, db *pgxpool.Pool, retention time.Duration) []int16 {
+	t.Helper()
+	slots, err := Sweep(t.Context(), db, retention)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return slots
+}
+
+func TestSweep(t *testing.T) {
+	t.Parallel()
+	const length = 300 * time.Millisecond
+
+	t.Run("EmptiesWhatIsDeliveredAndOld", func(t *testing.T) {
+		t.Parallel()
+		db := testenv.Postgres(t)
+		shortSlots(t, db, 2*time.Second)
+		slot := nextSlot(t, db)
+		insert(t, db, "", "m000")
+		deliver(t, db)
+		equal(t, "the slot of now", len(sweep(t, db, 0)), 0)
+		nextSlot(t, db)
+		equal(t, "within the retention", len(sweep(t, db, time.Hour)), 0)
+		equal(t, "past the retention", sweep(t, db, 0), []int16{slot})
+		equal(t, "rows", rowsOf(t, db), 0)
+	})
+
+	t.Run("KeepsWhatIsNotDelivered", func(t *testing.T) {
+		t.Parallel()
+		db := testenv.Postgres(t)
+		shortSlots(t, db, length)
+		open := openTx(t, db)
+		insertIn(t, open, "", "late") // falls into a slot that is over when it commits
+		insert(t, db, "", "m000")
+		nextSlot(t, db)
+		equal(t, "swept", len(sweep(t, db, 0)), 0)
+		deliver(t, db)
+		equal(t, "swept while its writer is open", len(sweep(t, db, 0)), 0)
+		commitTx(t, open)
+		for range 9 { // the ring comes round: old and new share a slot
+			insert(t, db, "", "more")
+			nextSlot(t, db)
+			equal(t, "swept", len(sweep(t, db, 0)), 0)
+		}
+		equal(t, "rows", rowsOf(t, db), 11)
+		r := newReader(db)
+		equal(t, "messages", len(r.all(t)), 11)
+	})
+
+	t.Run("OfADrainedShardDoesNotWait", func(t *testing.T) {
+		t.Parallel()
+		db := testenv.Postgres(t)
+		shortSlots(t, db, length)
+		insert(t, db, "k", "m000")
+		if err := SetShards(t.Context(), db, 2); err != nil {
+			t.Fatal(err)
+		}
+		nextSlot(t, db)
+		equal(t, "swept before it is drained", len(sweep(t, db, 0)), 0)
+		exec(t, db, `UPDATE outbox_cursor SET drained = true WHERE retired`)
+		equal(t, "swept", len(sweep(t, db, 0)), 1)
+	})
+}
+
+// TestSizeStaysFlat lets the ring come round several times. Its size at the end of a turn is what one turn writes.
+func TestSizeStaysFlat(t *testing.T) {
+	t.Parallel()
+	db := testenv.Postgres(t)
+	const length = 150 * time.Millisecond
+	shortSlots(t, db, length)
+	size := func() (bytes int) {
+		t.Helper()
+		err := db.QueryRow(t.Context(), `
+			SELECT sum(pg_total_relation_size(relid)) FROM pg_partition_tree('outbox') WHERE isleaf`).Scan(&bytes)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return bytes
+	}
+	turn := func() (most int) {
+		t.Helper()
+		for range 8 {
+			fill(t, db, 300, 200)
+			nextSlot(t, db)
+			deliver(t, db)
+			sweep(t, db, 2*length)
+			most = max(most, size())
+		}
+		return most
+	}
+	first := turn()
+	var last int
+	for range 4 {
+		last = turn()
+	}
+	t.Logf("most bytes in the first turn of the ring: %d, in the last: %d", first, last)
+	if last > first*13/10 {
+		t.Errorf("the log grew from %d to %d bytes", first, last)
+	}
+}

@@ -1,0 +1,104 @@
+package outbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"example.com/orders/internal/postgres"
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgxpool"
+)
+
+// MaxShards is the most shards that the log can be spread over.
+const MaxShards = 64
+
+// ErrBusy means that some transaction has held the outbox for too long to change it.
+var ErrBusy = errors.New("outbox is in use")
+
+// SetShards spreads the log over n shards from now on; nothing is lost, and no message of a key overtakes another. It waits until no
+// transaction that has inserted is open; while it tries, for a second at a time, others wait with it. It tries until ctx is done, and
+// then returns ErrBusy.
+func SetShards(ctx context.Context, db *pgxpool.Pool, n int) error {
+	if n < 1 || n > MaxShards {
+		return fmt.Errorf("the outbox can have 1 to %d shards, not %d", MaxShards, n)
+	}
+	for {
+		err := postgres.Transact(ctx, db, func(tx pgx.Tx) error {
+			if _, err := tx.Exec(ctx, `SET LOCAL lock_timeout = '1s'`); err != nil {
+				return err
+			}
+			_, err := tx.Exec(ctx, `SELECT outbox_set_shards($1)`, n)
+			return err
+		})
+		var refused *pgconn.PgError
+		if !errors.As(err, &refused) || refused.Code != "55P03" { // lock_not_available
+			return err
+		}
+		if wait(ctx, nil, 2*time.Second); ctx.Err() != nil {
+			return fmt.Errorf("%w: some transaction that has inserted stays open: %w", ErrBusy, err)
+		}
+	}
+}
+
+// Repair makes the outbox usable after the database was restored into another cluster, and returns how many messages are to be published,
+// some of them maybe again. Nothing that was not delivered is skipped. It returns ErrNoRepairNeeded if the cursor belongs to this cluster.
+func Repair(ctx context.Context, db *pgxpool.Pool) (undelivered int, err error) {
+	var found *int
+	err = postgres.Transact(ctx, db, func(tx pgx.Tx) error {
+		return tx.QueryRow(ctx, `SELECT outbox_repair()`).Scan(&found)
+	})
+	switch {
+	case err != nil:
+		return 0, fmt.Errorf("repair outbox: %w", err)
+	case found == nil:
+		return 0, ErrNoRepairNeeded
+	}
+	return *found, nil
+}
+
+// ErrNoRepairNeeded means that the cursor belongs to this cluster.
+var ErrNoRepairNeeded = errors.New("the outbox cursor belongs to this cluster, there is nothing to repair")
+
+// Shard is what an operator wants to know of one.
+type Shard struct {
+	Shard      int16 `json:"shard"`
+	Generation int   `json:"generation"`
+	// Retired: nothing is written to it any more; Drained: and everything in it is delivered.
+	Retired bool `json:"retired"`
+	Drained bool `json:"drained"`
+	// Owner is the relay that holds the lease, "" if none does.
+	Owner string `json:"owner"`
+	Epoch int64  `json:"epoch"`
+	// Backlog and Lag were counted at MeasuredAt: messages not delivered, and the age of the oldest in seconds.
+	Backlog    int64      `json:"backlog"`
+	Lag        float64    `json:"lag_seconds"`
+	MeasuredAt *time.Time `json:"measured_at"`
+	Published  int64      `json:"published"`
+	Parked     int64      `json:"parked"`
+	MovedAt    time.Time  `json:"moved_at"`
+}
+
+const statusSQL = `
+SELECT shard, generation, retired, drained, CASE WHEN lease_expires_at > clock_timestamp() THEN owner ELSE '' END, epoch, coalesce(messages, 0),
+    coalesce(extract(epoch FROM clock_timestamp() - oldest_at)::float8, 0), measured_at, published, parked, moved_at
+FROM outbox_cursor LEFT JOIN outbox_backlog USING (shard)
+ORDER BY shard`
+
+// Status returns every shard.
+func Status(ctx context.Context, db *pgxpool.Pool) ([]Shard, error) {
+	if _, err := Measure(ctx, db, 2*time.Second); err != nil {
+		return nil, err
+	}
+	rows, err := db.Query(ctx, statusSQL)
+	if err != nil {
+		return nil, fmt.Errorf("read shards: %w", err)
+	}
+	shards, err := pgx.CollectRows(rows, pgx.RowToStructByPos[Shard])
+	if err != nil {
+		return nil, fmt.Errorf("read shards: %w", err)
+	}
+	return shards, nil
+}
