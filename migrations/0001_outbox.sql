@@ -352,12 +352,11 @@ BEGIN
     IF NOT EXISTS (SELECT FROM outbox_cursor WHERE system_identifier <> here) THEN
         RETURN NULL;
     END IF;
-    UPDATE outbox AS message
-    SET xid = CASE WHEN cursor.shard IS NULL OR cursor.drained OR id <= cursor.top_id AND (
-            pg_visible_in_snapshot(xid, cursor.delivered)
-            OR cursor.batch IS NOT NULL AND id <= cursor.last_id AND pg_visible_in_snapshot(xid, cursor.batch)) THEN '3' ELSE me END
-    FROM outbox AS row LEFT JOIN outbox_cursor AS cursor USING (shard)
-    WHERE row.slot = message.slot AND row.shard = message.shard AND row.id = message.id;
+    UPDATE outbox SET xid = CASE WHEN EXISTS (
+            SELECT FROM outbox_cursor AS at
+            WHERE at.shard = outbox.shard AND NOT drained AND NOT (id <= top_id AND (
+                pg_visible_in_snapshot(xid, delivered) OR batch IS NOT NULL AND id <= last_id AND pg_visible_in_snapshot(xid, batch)))
+        ) THEN me ELSE '3' END;
     UPDATE outbox_cursor
     SET system_identifier = here, delivered = format('%s:%s:', me, me)::pg_snapshot, batch = NULL, last_id = 0, claimed = NULL,
         owner = '', epoch = epoch + 1, lease_expires_at = '-infinity', moves = moves + 1, moved_at = clock_timestamp();

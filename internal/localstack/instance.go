@@ -34,6 +34,8 @@ type instance struct {
 	profile profile
 	dir     string
 	log     io.Writer
+	// alone leaves RabbitMQ out.
+	alone bool
 
 	mu    sync.Mutex // guards the ports while both servers start
 	state state      // as of the last time that start.lock was held
@@ -146,7 +148,7 @@ func (i *instance) ensure(ctx context.Context, keep bool, linger time.Duration) 
 	if !postgresRuns {
 		group.Go(func() error { return postgres.start(ctx) })
 	}
-	if !rabbitmqRuns {
+	if !rabbitmqRuns && !i.alone {
 		group.Go(func() error { return rabbitmq.start(ctx) })
 	}
 	return group.Wait()

@@ -23,7 +23,7 @@ var (
 	errFenced = errors.New("lease lost: another relay has taken the shard over, or the database has failed over")
 	// ErrForeignCluster: the database was dumped and restored into another cluster, whose transaction IDs are not those of the cursor.
 	ErrForeignCluster = errors.New("the outbox cursor belongs to another Postgres cluster (was this database restored from a dump?): " +
-		"its snapshots mean nothing here, and relaying by them would skip messages")
+		"its snapshots mean nothing here, and relaying by them would skip messages; run the command `outbox repair` once")
 )
 
 // cursor is a shard's row in outbox_cursor while this relay holds the lease. Whoever takes the lease raises the epoch, and every
@@ -50,19 +50,18 @@ const acquireSQL = `
 UPDATE outbox_cursor
 SET owner = $2, epoch = epoch + 1, lease_expires_at = clock_timestamp() + $3
 WHERE shard = $1 AND (lease_expires_at < clock_timestamp() OR owner = $2) AND ` + readableSQL + `
-  AND system_identifier = (SELECT system_identifier FROM pg_control_system())
+  AND ` + nativeSQL + `
 RETURNING epoch, moves, retired, ` + timelineSQL + `, ctid, delivered::text, coalesce(batch::text, ''), last_id`
 
 // A shard is read when every shard of the generations before it is drained, and until it is drained itself.
 const readableSQL = `NOT drained AND NOT EXISTS (
     SELECT FROM outbox_cursor AS older WHERE older.generation < outbox_cursor.generation AND NOT older.drained)`
 
+// A cursor means something in the cluster only whose transaction ids its snapshots are made of.
+const nativeSQL = `system_identifier = (SELECT system_identifier FROM pg_control_system())`
+
 // The timeline is the first third of the name of a WAL segment.
 const timelineSQL = `substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8)`
-
-const clusterSQL = `
-SELECT system_identifier = (SELECT system_identifier FROM pg_control_system())
-FROM outbox_cursor WHERE shard = $1`
 
 // acquire takes the lease of a shard, if it is free, and returns where its last holder came to.
 func acquire(ctx context.Context, db *pgxpool.Pool, shard int16, owner string, lease time.Duration) (*cursor, position, error) {
@@ -71,21 +70,11 @@ func acquire(ctx context.Context, db *pgxpool.Pool, shard int16, owner string, l
 	err := postgres.Transact(ctx, db, func(tx pgx.Tx) error {
 		return tx.QueryRow(ctx, acquireSQL, shard, owner, lease).Scan(&c.epoch, &c.moves, &retired, &c.timeline, &c.tid, &at.base, &at.batch, &at.lastID)
 	})
-	if !errors.Is(err, pgx.ErrNoRows) {
-		c.retired.Store(retired)
-		return c, at, err
+	if errors.Is(err, pgx.ErrNoRows) {
+		err = errNotLeased
 	}
-	var ours bool
-	err = db.QueryRow(ctx, clusterSQL, shard).Scan(&ours)
-	switch {
-	case errors.Is(err, pgx.ErrNoRows):
-		return nil, at, fmt.Errorf("shard %d has no row in outbox_cursor", shard)
-	case err != nil:
-		return nil, at, postgres.Classify(err)
-	case !ours:
-		return nil, at, ErrForeignCluster
-	}
-	return nil, at, errNotLeased
+	c.retired.Store(retired)
+	return c, at, err
 }
 
 // progress is what one move of the cursor records.

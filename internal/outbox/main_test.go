@@ -36,10 +36,12 @@ func exec(t testing.TB, db *pgxpool.Pool, sql string, args ...any) {
 }
 
 // fillProbes inserts n probes with the texts of numbered in one transaction.
-func fillProbes(t testing.TB, db *pgxpool.Pool, n int) {
+func fillProbes(t testing.TB, db *pgxpool.Pool, n int) { fillProbesFrom(t, db, 0, n) }
+
+func fillProbesFrom(t testing.TB, db *pgxpool.Pool, from, to int) {
 	t.Helper()
 	tx := openTx(t, db)
-	for _, text := range numbered(n) {
+	for _, text := range numbered(to)[from:] {
 		insertIn(t, tx, "", text)
 	}
 	commitTx(t, tx)

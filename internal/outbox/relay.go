@@ -3,6 +3,7 @@ package outbox
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -92,24 +93,24 @@ func (r *Relay) Listen(ctx context.Context, url string) {
 // Run publishes until ctx is done, then waits for what is in flight and gives the leases back. It goes on through every failure of
 // the database and the broker; the only error it returns is ErrForeignCluster.
 func (r *Relay) Run(ctx context.Context) error {
-	work, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
+	work, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	var chores sync.WaitGroup
 	chores.Go(func() { r.sweepNowAndThen(work) })
 	chores.Go(func() { r.moveDue(work) })
 	chores.Go(func() { r.measure(work) })
 	defer func() {
 		r.leave(ctx) // first, or those who hear of a free shard would leave it to us
-		cancel(nil)
+		cancel()
 		r.settleDown()
 		chores.Wait()
 	}()
 	pause := newPause(r.config.PollInterval)
 	for ctx.Err() == nil {
 		next := r.config.Lease / 4 // so that a shard is taken soon after its lease has ended
-		err := r.attend(ctx, work, cancel)
+		err := r.attend(ctx, work)
 		switch {
-		case work.Err() != nil:
-			return context.Cause(work)
+		case errors.Is(err, ErrForeignCluster):
+			return err
 		case err != nil && ctx.Err() == nil:
 			next = pause.NextBackOff()
 			slog.WarnContext(ctx, "relay has no view of the shards", "error", err, "retry_in", next)
@@ -118,7 +119,7 @@ func (r *Relay) Run(ctx context.Context) error {
 		}
 		wait(ctx, r.attention, next)
 	}
-	return context.Cause(work)
+	return nil
 }
 
 // newPause spaces the tries after failures. What failed for one relay fails for all of them at once, hence the jitter.
@@ -137,13 +138,13 @@ INSERT INTO outbox_relay (owner, expires_at) VALUES ($1, clock_timestamp() + $2)
 ON CONFLICT (owner) DO UPDATE SET expires_at = excluded.expires_at`
 
 const viewSQL = `
-SELECT shard, CASE WHEN lease_expires_at < clock_timestamp() THEN '' ELSE owner END AS holder,
+SELECT shard, ` + nativeSQL + `, CASE WHEN lease_expires_at < clock_timestamp() THEN '' ELSE owner END AS holder,
     (SELECT array_agg(owner) FROM outbox_relay WHERE expires_at > clock_timestamp()) AS relays
 FROM outbox_cursor WHERE ` + readableSQL + `
 ORDER BY shard`
 
 // attend says that this relay is alive, takes shards if it has less than its share, and gives one up if another relay has too little.
-func (r *Relay) attend(ctx, work context.Context, fail context.CancelCauseFunc) error {
+func (r *Relay) attend(ctx, work context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, databaseTimeout)
 	defer cancel()
 	if _, err := r.db.Exec(ctx, aliveSQL, r.owner, 2*r.config.Lease); err != nil {
@@ -154,8 +155,13 @@ func (r *Relay) attend(ctx, work context.Context, fail context.CancelCauseFunc) 
 		return err
 	}
 	view, err := pgx.CollectRows(rows, pgx.RowToStructByPos[shardView])
-	if err != nil {
+	switch {
+	case err != nil:
 		return err
+	case len(view) == 0:
+		return errors.New("outbox_cursor has no shard to read")
+	case slices.ContainsFunc(view, func(one shardView) bool { return !one.Native }):
+		return ErrForeignCluster
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -168,7 +174,7 @@ func (r *Relay) attend(ctx, work context.Context, fail context.CancelCauseFunc) 
 	for _, one := range view {
 		// What is ours by the book and not served is what we lost by a failover.
 		if r.tenures[one.Shard] == nil && (one.Holder == r.owner || slices.Contains(take, one.Shard)) {
-			r.tenures[one.Shard] = r.begin(work, fail, one.Shard)
+			r.tenures[one.Shard] = r.begin(work, one.Shard)
 		}
 	}
 	if held := r.tenures[give]; held != nil {
@@ -196,9 +202,10 @@ func (r *Relay) settleDown() {
 	}
 }
 
-// shardView is a shard that can be read, who holds it ("" for nobody), and which relays are alive.
+// shardView is a shard that can be read, whether its cursor belongs to this cluster, who holds it ("" for nobody), and which relays are alive.
 type shardView struct {
 	Shard  int16
+	Native bool
 	Holder string
 	Relays []string
 }

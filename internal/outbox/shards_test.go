@@ -40,7 +40,7 @@ func TestShare(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			var view []shardView
 			for i, holder := range one.holders {
-				view = append(view, shardView{int16(i), strings.Trim(string(holder), "."), strings.Split(one.relays, "")})
+				view = append(view, shardView{int16(i), true, strings.Trim(string(holder), "."), strings.Split(one.relays, "")})
 			}
 			take, give := share(view, "a")
 			equal(t, "take", take, one.take)

@@ -24,7 +24,7 @@ type tenure struct {
 }
 
 // begin starts a tenure. It lasts through failures of the database and the broker, until ctx is done or the shard is another's.
-func (r *Relay) begin(ctx context.Context, fail context.CancelCauseFunc, shard int16) *tenure {
+func (r *Relay) begin(ctx context.Context, shard int16) *tenure {
 	ctx, end := context.WithCancel(ctx)
 	t := &tenure{
 		relay: r, shard: shard, publisher: r.newPublisher(), wake: NewLocalBell(), pause: newPause(r.config.PollInterval),
@@ -34,9 +34,7 @@ func (r *Relay) begin(ctx context.Context, fail context.CancelCauseFunc, shard i
 		defer close(t.over)
 		defer end()
 		defer t.publisher.Close()
-		if err := t.serve(ctx); errors.Is(err, ErrForeignCluster) {
-			fail(err)
-		}
+		t.serve(ctx)
 		r.attention.Ring() // there may be something else to take
 	}()
 	return t
@@ -52,20 +50,18 @@ func (t *tenure) isOver() bool {
 }
 
 // serve takes the lease and publishes, again and again.
-func (t *tenure) serve(ctx context.Context) error {
+func (t *tenure) serve(ctx context.Context) {
 	for {
 		err := t.lead(ctx)
 		switch {
-		case ctx.Err() != nil:
-			return nil
-		case errors.Is(err, errNotLeased), errors.Is(err, ErrForeignCluster):
-			return err
+		case ctx.Err() != nil, errors.Is(err, errNotLeased):
+			return
 		case errors.Is(err, errDrained):
 			slog.InfoContext(ctx, "shard is drained", "shard", t.shard)
-			return err
+			return
 		case errors.Is(err, errFenced):
 			slog.WarnContext(ctx, "relay lost its shard, nothing more was moved", "shard", t.shard, "error", err)
-			return err
+			return
 		}
 		retryIn := t.pause.NextBackOff()
 		slog.WarnContext(ctx, "relay interrupted", "shard", t.shard, "error", err, "retry_in", retryIn)

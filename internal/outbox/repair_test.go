@@ -1,0 +1,94 @@
+package outbox
+
+import (
+	"bytes"
+	"errors"
+	osexec "os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"example.com/orders/internal/messaging"
+	"example.com/orders/internal/testenv"
+	"github.com/jackc/pgx/v5/pgxpool"
+)
+
+// TestRepair dumps a database in the middle of its work and restores it into a fresh cluster, where transaction IDs begin anew.
+func TestRepair(t *testing.T) {
+	t.Parallel()
+	db := testenv.Postgres(t)
+	if _, err := Repair(t.Context(), db); !errors.Is(err, ErrNoRepairNeeded) {
+		t.Fatalf("repair of a healthy outbox: %v", err)
+	}
+	open := openTx(t, db)
+	insertIn(t, open, "k", "after the dump")
+	late := openTx(t, db) // under way at the base of the batch, and committed when it is read
+	insertIn(t, late, "", "m000")
+	fillProbesFrom(t, db, 1, 10)
+	held, at, err := acquire(t.Context(), db, 0, "killed", time.Hour)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := newReader(db)
+	r.at = at
+	_, base := r.page(t)
+	if err := held.move(t.Context(), progress{delivered: base.end, topID: base.rows[len(base.rows)-1].id}); err != nil {
+		t.Fatal(err)
+	}
+	commitTx(t, late)
+	fillProbesFrom(t, db, 10, 40)
+	texts, first := r.page(t)
+	equal(t, "first page of the batch", texts, append(numbered(1), numbered(19)[10:]...))
+	if err := held.move(t.Context(), progress{delivered: first.end, topID: first.rows[len(first.rows)-1].id}); err != nil {
+		t.Fatal(err)
+	}
+
+	restored := restore(t, db)
+	relay := NewRelay(restored, func() messaging.Publisher { return newBroker(0) }, Config{})
+	if err := relay.Run(t.Context()); !errors.Is(err, ErrForeignCluster) || !strings.Contains(err.Error(), "outbox repair") {
+		t.Fatalf("error is %v", err)
+	}
+	insert(t, restored, "", "m040") // the service is up already
+	waiting, err := Repair(t.Context(), restored)
+	if err != nil {
+		t.Fatal(err)
+	}
+	equal(t, "to be published", waiting, 22)
+	if _, err := Repair(t.Context(), restored); !errors.Is(err, ErrNoRepairNeeded) {
+		t.Errorf("once more: %v", err)
+	}
+	insert(t, restored, "", "m041")
+	b := newBroker(23)
+	start(t, restored, b, Config{PageRows: 10})
+	await(t, "what was not delivered", b.complete)
+	want := numbered(42)[19:]
+	if !slices.Equal(b.stored, want) {
+		t.Errorf("published %v, want %v", b.stored, want)
+	}
+}
+
+// restore copies a database into a fresh cluster.
+func restore(t *testing.T, db *pgxpool.Pool) *pgxpool.Pool {
+	t.Helper()
+	url, programs := testenv.Cluster(t)
+	run := func(in []byte, program string, args ...string) []byte {
+		t.Helper()
+		command := osexec.CommandContext(t.Context(), filepath.Join(programs, program), args...)
+		var out, complaints bytes.Buffer
+		command.Stdin, command.Stdout, command.Stderr = bytes.NewReader(in), &out, &complaints
+		if err := command.Run(); err != nil {
+			t.Fatalf("%s: %v\n%s", program, err, &complaints)
+		}
+		return out.Bytes()
+	}
+	dump := run(nil, "pg_dump", "--format=custom", "--dbname="+db.Config().ConnString())
+	run(dump, "pg_restore", "--exit-on-error", "--dbname="+url)
+	restored, err := pgxpool.New(t.Context(), url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(restored.Close)
+	return restored
+}
