@@ -36,6 +36,7 @@ type cursor struct {
 	db       *pgxpool.Pool
 	shard    int16
 	epoch    int64
+	stolen   bool // from a holder who had not given it back
 	moves    int64
 	timeline string
 	// retired is set when no transaction writes to the shard any more.
@@ -49,9 +50,10 @@ type cursor struct {
 const acquireSQL = `
 UPDATE outbox_cursor
 SET owner = $2, epoch = epoch + 1, lease_expires_at = clock_timestamp() + $3
+FROM (SELECT owner AS previous FROM outbox_cursor WHERE shard = $1 FOR UPDATE) AS old
 WHERE shard = $1 AND (lease_expires_at < clock_timestamp() OR owner = $2) AND ` + readableSQL + `
   AND ` + nativeSQL + `
-RETURNING epoch, moves, retired, ` + timelineSQL + `, ctid, delivered::text, coalesce(batch::text, ''), last_id`
+RETURNING epoch, previous NOT IN ('', $2), moves, retired, ` + timelineSQL + `, ctid, delivered::text, coalesce(batch::text, ''), last_id`
 
 // A shard is read when every shard of the generations before it is drained, and until it is drained itself.
 const readableSQL = `NOT drained AND NOT EXISTS (
@@ -68,7 +70,7 @@ func acquire(ctx context.Context, db *pgxpool.Pool, shard int16, owner string, l
 	c, at := &cursor{db: db, shard: shard}, position{}
 	var retired bool
 	err := postgres.Transact(ctx, db, func(tx pgx.Tx) error {
-		return tx.QueryRow(ctx, acquireSQL, shard, owner, lease).Scan(&c.epoch, &c.moves, &retired, &c.timeline, &c.tid, &at.base, &at.batch, &at.lastID)
+		return tx.QueryRow(ctx, acquireSQL, shard, owner, lease).Scan(&c.epoch, &c.stolen, &c.moves, &retired, &c.timeline, &c.tid, &at.base, &at.batch, &at.lastID)
 	})
 	if errors.Is(err, pgx.ErrNoRows) {
 		err = errNotLeased

@@ -17,6 +17,8 @@ import (
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
+	"go.opentelemetry.io/otel"
+	"go.opentelemetry.io/otel/metric"
 )
 
 // Config sets up a Relay; the zero value is fit for production.
@@ -32,6 +34,8 @@ type Config struct {
 	PollInterval time.Duration
 	// Retention is how long delivered messages stay in the log at least, to be looked at and replayed. Default 24 h.
 	Retention time.Duration
+	// MeterProvider takes the metrics. Default: the global one.
+	MeterProvider metric.MeterProvider
 }
 
 // MaxRetention is the longest Retention: the ring of slots comes round after 32 hours, and one slot of four hours is being written.
@@ -43,6 +47,9 @@ func (c Config) withDefaults() Config {
 	c.Lease = cmp.Or(c.Lease, 5*time.Second)
 	c.PollInterval = cmp.Or(c.PollInterval, time.Second)
 	c.Retention = cmp.Or(c.Retention, 24*time.Hour)
+	if c.MeterProvider == nil {
+		c.MeterProvider = otel.GetMeterProvider()
+	}
 	return c
 }
 
@@ -55,19 +62,23 @@ type Relay struct {
 	config       Config
 	attention    LocalBell // rung when there may be a shard to take
 
+	meters  meters
 	backlog atomic.Pointer[[]Backlog]
 
 	mu      sync.Mutex
 	tenures map[int16]*tenure
+	view    []shardView // as last seen
 }
 
 // NewRelay makes a Relay. Each shard that it holds is published through a publisher of its own.
 func NewRelay(db *pgxpool.Pool, newPublisher func() messaging.Publisher, config Config) *Relay {
 	host, _ := os.Hostname()
-	return &Relay{
+	r := &Relay{
 		db: db, newPublisher: newPublisher, config: config.withDefaults(), attention: NewLocalBell(), tenures: map[int16]*tenure{},
 		owner: fmt.Sprintf("%s/%d/%s", host, os.Getpid(), uuid.NewString()[:8]),
 	}
+	r.meters = r.newMeters()
+	return r
 }
 
 // Ring makes the relay look at the log now. It is the Bell for writers in the same process.
@@ -165,6 +176,7 @@ func (r *Relay) attend(ctx, work context.Context) error {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	r.view = view
 	for shard, held := range r.tenures {
 		if held.isOver() {
 			delete(r.tenures, shard)

@@ -1,6 +1,7 @@
 package outbox
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"testing"
@@ -97,6 +98,40 @@ func TestSweep(t *testing.T) {
 		equal(t, "rows", rowsOf(t, db), 11)
 		r := newReader(db)
 		equal(t, "messages", len(r.all(t)), 11)
+	})
+
+	// A writer of the slot's time commits just when the sweep, which did not see its row, waits for it.
+	t.Run("LooksAgainUnderTheLock", func(t *testing.T) {
+		t.Parallel()
+		db := testenv.Postgres(t)
+		shortSlots(t, db, length)
+		insert(t, db, "", "m000")
+		deliver(t, db)
+		open := openTx(t, db)
+		insertIn(t, open, "", "late")
+		nextSlot(t, db)
+		swept := make(chan []int16, 1)
+		met := false
+		for !met {
+			go func() {
+				slots, err := Sweep(context.Background(), db, 0)
+				if err != nil {
+					t.Error(err)
+				}
+				swept <- slots
+			}()
+			for !met && len(swept) == 0 {
+				err := db.QueryRow(t.Context(), `SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted AND database = (SELECT oid FROM pg_database WHERE datname = current_database()))`).Scan(&met)
+				if err != nil {
+					t.Fatal(err)
+				}
+			}
+			if met {
+				commitTx(t, open)
+			}
+			equal(t, "swept", len(<-swept), 0)
+		}
+		equal(t, "rows", rowsOf(t, db), 2)
 	})
 
 	t.Run("OfADrainedShardDoesNotWait", func(t *testing.T) {

@@ -31,6 +31,7 @@ type run struct {
 	log       eventLog
 	cursor    *cursor
 	publisher messaging.Publisher
+	meters    *meters
 	wake      LocalBell
 	poll      time.Duration
 	pause     *backoff.ExponentialBackOff
@@ -52,13 +53,14 @@ type flight struct {
 	sent    []int   // indexes of the rows that were published
 	invalid []error // a row: why it was not
 	receipt messaging.Receipt
+	written time.Time
 }
 
 func (t *tenure) newRun(held *cursor, at position) *run {
 	config := t.relay.config
 	return &run{
 		log:    eventLog{db: t.relay.db, shard: t.shard, maxRows: config.PageRows, maxBytes: config.PageBytes},
-		cursor: held, publisher: t.publisher, wake: t.wake, poll: config.PollInterval, pause: t.pause,
+		cursor: held, publisher: t.publisher, meters: &t.relay.meters, wake: t.wake, poll: config.PollInterval, pause: t.pause,
 		next: at, settled: progress{delivered: at},
 	}
 }
@@ -186,7 +188,8 @@ func (r *run) publish(ctx context.Context, found *page) error {
 		return fmt.Errorf("%w: publish page: %w", errBroker, err)
 	}
 	failpoint.Hit("relay.published")
-	one.receipt = receipt
+	one.receipt, one.written = receipt, time.Now()
+	r.meters.page.Record(ctx, int64(len(found.rows)))
 	r.inFlight = append(r.inFlight, one)
 	r.next = found.end
 	r.readAhead(ctx)
@@ -206,7 +209,9 @@ func (r *run) settle(ctx context.Context) error {
 		return err
 	}
 	failpoint.Hit("relay.confirmed")
+	r.meters.confirm.Record(ctx, time.Since(oldest.written).Seconds())
 	for i, verdict := range verdicts {
+		r.meters.verdict(ctx, verdict)
 		reason, final := judge(verdict, len(oldest.rows) == 1 && len(r.inFlight) == 1)
 		if !final {
 			r.passed(oldest.before(i))
@@ -265,6 +270,7 @@ func (r *run) record(ctx context.Context, claimed string) error {
 	if err := r.cursor.move(ctx, r.settled); err != nil {
 		return err
 	}
+	r.meters.moved(ctx, &r.settled)
 	r.settled, r.dirty = progress{delivered: r.settled.delivered}, false
 	failpoint.Hit("relay.moved")
 	return nil

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"sync/atomic"
 	"time"
 
 	"example.com/orders/internal/messaging"
@@ -19,6 +20,7 @@ type tenure struct {
 	publisher messaging.Publisher
 	wake      LocalBell
 	pause     *backoff.ExponentialBackOff
+	leads     atomic.Bool
 	end       context.CancelFunc
 	over      chan struct{}
 }
@@ -77,6 +79,11 @@ func (t *tenure) lead(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if held.stolen {
+		t.relay.meters.steals.Add(ctx, 1)
+	}
+	t.leads.Store(true)
+	defer t.leads.Store(false)
 	slog.InfoContext(ctx, "relay leads", "shard", t.shard, "epoch", held.epoch, "owner", t.relay.owner)
 	defer func() {
 		// Also when ctx is done: the next relay should not have to wait for the lease to end.

@@ -1,0 +1,115 @@
+package outbox
+
+import (
+	"errors"
+	"fmt"
+	"testing"
+	"time"
+
+	"example.com/orders/internal/messaging"
+	"example.com/orders/internal/testenv"
+	"go.opentelemetry.io/otel/attribute"
+	sdk "go.opentelemetry.io/otel/sdk/metric"
+	"go.opentelemetry.io/otel/sdk/metric/metricdata"
+)
+
+// Every metric moves when its event happens.
+func TestMetrics(t *testing.T) {
+	t.Parallel()
+	db := testenv.Postgres(t)
+	for _, text := range numbered(4) {
+		insert(t, db, "", text)
+	}
+	exec(t, db, `UPDATE outbox SET created_at = created_at - interval '1 minute'`)
+	if _, _, err := acquire(t.Context(), db, 0, "killed", time.Second); err != nil { // to be stolen from
+		t.Fatal(err)
+	}
+	reader := sdk.NewManualReader()
+	b := newBroker(0)
+	tries, away := map[string]int{}, true
+	b.onPage = func([]string) error {
+		if away {
+			return errors.New("broker away")
+		}
+		return nil
+	}
+	b.verdict = func(text string, _ []string) error {
+		switch tries[text]++; {
+		case text == "m001":
+			return messaging.ErrReturned
+		case text == "m002" && tries[text] == 1:
+			return messaging.ErrNacked
+		case text == "m003" && tries[text] == 2: // the first time it is behind the nacked one, and not looked at
+			return messaging.ErrUnknown
+		}
+		return nil
+	}
+	start(t, db, b, Config{Lease: time.Second, PollInterval: 10 * time.Millisecond, MeterProvider: sdk.NewMeterProvider(sdk.WithReader(reader))})
+	await := func(want map[string]float64) {
+		t.Helper()
+		testenv.Eventually(t, 20*time.Second, func() error {
+			got := collect(t, reader)
+			for name, least := range want {
+				if value, there := got[name]; !there || value < least || least == 0 && value != 0 {
+					return fmt.Errorf("%s is %v, want %v; all: %v", name, value, least, got)
+				}
+			}
+			return nil
+		})
+	}
+	await(map[string]float64{"outbox.backlog{0}": 4, "outbox.lag{0}": 60, "outbox.lease.held{0}": 1, "outbox.lease.steals{}": 1})
+	b.mu.Lock()
+	away = false
+	b.mu.Unlock()
+	await(map[string]float64{
+		"outbox.backlog{0}": 0, "outbox.lag{0}": 0, "outbox.published{}": 3, "outbox.returned{}": 1, "outbox.nacked{}": 1, "outbox.unknown{}": 1,
+		"outbox.parked{unroutable}": 1, "outbox.confirm.duration{}": 3, "outbox.page.messages{}": 3,
+	})
+	equal(t, "published", collect(t, reader)["outbox.published{}"], 3.0)
+}
+
+// collect returns each metric's value, or the count of a histogram, under its name and the values of its attributes.
+func collect(t testing.TB, reader *sdk.ManualReader) map[string]float64 {
+	t.Helper()
+	var found metricdata.ResourceMetrics
+	if err := reader.Collect(t.Context(), &found); err != nil {
+		t.Fatal(err)
+	}
+	values := map[string]float64{}
+	add := func(name string, attributes attribute.Set, value float64) {
+		label := ""
+		for _, one := range attributes.ToSlice() {
+			label += one.Value.Emit()
+		}
+		values[fmt.Sprintf("%s{%s}", name, label)] += value
+	}
+	for _, scope := range found.ScopeMetrics {
+		for _, one := range scope.Metrics {
+			switch data := one.Data.(type) {
+			case metricdata.Sum[int64]:
+				for _, point := range data.DataPoints {
+					add(one.Name, point.Attributes, float64(point.Value))
+				}
+			case metricdata.Gauge[int64]:
+				for _, point := range data.DataPoints {
+					add(one.Name, point.Attributes, float64(point.Value))
+				}
+			case metricdata.Gauge[float64]:
+				for _, point := range data.DataPoints {
+					add(one.Name, point.Attributes, point.Value)
+				}
+			case metricdata.Histogram[int64]:
+				for _, point := range data.DataPoints {
+					add(one.Name, point.Attributes, float64(point.Count))
+				}
+			case metricdata.Histogram[float64]:
+				for _, point := range data.DataPoints {
+					add(one.Name, point.Attributes, float64(point.Count))
+				}
+			default:
+				t.Fatalf("%s is a %T", one.Name, data)
+			}
+		}
+	}
+	return values
+}
