@@ -38,12 +38,12 @@ func (p *process) startRelay(ctx context.Context) {
 func (p *process) startConsumer(ctx context.Context) {
 	p.needBroker()
 	for _, group := range p.domain.groups {
-		processor := inbox.NewProcessor(p.db, group.Group, inbox.Config{AfterCommit: p.bell.Ring})
+		box := inbox.New(p.db, group.Group, inbox.Config{AfterCommit: p.bell.Ring})
 		consumer := rabbit.NewConsumer(rabbit.ConsumerConfig{
 			URL: p.config.AMQPURL, Topology: p.topology(), Queue: queueName(group), Name: p.connectionName("consumer " + group.Name()),
 			Lanes: group.lanes, Prefetch: p.config.Prefetch, Batch: p.config.Batch,
-		}, processor.Process)
+		}, box.Process)
 		p.group.Go(func() error { return consumer.Run(ctx) })
-		p.group.Go(func() error { return processor.Run(ctx) })
+		p.group.Go(func() error { return box.Run(ctx) })
 	}
 }

@@ -73,12 +73,8 @@ func Insert(ctx context.Context, tx pgx.Tx, letters ...Letter) error {
 		for name, value := range letter.Headers {
 			headers[messaging.CleanText(name)] = messaging.CleanText(value)
 		}
-		payload := letter.Payload
-		if payload == nil {
-			payload = []byte{}
-		}
 		batch.Queue(insertSQL, letter.Consumer, messaging.CleanText(letter.MessageID), messaging.CleanText(letter.Type), messaging.CleanText(letter.Key),
-			payload, headers, letter.Reason, messaging.CleanText(letter.Error), letter.Attempts)
+			messaging.NotNil(letter.Payload), headers, letter.Reason, messaging.CleanText(letter.Error), letter.Attempts)
 	}
 	if err := tx.SendBatch(ctx, batch).Close(); err != nil {
 		return fmt.Errorf("insert dead letter: %w", err)

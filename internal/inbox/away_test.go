@@ -19,17 +19,17 @@ import (
 )
 
 // setupProxied is setup with a second way to the database, which can be broken.
-func setupProxied(t *testing.T, config Config) (*bundle, *Processor, *testenv.TCPProxy) {
+func setupProxied(t *testing.T, config Config) (*bundle, *Inbox, *testenv.TCPProxy) {
 	t.Helper()
 	b := setup(t)
 	server := b.db.Config().ConnConfig
 	proxy := testenv.Proxy(t, net.JoinHostPort(server.Host, strconv.Itoa(int(server.Port))))
-	return b, NewProcessor(openVia(t, b, func(ctx context.Context, network, _ string) (net.Conn, error) {
+	return b, New(openVia(t, b, func(ctx context.Context, network, _ string) (net.Conn, error) {
 		return new(net.Dialer).DialContext(ctx, network, proxy.Addr())
 	}), b.group, config), proxy
 }
 
-// breaksTheConnection makes an act that loses its connection, and with it all that the processor has.
+// breaksTheConnection makes an act that loses its connection, and with it all that the box has.
 func breaksTheConnection(proxy *testenv.TCPProxy) act {
 	return func(ctx context.Context, tx pgx.Tx) error {
 		proxy.Cut()
@@ -118,7 +118,7 @@ func TestCancelledContextCostsNothing(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
 	ctx, cancel := context.WithCancel(t.Context())
-	p, one := b.processor(eager), probe("k", "one")
+	p, one := b.inbox(eager), probe("k", "one")
 	b.on("one", func(context.Context, pgx.Tx) error { cancel(); return errProbe })
 	if err := p.Process(ctx, []messaging.Delivery{one}); !errors.Is(err, context.Canceled) {
 		t.Errorf("process: got error %v", err)
@@ -185,7 +185,7 @@ func TestClaimThatRanOut(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
 	b.on("one", fails)
-	p := b.processor(eager)
+	p := b.inbox(eager)
 	process(t, p, probe("k", "one"))
 	b.on("one", nil)
 	frozen := retry{Delivery: probe("k", "one"), attempts: 1, starts: 2}
@@ -219,7 +219,7 @@ func TestAnswerOfCommitLost(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
 	var cut atomic.Int32 // the n-th COMMIT from now on loses its answer
-	p := NewProcessor(openVia(t, b, func(ctx context.Context, network, address string) (net.Conn, error) {
+	p := New(openVia(t, b, func(ctx context.Context, network, address string) (net.Conn, error) {
 		conn, err := new(net.Dialer).DialContext(ctx, network, address)
 		return &commitCutter{Conn: conn, left: &cut}, err
 	}), b.group, eager)

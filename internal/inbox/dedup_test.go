@@ -16,7 +16,7 @@ func TestDuplicates(t *testing.T) {
 		t.Parallel()
 		b := setup(t)
 		one, two := probe("", "one"), probe("", "two")
-		process(t, b.processor(Config{}), one, two, one, one)
+		process(t, b.inbox(Config{}), one, two, one, one)
 		b.wantEffects(t, "one", "two")
 		b.wantCopies(t, one, 3)
 		b.wantCopies(t, two, 1)
@@ -26,9 +26,9 @@ func TestDuplicates(t *testing.T) {
 		t.Parallel()
 		b := setup(t)
 		one, two := probe("k", "one"), probe("k", "two")
-		process(t, b.processor(Config{}), one)
-		process(t, b.processor(Config{}), one, two, one)
-		process(t, b.processor(Config{}), two, one)
+		process(t, b.inbox(Config{}), one)
+		process(t, b.inbox(Config{}), one, two, one)
+		process(t, b.inbox(Config{}), two, one)
 		b.wantEffects(t, "one", "two")
 		b.wantCopies(t, one, 4)
 		b.wantCopies(t, two, 2)
@@ -38,7 +38,7 @@ func TestDuplicates(t *testing.T) {
 		t.Parallel()
 		b := setup(t)
 		b.on("bad", fails)
-		p, bad := b.processor(Config{MaxAttempts: 2, RetryBase: 1}), probe("k", "bad")
+		p, bad := b.inbox(Config{MaxAttempts: 2, RetryBase: 1}), probe("k", "bad")
 		process(t, p, bad, bad)
 		process(t, p, bad)
 		b.wantWaiting(t, "bad 1/1")
@@ -53,7 +53,7 @@ func TestDuplicates(t *testing.T) {
 	t.Run("BatchOfNothingIsNothing", func(t *testing.T) {
 		t.Parallel()
 		b := setup(t)
-		process(t, b.processor(Config{}))
+		process(t, b.inbox(Config{}))
 		b.wantEffects(t)
 	})
 }
@@ -66,16 +66,16 @@ func TestGroupsAreIndependent(t *testing.T) {
 	both := []*bundle{first, second}
 	for _, b := range both {
 		b.on("bad", fails)
-		process(t, b.processor(eager), bad, good)
-		process(t, b.processor(eager), good, bad)
+		process(t, b.inbox(eager), bad, good)
+		process(t, b.inbox(eager), good, bad)
 		b.wantWaiting(t, "bad 1/1", "good 0/0")
 		b.on("bad", nil)
 	}
-	retryAll(t, second.processor(eager))
+	retryAll(t, second.inbox(eager))
 	second.wantEffects(t, "bad", "good")
 	first.wantEffects(t)
 	first.wantWaiting(t, "bad 1/1", "good 0/0")
-	retryAll(t, first.processor(eager))
+	retryAll(t, first.inbox(eager))
 	first.wantEffects(t, "bad", "good")
 	for _, b := range both {
 		b.wantCopies(t, good, 2)
@@ -89,13 +89,13 @@ func TestGroupsDoNotWaitForEachOther(t *testing.T) {
 	first := setup(t)
 	second := newBundle(first.db, "second")
 	first.on("bad", fails)
-	process(t, first.processor(Config{}), probe("k", "bad"))
-	process(t, second.processor(Config{}), probe("k", "good"))
+	process(t, first.inbox(Config{}), probe("k", "bad"))
+	process(t, second.inbox(Config{}), probe("k", "good"))
 	second.wantEffects(t, "good")
 	second.on("bad", fails)
-	process(t, second.processor(eager), probe("k", "bad"))
+	process(t, second.inbox(eager), probe("k", "bad"))
 	second.on("bad", nil)
-	retryAll(t, second.processor(eager))
+	retryAll(t, second.inbox(eager))
 	second.wantEffects(t, "good", "bad")
 }
 
@@ -121,7 +121,7 @@ func TestConcurrentProcessors(t *testing.T) {
 		random := rand.New(rand.NewPCG(uint64(i), 0))
 		shuffled := slices.Clone(deliveries)
 		random.Shuffle(len(shuffled), func(i, j int) { shuffled[i], shuffled[j] = shuffled[j], shuffled[i] })
-		all.Go(func() error { return b.processor(Config{MaxAttempts: 1}).Process(t.Context(), shuffled) })
+		all.Go(func() error { return b.inbox(Config{MaxAttempts: 1}).Process(t.Context(), shuffled) })
 	}
 	if err := all.Wait(); err != nil {
 		t.Fatalf("process: %v", err)

@@ -12,6 +12,7 @@ import (
 	"example.com/orders/internal/deadletter"
 	"example.com/orders/internal/messaging"
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 )
 
@@ -20,7 +21,7 @@ func TestOneBadMessageHarmsNoOther(t *testing.T) {
 	b := setup(t)
 	deliveries, texts := probes(100)
 	b.on(texts[41], fails)
-	process(t, b.processor(Config{}), deliveries...)
+	process(t, b.inbox(Config{}), deliveries...)
 	b.wantEffects(t, append(append([]string{}, texts[:41]...), texts[42:]...)...)
 	b.wantWaiting(t, "m041 1/1")
 	b.wantDead(t)
@@ -30,6 +31,13 @@ func TestOneBadMessageHarmsNoOther(t *testing.T) {
 func TestHandlerFailures(t *testing.T) {
 	t.Parallel()
 	db := setup(t).db
+	exec(t, db, `CREATE TABLE parent (n integer PRIMARY KEY); CREATE TABLE child (n integer REFERENCES parent DEFERRABLE INITIALLY DEFERRED)`)
+	raise := func(code string) act {
+		return func(ctx context.Context, tx pgx.Tx) error {
+			_, err := tx.Exec(ctx, `DO $$ BEGIN RAISE EXCEPTION 'probe' USING ERRCODE = '`+code+`'; END $$`)
+			return err
+		}
+	}
 	for name, do := range map[string]act{
 		"Error": fails,
 		"Panic": func(context.Context, pgx.Tx) error { panic("probe") },
@@ -62,7 +70,14 @@ func TestHandlerFailures(t *testing.T) {
 			return err
 		},
 		"TransactionRolledBack": func(ctx context.Context, tx pgx.Tx) error { return tx.Rollback(ctx) },
-		// What reads like the database's network trouble, but comes from elsewhere.
+		"RefusedAtCommit": func(ctx context.Context, tx pgx.Tx) error {
+			_, err := tx.Exec(ctx, `INSERT INTO child VALUES (1)`)
+			return err
+		},
+		"LocksWithoutNumber": raise("53200"),
+		// What reads like the database's trouble, but comes from elsewhere.
+		"ForeignTableAway":      raise("08001"),
+		"ReadOnlyElsewhere":     func(context.Context, pgx.Tx) error { return &pgconn.PgError{Code: "25006"} },
 		"EndOfFile":             func(context.Context, pgx.Tx) error { return io.ErrUnexpectedEOF },
 		"NetworkErrorElsewhere": func(context.Context, pgx.Tx) error { return &net.OpError{Op: "dial", Err: errProbe} },
 		"ContextErrorElsewhere": func(context.Context, pgx.Tx) error { return context.Canceled },
@@ -71,7 +86,7 @@ func TestHandlerFailures(t *testing.T) {
 			t.Parallel()
 			b := newBundle(db, name)
 			b.on("bad", do)
-			p := b.processor(eager)
+			p := b.inbox(eager)
 			process(t, p, probe("", "before"), probe("k", "bad"), probe("", "after"))
 			b.wantEffects(t, "before", "after")
 			b.wantWaiting(t, "bad 1/1")
@@ -99,7 +114,7 @@ func TestHandlerTimeout(t *testing.T) {
 			t.Parallel()
 			b := newBundle(db, name)
 			b.on("slow", do)
-			p := b.processor(Config{MaxAttempts: 2, RetryBase: 1, HandlerTimeout: 200 * time.Millisecond})
+			p := b.inbox(Config{MaxAttempts: 2, RetryBase: 1, HandlerTimeout: 200 * time.Millisecond})
 			process(t, p, probe("", "before"), probe("", "slow"), probe("", "after"))
 			b.wantEffects(t, "before", "after")
 			b.wantWaiting(t, "slow 1/1")
@@ -117,7 +132,7 @@ func TestPermanentDiesAtOnce(t *testing.T) {
 	b := setup(t)
 	b.on("first", func(context.Context, pgx.Tx) error { return messaging.Permanent(errProbe) })
 	b.on("later", fails)
-	p := b.processor(eager)
+	p := b.inbox(eager)
 	process(t, p, probe("k", "first"), probe("k", "second"), probe("", "later"))
 	b.wantDead(t, "permanent 1")
 	b.wantEffects(t, "second")
@@ -162,7 +177,7 @@ func TestUnfitDeliveriesAreKept(t *testing.T) {
 			b := newBundle(db, name)
 			unfit := probe("k", "unfit")
 			test.spoil(&unfit)
-			process(t, b.processor(Config{}), probe("k", "before"), unfit, probe("k", "after"))
+			process(t, b.inbox(Config{}), probe("k", "before"), unfit, probe("k", "after"))
 			b.wantEffects(t, "before", "after")
 			b.wantKept(t, test.reason, unfit.Payload)
 			b.wantWaiting(t)
@@ -176,7 +191,7 @@ func TestBareDeliveryIsTaken(t *testing.T) {
 	b := setup(t)
 	b.on("", fails)
 	bare := messaging.Delivery{ID: probe("", "").ID, Type: string((*wrapperspb.StringValue)(nil).ProtoReflect().Descriptor().FullName())}
-	p := b.processor(eager)
+	p := b.inbox(eager)
 	process(t, p, bare)
 	b.wantWaiting(t, " 1/1")
 	b.on("", nil)
@@ -190,7 +205,7 @@ func TestErrorTextsOfEveryKindAreKept(t *testing.T) {
 	for name, text := range map[string]string{"nul": "a\x00b", "invalid": "a\xffb", "long": strings.Repeat("ü", 1<<20), "empty": ""} {
 		b.on(name, func(context.Context, pgx.Tx) error { return errors.New(text) })
 	}
-	p := b.processor(eager)
+	p := b.inbox(eager)
 	process(t, p, probe("", "nul"), probe("", "invalid"), probe("", "long"), probe("", "empty"))
 	b.wantWaiting(t, "nul 1/1", "invalid 1/1", "long 1/1", "empty 1/1")
 	retryAll(t, p)

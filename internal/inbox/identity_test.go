@@ -128,7 +128,7 @@ func TestOutsideTheWindowNothingIsApplied(t *testing.T) {
 			b.on("bad", fails)
 			stray, good := probe("k", "stray"), probe("k", "good")
 			stray.ID = bornAt(time.Now().Add(at))
-			process(t, b.processor(Config{}), stray, good)
+			process(t, b.inbox(Config{}), stray, good)
 			b.wantEffects(t, "good")
 			b.wantKept(t, deadletter.OutsideWindow, stray.Payload)
 			b.wantWaiting(t)
@@ -146,7 +146,7 @@ func TestEdgesOfTheWindowAreDeduplicated(t *testing.T) {
 	old.ID = bornAt(time.Now().Add(-window + time.Minute))
 	ahead.ID = bornAt(time.Now().Add(maxSkew - time.Minute))
 	for range 3 {
-		process(t, b.processor(Config{}), old, ahead)
+		process(t, b.inbox(Config{}), old, ahead)
 	}
 	b.wantEffects(t, "old", "ahead")
 	b.wantDead(t)
@@ -160,7 +160,7 @@ func TestForeignIDsAreDeduplicated(t *testing.T) {
 	text, v4 := probe("", "text"), probe("", "v4")
 	text.ID, v4.ID = "order 1, attempt 2", uuid.NewString()
 	for range 2 {
-		process(t, b.processor(Config{}), text, v4, text)
+		process(t, b.inbox(Config{}), text, v4, text)
 	}
 	b.wantEffects(t, "text", "v4")
 	b.wantCopies(t, text, 4)
@@ -174,7 +174,7 @@ func TestWithoutIDNothingIsApplied(t *testing.T) {
 	nameless.ID = ""
 	other := probe("k", "other")
 	other.ID = ""
-	process(t, b.processor(Config{}), nameless, other, probe("k", "good"))
+	process(t, b.inbox(Config{}), nameless, other, probe("k", "good"))
 	b.wantEffects(t, "good")
 	b.wantDead(t, "no_id 0", "no_id 0") // and not taken for copies of each other
 }

@@ -35,7 +35,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// Config sets up a Processor; the zero value is fit for production.
+// Config sets up an Inbox; the zero value is fit for production.
 type Config struct {
 	// MaxAttempts is how often a handler may fail on a message before it goes to the dead letters. Default 10.
 	MaxAttempts int
@@ -51,15 +51,15 @@ type Config struct {
 	AfterCommit func()
 }
 
-// Processor applies messages for one consumer group.
-type Processor struct {
+// Inbox applies messages for one consumer group.
+type Inbox struct {
 	db     *pgxpool.Pool
 	group  *Group
 	config Config
 }
 
-// NewProcessor makes a Processor.
-func NewProcessor(db *pgxpool.Pool, group *Group, config Config) *Processor {
+// New makes an Inbox.
+func New(db *pgxpool.Pool, group *Group, config Config) *Inbox {
 	config.MaxAttempts = cmp.Or(config.MaxAttempts, 10)
 	config.RetryBase = cmp.Or(config.RetryBase, time.Second)
 	config.RetryMax = cmp.Or(config.RetryMax, 10*time.Minute)
@@ -68,7 +68,7 @@ func NewProcessor(db *pgxpool.Pool, group *Group, config Config) *Processor {
 	if config.AfterCommit == nil {
 		config.AfterCommit = func() {}
 	}
-	return &Processor{db: db, group: group, config: config}
+	return &Inbox{db: db, group: group, config: config}
 }
 
 // item is one message of a batch, with all its copies in the batch.
@@ -83,33 +83,33 @@ const maxBreaks = 2
 
 // Process settles a batch, in its order. When it returns nil, every delivery is applied, known as a duplicate, waiting in inbox_retry,
 // or in dead_letter, all of that committed: they may be acked. An error means that the database could not decide; hand the batch in again.
-func (p *Processor) Process(ctx context.Context, deliveries []messaging.Delivery) error {
-	items, letters := p.admit(ctx, deliveries)
-	if err := p.settle(ctx, items); err != nil {
+func (b *Inbox) Process(ctx context.Context, deliveries []messaging.Delivery) error {
+	items, letters := b.admit(ctx, deliveries)
+	if err := b.settle(ctx, items); err != nil {
 		return err
 	}
 	if len(letters) == 0 {
 		return nil
 	}
 	// Last, because nothing tells copies of these: a batch that is handed in again shall not repeat them.
-	return postgres.Transact(ctx, p.db, func(tx pgx.Tx) error { return deadletter.Insert(ctx, tx, letters...) })
+	return postgres.Transact(ctx, b.db, func(tx pgx.Tx) error { return deadletter.Insert(ctx, tx, letters...) })
 }
 
 // settle runs items together, and if one of them fails, each by itself.
-func (p *Processor) settle(ctx context.Context, items []*item) error {
+func (b *Inbox) settle(ctx context.Context, items []*item) error {
 	if len(items) == 0 {
 		return nil
 	}
-	err := p.apply(ctx, items, nil)
+	err := b.apply(ctx, items, nil)
 	var failed *failure
 	if !errors.As(err, &failed) {
 		return err
 	}
 	for _, one := range items {
 		alone := []*item{one}
-		err := p.apply(ctx, alone, nil)
+		err := b.apply(ctx, alone, nil)
 		if errors.As(err, &failed) {
-			err = p.apply(ctx, alone, failed)
+			err = b.apply(ctx, alone, failed)
 		}
 		if err != nil {
 			return err
@@ -119,7 +119,7 @@ func (p *Processor) settle(ctx context.Context, items []*item) error {
 }
 
 // admit joins the copies of each message, and makes dead letters of what has no place in the inbox.
-func (p *Processor) admit(ctx context.Context, deliveries []messaging.Delivery) (items []*item, letters []deadletter.Letter) {
+func (b *Inbox) admit(ctx context.Context, deliveries []messaging.Delivery) (items []*item, letters []deadletter.Letter) {
 	now := time.Now()
 	known := make(map[identity]*item, len(deliveries))
 	for _, delivery := range deliveries {
@@ -128,7 +128,7 @@ func (p *Processor) admit(ctx context.Context, deliveries []messaging.Delivery) 
 			err = wellFormed(delivery)
 		}
 		if err != nil {
-			letters = append(letters, p.letter(ctx, delivery, 0, &failure{err}))
+			letters = append(letters, b.letter(ctx, delivery, 0, &failure{err}))
 			continue
 		}
 		if first, again := known[who]; again {
@@ -143,30 +143,31 @@ func (p *Processor) admit(ctx context.Context, deliveries []messaging.Delivery) 
 
 // apply takes items and runs their handlers in one transaction. It returns a *failure if a handler failed, when nothing is
 // written. With known given, the items are not run but set aside for that failure.
-func (p *Processor) apply(ctx context.Context, items []*item, known *failure) error {
+func (b *Inbox) apply(ctx context.Context, items []*item, known *failure) error {
 	var applied, aside int
-	err := postgres.Transact(ctx, p.db, func(tx pgx.Tx) error {
-		applied, aside = 0, 0
-		fresh, err := p.take(ctx, tx, items)
+	ran := false
+	err := postgres.Transact(ctx, b.db, func(tx pgx.Tx) error {
+		applied, aside, ran = 0, 0, false
+		fresh, err := b.take(ctx, tx, items)
 		if err != nil {
 			return err
 		}
 		failpoint.Hit("consumer.taken")
-		waiting, err := p.waitingKeys(ctx, tx, fresh)
+		waiting, err := b.waitingKeys(ctx, tx, fresh)
 		if err != nil {
 			return err
 		}
 		for _, one := range fresh {
 			switch {
 			case known != nil:
-				err = p.setAside(ctx, tx, one, known)
+				err = b.setAside(ctx, tx, one, known)
 				aside++
 			case waiting[one.Key], one.Count >= maxBreaks:
-				err = p.queue(ctx, tx, one, waitingTurn)
+				err = b.queue(ctx, tx, one, waitingTurn)
 				waiting[one.Key] = one.Key != ""
 				aside++
 			default:
-				err = p.run(ctx, tx, one.Delivery)
+				err = b.run(ctx, tx, one.Delivery)
 				applied++
 			}
 			if err != nil {
@@ -174,16 +175,17 @@ func (p *Processor) apply(ctx context.Context, items []*item, known *failure) er
 			}
 		}
 		failpoint.Hit("consumer.handled")
+		ran = applied > 0
 		return nil
 	})
 	if err != nil {
-		return err
+		return blameHandlers(err, ran)
 	}
 	if applied > 0 {
-		p.config.AfterCommit()
+		b.config.AfterCommit()
 	}
 	if n := len(items) - applied - aside; n > 0 {
-		slog.DebugContext(ctx, "duplicates absorbed", "consumer", p.group.name, "messages", n)
+		slog.DebugContext(ctx, "duplicates absorbed", "consumer", b.group.name, "messages", n)
 	}
 	return nil
 }
@@ -199,13 +201,13 @@ ON CONFLICT (slot, consumer, message_id) DO UPDATE SET copies = inbox.copies + e
 RETURNING message_id, copies`
 
 // take records items as taken, and returns those that were not taken before, in their order.
-func (p *Processor) take(ctx context.Context, tx pgx.Tx, items []*item) ([]*item, error) {
+func (b *Inbox) take(ctx context.Context, tx pgx.Tx, items []*item) ([]*item, error) {
 	taken := make(map[uuid.UUID]int, len(items))
 	slots, ids, copies := make([]int16, len(items)), make([]uuid.UUID, len(items)), make([]int, len(items))
 	for i, one := range items {
 		slots[i], ids[i], copies[i] = one.slot, one.id, one.copies
 	}
-	rows, err := tx.Query(ctx, takeSQL, p.group.name, slots, ids, copies)
+	rows, err := tx.Query(ctx, takeSQL, b.group.name, slots, ids, copies)
 	if err != nil {
 		return nil, fmt.Errorf("take messages: %w", err)
 	}

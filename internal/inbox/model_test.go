@@ -24,8 +24,8 @@ func TestAnyScheduleAppliesEachMessageOnceInOrder(t *testing.T) {
 			"deliver":   m.deliver,
 			"redeliver": m.redeliver,
 			"break off": m.breakOff,
-			"retry":     func(*rapid.T) { retryOne(r, m.processor) },
-			"restart":   func(*rapid.T) { m.processor = m.bundle.processor(eager) },
+			"retry":     func(*rapid.T) { retryOne(r, m.box) },
+			"restart":   func(*rapid.T) { m.box = m.bundle.inbox(eager) },
 		})
 		m.finish(r)
 		m.check(r)
@@ -37,15 +37,15 @@ const forever = 1 << 20
 
 // model is one queue and its consumer.
 type model struct {
-	bundle    *bundle
-	processor *Processor
-	queue     []messaging.Delivery
-	fate      []int // how often the handler fails on each; -1: permanently
-	next      int   // the first that was never delivered
+	bundle *bundle
+	box    *Inbox
+	queue  []messaging.Delivery
+	fate   []int // how often the handler fails on each; -1: permanently
+	next   int   // the first that was never delivered
 }
 
 func newModel(r *rapid.T, b *bundle) *model {
-	m := &model{bundle: b, processor: b.processor(eager)}
+	m := &model{bundle: b, box: b.inbox(eager)}
 	keys := rapid.SampledFrom([]string{"", "a", "a", "b"})
 	fates := rapid.SampledFrom([]int{0, 0, 0, 1, 3, forever, -1})
 	for i := range rapid.IntRange(1, 12).Draw(r, "messages") {
@@ -70,7 +70,7 @@ func newModel(r *rapid.T, b *bundle) *model {
 func (m *model) deliver(r *rapid.T) {
 	from := max(0, m.next-rapid.IntRange(0, 3).Draw(r, "again"))
 	m.next = min(len(m.queue), m.next+rapid.IntRange(1, 4).Draw(r, "new"))
-	process(r, m.processor, m.queue[from:m.next]...)
+	process(r, m.box, m.queue[from:m.next]...)
 }
 
 // redeliver hands in copies of what came before, in any order: a relay published them twice.
@@ -78,7 +78,7 @@ func (m *model) redeliver(r *rapid.T) {
 	if m.next == 0 {
 		return
 	}
-	process(r, m.processor, rapid.SliceOfN(rapid.SampledFrom(m.queue[:m.next]), 1, 4).Draw(r, "copies")...)
+	process(r, m.box, rapid.SliceOfN(rapid.SampledFrom(m.queue[:m.next]), 1, 4).Draw(r, "copies")...)
 }
 
 // breakOff hands in the next few and ends the context in the handler of one. They are not acked, so they come again.
@@ -92,7 +92,7 @@ func (m *model) breakOff(r *rapid.T) {
 	defer cancel()
 	do := m.bundle.acts[victim]
 	m.bundle.on(victim, func(ctx context.Context, tx pgx.Tx) error { cancel(); return do(ctx, tx) })
-	err := m.processor.Process(ctx, m.queue[m.next:end])
+	err := m.box.Process(ctx, m.queue[m.next:end])
 	m.bundle.on(victim, do)
 	if err == nil && m.bundle.ran(victim) > 0 && ctx.Err() != nil {
 		r.Fatal("no error although the context ended in the handler")
@@ -103,8 +103,8 @@ func (m *model) breakOff(r *rapid.T) {
 }
 
 func (m *model) finish(r *rapid.T) {
-	process(r, m.processor, m.queue[m.next:]...)
-	retryAll(r, m.processor)
+	process(r, m.box, m.queue[m.next:]...)
+	retryAll(r, m.box)
 }
 
 func (m *model) check(r *rapid.T) {

@@ -25,12 +25,12 @@ const waitingSQL = `SELECT DISTINCT key FROM inbox_retry WHERE consumer = $1 AND
 
 // waitingKeys tells which keys of items have messages in inbox_retry: whatever comes later on those keys queues behind them. A message
 // that is being retried at this moment counts, until its effect is committed.
-func (p *Processor) waitingKeys(ctx context.Context, tx pgx.Tx, items []*item) (map[string]bool, error) {
+func (b *Inbox) waitingKeys(ctx context.Context, tx pgx.Tx, items []*item) (map[string]bool, error) {
 	keys := make([]string, 0, len(items))
 	for _, one := range items {
 		keys = append(keys, one.Key)
 	}
-	rows, err := tx.Query(ctx, waitingSQL, p.group.name, keys)
+	rows, err := tx.Query(ctx, waitingSQL, b.group.name, keys)
 	if err != nil {
 		return nil, fmt.Errorf("look for waiting keys: %w", err)
 	}
@@ -47,11 +47,11 @@ func (p *Processor) waitingKeys(ctx context.Context, tx pgx.Tx, items []*item) (
 }
 
 // setAside keeps a message whose handler failed: for a retry, or as a dead letter if no retry can help.
-func (p *Processor) setAside(ctx context.Context, tx pgx.Tx, one *item, cause *failure) error {
-	if final(cause) || p.config.MaxAttempts <= 1 {
-		return deadletter.Insert(ctx, tx, p.letter(ctx, one.Delivery, 1, cause))
+func (b *Inbox) setAside(ctx context.Context, tx pgx.Tx, one *item, cause *failure) error {
+	if final(cause) || b.config.MaxAttempts <= 1 {
+		return deadletter.Insert(ctx, tx, b.letter(ctx, one.Delivery, 1, cause))
 	}
-	return p.queue(ctx, tx, one, cause)
+	return b.queue(ctx, tx, one, cause)
 }
 
 const queueSQL = `
@@ -59,13 +59,13 @@ INSERT INTO inbox_retry (consumer, message_id, type, key, payload, headers, atte
 VALUES ($1, $2, $3, $4, $5, $6, $7, $7, clock_timestamp() + $8, $9)`
 
 // queue puts a message behind those of its key that wait already.
-func (p *Processor) queue(ctx context.Context, tx pgx.Tx, one *item, cause *failure) error {
+func (b *Inbox) queue(ctx context.Context, tx pgx.Tx, one *item, cause *failure) error {
 	attempts, pause := 0, time.Duration(0)
 	if cause != waitingTurn {
-		attempts, pause = 1, p.pause(1)
-		slog.WarnContext(ctx, "message will be retried", "consumer", p.group.name, "message_id", one.ID, "attempt", 1, "error", cause, "retry_in", pause)
+		attempts, pause = 1, b.pause(1)
+		slog.WarnContext(ctx, "message will be retried", "consumer", b.group.name, "message_id", one.ID, "attempt", 1, "error", cause, "retry_in", pause)
 	}
-	_, err := tx.Exec(ctx, queueSQL, p.group.name, one.ID, one.Type, one.Key, notNil(one.Payload), headersOf(one.Delivery), attempts, pause, messaging.CleanText(cause.Error()))
+	_, err := tx.Exec(ctx, queueSQL, b.group.name, one.ID, one.Type, one.Key, messaging.NotNil(one.Payload), headersOf(one.Delivery), attempts, pause, messaging.CleanText(cause.Error()))
 	if err != nil {
 		return fmt.Errorf("queue retry: %w", err)
 	}
@@ -73,18 +73,18 @@ func (p *Processor) queue(ctx context.Context, tx pgx.Tx, one *item, cause *fail
 }
 
 // Run retries what is due until ctx is done. Any number of processes may do so.
-func (p *Processor) Run(ctx context.Context) error {
+func (b *Inbox) Run(ctx context.Context) error {
 	for ctx.Err() == nil {
-		found, err := p.RetryNext(ctx)
+		found, err := b.RetryNext(ctx)
 		if err != nil && ctx.Err() == nil {
-			slog.WarnContext(ctx, "retries interrupted", "consumer", p.group.name, "error", err)
+			slog.WarnContext(ctx, "retries interrupted", "consumer", b.group.name, "error", err)
 		}
 		if found && err == nil {
 			continue
 		}
 		select {
 		case <-ctx.Done():
-		case <-time.After(p.config.PollInterval):
+		case <-time.After(b.config.PollInterval):
 		}
 	}
 	return nil
@@ -113,10 +113,10 @@ WHERE seq = (
 RETURNING seq, attempts, starts, message_id, type, key, payload, headers`
 
 // RetryNext runs the handler on the message that has been due longest. It returns false if none is due.
-func (p *Processor) RetryNext(ctx context.Context) (found bool, err error) {
+func (b *Inbox) RetryNext(ctx context.Context) (found bool, err error) {
 	var one retry
-	err = postgres.Transact(ctx, p.db, func(tx pgx.Tx) error {
-		return tx.QueryRow(ctx, claimSQL, p.group.name, p.config.HandlerTimeout+5*time.Second).
+	err = postgres.Transact(ctx, b.db, func(tx pgx.Tx) error {
+		return tx.QueryRow(ctx, claimSQL, b.group.name, b.config.HandlerTimeout+5*time.Second).
 			Scan(&one.seq, &one.attempts, &one.starts, &one.ID, &one.Type, &one.Key, &one.Payload, &one.Headers)
 	})
 	if errors.Is(err, pgx.ErrNoRows) {
@@ -127,25 +127,30 @@ func (p *Processor) RetryNext(ctx context.Context) (found bool, err error) {
 	}
 	if one.starts-one.attempts > maxCrashes {
 		crashed := fmt.Errorf("the handler was started %d times without coming to an end", one.starts-one.attempts-1)
-		return true, p.retryFailed(ctx, one, &failure{&rejection{deadletter.Crashed, crashed}})
+		return true, b.retryFailed(ctx, one, &failure{&rejection{deadletter.Crashed, crashed}})
 	}
-	err = postgres.Transact(ctx, p.db, func(tx pgx.Tx) error {
-		if err := p.remove(ctx, tx, one); err != nil {
-			return err
+	ran := false
+	err = postgres.Transact(ctx, b.db, func(tx pgx.Tx) error {
+		ran = false
+		err := b.remove(ctx, tx, one)
+		if err == nil {
+			err = b.run(ctx, tx, one.Delivery)
 		}
-		return p.run(ctx, tx, one.Delivery)
+		ran = err == nil
+		return err
 	})
+	err = blameHandlers(err, ran)
 	var failed *failure
 	if errors.As(err, &failed) {
-		err = p.retryFailed(ctx, one, failed)
+		err = b.retryFailed(ctx, one, failed)
 	} else if err == nil {
-		p.config.AfterCommit()
+		b.config.AfterCommit()
 	}
 	if errors.Is(err, errStolen) {
 		return true, nil
 	}
 	if err != nil {
-		p.giveBack(ctx, one)
+		b.giveBack(ctx, one)
 	}
 	return true, err
 }
@@ -156,12 +161,12 @@ WHERE seq = $1 AND starts = $2 AND attempts = $3`
 
 // giveBack takes back the start of a run that the database or the end of the process broke off: it was not the message's fault.
 // If that fails too, the start stays counted; only several of them in a row do harm.
-func (p *Processor) giveBack(ctx context.Context, one retry) {
+func (b *Inbox) giveBack(ctx context.Context, one retry) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
 	defer cancel()
-	_, err := p.db.Exec(ctx, giveBackSQL, one.seq, one.starts, one.attempts)
+	_, err := b.db.Exec(ctx, giveBackSQL, one.seq, one.starts, one.attempts)
 	if err != nil {
-		slog.WarnContext(ctx, "retry not given back", "consumer", p.group.name, "message_id", one.ID, "error", err)
+		slog.WarnContext(ctx, "retry not given back", "consumer", b.group.name, "message_id", one.ID, "error", err)
 	}
 }
 
@@ -169,7 +174,7 @@ func (p *Processor) giveBack(ctx context.Context, one retry) {
 var errStolen = errors.New("retry was taken over by another process")
 
 // remove deletes the row that was claimed, if the claim still holds.
-func (p *Processor) remove(ctx context.Context, tx pgx.Tx, one retry) error {
+func (b *Inbox) remove(ctx context.Context, tx pgx.Tx, one retry) error {
 	tag, err := tx.Exec(ctx, `DELETE FROM inbox_retry WHERE seq = $1 AND starts = $2 AND attempts = $3`, one.seq, one.starts, one.attempts)
 	if err == nil && tag.RowsAffected() == 0 {
 		return errStolen
@@ -182,27 +187,27 @@ UPDATE inbox_retry SET attempts = attempts + 1, starts = attempts + 1, due_at = 
 WHERE seq = $1 AND starts = $2 AND attempts = $3`
 
 // retryFailed puts a message off once more, or gives it up.
-func (p *Processor) retryFailed(ctx context.Context, one retry, cause *failure) error {
+func (b *Inbox) retryFailed(ctx context.Context, one retry, cause *failure) error {
 	attempts := one.attempts + 1
-	return postgres.Transact(ctx, p.db, func(tx pgx.Tx) error {
-		if final(cause) || attempts >= p.config.MaxAttempts {
-			if err := p.remove(ctx, tx, one); err != nil {
+	return postgres.Transact(ctx, b.db, func(tx pgx.Tx) error {
+		if final(cause) || attempts >= b.config.MaxAttempts {
+			if err := b.remove(ctx, tx, one); err != nil {
 				return err
 			}
-			return deadletter.Insert(ctx, tx, p.letter(ctx, one.Delivery, attempts, cause))
+			return deadletter.Insert(ctx, tx, b.letter(ctx, one.Delivery, attempts, cause))
 		}
-		pause := p.pause(attempts)
-		slog.WarnContext(ctx, "message will be retried", "consumer", p.group.name, "message_id", one.ID, "attempt", attempts, "error", cause, "retry_in", pause)
+		pause := b.pause(attempts)
+		slog.WarnContext(ctx, "message will be retried", "consumer", b.group.name, "message_id", one.ID, "attempt", attempts, "error", cause, "retry_in", pause)
 		_, err := tx.Exec(ctx, postponeSQL, one.seq, one.starts, one.attempts, pause, messaging.CleanText(cause.Error()))
 		return err
 	})
 }
 
 // pause is exponential, with jitter so that what failed together does not come back together.
-func (p *Processor) pause(attempts int) time.Duration {
-	pause, doublings := p.config.RetryMax, attempts-1
-	if p.config.RetryBase <= p.config.RetryMax>>doublings { // shifted this way it cannot overflow
-		pause = p.config.RetryBase << doublings
+func (b *Inbox) pause(attempts int) time.Duration {
+	pause, doublings := b.config.RetryMax, attempts-1
+	if b.config.RetryBase <= b.config.RetryMax>>doublings { // shifted this way it cannot overflow
+		pause = b.config.RetryBase << doublings
 	}
 	return time.Duration(float64(pause) * (0.75 + rand.Float64()/2))
 }
@@ -214,7 +219,7 @@ func final(cause *failure) bool {
 }
 
 // letter makes the dead letter of a message, and logs it.
-func (p *Processor) letter(ctx context.Context, d messaging.Delivery, attempts int, cause *failure) deadletter.Letter {
+func (b *Inbox) letter(ctx context.Context, d messaging.Delivery, attempts int, cause *failure) deadletter.Letter {
 	var rejected *rejection
 	reason := deadletter.Exhausted
 	switch {
@@ -223,9 +228,9 @@ func (p *Processor) letter(ctx context.Context, d messaging.Delivery, attempts i
 	case messaging.IsPermanent(cause):
 		reason = deadletter.Permanent
 	}
-	slog.ErrorContext(ctx, "message is dead", "consumer", p.group.name, "message_id", d.ID, "type", d.Type, "attempt", attempts, "reason", reason, "error", cause)
+	slog.ErrorContext(ctx, "message is dead", "consumer", b.group.name, "message_id", d.ID, "type", d.Type, "attempt", attempts, "reason", reason, "error", cause)
 	return deadletter.Letter{
-		Consumer: p.group.name, MessageID: d.ID, Type: d.Type, Key: d.Key, Payload: d.Payload, Headers: d.Headers,
+		Consumer: b.group.name, MessageID: d.ID, Type: d.Type, Key: d.Key, Payload: d.Payload, Headers: d.Headers,
 		Reason: reason, Error: cause.Error(), Attempts: attempts,
 	}
 }
@@ -236,12 +241,4 @@ func headersOf(d messaging.Delivery) map[string]string {
 		return map[string]string{}
 	}
 	return d.Headers
-}
-
-// notNil keeps an empty payload from becoming NULL.
-func notNil(payload []byte) []byte {
-	if payload == nil {
-		return []byte{}
-	}
-	return payload
 }

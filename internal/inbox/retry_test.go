@@ -25,9 +25,9 @@ func TestOrderOfAKeySurvivesFailures(t *testing.T) {
 		t.Parallel()
 		b := setup(t)
 		b.on("k1", fails)
-		p := b.processor(eager)
+		p := b.inbox(eager)
 		process(t, p, probe("other", "o1"), probe("k", "k1"), probe("k", "k2"), probe("", "free"), probe("other", "o2"))
-		process(t, b.processor(eager), probe("k", "k3"), probe("other", "o3"))
+		process(t, b.inbox(eager), probe("k", "k3"), probe("other", "o3"))
 		b.wantEffects(t, "o1", "free", "o2", "o3")
 		b.wantWaiting(t, "k1 1/1", "k2 0/0", "k3 0/0")
 		retryOne(t, p)
@@ -44,7 +44,7 @@ func TestOrderOfAKeySurvivesFailures(t *testing.T) {
 		b := setup(t)
 		b.on("k1", fails)
 		b.on("k3", fails)
-		p := b.processor(eager)
+		p := b.inbox(eager)
 		process(t, p, probe("k", "k1"), probe("k", "k2"), probe("k", "k3"), probe("k", "k4"))
 		retryAll(t, p)
 		b.wantDead(t, "exhausted 3", "exhausted 3")
@@ -56,7 +56,7 @@ func TestOrderOfAKeySurvivesFailures(t *testing.T) {
 		t.Parallel()
 		b := setup(t)
 		b.on("k1", fails)
-		p := b.processor(Config{RetryBase: time.Hour})
+		p := b.inbox(Config{RetryBase: time.Hour})
 		process(t, p, probe("k", "k1"), probe("k", "k2"))
 		if retryOne(t, p) {
 			t.Error("one was found due")
@@ -69,7 +69,7 @@ func TestOrderOfAKeySurvivesFailures(t *testing.T) {
 		b := setup(t)
 		suspect, once := probe("k", "suspect"), probe("", "once")
 		suspect.Count, once.Count = 2, 1
-		p := b.processor(eager)
+		p := b.inbox(eager)
 		process(t, p, once, suspect, probe("k", "behind"), probe("", "free"))
 		b.wantEffects(t, "once", "free")
 		b.wantWaiting(t, "suspect 0/0", "behind 0/0")
@@ -86,14 +86,14 @@ func TestRetryIsOneTransaction(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
 	b.on("k1", fails)
-	p := b.processor(eager)
+	p := b.inbox(eager)
 	process(t, p, probe("k", "k1"))
 	b.on("k1", func(context.Context, pgx.Tx) error {
 		b.wantWaiting(t, "k1 1/2")
 		b.wantEffects(t)
 		// What comes now queues behind, and nobody else takes it or the one that runs.
-		process(t, b.processor(eager), probe("k", "k2"))
-		if retryOne(t, b.processor(eager)) {
+		process(t, b.inbox(eager), probe("k", "k2"))
+		if retryOne(t, b.inbox(eager)) {
 			t.Error("somebody else found something due")
 		}
 		return nil
@@ -110,7 +110,7 @@ func TestRetrySkipsWhatAnotherHolds(t *testing.T) {
 	b := setup(t)
 	b.on("held", fails)
 	b.on("free", fails)
-	p := b.processor(eager)
+	p := b.inbox(eager)
 	process(t, p, probe("k", "held"), probe("k", "behind"))
 	process(t, p, probe("", "free"))
 	b.on("free", nil)
@@ -150,7 +150,7 @@ func TestRetriesByManyProcesses(t *testing.T) {
 			b.on(text, fails)
 		}
 	}
-	process(t, b.processor(Config{RetryBase: 1}), batch...)
+	process(t, b.inbox(Config{RetryBase: 1}), batch...)
 	b.wantEffects(t)
 	for _, d := range batch {
 		text, n := d.Headers["probe"], running[d.Key]
@@ -168,7 +168,7 @@ func TestRetriesByManyProcesses(t *testing.T) {
 	}
 	done := make(chan error)
 	for range processes {
-		p := b.processor(Config{RetryBase: 1})
+		p := b.inbox(Config{RetryBase: 1})
 		go func() {
 			for {
 				if found, err := p.RetryNext(t.Context()); err != nil || !found {
@@ -183,7 +183,7 @@ func TestRetriesByManyProcesses(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	retryAll(t, b.processor(Config{RetryBase: 1}))
+	retryAll(t, b.inbox(Config{RetryBase: 1}))
 	b.wantDead(t)
 	b.wantWaiting(t)
 	got := b.list(t, `SELECT name FROM effects WHERE n = 1 AND consumer = $1 ORDER BY left(name, 1), seq`)
@@ -196,7 +196,7 @@ func TestRunRetriesUntilItsContextIsDone(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
 	b.on("bad", fails)
-	p := b.processor(Config{RetryBase: 1, PollInterval: time.Millisecond})
+	p := b.inbox(Config{RetryBase: 1, PollInterval: time.Millisecond})
 	process(t, p, probe("", "bad"))
 	applied := make(chan struct{})
 	ctx, cancel := context.WithCancel(t.Context())
@@ -218,7 +218,7 @@ func TestAfterCommit(t *testing.T) {
 	calls := 0
 	config := eager
 	config.AfterCommit = func() { calls++ }
-	p := b.processor(config)
+	p := b.inbox(config)
 	want := func(what string, n int) {
 		t.Helper()
 		if calls != n {

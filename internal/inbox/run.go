@@ -19,28 +19,43 @@ type failure struct{ error }
 func (f *failure) Unwrap() error { return f.error }
 
 // run runs the handler. What it returns is a *failure, unless the database or the end of ctx is to blame.
-func (p *Processor) run(ctx context.Context, tx pgx.Tx, delivery messaging.Delivery) error {
-	limited, cancel := context.WithTimeout(ctx, p.config.HandlerTimeout)
+func (b *Inbox) run(ctx context.Context, tx pgx.Tx, delivery messaging.Delivery) error {
+	limited, cancel := context.WithTimeout(ctx, b.config.HandlerTimeout)
 	defer cancel()
-	err := p.runSafely(limited, tx, delivery)
+	err := b.runSafely(limited, tx, delivery)
 	switch {
 	case ctx.Err() != nil:
 		return ctx.Err()
 	case err == nil:
 		return committable(tx)
 	case limited.Err() != nil:
-		return &failure{fmt.Errorf("handler ran longer than %s: %w", p.config.HandlerTimeout, err)}
+		return &failure{fmt.Errorf("handler ran longer than %s: %w", b.config.HandlerTimeout, err)}
 	case isDatabaseAway(tx, err):
 		return err
 	}
 	return &failure{err}
 }
 
-// isDatabaseAway tells whether err comes of this database being away. An error that only looks like it, such as the io.EOF of a
-// handler that parses a file or calls another service, is the handler's: waiting for the database to come back would be for ever.
+// isDatabaseAway tells whether err comes of this database being away, or unable to write at all. An error that only looks like it is the
+// handler's: the io.EOF of one that parses a file, a failure of another database, or locks without number. Waiting for the database to come back would
+// be for ever.
 func isDatabaseAway(tx pgx.Tx, err error) bool {
+	if tx.Conn().IsClosed() {
+		return errors.Is(postgres.Classify(err), postgres.ErrUnavailable)
+	}
 	var refused *pgconn.PgError
-	return errors.Is(postgres.Classify(err), postgres.ErrUnavailable) && (tx.Conn().IsClosed() || errors.As(err, &refused))
+	ours := tx.Conn().PgConn().TxStatus() == 'E'                                                    // else the error came over another connection
+	return ours && errors.As(err, &refused) && (refused.Code == "25006" || refused.Code == "53100") // read-only, disk full
+}
+
+// blameHandlers makes the handlers' failure of what Postgres refuses at COMMIT although they ran to their end, as it does when a deferred
+// constraint does not hold.
+func blameHandlers(err error, ran bool) error {
+	var refused *pgconn.PgError
+	if !ran || !errors.As(err, &refused) || errors.Is(err, postgres.ErrOutcomeUnknown) || errors.Is(postgres.Classify(err), postgres.ErrUnavailable) {
+		return err
+	}
+	return &failure{err}
 }
 
 // committable returns a *failure if the handler returned nil but left a transaction that cannot be committed. COMMIT would fail each
@@ -60,12 +75,12 @@ func committable(tx pgx.Tx) error {
 	return nil
 }
 
-func (p *Processor) runSafely(ctx context.Context, tx pgx.Tx, delivery messaging.Delivery) (err error) {
+func (b *Inbox) runSafely(ctx context.Context, tx pgx.Tx, delivery messaging.Delivery) (err error) {
 	defer func() {
 		if cause := recover(); cause != nil {
-			slog.ErrorContext(ctx, "handler panicked", "consumer", p.group.name, "message_id", delivery.ID, "panic", cause, "stack", string(debug.Stack()))
+			slog.ErrorContext(ctx, "handler panicked", "consumer", b.group.name, "message_id", delivery.ID, "panic", cause, "stack", string(debug.Stack()))
 			err = fmt.Errorf("handler panicked: %v", cause)
 		}
 	}()
-	return p.group.handle(ctx, tx, delivery)
+	return b.group.handle(ctx, tx, delivery)
 }

@@ -46,13 +46,17 @@ type bundle struct {
 func setup(t testing.TB) *bundle {
 	t.Helper()
 	db := testenv.Postgres(t)
-	_, err := db.Exec(t.Context(), `
+	exec(t, db, `
 		CREATE TABLE effects (
 			consumer text, name text, n integer NOT NULL, seq bigint GENERATED ALWAYS AS IDENTITY, PRIMARY KEY (consumer, name))`)
-	if err != nil {
-		t.Fatalf("create table: %v", err)
-	}
 	return newBundle(db, "group")
+}
+
+func exec(t testing.TB, db *pgxpool.Pool, sql string, args ...any) {
+	t.Helper()
+	if _, err := db.Exec(t.Context(), sql, args...); err != nil {
+		t.Fatalf("%s: %v", sql, err)
+	}
 }
 
 // newBundle makes one more group on the same database, for tests of many cases. It sees nothing of the others.
@@ -91,7 +95,7 @@ func (b *bundle) ran(text string) int {
 // eager is a Config whose retries are due at once.
 var eager = Config{MaxAttempts: 3, RetryBase: time.Nanosecond}
 
-func (b *bundle) processor(config Config) *Processor { return NewProcessor(b.db, b.group, config) }
+func (b *bundle) inbox(config Config) *Inbox { return New(b.db, b.group, config) }
 
 func probe(key, text string) messaging.Delivery {
 	m := messaging.New(key, wrapperspb.String(text))
@@ -115,7 +119,7 @@ type tester interface {
 	Fatalf(format string, args ...any)
 }
 
-func process(t tester, p *Processor, deliveries ...messaging.Delivery) {
+func process(t tester, p *Inbox, deliveries ...messaging.Delivery) {
 	t.Helper()
 	if err := p.Process(t.Context(), deliveries); err != nil {
 		t.Fatalf("process: %v", err)
@@ -123,14 +127,14 @@ func process(t tester, p *Processor, deliveries ...messaging.Delivery) {
 }
 
 // retryAll retries until nothing is due, and returns how many there were.
-func retryAll(t tester, p *Processor) (n int) {
+func retryAll(t tester, p *Inbox) (n int) {
 	t.Helper()
 	for ; retryOne(t, p); n++ {
 	}
 	return n
 }
 
-func retryOne(t tester, p *Processor) bool {
+func retryOne(t tester, p *Inbox) bool {
 	t.Helper()
 	found, err := p.RetryNext(t.Context())
 	if err != nil {

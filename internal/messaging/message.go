@@ -97,3 +97,11 @@ func (m Message) Validate() error {
 	}
 	return nil
 }
+
+// NotNil keeps a payload of no bytes, which is a valid protobuf message, from becoming NULL in SQL.
+func NotNil(payload []byte) []byte {
+	if payload == nil {
+		return []byte{}
+	}
+	return payload
+}

@@ -159,7 +159,7 @@ func (b *bundle) handle(t testing.TB, batch []messaging.Delivery) {
 	t.Helper()
 	for _, group := range b.groups {
 		wanted := slices.DeleteFunc(slices.Clone(batch), func(d messaging.Delivery) bool { return !slices.Contains(group.Types(), d.Type) })
-		if err := inbox.NewProcessor(b.db, group, inbox.Config{}).Process(t.Context(), wanted); err != nil {
+		if err := inbox.New(b.db, group, inbox.Config{}).Process(t.Context(), wanted); err != nil {
 			t.Fatal(err)
 		}
 	}

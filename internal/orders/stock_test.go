@@ -123,9 +123,9 @@ func TestRacesForStock(t *testing.T) {
 	var racing sync.WaitGroup
 	for part := range slices.Chunk(batch, len(batch)/4) {
 		racing.Go(func() {
-			processor := inbox.NewProcessor(b.db, b.groups[0], inbox.Config{})
+			box := inbox.New(b.db, b.groups[0], inbox.Config{})
 			for _, message := range part { // one transaction each: all four wait for each other's rows
-				if err := processor.Process(t.Context(), []messaging.Delivery{message}); err != nil {
+				if err := box.Process(t.Context(), []messaging.Delivery{message}); err != nil {
 					t.Error(err)
 				}
 			}

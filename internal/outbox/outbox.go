@@ -112,17 +112,9 @@ func columnsOf(ctx context.Context, messages []messaging.Message) ([]any, error)
 			return nil, err
 		}
 		ids[i], types[i], keys[i] = message.ID, message.Type, message.Key
-		payloads[i], headers[i] = notNil(message.Payload), message.Headers
+		payloads[i], headers[i] = messaging.NotNil(message.Payload), message.Headers
 	}
 	return []any{ids, types, keys, payloads, headers}, nil
-}
-
-// notNil keeps a payload of no bytes, which is a valid protobuf message, from becoming NULL.
-func notNil(payload []byte) []byte {
-	if payload == nil {
-		return []byte{}
-	}
-	return payload
 }
 
 // withTrace returns a copy of headers with the W3C trace context of ctx. It is stored in the row because the relay publishes

@@ -55,12 +55,12 @@ func run(ctx context.Context, role string) error {
 		relay := outbox.NewRelay(db, newPublisher, config)
 		running.Go(func() error { return relay.Run(ctx) })
 	case "consumer":
-		processor := inbox.NewProcessor(db, group, inbox.Config{PollInterval: 20 * time.Millisecond})
+		box := inbox.New(db, group, inbox.Config{PollInterval: 20 * time.Millisecond})
 		consumer := rabbit.NewConsumer(rabbit.ConsumerConfig{
 			URL: amqpURL, Topology: topology, Queue: queue, Name: "victim consumer", Batch: 20, Lanes: 2,
-		}, processor.Process)
+		}, box.Process)
 		running.Go(func() error { return consumer.Run(ctx) })
-		running.Go(func() error { return processor.Run(ctx) })
+		running.Go(func() error { return box.Run(ctx) })
 	default:
 		return fmt.Errorf("no such role: %q", role)
 	}
