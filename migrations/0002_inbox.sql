@@ -28,6 +28,43 @@ END
 $$;
 -- +goose StatementEnd
 
+CREATE INDEX inbox_slot_foreign_received_at_idx ON inbox_slot_foreign USING brin (received_at);
+
+-- Forgets messages that are older than the time to remember: empties the slots that hold nothing younger, and returns them. The time is in the IDs,
+-- so a row that is inserted meanwhile does not change the answer unless it belongs here, and then the lock, which waits for
+-- who has inserted, shows it. Messages without a time in their IDs are deleted, some at a time.
+-- +goose StatementBegin
+CREATE FUNCTION inbox_sweep(remember interval) RETURNS smallint[]
+    LANGUAGE plpgsql SET lock_timeout = '100ms' AS $$
+DECLARE
+    oldest  CONSTANT timestamptz := clock_timestamp() - remember;
+    first   CONSTANT uuid := (lpad(to_hex((extract(epoch FROM oldest) * 1000)::bigint), 12, '0') || '70008000000000000000')::uuid;
+    part    text;
+    kept    boolean;
+    emptied smallint[] := '{}';
+BEGIN
+    FOR slot IN 0..7 LOOP
+        part := 'inbox_slot_' || slot;
+        CONTINUE WHEN pg_relation_size(part::regclass) = 0;
+        EXECUTE format('SELECT EXISTS (SELECT FROM %I WHERE message_id >= $1)', part) INTO kept USING first;
+        CONTINUE WHEN kept;
+        BEGIN
+            EXECUTE format('LOCK TABLE ONLY %I IN ACCESS EXCLUSIVE MODE', part);
+            EXECUTE format('SELECT EXISTS (SELECT FROM %I WHERE message_id >= $1)', part) INTO kept USING first;
+            IF NOT kept THEN
+                EXECUTE format('TRUNCATE ONLY %I', part);
+                emptied := emptied || slot::smallint;
+            END IF;
+        EXCEPTION WHEN lock_not_available THEN
+            NULL; -- next time
+        END;
+    END LOOP;
+    DELETE FROM inbox_slot_foreign WHERE ctid = ANY (ARRAY(SELECT ctid FROM inbox_slot_foreign WHERE received_at < oldest LIMIT 10000));
+    RETURN emptied;
+END
+$$;
+-- +goose StatementEnd
+
 CREATE TABLE inbox_retry (
     -- The order in which the messages of one key came.
     seq        bigint      NOT NULL GENERATED ALWAYS AS IDENTITY CONSTRAINT inbox_retry_pkey PRIMARY KEY,
@@ -52,4 +89,5 @@ CREATE INDEX inbox_retry_key_idx ON inbox_retry (consumer, key, seq) WHERE key <
 CREATE INDEX inbox_retry_due_idx ON inbox_retry (consumer, due_at);
 
 -- +goose Down
+DROP FUNCTION inbox_sweep;
 DROP TABLE inbox_retry, inbox;

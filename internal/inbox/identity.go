@@ -18,10 +18,6 @@ const (
 	slots      = 8
 	// foreignSlot holds messages whose IDs carry no time.
 	foreignSlot = -1
-	// window is how old a message may be. One slot less than the ring, since the oldest slot is emptied for the next.
-	window = (slots - 1) * slotLength
-	// maxSkew is how far in the future the time in an ID may lie: the sender's clock against ours.
-	maxSkew = 10 * time.Minute
 )
 
 // identity is what a message is known by in the inbox.
@@ -50,21 +46,31 @@ func wellFormed(d messaging.Delivery) error {
 	return nil
 }
 
-// identify finds the slot of a message ID. A UUIDv7 carries its time of birth, so all copies of a message come to the same slot, where
-// the primary key tells that they are one. What is older than the window may have been applied and forgotten: it is refused, not
+// identify finds out what a message is known by. What is older than the window may have been applied and forgotten: it is refused, not
 // guessed at. So is what claims to come from the future, since its slot will be emptied before its time.
-func identify(id string, now time.Time) (identity, error) {
+func (r ring) identify(id string, now time.Time) (identity, error) {
 	if id == "" {
 		return identity{}, &rejection{deadletter.NoID, errNoID}
 	}
+	who := identityOf(id, r.slot)
+	if who.slot == foreignSlot {
+		return who, nil
+	}
+	born := time.Unix(who.id.Time().UnixTime()).UTC()
+	if age := now.Sub(born); age > r.window() || age < -r.skew() {
+		return identity{}, &rejection{deadletter.OutsideWindow, fmt.Errorf(
+			"the message ID was made at %s; the inbox can only tell copies of messages between %s old and %s ahead", born, r.window(), r.skew())}
+	}
+	return who, nil
+}
+
+// identityOf finds the slot of a message ID. A UUIDv7 carries its time of birth, so all copies of a message come to the same slot, where
+// the primary key tells that they are one.
+func identityOf(id string, slot time.Duration) identity {
 	parsed, err := uuid.Parse(id)
 	if err != nil || parsed.Version() != 7 || parsed.Variant() != uuid.RFC4122 {
-		return identity{foreignSlot, uuid.NewHash(sha256.New(), foreignIDs, []byte(id), 8)}, nil
+		return identity{foreignSlot, uuid.NewHash(sha256.New(), foreignIDs, []byte(id), 8)}
 	}
-	born := time.Unix(parsed.Time().UnixTime()).UTC()
-	if age := now.Sub(born); age > window || age < -maxSkew {
-		return identity{}, &rejection{deadletter.OutsideWindow, fmt.Errorf(
-			"the message ID was made at %s; the inbox can only tell copies of messages between %s old and %s ahead", born, window, maxSkew)}
-	}
-	return identity{int16(born.Unix() / int64(slotLength.Seconds()) % slots), parsed}, nil
+	born := time.Unix(parsed.Time().UnixTime())
+	return identity{int16(born.UnixMilli() / slot.Milliseconds() % slots), parsed}
 }

@@ -29,28 +29,28 @@ func TestIdentify(t *testing.T) {
 		t.Parallel()
 		for age, reason := range map[time.Duration]deadletter.Reason{
 			0:                                "",
-			window:                           "",
-			window + time.Millisecond:        deadletter.OutsideWindow,
+			days.window():                    "",
+			days.window() + time.Millisecond: deadletter.OutsideWindow,
 			20 * 365 * 24 * time.Hour:        deadletter.OutsideWindow,
-			-maxSkew:                         "",
-			-maxSkew - time.Millisecond:      deadletter.OutsideWindow,
+			-days.skew():                     "",
+			-days.skew() - time.Millisecond:  deadletter.OutsideWindow,
 			-200 * 365 * 24 * time.Hour:      deadletter.OutsideWindow,
 			now.Sub(time.UnixMilli(0)):       deadletter.OutsideWindow,
 			now.Sub(time.UnixMilli(1 << 40)): deadletter.OutsideWindow,
 		} {
-			_, err := identify(bornAt(now.Add(-age)), now)
+			_, err := days.identify(bornAt(now.Add(-age)), now)
 			if got := reasonOf(err); got != reason {
 				t.Errorf("age %s: got %v, want %q", age, err, reason)
 			}
 		}
-		if _, err := identify("ffffffff-ffff-7fff-bfff-ffffffffffff", now); reasonOf(err) != deadletter.OutsideWindow {
+		if _, err := days.identify("ffffffff-ffff-7fff-bfff-ffffffffffff", now); reasonOf(err) != deadletter.OutsideWindow {
 			t.Errorf("largest time: got %v", err)
 		}
 	})
 
 	t.Run("RefusesNoID", func(t *testing.T) {
 		t.Parallel()
-		if _, err := identify("", now); reasonOf(err) != deadletter.NoID {
+		if _, err := days.identify("", now); reasonOf(err) != deadletter.NoID {
 			t.Errorf("got %v", err)
 		}
 	})
@@ -63,7 +63,7 @@ func TestIdentify(t *testing.T) {
 		notRFC[8] = 0xff // the variant "reserved for the future": what looks like a version is none
 		for _, id := range []string{"1", "2", " 1", "order-1", uuid.NewString(), uuid.Must(uuid.NewV6()).String(), uuid.Nil.String(),
 			notRFC.String(), v7.String() + "x", strings.Repeat("x", 255), "日本"} {
-			got, err := identify(id, now)
+			got, err := days.identify(id, now)
 			if err != nil || got.slot != foreignSlot || got.id.Version() != 8 {
 				t.Errorf("%q: got %+v, %v", id, got, err)
 			}
@@ -77,9 +77,9 @@ func TestIdentify(t *testing.T) {
 	t.Run("DoesNotCareHowAUUIDIsSpelled", func(t *testing.T) {
 		t.Parallel()
 		id := bornAt(now)
-		want, _ := identify(id, now)
+		want, _ := days.identify(id, now)
 		for _, spelled := range []string{strings.ToUpper(id), "urn:uuid:" + id, "{" + id + "}", strings.ReplaceAll(id, "-", "")} {
-			if got, err := identify(spelled, now); got != want || err != nil {
+			if got, err := days.identify(spelled, now); got != want || err != nil {
 				t.Errorf("%q: got %+v, %v, want %+v", spelled, got, err, want)
 			}
 		}
@@ -89,22 +89,22 @@ func TestIdentify(t *testing.T) {
 	// by the time its turn comes again.
 	t.Run("SlotFollowsFromTheIDAlone", rapid.MakeCheck(func(t *rapid.T) {
 		born := now.Add(time.Duration(rapid.Int64Range(0, int64(30*24*time.Hour)).Draw(t, "born")))
-		first := time.Duration(rapid.Int64Range(-int64(maxSkew), int64(window)).Draw(t, "first"))
-		second := time.Duration(rapid.Int64Range(-int64(maxSkew), int64(window)).Draw(t, "second"))
+		first := time.Duration(rapid.Int64Range(-int64(days.skew()), int64(days.window())).Draw(t, "first"))
+		second := time.Duration(rapid.Int64Range(-int64(days.skew()), int64(days.window())).Draw(t, "second"))
 		id := bornAt(born)
 		born = born.Truncate(time.Millisecond)
-		one, err := identify(id, born.Add(first))
+		one, err := days.identify(id, born.Add(first))
 		if err != nil {
 			t.Fatal(err)
 		}
-		two, err := identify(id, born.Add(second))
+		two, err := days.identify(id, born.Add(second))
 		if err != nil || one != two {
 			t.Fatalf("came to %+v and %+v, %v", one, two, err)
 		}
 		if one.slot < 0 || one.slot >= slots {
 			t.Fatalf("slot %d has no partition", one.slot)
 		}
-		next, err := identify(bornAt(born.Add(slotLength)), born.Add(slotLength))
+		next, err := days.identify(bornAt(born.Add(slotLength)), born.Add(slotLength))
 		if err != nil || next.slot != (one.slot+1)%slots {
 			t.Fatalf("a day after slot %d comes slot %d, %v", one.slot, next.slot, err)
 		}
@@ -121,7 +121,7 @@ func reasonOf(err error) deadletter.Reason {
 
 func TestOutsideTheWindowNothingIsApplied(t *testing.T) {
 	t.Parallel()
-	for name, at := range map[string]time.Duration{"TooOld": -window - time.Second, "FromTheFuture": maxSkew + time.Minute} {
+	for name, at := range map[string]time.Duration{"TooOld": -days.window() - time.Second, "FromTheFuture": days.skew() + time.Minute} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			b := setup(t)
@@ -143,8 +143,8 @@ func TestEdgesOfTheWindowAreDeduplicated(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
 	old, ahead := probe("", "old"), probe("", "ahead")
-	old.ID = bornAt(time.Now().Add(-window + time.Minute))
-	ahead.ID = bornAt(time.Now().Add(maxSkew - time.Minute))
+	old.ID = bornAt(time.Now().Add(-days.window() + time.Minute))
+	ahead.ID = bornAt(time.Now().Add(days.skew() - time.Minute))
 	for range 3 {
 		process(t, b.inbox(Config{}), old, ahead)
 	}

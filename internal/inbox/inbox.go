@@ -56,6 +56,7 @@ type Inbox struct {
 	db     *pgxpool.Pool
 	group  *Group
 	config Config
+	ring   ring
 }
 
 // New makes an Inbox.
@@ -68,7 +69,7 @@ func New(db *pgxpool.Pool, group *Group, config Config) *Inbox {
 	if config.AfterCommit == nil {
 		config.AfterCommit = func() {}
 	}
-	return &Inbox{db: db, group: group, config: config}
+	return &Inbox{db: db, group: group, config: config, ring: ring{slotLength}}
 }
 
 // item is one message of a batch, with all its copies in the batch.
@@ -123,7 +124,7 @@ func (b *Inbox) admit(ctx context.Context, deliveries []messaging.Delivery) (ite
 	now := time.Now()
 	known := make(map[identity]*item, len(deliveries))
 	for _, delivery := range deliveries {
-		who, err := identify(delivery.ID, now)
+		who, err := b.ring.identify(delivery.ID, now)
 		if err == nil {
 			err = wellFormed(delivery)
 		}

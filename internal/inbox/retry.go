@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"sync"
 	"time"
 
 	"example.com/orders/internal/deadletter"
@@ -72,8 +73,11 @@ func (b *Inbox) queue(ctx context.Context, tx pgx.Tx, one *item, cause *failure)
 	return nil
 }
 
-// Run retries what is due until ctx is done. Any number of processes may do so.
+// Run retries what is due and forgets what is old, until ctx is done. Any number of processes may do so.
 func (b *Inbox) Run(ctx context.Context) error {
+	var chores sync.WaitGroup
+	defer chores.Wait()
+	chores.Go(func() { b.sweepNowAndThen(ctx) })
 	for ctx.Err() == nil {
 		found, err := b.RetryNext(ctx)
 		if err != nil && ctx.Err() == nil {

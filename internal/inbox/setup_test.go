@@ -24,6 +24,8 @@ func TestMain(m *testing.M) {
 	testenv.Main(m)
 }
 
+var days = ring{slotLength}
+
 // act is what the handler does after it has written its effect.
 type act func(ctx context.Context, tx pgx.Tx) error
 
@@ -213,7 +215,7 @@ func (b *bundle) wantKept(t tester, reason deadletter.Reason, payload []byte) {
 // wantCopies checks how many copies of a message the inbox has counted.
 func (b *bundle) wantCopies(t tester, d messaging.Delivery, want int) {
 	t.Helper()
-	who, err := identify(d.ID, time.Now())
+	who, err := days.identify(d.ID, time.Now())
 	if err != nil {
 		t.Fatalf("identify: %v", err)
 	}

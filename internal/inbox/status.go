@@ -1,0 +1,67 @@
+package inbox
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+)
+
+// Passage is what one consumer group did with a message.
+type Passage struct {
+	Consumer   string    `json:"consumer"`
+	ReceivedAt time.Time `json:"received_at"`
+	// Copies is how many deliveries came, the absorbed ones included.
+	Copies int `json:"copies"`
+	// Waits: the message is in inbox_retry, for its own sake or behind another of its key. The rest is 0 if not.
+	Waits     bool       `json:"waits"`
+	Attempts  int        `json:"attempts"`
+	DueAt     *time.Time `json:"due_at,omitempty"`
+	LastError string     `json:"last_error,omitempty"`
+}
+
+const journeySQL = `
+SELECT inbox.consumer, received_at, copies, attempts IS NOT NULL, coalesce(attempts, 0), due_at, coalesce(last_error, '')
+FROM inbox LEFT JOIN inbox_retry AS retry ON retry.consumer = inbox.consumer AND retry.message_id = $3
+WHERE slot = $1 AND inbox.message_id = $2
+ORDER BY inbox.consumer`
+
+// Journey returns what each consumer group did with a message. A group that does not appear has not taken it, or has forgotten it.
+func Journey(ctx context.Context, db *pgxpool.Pool, messageID string) ([]Passage, error) {
+	who := identityOf(messageID, slotLength)
+	rows, err := db.Query(ctx, journeySQL, who.slot, who.id, messageID)
+	if err != nil {
+		return nil, fmt.Errorf("read inbox: %w", err)
+	}
+	return pgx.CollectRows(rows, pgx.RowToStructByPos[Passage])
+}
+
+// BlockedKey is a key whose messages wait for the first of them.
+type BlockedKey struct {
+	Consumer  string    `json:"consumer"`
+	Key       string    `json:"key"`
+	Waiting   int       `json:"waiting"`
+	Since     time.Time `json:"since"`
+	MessageID string    `json:"message_id"` // the first
+	Attempts  int       `json:"attempts"`
+	DueAt     time.Time `json:"due_at"`
+	LastError string    `json:"last_error"`
+}
+
+const blockedSQL = `
+SELECT DISTINCT ON (consumer, key) consumer, key, count(*) OVER one, min(created_at) OVER one, message_id, attempts, due_at, last_error
+FROM inbox_retry
+WHERE key <> ''
+WINDOW one AS (PARTITION BY consumer, key)
+ORDER BY consumer, key, seq`
+
+// Blocked returns the keys of all consumer groups that wait for a message to be retried.
+func Blocked(ctx context.Context, db *pgxpool.Pool) ([]BlockedKey, error) {
+	rows, err := db.Query(ctx, blockedSQL)
+	if err != nil {
+		return nil, fmt.Errorf("read retries: %w", err)
+	}
+	return pgx.CollectRows(rows, pgx.RowToStructByPos[BlockedKey])
+}

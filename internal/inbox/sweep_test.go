@@ -1,0 +1,200 @@
+package inbox
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"testing"
+	"time"
+
+	"example.com/orders/internal/messaging"
+	"github.com/google/uuid"
+)
+
+// brief is an inbox whose slots last only so long.
+func (b *bundle) brief(slot time.Duration) *Inbox {
+	box := b.inbox(Config{})
+	box.ring = ring{slot}
+	return box
+}
+
+func (b *bundle) remembered(t testing.TB) (n int) {
+	t.Helper()
+	if err := b.db.QueryRow(t.Context(), `SELECT count(*) FROM inbox`).Scan(&n); err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+// aged makes a delivery whose ID was made so long ago.
+func aged(age time.Duration, text string) messaging.Delivery {
+	d := probe("", text)
+	d.ID = bornAt(time.Now().Add(-age))
+	return d
+}
+
+func sweepOnce(t testing.TB, box *Inbox) []int16 {
+	t.Helper()
+	slots, err := box.sweep(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return slots
+}
+
+func TestSweepForgetsOnlyWhatIsRefused(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	box := b.brief(time.Hour)
+	memory := box.ring.memory()
+	if box.ring.window() >= memory || memory+box.ring.skew() >= (slots-1)*box.ring.slot {
+		t.Fatalf("window %s, memory %s and skew %s leave no time to sweep", box.ring.window(), memory, box.ring.skew())
+	}
+	oldest := aged(box.ring.window()-time.Second, "oldest")
+	process(t, box, oldest, aged(0, "fresh"))
+	if slots := sweepOnce(t, box); len(slots) != 0 {
+		t.Fatalf("swept %v", slots)
+	}
+	process(t, box, oldest) // a copy
+	b.wantEffects(t, "oldest", "fresh")
+	var copies int
+	if err := b.db.QueryRow(t.Context(), `SELECT max(copies) FROM inbox`).Scan(&copies); err != nil || copies != 2 {
+		t.Errorf("%d copies, %v", copies, err)
+	}
+
+	older := aged(memory+time.Second, "older")
+	exec(t, b.db, `UPDATE inbox SET message_id = $1 WHERE message_id = $2`, older.ID, oldest.ID) // as time passes
+	if slots := sweepOnce(t, box); len(slots) != 1 {
+		t.Fatalf("swept %v", slots)
+	}
+	if n := b.remembered(t); n != 1 {
+		t.Errorf("%d are remembered", n)
+	}
+	process(t, box, older)
+	b.wantEffects(t, "oldest", "fresh")
+	b.wantDead(t, "outside_window 0")
+}
+
+func TestSweepOfForeignIDs(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	box := b.inbox(Config{})
+	one, other := probe("", "one"), probe("", "other")
+	one.ID, other.ID = "one", uuid.NewString()
+	process(t, box, one, other)
+	exec(t, b.db, `UPDATE inbox SET received_at = clock_timestamp() - interval '8 days' WHERE message_id = $1`, other.ID)
+	exec(t, b.db, `UPDATE inbox SET received_at = clock_timestamp() - interval '8 days' WHERE message_id <> $1`, other.ID)
+	process(t, box, probe("", "fresh"))
+	sweepOnce(t, box)
+	if n := b.remembered(t); n != 1 {
+		t.Errorf("%d are remembered", n)
+	}
+}
+
+// Whoever holds a slot only delays the sweep, and is not delayed for long.
+func TestSweepWaitsForNobody(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	box := b.brief(time.Hour)
+	exec(t, b.db, `INSERT INTO inbox (slot, consumer, message_id) VALUES (3, 'group', $1)`, bornAt(time.Now().Add(-100*time.Hour)))
+	tx, err := b.db.Begin(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = tx.Rollback(context.Background()) }()
+	if _, err := tx.Exec(t.Context(), `SELECT FROM inbox_slot_3`); err != nil {
+		t.Fatal(err)
+	}
+	if slots := sweepOnce(t, box); len(slots) != 0 {
+		t.Errorf("swept %v", slots)
+	}
+	if err := tx.Commit(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if slots := sweepOnce(t, box); len(slots) != 1 {
+		t.Errorf("swept %v", slots)
+	}
+}
+
+// Many turns of the ring, with copies of everything and sweeps in between: no effect is doubled, and the table stays small.
+func TestInboxStaysSmall(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	const slot = 200 * time.Millisecond
+	box := b.brief(slot)
+	ctx, cancel := context.WithCancel(t.Context())
+	var sweeping sync.WaitGroup
+	sweeping.Go(func() {
+		for ctx.Err() == nil {
+			if _, err := box.sweep(ctx); err != nil && ctx.Err() == nil {
+				t.Error(err)
+			}
+		}
+	})
+	var most [2]int
+	for n := range 4 * slots {
+		for range 3 {
+			var batch []messaging.Delivery
+			for i := range 20 {
+				batch = append(batch, probe("", fmt.Sprint("m", 20*n+i, uuid.NewString())))
+			}
+			process(t, box, batch...)
+			process(t, box, batch...)
+		}
+		time.Sleep(time.Until(time.UnixMilli((time.Now().UnixMilli()/slot.Milliseconds() + 1) * slot.Milliseconds()))) // the next slot
+		var bytes int
+		if err := b.db.QueryRow(t.Context(), `SELECT sum(pg_total_relation_size(relid)) FROM pg_partition_tree('inbox') WHERE isleaf`).Scan(&bytes); err != nil {
+			t.Fatal(err)
+		}
+		half := n / (2 * slots)
+		most[half] = max(most[half], bytes)
+	}
+	cancel()
+	sweeping.Wait()
+	var doubled int
+	if err := b.db.QueryRow(t.Context(), `SELECT count(*) FROM effects WHERE n > 1`).Scan(&doubled); err != nil || doubled > 0 {
+		t.Errorf("%d effects are doubled, %v", doubled, err)
+	}
+	t.Logf("most bytes in the first two turns of the ring: %d, in the last two: %d", most[0], most[1])
+	if most[1] > most[0]*13/10 {
+		t.Errorf("the inbox grew from %d to %d bytes", most[0], most[1])
+	}
+}
+
+func TestStatus(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	box := b.inbox(Config{RetryBase: time.Hour})
+	b.on("first", fails)
+	first, second, other := probe("k", "first"), probe("k", "second"), probe("o", "other")
+	process(t, box, first, second, other, other)
+	process(t, newBundle(b.db, "another").inbox(Config{}), other)
+	for name, one := range map[string]struct {
+		id   string
+		want string
+	}{
+		"Failed":  {first.ID, "group 1 true 1 probe failed;"},
+		"Waiting": {second.ID, "group 1 true 0 waits its turn;"},
+		"Applied": {other.ID, "another 1 false 0 ;group 2 false 0 ;"},
+		"Unknown": {probe("", "").ID, ""},
+	} {
+		passages, err := Journey(t.Context(), b.db, one.id)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var got string
+		for _, p := range passages {
+			got += fmt.Sprintf("%s %d %t %d %s;", p.Consumer, p.Copies, p.Waits, p.Attempts, p.LastError)
+		}
+		if got != one.want {
+			t.Errorf("%s: got %q, want %q", name, got, one.want)
+		}
+	}
+	blocked, err := Blocked(t.Context(), b.db)
+	if err != nil || len(blocked) != 1 {
+		t.Fatalf("blocked: %v, %v", blocked, err)
+	}
+	if k := blocked[0]; k.Key != "k" || k.Waiting != 2 || k.MessageID != first.ID || k.Attempts != 1 || k.LastError != errProbe.Error() {
+		t.Errorf("blocked: %+v", k)
+	}
+}
