@@ -22,7 +22,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"slices"
 	"time"
 
@@ -33,6 +32,9 @@ import (
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
+	"go.opentelemetry.io/otel"
+	"go.opentelemetry.io/otel/metric"
+	"go.opentelemetry.io/otel/trace"
 )
 
 // Config sets up an Inbox; the zero value is fit for production.
@@ -49,6 +51,9 @@ type Config struct {
 	PollInterval time.Duration
 	// AfterCommit is called when something was committed that may have inserted into the outbox: the place for the doorbell.
 	AfterCommit func()
+	// MeterProvider and TracerProvider take metrics and traces. Default: the global ones.
+	MeterProvider  metric.MeterProvider
+	TracerProvider trace.TracerProvider
 }
 
 // Inbox applies messages for one consumer group.
@@ -57,6 +62,8 @@ type Inbox struct {
 	group  *Group
 	config Config
 	ring   ring
+	meters meters
+	tracer trace.Tracer
 }
 
 // New makes an Inbox.
@@ -69,7 +76,16 @@ func New(db *pgxpool.Pool, group *Group, config Config) *Inbox {
 	if config.AfterCommit == nil {
 		config.AfterCommit = func() {}
 	}
-	return &Inbox{db: db, group: group, config: config, ring: ring{slotLength}}
+	if config.MeterProvider == nil {
+		config.MeterProvider = otel.GetMeterProvider()
+	}
+	if config.TracerProvider == nil {
+		config.TracerProvider = otel.GetTracerProvider()
+	}
+	return &Inbox{
+		db: db, group: group, config: config, ring: ring{slotLength},
+		meters: newMeters(config.MeterProvider, group.name), tracer: config.TracerProvider.Tracer(scope),
+	}
 }
 
 // item is one message of a batch, with all its copies in the batch.
@@ -93,7 +109,11 @@ func (b *Inbox) Process(ctx context.Context, deliveries []messaging.Delivery) er
 		return nil
 	}
 	// Last, because nothing tells copies of these: a batch that is handed in again shall not repeat them.
-	return postgres.Transact(ctx, b.db, func(tx pgx.Tx) error { return deadletter.Insert(ctx, tx, letters...) })
+	err := postgres.Transact(ctx, b.db, func(tx pgx.Tx) error { return deadletter.Insert(ctx, tx, letters...) })
+	if err == nil {
+		b.meters.dead(ctx, letters...)
+	}
+	return err
 }
 
 // settle runs items together, and if one of them fails, each by itself.
@@ -145,14 +165,15 @@ func (b *Inbox) admit(ctx context.Context, deliveries []messaging.Delivery) (ite
 // apply takes items and runs their handlers in one transaction. It returns a *failure if a handler failed, when nothing is
 // written. With known given, the items are not run but set aside for that failure.
 func (b *Inbox) apply(ctx context.Context, items []*item, known *failure) error {
-	var applied, aside int
+	var done outcome
 	ran := false
 	err := postgres.Transact(ctx, b.db, func(tx pgx.Tx) error {
-		applied, aside, ran = 0, 0, false
+		done, ran = outcome{}, false
 		fresh, err := b.take(ctx, tx, items)
 		if err != nil {
 			return err
 		}
+		done.copies = copiesIn(items) - len(fresh)
 		failpoint.Hit("consumer.taken")
 		waiting, err := b.waitingKeys(ctx, tx, fresh)
 		if err != nil {
@@ -161,34 +182,46 @@ func (b *Inbox) apply(ctx context.Context, items []*item, known *failure) error 
 		for _, one := range fresh {
 			switch {
 			case known != nil:
-				err = b.setAside(ctx, tx, one, known)
-				aside++
+				err = b.setAside(ctx, tx, one, known, &done)
 			case waiting[one.Key], one.Count >= maxBreaks:
 				err = b.queue(ctx, tx, one, waitingTurn)
+				if !waiting[one.Key] {
+					done.broken++
+				}
 				waiting[one.Key] = one.Key != ""
-				aside++
 			default:
 				err = b.run(ctx, tx, one.Delivery)
-				applied++
+				done.applied++
 			}
 			if err != nil {
 				return err
 			}
 		}
 		failpoint.Hit("consumer.handled")
-		ran = applied > 0
+		ran = done.applied > 0
 		return nil
 	})
 	if err != nil {
 		return blameHandlers(err, ran)
 	}
-	if applied > 0 {
+	b.meters.count(ctx, &done)
+	if done.applied > 0 {
 		b.config.AfterCommit()
 	}
-	if n := len(items) - applied - aside; n > 0 {
-		slog.DebugContext(ctx, "duplicates absorbed", "consumer", b.group.name, "messages", n)
-	}
 	return nil
+}
+
+func copiesIn(items []*item) (n int) {
+	for _, one := range items {
+		n += one.copies
+	}
+	return n
+}
+
+// outcome is what one transaction did, for the metrics.
+type outcome struct {
+	applied, copies, retries, broken int
+	dead                             []deadletter.Letter
 }
 
 // In the order of the primary key, so that two transactions that take the same messages cannot wait for each other. A copy that

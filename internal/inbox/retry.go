@@ -48,10 +48,13 @@ func (b *Inbox) waitingKeys(ctx context.Context, tx pgx.Tx, items []*item) (map[
 }
 
 // setAside keeps a message whose handler failed: for a retry, or as a dead letter if no retry can help.
-func (b *Inbox) setAside(ctx context.Context, tx pgx.Tx, one *item, cause *failure) error {
+func (b *Inbox) setAside(ctx context.Context, tx pgx.Tx, one *item, cause *failure, done *outcome) error {
 	if final(cause) || b.config.MaxAttempts <= 1 {
-		return deadletter.Insert(ctx, tx, b.letter(ctx, one.Delivery, 1, cause))
+		letter := b.letter(ctx, one.Delivery, 1, cause)
+		done.dead = append(done.dead, letter)
+		return deadletter.Insert(ctx, tx, letter)
 	}
+	done.retries++
 	return b.queue(ctx, tx, one, cause)
 }
 
@@ -78,6 +81,7 @@ func (b *Inbox) Run(ctx context.Context) error {
 	var chores sync.WaitGroup
 	defer chores.Wait()
 	chores.Go(func() { b.sweepNowAndThen(ctx) })
+	defer b.observeRetries()()
 	for ctx.Err() == nil {
 		found, err := b.RetryNext(ctx)
 		if err != nil && ctx.Err() == nil {
@@ -148,6 +152,7 @@ func (b *Inbox) RetryNext(ctx context.Context) (found bool, err error) {
 	if errors.As(err, &failed) {
 		err = b.retryFailed(ctx, one, failed)
 	} else if err == nil {
+		b.meters.applied.Add(ctx, 1, b.meters.group)
 		b.config.AfterCommit()
 	}
 	if errors.Is(err, errStolen) {
@@ -193,18 +198,29 @@ WHERE seq = $1 AND starts = $2 AND attempts = $3`
 // retryFailed puts a message off once more, or gives it up.
 func (b *Inbox) retryFailed(ctx context.Context, one retry, cause *failure) error {
 	attempts := one.attempts + 1
-	return postgres.Transact(ctx, b.db, func(tx pgx.Tx) error {
-		if final(cause) || attempts >= b.config.MaxAttempts {
+	if final(cause) || attempts >= b.config.MaxAttempts {
+		letter := b.letter(ctx, one.Delivery, attempts, cause)
+		err := postgres.Transact(ctx, b.db, func(tx pgx.Tx) error {
 			if err := b.remove(ctx, tx, one); err != nil {
 				return err
 			}
-			return deadletter.Insert(ctx, tx, b.letter(ctx, one.Delivery, attempts, cause))
+			return deadletter.Insert(ctx, tx, letter)
+		})
+		if err == nil {
+			b.meters.dead(ctx, letter)
 		}
-		pause := b.pause(attempts)
-		slog.WarnContext(ctx, "message will be retried", "consumer", b.group.name, "message_id", one.ID, "attempt", attempts, "error", cause, "retry_in", pause)
+		return err
+	}
+	pause := b.pause(attempts)
+	slog.WarnContext(ctx, "message will be retried", "consumer", b.group.name, "message_id", one.ID, "attempt", attempts, "error", cause, "retry_in", pause)
+	err := postgres.Transact(ctx, b.db, func(tx pgx.Tx) error {
 		_, err := tx.Exec(ctx, postponeSQL, one.seq, one.starts, one.attempts, pause, messaging.CleanText(cause.Error()))
 		return err
 	})
+	if err == nil {
+		b.meters.retries.Add(ctx, 1, b.meters.group)
+	}
+	return err
 }
 
 // pause is exponential, with jitter so that what failed together does not come back together.

@@ -22,7 +22,7 @@ func (f *failure) Unwrap() error { return f.error }
 func (b *Inbox) run(ctx context.Context, tx pgx.Tx, delivery messaging.Delivery) error {
 	limited, cancel := context.WithTimeout(ctx, b.config.HandlerTimeout)
 	defer cancel()
-	err := b.runSafely(limited, tx, delivery)
+	err := b.traced(limited, delivery, func(ctx context.Context) error { return b.runSafely(ctx, tx, delivery) })
 	switch {
 	case ctx.Err() != nil:
 		return ctx.Err()

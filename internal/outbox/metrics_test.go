@@ -8,9 +8,7 @@ import (
 
 	"example.com/orders/internal/messaging"
 	"example.com/orders/internal/testenv"
-	"go.opentelemetry.io/otel/attribute"
 	sdk "go.opentelemetry.io/otel/sdk/metric"
-	"go.opentelemetry.io/otel/sdk/metric/metricdata"
 )
 
 // Every metric moves when its event happens.
@@ -48,7 +46,7 @@ func TestMetrics(t *testing.T) {
 	await := func(want map[string]float64) {
 		t.Helper()
 		testenv.Eventually(t, 20*time.Second, func() error {
-			got := collect(t, reader)
+			got := testenv.Metrics(t, reader)
 			for name, least := range want {
 				if value, there := got[name]; !there || value < least || least == 0 && value != 0 {
 					return fmt.Errorf("%s is %v, want %v; all: %v", name, value, least, got)
@@ -65,51 +63,5 @@ func TestMetrics(t *testing.T) {
 		"outbox.backlog{0}": 0, "outbox.lag{0}": 0, "outbox.published{}": 3, "outbox.returned{}": 1, "outbox.nacked{}": 1, "outbox.unknown{}": 1,
 		"outbox.parked{unroutable}": 1, "outbox.confirm.duration{}": 3, "outbox.page.messages{}": 3,
 	})
-	equal(t, "published", collect(t, reader)["outbox.published{}"], 3.0)
-}
-
-// collect returns each metric's value, or the count of a histogram, under its name and the values of its attributes.
-func collect(t testing.TB, reader *sdk.ManualReader) map[string]float64 {
-	t.Helper()
-	var found metricdata.ResourceMetrics
-	if err := reader.Collect(t.Context(), &found); err != nil {
-		t.Fatal(err)
-	}
-	values := map[string]float64{}
-	add := func(name string, attributes attribute.Set, value float64) {
-		label := ""
-		for _, one := range attributes.ToSlice() {
-			label += one.Value.Emit()
-		}
-		values[fmt.Sprintf("%s{%s}", name, label)] += value
-	}
-	for _, scope := range found.ScopeMetrics {
-		for _, one := range scope.Metrics {
-			switch data := one.Data.(type) {
-			case metricdata.Sum[int64]:
-				for _, point := range data.DataPoints {
-					add(one.Name, point.Attributes, float64(point.Value))
-				}
-			case metricdata.Gauge[int64]:
-				for _, point := range data.DataPoints {
-					add(one.Name, point.Attributes, float64(point.Value))
-				}
-			case metricdata.Gauge[float64]:
-				for _, point := range data.DataPoints {
-					add(one.Name, point.Attributes, point.Value)
-				}
-			case metricdata.Histogram[int64]:
-				for _, point := range data.DataPoints {
-					add(one.Name, point.Attributes, float64(point.Count))
-				}
-			case metricdata.Histogram[float64]:
-				for _, point := range data.DataPoints {
-					add(one.Name, point.Attributes, float64(point.Count))
-				}
-			default:
-				t.Fatalf("%s is a %T", one.Name, data)
-			}
-		}
-	}
-	return values
+	equal(t, "published", testenv.Metrics(t, reader)["outbox.published{}"], 3.0)
 }

@@ -1,0 +1,111 @@
+package inbox
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"example.com/orders/internal/deadletter"
+	"example.com/orders/internal/messaging"
+	"github.com/jackc/pgx/v5/pgxpool"
+	"go.opentelemetry.io/otel"
+	"go.opentelemetry.io/otel/attribute"
+	"go.opentelemetry.io/otel/codes"
+	"go.opentelemetry.io/otel/metric"
+	"go.opentelemetry.io/otel/propagation"
+	"go.opentelemetry.io/otel/trace"
+)
+
+const scope = "example.com/orders/internal/inbox"
+
+// meters are what an inbox counts. Counters count when the transaction is committed.
+type meters struct {
+	group                                             metric.MeasurementOption
+	applied, duplicates, retries, crashes, deadLetter metric.Int64Counter
+	handler                                           metric.Float64Histogram
+}
+
+func newMeters(provider metric.MeterProvider, group string) meters {
+	meter := provider.Meter(scope)
+	m := meters{group: metric.WithAttributes(attribute.String("consumer", group))}
+	var errs [6]error
+	counter := func(i int, name, description string) (c metric.Int64Counter) {
+		c, errs[i] = meter.Int64Counter("inbox."+name, metric.WithUnit("{message}"), metric.WithDescription(description))
+		return c
+	}
+	m.applied = counter(0, "applied", "Messages whose effect was committed.")
+	m.duplicates = counter(1, "duplicates", "Copies of messages that were taken already; they were absorbed.")
+	m.retries = counter(2, "retries", "Runs of handlers that failed and will be repeated.")
+	m.crashes = counter(3, "crashes", "Messages set aside because their delivery was broken off again and again.")
+	m.deadLetter = counter(4, "dead_letters", "Messages moved to dead_letter.")
+	m.handler, errs[5] = meter.Float64Histogram("inbox.handler.duration", metric.WithUnit("s"), metric.WithDescription("Time of one run of a handler."),
+		metric.WithExplicitBucketBoundaries(.0005, .001, .002, .005, .01, .02, .05, .1, .2, .5, 1, 2, 5, 10, 30))
+	if err := errors.Join(errs[:]...); err != nil {
+		otel.Handle(err)
+	}
+	return m
+}
+
+const waitingCountSQL = `SELECT count(*), count(DISTINCT key) FILTER (WHERE key <> '') FROM inbox_retry WHERE consumer = $1`
+
+// observeRetries reports what waits in inbox_retry whenever the metrics are read, for as long as Run runs.
+func (b *Inbox) observeRetries() (stop func()) {
+	meter := b.config.MeterProvider.Meter(scope)
+	waiting, err := meter.Int64ObservableGauge("inbox.retrying", metric.WithUnit("{message}"),
+		metric.WithDescription("Messages that wait for a retry, or behind one of their key."))
+	blocked, err2 := meter.Int64ObservableGauge("inbox.blocked_keys", metric.WithUnit("{key}"),
+		metric.WithDescription("Keys whose messages wait for the first of them to be retried."))
+	registration, err3 := meter.RegisterCallback(func(ctx context.Context, o metric.Observer) error {
+		messages, keys, err := countWaiting(ctx, b.db, b.group.name)
+		if err == nil {
+			o.ObserveInt64(waiting, messages, b.meters.group)
+			o.ObserveInt64(blocked, keys, b.meters.group)
+		}
+		return err
+	}, waiting, blocked)
+	if err := errors.Join(err, err2, err3); err != nil {
+		otel.Handle(err)
+		return func() {}
+	}
+	return func() { _ = registration.Unregister() }
+}
+
+func countWaiting(ctx context.Context, db *pgxpool.Pool, group string) (messages, keys int64, err error) {
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second) // the reader of the metrics waits
+	defer cancel()
+	err = db.QueryRow(ctx, waitingCountSQL, group).Scan(&messages, &keys)
+	return messages, keys, err
+}
+
+// count counts what a committed transaction did.
+func (m *meters) count(ctx context.Context, done *outcome) {
+	m.applied.Add(ctx, int64(done.applied), m.group)
+	m.duplicates.Add(ctx, int64(done.copies), m.group)
+	m.retries.Add(ctx, int64(done.retries), m.group)
+	m.crashes.Add(ctx, int64(done.broken), m.group)
+	m.dead(ctx, done.dead...)
+}
+
+// dead counts letters that are committed.
+func (m *meters) dead(ctx context.Context, letters ...deadletter.Letter) {
+	for _, letter := range letters {
+		m.deadLetter.Add(ctx, 1, m.group, metric.WithAttributes(attribute.String("reason", string(letter.Reason))))
+	}
+}
+
+// traced runs a handler in a span that continues the trace of the message.
+func (b *Inbox) traced(ctx context.Context, d messaging.Delivery, run func(ctx context.Context) error) error {
+	ctx = propagation.TraceContext{}.Extract(ctx, propagation.MapCarrier(d.Headers))
+	ctx, span := b.tracer.Start(ctx, "process "+d.Type, trace.WithSpanKind(trace.SpanKindConsumer), trace.WithAttributes(
+		attribute.String("messaging.system", "rabbitmq"), attribute.String("messaging.operation.type", "process"),
+		attribute.String("messaging.consumer.group.name", b.group.name), attribute.String("messaging.message.id", d.ID)))
+	defer span.End()
+	began := time.Now()
+	err := run(ctx)
+	b.meters.handler.Record(ctx, time.Since(began).Seconds(), b.meters.group)
+	if err != nil {
+		span.RecordError(err)
+		span.SetStatus(codes.Error, "handler failed")
+	}
+	return err
+}

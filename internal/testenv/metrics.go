@@ -1,0 +1,56 @@
+package testenv
+
+import (
+	"fmt"
+	"testing"
+
+	"go.opentelemetry.io/otel/attribute"
+	"go.opentelemetry.io/otel/sdk/metric"
+	"go.opentelemetry.io/otel/sdk/metric/metricdata"
+)
+
+// Metrics returns each metric's value, or the count of a histogram, under its name and the values of its attributes.
+func Metrics(t testing.TB, reader *metric.ManualReader) map[string]float64 {
+	t.Helper()
+	var found metricdata.ResourceMetrics
+	if err := reader.Collect(t.Context(), &found); err != nil {
+		t.Fatal(err)
+	}
+	values := map[string]float64{}
+	add := func(name string, attributes attribute.Set, value float64) {
+		label := ""
+		for _, one := range attributes.ToSlice() {
+			label += one.Value.Emit()
+		}
+		values[fmt.Sprintf("%s{%s}", name, label)] += value
+	}
+	for _, scope := range found.ScopeMetrics {
+		for _, one := range scope.Metrics {
+			switch data := one.Data.(type) {
+			case metricdata.Sum[int64]:
+				for _, point := range data.DataPoints {
+					add(one.Name, point.Attributes, float64(point.Value))
+				}
+			case metricdata.Gauge[int64]:
+				for _, point := range data.DataPoints {
+					add(one.Name, point.Attributes, float64(point.Value))
+				}
+			case metricdata.Gauge[float64]:
+				for _, point := range data.DataPoints {
+					add(one.Name, point.Attributes, point.Value)
+				}
+			case metricdata.Histogram[int64]:
+				for _, point := range data.DataPoints {
+					add(one.Name, point.Attributes, float64(point.Count))
+				}
+			case metricdata.Histogram[float64]:
+				for _, point := range data.DataPoints {
+					add(one.Name, point.Attributes, float64(point.Count))
+				}
+			default:
+				t.Fatalf("%s is a %T", one.Name, data)
+			}
+		}
+	}
+	return values
+}
