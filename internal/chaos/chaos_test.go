@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -65,8 +66,8 @@ func TestKilled(t *testing.T) {
 				killed.awaitKill(t)
 				s.start(t, "relay")
 				s.start(t, "consumer")
-				s.awaitEffects(t)
-				s.check(t)
+				s.awaitEffects(t, messages)
+				s.check(t, messages)
 			})
 		}
 	}
@@ -100,7 +101,7 @@ func (s *stage) insert(t *testing.T, i int) {
 	}
 }
 
-func (s *stage) awaitEffects(t *testing.T) {
+func (s *stage) awaitEffects(t *testing.T, messages int) {
 	t.Helper()
 	testenv.Eventually(t, 60*time.Second, func() error {
 		var distinct int
@@ -114,8 +115,8 @@ func (s *stage) awaitEffects(t *testing.T) {
 	})
 }
 
-// check compares the effects of each key, in the order in which they were applied, with what was inserted.
-func (s *stage) check(t *testing.T) {
+// check compares the effects of each key, in the order in which they were applied, with what was inserted, and wants no dead letters but these.
+func (s *stage) check(t *testing.T, messages int, dead ...string) {
 	t.Helper()
 	got := map[string][]string{}
 	rows, err := s.db.Query(t.Context(), `SELECT message FROM effects ORDER BY seq`)
@@ -138,24 +139,43 @@ func (s *stage) check(t *testing.T) {
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("effects by key (-inserted +applied):\n%s", diff)
 	}
-	var dead int
-	if err := s.db.QueryRow(t.Context(), `SELECT count(*) FROM dead_letter`).Scan(&dead); err != nil || dead > 0 {
-		t.Errorf("%d dead letters (%v)", dead, err)
+	var others int
+	err = s.db.QueryRow(t.Context(), `SELECT count(*) FROM dead_letter WHERE message_id <> ALL ($1)`, append([]string{}, dead...)).Scan(&others)
+	if err != nil || others > 0 {
+		t.Errorf("%d dead letters (%v)", others, err)
 	}
 }
 
 // process is a victim that runs.
 type process struct {
 	command *exec.Cmd
-	output  *bytes.Buffer
+	output  *output
 	done    chan struct{}
 	err     error // how it ended, once done is closed
+}
+
+// output is what a process has said so far.
+type output struct {
+	mu   sync.Mutex
+	text bytes.Buffer
+}
+
+func (o *output) Write(p []byte) (int, error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.text.Write(p)
+}
+
+func (o *output) String() string {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.text.String()
 }
 
 // start starts a victim that is stopped at the end of the test.
 func (s *stage) start(t *testing.T, role string, environment ...string) *process {
 	t.Helper()
-	p := &process{command: exec.Command(s.binary, role), output: &bytes.Buffer{}, done: make(chan struct{})}
+	p := &process{command: exec.Command(s.binary, role), output: &output{}, done: make(chan struct{})}
 	p.command.Env = append(os.Environ(), append(environment, "POSTGRES_URL="+s.postgresURL, "AMQP_URL="+s.amqpURL)...)
 	p.command.Stdout, p.command.Stderr = p.output, p.output
 	if err := p.command.Start(); err != nil {

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"log"
@@ -48,14 +49,19 @@ func run(ctx context.Context, role string) error {
 	running, ctx := errgroup.WithContext(ctx)
 	switch role {
 	case "relay":
-		config := outbox.Config{PageRows: 20, Lease: time.Second, PollInterval: 20 * time.Millisecond}
+		lease, err := time.ParseDuration(cmp.Or(os.Getenv("LEASE"), "1s"))
+		if err != nil {
+			return err
+		}
+		config := outbox.Config{PageRows: 20, Lease: lease, PollInterval: 20 * time.Millisecond}
 		newPublisher := func() messaging.Publisher {
 			return rabbit.NewPublisher(rabbit.PublisherConfig{URL: amqpURL, Topology: topology, Name: "victim relay"})
 		}
 		relay := outbox.NewRelay(db, newPublisher, config)
 		running.Go(func() error { return relay.Run(ctx) })
+		running.Go(func() error { relay.Listen(ctx, os.Getenv("POSTGRES_URL")); return nil })
 	case "consumer":
-		box := inbox.New(db, group, inbox.Config{PollInterval: 20 * time.Millisecond})
+		box := inbox.New(db, group, inbox.Config{PollInterval: 20 * time.Millisecond, HandlerTimeout: time.Second})
 		consumer := rabbit.NewConsumer(rabbit.ConsumerConfig{
 			URL: amqpURL, Topology: topology, Queue: queue, Name: "victim consumer", Batch: 20, Lanes: 2,
 		}, box.Process)
@@ -69,6 +75,9 @@ func run(ctx context.Context, role string) error {
 
 // apply is not idempotent on purpose.
 func apply(ctx context.Context, tx pgx.Tx, message *wrapperspb.StringValue) error {
+	if message.GetValue() == "poison" {
+		_ = syscall.Kill(os.Getpid(), syscall.SIGKILL)
+	}
 	_, err := tx.Exec(ctx, `INSERT INTO effects (message) VALUES ($1)`, message.GetValue())
 	return err
 }
