@@ -36,8 +36,10 @@ func (c *relayCommand) Run(ctx context.Context, f *flags) error {
 	}
 	defer db.Close()
 	topology := rabbit.Topology{Exchange: exchange, Queues: []rabbit.Queue{{Name: queue, Types: []string{"google.protobuf.BytesValue"}}}}
-	publisher := rabbit.NewPublisher(rabbit.PublisherConfig{URL: f.AMQPURL, Topology: topology, Window: outbox.MaxInFlight(outbox.Config{})})
-	return outbox.NewRelay(db, publisher, outbox.NewLocalBell(), outbox.Config{}).Run(ctx)
+	newPublisher := func() messaging.Publisher {
+		return rabbit.NewPublisher(rabbit.PublisherConfig{URL: f.AMQPURL, Topology: topology, Window: outbox.MaxInFlight(outbox.Config{})})
+	}
+	return outbox.NewRelay(db, newPublisher, outbox.Config{}).Run(ctx)
 }
 
 // measureRelay lets a relay of its own process drain a backlog. The clock runs from the cursor's first move to its last, as the
@@ -77,7 +79,7 @@ func measureRelay(ctx context.Context, f *flags, messages []messaging.Message) (
 		var published int
 		var now time.Time
 		var isClaimed bool
-		err := db.QueryRow(ctx, `SELECT published, claimed IS NOT NULL, clock_timestamp() FROM outbox_cursor`).Scan(&published, &isClaimed, &now)
+		err := db.QueryRow(ctx, `SELECT sum(published), bool_or(claimed IS NOT NULL), clock_timestamp() FROM outbox_cursor`).Scan(&published, &isClaimed, &now)
 		if err != nil {
 			return result{}, err
 		}

@@ -111,6 +111,7 @@ func TestExchangeDeleted(t *testing.T) {
 	for i := range messages {
 		s.insert(t, i)
 		if i == messages/2 {
+			s.awaitEffects(t, i) // so that there is an exchange
 			testenv.Management(t, s.amqpURL).DeleteExchange("events")
 		}
 	}

@@ -100,7 +100,7 @@ func TestInsert(t *testing.T) {
 		t.Parallel()
 		db := testenv.Postgres(t)
 		err := postgres.Transact(t.Context(), db, func(tx pgx.Tx) error {
-			if _, err := tx.Exec(t.Context(), `DROP TABLE dead_letter`); err != nil {
+			if _, err := tx.Exec(t.Context(), `DROP TABLE dead_letter CASCADE`); err != nil {
 				return err
 			}
 			return Insert(t.Context(), tx, Letter{}, Letter{})

@@ -41,7 +41,7 @@ func TestPauseIsBounded(t *testing.T) {
 		base := time.Duration(rapid.Int64Range(1, int64(365*24*time.Hour)).Draw(t, "base"))
 		longest := time.Duration(rapid.Int64Range(1, int64(365*24*time.Hour)).Draw(t, "longest"))
 		attempts := rapid.OneOf(rapid.IntRange(1, 70), rapid.IntRange(1, 1<<30)).Draw(t, "attempts")
-		p := New(nil, nil, Config{RetryBase: base, RetryMax: longest})
+		p := New(nil, NewGroup("group"), Config{RetryBase: base, RetryMax: longest})
 		want := min(float64(base)*math.Exp2(float64(attempts-1)), float64(longest))
 		if pause := float64(p.pause(attempts)); pause < want*0.7499-1 || pause > want*1.2501+1 {
 			t.Fatalf("pause %g after %d attempts, want %g give or take a quarter", pause, attempts, want)
@@ -51,7 +51,7 @@ func TestPauseIsBounded(t *testing.T) {
 
 func TestPausesDiffer(t *testing.T) {
 	t.Parallel()
-	p, seen := New(nil, nil, Config{}), map[time.Duration]bool{}
+	p, seen := New(nil, NewGroup("group"), Config{}), map[time.Duration]bool{}
 	for range 100 {
 		seen[p.pause(5)] = true
 	}

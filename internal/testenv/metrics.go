@@ -20,7 +20,7 @@ func Metrics(t testing.TB, reader *metric.ManualReader) map[string]float64 {
 	add := func(name string, attributes attribute.Set, value float64) {
 		label := ""
 		for _, one := range attributes.ToSlice() {
-			label += one.Value.Emit()
+			label += one.Value.String()
 		}
 		values[fmt.Sprintf("%s{%s}", name, label)] += value
 	}
