@@ -216,9 +216,9 @@ DECLARE
 BEGIN
     FOR age IN 1..7 LOOP
         part := 'outbox_slot_' || outbox_slot(present - age * turn);
-        CONTINUE WHEN date_bin(turn, present, 'epoch') - (age - 1) * turn > present - retention
-            OR pg_relation_size(part::regclass) = 0 OR NOT outbox_slot_delivered(part);
-        BEGIN
+        BEGIN -- everything that may meet the lock of another sweep
+            CONTINUE WHEN date_bin(turn, present, 'epoch') - (age - 1) * turn > present - retention
+                OR pg_relation_size(part::regclass) = 0 OR NOT outbox_slot_delivered(part);
             EXECUTE format('LOCK TABLE ONLY %I IN ACCESS EXCLUSIVE MODE', part);
             IF outbox_slot_delivered(part) THEN
                 EXECUTE format('TRUNCATE ONLY %I', part);
@@ -366,7 +366,8 @@ END
 $$;
 -- +goose StatementEnd
 
--- What could not be published or applied, with everything needed to look at it and to send it again.
+-- What could not be published or applied, with everything needed to look at it and to send it again. A letter stays for ever; what
+-- changes is whether it is resolved.
 CREATE TABLE dead_letter (
     id         bigint      NOT NULL GENERATED ALWAYS AS IDENTITY CONSTRAINT dead_letter_pkey PRIMARY KEY,
     -- '' when the relay parked it, else the consumer group.
@@ -380,12 +381,49 @@ CREATE TABLE dead_letter (
     reason     text        NOT NULL,
     error      text        NOT NULL,
     attempts   integer     NOT NULL,
-    dead_at    timestamptz NOT NULL DEFAULT clock_timestamp()
+    dead_at    timestamptz NOT NULL DEFAULT clock_timestamp(),
+    -- What became of it: sent again, given up, or found to be a copy of something that is taken care of. NULL while it is open.
+    resolution text        CONSTRAINT dead_letter_resolution_is_known CHECK (resolution IN ('redriven', 'discarded', 'duplicate')),
+    resolved_at timestamptz,
+    CONSTRAINT dead_letter_is_open_or_resolved CHECK ((resolution IS NULL) = (resolved_at IS NULL))
 );
+CREATE INDEX dead_letter_open_idx ON dead_letter (id) WHERE resolution IS NULL;
+CREATE INDEX dead_letter_message_id_idx ON dead_letter (message_id);
+
+-- Who resolved a letter, and why.
+CREATE TABLE dead_letter_audit (
+    id        bigint      NOT NULL GENERATED ALWAYS AS IDENTITY CONSTRAINT dead_letter_audit_pkey PRIMARY KEY,
+    letter_id bigint      NOT NULL CONSTRAINT dead_letter_audit_letter_id_fkey REFERENCES dead_letter,
+    resolution text       NOT NULL,
+    reason    text        NOT NULL CONSTRAINT dead_letter_audit_reason_is_given CHECK (reason <> ''),
+    actor     text        NOT NULL CONSTRAINT dead_letter_audit_actor_is_given CHECK (actor <> ''),
+    detail    text        NOT NULL DEFAULT '',
+    at        timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+CREATE INDEX dead_letter_audit_letter_id_idx ON dead_letter_audit (letter_id);
+
+-- Nothing leaves silently, not even by a mistake at the psql prompt.
+-- +goose StatementBegin
+CREATE FUNCTION dead_letter_guard() RETURNS trigger
+    LANGUAGE plpgsql AS $$
+BEGIN
+    IF TG_OP = 'UPDATE' AND to_jsonb(NEW) - '{resolution,resolved_at}'::text[] = to_jsonb(OLD) - '{resolution,resolved_at}'::text[] THEN
+        RETURN NEW;
+    END IF;
+    RAISE EXCEPTION 'dead letters are neither changed nor deleted: redrive or discard them'
+        USING HINT = 'Use the commands "dead redrive" and "dead discard", which keep a record.';
+END
+$$;
+-- +goose StatementEnd
+CREATE TRIGGER dead_letter_guard_rows BEFORE UPDATE OR DELETE ON dead_letter FOR EACH ROW EXECUTE FUNCTION dead_letter_guard();
+CREATE TRIGGER dead_letter_guard_table BEFORE TRUNCATE ON dead_letter FOR EACH STATEMENT EXECUTE FUNCTION dead_letter_guard();
+CREATE TRIGGER dead_letter_audit_guard_rows BEFORE UPDATE OR DELETE ON dead_letter_audit FOR EACH ROW EXECUTE FUNCTION dead_letter_guard();
+CREATE TRIGGER dead_letter_audit_guard_table BEFORE TRUNCATE ON dead_letter_audit FOR EACH STATEMENT EXECUTE FUNCTION dead_letter_guard();
 
 -- +goose Down
 DROP FUNCTION outbox_repair, outbox_move_due, outbox_schedule, outbox_measure, outbox_sweep, outbox_slot_delivered, outbox_set_shards;
-DROP TABLE dead_letter, outbox_scheduled, outbox_backlog, outbox_relay, outbox_cursor, outbox;
+DROP TABLE dead_letter_audit, dead_letter, outbox_scheduled, outbox_backlog, outbox_relay, outbox_cursor, outbox;
+DROP FUNCTION dead_letter_guard;
 DROP FUNCTION outbox_insert(text, text, bytea, jsonb, uuid);
 DROP FUNCTION outbox_insert(uuid[], text[], text[], bytea[], jsonb[]);
 DROP FUNCTION outbox_headers_valid, outbox_uuidv7, outbox_redate, outbox_shard, outbox_slot, outbox_slot_length;

@@ -32,7 +32,7 @@ CREATE INDEX inbox_slot_foreign_received_at_idx ON inbox_slot_foreign USING brin
 
 -- Forgets messages that are older than the time to remember: empties the slots that hold nothing younger, and returns them. The time is in the IDs,
 -- so a row that is inserted meanwhile does not change the answer unless it belongs here, and then the lock, which waits for
--- who has inserted, shows it. Messages without a time in their IDs are deleted, some at a time.
+-- who has inserted, shows it. Messages without a time in their IDs are deleted, for some seconds at most.
 -- +goose StatementBegin
 CREATE FUNCTION inbox_sweep(remember interval) RETURNS smallint[]
     LANGUAGE plpgsql SET lock_timeout = '100ms' AS $$
@@ -43,12 +43,16 @@ DECLARE
     kept    boolean;
     emptied smallint[] := '{}';
 BEGIN
+    LOOP
+        DELETE FROM inbox_slot_foreign WHERE ctid = ANY (ARRAY(SELECT ctid FROM inbox_slot_foreign WHERE received_at < oldest LIMIT 10000));
+        EXIT WHEN NOT FOUND OR clock_timestamp() > oldest + remember + interval '10 s';
+    END LOOP;
     FOR slot IN 0..7 LOOP
         part := 'inbox_slot_' || slot;
-        CONTINUE WHEN pg_relation_size(part::regclass) = 0;
-        EXECUTE format('SELECT EXISTS (SELECT FROM %I WHERE message_id >= $1)', part) INTO kept USING first;
-        CONTINUE WHEN kept;
-        BEGIN
+        BEGIN -- everything that may meet the lock of another sweep
+            CONTINUE WHEN pg_relation_size(part::regclass) = 0;
+            EXECUTE format('SELECT EXISTS (SELECT FROM %I WHERE message_id >= $1)', part) INTO kept USING first;
+            CONTINUE WHEN kept;
             EXECUTE format('LOCK TABLE ONLY %I IN ACCESS EXCLUSIVE MODE', part);
             EXECUTE format('SELECT EXISTS (SELECT FROM %I WHERE message_id >= $1)', part) INTO kept USING first;
             IF NOT kept THEN
@@ -59,7 +63,6 @@ BEGIN
             NULL; -- next time
         END;
     END LOOP;
-    DELETE FROM inbox_slot_foreign WHERE ctid = ANY (ARRAY(SELECT ctid FROM inbox_slot_foreign WHERE received_at < oldest LIMIT 10000));
     RETURN emptied;
 END
 $$;

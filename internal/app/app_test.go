@@ -6,11 +6,15 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"strings"
 	"sync"
 	"testing"
 	"time"
 
+	"example.com/orders/internal/deadletter"
+	"example.com/orders/internal/postgres"
 	"example.com/orders/internal/testenv"
+	amqp "github.com/rabbitmq/amqp091-go"
 )
 
 func TestMain(m *testing.M) { testenv.Main(m) }
@@ -88,6 +92,47 @@ func TestReadiness(t *testing.T) {
 			await(t, "with the database back", ready, http.StatusOK)
 		})
 	}
+}
+
+// What the broker gave up ends as a dead letter, where operators look.
+func TestUndeliveredMessagesAreKept(t *testing.T) {
+	t.Parallel()
+	config := Config{PostgresURL: testenv.PostgresURL(t), AMQPURL: testenv.AMQP(t), Exchange: "events"}
+	await(t, "consumer", serve(t, RunConsumer, config), http.StatusOK)
+	conn, err := amqp.Dial(config.AMQPURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	testenv.Eventually(t, 20*time.Second, func() error {
+		channel, err := conn.Channel() // a failure closes it
+		if err != nil {
+			return err
+		}
+		_, err = channel.QueueDeclarePassive("orders.notifications.dead", true, false, false, false, nil)
+		if err != nil {
+			return err
+		}
+		given := amqp.Publishing{MessageId: "given up", Type: "type", Body: []byte("\x00\xff"), Headers: amqp.Table{
+			"x-death": []any{amqp.Table{"reason": "delivery_limit", "count": int64(1), "queue": "orders.notifications"}},
+		}}
+		return channel.PublishWithContext(t.Context(), "", "orders.notifications.dead", false, false, given)
+	})
+	db, err := postgres.Open(t.Context(), postgres.Config{URL: config.PostgresURL})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close()
+	testenv.Eventually(t, 20*time.Second, func() error {
+		letters, err := deadletter.List(t.Context(), db, deadletter.Filter{Consumer: "notifications", Reason: deadletter.Undelivered}, 0, 10)
+		if err == nil && len(letters) != 1 {
+			err = fmt.Errorf("there are %d letters", len(letters))
+		}
+		if err == nil && (string(letters[0].Payload) != "\x00\xff" || !strings.Contains(letters[0].Error, "delivery_limit")) {
+			t.Errorf("got %+v", letters[0])
+		}
+		return err
+	})
 }
 
 func TestAnAddressThatIsTakenEndsTheProcess(t *testing.T) {

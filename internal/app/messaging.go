@@ -43,7 +43,11 @@ func (p *process) startConsumer(ctx context.Context) {
 			URL: p.config.AMQPURL, Topology: p.topology(), Queue: queueName(group), Name: p.connectionName("consumer " + group.Name()),
 			Lanes: group.lanes, Prefetch: p.config.Prefetch, Batch: p.config.Batch,
 		}, box.Process)
+		drain := rabbit.NewConsumer(rabbit.ConsumerConfig{
+			URL: p.config.AMQPURL, Topology: p.topology(), Queue: rabbit.DeadQueue(queueName(group)), Name: p.connectionName("drain " + group.Name()),
+		}, box.Drain)
 		p.group.Go(func() error { return consumer.Run(ctx) })
+		p.group.Go(func() error { return drain.Run(ctx) })
 		p.group.Go(func() error { return box.Run(ctx) })
 	}
 }

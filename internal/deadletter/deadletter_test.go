@@ -5,6 +5,7 @@ import (
 	"maps"
 	"strings"
 	"testing"
+	"time"
 
 	"example.com/orders/internal/messaging"
 	"example.com/orders/internal/postgres"
@@ -115,4 +116,87 @@ func TestInsert(t *testing.T) {
 func equal(a, b Letter) bool {
 	return a.Consumer == b.Consumer && a.MessageID == b.MessageID && a.Type == b.Type && a.Key == b.Key &&
 		a.Reason == b.Reason && a.Error == b.Error && a.Attempts == b.Attempts
+}
+
+func TestNothingLeavesSilently(t *testing.T) {
+	t.Parallel()
+	db := testenv.Postgres(t)
+	letter := Letter{MessageID: "id", Headers: map[string]string{}, Reason: Permanent}
+	err := postgres.Transact(t.Context(), db, func(tx pgx.Tx) error {
+		if err := Insert(t.Context(), tx, letter); err != nil {
+			return err
+		}
+		return Resolve(t.Context(), tx, 1, Discarded, Note{"ann", "gone"}, "")
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, sql := range []string{
+		`DELETE FROM dead_letter`, `TRUNCATE dead_letter CASCADE`, `UPDATE dead_letter SET payload = 'x'`, `UPDATE dead_letter SET error = 'x', resolved_at = now()`,
+		`DELETE FROM dead_letter_audit`, `TRUNCATE dead_letter_audit`, `UPDATE dead_letter_audit SET actor = 'bob'`,
+	} {
+		if _, err := db.Exec(t.Context(), sql); err == nil || !strings.Contains(err.Error(), "redrive or discard") {
+			t.Errorf("%s: %v", sql, err)
+		}
+	}
+	for _, note := range []Note{{}, {Actor: "ann"}, {Reason: "gone"}} {
+		if err := postgres.Transact(t.Context(), db, func(tx pgx.Tx) error { return Resolve(t.Context(), tx, 1, Discarded, note, "") }); err == nil {
+			t.Errorf("%+v is enough of a note", note)
+		}
+	}
+	records, err := Audit(t.Context(), db, 1)
+	if err != nil || len(records) != 1 || records[0].Actor != "ann" || records[0].Resolution != Discarded {
+		t.Errorf("audit log: %+v, %v", records, err)
+	}
+}
+
+func TestList(t *testing.T) {
+	t.Parallel()
+	db := testenv.Postgres(t)
+	err := postgres.Transact(t.Context(), db, func(tx pgx.Tx) error {
+		for _, one := range []Letter{
+			{MessageID: "1", Type: "a", Key: "k", Reason: Unroutable},
+			{Consumer: "group", MessageID: "2", Type: "a", Key: "k", Reason: Permanent},
+			{Consumer: "group", MessageID: "3", Type: "b", Key: "l", Reason: Exhausted},
+			{Consumer: "relay", MessageID: "4", Type: "b", Key: "l", Reason: Exhausted}, // a group of that name is not the relay
+		} {
+			if err := Insert(t.Context(), tx, one); err != nil {
+				return err
+			}
+		}
+		return Resolve(t.Context(), tx, 3, Discarded, Note{"ann", "gone"}, "")
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, test := range map[string]struct {
+		filter Filter
+		want   string
+	}{
+		"Open":     {Filter{}, "124"},
+		"All":      {Filter{Resolved: true}, "1234"},
+		"IDs":      {Filter{IDs: []int64{2, 3}}, "2"},
+		"Relay":    {Filter{Consumer: Relay}, "1"},
+		"Consumer": {Filter{Consumer: "group"}, "2"},
+		"Message":  {Filter{MessageID: "2"}, "2"},
+		"Type":     {Filter{Type: "b"}, "4"},
+		"Key":      {Filter{Key: "k"}, "12"},
+		"Reason":   {Filter{Reason: Exhausted}, "4"},
+		"Since":    {Filter{Since: time.Now().Add(time.Hour)}, ""},
+		"Until":    {Filter{Until: time.Now().Add(-time.Hour)}, ""},
+		"Now":      {Filter{Since: time.Now().Add(-time.Hour), Until: time.Now().Add(time.Hour)}, "124"},
+	} {
+		letters, err := List(t.Context(), db, test.filter, 0, 10)
+		got := ""
+		for _, one := range letters {
+			got += one.MessageID
+		}
+		if err != nil || got != test.want {
+			t.Errorf("%s: got %q, %v, want %q", name, got, err, test.want)
+		}
+	}
+	page, err := List(t.Context(), db, Filter{}, 1, 1)
+	if err != nil || len(page) != 1 || page[0].ID != 2 {
+		t.Errorf("page: %+v, %v", page, err)
+	}
 }

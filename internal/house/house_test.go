@@ -31,6 +31,7 @@ var arrows = map[string][]string{
 	"internal/outbox":        {"internal/deadletter", "internal/failpoint", "internal/messaging", "internal/postgres"},
 	"internal/inbox":         {"internal/deadletter", "internal/failpoint", "internal/messaging", "internal/postgres"},
 	"internal/deadletter":    {"internal/messaging"},
+	"internal/ops":           {"internal/deadletter", "internal/inbox", "internal/messaging", "internal/outbox", "internal/postgres", "internal/rabbit", "migrations"},
 	"internal/rabbit":        {"internal/failpoint", "internal/messaging"},
 	"internal/rpcserver":     {"internal/outbox", "internal/postgres"},
 	"internal/testenv":       {"internal/localstack", "migrations"},

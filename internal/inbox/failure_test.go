@@ -31,7 +31,10 @@ func TestOneBadMessageHarmsNoOther(t *testing.T) {
 func TestHandlerFailures(t *testing.T) {
 	t.Parallel()
 	db := setup(t).db
-	exec(t, db, `CREATE TABLE parent (n integer PRIMARY KEY); CREATE TABLE child (n integer REFERENCES parent DEFERRABLE INITIALLY DEFERRED)`)
+	exec(t, db, `CREATE TABLE parent (n integer PRIMARY KEY); CREATE TABLE child (n integer REFERENCES parent DEFERRABLE INITIALLY DEFERRED);
+		CREATE TABLE greedy (n integer);
+		CREATE FUNCTION greed() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'probe' USING ERRCODE = '53200'; END $$;
+		CREATE CONSTRAINT TRIGGER greed AFTER INSERT ON greedy DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION greed()`)
 	raise := func(code string) act {
 		return func(ctx context.Context, tx pgx.Tx) error {
 			_, err := tx.Exec(ctx, `DO $$ BEGIN RAISE EXCEPTION 'probe' USING ERRCODE = '`+code+`'; END $$`)
@@ -75,6 +78,10 @@ func TestHandlerFailures(t *testing.T) {
 			return err
 		},
 		"LocksWithoutNumber": raise("53200"),
+		"LocksWithoutNumberAtCommit": func(ctx context.Context, tx pgx.Tx) error {
+			_, err := tx.Exec(ctx, `INSERT INTO greedy VALUES (1)`)
+			return err
+		},
 		// What reads like the database's trouble, but comes from elsewhere.
 		"ForeignTableAway":      raise("08001"),
 		"ReadOnlyElsewhere":     func(context.Context, pgx.Tx) error { return &pgconn.PgError{Code: "25006"} },

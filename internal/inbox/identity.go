@@ -26,6 +26,9 @@ type identity struct {
 	id   uuid.UUID
 }
 
+// born is when the message's ID was made, unless the slot is foreign.
+func (i identity) born() time.Time { return time.Unix(i.id.Time().UnixTime()).UTC() }
+
 // foreignIDs is the name space in which the IDs of other senders, which may be any text, become UUIDs (version 8, by SHA-256).
 var foreignIDs = uuid.MustParse("5d0f6b5e-7a53-4a8e-9d0b-6f3a1c2e8b47")
 
@@ -56,10 +59,9 @@ func (r ring) identify(id string, now time.Time) (identity, error) {
 	if who.slot == foreignSlot {
 		return who, nil
 	}
-	born := time.Unix(who.id.Time().UnixTime()).UTC()
-	if age := now.Sub(born); age > r.window() || age < -r.skew() {
+	if age := now.Sub(who.born()); age > r.window() || age < -r.skew() {
 		return identity{}, &rejection{deadletter.OutsideWindow, fmt.Errorf(
-			"the message ID was made at %s; the inbox can only tell copies of messages between %s old and %s ahead", born, r.window(), r.skew())}
+			"the message ID was made at %s; the inbox can only tell copies of messages between %s old and %s ahead", who.born(), r.window(), r.skew())}
 	}
 	return who, nil
 }

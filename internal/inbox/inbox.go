@@ -93,6 +93,8 @@ type item struct {
 	messaging.Delivery
 	identity
 	copies int
+	// forgettable: by the database's clock it is so old that the inbox may have forgotten it.
+	forgettable bool
 }
 
 // maxBreaks is how many deliveries of a message may have ended without an ack before it is set aside unhandled.
@@ -181,6 +183,8 @@ func (b *Inbox) apply(ctx context.Context, items []*item, known *failure) error 
 		}
 		for _, one := range fresh {
 			switch {
+			case one.forgettable:
+				err = b.setAside(ctx, tx, one, &failure{errForgettable}, &done)
 			case known != nil:
 				err = b.setAside(ctx, tx, one, known, &done)
 			case waiting[one.Key], one.Count >= maxBreaks:
@@ -226,17 +230,25 @@ type outcome struct {
 
 // In the order of the primary key, so that two transactions that take the same messages cannot wait for each other. A copy that
 // another transaction is applying right now waits for its end here. Dead versions of the row are left by duplicates only.
+//
+// The time is read behind the insert, when the slot is locked and no sweep can empty it any more.
 const takeSQL = `
 INSERT INTO inbox (consumer, slot, message_id, copies)
 SELECT $1, slot, message_id, copies
 FROM unnest($2::smallint[], $3::uuid[], $4::integer[]) AS batch (slot, message_id, copies)
 ORDER BY slot, message_id
 ON CONFLICT (slot, consumer, message_id) DO UPDATE SET copies = inbox.copies + excluded.copies
-RETURNING message_id, copies`
+RETURNING message_id, copies, clock_timestamp()`
+
+var errForgettable = &rejection{deadletter.OutsideWindow, errors.New("the message was held back for so long that copies of it may be forgotten")}
 
 // take records items as taken, and returns those that were not taken before, in their order.
 func (b *Inbox) take(ctx context.Context, tx pgx.Tx, items []*item) ([]*item, error) {
-	taken := make(map[uuid.UUID]int, len(items))
+	type record struct {
+		copies int
+		at     time.Time
+	}
+	taken := make(map[uuid.UUID]record, len(items))
 	slots, ids, copies := make([]int16, len(items)), make([]uuid.UUID, len(items)), make([]int, len(items))
 	for i, one := range items {
 		slots[i], ids[i], copies[i] = one.slot, one.id, one.copies
@@ -246,15 +258,16 @@ func (b *Inbox) take(ctx context.Context, tx pgx.Tx, items []*item) ([]*item, er
 		return nil, fmt.Errorf("take messages: %w", err)
 	}
 	var id uuid.UUID
-	var sum int
-	_, err = pgx.ForEachRow(rows, []any{&id, &sum}, func() error {
-		taken[id] = sum
+	var found record
+	_, err = pgx.ForEachRow(rows, []any{&id, &found.copies, &found.at}, func() error {
+		taken[id] = found
 		return nil
 	})
 	if err != nil {
 		return nil, fmt.Errorf("take messages: %w", err)
 	}
 	return slices.DeleteFunc(slices.Clone(items), func(one *item) bool {
-		return taken[one.id] != one.copies // more copies than these: it was there
+		one.forgettable = one.slot != foreignSlot && taken[one.id].at.Sub(one.born()) > b.ring.memory()
+		return taken[one.id].copies != one.copies // more copies than these: it was there
 	}), nil
 }

@@ -43,16 +43,20 @@ func isDatabaseAway(tx pgx.Tx, err error) bool {
 	if tx.Conn().IsClosed() {
 		return errors.Is(postgres.Classify(err), postgres.ErrUnavailable)
 	}
+	return tx.Conn().PgConn().TxStatus() == 'E' && cannotWrite(err) // else the error came over another connection
+}
+
+// cannotWrite tells whether Postgres is read-only or its disk full.
+func cannotWrite(err error) bool {
 	var refused *pgconn.PgError
-	ours := tx.Conn().PgConn().TxStatus() == 'E'                                                    // else the error came over another connection
-	return ours && errors.As(err, &refused) && (refused.Code == "25006" || refused.Code == "53100") // read-only, disk full
+	return errors.As(err, &refused) && (refused.Code == "25006" || refused.Code == "53100")
 }
 
 // blameHandlers makes the handlers' failure of what Postgres refuses at COMMIT although they ran to their end, as it does when a deferred
 // constraint does not hold.
 func blameHandlers(err error, ran bool) error {
 	var refused *pgconn.PgError
-	if !ran || !errors.As(err, &refused) || errors.Is(err, postgres.ErrOutcomeUnknown) || errors.Is(postgres.Classify(err), postgres.ErrUnavailable) {
+	if !ran || !errors.As(err, &refused) || errors.Is(err, postgres.ErrOutcomeUnknown) || cannotWrite(err) {
 		return err
 	}
 	return &failure{err}

@@ -3,6 +3,7 @@ package inbox
 import (
 	"context"
 	"fmt"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -85,35 +86,66 @@ func TestSweepOfForeignIDs(t *testing.T) {
 	exec(t, b.db, `UPDATE inbox SET received_at = clock_timestamp() - interval '8 days' WHERE message_id = $1`, other.ID)
 	exec(t, b.db, `UPDATE inbox SET received_at = clock_timestamp() - interval '8 days' WHERE message_id <> $1`, other.ID)
 	process(t, box, probe("", "fresh"))
+	exec(t, b.db, `
+		INSERT INTO inbox (slot, consumer, message_id, received_at)
+		SELECT -1, 'group', gen_random_uuid(), clock_timestamp() - interval '8 days' FROM generate_series(1, 25000)`)
 	sweepOnce(t, box)
 	if n := b.remembered(t); n != 1 {
 		t.Errorf("%d are remembered", n)
 	}
 }
 
-// Whoever holds a slot only delays the sweep, and is not delayed for long.
+// Whoever holds a slot, be it another sweep, delays the sweep of that slot alone.
 func TestSweepWaitsForNobody(t *testing.T) {
 	t.Parallel()
+	for name, sql := range map[string]string{
+		"AReader":      `SELECT FROM inbox_slot_3`,
+		"AnotherSweep": `LOCK TABLE ONLY inbox_slot_3 IN ACCESS EXCLUSIVE MODE`,
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b := setup(t)
+			box := b.brief(time.Hour)
+			old := bornAt(time.Now().Add(-100 * time.Hour))
+			exec(t, b.db, `INSERT INTO inbox (slot, consumer, message_id) VALUES (3, 'group', $1), (5, 'group', $1)`, old)
+			tx, err := b.db.Begin(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer func() { _ = tx.Rollback(context.Background()) }()
+			if _, err := tx.Exec(t.Context(), sql); err != nil {
+				t.Fatal(err)
+			}
+			if slots := sweepOnce(t, box); !slices.Equal(slots, []int16{5}) {
+				t.Errorf("swept %v", slots)
+			}
+			if err := tx.Commit(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			if slots := sweepOnce(t, box); !slices.Equal(slots, []int16{3}) {
+				t.Errorf("swept %v", slots)
+			}
+		})
+	}
+}
+
+// A process that was frozen between looking at a message and taking it finds its copies forgotten.
+func TestNothingForgottenIsAppliedAgain(t *testing.T) {
+	t.Parallel()
 	b := setup(t)
-	box := b.brief(time.Hour)
-	exec(t, b.db, `INSERT INTO inbox (slot, consumer, message_id) VALUES (3, 'group', $1)`, bornAt(time.Now().Add(-100*time.Hour)))
-	tx, err := b.db.Begin(t.Context())
-	if err != nil {
+	box := b.inbox(Config{})
+	forgotten, remembered, fresh := aged(time.Hour, "forgotten"), aged(time.Hour, "remembered"), probe("", "fresh")
+	process(t, box, remembered)
+	items, letters := box.admit(t.Context(), []messaging.Delivery{forgotten, remembered, fresh})
+	if len(items) != 3 || len(letters) != 0 {
+		t.Fatalf("admitted %d items and %d letters", len(items), len(letters))
+	}
+	box.ring = ring{time.Minute} // as time passes
+	if err := box.settle(t.Context(), items); err != nil {
 		t.Fatal(err)
 	}
-	defer func() { _ = tx.Rollback(context.Background()) }()
-	if _, err := tx.Exec(t.Context(), `SELECT FROM inbox_slot_3`); err != nil {
-		t.Fatal(err)
-	}
-	if slots := sweepOnce(t, box); len(slots) != 0 {
-		t.Errorf("swept %v", slots)
-	}
-	if err := tx.Commit(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	if slots := sweepOnce(t, box); len(slots) != 1 {
-		t.Errorf("swept %v", slots)
-	}
+	b.wantEffects(t, "remembered", "fresh")
+	b.wantDead(t, "outside_window 1")
 }
 
 // Many turns of the ring, with copies of everything and sweeps in between: no effect is doubled, and the table stays small.

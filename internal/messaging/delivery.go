@@ -13,4 +13,6 @@ type Delivery struct {
 	Headers map[string]string
 	// Count is how often the broker handed this copy out before without getting an ack: 0 the first time.
 	Count int64
+	// Death says why the broker gave it up, for a delivery from the queue where it puts such.
+	Death string
 }

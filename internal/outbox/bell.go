@@ -2,6 +2,7 @@ package outbox
 
 import (
 	"context"
+	"fmt"
 	"log/slog"
 	"time"
 
@@ -123,4 +124,29 @@ func connectAnd(ctx context.Context, url string, fn func(conn *pgx.Conn) error) 
 	}
 	defer conn.Close(context.WithoutCancel(ctx)) // bounded by pgx itself
 	return fn(conn)
+}
+
+// TryDoorbell rings at one URL as writers do, and returns after what time it was heard at the other, where relays listen.
+func TryDoorbell(ctx context.Context, ringURL, listenURL string) (time.Duration, error) {
+	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
+	defer cancel()
+	var took time.Duration
+	err := connectAnd(ctx, listenURL, func(ears *pgx.Conn) error {
+		if _, err := ears.Exec(ctx, "LISTEN "+channel); err != nil {
+			return err
+		}
+		return connectAnd(ctx, ringURL, func(hand *pgx.Conn) error {
+			began := time.Now()
+			if _, err := hand.Exec(ctx, "NOTIFY "+channel); err != nil {
+				return err
+			}
+			_, err := ears.WaitForNotification(ctx)
+			took = time.Since(began)
+			return err
+		})
+	})
+	if err != nil {
+		return 0, fmt.Errorf("the doorbell is not heard: %w", err)
+	}
+	return took, nil
 }

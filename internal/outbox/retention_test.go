@@ -134,6 +134,25 @@ func TestSweep(t *testing.T) {
 		equal(t, "rows", rowsOf(t, db), 2)
 	})
 
+	t.Run("LeavesASlotToAnotherSweep", func(t *testing.T) {
+		t.Parallel()
+		db := testenv.Postgres(t)
+		shortSlots(t, db, length)
+		slot := nextSlot(t, db)
+		insert(t, db, "", "m000")
+		next := nextSlot(t, db)
+		insert(t, db, "", "m001")
+		deliver(t, db)
+		nextSlot(t, db)
+		other := openTx(t, db)
+		if _, err := other.Exec(t.Context(), fmt.Sprintf(`LOCK TABLE ONLY outbox_slot_%d IN ACCESS EXCLUSIVE MODE`, next)); err != nil {
+			t.Fatal(err)
+		}
+		equal(t, "swept", sweep(t, db, 0), []int16{slot})
+		commitTx(t, other)
+		equal(t, "swept", sweep(t, db, 0), []int16{next})
+	})
+
 	t.Run("OfADrainedShardDoesNotWait", func(t *testing.T) {
 		t.Parallel()
 		db := testenv.Postgres(t)

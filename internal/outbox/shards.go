@@ -102,3 +102,19 @@ func Status(ctx context.Context, db *pgxpool.Pool) ([]Shard, error) {
 	}
 	return shards, nil
 }
+
+// IsNative tells whether the cursor belongs to this cluster; if not, no relay runs before Repair.
+func IsNative(ctx context.Context, db *pgxpool.Pool) (native bool, err error) {
+	if err = db.QueryRow(ctx, `SELECT bool_and(`+nativeSQL+`) FROM outbox_cursor`).Scan(&native); err != nil {
+		return false, fmt.Errorf("read cursor: %w", err)
+	}
+	return native, nil
+}
+
+// LongestRetention returns how long a delivered message may stay in the log at most: until its slot is about to be written again.
+func LongestRetention(ctx context.Context, db *pgxpool.Pool) (longest time.Duration, err error) {
+	if err = db.QueryRow(ctx, `SELECT 8 * outbox_slot_length()`).Scan(&longest); err != nil {
+		return 0, fmt.Errorf("read length of slots: %w", err)
+	}
+	return longest, nil
+}

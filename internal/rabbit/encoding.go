@@ -1,6 +1,7 @@
 package rabbit
 
 import (
+	"fmt"
 	"strings"
 
 	"example.com/orders/internal/messaging"
@@ -49,5 +50,15 @@ func decode(d *amqp.Delivery) messaging.Delivery {
 	if kind == "" {
 		kind = d.RoutingKey
 	}
-	return messaging.Delivery{ID: d.MessageId, Type: kind, Key: key, Payload: d.Body, Headers: headers, Count: count}
+	return messaging.Delivery{ID: d.MessageId, Type: kind, Key: key, Payload: d.Body, Headers: headers, Count: count, Death: deathOf(d.Headers)}
+}
+
+// deathOf puts in words what the broker notes when it moves a message to another queue.
+func deathOf(headers amqp.Table) string {
+	deaths, _ := headers["x-death"].([]any)
+	if len(deaths) == 0 {
+		return ""
+	}
+	newest, _ := deaths[0].(amqp.Table)
+	return fmt.Sprintf("%v, %v times, from queue %v", newest["reason"], newest["count"], newest["queue"])
 }

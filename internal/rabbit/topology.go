@@ -1,8 +1,10 @@
 package rabbit
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"slices"
 
 	amqp "github.com/rabbitmq/amqp091-go"
 )
@@ -81,4 +83,46 @@ func declareQueue(ch *amqp.Channel, name string, arguments amqp.Table) error {
 		return fmt.Errorf("declare queue %s: %w", name, err)
 	}
 	return nil
+}
+
+// Compare looks at the broker without changing anything, and returns what of the topology is missing there. A queue whose arguments differ
+// is an error.
+func (t Topology) Compare(ctx context.Context, url string) (missing []string, err error) {
+	conn, err := dial(ctx, url, "doctor")
+	if err != nil {
+		return nil, err
+	}
+	defer conn.hangUp()
+	for _, queue := range t.Queues {
+		for name, arguments := range map[string]amqp.Table{queue.Name: queueArguments(queue.Name), DeadQueue(queue.Name): deadQueueArguments} {
+			channel, err := conn.Channel() // a failure closes it
+			if err != nil {
+				return nil, fmt.Errorf("open channel: %w", err)
+			}
+			_, err = channel.QueueDeclarePassive(name, true, false, false, false, nil)
+			var refused *amqp.Error
+			if errors.As(err, &refused) && refused.Code == amqp.NotFound {
+				missing = append(missing, "there is no queue "+name)
+				continue
+			}
+			if err == nil {
+				err = declareQueue(channel, name, arguments)
+			}
+			if err != nil {
+				return nil, err
+			}
+		}
+	}
+	slices.Sort(missing)
+	return missing, nil
+}
+
+// Version returns the broker's name and version.
+func Version(ctx context.Context, url string) (string, error) {
+	conn, err := dial(ctx, url, "doctor")
+	if err != nil {
+		return "", err
+	}
+	defer conn.hangUp()
+	return fmt.Sprintf("%v %v", conn.Properties["product"], conn.Properties["version"]), nil
 }

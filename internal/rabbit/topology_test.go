@@ -1,6 +1,7 @@
 package rabbit
 
 import (
+	"slices"
 	"strings"
 	"testing"
 
@@ -71,6 +72,48 @@ func TestDeclare(t *testing.T) {
 		}
 	})
 
+	t.Run("AReplayToOneQueueReachesNoOther", func(t *testing.T) {
+		t.Parallel()
+		url := testenv.AMQP(t)
+		both := Topology{Exchange: exchange, Queues: []Queue{
+			{Name: "all", Types: []string{"google.protobuf.StringValue"}}, {Name: "one", Types: []string{"google.protobuf.StringValue"}},
+		}}
+		p := newPublisher(t, PublisherConfig{URL: url, Topology: both, Queue: "one"})
+		mustPublish(t, p, text("k", "a"))
+		one := take(t, url, "one")
+		if all := take(t, url, "all"); len(all) != 0 || len(one) != 1 {
+			t.Fatalf("%d and %d messages, want 0 and 1", len(all), len(one))
+		}
+		if d := decode(&one[0]); d.Type != "google.protobuf.StringValue" || d.Key != "k" {
+			t.Errorf("it arrives as %+v", d)
+		}
+	})
+
+	t.Run("CompareLooksAndChangesNothing", func(t *testing.T) {
+		t.Parallel()
+		url := testenv.AMQP(t)
+		for range 2 {
+			missing, err := topology.Compare(t.Context(), url)
+			if want := []string{"there is no queue " + queue, "there is no queue " + DeadQueue(queue)}; err != nil || !slices.Equal(missing, want) {
+				t.Fatalf("nothing declared: %q, %v", missing, err)
+			}
+		}
+		if err := topology.declare(raw(t, url)); err != nil {
+			t.Fatal(err)
+		}
+		if missing, err := topology.Compare(t.Context(), url); err != nil || len(missing) != 0 {
+			t.Errorf("all declared: %q, %v", missing, err)
+		}
+		url = testenv.AMQP(t)
+		declareFull(t, raw(t, url), 5)
+		if _, err := topology.Compare(t.Context(), url); err == nil || !strings.Contains(err.Error(), "exists with other arguments") {
+			t.Errorf("other arguments: %v", err)
+		}
+		if version, err := Version(t.Context(), url); err != nil || !strings.HasPrefix(version, "RabbitMQ ") {
+			t.Errorf("version is %q, %v", version, err)
+		}
+	})
+
 	t.Run("WhatIsGivenUpMovesToTheDeadQueue", func(t *testing.T) {
 		t.Parallel()
 		url, p := setUp(t)
@@ -89,8 +132,12 @@ func TestDeclare(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if got := textOf(t, receive[amqp.Delivery](t, dead).Body); got != "0" {
-			t.Errorf("got %s", got)
+		got := receive[amqp.Delivery](t, dead)
+		if text := textOf(t, got.Body); text != "0" {
+			t.Errorf("got %s", text)
+		}
+		if death := decode(&got).Death; death != "delivery_limit, 1 times, from queue "+queue {
+			t.Errorf("it died of %q", death)
 		}
 	})
 }

@@ -1,0 +1,159 @@
+package deadletter
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"example.com/orders/internal/messaging"
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+)
+
+// Resolution says what became of a letter.
+type Resolution string
+
+const (
+	// Redriven: the message goes its way again. If it fails again, that is another letter.
+	Redriven Resolution = "redriven"
+	// Discarded: it is given up.
+	Discarded Resolution = "discarded"
+	// Duplicate: it is a copy of a message whose effect is committed, or which waits elsewhere.
+	Duplicate Resolution = "duplicate"
+)
+
+// Stored is a letter as it stands in the table.
+type Stored struct {
+	ID int64
+	Letter
+	DeadAt time.Time
+	// Resolution is "" while the letter is open.
+	Resolution Resolution
+	ResolvedAt *time.Time
+}
+
+// Filter chooses letters; what is empty chooses all.
+type Filter struct {
+	IDs []int64
+	// Consumer is a consumer group, or Relay.
+	Consumer             string
+	MessageID, Type, Key string
+	Reason               Reason
+	// Since and Until are times of death.
+	Since, Until time.Time
+	// Resolved chooses resolved letters as well as open ones.
+	Resolved bool
+}
+
+// Relay stands in a Filter for letters of the relay, whose Consumer is "".
+const Relay = "relay"
+
+const columns = `id, consumer, message_id, type, key, payload, headers, reason, error, attempts, dead_at, coalesce(resolution, ''), resolved_at`
+
+const listSQL = `
+SELECT ` + columns + ` FROM dead_letter
+WHERE id > $1 AND (cardinality($2::bigint[]) = 0 OR id = ANY ($2)) AND ($3 = '' OR consumer = CASE $3 WHEN '` + Relay + `' THEN '' ELSE $3 END)
+  AND ($4 = '' OR message_id = $4) AND ($5 = '' OR type = $5) AND ($6 = '' OR key = $6) AND ($7 = '' OR reason = $7)
+  AND ($8::timestamptz IS NULL OR dead_at >= $8) AND ($9::timestamptz IS NULL OR dead_at < $9) AND ($10 OR resolution IS NULL)
+ORDER BY id LIMIT $11`
+
+// List returns letters whose ID is above after, in that order, at most limit.
+func List(ctx context.Context, db *pgxpool.Pool, f Filter, after int64, limit int) ([]Stored, error) {
+	optional := func(at time.Time) *time.Time {
+		if at.IsZero() {
+			return nil
+		}
+		return &at
+	}
+	rows, err := db.Query(ctx, listSQL, after, append([]int64{}, f.IDs...), f.Consumer, f.MessageID, f.Type, f.Key, f.Reason,
+		optional(f.Since), optional(f.Until), f.Resolved, limit)
+	if err != nil {
+		return nil, fmt.Errorf("list dead letters: %w", err)
+	}
+	letters, err := pgx.CollectRows(rows, scan)
+	if err != nil {
+		return nil, fmt.Errorf("list dead letters: %w", err)
+	}
+	return letters, nil
+}
+
+func scan(row pgx.CollectableRow) (s Stored, err error) {
+	err = row.Scan(&s.ID, &s.Consumer, &s.MessageID, &s.Type, &s.Key, &s.Payload, &s.Headers, &s.Reason, &s.Error, &s.Attempts,
+		&s.DeadAt, &s.Resolution, &s.ResolvedAt)
+	return s, err
+}
+
+// ErrNotOpen means that a letter is resolved, or that somebody is resolving it right now.
+var ErrNotOpen = errors.New("dead letter is not open")
+
+const lockSQL = `SELECT ` + columns + ` FROM dead_letter WHERE id = $1 AND resolution IS NULL FOR UPDATE SKIP LOCKED`
+
+// Lock returns an open letter, and keeps it for tx.
+func Lock(ctx context.Context, tx pgx.Tx, id int64) (Stored, error) {
+	rows, err := tx.Query(ctx, lockSQL, id)
+	if err != nil {
+		return Stored{}, fmt.Errorf("lock dead letter: %w", err)
+	}
+	letter, err := pgx.CollectExactlyOneRow(rows, scan)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return letter, ErrNotOpen
+	}
+	return letter, err
+}
+
+// Note says who resolves a letter, and why. Both are required.
+type Note struct {
+	Actor, Reason string
+}
+
+// Resolve closes a letter that tx has locked, and records by whom and why.
+func Resolve(ctx context.Context, tx pgx.Tx, id int64, resolution Resolution, note Note, detail string) error {
+	_, err := tx.Exec(ctx, `UPDATE dead_letter SET resolution = $2, resolved_at = clock_timestamp() WHERE id = $1`, id, resolution)
+	if err == nil {
+		_, err = tx.Exec(ctx, `INSERT INTO dead_letter_audit (letter_id, resolution, reason, actor, detail) VALUES ($1, $2, $3, $4, $5)`,
+			id, resolution, note.Reason, note.Actor, detail)
+	}
+	if err != nil {
+		return fmt.Errorf("resolve dead letter: %w", err)
+	}
+	return nil
+}
+
+// Record is an entry of the audit log.
+type Record struct {
+	Resolution Resolution `json:"resolution"`
+	Reason     string     `json:"reason"`
+	Actor      string     `json:"actor"`
+	Detail     string     `json:"detail"`
+	At         time.Time  `json:"at"`
+}
+
+// Audit returns what was done about a letter.
+func Audit(ctx context.Context, db *pgxpool.Pool, id int64) ([]Record, error) {
+	rows, err := db.Query(ctx, `SELECT resolution, reason, actor, detail, at FROM dead_letter_audit WHERE letter_id = $1 ORDER BY id`, id)
+	if err != nil {
+		return nil, fmt.Errorf("read audit log: %w", err)
+	}
+	return pgx.CollectRows(rows, pgx.RowToStructByPos[Record])
+}
+
+// Undelivered letters come from the broker, which may hand one over twice. One caller at a time looks and inserts; 1869968483 is the class of the
+// outbox's locks for chores.
+const knownSQL = `
+SELECT EXISTS (SELECT FROM dead_letter WHERE message_id = $1 AND consumer = $2 AND reason = $3 AND resolution IS NULL)
+FROM pg_advisory_xact_lock(1869968483, 2)`
+
+// InsertOnce is Insert for a letter of which copies may come: while one is open, further ones are absorbed.
+func InsertOnce(ctx context.Context, tx pgx.Tx, letter Letter) error {
+	if letter.MessageID != "" {
+		var known bool
+		if err := tx.QueryRow(ctx, knownSQL, messaging.CleanText(letter.MessageID), letter.Consumer, letter.Reason).Scan(&known); err != nil {
+			return fmt.Errorf("look for dead letter: %w", err)
+		}
+		if known {
+			return nil
+		}
+	}
+	return Insert(ctx, tx, letter)
+}

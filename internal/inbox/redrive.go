@@ -1,0 +1,65 @@
+package inbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"example.com/orders/internal/deadletter"
+	"example.com/orders/internal/messaging"
+	"example.com/orders/internal/postgres"
+	"github.com/jackc/pgx/v5"
+)
+
+// Drain keeps what the broker gave up delivering to the group, as dead letters. It is the handler of the queue that the broker puts it in.
+func (b *Inbox) Drain(ctx context.Context, deliveries []messaging.Delivery) error {
+	letters := make([]deadletter.Letter, 0, len(deliveries))
+	for _, d := range deliveries {
+		letters = append(letters, b.letter(ctx, d, int(d.Count), &failure{&rejection{deadletter.Undelivered, fmt.Errorf("the broker gave it up: %s", d.Death)}}))
+	}
+	err := postgres.Transact(ctx, b.db, func(tx pgx.Tx) error {
+		for _, letter := range letters {
+			if err := deadletter.InsertOnce(ctx, tx, letter); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err == nil {
+		b.meters.dead(ctx, letters...)
+	}
+	return err
+}
+
+// ErrTaken means that the inbox has taken a message already: its effect is committed, or it waits, or it stands in another dead letter.
+var ErrTaken = errors.New("message is taken already")
+
+const requeueTakeSQL = `INSERT INTO inbox (slot, consumer, message_id) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING`
+
+const requeueSQL = `
+INSERT INTO inbox_retry (consumer, message_id, type, key, payload, headers, attempts, due_at, last_error)
+SELECT $1, $2, $3, $4, $5, $6, 0, clock_timestamp(), 'redriven'
+WHERE $2 = '' OR NOT EXISTS (SELECT FROM inbox_retry WHERE consumer = $1 AND message_id = $2)`
+
+// Requeue has a group try a dead message again, as part of tx, behind whatever waits of its key. Owned says that the letter is of a message
+// that the inbox had taken and never applied; without it, Requeue returns ErrTaken if the inbox has taken the message.
+func Requeue(ctx context.Context, tx pgx.Tx, consumer string, d messaging.Delivery, owned bool) error {
+	if d.ID != "" {
+		who := identityOf(d.ID, slotLength)
+		tag, err := tx.Exec(ctx, requeueTakeSQL, who.slot, consumer, who.id)
+		switch {
+		case err != nil:
+			return fmt.Errorf("take message: %w", err)
+		case tag.RowsAffected() == 0 && !owned:
+			return ErrTaken
+		}
+	}
+	tag, err := tx.Exec(ctx, requeueSQL, consumer, d.ID, d.Type, d.Key, messaging.NotNil(d.Payload), headersOf(d))
+	switch {
+	case err != nil:
+		return fmt.Errorf("queue retry: %w", err)
+	case tag.RowsAffected() == 0:
+		return ErrTaken
+	}
+	return nil
+}
