@@ -116,7 +116,20 @@ func TestUndeliveredMessagesAreKept(t *testing.T) {
 		given := amqp.Publishing{MessageId: "given up", Type: "type", Body: []byte("\x00\xff"), Headers: amqp.Table{
 			"x-death": []any{amqp.Table{"reason": "delivery_limit", "count": int64(1), "queue": "orders.notifications"}},
 		}}
-		return channel.PublishWithContext(t.Context(), "", "orders.notifications.dead", false, false, given)
+		// With a confirm: a queue that has only just been declared may have no leader yet, and drop it.
+		if err := channel.Confirm(false); err != nil {
+			return err
+		}
+		confirm, err := channel.PublishWithDeferredConfirmWithContext(t.Context(), "", "orders.notifications.dead", true, false, given)
+		if err != nil {
+			return err
+		}
+		waiting, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+		defer cancel()
+		if acked, err := confirm.WaitContext(waiting); err != nil || !acked {
+			return fmt.Errorf("acked %t, %v", acked, err)
+		}
+		return nil
 	})
 	db, err := postgres.Open(t.Context(), postgres.Config{URL: config.PostgresURL})
 	if err != nil {
