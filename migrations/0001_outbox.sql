@@ -2,6 +2,33 @@
 
 -- +goose Up
 
+-- Who does what to the tables: each process logs in as one of these, and may do what its code does and no more. Roles belong to
+-- the whole cluster. They have no passwords: give them some, or let pg_hba.conf say how they prove who they are. app_all is for
+-- the three processes in one.
+-- +goose StatementBegin
+DO $$
+DECLARE
+    name text;
+BEGIN
+    FOREACH name IN ARRAY '{app_api,app_relay,app_consumer,app_operator,app_all}'::text[] LOOP
+        CONTINUE WHEN EXISTS (SELECT FROM pg_roles WHERE rolname = name);
+        BEGIN
+            EXECUTE format('CREATE ROLE %I LOGIN', name);
+            IF name = 'app_all' THEN
+                GRANT app_api, app_relay, app_consumer TO app_all;
+            END IF;
+        EXCEPTION
+            WHEN duplicate_object OR unique_violation THEN
+                NULL; -- by a migration of another database, right now
+            WHEN insufficient_privilege THEN
+                RAISE EXCEPTION 'the role % is missing, and % may not create it', name, current_user
+                    USING HINT = 'As a superuser: CREATE ROLE ' || name || ' LOGIN, or ALTER ROLE ' || current_user || ' CREATEROLE.';
+        END;
+    END LOOP;
+END
+$$;
+-- +goose StatementEnd
+
 -- The time slot that a new row falls into. Eight slots of four hours make a ring: a slot is emptied as a whole when every
 -- row in it is delivered and past its retention, so the log never needs a DELETE and never bloats.
 CREATE FUNCTION outbox_slot_length() RETURNS interval
@@ -89,7 +116,7 @@ CREATE INDEX outbox_created_at_idx ON outbox USING brin (created_at);
 -- inserting into the table directly would miss the key locks and with them the order per key.
 -- +goose StatementBegin
 CREATE FUNCTION outbox_insert(ids uuid[], types text[], keys text[], payloads bytea[], headers jsonb[]) RETURNS void
-    LANGUAGE plpgsql AS $$
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
 BEGIN
     -- Held to the end of the transaction: whoever writes the same key next draws its id after this commit is visible.
     -- In sorted order, so that two calls with several keys cannot wait for each other. 1869968482 is 'outb' in ASCII, a class
@@ -109,7 +136,7 @@ $$;
 -- The same for one message, for triggers and for writers in other languages; returns the message's ID.
 -- +goose StatementBegin
 CREATE FUNCTION outbox_insert(type text, key text, payload bytea, headers jsonb DEFAULT '{}', id uuid DEFAULT outbox_uuidv7()) RETURNS uuid
-    LANGUAGE plpgsql AS $$
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
 BEGIN
     PERFORM outbox_insert(ARRAY[id], ARRAY[type], ARRAY[key], ARRAY[payload], ARRAY[headers]);
     RETURN id;
@@ -165,7 +192,7 @@ CREATE TABLE outbox_relay (
 -- A shard's number is used again only after 32,000 others; by then nothing of it is in the log.
 -- +goose StatementBegin
 CREATE FUNCTION outbox_set_shards(shards integer) RETURNS void
-    LANGUAGE plpgsql AS $$
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
 DECLARE
     first integer;
 BEGIN
@@ -207,7 +234,7 @@ $$;
 -- slot's time and are open still. The lock is asked for briefly: everyone else would queue behind it.
 -- +goose StatementBegin
 CREATE FUNCTION outbox_sweep(retention interval) RETURNS smallint[]
-    LANGUAGE plpgsql SET lock_timeout = '100ms' AS $$
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp SET lock_timeout = '100ms' AS $$
 DECLARE
     turn    CONSTANT interval := outbox_slot_length();
     present CONSTANT timestamptz := clock_timestamp();
@@ -246,7 +273,7 @@ CREATE TABLE outbox_backlog (
 -- calls it every second or so, and that keeps the numbers fresh for everyone else. Reads the index entries of what is undelivered.
 -- +goose StatementBegin
 CREATE FUNCTION outbox_measure(stale interval) RETURNS SETOF outbox_backlog
-    LANGUAGE plpgsql AS $$
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
 DECLARE
     cursor   record;
     waiting  bigint;
@@ -289,7 +316,7 @@ CREATE UNIQUE INDEX outbox_scheduled_latest_idx ON outbox_scheduled (type, key) 
 -- stays locked until the transaction ends, so the one that commits last is the one that stays.
 -- +goose StatementBegin
 CREATE FUNCTION outbox_schedule(ids uuid[], types text[], keys text[], payloads bytea[], headers jsonb[], due_at timestamptz, latest boolean) RETURNS void
-    LANGUAGE plpgsql AS $$
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
 #variable_conflict use_column
 BEGIN
     INSERT INTO outbox_scheduled (message_id, type, key, payload, headers, due_at, latest)
@@ -305,11 +332,22 @@ END
 $$;
 -- +goose StatementEnd
 
+-- Takes a message back, and tells whether it was still there.
+-- +goose StatementBegin
+CREATE FUNCTION outbox_unschedule(id uuid) RETURNS boolean
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+BEGIN
+    DELETE FROM outbox_scheduled WHERE message_id = id;
+    RETURN FOUND;
+END
+$$;
+-- +goose StatementEnd
+
 -- Moves what is due into the log, in the order in which it is due, and tells how many and when the next will be. One caller at a time
 -- does so, or messages of a key could change places. IDs are dated anew, because an inbox remembers by the time in them.
 -- +goose StatementBegin
 CREATE FUNCTION outbox_move_due(most integer, OUT moved bigint, OUT next_due_at timestamptz)
-    LANGUAGE plpgsql AS $$
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
 BEGIN
     moved := 0;
     IF pg_try_advisory_xact_lock(1869968483, 1) THEN
@@ -341,7 +379,7 @@ $$;
 -- a snapshot that sees all below it: the lock makes sure that nobody else is writing.
 -- +goose StatementBegin
 CREATE FUNCTION outbox_repair() RETURNS bigint
-    LANGUAGE plpgsql AS $$
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
 DECLARE
     here   CONSTANT bigint := (SELECT system_identifier FROM pg_control_system());
     me     CONSTANT xid8 := pg_current_xact_id();
@@ -420,8 +458,29 @@ CREATE TRIGGER dead_letter_guard_table BEFORE TRUNCATE ON dead_letter FOR EACH S
 CREATE TRIGGER dead_letter_audit_guard_rows BEFORE UPDATE OR DELETE ON dead_letter_audit FOR EACH ROW EXECUTE FUNCTION dead_letter_guard();
 CREATE TRIGGER dead_letter_audit_guard_table BEFORE TRUNCATE ON dead_letter_audit FOR EACH STATEMENT EXECUTE FUNCTION dead_letter_guard();
 
+-- Writers reach the tables through functions alone, which run with their owner's rights: nobody can write past the key locks, or
+-- read what others sent.
+REVOKE EXECUTE ON FUNCTION
+    outbox_insert(uuid[], text[], text[], bytea[], jsonb[]), outbox_insert(text, text, bytea, jsonb, uuid), outbox_schedule, outbox_unschedule,
+    outbox_measure, outbox_sweep, outbox_move_due, outbox_set_shards, outbox_repair FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION
+    outbox_insert(uuid[], text[], text[], bytea[], jsonb[]), outbox_insert(text, text, bytea, jsonb, uuid), outbox_schedule, outbox_unschedule
+    TO app_api, app_consumer, app_operator;
+GRANT EXECUTE ON FUNCTION outbox_measure TO app_api, app_relay, app_operator;
+GRANT EXECUTE ON FUNCTION outbox_sweep, outbox_move_due TO app_relay;
+GRANT EXECUTE ON FUNCTION outbox_set_shards, outbox_repair TO app_operator;
+
+GRANT SELECT ON outbox TO app_relay;
+GRANT SELECT, UPDATE ON outbox_cursor TO app_relay;
+GRANT SELECT, INSERT, UPDATE, DELETE ON outbox_relay TO app_relay;
+GRANT INSERT ON dead_letter TO app_relay;
+GRANT SELECT, INSERT ON dead_letter TO app_consumer;
+GRANT SELECT ON outbox, outbox_cursor, outbox_relay, outbox_backlog, outbox_scheduled, dead_letter, dead_letter_audit, goose_db_version TO app_operator;
+GRANT UPDATE (resolution, resolved_at) ON dead_letter TO app_operator;
+GRANT INSERT ON dead_letter_audit TO app_operator;
+
 -- +goose Down
-DROP FUNCTION outbox_repair, outbox_move_due, outbox_schedule, outbox_measure, outbox_sweep, outbox_slot_delivered, outbox_set_shards;
+DROP FUNCTION outbox_repair, outbox_unschedule, outbox_move_due, outbox_schedule, outbox_measure, outbox_sweep, outbox_slot_delivered, outbox_set_shards;
 DROP TABLE dead_letter_audit, dead_letter, outbox_scheduled, outbox_backlog, outbox_relay, outbox_cursor, outbox;
 DROP FUNCTION dead_letter_guard;
 DROP FUNCTION outbox_insert(text, text, bytea, jsonb, uuid);

@@ -35,7 +35,7 @@ CREATE INDEX inbox_slot_foreign_received_at_idx ON inbox_slot_foreign USING brin
 -- who has inserted, shows it. Messages without a time in their IDs are deleted, for some seconds at most.
 -- +goose StatementBegin
 CREATE FUNCTION inbox_sweep(remember interval) RETURNS smallint[]
-    LANGUAGE plpgsql SET lock_timeout = '100ms' AS $$
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp SET lock_timeout = '100ms' AS $$
 DECLARE
     oldest  CONSTANT timestamptz := clock_timestamp() - remember;
     first   CONSTANT uuid := (lpad(to_hex((extract(epoch FROM oldest) * 1000)::bigint), 12, '0') || '70008000000000000000')::uuid;
@@ -90,6 +90,12 @@ CREATE TABLE inbox_retry (
 CREATE INDEX inbox_retry_key_idx ON inbox_retry (consumer, key, seq) WHERE key <> '';
 -- For "what is due?".
 CREATE INDEX inbox_retry_due_idx ON inbox_retry (consumer, due_at);
+
+REVOKE EXECUTE ON FUNCTION inbox_sweep FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION inbox_sweep TO app_consumer;
+GRANT SELECT, INSERT, UPDATE ON inbox TO app_consumer;
+GRANT SELECT, INSERT, UPDATE, DELETE ON inbox_retry TO app_consumer;
+GRANT SELECT, INSERT ON inbox, inbox_retry TO app_operator;
 
 -- +goose Down
 DROP FUNCTION inbox_sweep;

@@ -83,7 +83,9 @@ func newStage(t *testing.T, binary string) *stage {
 	t.Helper()
 	s := &stage{binary: binary, db: testenv.Postgres(t), amqpURL: testenv.AMQP(t)}
 	s.postgresURL = s.db.Config().ConnString()
-	if _, err := s.db.Exec(t.Context(), `CREATE TABLE effects (seq bigint GENERATED ALWAYS AS IDENTITY, message text NOT NULL)`); err != nil {
+	if _, err := s.db.Exec(t.Context(), `
+		CREATE TABLE effects (seq bigint GENERATED ALWAYS AS IDENTITY, message text NOT NULL);
+		GRANT INSERT ON effects TO app_consumer`); err != nil {
 		t.Fatal(err)
 	}
 	return s
@@ -176,7 +178,7 @@ func (o *output) String() string {
 func (s *stage) start(t *testing.T, role string, environment ...string) *process {
 	t.Helper()
 	p := &process{command: exec.Command(s.binary, role), output: &output{}, done: make(chan struct{})}
-	p.command.Env = append(os.Environ(), append(environment, "POSTGRES_URL="+s.postgresURL, "AMQP_URL="+s.amqpURL)...)
+	p.command.Env = append(os.Environ(), append(environment, "POSTGRES_URL="+testenv.As(t, s.postgresURL, "app_"+role), "AMQP_URL="+s.amqpURL)...)
 	p.command.Stdout, p.command.Stderr = p.output, p.output
 	if err := p.command.Start(); err != nil {
 		t.Fatal(err)

@@ -48,6 +48,7 @@ func setup(t *testing.T) *bundle {
 	b := &bundle{db: testenv.Postgres(t), link: new(link)}
 	config := b.db.Config()
 	config.ConnConfig.DialFunc = b.link.dial
+	config.ConnConfig.RuntimeParams["role"] = "app_api"
 	db, err := pgxpool.NewWithConfig(t.Context(), config)
 	if err != nil {
 		t.Fatal(err)

@@ -83,6 +83,8 @@ func restore(t *testing.T, db *pgxpool.Pool) *pgxpool.Pool {
 		}
 		return out.Bytes()
 	}
+	roles := run(nil, "pg_dumpall", "--roles-only", "--no-role-passwords", "--dbname="+db.Config().ConnString())
+	run(roles, "psql", "--quiet", "--dbname="+url) // goes on behind the role that both have
 	dump := run(nil, "pg_dump", "--format=custom", "--dbname="+db.Config().ConnString())
 	run(dump, "pg_restore", "--exit-on-error", "--dbname="+url)
 	restored, err := pgxpool.New(t.Context(), url)

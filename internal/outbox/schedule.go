@@ -50,11 +50,11 @@ var ErrNotScheduled = errors.New("message is not scheduled")
 
 // Unschedule takes a scheduled message back, as part of tx.
 func Unschedule(ctx context.Context, tx pgx.Tx, message messaging.Message) error {
-	tag, err := tx.Exec(ctx, `DELETE FROM outbox_scheduled WHERE message_id = $1`, message.ID)
-	if err != nil {
+	var found bool
+	if err := tx.QueryRow(ctx, `SELECT outbox_unschedule($1)`, message.ID).Scan(&found); err != nil {
 		return fmt.Errorf("unschedule: %w", err)
 	}
-	if tag.RowsAffected() == 0 {
+	if !found {
 		return fmt.Errorf("message %s: %w", message.ID, ErrNotScheduled)
 	}
 	return nil

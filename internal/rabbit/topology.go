@@ -9,12 +9,14 @@ import (
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 
-// Topology is what a service needs on the broker. It follows from the message types that its consumer groups handle; every process
-// declares it when it connects, so there is no topology file and nothing to set up.
+// Topology is what a service needs on the broker. It follows from the message types that its consumer groups handle. Unless it is given, every
+// process declares it when it connects, so there is no topology file and nothing to set up.
 type Topology struct {
 	// Exchange is the topic exchange that events go to, with the message type as routing key.
 	Exchange string
 	Queues   []Queue
+	// Given says that somebody else declares it, and processes only look whether it is there: then they need no permission to configure.
+	Given bool
 }
 
 // Queue is the queue of one consumer group.
@@ -54,6 +56,9 @@ var deadQueueArguments = amqp.Table{"x-queue-type": "quorum", "x-delivery-limit"
 // declare makes the topology on ch. All of it is idempotent. A queue that exists with other arguments is an error that says so:
 // deleting and making it anew is a decision about its messages, and not ours.
 func (t Topology) declare(ch *amqp.Channel) error {
+	if t.Given {
+		return t.expect(ch)
+	}
 	if err := ch.ExchangeDeclare(t.Exchange, amqp.ExchangeTopic, true, false, false, false, nil); err != nil {
 		return fmt.Errorf("declare exchange %s: %w", t.Exchange, err)
 	}
@@ -71,6 +76,36 @@ func (t Topology) declare(ch *amqp.Channel) error {
 		}
 	}
 	return nil
+}
+
+// expect looks for the topology on ch. It takes no permissions.
+func (t Topology) expect(ch *amqp.Channel) error {
+	const cure = "is not there; declare the topology, or let the processes do so"
+	if err := ch.ExchangeDeclarePassive(t.Exchange, amqp.ExchangeTopic, true, false, false, false, nil); err != nil {
+		return fmt.Errorf("exchange %s %s: %w", t.Exchange, cure, err)
+	}
+	for _, queue := range t.Queues {
+		for _, name := range []string{queue.Name, DeadQueue(queue.Name)} {
+			if _, err := ch.QueueDeclarePassive(name, true, false, false, false, nil); err != nil {
+				return fmt.Errorf("queue %s %s: %w", name, cure, err)
+			}
+		}
+	}
+	return nil
+}
+
+// Declare makes the topology, for processes that may not.
+func (t Topology) Declare(ctx context.Context, url string) error {
+	conn, err := dial(ctx, url, "topology")
+	if err != nil {
+		return err
+	}
+	defer conn.hangUp()
+	channel, err := conn.Channel()
+	if err != nil {
+		return fmt.Errorf("open channel: %w", err)
+	}
+	return t.declare(channel)
 }
 
 func declareQueue(ch *amqp.Channel, name string, arguments amqp.Table) error {

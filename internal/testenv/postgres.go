@@ -97,6 +97,19 @@ func PostgresURL(t testing.TB) string {
 	return databaseURL(e.stack.PostgresURL, name)
 }
 
+// As returns a database's URL for a session that has the rights of a role, and no others.
+func As(t testing.TB, rawURL, role string) string {
+	t.Helper()
+	parsed, err := url.Parse(rawURL)
+	if err != nil {
+		t.Fatalf("parse postgres url: %v", err)
+	}
+	query := parsed.Query()
+	query.Set("role", role)
+	parsed.RawQuery = query.Encode()
+	return parsed.String()
+}
+
 // openMaintenance connects to the database from which others are made.
 func openMaintenance(ctx context.Context, serverURL string) (*pgxpool.Pool, error) {
 	config, err := pgxpool.ParseConfig(databaseURL(serverURL, "postgres"))

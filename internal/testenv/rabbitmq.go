@@ -2,6 +2,7 @@ package testenv
 
 import (
 	"context"
+	"crypto/rand"
 	"net/http"
 	"net/url"
 	"strings"
@@ -81,6 +82,26 @@ func Management(t testing.TB, amqpURL string) *ManagementClient {
 		t.Fatalf("parse amqp url: %v", err)
 	}
 	return &ManagementClient{t: t, api: shared(t).management, vhost: strings.TrimPrefix(parsed.Path, "/")}
+}
+
+// User makes a user who may do so much in the vhost, each of it for the names that match an expression, and returns the URL that it connects with.
+func (c *ManagementClient) User(configure, write, read string) (amqpURL string) {
+	c.t.Helper()
+	name, password := uniqueName(c.t), rand.Text()
+	c.must("make user", c.try(http.MethodPut, map[string]string{"password": password, "tags": ""}, nil, "users", name))
+	c.t.Cleanup(func() {
+		ctx, cancel := cleanupContext()
+		defer cancel()
+		if err := c.api.call(ctx, http.MethodDelete, nil, nil, "users", name); err != nil {
+			c.t.Errorf("delete user: %v", err)
+		}
+	})
+	permissions := map[string]string{"configure": configure, "write": write, "read": read}
+	c.must("grant permissions", c.try(http.MethodPut, permissions, nil, "permissions", c.vhost, name))
+	broker, err := url.Parse(shared(c.t).stack.AMQPURL)
+	c.must("parse AMQP_URL", err)
+	broker.User, broker.Path = url.UserPassword(name, password), "/"+c.vhost
+	return broker.String()
 }
 
 // CloseConnections closes all connections to the vhost from the broker's side, as
