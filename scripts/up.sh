@@ -5,11 +5,19 @@ cd "$(dirname "$0")/.."
 stack=.stack/bin/stack
 api=127.0.0.1:8080 relay=127.0.0.1:8081 consumer=127.0.0.1:8082
 
+# as ROLE is the database's URL for a session that has the rights of a role, and no others.
+as() {
+  case $POSTGRES_URL in
+    *\?*) echo "$POSTGRES_URL&role=$1" ;;
+    *) echo "$POSTGRES_URL?role=$1" ;;
+  esac
+}
+
 eval "$($stack up)"
 bin/orders migrate
-LISTEN=$api $stack daemon api -- bin/orders api
-LISTEN=$relay $stack daemon relay -- bin/orders relay
-LISTEN=$consumer $stack daemon consumer -- bin/orders consumer
+LISTEN=$api POSTGRES_URL=$(as app_api) $stack daemon api -- bin/orders api
+LISTEN=$relay POSTGRES_URL=$(as app_relay) $stack daemon relay -- bin/orders relay
+LISTEN=$consumer POSTGRES_URL=$(as app_consumer) $stack daemon consumer -- bin/orders consumer
 for address in $api $relay $consumer; do
   for try in $(seq 100); do
     if bin/orders healthcheck "http://$address/readyz" 2>/dev/null; then

@@ -71,7 +71,7 @@ func run(ctx context.Context, flags cli, screen *screen) (balanced bool, err err
 
 // start brings up the schema, the tap and the processes.
 func (d *demo) start(ctx context.Context) (err error) {
-	if err := d.fleet.migrate(ctx); err != nil {
+	if err := d.fleet.prepare(ctx, d.box); err != nil {
 		return err
 	}
 	if d.tap, err = openTap(d.box.direct); err != nil {

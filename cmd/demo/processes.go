@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
@@ -17,6 +18,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"example.com/orders/internal/rabbit"
 )
 
 var processNames = []string{"api", "relay", "consumer"}
@@ -44,6 +47,7 @@ type fleet struct {
 	binary string
 	dir    string // of logs
 	env    []string
+	own    map[string][]string // of each process alone: how it logs in
 	addrs  map[string]string
 	fail   context.CancelCauseFunc // called when a process ends that should not
 	starts chan func()
@@ -64,7 +68,8 @@ type process struct {
 func newFleet(binary, dir string, box *sandbox, fail context.CancelCauseFunc) (*fleet, error) {
 	f := &fleet{
 		binary: binary, dir: dir, fail: fail, addrs: map[string]string{}, running: map[string]*process{},
-		env:    append(withoutService(os.Environ()), "POSTGRES_URL="+box.postgresURL, "AMQP_URL="+box.amqpURL, "RELAY_LEASE="+relayLease),
+		env:    append(withoutService(os.Environ()), "RELAY_LEASE="+relayLease, "TOPOLOGY=given"),
+		own:    map[string][]string{"migrate": {"POSTGRES_URL=" + box.postgresURL}, "topology": {"AMQP_URL=" + box.direct}},
 		starts: make(chan func()),
 	}
 	for _, name := range processNames {
@@ -87,7 +92,7 @@ func newFleet(binary, dir string, box *sandbox, fail context.CancelCauseFunc) (*
 
 // withoutService drops the service's own settings: the processes run with their defaults.
 func withoutService(environ []string) []string {
-	prefixes := []string{"LISTEN=", "EXCHANGE=", "LOG_", "RELAY_", "CONSUMER_", "POSTGRES_", "AMQP_URL="}
+	prefixes := []string{"LISTEN=", "EXCHANGE=", "LOG_", "RELAY_", "CONSUMER_", "POSTGRES_", "AMQP_URL=", "TOPOLOGY="}
 	return slices.DeleteFunc(environ, func(entry string) bool {
 		return slices.ContainsFunc(prefixes, func(prefix string) bool { return strings.HasPrefix(entry, prefix) })
 	})
@@ -101,13 +106,43 @@ func (f *fleet) pid(name string) int {
 	return f.running[name].command.Process.Pid
 }
 
-func (f *fleet) migrate(ctx context.Context) error {
-	command := exec.CommandContext(ctx, f.binary, "migrate")
-	command.Env = f.env
-	if output, err := command.CombinedOutput(); err != nil {
-		return fmt.Errorf("migrate: %w\n%s", err, output)
+// prepare makes schema and topology, and for each process a login that may do what the process does and no more.
+func (f *fleet) prepare(ctx context.Context, box *sandbox) error {
+	if _, err := f.call(ctx, "migrate"); err != nil {
+		return err
+	}
+	output, err := f.call(ctx, "topology", "--declare", "--json")
+	if err != nil {
+		return err
+	}
+	var topology struct{ Permissions map[string]rabbit.Permissions }
+	if err := json.Unmarshal(output, &topology); err != nil {
+		return fmt.Errorf("topology: %w", err)
+	}
+	for _, name := range processNames {
+		f.own[name] = []string{"POSTGRES_URL=" + box.withRole("app_"+name)}
+		if permissions, ok := topology.Permissions[name]; ok {
+			amqpURL, err := box.addUser(ctx, name, permissions)
+			if err != nil {
+				return err
+			}
+			f.own[name] = append(f.own[name], "AMQP_URL="+amqpURL)
+		}
 	}
 	return nil
+}
+
+// call runs a command of the service to its end.
+func (f *fleet) call(ctx context.Context, args ...string) ([]byte, error) {
+	command := exec.CommandContext(ctx, f.binary, args...)
+	command.Env = slices.Concat(f.env, f.own[args[0]])
+	var failure bytes.Buffer
+	command.Stderr = &failure
+	output, err := command.Output()
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w\n%s", args[0], err, failure.Bytes())
+	}
+	return output, nil
 }
 
 // start starts a process and returns when it is ready. Its log goes behind that of its predecessor.
@@ -118,7 +153,7 @@ func (f *fleet) start(ctx context.Context, name string) error {
 	}
 	defer log.Close() // the child has its own
 	command := exec.Command(f.binary, name)
-	command.Env = append(slices.Clone(f.env), "LISTEN="+f.addrs[name])
+	command.Env = slices.Concat(f.env, f.own[name], []string{"LISTEN=" + f.addrs[name]})
 	command.Stdout, command.Stderr = log, log
 	// In a group of its own, so that Ctrl-C comes to us alone and the children are stopped in order.
 	command.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -11,6 +12,7 @@ import (
 	"strings"
 	"time"
 
+	"example.com/orders/internal/rabbit"
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
 	amqp "github.com/rabbitmq/amqp091-go"
@@ -20,9 +22,9 @@ import (
 type sandbox struct {
 	name        string // of both
 	postgresURL string
-	amqpURL     string // through the proxy
 	direct      string // past it, for the tap
 	proxy       *proxy
+	users       []string // of the broker, made for the processes
 
 	serverURL  string // of the Postgres server, as given
 	management *url.URL
@@ -50,7 +52,6 @@ func newSandbox(ctx context.Context, flags cli) (_ *sandbox, err error) {
 	}()
 	login := url.UserPassword(broker.Username, broker.Password)
 	b.direct = (&url.URL{Scheme: "amqp", User: login, Host: net.JoinHostPort(broker.Host, fmt.Sprint(broker.Port)), Path: b.name}).String()
-	b.amqpURL = (&url.URL{Scheme: "amqp", User: login, Host: b.proxy.addr(), Path: b.name}).String()
 	if b.postgresURL, err = withDatabase(flags.PostgresURL, b.name); err != nil {
 		return nil, err
 	}
@@ -81,7 +82,39 @@ func (b *sandbox) remove(ctx context.Context) error {
 	if err != nil {
 		err = fmt.Errorf("delete vhost %s: %w", b.name, err)
 	}
-	return errors.Join(dropped, err)
+	errs := []error{dropped, err}
+	for _, user := range b.users {
+		if err := b.manage(ctx, http.MethodDelete, nil, "users", user); err != nil {
+			errs = append(errs, fmt.Errorf("delete user %s: %w", user, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// addUser makes a user of the broker with these permissions, and returns the URL by which a process logs in as it.
+func (b *sandbox) addUser(ctx context.Context, process string, permissions rabbit.Permissions) (string, error) {
+	name, password := b.name+"_"+process, rand.Text()
+	err := b.manage(ctx, http.MethodPut, map[string]string{"password": password, "tags": ""}, "users", name)
+	if err != nil {
+		return "", fmt.Errorf("create user %s: %w", name, err)
+	}
+	b.users = append(b.users, name)
+	if err := b.manage(ctx, http.MethodPut, permissions, "permissions", b.name, name); err != nil {
+		return "", fmt.Errorf("grant permissions to %s: %w", name, err)
+	}
+	return (&url.URL{Scheme: "amqp", User: url.UserPassword(name, password), Host: b.proxy.addr(), Path: b.name}).String(), nil
+}
+
+// withRole is the database's URL for a session that has the rights of a role, and no others.
+func (b *sandbox) withRole(role string) string {
+	if !strings.Contains(b.postgresURL, "://") {
+		return b.postgresURL + " role=" + role
+	}
+	separator := "?"
+	if strings.Contains(b.postgresURL, "?") {
+		separator = "&"
+	}
+	return b.postgresURL + separator + "role=" + role
 }
 
 // close ends the proxy. On nil it does nothing.

@@ -36,6 +36,7 @@ type cli struct {
 	Consumer    consumerCommand    `cmd:"" help:"Run the consumer groups."`
 	All         allCommand         `cmd:"" help:"API, relay and consumers in one process."`
 	Migrate     migrateCommand     `cmd:"" help:"Bring the database's schema up to date."`
+	Topology    topologyCommand    `cmd:"" help:"Show what the service needs on the broker and which permissions, or declare it."`
 	Healthcheck healthcheckCommand `cmd:"" help:"Ask a running process whether it is ready; exit 1 if not."`
 	Version     versionCommand     `cmd:"" help:"Print the version."`
 }
@@ -49,6 +50,7 @@ type databaseFlags struct {
 type brokerFlags struct {
 	AMQPURL  amqpURL `name:"amqp-url" env:"AMQP_URL" required:"" help:"RabbitMQ and vhost to work on."`
 	Exchange string  `env:"EXCHANGE" default:"events" help:"Topic exchange that events are published to."`
+	Topology string  `env:"TOPOLOGY" default:"declare" enum:"declare,given" help:"Whether the process declares exchange and queues, or expects them to be given (${enum})."`
 }
 
 type apiFlags struct {
@@ -117,7 +119,7 @@ func appConfig(listen listenAddress, db databaseFlags, api apiFlags, broker brok
 	return app.Config{
 		Addr: string(listen), PostgresURL: string(db.PostgresURL), ListenURL: string(db.ListenURL), MaxConns: db.MaxConns,
 		HighWater: outbox.GateConfig{MaxMessages: api.MaxBacklog, MaxAge: api.MaxBacklogAge},
-		AMQPURL:   string(broker.AMQPURL), Exchange: broker.Exchange,
+		AMQPURL:   string(broker.AMQPURL), Exchange: broker.Exchange, TopologyGiven: broker.Topology == "given",
 		Relay:    outbox.Config{PageRows: relay.PageRows, Lease: relay.Lease, PollInterval: relay.PollInterval, Retention: relay.Retention},
 		Prefetch: consumer.Prefetch, Batch: consumer.Batch,
 	}

@@ -26,6 +26,8 @@ type Config struct {
 	AMQPURL   string
 	// Exchange is the topic exchange that events go to.
 	Exchange string
+	// TopologyGiven says that exchange and queues are declared by somebody else, and the processes need no permission to do so.
+	TopologyGiven bool
 	// Addr is where the API listens; relay and consumer answer health checks there.
 	Addr string
 	// MaxConns bounds the connections to Postgres of one process.

@@ -9,12 +9,23 @@ import (
 	"example.com/orders/internal/rabbit"
 )
 
-// topology is what the service's groups need on the broker. Every process that connects declares all of it.
-func (p *process) topology() rabbit.Topology {
-	topology := rabbit.Topology{Exchange: p.config.Exchange}
-	for _, group := range p.domain.groups {
+// Topology is what the service's groups need on the broker.
+func Topology(exchange string) rabbit.Topology {
+	return newDomain(nil, nil).topology(exchange) // nothing is handled with it
+}
+
+func (d domain) topology(exchange string) rabbit.Topology {
+	topology := rabbit.Topology{Exchange: exchange}
+	for _, group := range d.groups {
 		topology.Queues = append(topology.Queues, rabbit.Queue{Name: queueName(group), Types: group.Types()})
 	}
+	return topology
+}
+
+// topology is the same for this process. It declares all of it when it connects, unless that is somebody else's task.
+func (p *process) topology() rabbit.Topology {
+	topology := p.domain.topology(p.config.Exchange)
+	topology.Given = p.config.TopologyGiven
 	return topology
 }
 

@@ -21,9 +21,9 @@ type Topology struct {
 
 // Queue is the queue of one consumer group.
 type Queue struct {
-	Name string
+	Name string `json:"name"`
 	// Types are the message types that the queue is bound to.
-	Types []string
+	Types []string `json:"types"`
 }
 
 // DeadQueue is the name of the queue that takes what the broker gave up delivering from a queue.
@@ -80,7 +80,7 @@ func (t Topology) declare(ch *amqp.Channel) error {
 
 // expect looks for the topology on ch. It takes no permissions.
 func (t Topology) expect(ch *amqp.Channel) error {
-	const cure = "is not there; declare the topology, or let the processes do so"
+	const cure = "is not there; declare the topology (command topology --declare), or let the processes do so"
 	if err := ch.ExchangeDeclarePassive(t.Exchange, amqp.ExchangeTopic, true, false, false, false, nil); err != nil {
 		return fmt.Errorf("exchange %s %s: %w", t.Exchange, cure, err)
 	}

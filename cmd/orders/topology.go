@@ -1,0 +1,52 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+
+	"example.com/orders/internal/app"
+	"example.com/orders/internal/rabbit"
+)
+
+type topologyCommand struct {
+	Exchange string  `env:"EXCHANGE" default:"events" help:"Topic exchange that events are published to."`
+	Declare  bool    `help:"Declare exchange, queues and bindings, for processes that run with TOPOLOGY=given."`
+	AMQPURL  amqpURL `name:"amqp-url" env:"AMQP_URL" help:"RabbitMQ and vhost, as a user who may configure them; needed to declare."`
+	JSON     bool    `help:"Print JSON."`
+}
+
+func (c *topologyCommand) Validate() error {
+	if c.Declare && c.AMQPURL == "" {
+		return errors.New("--amqp-url is needed to declare")
+	}
+	return (&brokerFlags{Exchange: c.Exchange}).check()
+}
+
+func (c *topologyCommand) Run(ctx context.Context) error {
+	topology := app.Topology(c.Exchange)
+	if c.Declare {
+		if err := topology.Declare(ctx, string(c.AMQPURL)); err != nil {
+			return err
+		}
+	}
+	permissions := map[string]rabbit.Permissions{"relay": topology.PublisherPermissions(), "consumer": topology.ConsumerPermissions()}
+	if c.JSON {
+		encoder := json.NewEncoder(os.Stdout)
+		encoder.SetIndent("", "  ")
+		return encoder.Encode(map[string]any{"exchange": topology.Exchange, "queues": topology.Queues, "permissions": permissions})
+	}
+	fmt.Printf("exchange %s (topic)\n", topology.Exchange)
+	for _, queue := range topology.Queues {
+		fmt.Printf("queue    %s for %s; what the broker gives up goes to %s\n", queue.Name, strings.Join(queue.Types, ", "), rabbit.DeadQueue(queue.Name))
+	}
+	fmt.Println("\nWith TOPOLOGY=given, all that the processes need (rabbitmqctl set_permissions USER CONFIGURE WRITE READ):")
+	for _, process := range []string{"relay", "consumer"} {
+		p := permissions[process]
+		fmt.Printf("%-8s '%s' '%s' '%s'\n", process, p.Configure, p.Write, p.Read)
+	}
+	return nil
+}

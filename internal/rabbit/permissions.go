@@ -1,0 +1,40 @@
+package rabbit
+
+import (
+	"regexp"
+	"strings"
+)
+
+// Permissions are what RabbitMQ lets a user do in a vhost: regular expressions of the names that it may configure, write to, and read from.
+type Permissions struct {
+	Configure string `json:"configure"`
+	Write     string `json:"write"`
+	Read      string `json:"read"`
+}
+
+// nothing is an expression that no name matches.
+const nothing = "^$"
+
+// PublisherPermissions are all that a relay needs where the topology is given: it writes to the exchange, and can read nobody's messages.
+func (t Topology) PublisherPermissions() Permissions {
+	return Permissions{Configure: nothing, Write: only(t.Exchange), Read: nothing}
+}
+
+// ConsumerPermissions are all that a consumer needs where the topology is given: it reads from its queues, and can send nothing. What its handlers
+// send goes through the outbox.
+func (t Topology) ConsumerPermissions() Permissions {
+	var names []string
+	for _, queue := range t.Queues {
+		names = append(names, queue.Name, DeadQueue(queue.Name))
+	}
+	return Permissions{Configure: nothing, Write: nothing, Read: only(names...)}
+}
+
+// only returns an expression that these names match and no other.
+func only(names ...string) string {
+	quoted := make([]string, len(names))
+	for i, name := range names {
+		quoted[i] = regexp.QuoteMeta(name)
+	}
+	return "^(" + strings.Join(quoted, "|") + ")$"
+}

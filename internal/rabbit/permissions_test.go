@@ -1,0 +1,118 @@
+package rabbit
+
+import (
+	"context"
+	"errors"
+	"strings"
+	"testing"
+
+	"example.com/orders/internal/messaging"
+	"example.com/orders/internal/testenv"
+	amqp "github.com/rabbitmq/amqp091-go"
+)
+
+// What each process may not do, tried with the permissions that it is given; and that it can do its work with them.
+func TestPermissions(t *testing.T) {
+	t.Parallel()
+	admin := testenv.AMQP(t)
+	given := topology
+	if err := given.Declare(t.Context(), admin); err != nil {
+		t.Fatal(err)
+	}
+	given.Given = true
+	user := func(p Permissions) string { return testenv.Management(t, admin).User(p.Configure, p.Write, p.Read) }
+	relay, consumer := user(given.PublisherPermissions()), user(given.ConsumerPermissions())
+
+	t.Run("AreEnoughForTheWork", func(t *testing.T) {
+		mustPublish(t, newPublisher(t, PublisherConfig{URL: relay, Topology: given}), text("k", "a"))
+		handled := make(chan messaging.Delivery, 1)
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error, 1)
+		work := NewConsumer(ConsumerConfig{URL: consumer, Topology: given, Queue: queue}, func(_ context.Context, batch []messaging.Delivery) error {
+			handled <- batch[0]
+			return nil
+		})
+		go func() { done <- work.Run(ctx) }()
+		if got := receive(t, handled); got.Key != "k" {
+			t.Errorf("got %+v", got)
+		}
+		cancel()
+		if err := receive(t, done); err != nil {
+			t.Error(err)
+		}
+	})
+
+	publish := func(exchange, key string) func(*amqp.Channel) error {
+		return func(ch *amqp.Channel) error {
+			if err := ch.Confirm(false); err != nil {
+				return err
+			}
+			confirm, err := ch.PublishWithDeferredConfirm(exchange, key, false, false, amqp.Publishing{MessageId: "forged"})
+			if err != nil {
+				return err
+			}
+			closed := ch.NotifyClose(make(chan *amqp.Error, 1))
+			select {
+			case err := <-closed:
+				return err
+			case <-confirm.Done():
+				if confirm.Acked() {
+					return nil
+				}
+				return <-closed
+			}
+		}
+	}
+	consume := func(ch *amqp.Channel) error {
+		_, err := ch.Consume(queue, "", false, false, false, false, nil)
+		return err
+	}
+	declare := func(ch *amqp.Channel) error { return topology.declare(ch) }
+	purge := func(ch *amqp.Channel) error { _, err := ch.QueuePurge(queue, false); return err }
+	remove := func(ch *amqp.Channel) error { _, err := ch.QueueDelete(queue, false, false, false); return err }
+	removeExchange := func(ch *amqp.Channel) error { return ch.ExchangeDelete(exchange, false, false) }
+	own := func(ch *amqp.Channel) error {
+		_, err := ch.QueueDeclare("own", true, false, false, false, nil)
+		return err
+	}
+	bind := func(ch *amqp.Channel) error { return ch.QueueBind(queue, "#", exchange, false, nil) }
+	for name, one := range map[string]struct {
+		url string
+		try func(*amqp.Channel) error
+	}{
+		"RelayConsumes":                {relay, consume},
+		"RelayPurges":                  {relay, purge},
+		"RelayDeclares":                {relay, declare},
+		"RelayMakesAQueue":             {relay, own},
+		"RelayBinds":                   {relay, bind},
+		"RelayDeletesTheQueue":         {relay, remove},
+		"RelayDeletesTheExchange":      {relay, removeExchange},
+		"RelayWritesPastTheExchange":   {relay, publish("", queue)},
+		"RelayWritesToAnother":         {relay, publish("amq.topic", "any")},
+		"ConsumerWrites":               {consumer, publish(exchange, "any")},
+		"ConsumerWritesToAQueue":       {consumer, publish("", queue)},
+		"ConsumerDeclares":             {consumer, declare},
+		"ConsumerMakesAQueue":          {consumer, own},
+		"ConsumerBinds":                {consumer, bind},
+		"ConsumerDeletesTheQueue":      {consumer, remove},
+		"ConsumerDeletesTheExchange":   {consumer, removeExchange},
+		"ConsumerReadsAnothersQueue":   {user(Topology{Queues: []Queue{{Name: "other"}}}.ConsumerPermissions()), consume},
+		"ConsumerReadsTheLikeOfItsOwn": {user(Topology{Queues: []Queue{{Name: queue[:len(queue)-1]}}}.ConsumerPermissions()), consume},
+	} {
+		t.Run(name, func(t *testing.T) {
+			err := one.try(raw(t, one.url))
+			var refused *amqp.Error
+			if !errors.As(err, &refused) || refused.Code != amqp.AccessRefused {
+				t.Errorf("not refused: %v", err)
+			}
+		})
+	}
+
+	t.Run("WhatIsMissingIsNamed", func(t *testing.T) {
+		url := testenv.AMQP(t)
+		_, err := newPublisher(t, PublisherConfig{URL: url, Topology: given}).Publish(t.Context(), texts(0, 1))
+		if err == nil || !strings.Contains(err.Error(), "exchange "+exchange+" is not there; declare the topology") {
+			t.Errorf("got %v", err)
+		}
+	})
+}

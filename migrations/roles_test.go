@@ -1,0 +1,117 @@
+package migrations_test
+
+import (
+	"errors"
+	"strings"
+	"testing"
+
+	"example.com/orders/internal/testenv"
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+)
+
+const insertOne = `SELECT outbox_insert('t.T', 'k', '')`
+
+// mayNot is, for each role, what it must be refused. What it needs is tried by every other test that runs under it.
+var mayNot = map[string][]string{
+	"app_api": {
+		// Past the key locks, or what others sent.
+		`INSERT INTO outbox (shard, message_id, type, payload) VALUES (0, outbox_uuidv7(), 't.T', '')`,
+		`SELECT FROM outbox`, `UPDATE outbox SET payload = ''`, `DELETE FROM outbox`, `TRUNCATE outbox`, `SELECT FROM outbox_slot_0`,
+		`SELECT FROM outbox_cursor`, `UPDATE outbox_cursor SET delivered = pg_current_snapshot()`, `SELECT FROM outbox_scheduled`,
+		`SELECT outbox_sweep('0')`, `SELECT outbox_move_due(1)`, `SELECT outbox_set_shards(2)`, `SELECT outbox_repair()`,
+		`SELECT FROM inbox`, `INSERT INTO inbox (slot, consumer, message_id) VALUES (-1, 'c', outbox_uuidv7())`, `DELETE FROM inbox`,
+		`SELECT FROM inbox_retry`, `SELECT inbox_sweep('0')`, `SELECT FROM dead_letter`, `SELECT FROM dead_letter_audit`,
+	},
+	"app_relay": {
+		// It carries messages, and can neither make nor change any.
+		insertOne, `INSERT INTO outbox (shard, message_id, type, payload) VALUES (0, outbox_uuidv7(), 't.T', '')`,
+		`UPDATE outbox SET payload = ''`, `DELETE FROM outbox`, `TRUNCATE outbox`, `INSERT INTO outbox_cursor (shard) VALUES (1)`,
+		`DELETE FROM outbox_cursor`, `SELECT outbox_schedule('{}', '{}', '{}', '{}', '{}', now(), false)`, `SELECT outbox_unschedule(outbox_uuidv7())`,
+		`SELECT outbox_set_shards(2)`, `SELECT outbox_repair()`, `SELECT FROM inbox`, `SELECT FROM inbox_retry`, `SELECT inbox_sweep('0')`,
+		`SELECT FROM dead_letter`, `UPDATE dead_letter SET resolution = 'discarded'`, `DELETE FROM dead_letter`, `SELECT FROM dead_letter_audit`,
+	},
+	"app_consumer": {
+		`SELECT FROM outbox`, `INSERT INTO outbox (shard, message_id, type, payload) VALUES (0, outbox_uuidv7(), 't.T', '')`, `UPDATE outbox SET payload = ''`,
+		`DELETE FROM outbox`, `TRUNCATE outbox`, `SELECT FROM outbox_cursor`, `SELECT outbox_measure('1s')`, `SELECT outbox_sweep('0')`,
+		`SELECT outbox_move_due(1)`, `SELECT outbox_set_shards(2)`, `SELECT outbox_repair()`,
+		// To forget a message is to apply it again.
+		`DELETE FROM inbox`, `TRUNCATE inbox`, `TRUNCATE inbox_slot_0`,
+		`UPDATE dead_letter SET resolution = 'discarded'`, `DELETE FROM dead_letter`, `SELECT FROM dead_letter_audit`,
+		`INSERT INTO dead_letter_audit (letter_id, resolution, reason, actor) VALUES (1, 'discarded', 'r', 'a')`,
+	},
+	"app_operator": {
+		`INSERT INTO outbox (shard, message_id, type, payload) VALUES (0, outbox_uuidv7(), 't.T', '')`, `UPDATE outbox SET payload = ''`, `DELETE FROM outbox`,
+		`UPDATE outbox_cursor SET delivered = pg_current_snapshot()`, `DELETE FROM inbox`, `UPDATE inbox SET copies = 1`, `DELETE FROM inbox_retry`,
+		// The letters and their record stay as they are.
+		`UPDATE dead_letter SET payload = ''`, `DELETE FROM dead_letter`, `TRUNCATE dead_letter CASCADE`, `UPDATE dead_letter_audit SET actor = 'another'`,
+		`DELETE FROM dead_letter_audit`,
+	},
+}
+
+// everyone may do nothing of this.
+var everyone = []string{
+	`CREATE TABLE mine ()`, `DROP TABLE outbox`, `ALTER TABLE outbox DISABLE TRIGGER ALL`, `ALTER TABLE dead_letter DISABLE TRIGGER dead_letter_guard_rows`,
+	`CREATE OR REPLACE FUNCTION outbox_shard(key text, message_id uuid) RETURNS smallint LANGUAGE sql RETURN 1::smallint`,
+	`CREATE ROLE mine`, `GRANT app_relay TO app_api`, `SET ROLE postgres`, `UPDATE goose_db_version SET is_applied = false`,
+	`COPY (SELECT 1) TO PROGRAM 'true'`,
+}
+
+func TestWhatRolesMayNotDo(t *testing.T) {
+	t.Parallel()
+	url := testenv.PostgresURL(t)
+	for role, statements := range mayNot {
+		t.Run(role, func(t *testing.T) {
+			t.Parallel()
+			conn := as(t, url, role)
+			for _, sql := range append(statements, everyone...) {
+				_, err := conn.Exec(t.Context(), sql)
+				var refused *pgconn.PgError
+				if !errors.As(err, &refused) || refused.Code != "42501" {
+					t.Errorf("%s: %v", sql, err)
+				}
+			}
+		})
+	}
+}
+
+// The roles have no password, no rights beyond their own, and nobody else is let in by a default of Postgres.
+func TestRolesAreNarrow(t *testing.T) {
+	t.Parallel()
+	url := testenv.PostgresURL(t)
+	conn := as(t, url, "app_operator")
+	var wrong []string
+	err := conn.QueryRow(t.Context(), `
+		SELECT coalesce(array_agg(found), '{}') FROM (
+			SELECT 'role ' || rolname FROM pg_roles
+			WHERE rolname LIKE 'app\_%' AND (rolsuper OR rolcreaterole OR rolcreatedb OR rolreplication OR rolbypassrls)
+			UNION ALL
+			SELECT 'function ' || oid::regprocedure FROM pg_proc
+			WHERE pronamespace = 'public'::regnamespace AND prosecdef AND has_function_privilege('public', oid, 'EXECUTE')
+			UNION ALL
+			SELECT 'function without a search_path: ' || oid::regprocedure FROM pg_proc
+			WHERE pronamespace = 'public'::regnamespace AND prosecdef AND NOT coalesce(proconfig::text ~ 'search_path=public, pg_temp', false)
+			UNION ALL
+			SELECT 'table ' || oid::regclass FROM pg_class
+			WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'p') AND has_table_privilege('public', oid, 'SELECT, INSERT, UPDATE, DELETE, TRUNCATE')
+		) AS all_found (found)`).Scan(&wrong)
+	if err != nil || len(wrong) > 0 {
+		t.Errorf("too wide: %s (%v)", strings.Join(wrong, ", "), err)
+	}
+}
+
+func as(t *testing.T, url, role string) *pgx.Conn {
+	t.Helper()
+	// Logged in as the role, and not as a superuser who plays it: that one could take its rights back.
+	config, err := pgx.ParseConfig(url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	config.User = role
+	conn, err := pgx.ConnectConfig(t.Context(), config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = conn.Close(t.Context()) })
+	return conn
+}
