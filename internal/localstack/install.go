@@ -49,10 +49,31 @@ if [ -d /run/systemd/system ]; then
 fi
 `
 
-// install installs what is missing if this is Debian or a relative of it and this
-// process is root or can become root without a password. Otherwise its error says
+// Require returns the path of a program, and installs the Debian package that holds it as [Join] installs the servers, if it is missing.
+func Require(ctx context.Context, log io.Writer, program, debianPackage string) (path string, err error) {
+	find := func() []string {
+		path = firstExecutable(append(inPath(program), filepath.Join("/usr/sbin", program)))
+		if path == "" {
+			return []string{debianPackage}
+		}
+		return nil
+	}
+	if len(find()) == 0 {
+		return path, nil
+	}
+	if err := install(ctx, log, find); err != nil {
+		return "", err
+	}
+	if len(find()) > 0 {
+		return "", fmt.Errorf("installed %s, but there is no %s", debianPackage, program)
+	}
+	return path, nil
+}
+
+// install installs the packages that are missing if this is Debian or a relative of it and
+// this process is root or can become root without a password. Otherwise its error says
 // what to type.
-func install(ctx context.Context, log io.Writer) error {
+func install(ctx context.Context, log io.Writer, missing func() []string) error {
 	// Test binaries run in parallel, and all of them miss the same programs. The
 	// lock is the user's and not the checkout's, since packages are the machine's.
 	path := filepath.Join(os.TempDir(), fmt.Sprintf("localstack-install-%d.lock", os.Geteuid()))
@@ -61,7 +82,7 @@ func install(ctx context.Context, log io.Writer) error {
 		return err
 	}
 	defer lock.unlock()
-	packages := findPrograms().missing()
+	packages := missing()
 	if len(packages) == 0 {
 		return nil // somebody else installed them meanwhile
 	}

@@ -72,7 +72,7 @@ func ensurePrograms(ctx context.Context, log io.Writer) (programs, error) {
 	if len(found.missing()) == 0 {
 		return found, nil
 	}
-	if err := install(ctx, log); err != nil {
+	if err := install(ctx, log, func() []string { return findPrograms().missing() }); err != nil {
 		return programs{}, err
 	}
 	found = findPrograms()
