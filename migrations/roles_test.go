@@ -1,6 +1,7 @@
 package migrations_test
 
 import (
+	"context"
 	"errors"
 	"strings"
 	"testing"
@@ -102,16 +103,10 @@ func TestRolesAreNarrow(t *testing.T) {
 
 func as(t *testing.T, url, role string) *pgx.Conn {
 	t.Helper()
-	// Logged in as the role, and not as a superuser who plays it: that one could take its rights back.
-	config, err := pgx.ParseConfig(url)
+	conn, err := pgx.Connect(t.Context(), testenv.As(t, url, role))
 	if err != nil {
 		t.Fatal(err)
 	}
-	config.User = role
-	conn, err := pgx.ConnectConfig(t.Context(), config)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = conn.Close(t.Context()) })
+	t.Cleanup(func() { _ = conn.Close(context.WithoutCancel(t.Context())) })
 	return conn
 }

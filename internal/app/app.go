@@ -38,6 +38,9 @@ type Config struct {
 	// Prefetch and Batch set up the consumers; see rabbit.ConsumerConfig.
 	Prefetch int
 	Batch    int
+
+	// domain makes what the service is about. Default newDomain; the core's tests bring their own, for the example will be deleted.
+	domain func(db *pgxpool.Pool, out *outbox.Writer) domain
 }
 
 // RunAPI serves the RPCs until ctx is done.
@@ -97,10 +100,13 @@ func run(ctx context.Context, config Config, name string, parts ...part) error {
 	}
 	defer relayDB.Close()
 	group, ctx := errgroup.WithContext(ctx)
+	if config.domain == nil {
+		config.domain = newDomain
+	}
 	bell, gate := outbox.NewNotifyBell(config.notifyURL()), outbox.NewGate(db, config.HighWater)
 	p := &process{
 		config: config, name: name, db: db, relayDB: relayDB, bell: bell, gate: gate, group: group,
-		domain: newDomain(db, outbox.NewWriter(db, bell, gate)),
+		domain: config.domain(db, outbox.NewWriter(db, bell, gate)),
 	}
 	p.checks = []rpcserver.Check{{Name: "database", Ready: db.Ping}}
 	for _, start := range parts {

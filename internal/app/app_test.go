@@ -13,6 +13,7 @@ import (
 
 	"example.com/orders/internal/deadletter"
 	"example.com/orders/internal/postgres"
+	"example.com/orders/internal/rabbit"
 	"example.com/orders/internal/testenv"
 	amqp "github.com/rabbitmq/amqp091-go"
 )
@@ -72,7 +73,7 @@ func TestReadiness(t *testing.T) {
 			t.Parallel()
 			database, postgresURL := testenv.ProxyURL(t, testenv.PostgresURL(t))
 			broker, amqpURL := testenv.ProxyURL(t, testenv.AMQP(t))
-			ready := serve(t, process.run, Config{PostgresURL: postgresURL, AMQPURL: amqpURL, Exchange: "events"})
+			ready := serve(t, process.run, probed(Config{PostgresURL: postgresURL, AMQPURL: amqpURL}))
 			await(t, "at first", ready, http.StatusOK)
 
 			broker.Refuse(true)
@@ -97,7 +98,7 @@ func TestReadiness(t *testing.T) {
 // What the broker gave up ends as a dead letter, where operators look.
 func TestUndeliveredMessagesAreKept(t *testing.T) {
 	t.Parallel()
-	config := Config{PostgresURL: testenv.PostgresURL(t), AMQPURL: testenv.AMQP(t), Exchange: "events"}
+	config := probed(Config{PostgresURL: testenv.PostgresURL(t), AMQPURL: testenv.AMQP(t)})
 	await(t, "consumer", serve(t, RunConsumer, config), http.StatusOK)
 	conn, err := amqp.Dial(config.AMQPURL)
 	if err != nil {
@@ -109,18 +110,18 @@ func TestUndeliveredMessagesAreKept(t *testing.T) {
 		if err != nil {
 			return err
 		}
-		_, err = channel.QueueDeclarePassive("orders.notifications.dead", true, false, false, false, nil)
+		_, err = channel.QueueDeclarePassive(rabbit.DeadQueue(probeQueue), true, false, false, false, nil)
 		if err != nil {
 			return err
 		}
 		given := amqp.Publishing{MessageId: "given up", Type: "type", Body: []byte("\x00\xff"), Headers: amqp.Table{
-			"x-death": []any{amqp.Table{"reason": "delivery_limit", "count": int64(1), "queue": "orders.notifications"}},
+			"x-death": []any{amqp.Table{"reason": "delivery_limit", "count": int64(1), "queue": probeQueue}},
 		}}
 		// With a confirm: a queue that has only just been declared may have no leader yet, and drop it.
 		if err := channel.Confirm(false); err != nil {
 			return err
 		}
-		confirm, err := channel.PublishWithDeferredConfirmWithContext(t.Context(), "", "orders.notifications.dead", true, false, given)
+		confirm, err := channel.PublishWithDeferredConfirmWithContext(t.Context(), "", rabbit.DeadQueue(probeQueue), true, false, given)
 		if err != nil {
 			return err
 		}
@@ -137,7 +138,7 @@ func TestUndeliveredMessagesAreKept(t *testing.T) {
 	}
 	defer db.Close()
 	testenv.Eventually(t, 20*time.Second, func() error {
-		letters, err := deadletter.List(t.Context(), db, deadletter.Filter{Consumer: "notifications", Reason: deadletter.Undelivered}, 0, 10)
+		letters, err := deadletter.List(t.Context(), db, deadletter.Filter{Consumer: probeGroup, Reason: deadletter.Undelivered}, 0, 10)
 		if err == nil && len(letters) != 1 {
 			err = fmt.Errorf("there are %d letters", len(letters))
 		}
@@ -155,7 +156,7 @@ func TestAnAddressThatIsTakenEndsTheProcess(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer listener.Close()
-	config := Config{PostgresURL: testenv.PostgresURL(t), AMQPURL: testenv.AMQP(t), Exchange: "events", Addr: listener.Addr().String()}
+	config := probed(Config{PostgresURL: testenv.PostgresURL(t), AMQPURL: testenv.AMQP(t), Addr: listener.Addr().String()})
 	done := make(chan error, 1)
 	go func() { done <- RunAll(t.Context(), config) }()
 	select {

@@ -76,14 +76,3 @@ func withParameter(t *testing.T, rawURL, name, value string) string {
 	parsed.RawQuery = query.Encode()
 	return parsed.String()
 }
-
-// as is the URL of another user of the test's server, who needs no password.
-func as(t *testing.T, rawURL, user string) string {
-	t.Helper()
-	parsed, err := url.Parse(rawURL)
-	if err != nil {
-		t.Fatal(err)
-	}
-	parsed.User = url.User(user)
-	return parsed.String()
-}

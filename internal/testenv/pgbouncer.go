@@ -1,6 +1,7 @@
 package testenv
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"net"
@@ -17,7 +18,7 @@ import (
 
 // pgbouncerConfig is a pooler in transaction mode with so few server connections that clients do share them.
 const pgbouncerConfig = `[databases]
-* = host=%s port=%s user=%s
+* = host=%s port=%s user=%s password=%s
 [pgbouncer]
 listen_addr = 127.0.0.1
 listen_port = %s
@@ -50,7 +51,8 @@ func PgBouncer(t testing.TB, postgresURL string) string {
 	_, port, _ := net.SplitHostPort(free.Addr().String())
 	free.Close()
 	config := filepath.Join(t.TempDir(), "pgbouncer.ini")
-	content := fmt.Sprintf(pgbouncerConfig, parsed.Hostname(), parsed.Port(), parsed.User.Username(), port)
+	password, _ := parsed.User.Password()
+	content := fmt.Sprintf(pgbouncerConfig, parsed.Hostname(), parsed.Port(), parsed.User.Username(), cmp.Or(password, "none"), port)
 	if err := os.WriteFile(config, []byte(content), 0o600); err != nil {
 		t.Fatal(err)
 	}

@@ -97,16 +97,14 @@ func PostgresURL(t testing.TB) string {
 	return databaseURL(e.stack.PostgresURL, name)
 }
 
-// As returns a database's URL for a session that has the rights of a role, and no others.
+// As returns a database's URL for one of the service's roles. It logs in as the role: a superuser who played it could take its own rights back.
 func As(t testing.TB, rawURL, role string) string {
 	t.Helper()
 	parsed, err := url.Parse(rawURL)
 	if err != nil {
 		t.Fatalf("parse postgres url: %v", err)
 	}
-	query := parsed.Query()
-	query.Set("role", role)
-	parsed.RawQuery = query.Encode()
+	parsed.User = url.UserPassword(role, rolePassword)
 	return parsed.String()
 }
 

@@ -89,10 +89,34 @@ func makeTemplate(ctx context.Context, maintenance *pgxpool.Pool, serverURL, nam
 	if _, err := migrations.Up(ctx, databaseURL(serverURL, name)); err != nil {
 		return err
 	}
+	if err := givePasswords(ctx, conn); err != nil {
+		return err
+	}
 	// Without connections: a database that somebody is connected to cannot be copied.
 	_, err = conn.Exec(ctx, "ALTER DATABASE "+quote(name)+" WITH IS_TEMPLATE true ALLOW_CONNECTIONS false")
 	if err != nil {
 		return fmt.Errorf("mark template: %w", err)
+	}
+	return nil
+}
+
+// rolePassword is for servers that want one, as those in containers do.
+const rolePassword = "testenv"
+
+// givePasswords lets tests log in as each of the service's roles.
+func givePasswords(ctx context.Context, conn *pgxpool.Conn) error {
+	rows, err := conn.Query(ctx, `SELECT rolname FROM pg_roles WHERE rolname LIKE 'app\_%'`)
+	if err != nil {
+		return fmt.Errorf("list roles: %w", err)
+	}
+	roles, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	if err != nil {
+		return fmt.Errorf("list roles: %w", err)
+	}
+	for _, role := range roles {
+		if _, err := conn.Exec(ctx, "ALTER ROLE "+quote(role)+" PASSWORD '"+rolePassword+"'"); err != nil {
+			return fmt.Errorf("give role a password: %w", err)
+		}
 	}
 	return nil
 }

@@ -1,0 +1,64 @@
+package app
+
+import (
+	"context"
+	"fmt"
+	"testing"
+	"time"
+
+	"connectrpc.com/connect/v2"
+	"example.com/orders/internal/inbox"
+	"example.com/orders/internal/messaging"
+	"example.com/orders/internal/outbox"
+	"example.com/orders/internal/testenv"
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+	"google.golang.org/protobuf/types/known/wrapperspb"
+)
+
+const (
+	probeGroup = "probes"
+	probeQueue = ServiceName + "." + probeGroup
+)
+
+// probed gives a process a domain of one consumer group, which writes every text down in the table effects.
+func probed(config Config) Config {
+	config.Exchange = "events"
+	config.domain = func(*pgxpool.Pool, *outbox.Writer) domain {
+		probes := inbox.NewGroup(probeGroup)
+		inbox.Handle(probes, func(ctx context.Context, tx pgx.Tx, text *wrapperspb.StringValue) error {
+			_, err := tx.Exec(ctx, `INSERT INTO effects (effect) VALUES ($1)`, text.GetValue())
+			return err
+		})
+		return domain{register: func(*connect.Server) {}, groups: []group{{probes, 2}}}
+	}
+	return config
+}
+
+// effectsIn makes the table effects, and returns what waits until so many different ones have come, each once.
+func effectsIn(t *testing.T, db *pgxpool.Pool) (await func(n int)) {
+	t.Helper()
+	_, err := db.Exec(t.Context(), `
+		CREATE TABLE effects (effect text NOT NULL);
+		GRANT INSERT ON effects TO app_consumer`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return func(n int) {
+		t.Helper()
+		testenv.Eventually(t, 30*time.Second, func() error {
+			var all, distinct int
+			err := db.QueryRow(t.Context(), `SELECT count(*), count(DISTINCT effect) FROM effects`).Scan(&all, &distinct)
+			if err == nil && (all != n || distinct != n) {
+				err = fmt.Errorf("%d effects of %d messages, want %d", all, distinct, n)
+			}
+			return err
+		})
+	}
+}
+
+func send(ctx context.Context, db *pgxpool.Pool, key, text string) error {
+	return outbox.NewWriter(db, nil, nil).Transact(ctx, func(tx pgx.Tx) error {
+		return outbox.Insert(ctx, tx, messaging.New(key, wrapperspb.String(text)))
+	})
+}
