@@ -78,6 +78,10 @@ func TestWrongSettingsAreNamedInOneLine(t *testing.T) {
 		"prefetch":                {"CONSUMER_PREFETCH=0", "consumer", "--prefetch"},
 		"batch":                   {"CONSUMER_BATCH=9999", "consumer", "--batch"},
 		"exchange":                {"EXCHANGE=amq.fanout", "relay", "--exchange"},
+		"topology":                {"TOPOLOGY=maybe", "relay", "--topology"},
+		"exchange of topology":    {"", "topology --exchange=amq.fanout", "--exchange"},
+		"declare nowhere":         {"AMQP_URL=", "topology --declare", "--amqp-url"},
+		"shards":                  {"OUTBOX_SHARDS=65", "migrate", "--shards"},
 		"health check timeout":    {"", "healthcheck --timeout=soon", "--timeout"},
 	} {
 		t.Run(name, func(t *testing.T) {

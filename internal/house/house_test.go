@@ -24,7 +24,7 @@ var domain = []string{"internal/orders", "internal/gen/orders", "cmd/demo"}
 
 // arrows says which packages of the core each package may import. What is not listed may import nothing of ours.
 var arrows = map[string][]string{
-	"cmd/orders":             {"internal/app", "internal/outbox", "internal/rabbit", "internal/telemetry", "migrations"},
+	"cmd/orders":             {"internal/app", "internal/outbox", "internal/postgres", "internal/rabbit", "internal/telemetry", "migrations"},
 	"cmd/stack":              {"internal/localstack"},
 	"internal/app":           {"internal/inbox", "internal/messaging", "internal/outbox", "internal/postgres", "internal/rabbit", "internal/rpcserver"},
 	"internal/orders":        {"internal/inbox", "internal/messaging", "internal/outbox", "internal/postgres"},

@@ -43,6 +43,18 @@ func SetShards(ctx context.Context, db *pgxpool.Pool, n int) error {
 	}
 }
 
+// EnsureShards is SetShards unless the log is spread over n shards already, and tells whether it was not.
+func EnsureShards(ctx context.Context, db *pgxpool.Pool, n int) (changed bool, err error) {
+	var now int
+	if err := db.QueryRow(ctx, `SELECT count(*) FROM outbox_cursor WHERE NOT retired`).Scan(&now); err != nil {
+		return false, fmt.Errorf("read shards: %w", err)
+	}
+	if now == n {
+		return false, nil
+	}
+	return true, SetShards(ctx, db, n)
+}
+
 // Repair makes the outbox usable after the database was restored into another cluster, and returns how many messages are to be published,
 // some of them maybe again. Nothing that was not delivered is skipped. It returns ErrNoRepairNeeded if the cursor belongs to this cluster.
 func Repair(ctx context.Context, db *pgxpool.Pool) (undelivered int, err error) {

@@ -241,3 +241,18 @@ func TestSetShardsWaitsForWhoHasInserted(t *testing.T) {
 	}
 	equal(t, "backlogs", []int64{shards[0].Backlog, shards[1].Backlog, shards[2].Backlog}, []int64{1, 0, 0})
 }
+
+func TestEnsureShards(t *testing.T) {
+	t.Parallel()
+	db := testenv.Postgres(t)
+	for _, one := range []struct {
+		shards  int
+		changed bool
+	}{{1, false}, {3, true}, {3, false}, {1, true}} {
+		changed, err := EnsureShards(t.Context(), db, one.shards)
+		if err != nil || changed != one.changed {
+			t.Errorf("%d shards: changed %t, %v", one.shards, changed, err)
+		}
+		equal(t, "shards", len(holders(t, db)), one.shards)
+	}
+}
