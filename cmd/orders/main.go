@@ -122,7 +122,7 @@ func appConfig(listen listenAddress, db databaseFlags, api apiFlags, broker brok
 		HighWater: outbox.GateConfig{MaxMessages: api.MaxBacklog, MaxAge: api.MaxBacklogAge},
 		AMQPURL:   string(broker.AMQPURL), Exchange: broker.Exchange, TopologyGiven: broker.Topology == "given",
 		Relay:    outbox.Config{PageRows: relay.PageRows, Lease: relay.Lease, PollInterval: relay.PollInterval, Retention: relay.Retention},
-		Prefetch: consumer.Prefetch, Batch: consumer.Batch,
+		Prefetch: consumer.Prefetch, Batch: consumer.Batch, Version: buildVersion(),
 	}
 }
 
@@ -196,14 +196,18 @@ func (c *healthcheckCommand) Run(ctx context.Context) error {
 type versionCommand struct{}
 
 func (c *versionCommand) Run() error {
-	if version == "" {
-		version = "development"
-		if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" && info.Main.Version != "(devel)" {
-			version = info.Main.Version
-		}
-	}
-	fmt.Println(app.ServiceName, version)
+	fmt.Println(app.ServiceName, buildVersion())
 	return nil
+}
+
+func buildVersion() string {
+	if version != "" {
+		return version
+	}
+	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" && info.Main.Version != "(devel)" {
+		return info.Main.Version
+	}
+	return "development"
 }
 
 func main() {
@@ -214,7 +218,9 @@ func main() {
 	if err != nil {
 		fail(2, withoutSecrets(err.Error()))
 	}
-	slog.SetDefault(telemetry.NewLogger(os.Stderr, flags.LogFormat, flags.LogLevel))
+	log := telemetry.NewLogger(os.Stderr, flags.LogFormat, flags.LogLevel)
+	slog.SetDefault(log)
+	telemetry.HandleErrors(log)
 
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop) // a second signal kills

@@ -9,11 +9,14 @@ import (
 	"log/slog"
 	"os"
 
+	"connectrpc.com/connect/v2"
 	"example.com/orders/internal/outbox"
 	"example.com/orders/internal/postgres"
 	"example.com/orders/internal/rabbit"
 	"example.com/orders/internal/rpcserver"
+	"example.com/orders/internal/telemetry"
 	"github.com/jackc/pgx/v5/pgxpool"
+	sdktrace "go.opentelemetry.io/otel/sdk/trace"
 	"golang.org/x/sync/errgroup"
 )
 
@@ -38,6 +41,10 @@ type Config struct {
 	// Prefetch and Batch set up the consumers; see rabbit.ConsumerConfig.
 	Prefetch int
 	Batch    int
+	// Version is what telemetry calls the program's version.
+	Version string
+	// Spans takes the spans in place of the collector that the environment names: for tests.
+	Spans sdktrace.SpanExporter
 
 	// domain makes what the service is about. Default newDomain; the core's tests bring their own, for the example will be deleted.
 	domain func(db *pgxpool.Pool, out *outbox.Writer) domain
@@ -65,15 +72,16 @@ func RunAll(ctx context.Context, config Config) error {
 
 // process is what the parts of one process share.
 type process struct {
-	config  Config
-	name    string
-	db      *pgxpool.Pool
-	relayDB *pgxpool.Pool
-	bell    *outbox.NotifyBell
-	gate    *outbox.Gate
-	domain  domain
-	checks  []rpcserver.Check
-	group   *errgroup.Group
+	config    Config
+	name      string
+	telemetry *telemetry.Providers
+	db        *pgxpool.Pool
+	relayDB   *pgxpool.Pool
+	bell      *outbox.NotifyBell
+	gate      *outbox.Gate
+	domain    domain
+	checks    []rpcserver.Check
+	group     *errgroup.Group
 }
 
 // relayConns is more than a relay with a few shards uses at once: for each shard a connection for pages and one to read ahead, now and then one for
@@ -84,39 +92,61 @@ const relayConns = 8
 type part func(p *process, ctx context.Context)
 
 func run(ctx context.Context, config Config, name string, parts ...part) error {
-	db, err := postgres.Open(ctx, postgres.Config{URL: config.PostgresURL, MaxConns: config.MaxConns, ApplicationName: ServiceName + " " + name})
+	tell, err := telemetry.Start(ctx, telemetry.Config{Service: ServiceName, Process: name, Version: config.Version, Exporter: config.Spans})
 	if err != nil {
 		return err
 	}
-	defer db.Close()
-	// The relay has connections of its own: a service whose pool is exhausted must still be able to drain.
-	relayDB, err := postgres.Open(ctx, postgres.Config{
-		URL: config.PostgresURL, MaxConns: relayConns, ApplicationName: ServiceName + " relay", GenericPlans: true,
-		// Another relay that takes over must not wait for a row that this one has locked and, frozen, does not let go.
-		IdleInTransaction: config.Relay.Lease,
-	})
-	if err != nil {
+	defer func() { // last, when there is nothing more to tell of
+		if err := tell.Stop(ctx); err != nil {
+			slog.WarnContext(ctx, "last spans not exported", "error", err)
+		}
+	}()
+	p := &process{config: config, name: name, telemetry: tell}
+	if err := p.openPools(ctx); err != nil {
 		return err
 	}
-	defer relayDB.Close()
-	group, ctx := errgroup.WithContext(ctx)
+	defer p.closePools()
+	p.group, ctx = errgroup.WithContext(ctx)
+	config.HighWater.MeterProvider = tell.Meter
 	if config.domain == nil {
 		config.domain = newDomain
 	}
-	bell, gate := outbox.NewNotifyBell(config.notifyURL()), outbox.NewGate(db, config.HighWater)
-	p := &process{
-		config: config, name: name, db: db, relayDB: relayDB, bell: bell, gate: gate, group: group,
-		domain: config.domain(db, outbox.NewWriter(db, bell, gate)),
-	}
-	p.checks = []rpcserver.Check{{Name: "database", Ready: db.Ping}}
+	p.bell, p.gate = outbox.NewNotifyBell(config.notifyURL()), outbox.NewGate(p.db, config.HighWater)
+	p.domain = config.domain(p.db, outbox.NewWriter(p.db, p.bell, p.gate))
+	p.checks = []rpcserver.Check{{Name: "database", Ready: p.db.Ping}}
 	for _, start := range parts {
 		start(p, ctx)
 	}
-	group.Go(func() error { bell.Run(ctx); return nil })
+	p.group.Go(func() error { p.bell.Run(ctx); return nil })
 	slog.InfoContext(ctx, "started", "process", name, "addr", config.Addr, "pid", os.Getpid())
-	err = group.Wait()
+	err = p.group.Wait()
 	slog.InfoContext(ctx, "stopped", "process", name)
 	return err
+}
+
+func (p *process) openPools(ctx context.Context) (err error) {
+	config := postgres.Config{
+		URL: p.config.PostgresURL, MaxConns: p.config.MaxConns, ApplicationName: ServiceName + " " + p.name, TracerProvider: p.telemetry.Tracer,
+	}
+	if p.db, err = postgres.Open(ctx, config); err != nil {
+		return err
+	}
+	// The relay has connections of its own: a service whose pool is exhausted must still be able to drain. What it does belongs to no trace.
+	p.relayDB, err = postgres.Open(ctx, postgres.Config{
+		URL: p.config.PostgresURL, MaxConns: relayConns, ApplicationName: ServiceName + " relay", GenericPlans: true,
+		// Another relay that takes over must not wait for a row that this one has locked and, frozen, does not let go.
+		IdleInTransaction: p.config.Relay.Lease,
+	})
+	if err != nil {
+		p.db.Close()
+		return err
+	}
+	return postgres.ObservePool(p.db, p.name, p.telemetry.Meter)
+}
+
+func (p *process) closePools() {
+	p.relayDB.Close()
+	p.db.Close()
 }
 
 // listenURL is where LISTEN works: "" if there is only a pooler in transaction mode, when the relay polls.
@@ -152,12 +182,17 @@ func (p *process) needBroker() {
 }
 
 func (p *process) startAPI(ctx context.Context) {
-	server := rpcserver.New(rpcserver.Config{Addr: p.config.Addr, Checks: p.checks}, p.domain.register)
-	p.group.Go(func() error { return server.Run(ctx) })
+	p.serve(ctx, p.domain.register)
 	p.group.Go(func() error { p.gate.Run(ctx); return nil })
 }
 
-func (p *process) startHealth(ctx context.Context) {
-	server := rpcserver.New(rpcserver.Config{Addr: p.config.Addr, Checks: p.checks})
+func (p *process) startHealth(ctx context.Context) { p.serve(ctx) }
+
+// serve serves the given services, health and metrics.
+func (p *process) serve(ctx context.Context, register ...func(*connect.Server)) {
+	server := rpcserver.New(rpcserver.Config{
+		Addr: p.config.Addr, Checks: p.checks, MeterProvider: p.telemetry.Meter, TracerProvider: p.telemetry.Tracer,
+	}, register...)
+	server.Handle("GET /metrics", p.telemetry.Metrics)
 	p.group.Go(func() error { return server.Run(ctx) })
 }

@@ -2,10 +2,13 @@ package app
 
 import (
 	"context"
+	"errors"
+	"log/slog"
 
 	"example.com/orders/internal/inbox"
 	"example.com/orders/internal/messaging"
 	"example.com/orders/internal/outbox"
+	"example.com/orders/internal/postgres"
 	"example.com/orders/internal/rabbit"
 )
 
@@ -36,10 +39,16 @@ func (p *process) startRelay(ctx context.Context) {
 	newPublisher := func() messaging.Publisher {
 		return rabbit.NewPublisher(rabbit.PublisherConfig{
 			URL: p.config.AMQPURL, Topology: p.topology(), Name: p.connectionName("relay"),
-			Window: outbox.MaxInFlight(p.config.Relay),
+			Window: outbox.MaxInFlight(p.config.Relay), MeterProvider: p.telemetry.Meter,
 		})
 	}
-	relay := outbox.NewRelay(p.relayDB, newPublisher, p.config.Relay)
+	config := p.config.Relay
+	config.MeterProvider, config.TracerProvider = p.telemetry.Meter, p.telemetry.Tracer
+	relay := outbox.NewRelay(p.relayDB, newPublisher, config)
+	err := errors.Join(postgres.ObservePool(p.relayDB, "relay", p.telemetry.Meter), postgres.ObserveHolders(p.relayDB, p.telemetry.Meter))
+	if err != nil {
+		slog.WarnContext(ctx, "metrics are incomplete", "error", err)
+	}
 	p.group.Go(func() error { return relay.Run(ctx) })
 	if url := p.config.listenURL(); url != "" {
 		p.group.Go(func() error { relay.Listen(ctx, url); return nil })
@@ -48,14 +57,16 @@ func (p *process) startRelay(ctx context.Context) {
 
 func (p *process) startConsumer(ctx context.Context) {
 	p.needBroker()
+	meters := p.telemetry.Meter
 	for _, group := range p.domain.groups {
-		box := inbox.New(p.db, group.Group, inbox.Config{AfterCommit: p.bell.Ring})
+		box := inbox.New(p.db, group.Group, inbox.Config{AfterCommit: p.bell.Ring, MeterProvider: meters, TracerProvider: p.telemetry.Tracer})
 		consumer := rabbit.NewConsumer(rabbit.ConsumerConfig{
 			URL: p.config.AMQPURL, Topology: p.topology(), Queue: queueName(group), Name: p.connectionName("consumer " + group.Name()),
-			Lanes: group.lanes, Prefetch: p.config.Prefetch, Batch: p.config.Batch,
+			Lanes: group.lanes, Prefetch: p.config.Prefetch, Batch: p.config.Batch, MeterProvider: meters,
 		}, box.Process)
 		drain := rabbit.NewConsumer(rabbit.ConsumerConfig{
 			URL: p.config.AMQPURL, Topology: p.topology(), Queue: rabbit.DeadQueue(queueName(group)), Name: p.connectionName("drain " + group.Name()),
+			MeterProvider: meters,
 		}, box.Drain)
 		p.group.Go(func() error { return consumer.Run(ctx) })
 		p.group.Go(func() error { return drain.Run(ctx) })

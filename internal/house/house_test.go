@@ -26,7 +26,7 @@ var domain = []string{"internal/orders", "internal/gen/orders", "cmd/demo"}
 var arrows = map[string][]string{
 	"cmd/orders":             {"internal/app", "internal/outbox", "internal/postgres", "internal/rabbit", "internal/telemetry", "migrations"},
 	"cmd/stack":              {"internal/localstack"},
-	"internal/app":           {"internal/inbox", "internal/messaging", "internal/outbox", "internal/postgres", "internal/rabbit", "internal/rpcserver"},
+	"internal/app":           {"internal/inbox", "internal/messaging", "internal/outbox", "internal/postgres", "internal/rabbit", "internal/rpcserver", "internal/telemetry"},
 	"internal/orders":        {"internal/inbox", "internal/messaging", "internal/outbox", "internal/postgres"},
 	"internal/outbox":        {"internal/deadletter", "internal/failpoint", "internal/messaging", "internal/postgres"},
 	"internal/inbox":         {"internal/deadletter", "internal/failpoint", "internal/messaging", "internal/postgres"},

@@ -67,7 +67,7 @@ func (b *Inbox) queue(ctx context.Context, tx pgx.Tx, one *item, cause *failure)
 	attempts, pause := 0, time.Duration(0)
 	if cause != waitingTurn {
 		attempts, pause = 1, b.pause(1)
-		slog.WarnContext(ctx, "message will be retried", "consumer", b.group.name, "message_id", one.ID, "attempt", 1, "error", cause, "retry_in", pause)
+		slog.WarnContext(traceOf(ctx, one.Headers), "message will be retried", "consumer", b.group.name, "message_id", one.ID, "attempt", 1, "error", cause, "retry_in", pause)
 	}
 	_, err := tx.Exec(ctx, queueSQL, b.group.name, one.ID, one.Type, one.Key, messaging.NotNil(one.Payload), headersOf(one.Delivery), attempts, pause, messaging.CleanText(cause.Error()))
 	if err != nil {
@@ -81,7 +81,7 @@ func (b *Inbox) Run(ctx context.Context) error {
 	var chores sync.WaitGroup
 	defer chores.Wait()
 	chores.Go(func() { b.sweepNowAndThen(ctx) })
-	defer b.observeRetries()()
+	defer b.observeRetries(0)()
 	for ctx.Err() == nil {
 		found, err := b.RetryNext(ctx)
 		if err != nil && ctx.Err() == nil {
@@ -212,7 +212,7 @@ func (b *Inbox) retryFailed(ctx context.Context, one retry, cause *failure) erro
 		return err
 	}
 	pause := b.pause(attempts)
-	slog.WarnContext(ctx, "message will be retried", "consumer", b.group.name, "message_id", one.ID, "attempt", attempts, "error", cause, "retry_in", pause)
+	slog.WarnContext(traceOf(ctx, one.Headers), "message will be retried", "consumer", b.group.name, "message_id", one.ID, "attempt", attempts, "error", cause, "retry_in", pause)
 	err := postgres.Transact(ctx, b.db, func(tx pgx.Tx) error {
 		_, err := tx.Exec(ctx, postponeSQL, one.seq, one.starts, one.attempts, pause, messaging.CleanText(cause.Error()))
 		return err
@@ -248,7 +248,7 @@ func (b *Inbox) letter(ctx context.Context, d messaging.Delivery, attempts int, 
 	case messaging.IsPermanent(cause):
 		reason = deadletter.Permanent
 	}
-	slog.ErrorContext(ctx, "message is dead", "consumer", b.group.name, "message_id", d.ID, "type", d.Type, "attempt", attempts, "reason", reason, "error", cause)
+	slog.ErrorContext(traceOf(ctx, d.Headers), "message is dead", "consumer", b.group.name, "message_id", d.ID, "type", d.Type, "attempt", attempts, "reason", reason, "error", cause)
 	return deadletter.Letter{
 		Consumer: b.group.name, MessageID: d.ID, Type: d.Type, Key: d.Key, Payload: d.Payload, Headers: d.Headers,
 		Reason: reason, Error: cause.Error(), Attempts: attempts,

@@ -7,7 +7,7 @@ import (
 
 	"example.com/orders/internal/deadletter"
 	"example.com/orders/internal/messaging"
-	"github.com/jackc/pgx/v5/pgxpool"
+	"example.com/orders/internal/postgres"
 	"go.opentelemetry.io/otel"
 	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/codes"
@@ -43,38 +43,62 @@ func newMeters(provider metric.MeterProvider, group string) meters {
 	if err := errors.Join(errs[:]...); err != nil {
 		otel.Handle(err)
 	}
+	m.count(context.Background(), &outcome{}) // a counter that first appears with its first event hides that from increase()
+	for _, reason := range reasons {
+		m.deadLetter.Add(context.Background(), 0, m.group, ofReason(reason))
+	}
 	return m
 }
 
-const waitingCountSQL = `SELECT count(*), count(DISTINCT key) FILTER (WHERE key <> '') FROM inbox_retry WHERE consumer = $1`
+// reasons are those of an inbox.
+var reasons = []deadletter.Reason{
+	deadletter.NoID, deadletter.OutsideWindow, deadletter.UnknownType, deadletter.Undecodable, deadletter.Permanent, deadletter.Exhausted,
+	deadletter.Crashed, deadletter.Undelivered,
+}
 
-// observeRetries reports what waits in inbox_retry whenever the metrics are read, for as long as Run runs.
-func (b *Inbox) observeRetries() (stop func()) {
+const waitingCountSQL = `
+SELECT count(*), count(DISTINCT key) FILTER (WHERE key <> ''),
+    coalesce(extract(epoch FROM clock_timestamp() - min(created_at) FILTER (WHERE key <> '')), 0)::float8
+FROM inbox_retry WHERE consumer = $1`
+
+// waiting is what stands in inbox_retry.
+type waiting struct {
+	messages, keys int64
+	blocked        float64 // seconds since the first message of a key began to wait
+}
+
+// observeRetries reports what waits in inbox_retry when the metrics are read, for as long as Run runs. What it read is good for maxAge.
+func (b *Inbox) observeRetries(maxAge time.Duration) (stop func()) {
 	meter := b.config.MeterProvider.Meter(scope)
-	waiting, err := meter.Int64ObservableGauge("inbox.retrying", metric.WithUnit("{message}"),
+	retrying, err1 := meter.Int64ObservableGauge("inbox.retrying", metric.WithUnit("{message}"),
 		metric.WithDescription("Messages that wait for a retry, or behind one of their key."))
-	blocked, err2 := meter.Int64ObservableGauge("inbox.blocked_keys", metric.WithUnit("{key}"),
+	keys, err2 := meter.Int64ObservableGauge("inbox.blocked_keys", metric.WithUnit("{key}"),
 		metric.WithDescription("Keys whose messages wait for the first of them to be retried."))
-	registration, err3 := meter.RegisterCallback(func(ctx context.Context, o metric.Observer) error {
-		messages, keys, err := countWaiting(ctx, b.db, b.group.name)
-		if err == nil {
-			o.ObserveInt64(waiting, messages, b.meters.group)
-			o.ObserveInt64(blocked, keys, b.meters.group)
+	blocked, err3 := meter.Float64ObservableGauge("inbox.blocked", metric.WithUnit("s"),
+		metric.WithDescription("How long the key that has been blocked longest is blocked; 0 if none is."))
+	sample := postgres.Sample[waiting]{MaxAge: maxAge, Read: b.countWaiting}
+	registration, err4 := meter.RegisterCallback(func(ctx context.Context, o metric.Observer) error {
+		if found, err := sample.Get(ctx); err == nil { // else Sample has said it; the rest of the metrics is worth having
+			o.ObserveInt64(retrying, found.messages, b.meters.group)
+			o.ObserveInt64(keys, found.keys, b.meters.group)
+			o.ObserveFloat64(blocked, found.blocked, b.meters.group)
 		}
-		return err
-	}, waiting, blocked)
-	if err := errors.Join(err, err2, err3); err != nil {
+		return nil
+	}, retrying, keys, blocked)
+	if err := errors.Join(err1, err2, err3, err4); err != nil {
 		otel.Handle(err)
 		return func() {}
 	}
 	return func() { _ = registration.Unregister() }
 }
 
-func countWaiting(ctx context.Context, db *pgxpool.Pool, group string) (messages, keys int64, err error) {
-	ctx, cancel := context.WithTimeout(ctx, 2*time.Second) // the reader of the metrics waits
-	defer cancel()
-	err = db.QueryRow(ctx, waitingCountSQL, group).Scan(&messages, &keys)
-	return messages, keys, err
+func (b *Inbox) countWaiting(ctx context.Context) (found waiting, err error) {
+	err = b.db.QueryRow(ctx, waitingCountSQL, b.group.name).Scan(&found.messages, &found.keys, &found.blocked)
+	return found, err
+}
+
+func ofReason(reason deadletter.Reason) metric.MeasurementOption {
+	return metric.WithAttributes(attribute.String("reason", string(reason)))
 }
 
 // count counts what a committed transaction did.
@@ -89,13 +113,18 @@ func (m *meters) count(ctx context.Context, done *outcome) {
 // dead counts letters that are committed.
 func (m *meters) dead(ctx context.Context, letters ...deadletter.Letter) {
 	for _, letter := range letters {
-		m.deadLetter.Add(ctx, 1, m.group, metric.WithAttributes(attribute.String("reason", string(letter.Reason))))
+		m.deadLetter.Add(ctx, 1, m.group, ofReason(letter.Reason))
 	}
+}
+
+// traceOf returns ctx within the trace that a message carries.
+func traceOf(ctx context.Context, headers map[string]string) context.Context {
+	return propagation.TraceContext{}.Extract(ctx, propagation.MapCarrier(headers))
 }
 
 // traced runs a handler in a span that continues the trace of the message.
 func (b *Inbox) traced(ctx context.Context, d messaging.Delivery, run func(ctx context.Context) error) error {
-	ctx = propagation.TraceContext{}.Extract(ctx, propagation.MapCarrier(d.Headers))
+	ctx = traceOf(ctx, d.Headers)
 	ctx, span := b.tracer.Start(ctx, "process "+d.Type, trace.WithSpanKind(trace.SpanKindConsumer), trace.WithAttributes(
 		attribute.String("messaging.system", "rabbitmq"), attribute.String("messaging.operation.type", "process"),
 		attribute.String("messaging.consumer.group.name", b.group.name), attribute.String("messaging.message.id", d.ID)))

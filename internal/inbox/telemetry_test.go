@@ -48,11 +48,14 @@ func TestMetrics(t *testing.T) {
 		"inbox.applied{group}": 1, "inbox.duplicates{group}": 2, "inbox.retries{group}": 1, "inbox.crashes{group}": 1, "inbox.dead_letters{groupno_id}": 1,
 	})
 	ctx, cancel := context.WithCancel(t.Context())
-	stop := box.observeRetries()
+	stop := box.observeRetries(time.Nanosecond)
 	want(map[string]float64{"inbox.retrying{group}": 3, "inbox.blocked_keys{group}": 1})
+	if blocked := testenv.Metrics(t, reader)["inbox.blocked{group}"]; blocked <= 0 {
+		t.Errorf("a key is blocked for %v s", blocked)
+	}
 	retryAll(t, box)
 	want(map[string]float64{
-		"inbox.retrying{group}": 0, "inbox.blocked_keys{group}": 0, "inbox.applied{group}": 3, "inbox.retries{group}": 2, "inbox.dead_letters{groupexhausted}": 1,
+		"inbox.retrying{group}": 0, "inbox.blocked_keys{group}": 0, "inbox.blocked{group}": 0, "inbox.applied{group}": 3, "inbox.retries{group}": 2, "inbox.dead_letters{groupexhausted}": 1,
 	})
 	stop()
 	if n := testenv.Metrics(t, reader)["inbox.handler.duration{group}"]; n < 5 {

@@ -11,6 +11,8 @@ import (
 	"example.com/orders/internal/postgres"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
+	"go.opentelemetry.io/otel"
+	"go.opentelemetry.io/otel/metric"
 )
 
 // Backlog is what waits to be delivered in one shard.
@@ -49,7 +51,7 @@ func (r *Relay) measure(ctx context.Context) {
 		began := time.Now()
 		found, err := Measure(ctx, r.db, measureInterval*9/10)
 		if err == nil {
-			r.backlog.Store(&found)
+			r.backlog.set(found)
 		} else if ctx.Err() == nil {
 			slog.DebugContext(ctx, "backlog not measured", "error", err)
 		}
@@ -63,12 +65,17 @@ type Gate struct {
 	db     *pgxpool.Pool
 	config GateConfig
 	why    atomic.Pointer[string]
+
+	backlog measured
+	refused metric.Int64Counter
 }
 
 // GateConfig is the high-water mark; 0 means none.
 type GateConfig struct {
 	MaxMessages int64
 	MaxAge      time.Duration
+	// MeterProvider takes the metrics. Default: the global one.
+	MeterProvider metric.MeterProvider
 }
 
 // ErrBacklogFull means that too much waits for the broker, and that nothing was written.
@@ -76,7 +83,27 @@ var ErrBacklogFull = errors.New("outbox backlog is full")
 
 // NewGate makes a Gate. It is open, and follows the backlog while Run runs.
 func NewGate(db *pgxpool.Pool, config GateConfig) *Gate {
-	return &Gate{db: db, config: config}
+	if config.MeterProvider == nil {
+		config.MeterProvider = otel.GetMeterProvider()
+	}
+	g := &Gate{db: db, config: config}
+	meter := config.MeterProvider.Meter(scope)
+	var errs [3]error
+	g.refused, errs[0] = meter.Int64Counter("outbox.gate.refused", metric.WithUnit("{transaction}"),
+		metric.WithDescription("Transactions refused because the backlog was above the high-water mark."))
+	_, errs[1] = meter.Int64ObservableGauge("outbox.gate.refusing", metric.WithDescription("1 while the backlog is above the high-water mark, else 0."),
+		metric.WithInt64Callback(func(_ context.Context, o metric.Int64Observer) error {
+			var refusing int64
+			if g.why.Load() != nil {
+				refusing = 1
+			}
+			o.Observe(refusing)
+			return nil
+		}))
+	errs[2] = g.backlog.observe(meter) // as the relay does: the backlog must be seen all the more when no relay runs
+	report(errors.Join(errs[:]...))
+	g.refused.Add(context.Background(), 0)
+	return g
 }
 
 // Check returns ErrBacklogFull above the high-water mark. It costs no query.
@@ -85,6 +112,7 @@ func (g *Gate) Check() error {
 		return nil
 	}
 	if why := g.why.Load(); why != nil {
+		g.refused.Add(context.Background(), 1)
 		return fmt.Errorf("%w: %s", ErrBacklogFull, *why)
 	}
 	return nil
@@ -99,6 +127,7 @@ func (g *Gate) Run(ctx context.Context) {
 		found, err := Measure(ctx, g.db, gateStale)
 		switch {
 		case err == nil:
+			g.backlog.set(found)
 			g.judge(ctx, found)
 		case ctx.Err() == nil:
 			slog.DebugContext(ctx, "backlog not known", "error", err)

@@ -3,12 +3,17 @@ package outbox
 import (
 	"context"
 	"errors"
+	"sync/atomic"
+	"time"
 
+	"example.com/orders/internal/deadletter"
 	"example.com/orders/internal/messaging"
 	"go.opentelemetry.io/otel"
 	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/metric"
 )
+
+const scope = "example.com/orders/internal/outbox"
 
 // meters are what a relay counts. Counters count when the cursor's move is committed, or, for verdicts, when they arrive.
 type meters struct {
@@ -18,7 +23,7 @@ type meters struct {
 }
 
 func (r *Relay) newMeters() (m meters) {
-	meter := r.config.MeterProvider.Meter("example.com/orders/internal/outbox")
+	meter := r.config.MeterProvider.Meter(scope)
 	counter := func(name, description string) metric.Int64Counter {
 		c, err := meter.Int64Counter("outbox."+name, metric.WithUnit("{message}"), metric.WithDescription(description))
 		report(err)
@@ -29,7 +34,7 @@ func (r *Relay) newMeters() (m meters) {
 	m.nacked = counter("nacked", "Messages that the broker nacked; they are published again.")
 	m.unknown = counter("unknown", "Messages whose verdict got lost with the connection; they are published again.")
 	m.parked = counter("parked", "Messages moved to dead_letter because they cannot be published.")
-	var errs [6]error
+	var errs [5]error
 	m.steals, errs[0] = meter.Int64Counter("outbox.lease.steals", metric.WithUnit("{lease}"),
 		metric.WithDescription("Shards taken over from a relay that had let its lease end."))
 	m.confirm, errs[1] = meter.Float64Histogram("outbox.confirm.duration", metric.WithUnit("s"),
@@ -37,23 +42,17 @@ func (r *Relay) newMeters() (m meters) {
 		metric.WithExplicitBucketBoundaries(.001, .002, .004, .008, .015, .03, .06, .125, .25, .5, 1, 2, 5, 10, 30))
 	m.page, errs[2] = meter.Int64Histogram("outbox.page.messages", metric.WithUnit("{message}"),
 		metric.WithDescription("Messages of a page."), metric.WithExplicitBucketBoundaries(1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000))
-	_, errs[3] = meter.Float64ObservableGauge("outbox.lag", metric.WithUnit("s"),
-		metric.WithDescription("Age of the oldest message not delivered."), metric.WithFloat64Callback(func(_ context.Context, o metric.Float64Observer) error {
-			for _, one := range r.backlogs() {
-				o.Observe(one.Age.Seconds(), ofShard(one.Shard))
-			}
-			return nil
-		}))
-	_, errs[4] = meter.Int64ObservableGauge("outbox.backlog", metric.WithUnit("{message}"),
-		metric.WithDescription("Messages not delivered."), metric.WithInt64Callback(func(_ context.Context, o metric.Int64Observer) error {
-			for _, one := range r.backlogs() {
-				o.Observe(one.Messages, ofShard(one.Shard))
-			}
-			return nil
-		}))
-	_, errs[5] = meter.Int64ObservableGauge("outbox.lease.held",
+	_, errs[3] = meter.Int64ObservableGauge("outbox.lease.held",
 		metric.WithDescription("1 for a shard that this relay holds, 0 for one that it does not."), metric.WithInt64Callback(r.observeLeases))
+	errs[4] = r.backlog.observe(meter)
 	report(errors.Join(errs[:]...))
+	ctx := context.Background()
+	for _, reason := range []deadletter.Reason{deadletter.Unroutable, deadletter.Malformed, deadletter.Refused} {
+		m.parked.Add(ctx, 0, ofReason(reason))
+	}
+	for _, counter := range []metric.Int64Counter{m.published, m.returned, m.nacked, m.unknown, m.steals} {
+		counter.Add(ctx, 0) // a counter that first appears with its first event hides that from increase()
+	}
 	return m
 }
 
@@ -64,11 +63,37 @@ func report(err error) {
 	}
 }
 
-func (r *Relay) backlogs() []Backlog {
-	if found := r.backlog.Load(); found != nil {
-		return *found
-	}
-	return nil
+// measured is the backlog as it was measured last.
+type measured struct {
+	last atomic.Pointer[measurement]
+}
+
+type measurement struct {
+	shards []Backlog
+	at     time.Time
+}
+
+func (m *measured) set(shards []Backlog) { m.last.Store(&measurement{shards, time.Now()}) }
+
+// observe reports the backlog. What waits grows older also while the database does not answer.
+func (m *measured) observe(meter metric.Meter) error {
+	lag, err1 := meter.Float64ObservableGauge("outbox.lag", metric.WithUnit("s"), metric.WithDescription("Age of the oldest message not delivered."))
+	backlog, err2 := meter.Int64ObservableGauge("outbox.backlog", metric.WithUnit("{message}"), metric.WithDescription("Messages not delivered."))
+	_, err3 := meter.RegisterCallback(func(_ context.Context, o metric.Observer) error {
+		last := m.last.Load()
+		if last == nil {
+			return nil
+		}
+		for _, one := range last.shards {
+			if one.Messages > 0 {
+				one.Age += time.Since(last.at)
+			}
+			o.ObserveFloat64(lag, one.Age.Seconds(), ofShard(one.Shard))
+			o.ObserveInt64(backlog, one.Messages, ofShard(one.Shard))
+		}
+		return nil
+	}, lag, backlog)
+	return errors.Join(err1, err2, err3)
 }
 
 func (r *Relay) observeLeases(_ context.Context, o metric.Int64Observer) error {
@@ -86,6 +111,10 @@ func (r *Relay) observeLeases(_ context.Context, o metric.Int64Observer) error {
 
 func ofShard(shard int16) metric.MeasurementOption {
 	return metric.WithAttributes(attribute.Int("shard", int(shard)))
+}
+
+func ofReason(reason deadletter.Reason) metric.MeasurementOption {
+	return metric.WithAttributes(attribute.String("reason", string(reason)))
 }
 
 // verdict counts what became of a message that was not confirmed.
@@ -106,6 +135,6 @@ func (m *meters) moved(ctx context.Context, p *progress) {
 		m.published.Add(ctx, int64(p.published))
 	}
 	for _, letter := range p.parked {
-		m.parked.Add(ctx, 1, metric.WithAttributes(attribute.String("reason", string(letter.Reason))))
+		m.parked.Add(ctx, 1, ofReason(letter.Reason))
 	}
 }

@@ -48,7 +48,7 @@ import (
 	"example.com/orders/internal/postgres"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
-	"go.opentelemetry.io/otel/propagation"
+	"go.opentelemetry.io/otel/codes"
 )
 
 // Writer runs transactions that insert messages.
@@ -91,11 +91,14 @@ func Insert(ctx context.Context, tx pgx.Tx, messages ...messaging.Message) error
 	if len(messages) == 0 {
 		return nil
 	}
+	ctx, span := startCreate(ctx, messages)
+	defer span.End()
 	columns, err := columnsOf(ctx, messages)
 	if err == nil {
 		_, err = tx.Exec(ctx, insertSQL, columns...)
 	}
 	if err != nil {
+		span.SetStatus(codes.Error, "not inserted")
 		return fmt.Errorf("insert into outbox: %w", err)
 	}
 	return nil
@@ -115,15 +118,4 @@ func columnsOf(ctx context.Context, messages []messaging.Message) ([]any, error)
 		payloads[i], headers[i] = messaging.NotNil(message.Payload), message.Headers
 	}
 	return []any{ids, types, keys, payloads, headers}, nil
-}
-
-// withTrace returns a copy of headers with the W3C trace context of ctx. It is stored in the row because the relay publishes
-// much later, in a process that knows nothing of the request.
-func withTrace(ctx context.Context, headers map[string]string) map[string]string {
-	carrier := propagation.MapCarrier{}
-	propagation.TraceContext{}.Inject(ctx, carrier)
-	for name, value := range headers {
-		carrier[name] = value
-	}
-	return carrier
 }

@@ -9,7 +9,6 @@ import (
 	"os"
 	"slices"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"example.com/orders/internal/messaging"
@@ -19,6 +18,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 	"go.opentelemetry.io/otel"
 	"go.opentelemetry.io/otel/metric"
+	"go.opentelemetry.io/otel/trace"
 )
 
 // Config sets up a Relay; the zero value is fit for production.
@@ -36,6 +36,8 @@ type Config struct {
 	Retention time.Duration
 	// MeterProvider takes the metrics. Default: the global one.
 	MeterProvider metric.MeterProvider
+	// TracerProvider takes a span for each message that is published, if its trace is recorded. Default: none.
+	TracerProvider trace.TracerProvider
 }
 
 // MaxRetention is the longest Retention: the ring of slots comes round after 32 hours, and one slot of four hours is being written.
@@ -63,7 +65,8 @@ type Relay struct {
 	attention    LocalBell // rung when there may be a shard to take
 
 	meters  meters
-	backlog atomic.Pointer[[]Backlog]
+	spans   spanMaker
+	backlog measured
 
 	mu      sync.Mutex
 	tenures map[int16]*tenure
@@ -77,7 +80,7 @@ func NewRelay(db *pgxpool.Pool, newPublisher func() messaging.Publisher, config 
 		db: db, newPublisher: newPublisher, config: config.withDefaults(), attention: NewLocalBell(), tenures: map[int16]*tenure{},
 		owner: fmt.Sprintf("%s/%d/%s", host, os.Getpid(), uuid.NewString()[:8]),
 	}
-	r.meters = r.newMeters()
+	r.meters, r.spans = r.newMeters(), newSpanMaker(r.config.TracerProvider)
 	return r
 }
 

@@ -32,6 +32,7 @@ type run struct {
 	cursor    *cursor
 	publisher messaging.Publisher
 	meters    *meters
+	spans     spanMaker
 	wake      LocalBell
 	poll      time.Duration
 	pause     *backoff.ExponentialBackOff
@@ -54,13 +55,14 @@ type flight struct {
 	invalid []error // a row: why it was not
 	receipt messaging.Receipt
 	written time.Time
+	spans   spans
 }
 
 func (t *tenure) newRun(held *cursor, at position) *run {
 	config := t.relay.config
 	return &run{
 		log:    eventLog{db: t.relay.db, shard: t.shard, maxRows: config.PageRows, maxBytes: config.PageBytes},
-		cursor: held, publisher: t.publisher, meters: &t.relay.meters, wake: t.wake, poll: config.PollInterval, pause: t.pause,
+		cursor: held, publisher: t.publisher, meters: &t.relay.meters, spans: t.relay.spans, wake: t.wake, poll: config.PollInterval, pause: t.pause,
 		next: at, settled: progress{delivered: at},
 	}
 }
@@ -183,8 +185,10 @@ func (r *run) publish(ctx context.Context, found *page) error {
 			messages, one.sent = append(messages, row.message), append(one.sent, i)
 		}
 	}
+	one.spans = r.spans.start(ctx, messages)
 	receipt, err := r.publisher.Publish(ctx, messages)
 	if err != nil {
+		one.spans.end(nil, err)
 		return fmt.Errorf("%w: publish page: %w", errBroker, err)
 	}
 	failpoint.Hit("relay.published")
@@ -201,13 +205,14 @@ func (r *run) publish(ctx context.Context, found *page) error {
 // the wait, nothing is counted yet and the page stays in flight; else the page is out of flight, in whole or with all that is behind it.
 func (r *run) settle(ctx context.Context) error {
 	oldest := r.inFlight[0]
-	verdicts := slices.Clone(oldest.invalid)
-	for i, verdict := range oldest.receipt.Wait(ctx) {
+	verdicts, heard := slices.Clone(oldest.invalid), oldest.receipt.Wait(ctx)
+	for i, verdict := range heard {
 		verdicts[oldest.sent[i]] = verdict
 	}
 	if err := ctx.Err(); err != nil {
 		return err
 	}
+	oldest.spans.end(heard, nil)
 	failpoint.Hit("relay.confirmed")
 	r.meters.confirm.Record(ctx, time.Since(oldest.written).Seconds())
 	for i, verdict := range verdicts {
@@ -215,6 +220,7 @@ func (r *run) settle(ctx context.Context) error {
 		reason, final := judge(verdict, len(oldest.rows) == 1 && len(r.inFlight) == 1)
 		if !final {
 			r.passed(oldest.before(i))
+			r.forget(r.inFlight[1:])
 			r.inFlight = nil
 			if errors.Is(verdict, messaging.ErrRefused) {
 				r.alone = len(oldest.rows) - i
@@ -253,6 +259,7 @@ func judge(verdict error, alone bool) (reason deadletter.Reason, final bool) {
 
 func park(ctx context.Context, one row, reason deadletter.Reason, verdict error) deadletter.Letter {
 	m := one.message
+	ctx = traceOf(ctx, m.Headers)
 	slog.ErrorContext(ctx, "message parked", "message_id", m.ID, "type", m.Type, "reason", reason, "error", verdict)
 	return deadletter.Letter{
 		MessageID: m.ID.String(), Type: m.Type, Key: m.Key, Payload: m.Payload, Headers: m.Headers,
@@ -302,7 +309,15 @@ func (r *run) giveUp() {
 		r.ahead = nil
 	}
 	_ = r.publisher.Close() // it is broken already, or will be of no further use
+	r.forget(r.inFlight)
 	r.inFlight, r.next = nil, r.settled.delivered
+}
+
+// forget ends the spans of pages whose verdicts nobody will hear.
+func (r *run) forget(flights []flight) {
+	for _, one := range flights {
+		one.spans.end(nil, messaging.ErrUnknown)
+	}
 }
 
 // finish settles what is in flight at shutdown, so that the next relay need not send it again. The broker's silence must not use up

@@ -10,6 +10,7 @@ import (
 	"example.com/orders/internal/messaging"
 	"github.com/cenkalti/backoff/v5"
 	amqp "github.com/rabbitmq/amqp091-go"
+	"go.opentelemetry.io/otel/metric"
 )
 
 // Handler settles a batch of deliveries for good: nil means that each is applied, was a duplicate, or is kept elsewhere, and that
@@ -33,12 +34,15 @@ type ConsumerConfig struct {
 	Lanes int
 	// DrainTimeout bounds how long Run, once its context is done, still works on what it has. Default 10 s.
 	DrainTimeout time.Duration
+	// MeterProvider takes the metrics. Default: the global one.
+	MeterProvider metric.MeterProvider
 }
 
 // Consumer feeds one queue to a Handler.
 type Consumer struct {
 	config ConsumerConfig
 	handle Handler
+	meters meters
 }
 
 // NewConsumer makes a Consumer. It does not connect.
@@ -47,7 +51,7 @@ func NewConsumer(config ConsumerConfig, handle Handler) *Consumer {
 	config.Batch = cmp.Or(config.Batch, 100)
 	config.Lanes = cmp.Or(config.Lanes, 1)
 	config.DrainTimeout = cmp.Or(config.DrainTimeout, 10*time.Second)
-	return &Consumer{config: config, handle: handle}
+	return &Consumer{config: config, handle: handle, meters: newMeters(config.MeterProvider, config.Queue)}
 }
 
 // Run consumes until ctx is done, then finishes what was delivered and acks it. It reconnects after every failure, and never fails itself.
@@ -74,6 +78,7 @@ func (c *Consumer) Run(ctx context.Context) error {
 // consume takes deliveries over one connection until that ends or ctx is done.
 func (c *Consumer) consume(ctx context.Context) error {
 	conn, err := dial(ctx, c.config.URL, c.config.Name)
+	c.meters.connected(ctx, err)
 	if err != nil {
 		return err
 	}
@@ -86,6 +91,8 @@ func (c *Consumer) consume(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	c.meters.change(c.meters.consuming, true)
+	defer c.meters.change(c.meters.consuming, false)
 	closed := channel.NotifyClose(make(chan *amqp.Error, 1))
 	if err := c.dispatch(ctx, channel, source); err != nil {
 		select {

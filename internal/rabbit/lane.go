@@ -85,13 +85,17 @@ func (c *Consumer) handleUntilDone(ctx context.Context, batch []amqp.Delivery) b
 	pause := backoff.NewExponentialBackOff()
 	pause.InitialInterval = 50 * time.Millisecond
 	pause.MaxInterval = 5 * time.Second
-	for {
+	for paused := false; ; {
 		err := c.handle(ctx, deliveries)
-		if err == nil {
-			return true
+		if err == nil || ctx.Err() != nil {
+			if paused {
+				c.meters.change(c.meters.paused, false)
+			}
+			return err == nil
 		}
-		if ctx.Err() != nil {
-			return false
+		if !paused {
+			paused = true
+			c.meters.change(c.meters.paused, true)
 		}
 		retryIn := pause.NextBackOff()
 		slog.WarnContext(ctx, "consumer waits", "queue", c.config.Queue, "deliveries", len(batch), "error", err, "retry_in", retryIn)

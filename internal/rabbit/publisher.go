@@ -11,6 +11,7 @@ import (
 	"example.com/orders/internal/failpoint"
 	"example.com/orders/internal/messaging"
 	amqp "github.com/rabbitmq/amqp091-go"
+	"go.opentelemetry.io/otel/metric"
 )
 
 // PublisherConfig sets up a Publisher.
@@ -27,12 +28,15 @@ type PublisherConfig struct {
 	// ConfirmTimeout is how long nothing may be heard of a publishing before the connection is given up. Default 30 s. The time during which
 	// the broker has blocked the connection does not count.
 	ConfirmTimeout time.Duration
+	// MeterProvider takes the metrics. Default: the global one.
+	MeterProvider metric.MeterProvider
 }
 
 // Publisher is a messaging.Publisher over one connection of its own, made at the first Publish and again after each failure. A broker
 // that is short of memory or disk stops reading from connections that publish, and from those only: consumers must not share it.
 type Publisher struct {
 	config PublisherConfig
+	meters meters
 	link   *link
 }
 
@@ -40,13 +44,14 @@ type Publisher struct {
 func NewPublisher(config PublisherConfig) *Publisher {
 	config.Window = cmp.Or(config.Window, 2000)
 	config.ConfirmTimeout = cmp.Or(config.ConfirmTimeout, 30*time.Second)
-	return &Publisher{config: config}
+	return &Publisher{config: config, meters: newMeters(config.MeterProvider, "publisher")}
 }
 
 // link is one connection with its channel in confirm mode. It is thrown away at the first failure.
 type link struct {
 	conn     *connection
 	channel  *amqp.Channel
+	meters   *meters
 	returns  chan amqp.Return
 	closed   chan *amqp.Error
 	blocked  chan amqp.Blocking
@@ -95,6 +100,7 @@ func (p *Publisher) Close() error {
 	if p.link != nil {
 		p.link.conn.hangUp()
 		<-p.link.writing
+		p.link.setStopped(false)
 		p.link = nil
 	}
 	return nil
@@ -102,6 +108,7 @@ func (p *Publisher) Close() error {
 
 func (p *Publisher) connect(ctx context.Context) error {
 	conn, err := dial(ctx, p.config.URL, p.config.Name)
+	p.meters.connected(ctx, err)
 	if err != nil {
 		return err
 	}
@@ -117,7 +124,7 @@ func (p *Publisher) connect(ctx context.Context) error {
 	idle := make(chan struct{})
 	close(idle)
 	p.link = &link{
-		conn: conn, channel: channel, writing: idle, returned: map[string]amqp.Return{},
+		conn: conn, channel: channel, meters: &p.meters, writing: idle, returned: map[string]amqp.Return{},
 		returns: channel.NotifyReturn(make(chan amqp.Return, p.config.Window)),
 		closed:  channel.NotifyClose(make(chan *amqp.Error, 1)),
 		blocked: conn.NotifyBlocked(make(chan amqp.Blocking, 64)),
@@ -215,7 +222,7 @@ func (r *receipt) await(ctx context.Context, done <-chan struct{}, timer *time.T
 			if !open { // the connection ended, and done is about to be closed
 				r.link.blocked = nil
 			}
-			r.link.stopped = open && state.Active
+			r.link.setStopped(open && state.Active)
 			timer.Reset(r.timeout)
 		}
 	}
@@ -246,6 +253,13 @@ func (r *receipt) unknown(verdicts []error, cause error) []error {
 	}
 	rest := len(r.messages) - len(verdicts)
 	return append(slices.Clip(verdicts), slices.Repeat([]error{cause}, rest)...)
+}
+
+func (l *link) setStopped(stopped bool) {
+	if stopped != l.stopped {
+		l.stopped = stopped
+		l.meters.change(l.meters.blocked, stopped)
+	}
 }
 
 func (l *link) drainReturns() {

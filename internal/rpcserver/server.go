@@ -19,6 +19,9 @@ import (
 	"connectrpc.com/connect/v2"
 	"connectrpc.com/connect/v2/connecthttp"
 	"connectrpc.com/grpcreflect/v2"
+	"go.opentelemetry.io/otel"
+	"go.opentelemetry.io/otel/metric"
+	"go.opentelemetry.io/otel/trace"
 )
 
 // Config says where and within which limits to serve. The zero value of each field means its default.
@@ -42,10 +45,13 @@ type Config struct {
 	DrainTimeout time.Duration
 	// Checks say what the services need. Without any, the server is ready as soon as it listens.
 	Checks []Check
-	// Interceptors run inside of logging and error mapping, and outside of validation: authentication, telemetry.
+	// Interceptors run inside of logging and error mapping, and outside of validation: authentication, say.
 	Interceptors []connect.ServerInterceptor
 	// Log takes access logs (debug, failures at info) and what callers are not told (warn and error). Default slog.Default().
 	Log *slog.Logger
+	// MeterProvider and TracerProvider take the duration of calls and their spans. Default: the global ones.
+	MeterProvider  metric.MeterProvider
+	TracerProvider trace.TracerProvider
 }
 
 func (c Config) withDefaults() Config {
@@ -57,6 +63,12 @@ func (c Config) withDefaults() Config {
 	c.MaxConcurrentStreams = cmp.Or(c.MaxConcurrentStreams, 250)
 	c.DrainTimeout = cmp.Or(c.DrainTimeout, 20*time.Second)
 	c.Log = cmp.Or(c.Log, slog.Default())
+	if c.MeterProvider == nil {
+		c.MeterProvider = otel.GetMeterProvider()
+	}
+	if c.TracerProvider == nil {
+		c.TracerProvider = otel.GetTracerProvider()
+	}
 	return c
 }
 
@@ -74,7 +86,8 @@ type Server struct {
 // Reflection shows every proto file that is linked in; put it behind an interceptor if yours are secret.
 func New(config Config, register ...func(*connect.Server)) *Server {
 	config = config.withDefaults()
-	rpc := connect.NewServer(Interceptors(config.Log, config.Interceptors...)...)
+	all := append([]connect.ServerInterceptor{Telemetry(config.MeterProvider, config.TracerProvider)}, Interceptors(config.Log, config.Interceptors...)...)
+	rpc := connect.NewServer(all...)
 	for _, r := range register {
 		r(rpc)
 	}

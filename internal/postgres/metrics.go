@@ -1,0 +1,119 @@
+package postgres
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/jackc/pgx/v5/pgxpool"
+	"go.opentelemetry.io/otel/attribute"
+	"go.opentelemetry.io/otel/metric"
+)
+
+const scope = "example.com/orders/internal/postgres"
+
+// sampleAge is how old an answer of the database may be that a scrape gets: many scrapers cost no more than one.
+const sampleAge = 5 * time.Second
+
+// Sample remembers what a query found, so that those who read metrics do not hammer the database.
+type Sample[T any] struct {
+	// Read asks the database. It gets 2 s.
+	Read func(ctx context.Context) (T, error)
+	// MaxAge is how long the answer, or the failure, is remembered. Default 5 s.
+	MaxAge time.Duration
+
+	mu    sync.Mutex
+	at    time.Time
+	value T
+	err   error
+}
+
+// Get returns what was read last, or reads anew if that is too old. Whoever comes meanwhile waits for the same answer.
+func (s *Sample[T]) Get(ctx context.Context) (T, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	age := s.MaxAge
+	if age == 0 {
+		age = sampleAge
+	}
+	if s.at.IsZero() || time.Since(s.at) >= age {
+		ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+		defer cancel()
+		s.value, s.err = s.Read(ctx)
+		s.at = time.Now()
+		if s.err != nil { // logged here, where it is once in a while, and not by each scrape
+			slog.DebugContext(ctx, "metrics not read from the database", "error", s.err)
+		}
+	}
+	return s.value, s.err
+}
+
+// ObservePool reports how full a pool is and how often it made somebody wait.
+func ObservePool(db *pgxpool.Pool, name string, provider metric.MeterProvider) error {
+	meter := provider.Meter(scope)
+	of := func(more ...attribute.KeyValue) metric.ObserveOption {
+		return metric.WithAttributes(append(more, attribute.String("pool", name))...)
+	}
+	conns, err1 := meter.Int64ObservableGauge("postgres.pool.connections", metric.WithUnit("{connection}"), metric.WithDescription("Connections of a pool, by state."))
+	limit, err2 := meter.Int64ObservableGauge("postgres.pool.limit", metric.WithUnit("{connection}"), metric.WithDescription("Most connections that a pool may have."))
+	waits, err3 := meter.Int64ObservableCounter("postgres.pool.waits", metric.WithUnit("{acquire}"),
+		metric.WithDescription("Times that somebody had to wait for a connection, because none was idle."))
+	waited, err4 := meter.Float64ObservableCounter("postgres.pool.waited", metric.WithUnit("s"), metric.WithDescription("Time spent waiting for connections."))
+	_, err5 := meter.RegisterCallback(func(_ context.Context, o metric.Observer) error {
+		stat := db.Stat()
+		o.ObserveInt64(conns, int64(stat.AcquiredConns()), of(attribute.String("state", "used")))
+		o.ObserveInt64(conns, int64(stat.IdleConns()), of(attribute.String("state", "idle")))
+		o.ObserveInt64(conns, int64(stat.ConstructingConns()), of(attribute.String("state", "connecting")))
+		o.ObserveInt64(limit, int64(stat.MaxConns()), of())
+		o.ObserveInt64(waits, stat.EmptyAcquireCount(), of())
+		o.ObserveFloat64(waited, stat.EmptyAcquireWaitTime().Seconds(), of())
+		return nil
+	}, conns, limit, waits, waited)
+	return errors.Join(err1, err2, err3, err4, err5)
+}
+
+// nameHolders is from what age on a holder is named. Younger ones are the traffic of the day: their names would be a new
+// time series with each scrape.
+const nameHolders = 10 * time.Second
+
+// ObserveHolders reports the oldest holder of each kind that keeps vacuum back, see Holders.
+func ObserveHolders(db *pgxpool.Pool, provider metric.MeterProvider) error {
+	return observeHolders(&Sample[[]Holder]{Read: func(ctx context.Context) ([]Holder, error) { return Holders(ctx, db) }}, provider)
+}
+
+func observeHolders(sample *Sample[[]Holder], provider metric.MeterProvider) error {
+	meter := provider.Meter(scope)
+	age, err1 := meter.Float64ObservableGauge("postgres.vacuum.held", metric.WithUnit("s"),
+		metric.WithDescription("Age of the oldest snapshot or transaction that holds back vacuum, by kind, and who holds it. 0 if nobody does."))
+	count, err2 := meter.Int64ObservableGauge("postgres.vacuum.held.transactions", metric.WithUnit("{transaction}"),
+		metric.WithDescription("Transactions since the one that holds back vacuum, by kind, and who holds it. 0 if nobody does."))
+	_, err3 := meter.RegisterCallback(func(ctx context.Context, o metric.Observer) error {
+		holders, err := sample.Get(ctx)
+		if err != nil {
+			return nil //nolint:nilerr // said by Sample; the rest of the metrics is worth having
+		}
+		for _, kind := range []string{"session", "prepared", "slot", "standby"} {
+			oldest := oldestOf(holders, kind)
+			who := metric.WithAttributes(attribute.String("kind", kind), attribute.String("holder", oldest.Name))
+			o.ObserveFloat64(age, oldest.Seconds, who)
+			o.ObserveInt64(count, oldest.Transactions, who)
+		}
+		return nil
+	}, age, count)
+	return errors.Join(err1, err2, err3)
+}
+
+// oldestOf returns the oldest of a kind, without name if it is young. Holders come sorted by their transactions.
+func oldestOf(holders []Holder, kind string) Holder {
+	for _, one := range holders {
+		if one.Kind == kind {
+			if temporary := kind == "session" || kind == "prepared"; temporary && one.Seconds < nameHolders.Seconds() {
+				one.Name = ""
+			}
+			return one
+		}
+	}
+	return Holder{}
+}
