@@ -4,8 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"log/slog"
 	"net"
 	"net/http"
+	"os"
 	"strings"
 	"sync"
 	"testing"
@@ -14,14 +17,32 @@ import (
 	"example.com/orders/internal/deadletter"
 	"example.com/orders/internal/postgres"
 	"example.com/orders/internal/rabbit"
+	"example.com/orders/internal/telemetry"
 	"example.com/orders/internal/testenv"
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 
-func TestMain(m *testing.M) { testenv.Main(m) }
+func TestMain(m *testing.M) {
+	slog.SetDefault(telemetry.NewLogger(io.MultiWriter(os.Stderr, &logged), "text", slog.LevelDebug))
+	testenv.Main(m)
+}
 
 // serve runs a process until the test ends, and returns what its /readyz answers.
 func serve(t *testing.T, run func(context.Context, Config) error, config Config) (ready func() int) {
+	t.Helper()
+	url, _ := start(t, run, config)
+	return func() int {
+		response, err := web.Get(url + "/readyz")
+		if err != nil {
+			return 0
+		}
+		defer response.Body.Close()
+		return response.StatusCode
+	}
+}
+
+// start runs a process until the test ends, or until it is stopped, and returns its URL.
+func start(t *testing.T, run func(context.Context, Config) error, config Config) (url string, stop func()) {
 	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -38,16 +59,9 @@ func serve(t *testing.T, run func(context.Context, Config) error, config Config)
 			t.Error(err)
 		}
 	})
-	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
-	t.Cleanup(func() { cancel(); running.Wait() })
-	return func() int {
-		response, err := client.Get("http://" + config.Addr + "/readyz")
-		if err != nil {
-			return 0
-		}
-		defer response.Body.Close()
-		return response.StatusCode
-	}
+	stop = func() { cancel(); running.Wait() }
+	t.Cleanup(stop)
+	return "http://" + config.Addr, stop
 }
 
 func await(t *testing.T, what string, ready func() int, want int) {

@@ -82,8 +82,13 @@ func committable(tx pgx.Tx) error {
 func (b *Inbox) runSafely(ctx context.Context, tx pgx.Tx, delivery messaging.Delivery) (err error) {
 	defer func() {
 		if cause := recover(); cause != nil {
-			slog.ErrorContext(ctx, "handler panicked", "consumer", b.group.name, "message_id", delivery.ID, "panic", cause, "stack", string(debug.Stack()))
+			switch cause.(type) {
+			case error, string:
+			default:
+				cause = fmt.Sprintf("%T", cause) // a message, perhaps: what is in it is not for the log
+			}
 			err = fmt.Errorf("handler panicked: %v", cause)
+			slog.ErrorContext(ctx, "handler panicked", "consumer", b.group.name, "message_id", delivery.ID, "panic", cause, "stack", string(debug.Stack()))
 		}
 	}()
 	return b.group.handle(ctx, tx, delivery)

@@ -52,13 +52,22 @@ func answerErrors(log *slog.Logger) connect.ServerInterceptor {
 		return func(ctx context.Context, spec connect.Spec, stream connect.ServerStream) (err error) {
 			defer func() {
 				if p := recover(); p != nil {
-					log.ErrorContext(ctx, "rpc panicked", "procedure", spec.Procedure, "panic", fmt.Sprint(p), "stack", string(debug.Stack()))
+					switch p.(type) {
+					case error, string:
+					default:
+						p = fmt.Sprintf("%T", p) // a request, perhaps: what is in it is not for the log
+					}
+					log.ErrorContext(ctx, "rpc panicked", "procedure", spec.Procedure, "panic", p, "stack", string(debug.Stack()))
 					err = errInternal
 				}
 			}()
 			if err := next(ctx, spec, stream); err != nil {
 				answer, level := public(ctx, err)
-				log.Log(ctx, level, "rpc failed", "procedure", spec.Procedure, "code", answer.Code().String(), "error", err)
+				why := slog.Any("error", err)
+				if answer.Code() == connect.CodeInvalidArgument {
+					why = slog.Attr{} // the caller is told; the text quotes what could not be decoded
+				}
+				log.Log(ctx, level, "rpc failed", "procedure", spec.Procedure, "code", answer.Code().String(), why)
 				return answer.WithCause(err)
 			}
 			return nil

@@ -2,20 +2,42 @@ package telemetry
 
 import (
 	"context"
+	"errors"
 	"io"
 	"log/slog"
+	"regexp"
+	"strings"
 
+	"github.com/jackc/pgx/v5/pgconn"
 	"go.opentelemetry.io/otel/trace"
 )
 
 // NewLogger makes a logger that writes lines to w, as "json" or, with any other format, as "text". Each line that is logged within a
 // trace says which: trace_id and span_id.
 func NewLogger(w io.Writer, format string, level slog.Level) *slog.Logger {
-	options := &slog.HandlerOptions{Level: level}
+	options := &slog.HandlerOptions{Level: level, ReplaceAttr: withoutValues}
 	if format == "json" {
 		return slog.New(traced{slog.NewJSONHandler(w, options)})
 	}
 	return slog.New(traced{slog.NewTextHandler(w, options)})
+}
+
+// encodeError is how pgx says that it cannot send an argument, which it quotes.
+var encodeError = regexp.MustCompile(`(?s)(failed to encode args\[\d+\]):.*`)
+
+// withoutValues takes the values out of errors: Postgres quotes them where it cannot take them (class 22), or where something was raised
+// about them (P0001), and so does pgx. The SQLSTATE stays.
+func withoutValues(_ []string, attr slog.Attr) slog.Attr {
+	err, ok := attr.Value.Any().(error)
+	if !ok {
+		return attr
+	}
+	text := encodeError.ReplaceAllString(err.Error(), "$1")
+	var refused *pgconn.PgError
+	if errors.As(err, &refused) && refused.Message != "" && (strings.HasPrefix(refused.Code, "22") || refused.Code == "P0001") {
+		text = strings.ReplaceAll(text, refused.Message, "(values not shown)")
+	}
+	return slog.String(attr.Key, text)
 }
 
 // traced adds the trace of the context. It is added to the record, and so stands within a group if the logger has one: ours have none.

@@ -1,0 +1,175 @@
+package orders_test
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"net/http"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"connectrpc.com/connect/v2"
+	"connectrpc.com/connect/v2/connecthttp"
+	"connectrpc.com/otelconnect"
+	"example.com/orders/internal/app"
+	ordersv1 "example.com/orders/internal/gen/orders/v1"
+	"example.com/orders/internal/gen/orders/v1/ordersv1connect"
+	"example.com/orders/internal/testenv"
+	"github.com/google/uuid"
+	"go.opentelemetry.io/otel/attribute"
+	"go.opentelemetry.io/otel/propagation"
+	sdktrace "go.opentelemetry.io/otel/sdk/trace"
+	"go.opentelemetry.io/otel/trace"
+)
+
+// collector is an exporter in memory, for several processes at once.
+type collector struct {
+	mu    sync.Mutex
+	spans []sdktrace.ReadOnlySpan
+}
+
+func (c *collector) ExportSpans(_ context.Context, spans []sdktrace.ReadOnlySpan) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.spans = append(c.spans, spans...)
+	return nil
+}
+
+func (c *collector) Shutdown(context.Context) error { return nil }
+
+// child finds a span by its parent, the process that it is of, its kind and its name, or the SQL in it.
+func (c *collector) child(parent trace.SpanContext, process string, kind trace.SpanKind, name string) (sdktrace.ReadOnlySpan, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	i := slices.IndexFunc(c.spans, func(s sdktrace.ReadOnlySpan) bool {
+		service, _ := s.Resource().Set().Value("service.name")
+		return s.Parent().SpanID() == parent.SpanID() && s.SpanContext().TraceID() == parent.TraceID() && service.AsString() == process &&
+			s.SpanKind() == kind && (s.Name() == name || strings.Contains(sqlOf(s), name))
+	})
+	if i < 0 {
+		var all []string
+		for _, s := range c.spans {
+			all = append(all, fmt.Sprintf("%s (%s)", s.Name(), s.Parent().SpanID()))
+		}
+		return nil, fmt.Errorf("no span %q of %s below %s; there are %s", name, process, parent.SpanID(), all)
+	}
+	return c.spans[i], nil
+}
+
+func sqlOf(s sdktrace.ReadOnlySpan) string {
+	for _, one := range s.Attributes() {
+		if one.Key == "db.query.text" {
+			return one.Value.AsString()
+		}
+	}
+	return ""
+}
+
+// startProcess runs a process until the test ends, and returns its URL.
+func startProcess(t *testing.T, run func(context.Context, app.Config) error, config app.Config) (url string) {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	config.Addr = listener.Addr().String()
+	_ = listener.Close() // the process wants it now
+	ctx, cancel := context.WithCancel(context.Background())
+	var running sync.WaitGroup
+	running.Go(func() {
+		if err := run(ctx, config); err != nil {
+			t.Error(err)
+		}
+	})
+	t.Cleanup(func() { cancel(); running.Wait() })
+	return "http://" + config.Addr
+}
+
+// One trace leads from the client's call through insert, publish and process to the effect, and on through the message that the handler
+// inserted, over four processes' worth of code and a real broker.
+func TestOneTraceFromCallToEffect(t *testing.T) {
+	t.Parallel()
+	spans := &collector{}
+	config := app.Config{PostgresURL: testenv.PostgresURL(t), AMQPURL: testenv.AMQP(t), Exchange: "events", Spans: spans}
+	url := startProcess(t, app.RunAPI, config)
+	startProcess(t, app.RunRelay, config)
+	startProcess(t, app.RunConsumer, config)
+
+	provider := sdktrace.NewTracerProvider(sdktrace.WithSyncer(spans))
+	traced, err := otelconnect.NewClientInterceptor(otelconnect.WithTracerProvider(provider), otelconnect.WithPropagator(propagation.TraceContext{}), otelconnect.WithoutMetrics())
+	if err != nil {
+		t.Fatal(err)
+	}
+	web := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
+	client := ordersv1connect.NewOrderServiceClient(connect.NewClient(connecthttp.NewTransport(web, url), traced))
+	ctx, click := provider.Tracer("test").Start(t.Context(), "click")
+	const customer = "a-customer-of-ours"
+	testenv.Eventually(t, 20*time.Second, func() error {
+		_, err := client.SetStock(t.Context(), &ordersv1.SetStockRequest{Sku: "apple", Total: 5})
+		return err
+	})
+	_, err = client.PlaceOrder(ctx, &ordersv1.PlaceOrderRequest{
+		OrderId: uuid.NewString(), CustomerId: customer, Lines: []*ordersv1.Line{{Sku: "apple", Quantity: 1}},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	click.End()
+
+	const api, relay, consumer = "orders-api", "orders-relay", "orders-consumer"
+	at := click.SpanContext()
+	for _, step := range []struct {
+		process string
+		kind    trace.SpanKind
+		name    string
+		aside   bool // the next one is not below it but beside it
+	}{
+		{"unknown_service", trace.SpanKindClient, "orders.v1.OrderService/PlaceOrder", false},
+		{api, trace.SpanKindServer, "orders.v1.OrderService/PlaceOrder", false},
+		{api, trace.SpanKindClient, "INSERT INTO orders", true},
+		{api, trace.SpanKindProducer, "create orders.v1.OrderPlaced", false},
+		{api, trace.SpanKindClient, "outbox_insert", true},
+		{relay, trace.SpanKindProducer, "publish orders.v1.OrderPlaced", false},
+		{consumer, trace.SpanKindConsumer, "process orders.v1.OrderPlaced", false},
+		{consumer, trace.SpanKindClient, "INSERT INTO reservations", true},
+		{consumer, trace.SpanKindProducer, "create orders.v1.OrderConfirmed", false},
+		{relay, trace.SpanKindProducer, "publish orders.v1.OrderConfirmed", false},
+		{consumer, trace.SpanKindConsumer, "process orders.v1.OrderConfirmed", false},
+		{consumer, trace.SpanKindClient, "INSERT INTO notifications", true},
+	} {
+		var found sdktrace.ReadOnlySpan
+		testenv.Eventually(t, 30*time.Second, func() (err error) {
+			process := step.process
+			if process == "unknown_service" {
+				process = clientService(spans)
+			}
+			found, err = spans.child(at, process, step.kind, step.name)
+			return err
+		})
+		if !step.aside {
+			at = found.SpanContext()
+		}
+	}
+	spans.mu.Lock()
+	defer spans.mu.Unlock()
+	for _, s := range spans.spans {
+		if slices.ContainsFunc(s.Attributes(), func(a attribute.KeyValue) bool { return strings.Contains(a.Value.String(), customer) }) {
+			t.Errorf("span %s holds an argument: %v", s.Name(), s.Attributes())
+		}
+	}
+}
+
+// clientService is what the SDK calls a program that does not say who it is.
+func clientService(c *collector) string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, s := range c.spans {
+		if service, _ := s.Resource().Set().Value("service.name"); strings.HasPrefix(service.AsString(), "unknown_service") {
+			return service.AsString()
+		}
+	}
+	return ""
+}
