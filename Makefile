@@ -20,6 +20,7 @@ down: $(STACK) ## Stop what `make up` started
 
 test: $(STACK) ## Every test, with the race detector, on real servers
 	@scripts/need.sh gcc gcc libc6-dev
+	@scripts/need.sh promtool prometheus
 	$(STACK) --profile test -- go test -race -count=1 -timeout 10m ./...
 
 lint: ## Static checks, protobuf checks, and that generated code is current

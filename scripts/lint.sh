@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# All static checks: Go, protobuf, generated code. Runs every check, then names those that failed.
+# All static checks: Go, protobuf, generated code, alert rules. Runs every check, then names those that failed.
 #
 #   scripts/lint.sh
 #
-# Needs Go and Node (taken from apt on Debian when missing and allowed). Writes nothing but tools/node_modules and Go's
+# Needs Go, Node and promtool (taken from apt on Debian when missing and allowed). Writes nothing but tools/node_modules and Go's
 # own caches.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -75,6 +75,7 @@ generated() {
 
 buf=tools/node_modules/.bin/buf
 scripts/need.sh npm nodejs npm
+scripts/need.sh promtool prometheus
 install_tools
 
 check 'gofmt' gofmt_clean
@@ -88,6 +89,8 @@ check 'buf lint' "$buf" lint
 check 'buf format' "$buf" format --diff --exit-code
 check 'buf breaking, against main' breaking
 check 'generated code is current' generated
+check 'alert rules' promtool check rules deploy/prometheus/alerts.yml
+check 'alert rules do what they say' promtool test rules deploy/prometheus/alerts_test.yml
 
 if [ ${#failed[@]} -gt 0 ]; then
   printf '\nfailed: %s\n' "${failed[@]}"

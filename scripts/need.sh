@@ -17,5 +17,16 @@ if ! command -v apt-get >/dev/null || { [ "$(id -u)" != 0 ] && ! sudo -n true 2>
   exit 1
 fi
 echo "installing $* for $command" >&2
-"${root[@]}" apt-get update -qq
-DEBIAN_FRONTEND=noninteractive "${root[@]}" apt-get install -y -qq --no-install-recommends "$@"
+# Programs are wanted, not services: what a package brings is neither started now nor at the next boot.
+"${root[@]}" env DEBIAN_FRONTEND=noninteractive sh -ec '
+  if [ ! -e /usr/sbin/policy-rc.d ]; then
+    trap "rm -f /usr/sbin/policy-rc.d" EXIT
+    printf "#!/bin/sh\nexit 101\n" >/usr/sbin/policy-rc.d
+    chmod +x /usr/sbin/policy-rc.d
+  fi
+  apt-get update -qq
+  apt-get install -y -qq --no-install-recommends "$@"
+  if [ -d /run/systemd/system ]; then
+    for package in "$@"; do systemctl disable "$package" 2>/dev/null || true; done
+  fi
+' sh "$@"

@@ -21,6 +21,7 @@ import (
 	"github.com/google/uuid"
 	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/propagation"
+	"go.opentelemetry.io/otel/sdk/resource"
 	sdktrace "go.opentelemetry.io/otel/sdk/trace"
 	"go.opentelemetry.io/otel/trace"
 )
@@ -98,7 +99,8 @@ func TestOneTraceFromCallToEffect(t *testing.T) {
 	startProcess(t, app.RunRelay, config)
 	startProcess(t, app.RunConsumer, config)
 
-	provider := sdktrace.NewTracerProvider(sdktrace.WithSyncer(spans))
+	const caller = "caller"
+	provider := sdktrace.NewTracerProvider(sdktrace.WithSyncer(spans), sdktrace.WithResource(resource.NewSchemaless(attribute.String("service.name", caller))))
 	traced, err := otelconnect.NewClientInterceptor(otelconnect.WithTracerProvider(provider), otelconnect.WithPropagator(propagation.TraceContext{}), otelconnect.WithoutMetrics())
 	if err != nil {
 		t.Fatal(err)
@@ -127,7 +129,7 @@ func TestOneTraceFromCallToEffect(t *testing.T) {
 		name    string
 		aside   bool // the next one is not below it but beside it
 	}{
-		{"unknown_service", trace.SpanKindClient, "orders.v1.OrderService/PlaceOrder", false},
+		{caller, trace.SpanKindClient, "orders.v1.OrderService/PlaceOrder", false},
 		{api, trace.SpanKindServer, "orders.v1.OrderService/PlaceOrder", false},
 		{api, trace.SpanKindClient, "INSERT INTO orders", true},
 		{api, trace.SpanKindProducer, "create orders.v1.OrderPlaced", false},
@@ -142,11 +144,7 @@ func TestOneTraceFromCallToEffect(t *testing.T) {
 	} {
 		var found sdktrace.ReadOnlySpan
 		testenv.Eventually(t, 30*time.Second, func() (err error) {
-			process := step.process
-			if process == "unknown_service" {
-				process = clientService(spans)
-			}
-			found, err = spans.child(at, process, step.kind, step.name)
+			found, err = spans.child(at, step.process, step.kind, step.name)
 			return err
 		})
 		if !step.aside {
@@ -160,16 +158,4 @@ func TestOneTraceFromCallToEffect(t *testing.T) {
 			t.Errorf("span %s holds an argument: %v", s.Name(), s.Attributes())
 		}
 	}
-}
-
-// clientService is what the SDK calls a program that does not say who it is.
-func clientService(c *collector) string {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	for _, s := range c.spans {
-		if service, _ := s.Resource().Set().Value("service.name"); strings.HasPrefix(service.AsString(), "unknown_service") {
-			return service.AsString()
-		}
-	}
-	return ""
 }
