@@ -9,6 +9,7 @@ import (
 
 	"example.com/orders/internal/testenv"
 	"github.com/jackc/pgx/v5"
+	sdk "go.opentelemetry.io/otel/sdk/metric"
 )
 
 func TestMeasure(t *testing.T) {
@@ -59,7 +60,10 @@ func TestGate(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			db := testenv.Postgres(t)
+			reader := sdk.NewManualReader()
+			config.MeterProvider = sdk.NewMeterProvider(sdk.WithReader(reader))
 			gate := NewGate(db, config)
+			equal(t, "refusing at first", testenv.Metrics(t, reader)["outbox.gate.refusing{}"], 0.0)
 			ctx, cancel := context.WithCancel(t.Context())
 			var running sync.WaitGroup
 			running.Go(func() { gate.Run(ctx) })
@@ -81,9 +85,15 @@ func TestGate(t *testing.T) {
 				t.Errorf("error is %v", err)
 			}
 			equal(t, "rows", rowsOf(t, db), before)
+			metrics := testenv.Metrics(t, reader)
+			equal(t, "refusing", metrics["outbox.gate.refusing{}"], 1.0)
+			equal(t, "refused", metrics["outbox.gate.refused{}"] > 0, true)
+			equal(t, "backlog, though no relay runs", metrics["outbox.backlog{0}"], float64(before))
+			equal(t, "lag, though no relay runs", metrics["outbox.lag{0}"] >= 60, true)
 			stop := start(t, db, newBroker(0), Config{})
 			testenv.Eventually(t, 20*time.Second, gateIs(gate, false))
 			stop()
+			equal(t, "refusing in the end", testenv.Metrics(t, reader)["outbox.gate.refusing{}"], 0.0)
 			if err := write(); err != nil {
 				t.Error(err)
 			}

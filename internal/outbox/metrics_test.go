@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"example.com/orders/internal/messaging"
@@ -64,4 +65,22 @@ func TestMetrics(t *testing.T) {
 		"outbox.parked{unroutable}": 1, "outbox.confirm.duration{}": 3, "outbox.page.messages{}": 3,
 	})
 	equal(t, "published", testenv.Metrics(t, reader)["outbox.published{}"], 3.0)
+}
+
+// While the database does not answer, the lag of what waits goes on growing, and that of nothing stays 0.
+func TestLagGrowsBetweenMeasurements(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		reader := sdk.NewManualReader()
+		var m measured
+		if err := m.observe(sdk.NewMeterProvider(sdk.WithReader(reader)).Meter("test")); err != nil {
+			t.Fatal(err)
+		}
+		equal(t, "before the first measurement", len(testenv.Metrics(t, reader)), 0)
+		m.set([]Backlog{{Shard: 0, Messages: 1, Age: time.Second}, {Shard: 1}})
+		time.Sleep(time.Minute)
+		metrics := testenv.Metrics(t, reader)
+		equal(t, "lag of what waits", metrics["outbox.lag{0}"], 61.0)
+		equal(t, "lag of nothing", metrics["outbox.lag{1}"], 0.0)
+	})
 }

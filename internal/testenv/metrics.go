@@ -31,6 +31,10 @@ func Metrics(t testing.TB, reader *metric.ManualReader) map[string]float64 {
 				for _, point := range data.DataPoints {
 					add(one.Name, point.Attributes, float64(point.Value))
 				}
+			case metricdata.Sum[float64]:
+				for _, point := range data.DataPoints {
+					add(one.Name, point.Attributes, point.Value)
+				}
 			case metricdata.Gauge[int64]:
 				for _, point := range data.DataPoints {
 					add(one.Name, point.Attributes, float64(point.Value))

@@ -1,0 +1,167 @@
+package postgres
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"example.com/orders/internal/testenv"
+	"github.com/jackc/pgx/v5"
+	sdk "go.opentelemetry.io/otel/sdk/metric"
+	sdktrace "go.opentelemetry.io/otel/sdk/trace"
+	"go.opentelemetry.io/otel/sdk/trace/tracetest"
+)
+
+// Whoever holds back vacuum is found, with its age, and named.
+func TestHoldersOfVacuumAreMeasured(t *testing.T) {
+	t.Parallel()
+	url := testenv.PostgresURL(t)
+	db := open(t, Config{URL: url})
+	other := open(t, Config{URL: url, ApplicationName: "forgotten"})
+	old, err := other.BeginTx(t.Context(), pgx.TxOptions{IsoLevel: pgx.RepeatableRead})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = old.Rollback(context.Background()) })
+	if _, err := old.Exec(t.Context(), `SELECT 1`); err != nil { // its snapshot
+		t.Fatal(err)
+	}
+	exec(t, db, `CREATE TABLE t (n integer)`)
+	exec(t, db, `INSERT INTO t VALUES (1)`)
+	var holders []Holder
+	testenv.Eventually(t, 20*time.Second, func() error { // until it has an age
+		holders, err = Holders(t.Context(), db)
+		if err == nil && (len(holders) == 0 || holders[0].Kind != "session" || !strings.HasPrefix(holders[0].Name, "forgotten/") ||
+			holders[0].Seconds < .1 || holders[0].Transactions < 2) {
+			err = fmt.Errorf("found %+v", holders)
+		}
+		return err
+	})
+
+	reader := sdk.NewManualReader()
+	sample := &Sample[[]Holder]{MaxAge: time.Nanosecond, Read: func(ctx context.Context) ([]Holder, error) {
+		found, err := Holders(ctx, db)
+		for i := range found {
+			found[i].Seconds *= 100 // for it to be old
+		}
+		return found, err
+	}}
+	if err := observeHolders(sample, sdk.NewMeterProvider(sdk.WithReader(reader))); err != nil {
+		t.Fatal(err)
+	}
+	name := fmt.Sprintf("{%ssession}", holders[0].Name)
+	metrics := testenv.Metrics(t, reader)
+	if metrics["postgres.vacuum.held"+name] < 10 || metrics["postgres.vacuum.held.transactions"+name] < 2 {
+		t.Errorf("metrics are %v", metrics)
+	}
+	if value, there := metrics["postgres.vacuum.held{prepared}"]; !there || value != 0 {
+		t.Errorf("no prepared transaction holds anything, and the metrics are %v", metrics)
+	}
+	if err := old.Rollback(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	testenv.Eventually(t, 20*time.Second, func() error {
+		if value, there := testenv.Metrics(t, reader)["postgres.vacuum.held"+name]; there {
+			return fmt.Errorf("still %v", value)
+		}
+		return nil
+	})
+}
+
+// Names that change with each scrape would make a time series each.
+func TestYoungHoldersAreNotNamed(t *testing.T) {
+	t.Parallel()
+	holders := []Holder{{"slot", "s", 0, 9}, {"session", "young/1", 9, 5}, {"prepared", "old", 11, 3}}
+	for kind, want := range map[string]string{"slot": "s", "session": "", "prepared": "old", "standby": ""} {
+		if got := oldestOf(holders, kind); got.Name != want {
+			t.Errorf("%s is named %q", kind, got.Name)
+		}
+	}
+}
+
+// However often somebody asks, the database is asked once in a while, also when it fails.
+func TestSample(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		reads := 0
+		sample := Sample[int]{Read: func(context.Context) (int, error) {
+			if reads++; reads == 2 {
+				return 0, errors.New("away")
+			}
+			return reads, nil
+		}}
+		for i, want := range []struct {
+			value  int
+			failed bool
+		}{{1, false}, {0, true}, {3, false}} {
+			for range 10 {
+				if value, err := sample.Get(t.Context()); value != want.value || (err != nil) != want.failed {
+					t.Errorf("%d: %d, %v", i, value, err)
+				}
+			}
+			time.Sleep(sampleAge)
+		}
+		if reads != 3 {
+			t.Errorf("read %d times", reads)
+		}
+	})
+}
+
+func TestPoolIsMeasured(t *testing.T) {
+	t.Parallel()
+	db := open(t, Config{URL: testenv.PostgresURL(t), MaxConns: 1})
+	reader := sdk.NewManualReader()
+	if err := ObservePool(db, "p", sdk.NewMeterProvider(sdk.WithReader(reader))); err != nil {
+		t.Fatal(err)
+	}
+	conn, err := db.Acquire(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	release := sync.OnceFunc(conn.Release)
+	t.Cleanup(release)
+	metrics := testenv.Metrics(t, reader)
+	if metrics["postgres.pool.connections{pused}"] != 1 || metrics["postgres.pool.limit{p}"] != 1 {
+		t.Errorf("metrics are %v", metrics)
+	}
+	waits := metrics["postgres.pool.waits{p}"]
+	done := make(chan error)
+	go func() { done <- db.Ping(t.Context()) }()
+	time.AfterFunc(50*time.Millisecond, release)
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	metrics = testenv.Metrics(t, reader)
+	if metrics["postgres.pool.waits{p}"] <= waits || metrics["postgres.pool.waited{p}"] <= 0 || metrics["postgres.pool.connections{pidle}"] != 1 {
+		t.Errorf("metrics are %v", metrics)
+	}
+}
+
+// Statements within a trace are spans of it, with their text and without their arguments; outside of one there are none.
+func TestStatementsAreTraced(t *testing.T) {
+	t.Parallel()
+	recorder := tracetest.NewSpanRecorder()
+	provider := sdktrace.NewTracerProvider(sdktrace.WithSpanProcessor(recorder))
+	db := open(t, Config{URL: testenv.PostgresURL(t), TracerProvider: provider})
+	exec(t, db, `SELECT $1::text`, "outside")
+	ctx, span := provider.Tracer("test").Start(t.Context(), "call")
+	if _, err := db.Exec(ctx, `SELECT $1::text`, "an argument"); err != nil {
+		t.Fatal(err)
+	}
+	span.End()
+	text := ""
+	for _, one := range recorder.Ended() {
+		if one.SpanContext().TraceID() != span.SpanContext().TraceID() {
+			t.Errorf("span %s is outside", one.Name())
+		}
+		text += fmt.Sprintln(one.Name(), one.Attributes())
+	}
+	if !strings.Contains(text, `SELECT $1::text`) || strings.Contains(text, "argument") {
+		t.Errorf("spans: %s", text)
+	}
+}
