@@ -18,14 +18,17 @@ import (
 	"time"
 
 	"connectrpc.com/connect/v2"
+	"example.com/orders/internal/inbox"
 	"example.com/orders/internal/messaging"
 	"example.com/orders/internal/outbox"
 	"example.com/orders/internal/postgres"
 	"example.com/orders/internal/testenv"
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
 	amqp "github.com/rabbitmq/amqp091-go"
-	"google.golang.org/protobuf/encoding/protowire"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/wrapperspb"
 )
 
 // logged is what all processes of this package's tests have logged, at debug level.
@@ -99,20 +102,40 @@ func scrape(t *testing.T, url string) (text string, ours map[string]family) {
 	return text, ours
 }
 
-// anyType is a message type that some group handles, and anyProcedure an RPC: tests of the core do not know the domain.
-func anyType() string { return newDomain(nil, nil).groups[0].Types()[0] }
+const (
+	watchedType      = "google.protobuf.StringValue"
+	watchedProcedure = "/probe.v1.ProbeService/Say"
+)
 
-func anyProcedure() string {
-	server := connect.NewServer()
-	newDomain(nil, nil).register(server)
-	for spec := range server.Specs() {
-		return spec.Procedure
+// watched gives a process a domain of one group and one RPC, that fail with words that quote what they got.
+func watched(config Config) Config {
+	config = probed(config)
+	config.domain = func(*pgxpool.Pool, *outbox.Writer) domain {
+		failing := inbox.NewGroup("failing")
+		inbox.Handle(failing, func(ctx context.Context, tx pgx.Tx, text *wrapperspb.StringValue) error {
+			if strings.HasPrefix(text.GetValue(), "panic") {
+				panic(text)
+			}
+			var id uuid.UUID
+			return tx.QueryRow(ctx, `SELECT $1::text::uuid`, text.GetValue()).Scan(&id)
+		})
+		say := connect.Method{
+			Spec: connect.Spec{Procedure: watchedProcedure, StreamType: connect.StreamTypeUnary},
+			Handler: func(ctx context.Context, _ connect.Spec, stream connect.ServerStream) error {
+				var in wrapperspb.StringValue
+				if err := stream.Receive(&in); err != nil {
+					return err
+				}
+				panic(&in)
+			},
+		}
+		return domain{register: func(s *connect.Server) { s.Register(say) }, groups: []group{{failing, 1}}}
 	}
-	return ""
+	return config
 }
 
-// send commits a message of a type, with a payload that the handler cannot like.
-func send(t *testing.T, postgresURL, kind string, payload []byte) {
+// commit commits a message of any type with any payload.
+func commit(t *testing.T, postgresURL, kind string, payload []byte) {
 	t.Helper()
 	db, err := postgres.Open(t.Context(), postgres.Config{URL: postgresURL})
 	if err != nil {
@@ -154,12 +177,12 @@ func documented(t *testing.T) map[string]family {
 // What /metrics shows is what docs/metrics.md lists, each with help, in names that promtool has nothing against.
 func TestMetricsAreDocumentedAndClean(t *testing.T) {
 	t.Parallel()
-	config := Config{PostgresURL: testenv.PostgresURL(t), AMQPURL: testenv.AMQP(t), Exchange: "events"}
+	config := watched(Config{PostgresURL: testenv.PostgresURL(t), AMQPURL: testenv.AMQP(t)})
 	url, _ := start(t, RunAll, config)
 	var text string
 	testenv.Eventually(t, 30*time.Second, func() error { return isReady(url) })
-	send(t, config.PostgresURL, anyType(), nil)
-	post(t, url+anyProcedure(), "{}")
+	commit(t, config.PostgresURL, watchedType, nil)
+	post(t, url+watchedProcedure, "{}")
 	docs := documented(t)
 	testenv.Eventually(t, 30*time.Second, func() error {
 		var shown map[string]family
@@ -200,7 +223,7 @@ func checkMetrics(t *testing.T, text string) {
 // Each process serves its own part.
 func TestEachProcessHasMetrics(t *testing.T) {
 	t.Parallel()
-	config := Config{PostgresURL: testenv.PostgresURL(t), AMQPURL: testenv.AMQP(t), Exchange: "events"}
+	config := watched(Config{PostgresURL: testenv.PostgresURL(t), AMQPURL: testenv.AMQP(t)})
 	for name, process := range map[string]struct {
 		run  func(context.Context, Config) error
 		want []string
@@ -286,32 +309,42 @@ func TestLogsHoldNoSecretsAndNoPayloads(t *testing.T) {
 	vhost := testenv.AMQP(t)
 	broker, amqpURL := testenv.ProxyURL(t, testenv.Management(t, vhost).User(".*", ".*", ".*"))
 	amqpSecret := passwordOf(t, amqpURL)
-	config := Config{PostgresURL: postgresURL, AMQPURL: amqpURL, Exchange: "events"}
+	config := watched(Config{PostgresURL: postgresURL, AMQPURL: amqpURL})
 	url, _ := start(t, RunAll, config)
 	wrong := config
 	wrong.AMQPURL = withPassword(t, amqpURL, secret)
 	start(t, RunConsumer, wrong)
 	awaitLog(t, "username or password not allowed")
 
-	field := protowire.AppendString(protowire.AppendTag(nil, 1, protowire.BytesType), canary)
-	kind := anyType()
-	send(t, postgresURL, kind, field)                            // the handler fails
-	send(t, postgresURL, kind, append([]byte("\xff"), field...)) // cannot be decoded
-	send(t, postgresURL, "probe.Nobody", field)                  // unroutable
+	text := func(value string) []byte {
+		payload, err := proto.Marshal(wrapperspb.String(value))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return payload
+	}
+	commit(t, postgresURL, watchedType, text(canary))                            // the handler fails
+	commit(t, postgresURL, watchedType, text("panic "+canary))                   // or worse
+	commit(t, postgresURL, watchedType, append([]byte("\xff"), text(canary)...)) // cannot be decoded
+	commit(t, postgresURL, "probe.Nobody", text(canary))                         // unroutable
+	awaitLog(t, "SQLSTATE 22P02")
+	awaitLog(t, "handler panicked")
 	awaitLog(t, "message will be retried")
 	awaitLog(t, "reason=undecodable")
 	awaitLog(t, "reason=unroutable")
 
-	post(t, url+anyProcedure(), `{"`+canary+`": "`+canary+`"}`)
-	post(t, url+anyProcedure(), canary)
+	post(t, url+watchedProcedure, `{"`+canary+`": "`+canary+`"}`)
+	post(t, url+watchedProcedure, canary)
 	post(t, url+"/"+canary, canary)
+	post(t, url+watchedProcedure, `"`+canary+`"`) // which panics
 	awaitLog(t, "code=invalid_argument")
+	awaitLog(t, "rpc panicked")
 
 	broker.Refuse(true)
 	broker.Cut()
 	database.Refuse(true)
 	database.Cut()
-	post(t, url+anyProcedure(), `{}`)
+	post(t, url+watchedProcedure, `{}`)
 	awaitLog(t, "consumer interrupted")
 	awaitLog(t, "doorbell connection lost")
 	for _, text := range []string{canary, secret, amqpSecret} {
