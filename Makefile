@@ -28,9 +28,9 @@ lint: ## Static checks, protobuf checks, and that generated code is current
 
 ci: lint test ## What CI runs
 
-bench: $(STACK) ## The relay against RabbitMQ's own ceiling
+bench: $(STACK) build ## Against RabbitMQ's own ceiling and against peers, 15 minutes; ROWS="relay idle" for some of it
 	go build -C bench -o ../.stack/bin/bench .
-	$(STACK) -- .stack/bin/bench
+	$(STACK) -- .stack/bin/bench $(if $(ROWS),$(ROWS),--out docs/benchmarks.md)
 
 build: ## Build bin/orders
 	go build -ldflags '$(LDFLAGS)' -o bin/orders ./cmd/orders

@@ -5,156 +5,133 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
-	"strconv"
-	"strings"
-	"syscall"
 	"time"
 
 	"example.com/orders/internal/messaging"
 	"example.com/orders/internal/outbox"
 	"example.com/orders/internal/postgres"
 	"example.com/orders/internal/rabbit"
-	"example.com/orders/migrations"
-	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
-	amqp "github.com/rabbitmq/amqp091-go"
 )
 
-const (
-	database = "orders_bench"
-	exchange = "bench"
-	queue    = "bench.relay"
-)
+const relayMessages = 50_000
+
+var relayRow = row{
+	name:  "relay",
+	title: "Relay vs. raw confirms",
+	how: fmt.Sprintf("%d messages of %d bytes. Raw: the client library publishing from memory on one channel, with %d pipelined confirms, as many as the relay has in "+
+		"flight. Relay: a process of its own drains an outbox with as many messages, from its first claim to its last recorded delivery.", relayMessages, payloadBytes, window),
+	limit: "RabbitMQ, which writes every message to its log; the relay gives back in fewer system calls most of what reading and claiming costs it.",
+	contestants: []contestant{
+		{name: "raw", run: runRaw},
+		{name: "relay, 1 shard", run: drain(relayMessages, 1)},
+		{name: "relay, 4 shards", run: drain(relayMessages, 4)},
+	},
+	lines: []line{
+		{label: "raw pipelined confirms", contestant: "raw", metric: rate, unit: "msg/s"},
+		{label: "relay, 1 shard", contestant: "relay, 1 shard", metric: rate, unit: "msg/s", against: "raw", least: 0.9},
+		{label: "relay, 4 shards", contestant: "relay, 4 shards", metric: rate, unit: "msg/s", against: "raw"},
+		{label: "relay, 1 shard", contestant: "relay, 1 shard", metric: memory, unit: "MiB", most: 100},
+	},
+}
+
+// window is how many messages the raw publisher has without confirm.
+var window = outbox.MaxInFlight(outbox.Config{})
+
+func runRaw(ctx context.Context, b *bench) (found measured, err error) {
+	messages := makeMessages(b.some(relayMessages))
+	err = b.withQueue(ctx, topology, func() error {
+		to, err := openConfirming(b.AMQPURL)
+		if err != nil {
+			return err
+		}
+		defer to.close()
+		began := time.Now()
+		err = to.publishAll(messages, window)
+		found = measured{rate: float64(len(messages)) / time.Since(began).Seconds()}
+		return err
+	})
+	return found, err
+}
 
 // relayCommand is the relay as the service runs it.
 type relayCommand struct{}
 
 func (c *relayCommand) Run(ctx context.Context, f *flags) error {
-	db, err := postgres.Open(ctx, postgres.Config{URL: f.PostgresURL, GenericPlans: true})
-	if err != nil {
-		return err
-	}
-	defer db.Close()
-	topology := rabbit.Topology{Exchange: exchange, Queues: []rabbit.Queue{{Name: queue, Types: []string{"google.protobuf.BytesValue"}}}}
-	newPublisher := func() messaging.Publisher {
-		return rabbit.NewPublisher(rabbit.PublisherConfig{URL: f.AMQPURL, Topology: topology, Window: outbox.MaxInFlight(outbox.Config{})})
-	}
-	return outbox.NewRelay(db, newPublisher, outbox.Config{}).Run(ctx)
+	return withPool(ctx, relayPool(f.PostgresURL), func(db *pgxpool.Pool) error {
+		return newRelay(f, db, topology, nil).Run(ctx)
+	})
 }
 
-// measureRelay lets a relay of its own process drain a backlog. The clock runs from the cursor's first move to its last, as the
-// database tells it, so that the start of the process does not count.
-func measureRelay(ctx context.Context, f *flags, messages []messaging.Message) (result, error) {
-	url, err := freshDatabase(ctx, f.PostgresURL)
-	if err != nil {
-		return result{}, err
-	}
-	db, err := postgres.Open(ctx, postgres.Config{URL: url})
-	if err != nil {
-		return result{}, err
-	}
-	defer db.Close()
-	if err := fill(ctx, db, messages); err != nil {
-		return result{}, err
-	}
-	defer deleteQueues(f.AMQPURL)
-	self, err := os.Executable()
-	if err != nil {
-		return result{}, err
-	}
-	child := exec.Command(self, "relay")
-	child.Env = append(os.Environ(), "POSTGRES_URL="+url, "AMQP_URL="+f.AMQPURL)
-	child.Stderr = os.Stderr
-	child.Stdout = os.Stdout
-	started := time.Now()
-	if err := child.Start(); err != nil {
-		return result{}, err
-	}
-	defer func() {
-		_ = child.Process.Signal(syscall.SIGINT)
-		_ = child.Wait()
-	}()
+// relayPool is as internal/app sets it up.
+func relayPool(url string) postgres.Config {
+	return postgres.Config{URL: url, MaxConns: 8, GenericPlans: true, IdleInTransaction: 5 * time.Second}
+}
+
+// newRelay makes a relay as internal/app does; its publisher may be wrapped.
+func newRelay(f *flags, db *pgxpool.Pool, topology rabbit.Topology, wrap func(messaging.Publisher) messaging.Publisher) *outbox.Relay {
+	return outbox.NewRelay(db, func() messaging.Publisher {
+		var publisher messaging.Publisher = rabbit.NewPublisher(rabbit.PublisherConfig{URL: f.AMQPURL, Topology: topology, Window: window})
+		if wrap != nil {
+			publisher = wrap(publisher)
+		}
+		return publisher
+	}, outbox.Config{})
+}
+
+// drain measures a relay on a backlog of n.
+func drain(n, shards int) func(ctx context.Context, b *bench) (measured, error) {
+	return func(ctx context.Context, b *bench) (measured, error) { return drainBeside(ctx, b, n, n, shards, nil) }
+}
+
+// drainBeside lets a relay in a process of its own publish the first part of a backlog while the database is in a state that disturb makes;
+// what disturb returns ends it. The clock runs from the cursor's first claim to its last move, as the database tells them, so that the start of the
+// process does not count.
+func drainBeside(ctx context.Context, b *bench, n, part, shards int, disturb func(ctx context.Context, url string) (func(), error)) (found measured, err error) {
+	n, part = b.some(n), b.some(part)
+	err = b.withDatabase(ctx, fmt.Sprintf("backlog of %d in %d shards", n, shards), backlog(n, shards), func(url string) error {
+		if disturb != nil {
+			end, err := disturb(ctx, url)
+			if err != nil {
+				return err
+			}
+			defer end()
+		}
+		return b.withQueue(ctx, topology, func() error {
+			return withPool(ctx, postgres.Config{URL: url}, func(db *pgxpool.Pool) error {
+				self, err := os.Executable()
+				if err != nil {
+					return err
+				}
+				return withProcess(exec.Command(self, "run-relay"), []string{"POSTGRES_URL=" + url, "AMQP_URL=" + b.AMQPURL}, func(pid int) error {
+					took, published, err := watchCursor(ctx, db, part)
+					found = measured{rate: float64(published) / took.Seconds(), memory: maxRSS(pid)}
+					return err
+				})
+			})
+		})
+	})
+	return found, err
+}
+
+const cursorSQL = `SELECT sum(published)::bigint, bool_or(claimed IS NOT NULL), clock_timestamp() FROM outbox_cursor`
+
+// watchCursor returns how long it took to publish at least n messages, and how many they were.
+func watchCursor(ctx context.Context, db *pgxpool.Pool, n int) (took time.Duration, published int, err error) {
 	var claimed time.Time
-	for {
-		var published int
+	for began := time.Now(); time.Since(began) < 5*time.Minute; {
 		var now time.Time
 		var isClaimed bool
-		err := db.QueryRow(ctx, `SELECT sum(published), bool_or(claimed IS NOT NULL), clock_timestamp() FROM outbox_cursor`).Scan(&published, &isClaimed, &now)
-		if err != nil {
-			return result{}, err
+		if err := db.QueryRow(ctx, cursorSQL).Scan(&published, &isClaimed, &now); err != nil {
+			return 0, 0, err
 		}
 		if isClaimed && claimed.IsZero() {
 			claimed = now
 		}
-		if published == len(messages) {
-			return result{took: now.Sub(claimed), maxRSS: maxRSS(child.Process.Pid)}, nil
+		if published >= n {
+			return now.Sub(claimed), published, nil
 		}
-		if time.Since(started) > 5*time.Minute {
-			return result{}, fmt.Errorf("published %d of %d after 5 minutes", published, len(messages))
-		}
-		time.Sleep(20 * time.Millisecond) // seldom enough to cost the measured one nothing
+		time.Sleep(10 * time.Millisecond) // seldom enough to cost the measured one nothing
 	}
-}
-
-func freshDatabase(ctx context.Context, url string) (string, error) {
-	conn, err := pgx.Connect(ctx, url)
-	if err != nil {
-		return "", err
-	}
-	defer conn.Close(ctx)
-	for _, sql := range []string{"DROP DATABASE IF EXISTS " + database + " WITH (FORCE)", "CREATE DATABASE " + database} {
-		if _, err := conn.Exec(ctx, sql); err != nil {
-			return "", err
-		}
-	}
-	config := conn.Config()
-	fresh := fmt.Sprintf("host=%s port=%d user=%s password=%s dbname=%s", config.Host, config.Port, config.User, quote(config.Password), database)
-	_, err = migrations.Up(ctx, fresh)
-	return fresh, err
-}
-
-func quote(s string) string { return "'" + strings.NewReplacer(`\`, `\\`, `'`, `\'`).Replace(s) + "'" }
-
-func fill(ctx context.Context, db *pgxpool.Pool, messages []messaging.Message) error {
-	for len(messages) > 0 {
-		n := min(500, len(messages))
-		err := postgres.Transact(ctx, db, func(tx pgx.Tx) error { return outbox.Insert(ctx, tx, messages[:n]...) })
-		if err != nil {
-			return err
-		}
-		messages = messages[n:]
-	}
-	// A checkpoint now, rather than in the middle of the measurement.
-	_, err := db.Exec(ctx, `CHECKPOINT`)
-	return err
-}
-
-func deleteQueues(url string) {
-	conn, err := amqp.Dial(url)
-	if err != nil {
-		return
-	}
-	defer conn.Close()
-	ch, err := conn.Channel()
-	if err != nil {
-		return
-	}
-	for _, name := range []string{queue, rabbit.DeadQueue(queue)} {
-		_, _ = ch.QueueDelete(name, false, false, false)
-	}
-}
-
-// maxRSS is the most memory that a process has had resident, in MiB.
-func maxRSS(pid int) float64 {
-	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
-	if err != nil {
-		return 0
-	}
-	for line := range strings.Lines(string(status)) {
-		if rest, ok := strings.CutPrefix(line, "VmHWM:"); ok {
-			kib, _ := strconv.ParseFloat(strings.Fields(rest)[0], 64)
-			return kib / 1024
-		}
-	}
-	return 0
+	return 0, 0, fmt.Errorf("published %d of %d after 5 minutes", published, n)
 }

@@ -1,0 +1,91 @@
+package main
+
+import (
+	"context"
+
+	"github.com/jackc/pgx/v5"
+)
+
+const (
+	small, medium, large = 10_000, 100_000, 1_000_000
+	heldMessages         = 30_000
+)
+
+var backlogRow = row{
+	name:  "backlog",
+	title: "Backlog",
+	how: "The relay on backlogs of 10,000, 100,000 and 1,000,000 messages. Of the largest its first 100,000 are published in each round, which isolates " +
+		"what a message costs with a million waiting; and once all of it.",
+	limit: "RabbitMQ, as without a backlog: a page is found by index, whatever waits behind it.",
+	contestants: []contestant{
+		{name: "10k", run: drain(small, 1)},
+		{name: "100k", run: drain(medium, 1)},
+		{name: "1M, first 100k", run: drainFirst(large, medium)},
+		{name: "1M", run: drain(large, 1), once: true},
+	},
+	lines: []line{
+		{label: "10,000", contestant: "10k", metric: rate, unit: "msg/s"},
+		{label: "100,000", contestant: "100k", metric: rate, unit: "msg/s", against: "10k"},
+		{label: "1,000,000, the first 100,000", contestant: "1M, first 100k", metric: rate, unit: "msg/s", against: "100k", least: 0.9},
+		{label: "1,000,000, all", contestant: "1M", metric: rate, unit: "msg/s", against: "100k", least: 0.9},
+		{label: "1,000,000, all: resident", contestant: "1M", metric: memory, unit: "MiB", most: 100},
+	},
+}
+
+func drainFirst(n, part int) func(ctx context.Context, b *bench) (measured, error) {
+	return func(ctx context.Context, b *bench) (measured, error) { return drainBeside(ctx, b, n, part, 1, nil) }
+}
+
+var heldRow = row{
+	name:  "held",
+	title: "Held transactions",
+	how: "A backlog of 30,000 while a transaction stays open that was there before the first message was published: a REPEATABLE READ one that has read something " +
+		"(a report, a dump, a forgotten psql), or one that has inserted a message of its own. The SKIP LOCKED loop of the peers row for comparison.",
+	limit: "RabbitMQ, as without: the log leaves no dead rows to wade through, and the cursor is found by place; the loop's deleted rows stay and are passed again.",
+	contestants: []contestant{
+		{name: "relay", run: drain(heldMessages, 1)},
+		{name: "relay, snapshot", run: drainHeld(holdSnapshot)},
+		{name: "relay, write", run: drainHeld(holdWrite)},
+		{name: "loop", run: drainPeer(skipLocked, heldMessages, nil)},
+		{name: "loop, snapshot", run: drainPeer(skipLocked, heldMessages, holdSnapshot)},
+	},
+	lines: []line{
+		{label: "relay, nothing held", contestant: "relay", metric: rate, unit: "msg/s"},
+		{label: "relay, snapshot held", contestant: "relay, snapshot", metric: rate, unit: "msg/s", against: "relay", least: 0.9},
+		{label: "relay, write transaction open", contestant: "relay, write", metric: rate, unit: "msg/s", against: "relay", least: 0.9},
+		{label: "SKIP LOCKED loop, nothing held", contestant: "loop", metric: rate, unit: "msg/s", against: "relay"},
+		{label: "SKIP LOCKED loop, snapshot held", contestant: "loop, snapshot", metric: rate, unit: "msg/s", against: "loop"},
+	},
+}
+
+// disturbance brings a database into a state, and returns what ends it.
+type disturbance = func(ctx context.Context, url string) (end func(), err error)
+
+func drainHeld(disturb disturbance) func(ctx context.Context, b *bench) (measured, error) {
+	return func(ctx context.Context, b *bench) (measured, error) {
+		return drainBeside(ctx, b, heldMessages, heldMessages, 1, disturb)
+	}
+}
+
+func holdSnapshot(ctx context.Context, url string) (func(), error) {
+	return hold(ctx, url, `BEGIN ISOLATION LEVEL REPEATABLE READ`, `SELECT count(*) FROM pg_class`)
+}
+
+func holdWrite(ctx context.Context, url string) (func(), error) {
+	return hold(ctx, url, `BEGIN`, `SELECT outbox_insert('`+messageType+`', 'held', '')`)
+}
+
+func hold(ctx context.Context, url string, statements ...string) (func(), error) {
+	conn, err := pgx.Connect(ctx, url)
+	if err != nil {
+		return nil, err
+	}
+	end := func() { _ = conn.Close(context.WithoutCancel(ctx)) }
+	for _, sql := range statements {
+		if _, err := conn.Exec(ctx, sql); err != nil {
+			end()
+			return nil, err
+		}
+	}
+	return end, nil
+}

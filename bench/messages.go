@@ -1,0 +1,135 @@
+package main
+
+import (
+	"context"
+	"crypto/rand"
+	"fmt"
+	"time"
+
+	"example.com/orders/internal/messaging"
+	"example.com/orders/internal/outbox"
+	"example.com/orders/internal/postgres"
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+	amqp "github.com/rabbitmq/amqp091-go"
+	"google.golang.org/protobuf/types/known/wrapperspb"
+)
+
+const (
+	messageType = "google.protobuf.BytesValue"
+	// payloadBytes is a small protobuf event with room to spare.
+	payloadBytes = 512
+	// keys is how many different keys the messages have.
+	keys = 1000
+)
+
+func makeMessages(n int) []messaging.Message {
+	messages := make([]messaging.Message, n)
+	for i := range messages {
+		body := make([]byte, payloadBytes)
+		_, _ = rand.Read(body) // never fails
+		messages[i] = messaging.New(fmt.Sprintf("key-%d", i%keys), wrapperspb.Bytes(body))
+		messages[i].CreatedAt = time.Now()
+	}
+	return messages
+}
+
+// insertAtOnce is how many messages a transaction of a backlog inserts: few transactions, so that the preparation is quick.
+const insertAtOnce = 500
+
+// backlog returns a function that prepares a database with n messages in the outbox.
+func backlog(n int, shards int) func(ctx context.Context, url string) error {
+	return func(ctx context.Context, url string) error {
+		if err := migrated(ctx, url); err != nil {
+			return err
+		}
+		return withPool(ctx, postgres.Config{URL: url}, func(db *pgxpool.Pool) error {
+			if shards > 1 {
+				if err := outbox.SetShards(ctx, db, shards); err != nil {
+					return err
+				}
+			}
+			return inBatches(n, func(messages []messaging.Message) error {
+				return postgres.Transact(ctx, db, func(tx pgx.Tx) error { return outbox.Insert(ctx, tx, messages...) })
+			})
+		})
+	}
+}
+
+// inBatches calls insert with n messages in all.
+func inBatches(n int, insert func(messages []messaging.Message) error) error {
+	for n > 0 {
+		batch := min(n, insertAtOnce)
+		if err := insert(makeMessages(batch)); err != nil {
+			return err
+		}
+		n -= batch
+	}
+	return nil
+}
+
+// publishing is a message as our relay sends it.
+func publishing(m messaging.Message) amqp.Publishing {
+	return amqp.Publishing{
+		MessageId: m.ID.String(), Type: m.Type, ContentType: "application/protobuf", DeliveryMode: amqp.Persistent,
+		Timestamp: m.CreatedAt, Headers: amqp.Table{messaging.KeyHeader: m.Key}, Body: m.Payload,
+	}
+}
+
+// confirming is a channel in confirm mode, as the client library has it.
+type confirming struct {
+	conn *amqp.Connection
+	ch   *amqp.Channel
+}
+
+func openConfirming(url string) (*confirming, error) {
+	conn, err := amqp.Dial(url)
+	if err != nil {
+		return nil, err
+	}
+	ch, err := conn.Channel()
+	if err == nil {
+		err = ch.Confirm(false)
+	}
+	if err != nil {
+		conn.Close()
+		return nil, err
+	}
+	return &confirming{conn, ch}, nil
+}
+
+func (c *confirming) close() { _ = c.conn.Close() }
+
+func (c *confirming) publish(m messaging.Message) (*amqp.DeferredConfirmation, error) {
+	return c.ch.PublishWithDeferredConfirm(exchange, m.Type, true, false, publishing(m))
+}
+
+// publishAll publishes with pipelined confirms, at most window of them outstanding.
+func (c *confirming) publishAll(messages []messaging.Message, window int) error {
+	pending := make(chan *amqp.DeferredConfirmation, window)
+	failed := make(chan error, 1)
+	go func() {
+		defer close(failed)
+		for confirm := range pending {
+			if !confirm.Wait() {
+				failed <- fmt.Errorf("not confirmed")
+				for range pending { // so that the publisher does not wait for room
+				}
+				return
+			}
+		}
+	}()
+	var err error
+	for _, m := range messages {
+		var confirm *amqp.DeferredConfirmation
+		if confirm, err = c.publish(m); err != nil {
+			break
+		}
+		pending <- confirm
+	}
+	close(pending)
+	if unconfirmed := <-failed; err == nil {
+		err = unconfirmed
+	}
+	return err
+}

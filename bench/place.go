@@ -1,0 +1,171 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"sync/atomic"
+	"time"
+
+	"connectrpc.com/connect/v2"
+	"connectrpc.com/connect/v2/connecthttp"
+	ordersv1 "example.com/orders/internal/gen/orders/v1"
+	"example.com/orders/internal/gen/orders/v1/ordersv1connect"
+	"example.com/orders/internal/orders"
+	"example.com/orders/internal/outbox"
+	"example.com/orders/internal/postgres"
+	"example.com/orders/internal/rpcserver"
+	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/protobuf/types/known/timestamppb"
+)
+
+const (
+	placeWorkers  = 8
+	placeDuration = 3 * time.Second
+)
+
+var placeRow = row{
+	name:  "place",
+	title: "PlaceOrder, price of the pattern",
+	how: fmt.Sprintf("%d callers at once, each with one order of two lines after the other. With: the service's own handler, doorbell included. Without: the same "+
+		"transaction, by the same functions, without the insert and the doorbell. Over HTTP: through the service's server and a Connect client, in one process; "+
+		"handler: the method called directly.", placeWorkers),
+	limit: "Processor time: each commit waits for the disk together with others, and the insert is one more statement with two indexes beside the orders' six.",
+	contestants: []contestant{
+		{name: "http, without", run: place(true, false)},
+		{name: "http, with", run: place(true, true)},
+		{name: "handler, without", run: place(false, false)},
+		{name: "handler, with", run: place(false, true)},
+	},
+	lines: []line{
+		{label: "over HTTP, without the insert", contestant: "http, without", metric: rate, unit: "orders/s"},
+		{label: "over HTTP, with the insert", contestant: "http, with", metric: rate, unit: "orders/s", against: "http, without", least: 0.85},
+		{label: "handler, without the insert", contestant: "handler, without", metric: rate, unit: "orders/s"},
+		{label: "handler, with the insert", contestant: "handler, with", metric: rate, unit: "orders/s", against: "handler, without", least: 0.85},
+	},
+}
+
+// placeFunc places an order.
+type placeFunc func(ctx context.Context, req *ordersv1.PlaceOrderRequest) (*ordersv1.PlaceOrderResponse, error)
+
+func place(overHTTP, withOutbox bool) func(ctx context.Context, b *bench) (measured, error) {
+	return func(ctx context.Context, b *bench) (found measured, err error) {
+		err = b.withDatabase(ctx, "nothing", migrated, func(url string) error {
+			return withPool(ctx, postgres.Config{URL: url}, func(db *pgxpool.Pool) error {
+				ctx, cancel := context.WithCancel(ctx)
+				bell := outbox.NewNotifyBell(url)
+				group := errgroup.Group{}
+				group.Go(func() error { bell.Run(ctx); return nil })
+				defer func() { cancel(); _ = group.Wait() }()
+				var service ordersv1connect.OrderServiceHandler = orders.NewService(db, outbox.NewWriter(db, bell, nil))
+				if !withOutbox {
+					service = &bareService{service, db}
+				}
+				call := service.PlaceOrder
+				if overHTTP {
+					if call, err = serve(ctx, &group, service); err != nil {
+						return err
+					}
+				}
+				found, err = placeMany(ctx, call, placeDuration)
+				return err
+			})
+		})
+		return found, err
+	}
+}
+
+// placeMany measures callers that have nothing else to do.
+func placeMany(ctx context.Context, call placeFunc, duration time.Duration) (measured, error) {
+	if _, err := call(ctx, newOrder()); err != nil { // also the end of the beginning: connections, plans
+		return nil, err
+	}
+	var placed atomic.Int64
+	began := time.Now()
+	group, ctx := errgroup.WithContext(ctx)
+	for range placeWorkers {
+		group.Go(func() error {
+			for time.Since(began) < duration {
+				if _, err := call(ctx, newOrder()); err != nil {
+					return err
+				}
+				placed.Add(1)
+			}
+			return nil
+		})
+	}
+	err := group.Wait()
+	return measured{rate: float64(placed.Load()) / time.Since(began).Seconds()}, err
+}
+
+// skus is how many different things are sold: enough that orders seldom wait for each other's stock.
+const skus = 100
+
+func newOrder() *ordersv1.PlaceOrderRequest {
+	id := uuid.Must(uuid.NewV7())
+	return &ordersv1.PlaceOrderRequest{OrderId: id.String(), CustomerId: fmt.Sprintf("customer-%d", id[15]), Lines: []*ordersv1.Line{
+		{Sku: fmt.Sprintf("sku-%d", int(id[14])%skus), Quantity: 1}, {Sku: fmt.Sprintf("sku-%d", (int(id[14])+1)%skus), Quantity: 2},
+	}}
+}
+
+// serve serves the service until ctx is done, and returns a client's method.
+func serve(ctx context.Context, group *errgroup.Group, service ordersv1connect.OrderServiceHandler) (placeFunc, error) {
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return nil, err
+	}
+	addr := listener.Addr().String()
+	listener.Close()
+	server := rpcserver.New(rpcserver.Config{Addr: addr, Log: slog.Default()}, func(s *connect.Server) { ordersv1connect.RegisterOrderServiceHandler(s, service) })
+	group.Go(func() error { return server.Run(ctx) })
+	transport := &http.Transport{MaxIdleConnsPerHost: placeWorkers}
+	client := ordersv1connect.NewOrderServiceClient(connect.NewClient(connecthttp.NewTransport(&http.Client{Transport: transport}, "http://"+addr)))
+	context.AfterFunc(ctx, transport.CloseIdleConnections)
+	for began := time.Now(); ; time.Sleep(10 * time.Millisecond) {
+		_, err := client.PlaceOrder(ctx, newOrder())
+		if err == nil || time.Since(began) > 5*time.Second {
+			return func(ctx context.Context, req *ordersv1.PlaceOrderRequest) (*ordersv1.PlaceOrderResponse, error) { return client.PlaceOrder(ctx, req) }, err
+		}
+	}
+}
+
+// bareService places orders without telling anybody.
+type bareService struct {
+	ordersv1connect.OrderServiceHandler
+	db *pgxpool.Pool
+}
+
+// barePlaceSQL is internal/orders' own statement.
+const barePlaceSQL = `
+WITH placed AS (
+    INSERT INTO orders (id, customer_id) VALUES ($1, $2) ON CONFLICT (id) DO NOTHING RETURNING id, placed_at
+), lines AS (
+    INSERT INTO order_lines (order_id, sku, quantity)
+    SELECT placed.id, line.sku, line.quantity FROM placed, unnest($3::text[], $4::int[]) AS line (sku, quantity)
+)
+SELECT placed_at FROM placed`
+
+func (s *bareService) PlaceOrder(ctx context.Context, req *ordersv1.PlaceOrderRequest) (*ordersv1.PlaceOrderResponse, error) {
+	var names []string
+	var quantities []int32
+	for _, line := range req.GetLines() {
+		names, quantities = append(names, line.GetSku()), append(quantities, line.GetQuantity())
+	}
+	var placedAt time.Time
+	err := postgres.Transact(ctx, s.db, func(tx pgx.Tx) error {
+		return tx.QueryRow(ctx, barePlaceSQL, req.GetOrderId(), req.GetCustomerId(), names, quantities).Scan(&placedAt)
+	})
+	if err != nil {
+		return nil, errors.Join(errors.New("place order"), err)
+	}
+	at := timestamppb.New(placedAt)
+	return &ordersv1.PlaceOrderResponse{Order: &ordersv1.Order{
+		Id: req.GetOrderId(), CustomerId: req.GetCustomerId(), Lines: req.GetLines(), Status: ordersv1.OrderStatus_ORDER_STATUS_PLACED, PlacedAt: at, UpdatedAt: at,
+	}}, nil
+}

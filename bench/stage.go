@@ -1,0 +1,164 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"strings"
+	"syscall"
+	"time"
+
+	"example.com/orders/internal/postgres"
+	"example.com/orders/internal/rabbit"
+	"example.com/orders/migrations"
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+	amqp "github.com/rabbitmq/amqp091-go"
+)
+
+// bench is what the contestants run on.
+type bench struct {
+	*flags
+	quick     bool
+	binary    string
+	templates map[string]string // databases that were filled in this run, by what they hold
+}
+
+// some returns n, or a tenth of it for a quick run.
+func (b *bench) some(n int) int {
+	if b.quick {
+		return max(1, n/10)
+	}
+	return n
+}
+
+const database = "orders_bench"
+
+// withDatabase calls fn with the URL of a database that holds what prepare puts there. It prepares once a run and hands out copies: every
+// contestant begins with the same rows in the same places, and none waits for them to be inserted.
+func (b *bench) withDatabase(ctx context.Context, what string, prepare func(ctx context.Context, url string) error, fn func(url string) error) error {
+	template, ready := b.templates[what]
+	if !ready {
+		template = fmt.Sprintf("%s_template_%d", database, len(b.templates))
+		if err := b.admin(ctx, `DROP DATABASE IF EXISTS `+template+` WITH (FORCE)`, `CREATE DATABASE `+template); err != nil {
+			return err
+		}
+		url := b.urlOf(template)
+		if err := prepare(ctx, url); err != nil {
+			return fmt.Errorf("prepare %s: %w", what, err)
+		}
+		// What autovacuum would do at a time of its own.
+		if err := execute(ctx, url, `VACUUM ANALYZE`); err != nil {
+			return err
+		}
+		b.templates[what] = template
+	}
+	// By files: through the log, which is the default, a large copy would still be written out when the measurement begins.
+	err := b.admin(ctx, `DROP DATABASE IF EXISTS `+database+` WITH (FORCE)`, `CREATE DATABASE `+database+` TEMPLATE `+template+` STRATEGY file_copy`, `CHECKPOINT`)
+	if err != nil {
+		return err
+	}
+	return fn(b.urlOf(database))
+}
+
+func (b *bench) close() {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	_ = b.admin(ctx, `DROP DATABASE IF EXISTS `+database+` WITH (FORCE)`)
+	for _, template := range b.templates {
+		_ = b.admin(ctx, `DROP DATABASE IF EXISTS `+template+` WITH (FORCE)`)
+	}
+}
+
+func (b *bench) admin(ctx context.Context, statements ...string) error {
+	return execute(ctx, b.PostgresURL, statements...)
+}
+
+func execute(ctx context.Context, url string, statements ...string) error {
+	conn, err := pgx.Connect(ctx, url)
+	if err != nil {
+		return err
+	}
+	defer conn.Close(context.WithoutCancel(ctx))
+	for _, sql := range statements {
+		if _, err := conn.Exec(ctx, sql); err != nil {
+			return fmt.Errorf("%.40s: %w", sql, err)
+		}
+	}
+	return nil
+}
+
+func (b *bench) urlOf(name string) string {
+	config, err := pgx.ParseConfig(b.PostgresURL)
+	if err != nil {
+		return b.PostgresURL // whoever connects is told
+	}
+	quote := strings.NewReplacer(`\`, `\\`, `'`, `\'`).Replace
+	return fmt.Sprintf("host='%s' port=%d user='%s' password='%s' dbname=%s", quote(config.Host), config.Port, quote(config.User), quote(config.Password), name)
+}
+
+func migrated(ctx context.Context, url string) error {
+	_, err := migrations.Up(ctx, url)
+	return err
+}
+
+// withPool calls fn with a pool as the service's.
+func withPool(ctx context.Context, config postgres.Config, fn func(db *pgxpool.Pool) error) error {
+	db, err := postgres.Open(ctx, config)
+	if err != nil {
+		return err
+	}
+	defer db.Close()
+	return fn(db)
+}
+
+const (
+	exchange = "bench"
+	queue    = "bench.queue"
+)
+
+// topology is that of a service with one consumer group: everyone publishes over the same route to the same kind of queue.
+var topology = rabbit.Topology{Exchange: exchange, Queues: []rabbit.Queue{{Name: queue, Types: []string{messageType}}}}
+
+// withQueue calls fn with the topology in place and its queues empty.
+func (b *bench) withQueue(ctx context.Context, topology rabbit.Topology, fn func() error) error {
+	b.deleteQueues(topology)
+	if err := topology.Declare(ctx, b.AMQPURL); err != nil {
+		return err
+	}
+	defer b.deleteQueues(topology)
+	return fn()
+}
+
+func (b *bench) deleteQueues(topology rabbit.Topology) {
+	conn, err := amqp.Dial(b.AMQPURL)
+	if err != nil {
+		return
+	}
+	defer conn.Close()
+	for _, one := range topology.Queues {
+		for _, name := range []string{one.Name, rabbit.DeadQueue(one.Name)} {
+			if ch, err := conn.Channel(); err == nil {
+				_, _ = ch.QueueDelete(name, false, false, false)
+			}
+		}
+	}
+	if ch, err := conn.Channel(); err == nil {
+		_ = ch.ExchangeDelete(topology.Exchange, false, false)
+	}
+}
+
+// withProcess calls fn while a process runs.
+func withProcess(command *exec.Cmd, environment []string, fn func(pid int) error) error {
+	command.Env = append(os.Environ(), environment...)
+	command.Stderr = os.Stderr
+	if err := command.Start(); err != nil {
+		return err
+	}
+	defer func() {
+		_ = command.Process.Signal(syscall.SIGINT)
+		_ = command.Wait()
+	}()
+	return fn(command.Process.Pid)
+}
