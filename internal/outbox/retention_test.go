@@ -4,10 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"testing"
 	"time"
 
 	"example.com/orders/internal/testenv"
+	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
@@ -202,5 +204,19 @@ func TestSizeStaysFlat(t *testing.T) {
 	t.Logf("most bytes in the first turn of the ring: %d, in the last: %d", first, last)
 	if last > first*13/10 {
 		t.Errorf("the log grew from %d to %d bytes", first, last)
+	}
+}
+
+// A function that Postgres cannot inline is planned anew by every insert, and nothing but the time tells.
+func TestTheSlotOfANewRowIsInlined(t *testing.T) {
+	t.Parallel()
+	db := testenv.Postgres(t)
+	rows, _ := db.Query(t.Context(), `EXPLAIN (VERBOSE, COSTS off) SELECT outbox_slot(clock_timestamp()), outbox_shard(key, message_id) FROM outbox_scheduled`)
+	plan, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	if err != nil {
+		t.Fatal(err)
+	}
+	if text := strings.Join(plan, "\n"); strings.Contains(text, "outbox_slot(") || strings.Contains(text, "outbox_shard(") {
+		t.Errorf("a function is called:\n%s", text)
 	}
 }
