@@ -18,7 +18,8 @@ type Publisher interface {
 // Receipt stands for messages that were written and have no verdict yet.
 type Receipt interface {
 	// Wait returns the broker's verdict on each message: nil when every queue that it was routed to has it safely, else an
-	// error that wraps one of the errors below. It ends at the publisher's own deadline at the latest.
+	// error that wraps one of the errors below. It ends at the publisher's own deadline at the latest. If ctx ends it, the verdicts that are
+	// missing wrap ErrUnknown and ctx's error, and it may be called again; the deadline goes on meanwhile.
 	Wait(ctx context.Context) []error
 }
 

@@ -401,6 +401,77 @@ func TestAPageIsCountedOnceWhenTheRelayIsStoppedInTheMiddle(t *testing.T) {
 	equal(t, "published, parked", []int{published, inCursor}, []int{4, 1})
 }
 
+// silentBroker stores pages at once, and says nothing of them until told to.
+type silentBroker struct {
+	*broker
+	pages  chan int // written pages, by size
+	speaks chan struct{}
+}
+
+func (b *silentBroker) Publish(ctx context.Context, messages []messaging.Message) (messaging.Receipt, error) {
+	final, err := b.broker.Publish(ctx, messages)
+	b.pages <- len(messages)
+	return &silentReceipt{final.(verdicts), b.speaks}, err
+}
+
+type silentReceipt struct {
+	verdicts verdicts
+	speaks   chan struct{}
+}
+
+func (r *silentReceipt) Wait(ctx context.Context) []error {
+	select {
+	case <-r.speaks:
+		return r.verdicts
+	case <-ctx.Done():
+		return slices.Repeat([]error{fmt.Errorf("%w: %w", messaging.ErrUnknown, ctx.Err())}, len(r.verdicts))
+	}
+}
+
+func TestTheDoorbellIsHeardWhileTheBrokerIsSilent(t *testing.T) {
+	t.Parallel()
+	db := testenv.Postgres(t)
+	b := &silentBroker{broker: newBroker(0), pages: make(chan int, 10), speaks: make(chan struct{})}
+	relay := NewRelay(db, func() messaging.Publisher { return b }, Config{})
+	ctx, cancel := context.WithCancel(t.Context())
+	var running sync.WaitGroup
+	running.Go(func() {
+		if err := relay.Run(ctx); err != nil {
+			t.Error(err)
+		}
+	})
+	defer running.Wait()
+	defer cancel()
+	written := func(what string) {
+		t.Helper()
+		select {
+		case <-b.pages:
+		case <-time.After(30 * time.Second):
+			t.Fatalf("%s is not written", what)
+		}
+	}
+	insert(t, db, "k", "m000")
+	written("the first page")
+	insert(t, db, "k", "m001")
+	relay.Ring()
+	written("the second page, with the first one unconfirmed")
+	// There is no room for a third: more in flight would be more to repeat after a crash.
+	insert(t, db, "k", "m002")
+	relay.Ring()
+	select {
+	case <-b.pages:
+		t.Error("a third page is in flight")
+	case <-time.After(300 * time.Millisecond):
+	}
+	close(b.speaks)
+	written("the third page")
+	cancel()
+	running.Wait()
+	equal(t, "stored", b.stored, numbered(3))
+	_, published, _ := parked(t, db)
+	equal(t, "published", published, 3)
+}
+
 func count(all []string, wanted string) (n int) {
 	for _, one := range all {
 		if one == wanted {

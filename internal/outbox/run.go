@@ -200,17 +200,42 @@ func (r *run) publish(ctx context.Context, found *page) error {
 	return nil
 }
 
+// await waits for what the broker says of a page. It returns false if ctx ended the wait, or the doorbell while there is room for another page: what
+// has been inserted meanwhile should be read, claimed and written while the broker works, and not wait for its answer first.
+func (r *run) await(ctx context.Context, page flight) ([]error, bool) {
+	if len(r.inFlight) >= r.room() {
+		found := page.receipt.Wait(ctx)
+		return found, ctx.Err() == nil
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	listening := make(chan struct{})
+	go func() {
+		defer close(listening)
+		select {
+		case <-r.wake: // and the log is looked at next, whether or not the wait is over by itself
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
+	found := page.receipt.Wait(ctx)
+	brokenOff := ctx.Err() != nil
+	cancel()
+	<-listening
+	return found, !brokenOff || !slices.ContainsFunc(found, func(verdict error) bool { return errors.Is(verdict, context.Canceled) })
+}
+
 // settle waits for the verdicts on the oldest page. The position moves over the rows up to the first one that must be sent again:
-// everything behind that one is sent again too, whatever its own verdict, so that the order holds. It counts a page once: if ctx ends
-// the wait, nothing is counted yet and the page stays in flight; else the page is out of flight, in whole or with all that is behind it.
+// everything behind that one is sent again too, whatever its own verdict, so that the order holds. It counts a page once: if the wait
+// is broken off, nothing is counted yet and the page stays in flight; else the page is out of flight, in whole or with all that is behind it.
 func (r *run) settle(ctx context.Context) error {
 	oldest := r.inFlight[0]
-	verdicts, heard := slices.Clone(oldest.invalid), oldest.receipt.Wait(ctx)
+	heard, complete := r.await(ctx, oldest)
+	if err := ctx.Err(); err != nil || !complete {
+		return err
+	}
+	verdicts := slices.Clone(oldest.invalid)
 	for i, verdict := range heard {
 		verdicts[oldest.sent[i]] = verdict
-	}
-	if err := ctx.Err(); err != nil {
-		return err
 	}
 	oldest.spans.end(heard, nil)
 	failpoint.Hit("relay.confirmed")

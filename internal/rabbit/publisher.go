@@ -153,7 +153,9 @@ type receipt struct {
 	link     *link
 	messages []messaging.Message
 	timeout  time.Duration
-	written  chan struct{}
+	// timer fires when nothing has been heard for the timeout. It goes on between two calls of Wait.
+	timer   *time.Timer
+	written chan struct{}
 	// Filled by write, and to be read when written is closed.
 	confirms []*amqp.DeferredConfirmation
 	failure  error // why the rest of the messages was not written
@@ -179,13 +181,14 @@ func (r *receipt) write(config *PublisherConfig) {
 
 // Wait implements messaging.Receipt. It may be called again after ctx ended it.
 func (r *receipt) Wait(ctx context.Context) []error {
-	timer := time.NewTimer(r.timeout)
-	defer timer.Stop()
-	if err := r.await(ctx, r.written, timer); err != nil {
+	if r.timer == nil {
+		r.timer = time.NewTimer(r.timeout)
+	}
+	if err := r.await(ctx, r.written); err != nil {
 		return r.unknown(r.verdicts, err)
 	}
 	for i := len(r.verdicts); i < len(r.confirms); i++ {
-		if err := r.await(ctx, r.confirms[i].Done(), timer); err != nil {
+		if err := r.await(ctx, r.confirms[i].Done()); err != nil {
 			return r.unknown(r.verdicts, err)
 		}
 		r.verdicts = append(r.verdicts, r.verdict(i))
@@ -198,32 +201,33 @@ func (r *receipt) Wait(ctx context.Context) []error {
 }
 
 // await waits for done. While the broker blocks the connection, the timer stands still.
-func (r *receipt) await(ctx context.Context, done <-chan struct{}, timer *time.Timer) error {
+func (r *receipt) await(ctx context.Context, done <-chan struct{}) error {
 	select {
 	case <-done:
 		return nil
 	default:
 	}
 	for {
-		expired := timer.C
+		expired := r.timer.C
 		if r.link.stopped {
 			expired = nil
 		}
 		select {
 		case <-done:
-			timer.Reset(r.timeout)
+			r.timer.Reset(r.timeout)
 			return nil
 		case <-ctx.Done():
 			return ctx.Err()
 		case <-expired:
 			r.link.broken = true
+			r.timer.Reset(0) // for who calls again
 			return fmt.Errorf("no confirm within %s", r.timeout)
 		case state, open := <-r.link.blocked:
 			if !open { // the connection ended, and done is about to be closed
 				r.link.blocked = nil
 			}
 			r.link.setStopped(open && state.Active)
-			timer.Reset(r.timeout)
+			r.timer.Reset(r.timeout)
 		}
 	}
 }

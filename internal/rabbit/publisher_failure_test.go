@@ -127,6 +127,26 @@ func TestPublishWhenTheConnectionFails(t *testing.T) {
 		mustPublish(t, p, texts(0, 10)...)
 	})
 
+	t.Run("WaitsThatAreBrokenOffDoNotPutTheConfirmTimeoutOff", func(t *testing.T) {
+		t.Parallel()
+		proxy, p := proxied(t, 300*time.Millisecond)
+		proxy.Freeze(true)
+		receipt, started := publish(t, p, texts(0, 10)...), time.Now()
+		for {
+			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+			verdicts := receipt.Wait(ctx)
+			cancel()
+			if !errors.Is(verdicts[0], context.DeadlineExceeded) {
+				wantUnknown(t, verdicts, 10)
+				break
+			}
+			if time.Since(started) > 10*time.Second {
+				t.Fatal("still waiting after 10 s")
+			}
+		}
+		wantUnknown(t, wait(t, receipt), 10) // and who asks again is not kept waiting
+	})
+
 	t.Run("ConnectingToABlackHoleEndsWithTheContext", func(t *testing.T) {
 		t.Parallel()
 		proxy, through := testenv.ProxyURL(t, testenv.AMQP(t))
