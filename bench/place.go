@@ -27,7 +27,7 @@ import (
 
 const (
 	placeWorkers  = 8
-	placeDuration = 3 * time.Second
+	placeDuration = time.Second
 )
 
 var placeRow = row{
@@ -36,7 +36,8 @@ var placeRow = row{
 	how: fmt.Sprintf("%d callers at once, each with one order of two lines after the other. With: the service's own handler, doorbell included. Without: the same "+
 		"transaction, by the same functions, without the insert and the doorbell. Over HTTP: through the service's server and a Connect client, in one process; "+
 		"handler: the method called directly.", placeWorkers),
-	limit: "Processor time: each commit waits for the disk together with others, and the insert is one more statement with two indexes beside the orders' six.",
+	limit:      "Processor time: each commit waits for the disk together with others, and the insert is one more statement with two indexes beside the orders' six.",
+	shortTurns: 4,
 	contestants: []contestant{
 		{name: "http, without", run: place(true, false)},
 		{name: "http, with", run: place(true, true)},
@@ -130,7 +131,9 @@ func serve(ctx context.Context, group *errgroup.Group, service ordersv1connect.O
 	for began := time.Now(); ; time.Sleep(10 * time.Millisecond) {
 		_, err := client.PlaceOrder(ctx, newOrder())
 		if err == nil || time.Since(began) > 5*time.Second {
-			return func(ctx context.Context, req *ordersv1.PlaceOrderRequest) (*ordersv1.PlaceOrderResponse, error) { return client.PlaceOrder(ctx, req) }, err
+			return func(ctx context.Context, req *ordersv1.PlaceOrderRequest) (*ordersv1.PlaceOrderResponse, error) {
+				return client.PlaceOrder(ctx, req)
+			}, err
 		}
 	}
 }

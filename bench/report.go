@@ -86,8 +86,8 @@ func (r *report) write(w io.Writer) error {
 func (l line) markdown(one row, found results, rounds int) string {
 	value := found.value(l)
 	label := l.label
-	if value.n < rounds {
-		label += fmt.Sprintf(" (%d run)", value.n)
+	if value.n != rounds {
+		label += fmt.Sprintf(" (runs: %d)", value.n)
 	}
 	cells := []string{one.title, label, l.unit, number(value.median), span(value), "", "", "", l.wanted()}
 	if l.against != "" {

@@ -132,4 +132,3 @@ func runRiver(ctx context.Context, b *bench, url string, queue river.QueueConfig
 	defer cancel()
 	return client.StopAndCancel(ending)
 }
-

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"os"
@@ -16,6 +17,8 @@ type row struct {
 	how, limit  string
 	contestants []contestant
 	lines       []line
+	// shortTurns makes this many rounds of each one, for contestants that differ so little that the machine must not change between them.
+	shortTurns int
 }
 
 // contestant is one of those that are compared.
@@ -50,7 +53,7 @@ type results map[string][]measured
 // measure runs the contestants in turns; every other round goes backwards, so that none always follows the same one.
 func (r row) measure(ctx context.Context, b *bench, rounds int) (results, error) {
 	found := results{}
-	for round := range rounds {
+	for round := range rounds * cmp.Or(r.shortTurns, 1) {
 		turns := slices.Clone(r.contestants)
 		if round%2 == 1 {
 			slices.Reverse(turns)

@@ -12,7 +12,7 @@ import (
 	wsql "github.com/ThreeDotsLabs/watermill-sql/v3/pkg/sql"
 	"github.com/ThreeDotsLabs/watermill/components/forwarder"
 	"github.com/ThreeDotsLabs/watermill/message"
-	_ "github.com/jackc/pgx/v5/stdlib" // the driver "pgx"
+	_ "github.com/lib/pq" // the driver that its documentation uses
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 
@@ -35,12 +35,14 @@ var watermillForwarder = peer{
 		return execute(ctx, url, statements...)
 	},
 	insert: func(ctx context.Context, url string) (insertFunc, func(), error) {
-		db, err := stdsql.Open("pgx", url)
+		db, err := stdsql.Open("postgres", url+" sslmode=disable")
 		if err != nil {
 			return nil, nil, err
 		}
 		db.SetMaxIdleConns(10)
-		return func(ctx context.Context, messages ...messaging.Message) error { return insertWatermill(ctx, db, messages) }, func() { db.Close() }, nil
+		return func(ctx context.Context, messages ...messaging.Message) error {
+			return insertWatermill(ctx, db, messages)
+		}, func() { db.Close() }, nil
 	},
 	relay: runWatermill,
 }
@@ -69,7 +71,7 @@ func insertWatermill(ctx context.Context, db *stdsql.DB, messages []messaging.Me
 }
 
 func runWatermill(ctx context.Context, b *bench, url string, confirmed func(id string)) error {
-	db, err := stdsql.Open("pgx", url)
+	db, err := stdsql.Open("postgres", url+" sslmode=disable")
 	if err != nil {
 		return err
 	}
@@ -82,6 +84,7 @@ func runWatermill(ctx context.Context, b *bench, url string, confirmed func(id s
 		return err
 	}
 	config := wamqp.NewDurableTopicConfig(b.AMQPURL, exchange, queue)
+	config.Exchange.Durable = true
 	config.Publish.ConfirmDelivery, config.Publish.ChannelPoolSize, config.Publish.Mandatory = true, 1, true
 	config.Marshaler = wamqp.DefaultMarshaler{PostprocessPublishing: func(p amqp.Publishing) amqp.Publishing {
 		p.Type, p.ContentType = messageType, "application/protobuf"
@@ -93,11 +96,18 @@ func runWatermill(ctx context.Context, b *bench, url string, confirmed func(id s
 		return err
 	}
 	defer to.Close()
-	forward, err := forwarder.NewForwarder(from, &watermillWatch{to, confirmed}, watermill.NopLogger{}, forwarder.Config{ForwarderTopic: watermillTopic, CloseTimeout: 5 * time.Second})
+	forward, err := forwarder.NewForwarder(from, &watermillWatch{to, confirmed}, watermill.NopLogger{}, forwarder.Config{ForwarderTopic: watermillTopic, CloseTimeout: time.Second})
 	if err != nil {
 		return err
 	}
-	return errors.Join(forward.Run(ctx), ctx.Err())
+	over := make(chan error, 1)
+	go func() { over <- forward.Run(context.WithoutCancel(ctx)) }()
+	select {
+	case err := <-over:
+		return err
+	case <-ctx.Done():
+		return errors.Join(forward.Close(), from.Close())
+	}
 }
 
 // watermillWatch tells which messages were confirmed: Publish returns only then.
