@@ -86,7 +86,7 @@ func firstOf(flags ...interface{ check() error }) error {
 	return nil
 }
 
-func between[N int | int32 | int64 | time.Duration](flag string, value, least, most N) error {
+func between[N int | int32 | int64 | float64 | time.Duration](flag string, value, least, most N) error {
 	if value < least || value > most {
 		return fmt.Errorf("%s: %v is not between %v and %v", flag, value, least, most)
 	}

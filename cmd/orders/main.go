@@ -38,6 +38,10 @@ type cli struct {
 	All         allCommand         `cmd:"" help:"API, relay and consumers in one process."`
 	Migrate     migrateCommand     `cmd:"" help:"Bring the database's schema up to date."`
 	Topology    topologyCommand    `cmd:"" help:"Show what the service needs on the broker and which permissions, or declare it."`
+	Outbox      outboxCommand      `cmd:"" help:"Look after the outbox."`
+	Dead        deadCommand        `cmd:"" help:"Look after dead letters: messages that could not be published or applied."`
+	Trace       traceCommand       `cmd:"" help:"Follow one message."`
+	Doctor      doctorCommand      `cmd:"" help:"Check the database, the broker and the service; exit 1 if something is wrong."`
 	Healthcheck healthcheckCommand `cmd:"" help:"Ask a running process whether it is ready; exit 1 if not."`
 	Version     versionCommand     `cmd:"" help:"Print the version."`
 }
@@ -212,7 +216,7 @@ func buildVersion() string {
 
 func main() {
 	var flags cli
-	parser := kong.Must(&flags, kong.Name(app.ServiceName),
+	parser := kong.Must(&flags, kong.Name(app.ServiceName), kong.Vars{"causes": causes()},
 		kong.Description("Orders over Connect and RabbitMQ, with a transactional outbox."))
 	command, err := parser.Parse(os.Args[1:])
 	if err != nil {
@@ -225,7 +229,9 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop) // a second signal kills
 	command.BindTo(ctx, (*context.Context)(nil))
-	if err := command.Run(); err != nil {
+	if err := command.Run(); errors.As(err, new(usageError)) {
+		fail(2, err.Error())
+	} else if err != nil {
 		fail(1, err.Error())
 	}
 }

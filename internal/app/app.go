@@ -80,8 +80,10 @@ type process struct {
 	bell      *outbox.NotifyBell
 	gate      *outbox.Gate
 	domain    domain
-	checks    []rpcserver.Check
-	group     *errgroup.Group
+	// remembered runs a part that needs an inbox which remembers for long enough; see whenRemembered.
+	remembered func(part func(context.Context) error) error
+	checks     []rpcserver.Check
+	group      *errgroup.Group
 }
 
 // relayConns is more than a relay with a few shards uses at once: for each shard a connection for pages and one to read ahead, now and then one for
@@ -113,6 +115,7 @@ func run(ctx context.Context, config Config, name string, parts ...part) error {
 	}
 	p.bell, p.gate = outbox.NewNotifyBell(config.notifyURL()), outbox.NewGate(p.db, config.HighWater)
 	p.domain = config.domain(p.db, outbox.NewWriter(p.db, p.bell, p.gate))
+	p.remembered = whenRemembered(ctx, p.db)
 	p.checks = []rpcserver.Check{{Name: "database", Ready: p.db.Ping}}
 	for _, start := range parts {
 		start(p, ctx)

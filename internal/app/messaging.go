@@ -49,7 +49,7 @@ func (p *process) startRelay(ctx context.Context) {
 	if err != nil {
 		slog.WarnContext(ctx, "metrics are incomplete", "error", err)
 	}
-	p.group.Go(func() error { return relay.Run(ctx) })
+	p.group.Go(func() error { return p.remembered(relay.Run) })
 	if url := p.config.listenURL(); url != "" {
 		p.group.Go(func() error { relay.Listen(ctx, url); return nil })
 	}
@@ -59,7 +59,9 @@ func (p *process) startConsumer(ctx context.Context) {
 	p.needBroker()
 	meters := p.telemetry.Meter
 	for _, group := range p.domain.groups {
-		box := inbox.New(p.db, group.Group, inbox.Config{AfterCommit: p.bell.Ring, MeterProvider: meters, TracerProvider: p.telemetry.Tracer})
+		config := inboxConfig
+		config.AfterCommit, config.MeterProvider, config.TracerProvider = p.bell.Ring, meters, p.telemetry.Tracer
+		box := inbox.New(p.db, group.Group, config)
 		consumer := rabbit.NewConsumer(rabbit.ConsumerConfig{
 			URL: p.config.AMQPURL, Topology: p.topology(), Queue: queueName(group), Name: p.connectionName("consumer " + group.Name()),
 			Lanes: group.lanes, Prefetch: p.config.Prefetch, Batch: p.config.Batch, MeterProvider: meters,
@@ -68,8 +70,8 @@ func (p *process) startConsumer(ctx context.Context) {
 			URL: p.config.AMQPURL, Topology: p.topology(), Queue: rabbit.DeadQueue(queueName(group)), Name: p.connectionName("drain " + group.Name()),
 			MeterProvider: meters,
 		}, box.Drain)
-		p.group.Go(func() error { return consumer.Run(ctx) })
-		p.group.Go(func() error { return drain.Run(ctx) })
-		p.group.Go(func() error { return box.Run(ctx) })
+		p.group.Go(func() error { return p.remembered(consumer.Run) })
+		p.group.Go(func() error { return p.remembered(drain.Run) })
+		p.group.Go(func() error { return p.remembered(box.Run) })
 	}
 }

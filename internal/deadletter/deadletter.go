@@ -45,6 +45,11 @@ const (
 	Undelivered Reason = "undelivered"
 )
 
+// Reasons are all there are.
+var Reasons = []Reason{
+	Unroutable, Malformed, Refused, NoID, OutsideWindow, UnknownType, Undecodable, Permanent, Exhausted, Crashed, Undelivered,
+}
+
 // Letter is one dead message.
 type Letter struct {
 	// Consumer is the consumer group, "" for the relay.

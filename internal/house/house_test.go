@@ -24,9 +24,12 @@ var domain = []string{"internal/orders", "internal/gen/orders", "cmd/demo"}
 
 // arrows says which packages of the core each package may import. What is not listed may import nothing of ours.
 var arrows = map[string][]string{
-	"cmd/orders":             {"internal/app", "internal/outbox", "internal/postgres", "internal/rabbit", "internal/telemetry", "migrations"},
+	"cmd/orders": {
+		"internal/app", "internal/deadletter", "internal/messaging", "internal/ops", "internal/outbox", "internal/postgres", "internal/rabbit", "internal/telemetry",
+		"migrations",
+	},
 	"cmd/stack":              {"internal/localstack"},
-	"internal/app":           {"internal/inbox", "internal/messaging", "internal/outbox", "internal/postgres", "internal/rabbit", "internal/rpcserver", "internal/telemetry"},
+	"internal/app":           {"internal/inbox", "internal/messaging", "internal/ops", "internal/outbox", "internal/postgres", "internal/rabbit", "internal/rpcserver", "internal/telemetry"},
 	"internal/orders":        {"internal/inbox", "internal/messaging", "internal/outbox", "internal/postgres"},
 	"internal/outbox":        {"internal/deadletter", "internal/failpoint", "internal/messaging", "internal/postgres"},
 	"internal/inbox":         {"internal/deadletter", "internal/failpoint", "internal/messaging", "internal/postgres"},

@@ -66,13 +66,18 @@ type Inbox struct {
 	tracer trace.Tracer
 }
 
+func (c Config) withDefaults() Config {
+	c.MaxAttempts = cmp.Or(c.MaxAttempts, 10)
+	c.RetryBase = cmp.Or(c.RetryBase, time.Second)
+	c.RetryMax = cmp.Or(c.RetryMax, 10*time.Minute)
+	c.HandlerTimeout = cmp.Or(c.HandlerTimeout, 30*time.Second)
+	c.PollInterval = cmp.Or(c.PollInterval, time.Second)
+	return c
+}
+
 // New makes an Inbox.
 func New(db *pgxpool.Pool, group *Group, config Config) *Inbox {
-	config.MaxAttempts = cmp.Or(config.MaxAttempts, 10)
-	config.RetryBase = cmp.Or(config.RetryBase, time.Second)
-	config.RetryMax = cmp.Or(config.RetryMax, 10*time.Minute)
-	config.HandlerTimeout = cmp.Or(config.HandlerTimeout, 30*time.Second)
-	config.PollInterval = cmp.Or(config.PollInterval, time.Second)
+	config = config.withDefaults()
 	if config.AfterCommit == nil {
 		config.AfterCommit = func() {}
 	}

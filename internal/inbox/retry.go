@@ -124,7 +124,7 @@ RETURNING seq, attempts, starts, message_id, type, key, payload, headers`
 func (b *Inbox) RetryNext(ctx context.Context) (found bool, err error) {
 	var one retry
 	err = postgres.Transact(ctx, b.db, func(tx pgx.Tx) error {
-		return tx.QueryRow(ctx, claimSQL, b.group.name, b.config.HandlerTimeout+5*time.Second).
+		return tx.QueryRow(ctx, claimSQL, b.group.name, b.config.claim()).
 			Scan(&one.seq, &one.attempts, &one.starts, &one.ID, &one.Type, &one.Key, &one.Payload, &one.Headers)
 	})
 	if errors.Is(err, pgx.ErrNoRows) {
@@ -225,12 +225,30 @@ func (b *Inbox) retryFailed(ctx context.Context, one retry, cause *failure) erro
 
 // pause is exponential, with jitter so that what failed together does not come back together.
 func (b *Inbox) pause(attempts int) time.Duration {
-	pause, doublings := b.config.RetryMax, attempts-1
-	if b.config.RetryBase <= b.config.RetryMax>>doublings { // shifted this way it cannot overflow
-		pause = b.config.RetryBase << doublings
-	}
-	return time.Duration(float64(pause) * (0.75 + rand.Float64()/2))
+	return time.Duration(float64(b.config.pause(attempts)) * (0.75 + rand.Float64()/2))
 }
+
+// pause is the pause without jitter.
+func (c Config) pause(attempts int) time.Duration {
+	if doublings := attempts - 1; c.RetryBase <= c.RetryMax>>doublings { // shifted this way it cannot overflow
+		return c.RetryBase << doublings
+	}
+	return c.RetryMax
+}
+
+// LongestRetry is how long a message may go on being tried until it is applied or dead, if its own key keeps it from nothing: every attempt takes the
+// whole claim, after as many crashes as are suffered, and every pause is as long as jitter makes it and is noticed one poll late.
+func (c Config) LongestRetry() time.Duration {
+	c = c.withDefaults()
+	longest := c.HandlerTimeout
+	for attempt := 1; attempt < c.MaxAttempts; attempt++ {
+		longest += c.pause(attempt)*5/4 + (1+maxCrashes)*(c.claim()+c.PollInterval)
+	}
+	return longest
+}
+
+// claim is how long a retry that was claimed is left alone.
+func (c Config) claim() time.Duration { return c.HandlerTimeout + 5*time.Second }
 
 // final tells whether no retry can help.
 func final(cause *failure) bool {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -42,7 +43,7 @@ type Patient struct {
 	PostgresURL, ListenURL string
 	AMQPURL                string
 	Topology               rabbit.Topology
-	// LongestRedelivery is how long a message may be under way to its effect.
+	// LongestRedelivery is how long a message may be under way from its last publishing to its effect.
 	LongestRedelivery time.Duration
 }
 
@@ -63,7 +64,7 @@ func Doctor(ctx context.Context, p Patient) []Finding {
 		{"relay", checkRelay, "Start a relay, and look at its log."},
 		{"backlog", checkBacklog, "See whether the broker is reachable and takes messages, and look at the relay's log."},
 		{"doorbell", checkDoorbell, "Give a direct connection as POSTGRES_LISTEN_URL; a transaction-mode pooler drops LISTEN."},
-		{"retention", checkRetention, "Shorten the slots of the outbox, or the longest redelivery."},
+		{"retention", checkRetention, "Shorten the slots of the outbox (outbox_slot_length), or the retries of the inbox."},
 		{"vacuum", checkVacuum, "End the session, prepared transaction or replication slot that is named."},
 		{"retries", checkRetries, "See the message's last error; mend the handler or what it needs."},
 		{"broker", checkBroker, "Check AMQP_URL, and that RabbitMQ is running and reachable."},
@@ -75,7 +76,7 @@ func Doctor(ctx context.Context, p Patient) []Finding {
 		finding, err := one.run(limited, p)
 		cancel()
 		if err != nil {
-			finding = Finding{Verdict: Wrong, Detail: err.Error()}
+			finding = Finding{Verdict: Wrong, Detail: strings.Join(strings.Fields(err.Error()), " ")} // drivers break lines
 		}
 		finding.Check = one.name
 		if finding.Verdict == "" {
@@ -103,11 +104,14 @@ func checkDatabase(ctx context.Context, p Patient) (Finding, error) {
 		return Finding{}, err
 	case standby:
 		return Finding{Verdict: Wrong, Detail: "this is a standby, which takes no writes", Cure: "Add target_session_attrs=read-write and all hosts to POSTGRES_URL."}, nil
-	case number < 150000:
-		return Finding{Verdict: Wrong, Detail: "PostgreSQL " + version, Cure: "Use PostgreSQL 15 or newer."}, nil
+	case number < oldestPostgres*10_000:
+		return Finding{Verdict: Wrong, Detail: "PostgreSQL " + version, Cure: fmt.Sprintf("Use PostgreSQL %d or newer.", oldestPostgres)}, nil
 	}
 	return Finding{Detail: "PostgreSQL " + version}, nil
 }
+
+// oldestPostgres is the oldest major version that the schema works with.
+const oldestPostgres = 15
 
 func checkSchema(ctx context.Context, p Patient) (Finding, error) {
 	db := stdlib.OpenDBFromPool(p.DB)
@@ -139,18 +143,27 @@ func none(found []string, err error, verdict Verdict, otherwise string) (Finding
 	return Finding{Verdict: verdict, Detail: strings.Join(found, "; ")}, nil
 }
 
+// What migrations grant, as far as the core's tables and functions go: the domain's are its own.
 const grantsSQL = `
-SELECT format('%s may not %s', role, what) FROM (VALUES
-    ('app_api', 'call outbox_insert', has_function_privilege('app_api', 'outbox_insert(uuid[], text[], text[], bytea[], jsonb[])', 'EXECUTE')),
-    ('app_relay', 'read outbox', has_table_privilege('app_relay', 'outbox', 'SELECT')),
-    ('app_relay', 'move outbox_cursor', has_table_privilege('app_relay', 'outbox_cursor', 'SELECT, UPDATE')),
-    ('app_relay', 'write dead_letter', has_table_privilege('app_relay', 'dead_letter', 'INSERT')),
-    ('app_consumer', 'write inbox', has_table_privilege('app_consumer', 'inbox', 'INSERT')),
-    ('app_consumer', 'write inbox_retry', has_table_privilege('app_consumer', 'inbox_retry', 'DELETE')),
-    ('app_consumer', 'write dead_letter', has_table_privilege('app_consumer', 'dead_letter', 'INSERT')),
-    ('app_operator', 'read dead_letter', has_table_privilege('app_operator', 'dead_letter', 'SELECT'))
-) AS wanted (role, what, granted)
-WHERE NOT granted`
+SELECT format('%s may not %s %s', role, lower(privilege), object) FROM (VALUES
+    ('app_relay', 'outbox', '{SELECT}'), ('app_relay', 'outbox_cursor', '{SELECT,UPDATE}'),
+    ('app_relay', 'outbox_relay', '{SELECT,INSERT,UPDATE,DELETE}'), ('app_relay', 'dead_letter', '{INSERT}'),
+    ('app_consumer', 'inbox', '{SELECT,INSERT,UPDATE}'), ('app_consumer', 'inbox_retry', '{SELECT,INSERT,UPDATE,DELETE}'),
+    ('app_consumer', 'dead_letter', '{SELECT,INSERT}'),
+    ('app_operator', 'outbox', '{SELECT}'), ('app_operator', 'outbox_cursor', '{SELECT}'), ('app_operator', 'outbox_backlog', '{SELECT}'),
+    ('app_operator', 'inbox', '{SELECT,INSERT}'), ('app_operator', 'inbox_retry', '{SELECT,INSERT}'),
+    ('app_operator', 'dead_letter', '{SELECT}'), ('app_operator', 'dead_letter_audit', '{SELECT,INSERT}')
+) AS wanted (role, object, privileges), unnest(privileges::text[]) AS privilege
+WHERE NOT has_table_privilege(role, object, privilege)
+UNION ALL
+SELECT 'app_operator may not resolve dead_letter' WHERE NOT has_column_privilege('app_operator', 'dead_letter', 'resolution', 'UPDATE')
+UNION ALL
+SELECT format('%s may not call %s', role, oid::regprocedure) FROM (VALUES
+    ('{app_api,app_consumer,app_operator}', '{outbox_insert,outbox_schedule,outbox_unschedule}'),
+    ('{app_api,app_relay,app_operator}', '{outbox_measure}'), ('{app_relay}', '{outbox_sweep,outbox_move_due}'),
+    ('{app_operator}', '{outbox_set_shards,outbox_repair}'), ('{app_consumer}', '{inbox_sweep}')
+) AS wanted (roles, functions), unnest(roles::text[]) AS role, unnest(functions::text[]) AS function JOIN pg_proc ON proname = function
+WHERE pg_function_is_visible(oid) AND NOT has_function_privilege(role, oid, 'EXECUTE')`
 
 func checkGrants(ctx context.Context, p Patient) (Finding, error) {
 	found, err := names(ctx, p, grantsSQL)
@@ -164,7 +177,9 @@ SELECT 'invalid: ' || indexrelid::regclass FROM pg_index WHERE NOT indisvalid AN
 
 func checkIndexes(ctx context.Context, p Patient) (Finding, error) {
 	found, err := names(ctx, p, indexesSQL, []string{
-		"outbox_pkey", "outbox_xid_idx", "outbox_scheduled_due_idx", "inbox_pkey", "inbox_retry_key_idx", "inbox_retry_due_idx", "dead_letter_open_idx",
+		"outbox_pkey", "outbox_xid_idx", "outbox_created_at_idx", "outbox_cursor_pkey", "outbox_scheduled_pkey", "outbox_scheduled_due_idx",
+		"outbox_scheduled_latest_idx", "inbox_pkey", "inbox_slot_foreign_received_at_idx", "inbox_retry_pkey", "inbox_retry_key_idx", "inbox_retry_due_idx",
+		"dead_letter_pkey", "dead_letter_open_idx", "dead_letter_message_id_idx", "dead_letter_audit_letter_id_idx",
 	})
 	return none(found, err, Wrong, "present and valid")
 }
@@ -174,8 +189,10 @@ SELECT 'synchronous_commit is ' || setting FROM pg_settings WHERE name = 'synchr
 UNION ALL
 SELECT 'fsync is off' FROM pg_settings WHERE name = 'fsync' AND setting = 'off'
 UNION ALL
-SELECT format('synchronous_commit is off for %s', coalesce(setrole::regrole::text, 'the database'))
-FROM pg_db_role_setting WHERE setconfig::text ~ 'synchronous_commit=off' AND setdatabase IN (0, (SELECT oid FROM pg_database WHERE datname = current_database()))`
+SELECT format('synchronous_commit is off for %s', CASE setrole WHEN 0 THEN 'the database' ELSE setrole::regrole::text END)
+FROM pg_db_role_setting
+WHERE 'synchronous_commit=off' = ANY (setconfig) AND setdatabase IN (0, (SELECT oid FROM pg_database WHERE datname = current_database()))
+  AND (setrole IN (0, session_user::regrole) OR setrole::regrole::text LIKE 'app\_%')`
 
 func checkDurability(ctx context.Context, p Patient) (Finding, error) {
 	found, err := names(ctx, p, durabilitySQL)
@@ -256,15 +273,8 @@ func checkDoorbell(ctx context.Context, p Patient) (Finding, error) {
 }
 
 func checkRetention(ctx context.Context, p Patient) (Finding, error) {
-	kept, err := outbox.LongestRetention(ctx, p.DB)
-	if err != nil {
-		return Finding{}, err
-	}
-	detail := fmt.Sprintf("outbox keeps at most %s, delivery takes at most %s, inbox remembers %s", kept, p.LongestRedelivery, inbox.Retention)
-	if kept+p.LongestRedelivery > inbox.Retention {
-		return Finding{Verdict: Wrong, Detail: detail}, nil
-	}
-	return Finding{Detail: detail}, nil
+	detail, err := CheckRetention(ctx, p.DB, p.LongestRedelivery)
+	return Finding{Detail: detail}, err
 }
 
 // maxHold is how long something may hold back vacuum before somebody should look.
@@ -300,7 +310,24 @@ func checkRetries(ctx context.Context, p Patient) (Finding, error) {
 
 func checkBroker(ctx context.Context, p Patient) (Finding, error) {
 	version, err := rabbit.Version(ctx, p.AMQPURL)
-	return Finding{Detail: version}, err
+	if err != nil {
+		return Finding{}, err
+	}
+	return judgeBroker(version), nil
+}
+
+// oldestRabbitMQ is the oldest major version that is still mended.
+const oldestRabbitMQ = 4
+
+func judgeBroker(version string) Finding {
+	finding := Finding{Detail: version}
+	_, number, _ := strings.Cut(version, " ")
+	major, _, _ := strings.Cut(number, ".")
+	if n, err := strconv.Atoi(major); err != nil || n < oldestRabbitMQ {
+		finding.Verdict = Attention
+		finding.Cure = fmt.Sprintf("Plan the way to RabbitMQ %d: it works with this one, which is not mended any more.", oldestRabbitMQ)
+	}
+	return finding
 }
 
 func checkQueues(ctx context.Context, p Patient) (Finding, error) {

@@ -44,7 +44,8 @@ type Outcome struct {
 }
 
 // Redrive sends the messages of letters on their way again: those of the relay into the outbox, those of a consumer group to its retries. It knows
-// which effects are committed: such a letter is resolved as a duplicate, and nothing is applied twice.
+// which effects are committed: such a letter is resolved as a duplicate, and nothing is applied twice. Each is called for every letter, and for those
+// that the filter names by ID and that are not open or not among the others it asks for.
 func Redrive(ctx context.Context, db *pgxpool.Pool, order Order, each func(Outcome)) error {
 	return resolve(ctx, db, order, each, order.redrive)
 }
@@ -70,6 +71,7 @@ func resolve(ctx context.Context, db *pgxpool.Pool, order Order, each func(Outco
 		order.PerSecond = 100
 	}
 	pace := rate.NewLimiter(rate.Limit(order.PerSecond), 1)
+	missing := slices.Clone(order.Filter.IDs)
 	const page = 100
 	for after := int64(0); ; {
 		letters, err := deadletter.List(ctx, db, order.Filter, after, page)
@@ -86,11 +88,16 @@ func resolve(ctx context.Context, db *pgxpool.Pool, order Order, each func(Outco
 				return outcome.Err
 			}
 			each(outcome)
+			missing = slices.DeleteFunc(missing, func(id int64) bool { return id == letter.ID })
 		}
 		if len(letters) < page {
-			return nil
+			break
 		}
 	}
+	for _, id := range missing {
+		each(Outcome{Letter: deadletter.Stored{ID: id}, Err: deadletter.ErrNotOpen})
+	}
+	return nil
 }
 
 func resolveOne(ctx context.Context, db *pgxpool.Pool, order Order, letter deadletter.Stored, how decide) Outcome {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"time"
 
 	"example.com/orders/internal/messaging"
@@ -20,6 +21,8 @@ type ReplayFilter struct {
 	Since, Until time.Time
 	Types, Keys  []string
 	IDs          []uuid.UUID
+	// After leaves out what a replay before this one has done.
+	After Place
 }
 
 // What is not delivered yet is the relay's to publish first: a copy that came before would stand in the wrong place.
@@ -36,51 +39,101 @@ ORDER BY id LIMIT $8`
 
 const replayPage = 200
 
+// Place is how far a replay came: after the message with this ID in the log, of this shard. The zero value is the beginning.
+type Place struct {
+	Shard int16
+	ID    int64
+}
+
+// Replayed says what a replay has done so far.
+type Replayed struct {
+	Published, Unroutable int
+	// Last is the place of the last message, and LastAt when it was inserted.
+	Last   Place
+	LastAt time.Time
+}
+
 // Replay publishes delivered messages again, with the same IDs and in the order of the log, at most perSecond of them a second. Those who have
 // applied a message absorb its copy. Between what is replayed and what is published meanwhile there is no order. With a nil
 // publisher it only counts. Failures of database and broker are waited out; unroutable messages are logged and counted, and left out.
-func Replay(ctx context.Context, db *pgxpool.Pool, publisher messaging.Publisher, filter ReplayFilter, perSecond float64) (published, unroutable int, err error) {
+//
+// It calls progress, unless that is nil, after each page. Whatever ends it, it returns how far it came: given as filter.After, the place has
+// another replay go on from there.
+func Replay(
+	ctx context.Context, db *pgxpool.Pool, publisher messaging.Publisher, filter ReplayFilter, perSecond float64, progress func(Replayed),
+) (Replayed, error) {
+	done := Replayed{Last: filter.After}
 	pace := rate.NewLimiter(rate.Limit(perSecond), replayPage)
 	pace.AllowN(time.Now(), replayPage) // a rate, and not a burst first
-	var shards []int16
-	err = db.QueryRow(ctx, `SELECT array_agg(shard ORDER BY generation, shard) FROM outbox_cursor`).Scan(&shards)
-	if err != nil {
-		return 0, 0, fmt.Errorf("read shards: %w", err)
-	}
+	shards, err := replayShards(ctx, db, filter.After)
 	pause := newPause(time.Second)
-	for _, shard := range shards {
-		for after := int64(0); ; {
-			rows, err := replayRows(ctx, db, shard, after, filter)
-			returned := 0
-			if err == nil && publisher != nil && len(rows) > 0 {
-				if err := pace.WaitN(ctx, len(rows)); err != nil {
-					return published, unroutable, err
-				}
-				returned, err = publishAgain(ctx, publisher, rows)
+	for len(shards) > 0 && err == nil {
+		var rows []row
+		returned := 0
+		rows, err = replayRows(ctx, db, shards[0], done.Last, filter)
+		if err == nil && publisher != nil && len(rows) > 0 {
+			if err := pace.WaitN(ctx, len(rows)); err != nil {
+				return done, err
 			}
-			switch {
-			case ctx.Err() != nil:
-				return published, unroutable, ctx.Err()
-			case errors.Is(err, messaging.ErrRefused), err != nil && !errors.Is(err, postgres.ErrUnavailable) && !errors.Is(err, errBroker):
-				return published, unroutable, err
-			case err != nil:
-				retryIn := pause.NextBackOff()
-				slog.WarnContext(ctx, "replay interrupted", "error", err, "retry_in", retryIn)
-				wait(ctx, nil, retryIn)
-				continue
+			returned, err = publishAgain(ctx, publisher, rows)
+		}
+		switch {
+		case ctx.Err() != nil:
+			return done, ctx.Err()
+		case err != nil && passing(err):
+			retryIn := pause.NextBackOff()
+			slog.WarnContext(ctx, "replay interrupted", "error", err, "retry_in", retryIn)
+			wait(ctx, nil, retryIn)
+			err = nil
+			continue
+		case err != nil:
+			return done, err
+		}
+		pause.Reset()
+		if n := len(rows); n > 0 {
+			done.Published, done.Unroutable = done.Published+n-returned, done.Unroutable+returned
+			done.Last, done.LastAt = Place{shards[0], rows[n-1].id}, rows[n-1].message.CreatedAt
+			if progress != nil {
+				progress(done)
 			}
-			pause.Reset()
-			published, unroutable = published+len(rows)-returned, unroutable+returned
-			if len(rows) < replayPage {
-				break
-			}
-			after = rows[len(rows)-1].id
+		}
+		if len(rows) < replayPage {
+			shards = shards[1:]
 		}
 	}
-	return published, unroutable, nil
+	return done, err
 }
 
-func replayRows(ctx context.Context, db *pgxpool.Pool, shard int16, after int64, f ReplayFilter) ([]row, error) {
+// passing tells whether an error is one that time mends.
+func passing(err error) bool {
+	return !errors.Is(err, messaging.ErrRefused) && (errors.Is(err, postgres.ErrUnavailable) || errors.Is(err, errBroker))
+}
+
+// replayShards returns the shards in their order, from that of the place on.
+func replayShards(ctx context.Context, db *pgxpool.Pool, after Place) (shards []int16, err error) {
+	err = db.QueryRow(ctx, `SELECT array_agg(shard ORDER BY generation, shard) FROM outbox_cursor`).Scan(&shards)
+	if err != nil {
+		return nil, fmt.Errorf("read shards: %w", err)
+	}
+	if after == (Place{}) {
+		return shards, nil
+	}
+	i := slices.Index(shards, after.Shard)
+	if i < 0 {
+		return nil, fmt.Errorf("%w %d", ErrNoShard, after.Shard)
+	}
+	return shards[i:], nil
+}
+
+// ErrNoShard means that a place names a shard that is not there.
+var ErrNoShard = errors.New("the outbox has no shard")
+
+// replayRows reads a page of a shard. A place in another shard is before it.
+func replayRows(ctx context.Context, db *pgxpool.Pool, shard int16, last Place, f ReplayFilter) ([]row, error) {
+	after := int64(0)
+	if last.Shard == shard {
+		after = last.ID
+	}
 	optional := func(at time.Time) *time.Time {
 		if at.IsZero() {
 			return nil

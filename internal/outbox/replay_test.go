@@ -19,11 +19,11 @@ const fast = 1e9 // messages a second
 
 func replay(t testing.TB, db *pgxpool.Pool, b *broker, filter ReplayFilter) (published, unroutable int) {
 	t.Helper()
-	published, unroutable, err := Replay(t.Context(), db, b, filter, fast)
+	done, err := Replay(t.Context(), db, b, filter, fast, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
-	return published, unroutable
+	return done.Published, done.Unroutable
 }
 
 func TestReplay(t *testing.T) {
@@ -55,9 +55,9 @@ func TestReplay(t *testing.T) {
 			published, _ := replay(t, db, b, one.filter)
 			equal(t, name, b.stored, one.want)
 			equal(t, name+", count", published, len(one.want))
-			counted, _, err := Replay(t.Context(), db, nil, one.filter, fast)
-			if err != nil || counted != len(one.want) {
-				t.Errorf("%s: dry run counted %d, %v", name, counted, err)
+			counted, err := Replay(t.Context(), db, nil, one.filter, fast, nil)
+			if err != nil || counted.Published != len(one.want) {
+				t.Errorf("%s: dry run counted %d, %v", name, counted.Published, err)
 			}
 		}
 	})
@@ -114,11 +114,45 @@ func TestReplay(t *testing.T) {
 		fillProbes(t, db, 30)
 		deliver(t, db)
 		started := time.Now()
-		if _, _, err := Replay(t.Context(), db, newBroker(0), ReplayFilter{}, 100); err != nil {
+		if _, err := Replay(t.Context(), db, newBroker(0), ReplayFilter{}, 100, nil); err != nil {
 			t.Fatal(err)
 		}
 		if took := time.Since(started); took < 280*time.Millisecond {
 			t.Errorf("30 messages at 100 a second took %s", took)
+		}
+	})
+
+	t.Run("GoesOnWhereItWasBrokenOff", func(t *testing.T) {
+		t.Parallel()
+		db := testenv.Postgres(t)
+		fillProbes(t, db, 250)
+		deliver(t, db)
+		if err := SetShards(t.Context(), db, 2); err != nil {
+			t.Fatal(err)
+		}
+		fillProbesFrom(t, db, 250, 260)
+		exec(t, db, `UPDATE outbox_cursor SET drained = true`)
+		all := newBroker(0)
+		replay(t, db, all, ReplayFilter{})
+
+		ctx, cancel := context.WithCancel(t.Context())
+		b := newBroker(0)
+		first, err := Replay(ctx, db, b, ReplayFilter{}, fast, func(done Replayed) {
+			if done.Published != replayPage || done.LastAt.IsZero() {
+				t.Errorf("after a page: %+v", done)
+			}
+			cancel()
+		})
+		if !errors.Is(err, context.Canceled) || first.Published != replayPage {
+			t.Fatalf("broken off after %+v, %v", first, err)
+		}
+		rest, err := Replay(t.Context(), db, b, ReplayFilter{After: first.Last}, fast, nil)
+		if err != nil || rest.Published != 60 {
+			t.Errorf("the rest: %+v, %v", rest, err)
+		}
+		equal(t, "replayed", b.stored, all.stored)
+		if _, err := Replay(t.Context(), db, b, ReplayFilter{After: Place{Shard: 77, ID: 1}}, fast, nil); !errors.Is(err, ErrNoShard) {
+			t.Errorf("a shard that is not there: %v", err)
 		}
 	})
 
@@ -130,7 +164,7 @@ func TestReplay(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		b := newBroker(0)
 		b.onPage = func([]string) error { cancel(); return errors.New("broker away") }
-		if _, _, err := Replay(ctx, db, b, ReplayFilter{}, fast); !errors.Is(err, context.Canceled) {
+		if _, err := Replay(ctx, db, b, ReplayFilter{}, fast, nil); !errors.Is(err, context.Canceled) {
 			t.Errorf("error is %v", err)
 		}
 	})

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"time"
 
 	amqp "github.com/rabbitmq/amqp091-go"
 )
@@ -32,6 +33,13 @@ func DeadQueue(name string) string { return name + ".dead" }
 // deliveryLimit is how often the broker hands out a message that nobody acks. It is a last resort: the inbox takes over at the
 // third delivery. Explicit, because the default is none in RabbitMQ 3 and 20 since 4.0.
 const deliveryLimit = 20
+
+// consumerTimeout is RabbitMQ's own default of how long a consumer may keep a delivery before the broker takes it back.
+const consumerTimeout = 30 * time.Minute
+
+// LongestRedelivery is how long the broker goes on handing out a message that consumers take and never ack, until it gives it up. How long a message
+// stands in a queue whose consumers are away is not in it: nothing bounds that.
+const LongestRedelivery = (deliveryLimit + 1) * consumerTimeout
 
 // queueArguments are the arguments of a group's queue, all of them explicit, since their defaults differ between versions.
 func queueArguments(name string) amqp.Table {
@@ -152,7 +160,7 @@ func (t Topology) Compare(ctx context.Context, url string) (missing []string, er
 	return missing, nil
 }
 
-// Version returns the broker's name and version.
+// Version returns the broker's name and version, such as RabbitMQ 4.1.0.
 func Version(ctx context.Context, url string) (string, error) {
 	conn, err := dial(ctx, url, "doctor")
 	if err != nil {

@@ -1,0 +1,80 @@
+package app
+
+import (
+	"context"
+	"time"
+
+	"example.com/orders/internal/inbox"
+	"example.com/orders/internal/messaging"
+	"example.com/orders/internal/ops"
+	"example.com/orders/internal/outbox"
+	"example.com/orders/internal/postgres"
+	"example.com/orders/internal/rabbit"
+	"github.com/jackc/pgx/v5/pgxpool"
+)
+
+// Desk is what operators' commands work at: the database, and what the service's wiring knows. It runs nothing.
+type Desk struct {
+	DB *pgxpool.Pool
+	process
+}
+
+// deskConns is enough for a person.
+const deskConns = 4
+
+// OpenDesk opens the connections. It does not connect.
+func OpenDesk(ctx context.Context, config Config) (*Desk, error) {
+	db, err := postgres.Open(ctx, postgres.Config{URL: config.PostgresURL, MaxConns: deskConns, ApplicationName: ServiceName + " operator"})
+	if err != nil {
+		return nil, err
+	}
+	return &Desk{DB: db, process: process{config: config, db: db, domain: newDomain(db, outbox.NewWriter(db, nil, nil))}}, nil
+}
+
+// Close closes the connections.
+func (d *Desk) Close() { d.DB.Close() }
+
+// Groups are the service's consumer groups.
+func (d *Desk) Groups() (groups []ops.Group) {
+	for _, g := range d.domain.groups {
+		groups = append(groups, ops.Group{Name: g.Name(), Types: g.Types()})
+	}
+	return groups
+}
+
+// Publisher publishes to the exchange, or, if a group is given, to that group's queue alone.
+func (d *Desk) Publisher(group string) messaging.Publisher {
+	config := rabbit.PublisherConfig{URL: d.config.AMQPURL, Topology: d.topology(), Name: d.connectionName("replay")}
+	for _, g := range d.domain.groups {
+		if g.Name() == group {
+			config.Queue = queueName(g)
+		}
+	}
+	return rabbit.NewPublisher(config)
+}
+
+// CheckBroker says why the broker cannot be reached.
+func (d *Desk) CheckBroker(ctx context.Context) error { return rabbit.Check(ctx, d.config.AMQPURL) }
+
+// Patient is the service as the doctor looks at it.
+func (d *Desk) Patient() ops.Patient {
+	return ops.Patient{
+		DB: d.DB, PostgresURL: d.config.notifyURL(), ListenURL: d.config.listenURL(), AMQPURL: d.config.AMQPURL,
+		Topology: d.topology(), LongestRedelivery: longestRedelivery(),
+	}
+}
+
+// longestHandover is how long a page may take from its first publishing to its last: the longest lease of a relay that dies with it, five minutes, and
+// the wait for the confirms, twice.
+const longestHandover = 6 * time.Minute
+
+// longestRedelivery is how long a message may be under way from its publishing to its effect or its dead letter while everything that is needed is
+// there: the relay's handover, the broker's redeliveries to consumers that take it and never ack, and then the inbox's retries. A message that
+// waits for something that is away, in a queue or behind another of its key, takes longer, without limit; what the inbox remembers
+// beyond this is the time for that.
+func longestRedelivery() time.Duration {
+	return longestHandover + rabbit.LongestRedelivery + inboxConfig.LongestRetry()
+}
+
+// inboxConfig is how all consumer groups try again.
+var inboxConfig = inbox.Config{}

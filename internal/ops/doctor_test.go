@@ -1,0 +1,179 @@
+package ops
+
+import (
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"example.com/orders/internal/rabbit"
+	"example.com/orders/internal/testenv"
+	"github.com/jackc/pgx/v5/pgxpool"
+	amqp "github.com/rabbitmq/amqp091-go"
+)
+
+// clinic is a healthy service: a database whose shard is held, and a broker with its queues.
+type clinic struct {
+	*desk
+	Patient
+}
+
+// Tests run without fsync, and with clocks and sessions that nobody may change. What a database finds in its own schema before it looks
+// at pg_catalog takes their place; connections find it because the database says so.
+const shadowSQL = `
+CREATE VIEW public.pg_settings AS SELECT name, CASE name WHEN 'fsync' THEN 'on' ELSE setting END AS setting FROM pg_catalog.pg_settings;
+GRANT SELECT ON public.pg_settings TO PUBLIC;
+UPDATE outbox_cursor SET owner = 'relay', lease_expires_at = 'infinity';
+DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET search_path = public, pg_catalog', current_database()); END $$`
+
+func newClinic(t *testing.T) *clinic {
+	t.Helper()
+	c := &clinic{desk: &desk{Pool: testenv.Postgres(t)}}
+	c.exec(t, shadowSQL)
+	url := c.Config().ConnString()
+	c.Patient = Patient{
+		DB: open(t, url), PostgresURL: url, ListenURL: url, AMQPURL: testenv.AMQP(t), LongestRedelivery: 12 * time.Hour,
+		Topology: rabbit.Topology{Exchange: "events", Queues: []rabbit.Queue{{Name: "group", Types: []string{"type"}}}},
+	}
+	if err := c.Topology.Declare(t.Context(), c.AMQPURL); err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+// open returns a pool as operators have it.
+func open(t *testing.T, url string) *pgxpool.Pool {
+	t.Helper()
+	db, err := pgxpool.New(t.Context(), testenv.As(t, url, "app_operator"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(db.Close)
+	return db
+}
+
+func TestDoctorFindsNothingWrongWithTheHealthy(t *testing.T) {
+	t.Parallel()
+	c := newClinic(t)
+	findings := Doctor(t.Context(), c.Patient)
+	for _, one := range findings {
+		if one.Verdict != OK && one.Check != "broker" { // which may be an old one
+			t.Errorf("%+v", one)
+		}
+	}
+	if len(findings) != 15 || Worst(findings) == Wrong {
+		t.Errorf("%d findings, the worst %s", len(findings), Worst(findings))
+	}
+}
+
+// Each check is made to fail once by breaking what it looks at, and is the only one that then does.
+func TestDoctorFinds(t *testing.T) {
+	t.Parallel()
+	for name, test := range map[string]struct {
+		sql   string
+		harm  func(t *testing.T, c *clinic)
+		check string
+		want  Verdict
+		names string // what the finding must name
+	}{
+		"DatabaseAway":      {"", func(t *testing.T, c *clinic) { c.DB = open(t, "postgres://u:hunter2@127.0.0.1:1/d") }, "database", Wrong, "refused"},
+		"MigrationsPending": {`DELETE FROM goose_db_version WHERE version_id = 3`, nil, "schema", Wrong, "not applied"},
+		"TableGrant":        {`REVOKE UPDATE ON outbox_cursor FROM app_relay`, nil, "grants", Wrong, "app_relay may not update outbox_cursor"},
+		"ColumnGrant":       {`REVOKE UPDATE (resolution, resolved_at) ON dead_letter FROM app_operator`, nil, "grants", Wrong, "app_operator may not resolve"},
+		"FunctionGrant":     {`REVOKE EXECUTE ON FUNCTION inbox_sweep FROM app_consumer`, nil, "grants", Wrong, "app_consumer may not call inbox_sweep"},
+		"IndexMissing":      {`DROP INDEX outbox_xid_idx`, nil, "indexes", Wrong, "missing: outbox_xid_idx"},
+		"IndexInvalid": {`UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'inbox_retry_due_idx'::regclass`, nil,
+			"indexes", Wrong, "invalid: inbox_retry_due_idx"},
+		"AsynchronousCommits": {`DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET synchronous_commit = off', current_database()); END $$`, nil,
+			"durability", Wrong, "off for the database"},
+		"AsynchronousCommitsOfARole": {`DO $$ BEGIN EXECUTE format('ALTER ROLE app_api IN DATABASE %I SET synchronous_commit = off', current_database()); END $$`, nil,
+			"durability", Wrong, "off for app_api"},
+		"NoFsync": {`DROP VIEW public.pg_settings`, nil, "durability", Wrong, "fsync is off"},
+		"ClockSkew": {`CREATE FUNCTION public.clock_timestamp() RETURNS timestamptz LANGUAGE sql RETURN pg_catalog.clock_timestamp() + interval '10 s'`, nil,
+			"clock", Wrong, "differs by 1"},
+		"ForeignCluster": {`UPDATE outbox_cursor SET system_identifier = 1`, nil, "cluster", Wrong, "another Postgres cluster"},
+		"NoRelay":        {`UPDATE outbox_cursor SET lease_expires_at = '-infinity'`, nil, "relay", Wrong, "no relay holds shard 0"},
+		"Backlog": {`SELECT outbox_insert('type', 'k', ''); UPDATE outbox SET created_at = now() - interval '1 h'`, nil,
+			"backlog", Wrong, "1 messages, the oldest 1h0m"},
+		"DoorbellNotHeard": {"", func(t *testing.T, c *clinic) { c.ListenURL = testenv.PostgresURL(t) }, "doorbell", Wrong, "not heard"},
+		"DoorbellAway":     {"", func(t *testing.T, c *clinic) { c.ListenURL = "postgres://u:hunter2@127.0.0.1:1/d" }, "doorbell", Wrong, "refused"},
+		"OutboxKeepsTooLong": {`CREATE OR REPLACE FUNCTION outbox_slot_length() RETURNS interval LANGUAGE sql IMMUTABLE RETURN interval '1 day'`, nil,
+			"retention", Wrong, "8d, redelivery takes at most 12h, the inbox remembers 6d23h"},
+		"RedeliveryTakesTooLong": {"", func(_ *testing.T, c *clinic) { c.LongestRedelivery = 6 * 24 * time.Hour }, "retention", Wrong, "forgets too early"},
+		"OldTransaction": {`CREATE VIEW public.pg_stat_activity AS SELECT 'report' AS application_name, '' AS backend_type, 0 AS pid,
+			pg_catalog.clock_timestamp() - interval '1 h' AS xact_start, '3'::xid AS backend_xmin, NULL::xid AS backend_xid;
+			GRANT SELECT ON public.pg_stat_activity TO app_operator`, nil, "vacuum", Attention, "session report/0"},
+		"BlockedKey": {`INSERT INTO inbox_retry (consumer, message_id, type, key, payload, headers, attempts, due_at, last_error, created_at)
+			VALUES ('group', 'm', 'type', 'k', '', '{}', 3, now(), 'broken', now() - interval '1 h')`, nil, "retries", Attention, `key "k" of group waits for 1h`},
+		"BrokerAway": {"", func(_ *testing.T, c *clinic) { c.AMQPURL = "amqp://u:hunter2@127.0.0.1:1/" }, "broker", Wrong, "refused"},
+		"QueueMissing": {"", func(t *testing.T, c *clinic) { testenv.Management(t, c.AMQPURL).DeleteQueue("group.dead") }, "queues", Attention,
+			"no queue group.dead"},
+		"QueueDiffers": {"", func(t *testing.T, c *clinic) { redeclare(t, c.AMQPURL, "group") }, "queues", Wrong, "group exists with other arguments"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			c := newClinic(t)
+			if test.sql != "" {
+				c.exec(t, test.sql)
+			}
+			if test.harm != nil {
+				test.harm(t, c)
+			}
+			for _, one := range Doctor(t.Context(), c.Patient) {
+				switch {
+				case strings.Contains(one.Detail+one.Cure, "hunter2"):
+					t.Errorf("a password is shown: %+v", one)
+				case one.Check == test.check:
+					if one.Verdict != test.want || !strings.Contains(one.Detail, test.names) || one.Cure == "" {
+						t.Errorf("got %+v, want %s and %q", one, test.want, test.names)
+					}
+				case one.Verdict == Wrong && !(test.check == "broker" && one.Check == "queues"): // without the one no word of the other
+					t.Errorf("another check is wrong: %+v", one)
+				}
+			}
+		})
+	}
+}
+
+// redeclare makes a queue anew, as somebody else would.
+func redeclare(t *testing.T, url, name string) {
+	t.Helper()
+	testenv.Management(t, url).DeleteQueue(name)
+	conn, err := amqp.Dial(url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	channel, err := conn.Channel()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := channel.QueueDeclare(name, true, false, false, false, nil); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestVersionsOfTheBroker(t *testing.T) {
+	t.Parallel()
+	for version, want := range map[string]Verdict{
+		"RabbitMQ 3.10.8": Attention, "RabbitMQ 3.13.7": Attention, "RabbitMQ 4.0.1": "", "RabbitMQ 4.2.0-rc.1": "", "RabbitMQ 12.0": "", "<nil> <nil>": Attention,
+	} {
+		if got := judgeBroker(version); got.Verdict != want || got.Detail != version || (want == Attention) != (got.Cure != "") {
+			t.Errorf("%s: %+v", version, got)
+		}
+	}
+}
+
+func TestVersionsOfPostgres(t *testing.T) {
+	t.Parallel()
+	c := newClinic(t)
+	c.exec(t, `CREATE FUNCTION public.current_setting(name text) RETURNS text LANGUAGE sql RETURN
+		CASE name WHEN 'server_version_num' THEN '140012' WHEN 'server_version' THEN '14.12' ELSE pg_catalog.current_setting(name) END`)
+	findings := Doctor(t.Context(), c.Patient)
+	if len(findings) != 1 || findings[0].Verdict != Wrong || findings[0].Detail != "PostgreSQL 14.12" || !strings.Contains(findings[0].Cure, "15") {
+		t.Errorf("got %+v", findings)
+	}
+	if !slices.ContainsFunc(findings, func(f Finding) bool { return f.Check == "database" }) {
+		t.Error("it is not the check of the database")
+	}
+}
