@@ -218,8 +218,10 @@ type resolveFlags struct {
 	DryRun bool    `help:"Say what would be done, and change nothing."`
 }
 
-func (f *resolveFlags) check() error {
-	f.Actor = person(f.Actor)
+func (f *resolveFlags) check() error { return f.checkAs(person(f.Actor)) }
+
+func (f *resolveFlags) checkAs(actor string) error {
+	f.Actor = actor
 	switch {
 	case strings.TrimSpace(f.Reason) == "":
 		return errors.New("--reason: is empty; it is kept in the audit log")

@@ -4,31 +4,29 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
+
+	"example.com/orders/internal/testenv"
 )
 
-// binary is the program under test, built once.
-var binary string
+func TestMain(m *testing.M) { testenv.Main(m) }
 
-func TestMain(m *testing.M) {
-	os.Exit(func() int {
-		dir, err := os.MkdirTemp("", "orders")
-		if err != nil {
-			panic(err)
-		}
-		defer os.RemoveAll(dir)
-		binary = filepath.Join(dir, "orders")
-		if output, err := exec.Command("go", "build", "-o", binary, ".").CombinedOutput(); err != nil {
-			panic(string(output))
-		}
-		return m.Run()
-	}())
-}
+// binary builds the program under test once, in the folder for what is built: testenv.Main leaves no moment to remove it, and the next run replaces it.
+var binary = sync.OnceValue(func() string {
+	path, err := filepath.Abs(filepath.Join("..", "..", ".stack", "bin", "orders-under-test"))
+	if err != nil {
+		panic(err)
+	}
+	if output, err := exec.Command("go", "build", "-o", path, ".").CombinedOutput(); err != nil {
+		panic(string(output))
+	}
+	return path
+})
 
 const (
 	goodPostgres = "POSTGRES_URL=postgres://u:hunter2@127.0.0.1:1/orders"
@@ -40,7 +38,7 @@ func call(t *testing.T, environment []string, args ...string) (status int, stdou
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second) // what should have been refused runs for ever
 	defer cancel()
-	command := exec.CommandContext(ctx, binary, args...)
+	command := exec.CommandContext(ctx, binary(), args...)
 	var out, errs bytes.Buffer
 	command.Env, command.Stdout, command.Stderr = append([]string{}, environment...), &out, &errs // nil would be ours
 	err := command.Run()
@@ -82,6 +80,31 @@ func TestWrongSettingsAreNamedInOneLine(t *testing.T) {
 		"exchange of topology":    {"", "topology --exchange=amq.fanout", "--exchange"},
 		"declare nowhere":         {"AMQP_URL=", "topology --declare", "--amqp-url"},
 		"shards":                  {"OUTBOX_SHARDS=65", "migrate", "--shards"},
+		"no command of outbox":    {"", "outbox", "expected one of"},
+		"replay since":            {"", "outbox replay --since=yesterday", "--since"},
+		"replay until":            {"", "outbox replay --until=-1h", "--until"},
+		"replay backwards":        {"", "outbox replay --since=1h --until=2h", "--until"},
+		"replay id":               {"", "outbox replay --id=seven", "--id"},
+		"replay rate":             {"", "outbox replay --rate=0", "--rate"},
+		"replay after":            {"", "outbox replay --after=7", "--after"},
+		"replay group":            {"", "outbox replay --group=nobody", "--group"},
+		"no shards":               {"", "outbox shards 0", "shards"},
+		"shards not number":       {"", "outbox shards many", "<n>"},
+		"shards timeout":          {"", "outbox shards 2 --timeout=0s", "--timeout"},
+		"letter":                  {"", "dead show one", "<id>"},
+		"letters limit":           {"", "dead list --limit=0", "--limit"},
+		"letters cause":           {"", "dead list --cause=bad", "--cause"},
+		"letters since":           {"", "dead list --since=2026-13-01", "--since"},
+		"redrive without reason":  {"", "dead redrive --id=1", "--reason"},
+		"redrive of everything":   {"", "dead redrive --reason=x", "--all"},
+		"redrive of all and some": {"", "dead redrive --reason=x --all --key=k", "--all"},
+		"redrive rate":            {"", "dead redrive --reason=x --all --rate=0", "--rate"},
+		"discard without reason":  {"", "dead discard --id=1", "--reason"},
+		"discard of everything":   {"", "dead discard --reason=x", "--all"},
+		"discard by force":        {"", "dead discard --reason=x --id=1 --force", "--force"},
+		"trace of nothing":        {"", "trace", "<message-id>"},
+		"doctor's exchange":       {"EXCHANGE=amq.fanout", "doctor", "--exchange"},
+		"doctor's listen url":     {"POSTGRES_LISTEN_URL=mysql://u:hunter2@h", "doctor", "--postgres-listen-url"},
 		"health check timeout":    {"", "healthcheck --timeout=soon", "--timeout"},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -201,7 +201,7 @@ func (c *outboxReplayCommand) summary(done outbox.Replayed) string {
 type outboxShardsCommand struct {
 	deskFlags
 	N       *int          `arg:"" optional:"" name:"n" help:"Number of shards from now on, 1 to 64."`
-	Timeout time.Duration `default:"1m" help:"How long to wait for transactions that are under way."`
+	Timeout time.Duration `default:"1m" help:"How long to wait for transactions that are under way, 2s to 1h."`
 }
 
 func (c *outboxShardsCommand) Validate() error {
@@ -210,7 +210,7 @@ func (c *outboxShardsCommand) Validate() error {
 			return err
 		}
 	}
-	return between("--timeout", c.Timeout, time.Second, time.Hour)
+	return between("--timeout", c.Timeout, 2*time.Second, time.Hour)
 }
 
 func (c *outboxShardsCommand) Run(ctx context.Context) error {

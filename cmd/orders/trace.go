@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -18,7 +19,7 @@ type traceCommand struct {
 
 func (c *traceCommand) Validate() error {
 	if c.MessageID == "" {
-		return fmt.Errorf("the message ID is empty")
+		return errors.New("<message-id>: is empty")
 	}
 	return nil
 }

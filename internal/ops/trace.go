@@ -123,7 +123,9 @@ func (j Journey) state(passage inbox.Passage) []Step {
 		switch {
 		case letter.Consumer != passage.Consumer || !slices.Contains(owned, letter.Reason):
 		case letter.Resolution == deadletter.Redriven || letter.Resolution == deadletter.Duplicate:
-			since = *letter.ResolvedAt // another letter may follow
+			for _, record := range j.Audit[letter.ID] {
+				since = record.At // another letter may follow
+			}
 		default:
 			return nil // the letter says it
 		}

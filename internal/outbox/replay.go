@@ -63,14 +63,15 @@ func Replay(
 	ctx context.Context, db *pgxpool.Pool, publisher messaging.Publisher, filter ReplayFilter, perSecond float64, progress func(Replayed),
 ) (Replayed, error) {
 	done := Replayed{Last: filter.After}
-	pace := rate.NewLimiter(rate.Limit(perSecond), replayPage)
-	pace.AllowN(time.Now(), replayPage) // a rate, and not a burst first
+	page := max(1, min(replayPage, int(perSecond))) // a second's worth at most: a rate, and not bursts
+	pace := rate.NewLimiter(rate.Limit(perSecond), page)
+	pace.AllowN(time.Now(), page) // nor one at the beginning
 	shards, err := replayShards(ctx, db, filter.After)
 	pause := newPause(time.Second)
 	for len(shards) > 0 && err == nil {
 		var rows []row
 		returned := 0
-		rows, err = replayRows(ctx, db, shards[0], done.Last, filter)
+		rows, err = replayRows(ctx, db, shards[0], done.Last, filter, page)
 		if err == nil && publisher != nil && len(rows) > 0 {
 			if err := pace.WaitN(ctx, len(rows)); err != nil {
 				return done, err
@@ -97,7 +98,7 @@ func Replay(
 				progress(done)
 			}
 		}
-		if len(rows) < replayPage {
+		if len(rows) < page {
 			shards = shards[1:]
 		}
 	}
@@ -129,7 +130,7 @@ func replayShards(ctx context.Context, db *pgxpool.Pool, after Place) (shards []
 var ErrNoShard = errors.New("the outbox has no shard")
 
 // replayRows reads a page of a shard. A place in another shard is before it.
-func replayRows(ctx context.Context, db *pgxpool.Pool, shard int16, last Place, f ReplayFilter) ([]row, error) {
+func replayRows(ctx context.Context, db *pgxpool.Pool, shard int16, last Place, f ReplayFilter, limit int) ([]row, error) {
 	after := int64(0)
 	if last.Shard == shard {
 		after = last.ID
@@ -141,7 +142,7 @@ func replayRows(ctx context.Context, db *pgxpool.Pool, shard int16, last Place, 
 		return &at
 	}
 	found, err := db.Query(ctx, replaySQL, shard, after, optional(f.Since), optional(f.Until),
-		append([]string{}, f.Types...), append([]string{}, f.Keys...), append([]uuid.UUID{}, f.IDs...), replayPage)
+		append([]string{}, f.Types...), append([]string{}, f.Keys...), append([]uuid.UUID{}, f.IDs...), limit)
 	if err != nil {
 		return nil, fmt.Errorf("read outbox: %w", postgres.Classify(err))
 	}

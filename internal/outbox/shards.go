@@ -25,6 +25,7 @@ func SetShards(ctx context.Context, db *pgxpool.Pool, n int) error {
 	if n < 1 || n > MaxShards {
 		return fmt.Errorf("the outbox can have 1 to %d shards, not %d", MaxShards, n)
 	}
+	var busy error
 	for {
 		err := postgres.Transact(ctx, db, func(tx pgx.Tx) error {
 			if _, err := tx.Exec(ctx, `SET LOCAL lock_timeout = '1s'`); err != nil {
@@ -34,11 +35,15 @@ func SetShards(ctx context.Context, db *pgxpool.Pool, n int) error {
 			return err
 		})
 		var refused *pgconn.PgError
-		if !errors.As(err, &refused) || refused.Code != "55P03" { // lock_not_available
+		switch {
+		case errors.As(err, &refused) && refused.Code == "55P03": // lock_not_available
+			busy = fmt.Errorf("%w: some transaction that has inserted stays open: %w", ErrBusy, err)
+			wait(ctx, nil, 2*time.Second)
+		case err == nil, busy == nil, ctx.Err() == nil, errors.Is(err, postgres.ErrOutcomeUnknown):
 			return err
 		}
-		if wait(ctx, nil, 2*time.Second); ctx.Err() != nil {
-			return fmt.Errorf("%w: some transaction that has inserted stays open: %w", ErrBusy, err)
+		if ctx.Err() != nil {
+			return busy
 		}
 	}
 }

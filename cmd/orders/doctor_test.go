@@ -1,0 +1,55 @@
+package main
+
+import (
+	"fmt"
+	"os/exec"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"example.com/orders/internal/ops"
+	"example.com/orders/internal/testenv"
+)
+
+func TestDoctor(t *testing.T) {
+	o := newOffice(t)
+	// Tests run without fsync: a view that is found before Postgres' own says that it is on.
+	o.exec(`CREATE VIEW public.pg_settings AS SELECT name, CASE name WHEN 'fsync' THEN 'on' ELSE setting END AS setting FROM pg_catalog.pg_settings;
+		GRANT SELECT ON public.pg_settings TO PUBLIC;
+		DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET search_path = public, pg_catalog', current_database()); END $$`)
+	var answer struct {
+		Verdict  ops.Verdict
+		Findings []ops.Finding
+	}
+	o.json(1, "doctor", &answer)
+	if answer.Verdict != ops.Wrong || len(answer.Findings) != 15 {
+		t.Errorf("got %+v", answer)
+	}
+	o.says(1, "doctor", `relay +wrong +no relay holds shard 0\n +→ Start a relay`, `orders: 1 check has found something wrong\n$`)
+
+	service := exec.CommandContext(t.Context(), binary(), "all", "--listen=127.0.0.1:0")
+	service.Env = append(o.environment, "POSTGRES_URL="+o.Config().ConnString())
+	service.Cancel, service.WaitDelay = func() error { return service.Process.Signal(syscall.SIGTERM) }, 10*time.Second
+	if err := service.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer service.Wait()
+	defer service.Process.Signal(syscall.SIGTERM)
+	testenv.Eventually(t, 30*time.Second, func() error {
+		status, stdout, stderr := call(t, o.environment, "doctor")
+		if status != 0 {
+			return fmt.Errorf("exit status %d\n%s%s", status, stdout, stderr)
+		}
+		if strings.Contains(stdout, "there is no queue") {
+			return fmt.Errorf("queues are not declared yet")
+		}
+		return nil
+	})
+	o.json(0, "doctor", &answer)
+	for _, one := range answer.Findings {
+		if one.Verdict != ops.OK && one.Check != "broker" { // which may be an old one
+			t.Errorf("%+v", one)
+		}
+	}
+}

@@ -1,0 +1,59 @@
+package app
+
+import (
+	"context"
+	"errors"
+	"strings"
+	"testing"
+	"time"
+
+	"example.com/orders/internal/inbox"
+	"example.com/orders/internal/ops"
+	"example.com/orders/internal/postgres"
+	"example.com/orders/internal/testenv"
+)
+
+// A relay that keeps messages for longer than consumers could take their copies, and a consumer of such an outbox, refuse to run.
+func TestWhoWouldForgetTooEarlyRefusesToRun(t *testing.T) {
+	t.Parallel()
+	config := Config{PostgresURL: testenv.PostgresURL(t), AMQPURL: testenv.AMQP(t), Exchange: "events", Addr: "127.0.0.1:0"}
+	db, err := postgres.Open(t.Context(), postgres.Config{URL: config.PostgresURL})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close()
+	if _, err := db.Exec(t.Context(), `CREATE OR REPLACE FUNCTION outbox_slot_length() RETURNS interval LANGUAGE sql IMMUTABLE RETURN interval '20 hours'`); err != nil {
+		t.Fatal(err)
+	}
+	for name, one := range map[string]struct {
+		run  func(context.Context, Config) error
+		role string
+	}{"Relay": {RunRelay, "app_relay"}, "Consumer": {RunConsumer, "app_consumer"}, "All": {RunAll, "app_all"}} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			config := config
+			config.PostgresURL = testenv.As(t, config.PostgresURL, one.role)
+			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+			defer cancel()
+			err := one.run(ctx, config)
+			if !errors.Is(err, ops.ErrForgetful) || strings.Contains(err.Error(), "\n") || !strings.Contains(err.Error(), "6d16h") {
+				t.Errorf("error is %v", err)
+			}
+		})
+	}
+	t.Run("API", func(t *testing.T) { // which needs neither
+		await(t, "API", serve(t, RunAPI, config), 200)
+	})
+}
+
+func TestLongestRedelivery(t *testing.T) {
+	t.Parallel()
+	if longest := longestRedelivery(); longest < 10*time.Hour+45*time.Minute || longest > 12*time.Hour {
+		t.Errorf("it is %s", longest)
+	}
+	// Two attempts: the first run, four claims of 3 + 5 s with a poll of 1 s each, and a pause of 2 s at most, plus a quarter.
+	short := inbox.Config{MaxAttempts: 2, HandlerTimeout: 3 * time.Second, RetryBase: 4 * time.Second, RetryMax: 2 * time.Second}
+	if got, want := short.LongestRetry(), 3*time.Second+4*9*time.Second+2500*time.Millisecond; got != want {
+		t.Errorf("got %s, want %s", got, want)
+	}
+}
