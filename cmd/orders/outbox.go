@@ -62,7 +62,11 @@ func (s outboxStatus) print(out io.Writer) error {
 	if err := t.Flush(); err != nil {
 		return err
 	}
-	_, err := fmt.Fprintf(out, "\n%s to be published, the oldest for %s\n", count(s.Backlog, "message waits", "messages wait"), seconds(s.Lag))
+	waits := "nothing waits to be published"
+	if s.Backlog > 0 {
+		waits = fmt.Sprintf("%s to be published, the oldest for %s", count(s.Backlog, "message waits", "messages wait"), seconds(s.Lag))
+	}
+	_, err := fmt.Fprintf(out, "\n%s\n", waits)
 	return err
 }
 
@@ -93,7 +97,7 @@ type outboxReplayCommand struct {
 	Type   []string    `sep:"none" help:"Only messages of this type; may be repeated." placeholder:"TYPE"`
 	Key    []string    `sep:"none" help:"Only messages of this key; may be repeated." placeholder:"KEY"`
 	ID     []uuid.UUID `sep:"none" help:"Only the message with this ID; may be repeated." placeholder:"UUID"`
-	Group  string      `help:"Only to this consumer group's queue, such as a new one's." placeholder:"GROUP"`
+	Group  string      `help:"Only to this consumer group's queue, such as a new one's, and only what it handles." placeholder:"GROUP"`
 	Rate   float64     `default:"500" help:"Most messages a second."`
 	After  place       `help:"Go on from where another replay with the same filters was broken off." placeholder:"SHARD:ID"`
 	DryRun bool        `help:"Count, and publish nothing."`
@@ -109,11 +113,12 @@ func (c *outboxReplayCommand) Validate() error {
 func (c *outboxReplayCommand) Run(ctx context.Context) error {
 	config := appConfig("", databaseFlags{PostgresURL: c.PostgresURL}, apiFlags{}, c.brokerFlags, relayFlags{}, consumerFlags{})
 	return atDesk(ctx, config, func(desk *app.Desk) error {
-		if err := knownGroup(c.Group, desk.Groups()); err != nil {
+		types, err := c.types(desk.Groups())
+		if err != nil {
 			return err
 		}
 		filter := outbox.ReplayFilter{
-			Since: c.Since.Time, Until: c.Until.Time, Types: c.Type, Keys: c.Key, IDs: c.ID, After: outbox.Place(c.After),
+			Since: c.Since.Time, Until: c.Until.Time, Types: types, Keys: c.Key, IDs: c.ID, After: outbox.Place(c.After),
 		}
 		if c.DryRun {
 			done, err := outbox.Replay(ctx, desk.DB, nil, filter, c.Rate, nil)
@@ -129,15 +134,29 @@ func (c *outboxReplayCommand) Run(ctx context.Context) error {
 	})
 }
 
-func knownGroup(name string, groups []ops.Group) error {
+// types are the types to replay. What goes to a group's queue past the exchange must be what the exchange would send there: of anything else the group
+// would make dead letters.
+func (c *outboxReplayCommand) types(groups []ops.Group) ([]string, error) {
+	if c.Group == "" {
+		return c.Type, nil
+	}
 	var names []string
 	for _, one := range groups {
 		names = append(names, one.Name)
 	}
-	if name != "" && !slices.Contains(names, name) {
-		return wrongUsage("--group: there is no consumer group %q, only %s", name, strings.Join(names, ", "))
+	i := slices.Index(names, c.Group)
+	if i < 0 {
+		return nil, wrongUsage("--group: there is no consumer group %q, only %s", c.Group, strings.Join(names, ", "))
 	}
-	return nil
+	for _, wanted := range c.Type {
+		if !slices.Contains(groups[i].Types, wanted) {
+			return nil, wrongUsage("--type: group %s does not handle %q, only %s", c.Group, wanted, strings.Join(groups[i].Types, ", "))
+		}
+	}
+	if len(c.Type) > 0 {
+		return c.Type, nil
+	}
+	return groups[i].Types, nil
 }
 
 // replay shows its progress if somebody watches.

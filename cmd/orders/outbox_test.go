@@ -107,6 +107,12 @@ func TestOutboxReplay(t *testing.T) {
 	if answer["published"] != 1.0 || answer["unroutable"] != 0.0 || answer["dry_run"] != false {
 		t.Errorf("got %v", answer)
 	}
+	o.exec(`SELECT outbox_insert('other.Type'::text, '', ''::bytea)`)
+	o.delivered()
+	o.says(0, "outbox replay --dry-run", `^5 messages`)
+	o.says(0, "outbox replay --dry-run --group="+o.group.Name, `^4 messages`) // what it handles
+	o.says(0, "outbox replay --dry-run --group="+o.group.Name+" --type="+o.group.Types[0], `^4 messages`)
+	o.says(2, "outbox replay --group="+o.group.Name+" --type=other.Type", `--type: group `+o.group.Name+` does not handle "other.Type", only`)
 	o.says(2, "outbox replay --group=nobody", `--group: there is no consumer group "nobody", only `+o.group.Name)
 	o.says(1, "outbox replay --dry-run --after=77:1", `the outbox has no shard 77`)
 }

@@ -58,7 +58,7 @@ func Doctor(ctx context.Context, p Patient) []Finding {
 		{"schema", checkSchema, "Run the command migrate."},
 		{"grants", checkGrants, "Run the command migrate as the owner of the tables."},
 		{"indexes", checkIndexes, "REINDEX CONCURRENTLY the invalid ones; run the command migrate for the missing ones."},
-		{"durability", checkDurability, "Set synchronous_commit to on (or stricter) for the database and its roles."},
+		{"durability", checkDurability, "Set synchronous_commit to on (or stricter) for the database and its roles, and fsync to on."},
 		{"clock", checkClock, "Synchronise the clocks of this machine and of Postgres' (NTP)."},
 		{"cluster", checkCluster, "Run the command outbox repair once, then start the relay."},
 		{"relay", checkRelay, "Start a relay, and look at its log."},
@@ -238,7 +238,7 @@ func checkRelay(ctx context.Context, p Patient) (Finding, error) {
 			held++
 		}
 	}
-	return none(free, nil, Wrong, fmt.Sprintf("%d shards are held", held))
+	return none(free, nil, Wrong, fmt.Sprintf("%d %s held", held, plural(held, "shard is", "shards are")))
 }
 
 // maxLag is the age at which an undelivered message is a reason to look.
@@ -254,7 +254,7 @@ func checkBacklog(ctx context.Context, p Patient) (Finding, error) {
 	for _, one := range backlog {
 		messages, age = messages+one.Messages, max(age, one.Age)
 	}
-	finding := Finding{Detail: fmt.Sprintf("%d messages, the oldest %s old", messages, age.Round(time.Second))}
+	finding := Finding{Detail: fmt.Sprintf("%d %s, the oldest %s old", messages, plural(int(messages), "message", "messages"), age.Round(time.Second))}
 	if age > maxLag {
 		finding.Verdict = Wrong
 	}
@@ -305,7 +305,7 @@ func checkRetries(ctx context.Context, p Patient) (Finding, error) {
 			old = append(old, fmt.Sprintf("key %q of %s waits for %s", one.Key, one.Consumer, waits.Round(time.Minute)))
 		}
 	}
-	return none(old[:min(len(old), 5)], nil, Attention, fmt.Sprintf("%d keys wait for a retry", len(blocked)))
+	return none(old[:min(len(old), 5)], nil, Attention, fmt.Sprintf("%d %s for a retry", len(blocked), plural(len(blocked), "key waits", "keys wait")))
 }
 
 func checkBroker(ctx context.Context, p Patient) (Finding, error) {

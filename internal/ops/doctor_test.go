@@ -94,7 +94,7 @@ func TestDoctorFinds(t *testing.T) {
 		"ForeignCluster": {`UPDATE outbox_cursor SET system_identifier = 1`, nil, "cluster", Wrong, "another Postgres cluster"},
 		"NoRelay":        {`UPDATE outbox_cursor SET lease_expires_at = '-infinity'`, nil, "relay", Wrong, "no relay holds shard 0"},
 		"Backlog": {`SELECT outbox_insert('type', 'k', ''); UPDATE outbox SET created_at = now() - interval '1 h'`, nil,
-			"backlog", Wrong, "1 messages, the oldest 1h0m"},
+			"backlog", Wrong, "1 message, the oldest 1h0m"},
 		"DoorbellNotHeard": {"", func(t *testing.T, c *clinic) { c.ListenURL = testenv.PostgresURL(t) }, "doorbell", Wrong, "not heard"},
 		"DoorbellAway":     {"", func(t *testing.T, c *clinic) { c.ListenURL = "postgres://u:hunter2@127.0.0.1:1/d" }, "doorbell", Wrong, "refused"},
 		"OutboxKeepsTooLong": {`CREATE OR REPLACE FUNCTION outbox_slot_length() RETURNS interval LANGUAGE sql IMMUTABLE RETURN interval '1 day'`, nil,

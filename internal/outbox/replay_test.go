@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"slices"
 	"testing"
 	"time"
@@ -151,6 +152,14 @@ func TestReplay(t *testing.T) {
 			t.Errorf("the rest: %+v, %v", rest, err)
 		}
 		equal(t, "replayed", b.stored, all.stored)
+		var behind int // in the shards after it
+		if err := db.QueryRow(t.Context(), `SELECT count(*) FROM outbox WHERE shard = 2`).Scan(&behind); err != nil {
+			t.Fatal(err)
+		}
+		last, err := Replay(t.Context(), db, nil, ReplayFilter{After: Place{Shard: 1, ID: math.MaxInt64}}, fast, nil)
+		if err != nil || last.Published != behind {
+			t.Errorf("behind the second shard: %+v, %v, want %d", last, err, behind)
+		}
 		if _, err := Replay(t.Context(), db, b, ReplayFilter{After: Place{Shard: 77, ID: 1}}, fast, nil); !errors.Is(err, ErrNoShard) {
 			t.Errorf("a shard that is not there: %v", err)
 		}
