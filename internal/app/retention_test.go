@@ -16,7 +16,7 @@ import (
 // A relay that keeps messages for longer than consumers could take their copies, and a consumer of such an outbox, refuse to run.
 func TestWhoWouldForgetTooEarlyRefusesToRun(t *testing.T) {
 	t.Parallel()
-	config := Config{PostgresURL: testenv.PostgresURL(t), AMQPURL: testenv.AMQP(t), Exchange: "events", Addr: "127.0.0.1:0"}
+	config := probed(Config{PostgresURL: testenv.PostgresURL(t), AMQPURL: testenv.AMQP(t), Addr: "127.0.0.1:0"})
 	db, err := postgres.Open(t.Context(), postgres.Config{URL: config.PostgresURL})
 	if err != nil {
 		t.Fatal(err)
