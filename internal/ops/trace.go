@@ -71,8 +71,10 @@ type Step struct {
 
 func at(when time.Time, where, what string) Step { return Step{&when, where, what, when} }
 
-// behind is a step whose time is not known, but what it came after.
-func behind(when time.Time, where, what string) Step { return Step{nil, where, what, when} }
+// behind is a step whose time is not known, but what it came after; no other step has that order, since Postgres' times are whole microseconds.
+func behind(when time.Time, where, what string) Step {
+	return Step{nil, where, what, when.Add(time.Nanosecond)}
+}
 
 // now is how things stand.
 func now(where, what string) Step { return Step{Where: where, What: what, order: endOfTime} }
