@@ -36,9 +36,10 @@ const (
 // call runs the program with nothing but the given environment.
 func call(t *testing.T, environment []string, args ...string) (status int, stdout, stderr string) {
 	t.Helper()
+	program := binary()                                             // which may have to be built first
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second) // what should have been refused runs for ever
 	defer cancel()
-	command := exec.CommandContext(ctx, binary(), args...)
+	command := exec.CommandContext(ctx, program, args...)
 	var out, errs bytes.Buffer
 	command.Env, command.Stdout, command.Stderr = append([]string{}, environment...), &out, &errs // nil would be ours
 	err := command.Run()
