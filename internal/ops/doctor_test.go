@@ -100,7 +100,7 @@ func TestDoctorFinds(t *testing.T) {
 		"OutboxKeepsTooLong": {`CREATE OR REPLACE FUNCTION outbox_slot_length() RETURNS interval LANGUAGE sql IMMUTABLE RETURN interval '1 day'`, nil,
 			"retention", Wrong, "8d, redelivery takes at most 12h, the inbox remembers 6d23h"},
 		"RedeliveryTakesTooLong": {"", func(_ *testing.T, c *clinic) { c.LongestRedelivery = 6 * 24 * time.Hour }, "retention", Wrong, "forgets too early"},
-		"OldTransaction": {`CREATE VIEW public.pg_stat_activity AS SELECT 'report' AS application_name, '' AS backend_type, 0 AS pid,
+		"OldTransaction": {`CREATE VIEW public.pg_stat_activity AS SELECT current_database() AS datname, 'report' AS application_name, '' AS backend_type, 0 AS pid,
 			pg_catalog.clock_timestamp() - interval '1 h' AS xact_start, '3'::xid AS backend_xmin, NULL::xid AS backend_xid;
 			GRANT SELECT ON public.pg_stat_activity TO app_operator`, nil, "vacuum", Attention, "session report/0"},
 		"BlockedKey": {`INSERT INTO inbox_retry (consumer, message_id, type, key, payload, headers, attempts, due_at, last_error, created_at)
