@@ -59,7 +59,7 @@ BEGIN
                 EXECUTE format('TRUNCATE ONLY %I', part);
                 emptied := emptied || slot::smallint;
             END IF;
-        EXCEPTION WHEN lock_not_available THEN
+        EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
             NULL; -- next time
         END;
     END LOOP;
