@@ -122,7 +122,7 @@ CREATE FUNCTION outbox_insert(ids uuid[], types text[], keys text[], payloads by
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
 BEGIN
     -- One message is by far the most frequent case, and costs a quarter less when it is not treated as a set (measured).
-    IF cardinality(ids) = 1 THEN
+    IF (cardinality(ids), cardinality(types), cardinality(keys), cardinality(payloads), cardinality(headers)) = (1, 1, 1, 1, 1) THEN
         IF keys[1] <> '' THEN
             PERFORM pg_advisory_xact_lock(1869968482, hashtext(keys[1]));
         END IF;
