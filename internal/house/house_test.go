@@ -25,22 +25,25 @@ var domain = []string{"internal/orders", "internal/gen/orders", "cmd/demo"}
 // arrows says which packages of the core each package may import. What is not listed may import nothing of ours.
 var arrows = map[string][]string{
 	"cmd/orders": {
-		"internal/app", "internal/deadletter", "internal/messaging", "internal/ops", "internal/outbox", "internal/postgres", "internal/rabbit", "internal/telemetry",
-		"migrations",
+		"internal/app", "internal/auth", "internal/deadletter", "internal/messaging", "internal/ops", "internal/outbox", "internal/postgres", "internal/rabbit",
+		"internal/rpcserver", "internal/telemetry", "migrations",
 	},
 	"cmd/stack":              {"internal/localstack"},
-	"internal/app":           {"internal/inbox", "internal/messaging", "internal/ops", "internal/outbox", "internal/postgres", "internal/rabbit", "internal/rpcserver", "internal/telemetry"},
+	"internal/app":           {"internal/auth", "internal/inbox", "internal/messaging", "internal/ops", "internal/outbox", "internal/postgres", "internal/rabbit", "internal/rpcserver", "internal/telemetry"},
 	"internal/orders":        {"internal/inbox", "internal/messaging", "internal/outbox", "internal/postgres"},
 	"internal/outbox":        {"internal/deadletter", "internal/failpoint", "internal/messaging", "internal/postgres"},
 	"internal/inbox":         {"internal/deadletter", "internal/failpoint", "internal/messaging", "internal/postgres"},
 	"internal/deadletter":    {"internal/messaging"},
 	"internal/ops":           {"internal/deadletter", "internal/inbox", "internal/messaging", "internal/outbox", "internal/postgres", "internal/rabbit", "migrations"},
 	"internal/rabbit":        {"internal/failpoint", "internal/messaging"},
-	"internal/rpcserver":     {"internal/outbox", "internal/postgres"},
+	"internal/auth":          {"internal/gen/auth/v1", "internal/reload"},
+	"internal/reload":        {},
+	"internal/rpcserver":     {"internal/auth", "internal/outbox", "internal/postgres", "internal/reload"},
 	"internal/testenv":       {"internal/localstack", "migrations"},
 	"internal/chaos/victim":  {"internal/inbox", "internal/messaging", "internal/outbox", "internal/postgres", "internal/rabbit"},
 	"internal/chaos":         {},
-	"internal/gen/orders/v1": {},
+	"internal/gen/auth/v1":   {},
+	"internal/gen/orders/v1": {"internal/gen/auth/v1"},
 }
 
 // file is one Go file of the module.

@@ -1,0 +1,146 @@
+// Package auth says who calls and whether they may.
+//
+// It guarantees that a procedure is denied to everybody unless its proto file, or a list in this package, says who may call it; that a
+// credential which is given must be valid, also where none is needed; and that keys of callers are compared in constant time and kept
+// as hashes. It knows nothing of objects: whether a caller may see this order is for the handler to decide, with FromContext.
+//
+// The interceptors work over any transport that fills in the request headers of connect.CallInfo.
+package auth
+
+import (
+	"context"
+	"crypto/x509"
+	"errors"
+	"strings"
+	"time"
+
+	"connectrpc.com/connect/v2"
+	"connectrpc.com/connect/v2/connecthttp"
+)
+
+// Caller is somebody whose credentials were valid.
+type Caller struct {
+	// Subject is the name, unique among the callers of one kind: a token's "sub", an API key's ID, a client certificate's name.
+	Subject string
+	// Roles are what auth.v1.Access asks for.
+	Roles []string
+	// By says how the caller is known: "jwt", "apikey", "mtls", or "nothing" when authentication is off.
+	By string
+	// Expires is when the credential ends and, with it, a stream; zero is never.
+	Expires time.Time
+}
+
+// visitor is the caller of one call, or the reason why there is none.
+type visitor struct {
+	Caller
+	denied error
+}
+
+type visitorKey struct{}
+
+// Visit makes room in ctx for the caller of one call, so that what surrounds authentication, such as the access log, can see it afterwards.
+func Visit(ctx context.Context) context.Context {
+	if _, ok := ctx.Value(visitorKey{}).(*visitor); ok {
+		return ctx
+	}
+	return context.WithValue(ctx, visitorKey{}, new(visitor))
+}
+
+// FromContext returns the caller; ok is false if there were no credentials.
+func FromContext(ctx context.Context) (caller Caller, ok bool) {
+	v, _ := ctx.Value(visitorKey{}).(*visitor)
+	if v == nil || v.By == "" {
+		return Caller{}, false
+	}
+	return v.Caller, true
+}
+
+// Config says which credentials are accepted: of none of them, none.
+type Config struct {
+	// Tokens are accepted as "authorization: Bearer"; nil accepts none.
+	Tokens *Tokens
+	// Keys are accepted as "x-api-key"; nil accepts none.
+	Keys *Keys
+	// Certificates accepts the client certificates that the server verified.
+	Certificates bool
+	// Off lets everybody do everything. For development only.
+	Off bool
+}
+
+// errNone means that a call came without credentials.
+var errNone = connect.NewError(connect.CodeUnauthenticated, "credentials are missing: send authorization: Bearer, x-api-key or a client certificate")
+
+// errInvalid is all that a caller hears of a wrong credential.
+var errInvalid = connect.NewError(connect.CodeUnauthenticated, "credentials are invalid or have expired")
+
+// Identify returns the interceptor that finds out who calls. It turns nobody away: what it finds is billed by a rate limit first,
+// and then judged by Authorize, which must follow.
+func Identify(config Config) connect.ServerInterceptor {
+	return func(next connect.ServerFunc) connect.ServerFunc {
+		return func(ctx context.Context, spec connect.Spec, stream connect.ServerStream) error {
+			ctx = Visit(ctx)
+			v := ctx.Value(visitorKey{}).(*visitor)
+			info, _ := connect.CallInfoForServerContext(ctx)
+			v.Caller, v.denied = config.identify(ctx, info)
+			if v.denied != nil || v.Expires.IsZero() {
+				return next(ctx, spec, stream)
+			}
+			live, cancel := context.WithDeadlineCause(ctx, v.Expires, errInvalid)
+			defer cancel()
+			err := next(live, spec, stream)
+			if err != nil && errors.Is(context.Cause(live), errInvalid) {
+				return errInvalid.WithCause(err) // a stream outlived its credential
+			}
+			return err
+		}
+	}
+}
+
+func (c Config) identify(ctx context.Context, info *connect.CallInfo) (Caller, error) {
+	if c.Off {
+		return Caller{Subject: "development", By: "nothing"}, nil
+	}
+	bearer, keys := info.RequestHeader().Values("authorization"), info.RequestHeader().Values("x-api-key")
+	switch {
+	case len(bearer)+len(keys) > 1:
+		return Caller{}, connect.NewError(connect.CodeUnauthenticated, "more than one credential was sent")
+	case len(keys) == 1:
+		return c.Keys.verify(keys[0])
+	case len(bearer) == 1:
+		scheme, token, _ := strings.Cut(bearer[0], " ")
+		if !strings.EqualFold(scheme, "bearer") {
+			return Caller{}, errInvalid
+		}
+		return c.Tokens.verify(ctx, token)
+	}
+	if certificate := clientCertificate(info); c.Certificates && certificate != nil {
+		return fromCertificate(certificate)
+	}
+	return Caller{}, errNone
+}
+
+// clientCertificate returns the certificate that the TLS handshake verified, or nil.
+func clientCertificate(info *connect.CallInfo) *x509.Certificate {
+	http, ok := info.TransportInfo.(*connecthttp.ServerInfo)
+	if !ok || http.TLS() == nil || len(http.TLS().VerifiedChains) == 0 {
+		return nil
+	}
+	return http.TLS().VerifiedChains[0][0]
+}
+
+// fromCertificate takes the name from a SPIFFE ID, or else from the common name, and the roles from the organizations, as Kubernetes
+// does. So whoever can have certificates signed decides on roles: the authority must be the service's own.
+func fromCertificate(certificate *x509.Certificate) (Caller, error) {
+	caller := Caller{
+		Subject: certificate.Subject.CommonName, Roles: certificate.Subject.Organization, By: "mtls", Expires: certificate.NotAfter,
+	}
+	for _, uri := range certificate.URIs {
+		if uri.Scheme == "spiffe" {
+			caller.Subject = uri.String()
+		}
+	}
+	if caller.Subject == "" {
+		return Caller{}, errInvalid
+	}
+	return caller, nil
+}

@@ -1,0 +1,117 @@
+package auth
+
+import (
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/subtle"
+	"encoding/hex"
+	"fmt"
+	"os"
+	"regexp"
+	"strings"
+
+	"example.com/orders/internal/reload"
+)
+
+// Keys are the API keys that the service accepts. A key is "id.secret", and all that is kept of it is a line:
+//
+//	id:role[,role...]:SHA-256 of the whole key, in hexadecimal
+//
+// A plain hash is enough: a secret has 128 random bits, so there is no list to try. An ID may have several lines, so that a new key can be
+// in use before the old one is taken away. Empty lines and those that begin with # mean nothing.
+type Keys struct{ byID func() map[string][]key }
+
+type key struct {
+	roles []string
+	hash  [sha256.Size]byte
+}
+
+// ReadKeys reads lines from a file, and again whenever it changes.
+func ReadKeys(path string) (*Keys, error) {
+	value, err := reload.New(func() (map[string][]key, error) {
+		text, err := os.ReadFile(path)
+		if err != nil {
+			return nil, fmt.Errorf("read API keys: %w", err)
+		}
+		return parseKeys(string(text))
+	}, path)
+	if err != nil {
+		return nil, err
+	}
+	return &Keys{byID: value.Get}, nil
+}
+
+// ParseKeys takes lines as they are, divided by line breaks or blanks.
+func ParseKeys(text string) (*Keys, error) {
+	keys, err := parseKeys(strings.Join(strings.Fields(text), "\n"))
+	if err != nil {
+		return nil, err
+	}
+	return &Keys{byID: func() map[string][]key { return keys }}, nil
+}
+
+var word = regexp.MustCompile(`^[A-Za-z0-9_-]{1,64}$`)
+
+// parseKeys never quotes a line: what was pasted there by mistake may be a key.
+func parseKeys(text string) (map[string][]key, error) {
+	keys := make(map[string][]key)
+	for n, line := range strings.Split(text, "\n") {
+		line = strings.TrimSpace(line)
+		if line == "" || strings.HasPrefix(line, "#") {
+			continue
+		}
+		fields := strings.Split(line, ":")
+		if len(fields) != 3 {
+			return nil, fmt.Errorf("API key on line %d: want id:role[,role]:sha256, as `apikey new` prints it", n+1)
+		}
+		one := key{roles: strings.Split(fields[1], ",")}
+		if err := checkNames(fields[0], one.roles); err != nil {
+			return nil, fmt.Errorf("API key on line %d: %w", n+1, err)
+		}
+		hash, err := hex.DecodeString(fields[2])
+		if err != nil || copy(one.hash[:], hash) != sha256.Size || len(hash) != sha256.Size {
+			return nil, fmt.Errorf("API key on line %d: its hash is not 64 hexadecimal digits", n+1)
+		}
+		keys[fields[0]] = append(keys[fields[0]], one)
+	}
+	if len(keys) == 0 {
+		return nil, fmt.Errorf("there are no API keys in it")
+	}
+	return keys, nil
+}
+
+func checkNames(id string, roles []string) error {
+	if !word.MatchString(id) {
+		return fmt.Errorf("the ID is not 1 to 64 letters, digits, - and _")
+	}
+	for _, role := range roles {
+		if !word.MatchString(role) {
+			return fmt.Errorf("a role is not 1 to 64 letters, digits, - and _")
+		}
+	}
+	return nil
+}
+
+// NewKey makes a key for an ID, to be shown to its owner once, and the line to keep.
+func NewKey(id string, roles []string) (secret, line string, err error) {
+	if err := checkNames(id, roles); err != nil {
+		return "", "", err
+	}
+	secret = id + "." + rand.Text()
+	hash := sha256.Sum256([]byte(secret))
+	return secret, id + ":" + strings.Join(roles, ",") + ":" + hex.EncodeToString(hash[:]), nil
+}
+
+func (k *Keys) verify(secret string) (Caller, error) {
+	if k == nil {
+		return Caller{}, errInvalid
+	}
+	id, _, _ := strings.Cut(secret, ".")
+	hash := sha256.Sum256([]byte(secret))
+	for _, one := range k.byID()[id] {
+		if subtle.ConstantTimeCompare(hash[:], one.hash[:]) == 1 {
+			return Caller{Subject: id, Roles: one.roles, By: "apikey"}, nil
+		}
+	}
+	return Caller{}, errInvalid
+}

@@ -1,0 +1,272 @@
+package auth
+
+import (
+	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/ed25519"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/x509"
+	"encoding/base64"
+	"encoding/json"
+	"encoding/pem"
+	"errors"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"connectrpc.com/connect/v2"
+	"github.com/MicahParks/jwkset"
+	"github.com/golang-jwt/jwt/v5"
+)
+
+// issuer has one key of each kind.
+type issuer struct {
+	ed    ed25519.PrivateKey
+	rsa   *rsa.PrivateKey
+	ec    *ecdsa.PrivateKey
+	jwks  []byte
+	claim jwt.MapClaims // that make a good token
+}
+
+func newIssuer(t *testing.T) *issuer {
+	t.Helper()
+	i := &issuer{claim: jwt.MapClaims{
+		"iss": "https://issuer.example", "aud": []string{"orders", "other"}, "sub": "ann", "roles": []string{"customer"},
+		"exp": time.Now().Add(time.Hour).Unix(), "iat": time.Now().Unix(),
+	}}
+	var err error
+	if _, i.ed, err = ed25519.GenerateKey(rand.Reader); err != nil {
+		t.Fatal(err)
+	}
+	if i.rsa, err = rsa.GenerateKey(rand.Reader, 2048); err != nil {
+		t.Fatal(err)
+	}
+	if i.ec, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader); err != nil {
+		t.Fatal(err)
+	}
+	i.jwks = keySetOf(t, map[string]crypto.PublicKey{"ed": i.ed.Public(), "rsa": i.rsa.Public(), "ec": i.ec.Public()})
+	return i
+}
+
+func keySetOf(t *testing.T, keys map[string]crypto.PublicKey) []byte {
+	t.Helper()
+	storage := jwkset.NewMemoryStorage()
+	for id, key := range keys {
+		jwk, err := jwkset.NewJWKFromKey(key, jwkset.JWKOptions{Metadata: jwkset.JWKMetadataOptions{KID: id}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := storage.KeyWrite(t.Context(), jwk); err != nil {
+			t.Fatal(err)
+		}
+	}
+	set, err := storage.JSONPublic(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return set
+}
+
+// sign makes a token with the header and the claims that change from the good ones; nil takes one away.
+func (i *issuer) sign(t *testing.T, method jwt.SigningMethod, id string, key any, changes jwt.MapClaims) string {
+	t.Helper()
+	claims := jwt.MapClaims{}
+	for _, from := range []jwt.MapClaims{i.claim, changes} {
+		for name, value := range from {
+			claims[name] = value
+			if value == nil {
+				delete(claims, name)
+			}
+		}
+	}
+	token := jwt.NewWithClaims(method, claims)
+	if id != "" {
+		token.Header["kid"] = id
+	}
+	signed, err := token.SignedString(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return signed
+}
+
+func (i *issuer) tokens(t *testing.T) *Tokens {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "jwks.json")
+	if err := os.WriteFile(path, i.jwks, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return i.tokensFrom(t, path)
+}
+
+func (i *issuer) tokensFrom(t *testing.T, source string) *Tokens {
+	t.Helper()
+	keys, err := NewKeySet(source)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tokens, err := NewTokens(TokenConfig{Issuer: "https://issuer.example", Audience: "orders"}, keys)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return tokens
+}
+
+func TestGoodTokens(t *testing.T) {
+	t.Parallel()
+	i := newIssuer(t)
+	tokens := i.tokens(t)
+	for name, token := range map[string]string{
+		"EdDSA":                i.sign(t, jwt.SigningMethodEdDSA, "ed", i.ed, nil),
+		"RS256":                i.sign(t, jwt.SigningMethodRS256, "rsa", i.rsa, nil),
+		"ES256":                i.sign(t, jwt.SigningMethodES256, "ec", i.ec, nil),
+		"without a key ID":     i.sign(t, jwt.SigningMethodES256, "", i.ec, nil),
+		"one audience":         i.sign(t, jwt.SigningMethodEdDSA, "ed", i.ed, jwt.MapClaims{"aud": "orders"}),
+		"one role as a string": i.sign(t, jwt.SigningMethodEdDSA, "ed", i.ed, jwt.MapClaims{"roles": "customer"}),
+		"clock ahead":          i.sign(t, jwt.SigningMethodEdDSA, "ed", i.ed, jwt.MapClaims{"iat": time.Now().Add(leeway / 2).Unix()}),
+		"just expired":         i.sign(t, jwt.SigningMethodEdDSA, "ed", i.ed, jwt.MapClaims{"exp": time.Now().Add(-leeway / 2).Unix()}),
+	} {
+		caller, err := tokens.verify(t.Context(), token)
+		if err != nil || caller.Subject != "ann" || !slices.Equal(caller.Roles, []string{"customer"}) || caller.By != "jwt" {
+			t.Errorf("%s: got %+v, %v", name, caller, err)
+		}
+		if !caller.Expires.After(time.Now()) {
+			t.Errorf("%s: has expired at %s already", name, caller.Expires)
+		}
+	}
+}
+
+func TestBadTokens(t *testing.T) {
+	t.Parallel()
+	i, stranger := newIssuer(t), newIssuer(t)
+	tokens := i.tokens(t)
+	rsaPublic, err := x509.MarshalPKIXPublicKey(i.rsa.Public())
+	if err != nil {
+		t.Fatal(err)
+	}
+	publicPEM := pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: rsaPublic})
+	with := func(changes jwt.MapClaims) string { return i.sign(t, jwt.SigningMethodEdDSA, "ed", i.ed, changes) }
+	at := func(d time.Duration) int64 { return time.Now().Add(d).Unix() }
+	good := with(nil)
+	parts := strings.Split(good, ".")
+	for name, token := range map[string]string{
+		"nothing":                    "",
+		"no token":                   "hello",
+		"alg none":                   i.sign(t, jwt.SigningMethodNone, "ed", jwt.UnsafeAllowNoneSignatureType, nil),
+		"alg none without key ID":    i.sign(t, jwt.SigningMethodNone, "", jwt.UnsafeAllowNoneSignatureType, nil),
+		"alg NONE":                   encode(t, map[string]any{"alg": "NONE", "typ": "JWT"}) + "." + parts[1] + ".",
+		"HMAC with public RSA PEM":   i.sign(t, jwt.SigningMethodHS256, "rsa", publicPEM, nil),
+		"HMAC with public RSA DER":   i.sign(t, jwt.SigningMethodHS256, "rsa", rsaPublic, nil),
+		"HMAC with public Ed25519":   i.sign(t, jwt.SigningMethodHS256, "ed", []byte(i.ed.Public().(ed25519.PublicKey)), nil),
+		"key of another type":        i.sign(t, jwt.SigningMethodES256, "rsa", i.ec, nil),
+		"RS512":                      i.sign(t, jwt.SigningMethodRS512, "rsa", i.rsa, nil),
+		"PS256":                      i.sign(t, jwt.SigningMethodPS256, "rsa", i.rsa, nil),
+		"another issuer's key":       i.sign(t, jwt.SigningMethodEdDSA, "ed", stranger.ed, nil),
+		"another one, no key ID":     i.sign(t, jwt.SigningMethodEdDSA, "", stranger.ed, nil),
+		"unknown key ID":             i.sign(t, jwt.SigningMethodEdDSA, "new", i.ed, nil),
+		"key ID that is a path":      i.sign(t, jwt.SigningMethodEdDSA, "../../../../dev/null", i.ed, nil),
+		"key in the token's header":  withKeyInHeader(t, stranger),
+		"another issuer":             with(jwt.MapClaims{"iss": "https://other.example"}),
+		"no issuer":                  with(jwt.MapClaims{"iss": nil}),
+		"another audience":           with(jwt.MapClaims{"aud": "other"}),
+		"no audience":                with(jwt.MapClaims{"aud": nil}),
+		"expired":                    with(jwt.MapClaims{"exp": at(-leeway - 5*time.Second)}),
+		"without expiry":             with(jwt.MapClaims{"exp": nil}),
+		"expiry that is no number":   with(jwt.MapClaims{"exp": "tomorrow"}),
+		"valid for a year":           with(jwt.MapClaims{"exp": at(365 * 24 * time.Hour)}),
+		"not valid yet":              with(jwt.MapClaims{"nbf": at(time.Minute)}),
+		"made in the future":         with(jwt.MapClaims{"iat": at(time.Minute)}),
+		"no subject":                 with(jwt.MapClaims{"sub": nil}),
+		"subject that is a list":     with(jwt.MapClaims{"sub": []string{"ann"}}),
+		"subject of a megabyte":      with(jwt.MapClaims{"sub": strings.Repeat("a", 1<<20)}),
+		"changed claims":             parts[0] + "." + encode(t, jwt.MapClaims{"iss": "https://issuer.example", "sub": "eve"}) + "." + parts[2],
+		"cut signature":              good[:len(good)-8],
+		"no signature":               parts[0] + "." + parts[1] + ".",
+		"blanks around it":           " " + good + " ",
+		"a megabyte of dots":         strings.Repeat(".", 1<<20),
+		"deeply nested header":       strings.Repeat("[", 4000) + "." + parts[1] + "." + parts[2],
+		"claims that are an array":   parts[0] + "." + encode(t, []int{1}) + "." + parts[2],
+		"header that names no alg":   encode(t, map[string]any{"kid": "ed"}) + "." + parts[1] + "." + parts[2],
+		"header with a list for kid": encode(t, map[string]any{"alg": "EdDSA", "kid": []string{"ed"}}) + "." + parts[1] + "." + parts[2],
+	} {
+		caller, err := tokens.verify(t.Context(), token)
+		if connect.CodeOf(err) != connect.CodeUnauthenticated || caller.Subject != "" {
+			t.Errorf("%s: got %+v, %v", name, caller, err)
+		}
+		var answer *connect.Error
+		if errors.As(err, &answer) && answer.Message() != errInvalid.Message() {
+			t.Errorf("%s: tells the caller why: %s", name, answer.Message())
+		}
+	}
+}
+
+// withKeyInHeader brings its own key, which RFC 7515 allows and nobody should believe.
+func withKeyInHeader(t *testing.T, i *issuer) string {
+	t.Helper()
+	var set struct{ Keys []map[string]any }
+	if err := json.Unmarshal(i.jwks, &set); err != nil {
+		t.Fatal(err)
+	}
+	token := jwt.NewWithClaims(jwt.SigningMethodEdDSA, i.claim)
+	for _, key := range set.Keys {
+		if key["kid"] == "ed" {
+			token.Header["jwk"] = key
+		}
+	}
+	token.Header["jku"] = "https://evil.example/jwks"
+	signed, err := token.SignedString(i.ed)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return signed
+}
+
+func encode(t *testing.T, value any) string {
+	t.Helper()
+	text, err := json.Marshal(value)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return base64.RawURLEncoding.EncodeToString(text)
+}
+
+func TestKeySetTakesGoodKeysOnly(t *testing.T) {
+	t.Parallel()
+	weak, err := rsa.GenerateKey(rand.Reader, 1024)
+	if err != nil {
+		t.Fatal(err)
+	}
+	other, err := ecdsa.GenerateKey(elliptic.P384(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, set := range map[string]string{
+		"weak RSA key":    string(keySetOf(t, map[string]crypto.PublicKey{"weak": weak.Public()})),
+		"another curve":   string(keySetOf(t, map[string]crypto.PublicKey{"p384": other.Public()})),
+		"shared secret":   `{"keys":[{"kty":"oct","kid":"s","k":"c2VjcmV0"}]}`,
+		"for encryption":  strings.Replace(string(keySetOf(t, map[string]crypto.PublicKey{"ed": ed25519.PublicKey(make([]byte, 32))})), `"kid"`, `"use":"enc","kid"`, 1),
+		"no keys":         `{"keys":[]}`,
+		"another thing":   `<html>`,
+		"malformed key":   `{"keys":[{"kty":"OKP","crv":"Ed25519","kid":"s","x":"AA"}]}`,
+		"certificate URL": `{"keys":[{"kty":"RSA","kid":"s","x5u":"https://127.0.0.1:1/"}]}`,
+	} {
+		if _, err := parseJWKS([]byte(set)); err == nil {
+			t.Errorf("%s: was taken", name)
+		}
+	}
+	good := newIssuer(t)
+	mixed := strings.Replace(string(good.jwks), `{"keys":[`, `{"keys":[{"kty":"oct","kid":"s","k":"c2VjcmV0"},{"kty":"new"},`, 1)
+	keys, err := parseJWKS([]byte(mixed))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if all, err := keys.VerificationKeySet(context.Background()); err != nil || len(all.Keys) != 3 {
+		t.Errorf("took %d keys of a mixed set, want 3: %v", len(all.Keys), err)
+	}
+}
