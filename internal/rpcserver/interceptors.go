@@ -11,11 +11,12 @@ import (
 
 	"connectrpc.com/connect/v2"
 	"connectrpc.com/validate"
+	"example.com/orders/internal/auth"
 	"example.com/orders/internal/outbox"
 	"example.com/orders/internal/postgres"
 )
 
-// Interceptors returns what every call goes through, whatever it came by, the outermost first: access log, recovery from
+// Interceptors returns what every call goes through, whatever it came by, the outermost first: request ID, access log, recovery from
 // panics and error mapping, the given interceptors, validation. New uses them; a server for another transport should, too.
 //
 // What a caller may see of an error is decided here and nowhere else. A *connect.Error that a handler returns is meant for
@@ -23,15 +24,17 @@ import (
 // unavailable, the second with a text that says so; outbox.ErrBacklogFull becomes resource_exhausted; the end of the call's context becomes canceled or deadline_exceeded. Anything
 // else is logged and becomes internal with a fixed text.
 func Interceptors(log *slog.Logger, inner ...connect.ServerInterceptor) []connect.ServerInterceptor {
-	all := []connect.ServerInterceptor{logAccess(log), answerErrors(log)}
+	all := []connect.ServerInterceptor{nameRequest, logAccess(log), answerErrors(log)}
 	all = append(all, inner...)
 	return append(all, validate.NewServerInterceptor())
 }
 
+// logAccess says who called what and how it went, and nothing of what was said.
 func logAccess(log *slog.Logger) connect.ServerInterceptor {
 	return func(next connect.ServerFunc) connect.ServerFunc {
 		return func(ctx context.Context, spec connect.Spec, stream connect.ServerStream) error {
 			started := time.Now()
+			ctx = auth.Visit(ctx)
 			err := next(ctx, spec, stream)
 			level, code := slog.LevelDebug, "ok"
 			if err != nil {
@@ -39,8 +42,9 @@ func logAccess(log *slog.Logger) connect.ServerInterceptor {
 			}
 			if log.Enabled(ctx, level) {
 				info, _ := connect.CallInfoForServerContext(ctx)
+				caller, _ := auth.FromContext(ctx)
 				log.Log(ctx, level, "rpc", "procedure", spec.Procedure, "code", code, "duration", time.Since(started),
-					"protocol", info.Protocol, "peer", info.PeerAddr)
+					"protocol", info.Protocol, "peer", info.PeerAddr, "caller", caller.Subject, "request_id", RequestID(ctx))
 			}
 			return err
 		}
@@ -57,7 +61,8 @@ func answerErrors(log *slog.Logger) connect.ServerInterceptor {
 					default:
 						p = fmt.Sprintf("%T", p) // a request, perhaps: what is in it is not for the log
 					}
-					log.ErrorContext(ctx, "rpc panicked", "procedure", spec.Procedure, "panic", p, "stack", string(debug.Stack()))
+					log.ErrorContext(ctx, "rpc panicked", "procedure", spec.Procedure, "panic", p, "stack", string(debug.Stack()),
+						"request_id", RequestID(ctx))
 					err = errInternal
 				}
 			}()
@@ -67,7 +72,7 @@ func answerErrors(log *slog.Logger) connect.ServerInterceptor {
 				if answer.Code() == connect.CodeInvalidArgument {
 					why = slog.Attr{} // the caller is told; the text quotes what could not be decoded
 				}
-				log.Log(ctx, level, "rpc failed", "procedure", spec.Procedure, "code", answer.Code().String(), why)
+				log.Log(ctx, level, "rpc failed", "procedure", spec.Procedure, "code", answer.Code().String(), why, "request_id", RequestID(ctx))
 				return answer.WithCause(err)
 			}
 			return nil

@@ -1,16 +1,18 @@
-// Package rpcserver is the HTTP edge: Connect, gRPC and gRPC-Web on one port without TLS, with health, readiness and
+// Package rpcserver is the HTTP edge: Connect, gRPC and gRPC-Web on one port, with or without TLS, with health, readiness and
 // reflection.
 //
-// It guarantees that a request is within its limits of size and time before a handler sees it, and valid by the rules of
+// It guarantees that a request is within its limits of size, time and number before a handler sees it, and valid by the rules of
 // its proto file; that no text of an internal error and no panic reaches a caller; and that a shutdown lets unary
-// calls finish. It does not authenticate anyone: pass interceptors for that.
+// calls finish. It does not authenticate anyone: pass the interceptors of package auth for that, and Limit between them.
 package rpcserver
 
 import (
 	"cmp"
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
+	"iter"
 	"log/slog"
 	"net"
 	"net/http"
@@ -43,6 +45,17 @@ type Config struct {
 	// DrainTimeout is how long a shutdown waits for calls under way before it cuts them off. Default 20 s, within the 30 s that
 	// Kubernetes and Docker Swarm grant by default or can be told to.
 	DrainTimeout time.Duration
+	// MaxHeaderBytes bounds the headers of a request, its URL included. Default 64 KiB: a token has 8 KiB at most, and a GET carries its
+	// message in the URL.
+	MaxHeaderBytes int
+	// MaxConns bounds the connections. Default 4096, some 100 MB of buffers at worst; others wait in the kernel's queue.
+	MaxConns int
+	// WriteTimeout bounds the time in which a connection takes nothing of what is sent to it. Default 30 s.
+	WriteTimeout time.Duration
+	// TLS serves HTTPS; see LoadTLS. Without it, HTTP.
+	TLS *tls.Config
+	// Origins are the web origins, such as https://console.example, whose pages may call. Default none.
+	Origins []string
 	// Checks say what the services need. Without any, the server is ready as soon as it listens.
 	Checks []Check
 	// Interceptors run inside of logging and error mapping, and outside of validation: authentication, say.
@@ -61,6 +74,9 @@ func (c Config) withDefaults() Config {
 	c.BodyTimeout = cmp.Or(c.BodyTimeout, 30*time.Second)
 	c.IdleTimeout = cmp.Or(c.IdleTimeout, 2*time.Minute)
 	c.MaxConcurrentStreams = cmp.Or(c.MaxConcurrentStreams, 250)
+	c.MaxHeaderBytes = cmp.Or(c.MaxHeaderBytes, 64<<10)
+	c.MaxConns = cmp.Or(c.MaxConns, 4096)
+	c.WriteTimeout = cmp.Or(c.WriteTimeout, 30*time.Second)
 	c.DrainTimeout = cmp.Or(c.DrainTimeout, 20*time.Second)
 	c.Log = cmp.Or(c.Log, slog.Default())
 	if c.MeterProvider == nil {
@@ -74,8 +90,10 @@ func (c Config) withDefaults() Config {
 
 // Server serves RPCs over HTTP.
 type Server struct {
-	config Config
-	mux    *http.ServeMux
+	config  Config
+	rpc     *connect.Server
+	mux     *http.ServeMux
+	handler http.Handler // mux, and what is around all of it
 }
 
 // New makes a server of the services that the register functions register:
@@ -98,9 +116,13 @@ func New(config Config, register ...func(*connect.Server)) *Server {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
 	mux.HandleFunc("GET /readyz", health.readyz)
-	connecthttp.Mount(newGuard(mux, config, rpc), rpc, connecthttp.WithReadMaxBytes(config.ReadMaxBytes))
-	return &Server{config: config, mux: mux}
+	connecthttp.Mount(newGuard(mux, config, rpc), rpc,
+		connecthttp.WithReadMaxBytes(config.ReadMaxBytes), connecthttp.WithCompressors(newBoundedGzip(config.ReadMaxBytes)))
+	return &Server{config: config, rpc: rpc, mux: mux, handler: newEdge(mux, config)}
 }
+
+// Specs yields every procedure that is served.
+func (s *Server) Specs() iter.Seq[connect.Spec] { return s.rpc.Specs() }
 
 // Handle adds something that is no RPC, such as the console or /metrics, under a pattern of http.ServeMux. It panics if the
 // pattern is taken. Call it before Run.
@@ -108,7 +130,7 @@ func (s *Server) Handle(pattern string, handler http.Handler) { s.mux.Handle(pat
 
 // ServeHTTP serves one request: a Server is an http.Handler for tests and for other HTTP servers, which then set the limits
 // of connections and drain on their own.
-func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) { s.mux.ServeHTTP(w, r) }
+func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) { s.handler.ServeHTTP(w, r) }
 
 // Run listens on the configured address and serves until ctx is done and the server is drained: see Serve.
 func (s *Server) Run(ctx context.Context) error {
@@ -118,6 +140,12 @@ func (s *Server) Run(ctx context.Context) error {
 	}
 	return s.Serve(ctx, listener)
 }
+
+// A silent HTTP/2 connection is asked whether it lives.
+const (
+	pingAfter   = 30 * time.Second
+	pingTimeout = 15 * time.Second
+)
 
 // errDraining is why a stream's context ends when the server shuts down.
 var errDraining = errors.New("server is shutting down")
@@ -134,7 +162,14 @@ func (s *Server) Serve(ctx context.Context, listener net.Listener) error {
 	defer cutOff()
 	server := s.httpServer(context.WithValue(requests, drainingKey{}, ctx))
 	served := make(chan error, 1)
-	go func() { served <- server.Serve(listener) }()
+	listener = limitListener(listener, s.config)
+	go func() {
+		if s.config.TLS != nil {
+			served <- server.ServeTLS(listener, "", "") // the certificate is in the config
+		} else {
+			served <- server.Serve(listener)
+		}
+	}()
 	select {
 	case err := <-served:
 		return fmt.Errorf("serve: %w", err)
@@ -155,11 +190,18 @@ func (s *Server) Serve(ctx context.Context, listener net.Listener) error {
 func (s *Server) httpServer(requests context.Context) *http.Server {
 	protocols := new(http.Protocols)
 	protocols.SetHTTP1(true)
-	protocols.SetUnencryptedHTTP2(true) // gRPC without TLS; x/net's h2c handler would never drain
+	protocols.SetHTTP2(s.config.TLS != nil)
+	protocols.SetUnencryptedHTTP2(s.config.TLS == nil) // gRPC without TLS; x/net's h2c handler would never drain
 	return &http.Server{
-		Handler:           s.mux,
-		Protocols:         protocols,
-		HTTP2:             &http.HTTP2Config{MaxConcurrentStreams: s.config.MaxConcurrentStreams},
+		Handler:   s.handler,
+		Protocols: protocols,
+		TLSConfig: s.config.TLS,
+		HTTP2: &http.HTTP2Config{
+			MaxConcurrentStreams: s.config.MaxConcurrentStreams,
+			// Finds peers that are gone while a stream has nothing to say.
+			SendPingTimeout: pingAfter, PingTimeout: pingTimeout,
+		},
+		MaxHeaderBytes:    s.config.MaxHeaderBytes,
 		ReadHeaderTimeout: s.config.ReadHeaderTimeout,
 		IdleTimeout:       s.config.IdleTimeout,
 		BaseContext:       func(net.Listener) context.Context { return requests },
