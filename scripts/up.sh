@@ -15,7 +15,13 @@ as() {
 
 eval "$($stack up)"
 bin/orders migrate
-LISTEN=$api POSTGRES_URL=$(as app_api) $stack daemon api -- bin/orders api
+# One key for whoever tries it out; the service keeps its hash only.
+keys=.stack/dev/api-keys key_file=.stack/dev/api-key
+if [ ! -s "$keys" ] || [ ! -s "$key_file" ]; then
+  made=$(bin/orders apikey new dev customer operator)
+  (umask 077; awk '$1 == "line:" { print $2 }' <<<"$made" >"$keys"; awk '$1 == "key:" { print $2 }' <<<"$made" >"$key_file")
+fi
+LISTEN=$api POSTGRES_URL=$(as app_api) API_KEYS_FILE=$keys $stack daemon api -- bin/orders api
 LISTEN=$relay POSTGRES_URL=$(as app_relay) $stack daemon relay -- bin/orders relay
 LISTEN=$consumer POSTGRES_URL=$(as app_consumer) $stack daemon consumer -- bin/orders consumer
 for address in $api $relay $consumer; do
@@ -30,7 +36,7 @@ done
 
 cat <<TEXT
 
-API        http://$api     (Connect, gRPC and gRPC-Web, without TLS)
+API        http://$api     (Connect, gRPC and gRPC-Web, without TLS; API key in $key_file)
 readiness  http://$api/readyz, http://$relay/readyz, http://$consumer/readyz
 Postgres   $POSTGRES_URL
 RabbitMQ   $AMQP_URL   console: $RABBITMQ_MANAGEMENT_URL
@@ -38,9 +44,10 @@ logs       .stack/dev/log
 
 Try it:
 
-  curl -d '{"sku":"apple","total":10}' -H 'Content-Type: application/json' http://$api/orders.v1.OrderService/SetStock
-  curl -d '{"orderId":"0190c0de-0000-7000-8000-000000000001","customerId":"ann","lines":[{"sku":"apple","quantity":2}]}' -H 'Content-Type: application/json' http://$api/orders.v1.OrderService/PlaceOrder
-  curl -d '{"orderId":"0190c0de-0000-7000-8000-000000000001"}' -H 'Content-Type: application/json' http://$api/orders.v1.OrderService/GetOrder
+  key='X-Api-Key: $(cat "$key_file")' json='Content-Type: application/json'
+  curl -d '{"sku":"apple","total":10}' -H "\$key" -H "\$json" http://$api/orders.v1.OrderService/SetStock
+  curl -d '{"orderId":"0190c0de-0000-7000-8000-000000000001","customerId":"ann","lines":[{"sku":"apple","quantity":2}]}' -H "\$key" -H "\$json" http://$api/orders.v1.OrderService/PlaceOrder
+  curl -d '{"orderId":"0190c0de-0000-7000-8000-000000000001"}' -H "\$key" -H "\$json" http://$api/orders.v1.OrderService/GetOrder
 
 make down stops it all.
 TEXT

@@ -96,7 +96,7 @@ func (d *demo) start(ctx context.Context) (err error) {
 
 // runLoad places the orders and does the damage meanwhile, then waits until all has come to rest.
 func (d *demo) runLoad(ctx context.Context) error {
-	d.load = newLoad("http://"+d.fleet.addr("api"), newPlan(d.flags.Orders), d.flags.Rate)
+	d.load = newLoad("http://"+d.fleet.addr("api"), d.fleet.apiKey, newPlan(d.flags.Orders), d.flags.Rate)
 	defer d.load.close()
 	if err := d.load.stockUp(ctx); err != nil {
 		return err

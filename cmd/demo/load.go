@@ -47,21 +47,32 @@ type load struct {
 	acked []string // IDs of acknowledged orders
 }
 
-func newLoad(url string, plan plan, rate int) *load {
+func newLoad(url, apiKey string, plan plan, rate int) *load {
 	return &load{plan: plan, rate: rate, protocols: []*protocol{
-		newProtocol("Connect", url, false),
-		newProtocol("gRPC", url, true, connecthttp.WithGRPC()),
-		newProtocol("gRPC-Web", url, false, connecthttp.WithGRPCWeb()),
+		newProtocol("Connect", url, apiKey, false),
+		newProtocol("gRPC", url, apiKey, true, connecthttp.WithGRPC()),
+		newProtocol("gRPC-Web", url, apiKey, false, connecthttp.WithGRPCWeb()),
 	}}
 }
 
-func newProtocol(name, url string, http2 bool, options ...connecthttp.Option) *protocol {
+func newProtocol(name, url, apiKey string, http2 bool, options ...connecthttp.Option) *protocol {
 	protocols := new(http.Protocols)
 	protocols.SetHTTP1(!http2)
 	protocols.SetUnencryptedHTTP2(http2)
 	client := &http.Client{Transport: &http.Transport{Protocols: protocols, MaxIdleConnsPerHost: 3 * workers}}
 	transport := connecthttp.NewTransport(client, url, options...)
-	return &protocol{name: name, http: client, client: ordersv1connect.NewOrderServiceClient(connect.NewClient(transport))}
+	return &protocol{name: name, http: client, client: ordersv1connect.NewOrderServiceClient(connect.NewClient(transport, withKey(apiKey)))}
+}
+
+// withKey sends the API key with each call.
+func withKey(apiKey string) connect.ClientInterceptor {
+	return func(next connect.ClientFunc) connect.ClientFunc {
+		return func(ctx context.Context, spec connect.Spec) (connect.ClientStream, error) {
+			info, _ := connect.CallInfoForClientContext(ctx)
+			info.RequestHeader().Set("x-api-key", apiKey)
+			return next(ctx, spec)
+		}
+	}
 }
 
 func (l *load) close() {

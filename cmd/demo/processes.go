@@ -19,6 +19,7 @@ import (
 	"syscall"
 	"time"
 
+	"example.com/orders/internal/auth"
 	"example.com/orders/internal/rabbit"
 )
 
@@ -48,6 +49,7 @@ type fleet struct {
 	dir    string // of logs
 	env    []string
 	own    map[string][]string // of each process alone: how it logs in
+	apiKey string              // of the load
 	addrs  map[string]string
 	fail   context.CancelCauseFunc // called when a process ends that should not
 	starts chan func()
@@ -66,9 +68,15 @@ type process struct {
 }
 
 func newFleet(binary, dir string, box *sandbox, fail context.CancelCauseFunc) (*fleet, error) {
+	apiKey, line, err := auth.NewKey("demo", []string{"customer", "operator"})
+	if err != nil {
+		return nil, err
+	}
 	f := &fleet{
-		binary: binary, dir: dir, fail: fail, addrs: map[string]string{}, running: map[string]*process{},
-		env:    append(withoutService(os.Environ()), "RELAY_LEASE="+relayLease, "TOPOLOGY=given"),
+		binary: binary, dir: dir, fail: fail, apiKey: apiKey, addrs: map[string]string{}, running: map[string]*process{},
+		env: append(withoutService(os.Environ()), "RELAY_LEASE="+relayLease, "TOPOLOGY=given",
+			// One caller stands for all customers, so the limit of one is not its own.
+			"API_KEYS="+line, "CALLER_RATE=0", "CALLER_CONCURRENCY=0"),
 		own:    map[string][]string{"migrate": {"POSTGRES_URL=" + box.postgresURL}, "topology": {"AMQP_URL=" + box.direct}},
 		starts: make(chan func()),
 	}
@@ -92,7 +100,10 @@ func newFleet(binary, dir string, box *sandbox, fail context.CancelCauseFunc) (*
 
 // withoutService drops the service's own settings: the processes run with their defaults.
 func withoutService(environ []string) []string {
-	prefixes := []string{"LISTEN=", "EXCHANGE=", "LOG_", "RELAY_", "CONSUMER_", "POSTGRES_", "AMQP_URL=", "TOPOLOGY="}
+	prefixes := []string{
+		"LISTEN=", "EXCHANGE=", "LOG_", "RELAY_", "CONSUMER_", "POSTGRES_", "AMQP_URL=", "TOPOLOGY=",
+		"API_KEYS", "JWT_", "TLS_", "CALLER_", "CORS_", "INSECURE_", "HTTP_MAX_CONNS=", "READ_MAX_BYTES=",
+	}
 	return slices.DeleteFunc(environ, func(entry string) bool {
 		return slices.ContainsFunc(prefixes, func(prefix string) bool { return strings.HasPrefix(entry, prefix) })
 	})

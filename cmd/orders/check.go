@@ -65,7 +65,12 @@ func (f *consumerFlags) check() error {
 
 // Validate is called by kong, for commands only: each checks the flags that it embeds.
 
-func (c *apiCommand) Validate() error { return firstOf(&c.databaseFlags, &c.apiFlags) }
+func (c *apiCommand) Validate() error {
+	if c.PostgresURL == "" {
+		return nil // kong names all that is missing, but only if nothing else is wrong
+	}
+	return firstOf(&c.databaseFlags, &c.apiFlags, &c.edgeFlags)
+}
 func (c *relayCommand) Validate() error {
 	return firstOf(&c.databaseFlags, &c.brokerFlags, &c.relayFlags)
 }
@@ -73,7 +78,10 @@ func (c *consumerCommand) Validate() error {
 	return firstOf(&c.databaseFlags, &c.brokerFlags, &c.consumerFlags)
 }
 func (c *allCommand) Validate() error {
-	return firstOf(&c.databaseFlags, &c.apiFlags, &c.brokerFlags, &c.relayFlags, &c.consumerFlags)
+	if c.PostgresURL == "" || c.AMQPURL == "" {
+		return nil
+	}
+	return firstOf(&c.databaseFlags, &c.apiFlags, &c.brokerFlags, &c.relayFlags, &c.consumerFlags, &c.edgeFlags)
 }
 
 // firstOf returns the first error, so that it is one line.

@@ -3,6 +3,8 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -42,6 +44,7 @@ type cli struct {
 	Dead        deadCommand        `cmd:"" help:"Look after dead letters: messages that could not be published or applied."`
 	Trace       traceCommand       `cmd:"" help:"Follow one message."`
 	Doctor      doctorCommand      `cmd:"" help:"Check the database, the broker and the service; exit 1 if something is wrong."`
+	APIKey      apiKeyCommand      `cmd:"" name:"apikey" help:"Make an API key."`
 	Healthcheck healthcheckCommand `cmd:"" help:"Ask a running process whether it is ready; exit 1 if not."`
 	Version     versionCommand     `cmd:"" help:"Print the version."`
 }
@@ -79,6 +82,7 @@ type apiCommand struct {
 	Listen listenAddress `env:"LISTEN" default:"127.0.0.1:8080" help:"Address to serve on."`
 	databaseFlags
 	apiFlags
+	edgeFlags
 }
 
 type relayCommand struct {
@@ -99,13 +103,16 @@ type allCommand struct {
 	Listen listenAddress `env:"LISTEN" default:"127.0.0.1:8080" help:"Address to serve on."`
 	databaseFlags
 	apiFlags
+	edgeFlags
 	brokerFlags
 	relayFlags
 	consumerFlags
 }
 
 func (c *apiCommand) Run(ctx context.Context) error {
-	return app.RunAPI(ctx, appConfig(c.Listen, c.databaseFlags, c.apiFlags, brokerFlags{}, relayFlags{}, consumerFlags{}))
+	config := appConfig(c.Listen, c.databaseFlags, c.apiFlags, brokerFlags{}, relayFlags{}, consumerFlags{})
+	config.Edge = c.edgeFlags.config()
+	return app.RunAPI(ctx, config)
 }
 
 func (c *relayCommand) Run(ctx context.Context) error {
@@ -117,7 +124,9 @@ func (c *consumerCommand) Run(ctx context.Context) error {
 }
 
 func (c *allCommand) Run(ctx context.Context) error {
-	return app.RunAll(ctx, appConfig(c.Listen, c.databaseFlags, c.apiFlags, c.brokerFlags, c.relayFlags, c.consumerFlags))
+	config := appConfig(c.Listen, c.databaseFlags, c.apiFlags, c.brokerFlags, c.relayFlags, c.consumerFlags)
+	config.Edge = c.edgeFlags.config()
+	return app.RunAll(ctx, config)
 }
 
 func appConfig(listen listenAddress, db databaseFlags, api apiFlags, broker brokerFlags, relay relayFlags, consumer consumerFlags) app.Config {
@@ -177,6 +186,8 @@ func (c *migrateCommand) Run(ctx context.Context) error {
 type healthcheckCommand struct {
 	URL     string        `arg:"" optional:"" default:"http://127.0.0.1:8080/readyz" help:"The process's readiness URL."`
 	Timeout time.Duration `default:"3s" help:"How long to wait for the answer."`
+	CA      []byte        `name:"tls-ca" type:"filecontent" env:"HEALTHCHECK_CA" help:"Authorities (PEM) to trust with an https URL. Default: the system's."`
+	Name    string        `name:"tls-server-name" env:"HEALTHCHECK_SERVER_NAME" help:"Name that the certificate must have. Default: the URL's host."`
 }
 
 func (c *healthcheckCommand) Run(ctx context.Context) error {
@@ -186,7 +197,11 @@ func (c *healthcheckCommand) Run(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("health check: %w", err)
 	}
-	response, err := http.DefaultClient.Do(request)
+	client, err := c.client()
+	if err != nil {
+		return fmt.Errorf("health check: %w", err)
+	}
+	response, err := client.Do(request)
 	if err != nil {
 		return fmt.Errorf("health check: %w", err)
 	}
@@ -195,6 +210,17 @@ func (c *healthcheckCommand) Run(ctx context.Context) error {
 		return fmt.Errorf("%s is not ready: %s", c.URL, response.Status)
 	}
 	return nil
+}
+
+func (c *healthcheckCommand) client() (*http.Client, error) {
+	config := &tls.Config{ServerName: c.Name}
+	if len(c.CA) > 0 {
+		config.RootCAs = x509.NewCertPool()
+		if !config.RootCAs.AppendCertsFromPEM(c.CA) {
+			return nil, errors.New("--tls-ca: no certificate in the file")
+		}
+	}
+	return &http.Client{Transport: &http.Transport{TLSClientConfig: config}}, nil
 }
 
 type versionCommand struct{}
@@ -244,7 +270,7 @@ func fail(status int, text string) {
 
 // withoutSecrets keeps the values of variables that hold passwords out of error texts: kong quotes the value that it could not use.
 func withoutSecrets(text string) string {
-	for _, name := range []string{"POSTGRES_URL", "POSTGRES_LISTEN_URL", "AMQP_URL"} {
+	for _, name := range []string{"POSTGRES_URL", "POSTGRES_LISTEN_URL", "AMQP_URL", "API_KEYS"} {
 		if value := os.Getenv(name); value != "" {
 			text = strings.ReplaceAll(text, fmt.Sprintf("%q", value), "…")
 			text = strings.ReplaceAll(text, value, "…")

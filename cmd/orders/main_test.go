@@ -6,6 +6,7 @@ import (
 	"errors"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"sync"
 	"testing"
@@ -31,6 +32,7 @@ var binary = sync.OnceValue(func() string {
 const (
 	goodPostgres = "POSTGRES_URL=postgres://u:hunter2@127.0.0.1:1/orders"
 	goodAMQP     = "AMQP_URL=amqp://u:hunter2@127.0.0.1:1/"
+	goodKeys     = "ann:customer:0000000000000000000000000000000000000000000000000000000000000000"
 )
 
 // call runs the program with nothing but the given environment.
@@ -106,11 +108,26 @@ func TestWrongSettingsAreNamedInOneLine(t *testing.T) {
 		"trace of nothing":        {"", "trace", "<message-id>"},
 		"doctor's exchange":       {"EXCHANGE=amq.fanout", "doctor", "--exchange"},
 		"doctor's listen url":     {"POSTGRES_LISTEN_URL=mysql://u:hunter2@h", "doctor", "--postgres-listen-url"},
+		"nobody could call":       {"API_KEYS=", "api", "--insecure-no-auth"},
+		"nobody could call all":   {"API_KEYS=", "all", "--insecure-no-auth"},
+		"keys and no auth":        {"INSECURE_NO_AUTH=true", "api", "--insecure-no-auth"},
+		"half of the tokens":      {"JWT_ISSUER=https://issuer.example", "api", "--jwks"},
+		"keys twice":              {"API_KEYS_FILE=keys", "api", "--api-keys"},
+		"certificate without key": {"TLS_CERT=cert.pem", "all", "--tls-key"},
+		"client CA without TLS":   {"TLS_CLIENT_CA=ca.pem", "api", "--tls-client-ca"},
+		"client CA missing":       {"TLS_CLIENT_REQUIRED=true", "api", "--tls-client-required"},
+		"caller rate":             {"CALLER_RATE=NaN", "api", "--caller-rate"},
+		"caller burst":            {"CALLER_BURST=0", "api", "--caller-burst"},
+		"caller concurrency":      {"CALLER_CONCURRENCY=-1", "api", "--caller-concurrency"},
+		"message size":            {"READ_MAX_BYTES=1", "api", "--read-max-bytes"},
+		"http connections":        {"HTTP_MAX_CONNS=0", "api", "--http-max-conns"},
+		"any origin":              {"CORS_ORIGINS=*", "api", "--cors-origins"},
+		"origin with a path":      {"CORS_ORIGINS=https://a.example/b", "api", "--cors-origins"},
 		"health check timeout":    {"", "healthcheck --timeout=soon", "--timeout"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			environment := []string{goodPostgres, goodAMQP}
+			environment := []string{goodPostgres, goodAMQP, "API_KEYS=" + goodKeys}
 			if one.environment != "" {
 				environment = append(environment, one.environment) // the last one counts
 			}
@@ -156,6 +173,33 @@ func TestFailuresAreOneLineToo(t *testing.T) {
 		if status != 1 || strings.Count(stderr, "\n") != 1 || strings.Contains(stderr, "hunter2") {
 			t.Errorf("%s: exit status %d, %q", command, status, stderr)
 		}
+	}
+}
+
+// What flags alone cannot show is found at the start, likewise.
+func TestUnusableFilesAreNamedInOneLine(t *testing.T) {
+	t.Parallel()
+	for environment, names := range map[string]string{
+		"API_KEYS_FILE=/does/not/exist":                           "/does/not/exist",
+		"API_KEYS=ann.hunter2":                                    "API key on line 1",
+		"JWT_JWKS=http://h.example/ JWT_ISSUER=i JWT_AUDIENCE=a":  "JWKS",
+		"TLS_CERT=/does/not/exist TLS_KEY=x API_KEYS=" + goodKeys: "/does/not/exist",
+	} {
+		status, _, stderr := call(t, append([]string{goodPostgres}, strings.Fields(environment)...), "api")
+		if status != 1 || strings.Count(stderr, "\n") != 1 || !strings.Contains(stderr, names) || strings.Contains(stderr, "hunter2") {
+			t.Errorf("%s: exit status %d, %q", environment, status, stderr)
+		}
+	}
+}
+
+func TestAPIKeyIsShownOnceAndKeptAsAHash(t *testing.T) {
+	t.Parallel()
+	status, stdout, _ := call(t, nil, "apikey", "new", "ann", "customer", "operator")
+	if status != 0 || !regexp.MustCompile(`^key:  ann\.[A-Z2-7]{26} .*\nline: ann:customer,operator:[0-9a-f]{64} .*\n$`).MatchString(stdout) {
+		t.Errorf("exit status %d, output %q", status, stdout)
+	}
+	if status, _, stderr := call(t, nil, "apikey", "new", "a:b", "customer"); status != 1 || strings.Count(stderr, "\n") != 1 {
+		t.Errorf("exit status %d, %q", status, stderr)
 	}
 }
 

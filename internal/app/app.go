@@ -45,6 +45,8 @@ type Config struct {
 	Version string
 	// Spans takes the spans in place of the collector that the environment names: for tests.
 	Spans sdktrace.SpanExporter
+	// Edge is who may call the API.
+	Edge Edge
 
 	// domain makes what the service is about. Default newDomain; the core's tests bring their own, for the example will be deleted.
 	domain func(db *pgxpool.Pool, out *outbox.Writer) domain
@@ -73,6 +75,7 @@ func RunAll(ctx context.Context, config Config) error {
 // process is what the parts of one process share.
 type process struct {
 	config    Config
+	edge      *edge
 	name      string
 	telemetry *telemetry.Providers
 	db        *pgxpool.Pool
@@ -94,6 +97,10 @@ const relayConns = 8
 type part func(p *process, ctx context.Context)
 
 func run(ctx context.Context, config Config, name string, parts ...part) error {
+	edge, err := newEdge(config.Edge)
+	if err != nil {
+		return err
+	}
 	tell, err := telemetry.Start(ctx, telemetry.Config{Service: ServiceName, Process: name, Version: config.Version, Exporter: config.Spans})
 	if err != nil {
 		return err
@@ -103,7 +110,7 @@ func run(ctx context.Context, config Config, name string, parts ...part) error {
 			slog.WarnContext(ctx, "last spans not exported", "error", err)
 		}
 	}()
-	p := &process{config: config, name: name, telemetry: tell}
+	p := &process{config: config, edge: edge, name: name, telemetry: tell}
 	if err := p.openPools(ctx); err != nil {
 		return err
 	}
@@ -185,6 +192,7 @@ func (p *process) needBroker() {
 }
 
 func (p *process) startAPI(ctx context.Context) {
+	p.startEdge(ctx)
 	p.serve(ctx, p.domain.register)
 	p.group.Go(func() error { p.gate.Run(ctx); return nil })
 }
@@ -193,9 +201,7 @@ func (p *process) startHealth(ctx context.Context) { p.serve(ctx) }
 
 // serve serves the given services, health and metrics.
 func (p *process) serve(ctx context.Context, register ...func(*connect.Server)) {
-	server := rpcserver.New(rpcserver.Config{
-		Addr: p.config.Addr, Checks: p.checks, MeterProvider: p.telemetry.Meter, TracerProvider: p.telemetry.Tracer,
-	}, register...)
+	server := p.newServer(register...)
 	server.Handle("GET /metrics", p.telemetry.Metrics)
 	p.group.Go(func() error { return server.Run(ctx) })
 }

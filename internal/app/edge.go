@@ -1,0 +1,104 @@
+package app
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"log/slog"
+	"time"
+
+	"connectrpc.com/connect/v2"
+	"example.com/orders/internal/auth"
+	"example.com/orders/internal/rpcserver"
+)
+
+// Edge says who may call, and what a call may cost. The zero value lets nobody in.
+type Edge struct {
+	// JWKS is the URL or file of the keys that tokens are signed with; "" accepts no tokens. Tokens says which ones.
+	JWKS   string
+	Tokens auth.TokenConfig
+	// APIKeysFile is a file of lines that auth.Keys documents, APIKeys are such lines themselves.
+	APIKeysFile, APIKeys string
+	// NoAuth lets everybody do everything.
+	NoAuth bool
+	Limit  rpcserver.LimitConfig
+	// TLS without a certificate is plain HTTP. Its client certificates count as credentials.
+	TLS rpcserver.TLSFiles
+	// Origins, ReadMaxBytes and MaxConns are those of rpcserver.Config.
+	Origins      []string
+	ReadMaxBytes int
+	MaxConns     int
+}
+
+// edge is what an Edge opens.
+type edge struct {
+	Edge
+	tls  *tls.Config
+	keys *auth.KeySet // nil without tokens
+	// interceptors are for every transport.
+	interceptors []connect.ServerInterceptor
+}
+
+func newEdge(config Edge) (*edge, error) {
+	e := &edge{Edge: config}
+	accepts := auth.Config{Off: config.NoAuth, Certificates: config.TLS.ClientCA != ""}
+	var err error
+	if config.JWKS != "" {
+		if e.keys, err = auth.NewKeySet(config.JWKS); err != nil {
+			return nil, err
+		}
+		if accepts.Tokens, err = auth.NewTokens(config.Tokens, e.keys); err != nil {
+			return nil, err
+		}
+	}
+	switch {
+	case config.APIKeysFile != "" && config.APIKeys != "":
+		return nil, errors.New("API keys come from a file or from a variable, not from both")
+	case config.APIKeysFile != "":
+		accepts.Keys, err = auth.ReadKeys(config.APIKeysFile)
+	case config.APIKeys != "":
+		accepts.Keys, err = auth.ParseKeys(config.APIKeys)
+	}
+	if err != nil {
+		return nil, err
+	}
+	if config.TLS.Cert != "" {
+		if e.tls, err = rpcserver.LoadTLS(config.TLS); err != nil {
+			return nil, err
+		}
+	}
+	log := slog.Default()
+	e.interceptors = []connect.ServerInterceptor{auth.Identify(accepts), rpcserver.Limit(config.Limit), auth.Authorize(log)}
+	return e, nil
+}
+
+// newServer makes the server of the API, or, without services, of health checks. Both are closed to strangers in the same way.
+func (p *process) newServer(services ...func(*connect.Server)) *rpcserver.Server {
+	return rpcserver.New(rpcserver.Config{
+		Addr: p.config.Addr, Checks: p.checks, Interceptors: p.edge.interceptors,
+		MeterProvider: p.telemetry.Meter, TracerProvider: p.telemetry.Tracer,
+		TLS: p.edge.tls, Origins: p.edge.Origins, ReadMaxBytes: p.edge.ReadMaxBytes, MaxConns: p.edge.MaxConns,
+	}, services...)
+}
+
+// startEdge runs what the edge needs.
+func (p *process) startEdge(ctx context.Context) {
+	if p.edge.keys != nil {
+		p.group.Go(func() error { p.edge.keys.Run(ctx); return nil })
+	}
+	if p.edge.NoAuth {
+		p.group.Go(func() error { warnOfNoAuth(ctx); return nil })
+	}
+}
+
+// warnOfNoAuth says every minute what nobody should be able to overlook.
+func warnOfNoAuth(ctx context.Context) {
+	for {
+		slog.WarnContext(ctx, "AUTHENTICATION IS OFF: whoever reaches this port may call everything. Never do this in production.")
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(time.Minute):
+		}
+	}
+}

@@ -1,0 +1,278 @@
+package app
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"connectrpc.com/connect/v2"
+	"connectrpc.com/connect/v2/connecthttp"
+	"example.com/orders/internal/auth"
+	authv1 "example.com/orders/internal/gen/auth/v1"
+	"example.com/orders/internal/outbox"
+	"example.com/orders/internal/rpcserver"
+	"example.com/orders/internal/telemetry"
+	"example.com/orders/internal/testenv"
+	"github.com/jackc/pgx/v5/pgxpool"
+	"google.golang.org/protobuf/reflect/protoreflect"
+	"google.golang.org/protobuf/types/dynamicpb"
+	"google.golang.org/protobuf/types/known/emptypb"
+)
+
+// api is the API as it is served, with the real domain.
+type api struct {
+	url    string
+	server *rpcserver.Server
+	db     *pgxpool.Pool
+}
+
+func startAPI(t *testing.T, config Edge, more ...func(*connect.Server)) *api {
+	t.Helper()
+	edge, err := newEdge(config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	db := testenv.Postgres(t)
+	p := &process{edge: edge, telemetry: new(telemetry.Providers), domain: newDomain(db, outbox.NewWriter(db, nil, nil))}
+	a := &api{db: db, server: p.newServer(append(more, p.domain.register)...)}
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	a.url = "http://" + listener.Addr().String()
+	ctx, stop := context.WithCancel(t.Context())
+	served := make(chan error, 1)
+	go func() { served <- a.server.Serve(ctx, listener) }()
+	t.Cleanup(func() {
+		stop()
+		if err := <-served; err != nil {
+			t.Error(err)
+		}
+	})
+	return a
+}
+
+func newHTTPClient(t *testing.T, http2 bool) *http.Client {
+	protocols := new(http.Protocols)
+	protocols.SetHTTP1(!http2)
+	protocols.SetUnencryptedHTTP2(http2)
+	transport := &http.Transport{Protocols: protocols}
+	t.Cleanup(transport.CloseIdleConnections)
+	return &http.Client{Transport: transport}
+}
+
+// apiKeys makes a key for each role and one for none, and the lines that the service keeps.
+func apiKeys(t *testing.T, roles ...string) (keys map[string]string, lines string) {
+	t.Helper()
+	keys = make(map[string]string)
+	for _, role := range roles {
+		key, line, err := auth.NewKey(role, []string{role})
+		if err != nil {
+			t.Fatal(err)
+		}
+		keys[role] = key
+		lines += line + "\n"
+	}
+	return keys, lines
+}
+
+// protocols are all ways in over HTTP. Those with get are for procedures without side effects only.
+var protocols = []struct {
+	name       string
+	http2, get bool
+	options    []connecthttp.Option
+}{
+	{"Connect", false, false, nil},
+	{"Connect over HTTP/2", true, false, nil},
+	{"Connect with JSON", false, false, []connecthttp.Option{connecthttp.WithProtoJSON()}},
+	{"Connect GET", false, true, []connecthttp.Option{connecthttp.WithHTTPGet()}},
+	{"Connect GET with JSON", true, true, []connecthttp.Option{connecthttp.WithHTTPGet(), connecthttp.WithProtoJSON()}},
+	{"gRPC", true, false, []connecthttp.Option{connecthttp.WithGRPC()}},
+	{"gRPC with JSON", true, false, []connecthttp.Option{connecthttp.WithGRPC(), connecthttp.WithProtoJSON()}},
+	{"gRPC-Web", false, false, []connecthttp.Option{connecthttp.WithGRPCWeb()}},
+	{"gRPC-Web over HTTP/2", true, false, []connecthttp.Option{connecthttp.WithGRPCWeb()}},
+}
+
+// codeOf calls a procedure with an empty message and some headers, and returns the code of the answer; 0 is OK.
+func codeOf(t *testing.T, transport connect.Transport, spec connect.Spec, header map[string]string) connect.Code {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+	defer cancel()
+	ctx, info := connect.NewClientContext(ctx)
+	for name, value := range header {
+		info.RequestHeader().Set(name, value)
+	}
+	var in, out any = new(emptypb.Empty), new(emptypb.Empty)
+	if method, ok := spec.Schema.(protoreflect.MethodDescriptor); ok {
+		in, out = dynamicpb.NewMessage(method.Input()), dynamicpb.NewMessage(method.Output())
+	}
+	stream, err := connect.NewClient(transport).CallClientStream(ctx, spec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer stream.Close()
+	if err := stream.Send(in); err != nil && !errors.Is(err, io.EOF) {
+		t.Fatal(err)
+	}
+	_ = stream.CloseSend() // an error comes again from Receive
+	if err := stream.Receive(out); err != nil && !errors.Is(err, io.EOF) {
+		return connect.CodeOf(err)
+	}
+	return 0
+}
+
+var undeclared = connect.Spec{Procedure: "/probe.v1.Probe/Undeclared", StreamType: connect.StreamTypeUnary}
+
+func registerUndeclared(s *connect.Server) {
+	s.Register(connect.Method{Spec: undeclared, Handler: func(_ context.Context, _ connect.Spec, stream connect.ServerStream) error {
+		return stream.Send(new(emptypb.Empty))
+	}})
+}
+
+// Each procedure, over each protocol, is open to whom its proto file says, and to nobody else.
+func TestAccess(t *testing.T) {
+	t.Parallel()
+	roles := map[string]bool{"stranger": true}
+	for spec := range startAPI(t, Edge{}).server.Specs() {
+		for _, role := range auth.AccessTo(spec).GetRoles() {
+			roles[role] = true
+		}
+	}
+	var names []string
+	for role := range roles {
+		names = append(names, role)
+	}
+	keys, lines := apiKeys(t, names...)
+	a := startAPI(t, Edge{APIKeys: lines}, registerUndeclared)
+	for _, protocol := range protocols {
+		t.Run(protocol.name, func(t *testing.T) {
+			t.Parallel()
+			transport := connecthttp.NewTransport(newHTTPClient(t, protocol.http2), a.url, protocol.options...)
+			procedures := 0
+			for spec := range a.server.Specs() {
+				if protocol.get && spec.IdempotencyLevel != connect.IdempotencyNoSideEffects ||
+					!protocol.http2 && spec.StreamType == connect.StreamTypeBidi {
+					continue
+				}
+				procedures++
+				access := auth.AccessTo(spec)
+				check := func(who string, header map[string]string, want connect.Code) {
+					t.Helper()
+					code := codeOf(t, transport, spec, header)
+					denied := code == connect.CodeUnauthenticated || code == connect.CodePermissionDenied
+					if want == 0 && denied || want != 0 && code != want {
+						t.Errorf("%s %s: %s, want %s (0 for allowed)", who, spec.Procedure, code, want)
+					}
+				}
+				check("nobody calls", nil, wantCode(access, ""))
+				check("with a wrong key,", map[string]string{"x-api-key": keys["stranger"] + "x"}, connect.CodeUnauthenticated)
+				check("with a wrong token,", map[string]string{"authorization": "Bearer e30.e30."}, connect.CodeUnauthenticated)
+				check("with basic authentication,", map[string]string{"authorization": "Basic YTpi"}, connect.CodeUnauthenticated)
+				check("with two credentials,", map[string]string{"x-api-key": keys["stranger"], "authorization": "Bearer x"}, connect.CodeUnauthenticated)
+				for role, key := range keys {
+					check(role+" calls", map[string]string{"x-api-key": key}, wantCode(access, role))
+				}
+			}
+			if procedures < 3 {
+				t.Errorf("only %d procedures were tried", procedures)
+			}
+		})
+	}
+}
+
+func wantCode(access *authv1.Access, role string) connect.Code {
+	switch {
+	case access.GetPublic():
+		return 0
+	case role == "":
+		return connect.CodeUnauthenticated
+	case access.GetAuthenticated(), slices.Contains(access.GetRoles(), role):
+		return 0
+	}
+	return connect.CodePermissionDenied
+}
+
+// What is served says who may call it: otherwise it is closed, as TestAccess shows, and the mistake is found here.
+func TestEveryProcedureDeclaresAccess(t *testing.T) {
+	t.Parallel()
+	for spec := range startAPI(t, Edge{}).server.Specs() {
+		access := auth.AccessTo(spec)
+		if access.GetPublic() && (access.GetAuthenticated() || len(access.GetRoles()) > 0) {
+			t.Errorf("%s is public and yet asks for something", spec.Procedure)
+		}
+		if !access.GetPublic() && !access.GetAuthenticated() && len(access.GetRoles()) == 0 {
+			t.Errorf("%s has no option (auth.v1.access)", spec.Procedure)
+		}
+	}
+}
+
+// A path that is spelled in another way leads past no check.
+func TestPathTricks(t *testing.T) {
+	t.Parallel()
+	a := startAPI(t, Edge{}, registerUndeclared)
+	client := newHTTPClient(t, false)
+	for spec := range a.server.Specs() {
+		if auth.AccessTo(spec).GetPublic() {
+			continue
+		}
+		p := spec.Procedure
+		for _, path := range []string{
+			"/" + p, p + "/", p + "//", "/." + p, "/x/.." + p, "/%2e" + p, strings.ToLower(p), strings.ToUpper(p), strings.Replace(p, "/", "/%2f", 1),
+			"/" + strings.Replace(p[1:], "/", "%2f", 1), p + "%00", p + ";x", p + "?connect=v1&encoding=json&message=%7B%7D", p + ".json", `\` + p[1:],
+		} {
+			for _, method := range []string{http.MethodPost, http.MethodGet, http.MethodPut, http.MethodOptions, http.MethodHead, "post"} {
+				req, err := http.NewRequestWithContext(t.Context(), method, a.url, strings.NewReader("{}"))
+				if err != nil {
+					t.Fatal(err)
+				}
+				path, query, _ := strings.Cut(path, "?")
+				req.URL.Opaque, req.URL.RawQuery = path, query // goes out as it is
+				if strings.HasPrefix(path, "//") {
+					req.URL.Opaque = "//" + req.URL.Host + path
+				}
+				req.Header.Set("Content-Type", "application/json")
+				res, err := client.Do(req)
+				if err != nil {
+					continue // not even HTTP
+				}
+				res.Body.Close()
+				if res.StatusCode < 300 {
+					t.Errorf("%s %s: %s", method, path, res.Status)
+				}
+			}
+		}
+	}
+}
+
+// The switch for development opens everything, and nobody can overlook it.
+func TestNoAuth(t *testing.T) {
+	t.Parallel()
+	a := startAPI(t, Edge{NoAuth: true})
+	transport := connecthttp.NewTransport(newHTTPClient(t, true), a.url)
+	for spec := range a.server.Specs() {
+		if code := codeOf(t, transport, spec, nil); code == connect.CodeUnauthenticated || code == connect.CodePermissionDenied {
+			t.Errorf("%s: %s", spec.Procedure, code)
+		}
+	}
+}
+
+// Relay and consumer answer health checks, and nothing else.
+func TestHealthServersAreClosedOtherwise(t *testing.T) {
+	t.Parallel()
+	edge, err := newEdge(Edge{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for spec := range (&process{edge: edge, telemetry: new(telemetry.Providers)}).newServer().Specs() {
+		if access := auth.AccessTo(spec); access.GetPublic() != strings.HasPrefix(spec.Procedure, "/grpc.health.v1.Health/") {
+			t.Errorf("%s: %s", spec.Procedure, fmt.Sprint(access))
+		}
+	}
+}
