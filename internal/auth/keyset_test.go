@@ -59,13 +59,13 @@ func TestKeySetFollowsItsFile(t *testing.T) {
 
 // server answers with what it is told, without a network, so that time can be made up.
 type server struct {
-	answer func() *http.Response
+	answer atomic.Value // func() *http.Response
 	asked  atomic.Int64
 }
 
 func (s *server) RoundTrip(*http.Request) (*http.Response, error) {
 	s.asked.Add(1)
-	return s.answer(), nil
+	return s.answer.Load().(func() *http.Response)(), nil
 }
 
 func answer(status int, body []byte) func() *http.Response {
@@ -81,7 +81,8 @@ func TestKeySetFollowsItsURL(t *testing.T) {
 	t.Parallel()
 	old, next := newIssuer(t), newIssuer(t)
 	synctest.Test(t, func(t *testing.T) {
-		source := &server{answer: answer(http.StatusServiceUnavailable, nil)}
+		source := new(server)
+		source.answer.Store(answer(http.StatusServiceUnavailable, nil))
 		tokens := old.tokensFrom(t, "https://issuer.example/jwks")
 		tokens.keys.client.Transport = source
 		ctx, cancel := context.WithCancel(t.Context())
@@ -107,17 +108,17 @@ func TestKeySetFollowsItsURL(t *testing.T) {
 			}
 		}
 		want("issuer away from the start", old, "ed", connect.CodeUnavailable)
-		source.answer = answer(http.StatusOK, old.jwks)
+		source.answer.Store(answer(http.StatusOK, old.jwks))
 		time.Sleep(refetchAfter)
 		want("issuer there", old, "ed", 0)
 
-		source.answer = answer(http.StatusServiceUnavailable, nil)
+		source.answer.Store(answer(http.StatusServiceUnavailable, nil))
 		time.Sleep(staleAfter)
 		want("issuer away for a while", old, "ed", 0)
 		time.Sleep(2 * time.Minute)
 		want("issuer away for too long", old, "ed", connect.CodeUnavailable)
 
-		source.answer = answer(http.StatusOK, next.jwks)
+		source.answer.Store(answer(http.StatusOK, next.jwks))
 		time.Sleep(refetchAfter)
 		want("new key", next, "ed", 0)
 		want("key that was taken back", old, "ed", connect.CodeUnauthenticated)

@@ -9,8 +9,10 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"log/slog"
 	"net"
 	"strconv"
+	"sync/atomic"
 	"time"
 
 	"github.com/exaring/otelpgx"
@@ -72,6 +74,9 @@ func Open(ctx context.Context, config Config) (*pgxpool.Pool, error) {
 	default:
 		params[idleTimeoutParam] = idle
 	}
+	if parsed.ConnConfig.TLSConfig != nil {
+		parsed.BeforeConnect = reloadTLS(config.URL, parsed.ConnConfig)
+	}
 	if config.GenericPlans && !isPooled(parsed.ConnConfig) {
 		params["plan_cache_mode"] = "force_generic_plan"
 	}
@@ -80,6 +85,23 @@ func Open(ctx context.Context, config Config) (*pgxpool.Pool, error) {
 		return nil, fmt.Errorf("open postgres pool: %w", err)
 	}
 	return pool, nil
+}
+
+// reloadTLS returns a function that reads the files that the URL names anew for each connection: certificates are replaced while the service
+// runs, and pgx reads them once. While the files cannot be used, because only one of two has been replaced, those from before are.
+func reloadTLS(url string, first *pgx.ConnConfig) func(context.Context, *pgx.ConnConfig) error {
+	var usable atomic.Pointer[pgx.ConnConfig]
+	usable.Store(first)
+	return func(ctx context.Context, next *pgx.ConnConfig) error {
+		if fresh, err := pgx.ParseConfig(url); err == nil {
+			usable.Store(fresh)
+		} else {
+			slog.WarnContext(ctx, "certificates for postgres cannot be used; what they held before stays in force", "error", err)
+		}
+		from := usable.Load()
+		next.TLSConfig, next.Fallbacks = from.TLSConfig, from.Fallbacks
+		return nil
+	}
 }
 
 // IsPooled tells whether url goes to a pooler in transaction mode, where nothing that belongs to a session can be relied on: settings,

@@ -75,7 +75,7 @@ func serve(t *testing.T, config rpcserver.Config, register ...func(*connect.Serv
 	ctx, stop := context.WithCancel(t.Context())
 	r := &running{addr: listener.Addr().String(), logs: new(logs), stop: stop, done: make(chan error, 1)}
 	r.url = "http://" + r.addr
-	config.Log = slog.New(slog.NewTextHandler(r.logs, &slog.HandlerOptions{Level: slog.LevelDebug}))
+	config.Log = r.logs.logger()
 	server := rpcserver.New(config, register...)
 	ended := make(chan struct{})
 	go func() {
@@ -151,6 +151,10 @@ func wantError(t *testing.T, err error, code connect.Code, message string) {
 type logs struct {
 	mu   sync.Mutex
 	text bytes.Buffer
+}
+
+func (l *logs) logger() *slog.Logger {
+	return slog.New(slog.NewTextHandler(l, &slog.HandlerOptions{Level: slog.LevelDebug}))
 }
 
 func (l *logs) Write(p []byte) (int, error) {
