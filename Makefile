@@ -23,6 +23,10 @@ test: $(STACK) ## Every test, with the race detector, on real servers
 	@scripts/need.sh promtool prometheus
 	$(STACK) --profile test -- go test -race -count=1 -timeout 10m ./...
 
+FUZZTIME ?= 1m
+fuzz: $(STACK) ## Bad input for every procedure, for FUZZTIME each
+	FUZZTIME=$(FUZZTIME) $(STACK) --profile test -- go test -count=1 -timeout 0 -v -run '^TestBadInput$$' ./internal/app/
+
 lint: ## Static checks, protobuf checks, and that generated code is current
 	scripts/lint.sh
 
@@ -45,4 +49,4 @@ $(STACK): FORCE
 	@go build -o $@ ./cmd/stack
 
 FORCE:
-.PHONY: help demo up down test lint ci bench build generate FORCE
+.PHONY: help demo up down test fuzz lint ci bench build generate FORCE

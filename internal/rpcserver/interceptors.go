@@ -66,7 +66,7 @@ func answerErrors(log *slog.Logger) connect.ServerInterceptor {
 					err = errInternal
 				}
 			}()
-			if err := next(ctx, spec, stream); err != nil {
+			if err := next(ctx, spec, received{stream}); err != nil {
 				answer, level := public(ctx, err)
 				why := slog.Any("error", err)
 				if answer.Code() == connect.CodeInvalidArgument {
@@ -78,6 +78,19 @@ func answerErrors(log *slog.Logger) connect.ServerInterceptor {
 			return nil
 		}
 	}
+}
+
+// received is a stream whose malformed messages are the caller's fault. Connect says internal when what arrives is no frame of its protocol, as
+// gRPC's specification wants; but then a caller could raise alarms at will.
+type received struct{ connect.ServerStream }
+
+func (s received) Receive(message any) error {
+	err := s.ServerStream.Receive(message)
+	var malformed *connect.Error
+	if errors.As(err, &malformed) && (malformed.Code() == connect.CodeInternal || malformed.Code() == connect.CodeUnknown) {
+		return connect.NewError(connect.CodeInvalidArgument, malformed.Message()).WithCause(err)
+	}
+	return err
 }
 
 var errInternal = connect.NewError(connect.CodeInternal, "internal error")
