@@ -67,8 +67,7 @@ func newEdge(config Edge) (*edge, error) {
 			return nil, err
 		}
 	}
-	log := slog.Default()
-	e.interceptors = []connect.ServerInterceptor{auth.Identify(accepts), rpcserver.Limit(config.Limit), auth.Authorize(log)}
+	e.interceptors = []connect.ServerInterceptor{auth.Identify(accepts), rpcserver.Limit(config.Limit), auth.Authorize(slog.Default())}
 	return e, nil
 }
 
@@ -87,14 +86,14 @@ func (p *process) startEdge(ctx context.Context) {
 		p.group.Go(func() error { p.edge.keys.Run(ctx); return nil })
 	}
 	if p.edge.NoAuth {
-		p.group.Go(func() error { warnOfNoAuth(ctx); return nil })
+		p.group.Go(func() error { warnOfNoAuth(ctx, slog.Default()); return nil })
 	}
 }
 
 // warnOfNoAuth says every minute what nobody should be able to overlook.
-func warnOfNoAuth(ctx context.Context) {
+func warnOfNoAuth(ctx context.Context, log *slog.Logger) {
 	for {
-		slog.WarnContext(ctx, "AUTHENTICATION IS OFF: whoever reaches this port may call everything. Never do this in production.")
+		log.WarnContext(ctx, "AUTHENTICATION IS OFF: whoever reaches this port may call everything. Never do this in production.")
 		select {
 		case <-ctx.Done():
 			return

@@ -1,15 +1,18 @@
 package app
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"connectrpc.com/connect/v2"
@@ -261,6 +264,19 @@ func TestNoAuth(t *testing.T) {
 			t.Errorf("%s: %s", spec.Procedure, code)
 		}
 	}
+}
+
+func TestNoAuthIsSaidAgainAndAgain(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		var log bytes.Buffer
+		ctx, cancel := context.WithTimeout(t.Context(), 150*time.Second)
+		defer cancel()
+		warnOfNoAuth(ctx, slog.New(slog.NewTextHandler(&log, nil)))
+		if n := strings.Count(log.String(), "level=WARN"); n != 3 { // at the start, after a minute, after two
+			t.Errorf("said %d times in two and a half minutes:\n%s", n, &log)
+		}
+	})
 }
 
 // Relay and consumer answer health checks, and nothing else.
