@@ -110,6 +110,7 @@ const (
 // watched gives a process a domain of one group and one RPC, that fail with words that quote what they got.
 func watched(config Config) Config {
 	config = probed(config)
+	config.Edge.NoAuth = true // its procedures have no proto file that could open them
 	config.domain = func(*pgxpool.Pool, *outbox.Writer) domain {
 		failing := inbox.NewGroup("failing")
 		inbox.Handle(failing, func(ctx context.Context, tx pgx.Tx, text *wrapperspb.StringValue) error {
