@@ -28,7 +28,7 @@ func TestDoctor(t *testing.T) {
 	}
 	o.says(1, "doctor", `relay +wrong +no relay holds shard 0\n +→ Start a relay`, `orders: 1 check has found something wrong\n$`)
 
-	service := exec.CommandContext(t.Context(), binary(), "all", "--listen=127.0.0.1:0")
+	service := exec.CommandContext(t.Context(), binary(), "all", "--listen=127.0.0.1:0", "--insecure-no-auth")
 	service.Env = append(o.environment, "POSTGRES_URL="+o.Config().ConnString())
 	service.Cancel, service.WaitDelay = func() error { return service.Process.Signal(syscall.SIGTERM) }, 10*time.Second
 	if err := service.Start(); err != nil {
