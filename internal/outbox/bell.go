@@ -3,11 +3,9 @@ package outbox
 import (
 	"context"
 	"fmt"
-	"log/slog"
 	"time"
 
 	"example.com/orders/internal/postgres"
-	"github.com/cenkalti/backoff/v5"
 	"github.com/jackc/pgx/v5"
 )
 
@@ -60,7 +58,7 @@ const notifySQL = `SELECT set_config('synchronous_commit', 'off', true), pg_noti
 
 // Run passes rings on until ctx is done. Failures only cost latency, since the relay polls as well: they are logged and tried again.
 func (b *NotifyBell) Run(ctx context.Context) {
-	withConnection(ctx, b.url, "doorbell", func(conn *pgx.Conn) error {
+	postgres.KeepConnected(ctx, b.url, "doorbell", func(conn *pgx.Conn) error {
 		for {
 			select {
 			case <-ctx.Done():
@@ -83,64 +81,16 @@ func (b *NotifyBell) Run(ctx context.Context) {
 // leaseNews is the payload of a notification that a shard has become free.
 const leaseNews = "lease"
 
-// listen calls hear for every notification from the database at url, until ctx is done; and with "" at its beginning, for whatever was said
-// while nobody listened. The connection must be a direct one: a transaction-mode pooler drops LISTEN silently.
-func listen(ctx context.Context, url string, hear func(payload string)) {
-	withConnection(ctx, url, "listen", func(conn *pgx.Conn) error {
-		if _, err := conn.Exec(ctx, "LISTEN "+channel); err != nil {
-			return err
-		}
-		hear("")
-		for {
-			news, err := conn.WaitForNotification(ctx)
-			if err != nil {
-				return err
-			}
-			hear(news.Payload)
-		}
-	})
-}
-
-// withConnection calls fn with a connection of its own, again and again with backoff, until ctx is done.
-func withConnection(ctx context.Context, url, name string, fn func(conn *pgx.Conn) error) {
-	pause := backoff.NewExponentialBackOff()
-	pause.MaxInterval = 10 * time.Second
-	for ctx.Err() == nil {
-		started := time.Now()
-		err := connectAnd(ctx, url, fn)
-		if ctx.Err() != nil {
-			return
-		}
-		if time.Since(started) > pause.MaxInterval {
-			pause.Reset()
-		}
-		slog.WarnContext(ctx, "doorbell connection lost, polling meanwhile", "purpose", name, "error", err)
-		select {
-		case <-ctx.Done():
-		case <-time.After(pause.NextBackOff()):
-		}
-	}
-}
-
-func connectAnd(ctx context.Context, url string, fn func(conn *pgx.Conn) error) error {
-	conn, err := postgres.Connect(ctx, url)
-	if err != nil {
-		return err
-	}
-	defer conn.Close(context.WithoutCancel(ctx)) // bounded by pgx itself
-	return fn(conn)
-}
-
 // TryDoorbell rings at one URL as writers do, and returns after what time it was heard at the other, where relays listen.
 func TryDoorbell(ctx context.Context, ringURL, listenURL string) (time.Duration, error) {
 	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
 	defer cancel()
 	var took time.Duration
-	err := connectAnd(ctx, listenURL, func(ears *pgx.Conn) error {
+	err := postgres.WithConnection(ctx, listenURL, func(ears *pgx.Conn) error {
 		if _, err := ears.Exec(ctx, "LISTEN "+channel); err != nil {
 			return err
 		}
-		return connectAnd(ctx, ringURL, func(hand *pgx.Conn) error {
+		return postgres.WithConnection(ctx, ringURL, func(hand *pgx.Conn) error {
 			began := time.Now()
 			if _, err := hand.Exec(ctx, notifySQL); err != nil {
 				return err

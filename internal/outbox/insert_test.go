@@ -182,7 +182,7 @@ func TestNotifyBellReachesAnotherProcess(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	var running sync.WaitGroup
 	running.Go(func() { far.Run(ctx) })
-	running.Go(func() { listen(ctx, url, func(string) { heard.Ring() }) })
+	running.Go(func() { postgres.Listen(ctx, url, channel, func(string) { heard.Ring() }) })
 	<-heard // listening has begun
 	far.Ring()
 	<-heard

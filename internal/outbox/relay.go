@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"example.com/orders/internal/messaging"
+	"example.com/orders/internal/postgres"
 	"github.com/cenkalti/backoff/v5"
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
@@ -95,7 +96,7 @@ func (r *Relay) Ring() {
 
 // Listen hears the doorbells of other processes until ctx is done, on a direct connection to url. A relay that does not listen polls.
 func (r *Relay) Listen(ctx context.Context, url string) {
-	listen(ctx, url, func(payload string) {
+	postgres.Listen(ctx, url, channel, func(payload string) {
 		if payload == leaseNews {
 			r.attention.Ring()
 		} else {

@@ -61,7 +61,7 @@ func transactOnce(ctx context.Context, db *pgxpool.Pool, fn func(tx pgx.Tx) erro
 	if err != nil {
 		return Classify(fmt.Errorf("begin: %w", err))
 	}
-	committing := false
+	settle, committing := collectAfterCommit(conn.Conn().PgConn()), false
 	defer func() {
 		if committing {
 			return
@@ -70,6 +70,7 @@ func transactOnce(ctx context.Context, db *pgxpool.Pool, fn func(tx pgx.Tx) erro
 		rollbackCtx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
 		defer cancel()
 		_ = tx.Rollback(rollbackCtx)
+		settle(false)
 	}()
 	if err := fn(tx); err != nil {
 		return Classify(err)
@@ -78,7 +79,9 @@ func transactOnce(ctx context.Context, db *pgxpool.Pool, fn func(tx pgx.Tx) erro
 		return err // the caller has left: better nothing than an effect that nobody hears of
 	}
 	committing = true
-	return commit(ctx, tx)
+	err = commit(ctx, tx)
+	settle(err == nil || errors.Is(err, ErrOutcomeUnknown))
+	return err
 }
 
 func commit(ctx context.Context, tx pgx.Tx) error {
