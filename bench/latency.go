@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"time"
 
+	"example.com/orders/internal/changes"
 	ordersv1 "example.com/orders/internal/gen/orders/v1"
 	"example.com/orders/internal/inbox"
 	"example.com/orders/internal/messaging"
@@ -112,7 +113,7 @@ func chain(perSecond int, consumers bool) func(ctx context.Context, b *bench) (m
 		err = b.withDatabase(ctx, "nothing", migrated, func(url string) error {
 			return withPool(ctx, postgres.Config{URL: url}, func(db *pgxpool.Pool) error {
 				bell := outbox.NewNotifyBell(url)
-				service := orders.NewService(db, outbox.NewWriter(db, bell, nil))
+				service := orders.NewService(db, outbox.NewWriter(db, bell, nil), changes.New(changes.Config{}))
 				if err := stockUp(ctx, service); err != nil {
 					return err
 				}

@@ -12,6 +12,7 @@ import (
 
 	"connectrpc.com/connect/v2"
 	"connectrpc.com/connect/v2/connecthttp"
+	"example.com/orders/internal/changes"
 	ordersv1 "example.com/orders/internal/gen/orders/v1"
 	"example.com/orders/internal/gen/orders/v1/ordersv1connect"
 	"example.com/orders/internal/orders"
@@ -64,7 +65,7 @@ func place(overHTTP, withOutbox bool) func(ctx context.Context, b *bench) (measu
 				group := errgroup.Group{}
 				group.Go(func() error { bell.Run(ctx); return nil })
 				defer func() { cancel(); _ = group.Wait() }()
-				var service ordersv1connect.OrderServiceHandler = orders.NewService(db, outbox.NewWriter(db, bell, nil))
+				var service ordersv1connect.OrderServiceHandler = orders.NewService(db, outbox.NewWriter(db, bell, nil), changes.New(changes.Config{}))
 				if !withOutbox {
 					service = &bareService{service, db}
 				}

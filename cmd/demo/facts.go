@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"time"
 
+	"example.com/orders/internal/changes"
 	"example.com/orders/internal/orders"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
@@ -98,7 +99,7 @@ func (d *demo) readFacts(ctx context.Context) (f facts, err error) {
 		return f, fmt.Errorf("count dead letters: %w", err)
 	}
 	f.groups, f.queued = map[string]string{}, map[string]int{}
-	service := orders.NewService(nil, nil) // only asked for its groups
+	service := orders.NewService(nil, nil, changes.New(changes.Config{})) // only asked for its groups
 	for _, group := range []interface {
 		Name() string
 		Types() []string

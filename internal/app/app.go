@@ -8,8 +8,10 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"sync"
 
 	"connectrpc.com/connect/v2"
+	"example.com/orders/internal/changes"
 	"example.com/orders/internal/outbox"
 	"example.com/orders/internal/postgres"
 	"example.com/orders/internal/rabbit"
@@ -49,7 +51,7 @@ type Config struct {
 	Edge Edge
 
 	// domain makes what the service is about. Default newDomain; the core's tests bring their own, for the example will be deleted.
-	domain func(db *pgxpool.Pool, out *outbox.Writer) domain
+	domain func(db *pgxpool.Pool, out *outbox.Writer, hub *changes.Hub) domain
 }
 
 // RunAPI serves the RPCs until ctx is done.
@@ -82,6 +84,7 @@ type process struct {
 	relayDB   *pgxpool.Pool
 	bell      *outbox.NotifyBell
 	gate      *outbox.Gate
+	changes   *changes.Hub
 	domain    domain
 	// remembered runs a part that needs an inbox which remembers for long enough; see whenRemembered.
 	remembered func(part func(context.Context) error) error
@@ -121,8 +124,10 @@ func run(ctx context.Context, config Config, name string, parts ...part) error {
 		config.domain = newDomain
 	}
 	p.bell, p.gate = outbox.NewNotifyBell(config.notifyURL()), outbox.NewGate(p.db, config.HighWater)
-	p.domain = config.domain(p.db, outbox.NewWriter(p.db, p.bell, p.gate))
+	p.changes = changes.New(changes.Config{NotifyURL: config.notifyURL(), ListenURL: config.listenURL()})
+	p.domain = config.domain(p.db, outbox.NewWriter(p.db, p.bell, p.gate), p.changes)
 	p.remembered = whenRemembered(ctx, p.db)
+	defer p.ring(ctx)()
 	p.checks = []rpcserver.Check{{Name: "database", Ready: p.db.Ping}}
 	for _, start := range parts {
 		start(p, ctx)
@@ -157,6 +162,15 @@ func (p *process) openPools(ctx context.Context) (err error) {
 func (p *process) closePools() {
 	p.relayDB.Close()
 	p.db.Close()
+}
+
+// ring tells other processes of changes until the function that it returns is called: after everything else, for what is committed while the
+// process drains is told of as well.
+func (p *process) ring(ctx context.Context) (stop func()) {
+	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	var ringing sync.WaitGroup
+	ringing.Go(func() { p.changes.Ring(ctx) })
+	return func() { cancel(); ringing.Wait() }
 }
 
 // listenURL is where LISTEN works: "" if there is only a pooler in transaction mode, when the relay polls.
@@ -195,6 +209,7 @@ func (p *process) startAPI(ctx context.Context) {
 	p.startEdge(ctx)
 	p.serve(ctx, p.domain.register)
 	p.group.Go(func() error { p.gate.Run(ctx); return nil })
+	p.group.Go(func() error { p.changes.Follow(ctx); return nil })
 }
 
 func (p *process) startHealth(ctx context.Context) { p.serve(ctx) }

@@ -2,6 +2,7 @@ package app
 
 import (
 	"connectrpc.com/connect/v2"
+	"example.com/orders/internal/changes"
 	"example.com/orders/internal/gen/orders/v1/ordersv1connect"
 	"example.com/orders/internal/inbox"
 	"example.com/orders/internal/orders"
@@ -25,8 +26,8 @@ type group struct {
 	lanes int
 }
 
-func newDomain(db *pgxpool.Pool, out *outbox.Writer) domain {
-	service := orders.NewService(db, out)
+func newDomain(db *pgxpool.Pool, out *outbox.Writer, hub *changes.Hub) domain {
+	service := orders.NewService(db, out, hub)
 	return domain{
 		register: func(s *connect.Server) { ordersv1connect.RegisterOrderServiceHandler(s, service) },
 		groups: []group{

@@ -18,6 +18,7 @@ import (
 	"connectrpc.com/connect/v2"
 	"connectrpc.com/connect/v2/connecthttp"
 	"example.com/orders/internal/auth"
+	"example.com/orders/internal/changes"
 	authv1 "example.com/orders/internal/gen/auth/v1"
 	"example.com/orders/internal/outbox"
 	"example.com/orders/internal/rpcserver"
@@ -43,7 +44,7 @@ func startAPI(t *testing.T, config Edge, more ...func(*connect.Server)) *api {
 		t.Fatal(err)
 	}
 	db := testenv.Postgres(t)
-	p := &process{edge: edge, telemetry: new(telemetry.Providers), domain: newDomain(db, outbox.NewWriter(db, nil, nil))}
+	p := &process{edge: edge, telemetry: new(telemetry.Providers), domain: newDomain(db, outbox.NewWriter(db, nil, nil), changes.New(changes.Config{}))}
 	a := &api{db: db, server: p.newServer(append(more, p.domain.register)...)}
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 
+	"example.com/orders/internal/changes"
 	"example.com/orders/internal/inbox"
 	"example.com/orders/internal/messaging"
 	"example.com/orders/internal/outbox"
@@ -14,7 +15,7 @@ import (
 
 // Topology is what the service's groups need on the broker.
 func Topology(exchange string) rabbit.Topology {
-	return newDomain(nil, nil).topology(exchange) // nothing is handled with it
+	return newDomain(nil, nil, changes.New(changes.Config{})).topology(exchange) // nothing is handled with it
 }
 
 func (d domain) topology(exchange string) rabbit.Topology {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"time"
 
+	"example.com/orders/internal/changes"
 	"example.com/orders/internal/inbox"
 	"example.com/orders/internal/messaging"
 	"example.com/orders/internal/ops"
@@ -28,7 +29,7 @@ func OpenDesk(ctx context.Context, config Config) (*Desk, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Desk{DB: db, process: process{config: config, db: db, domain: newDomain(db, outbox.NewWriter(db, nil, nil))}}, nil
+	return &Desk{DB: db, process: process{config: config, db: db, domain: newDomain(db, outbox.NewWriter(db, nil, nil), changes.New(changes.Config{}))}}, nil
 }
 
 // Close closes the connections.

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"connectrpc.com/connect/v2"
+	"example.com/orders/internal/changes"
 	"example.com/orders/internal/inbox"
 	"example.com/orders/internal/messaging"
 	"example.com/orders/internal/outbox"
@@ -24,7 +25,7 @@ const (
 // probed gives a process a domain of one consumer group, which writes every text down in the table effects.
 func probed(config Config) Config {
 	config.Exchange = "events"
-	config.domain = func(*pgxpool.Pool, *outbox.Writer) domain {
+	config.domain = func(*pgxpool.Pool, *outbox.Writer, *changes.Hub) domain {
 		probes := inbox.NewGroup(probeGroup)
 		inbox.Handle(probes, func(ctx context.Context, tx pgx.Tx, text *wrapperspb.StringValue) error {
 			_, err := tx.Exec(ctx, `INSERT INTO effects (effect) VALUES ($1)`, text.GetValue())

@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"connectrpc.com/connect/v2"
+	"example.com/orders/internal/changes"
 	"example.com/orders/internal/inbox"
 	"example.com/orders/internal/messaging"
 	"example.com/orders/internal/outbox"
@@ -111,7 +112,7 @@ const (
 func watched(config Config) Config {
 	config = probed(config)
 	config.Edge.NoAuth = true // its procedures have no proto file that could open them
-	config.domain = func(*pgxpool.Pool, *outbox.Writer) domain {
+	config.domain = func(*pgxpool.Pool, *outbox.Writer, *changes.Hub) domain {
 		failing := inbox.NewGroup("failing")
 		inbox.Handle(failing, func(ctx context.Context, tx pgx.Tx, text *wrapperspb.StringValue) error {
 			if strings.HasPrefix(text.GetValue(), "panic") {

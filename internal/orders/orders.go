@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"connectrpc.com/connect/v2"
+	"example.com/orders/internal/changes"
 	ordersv1 "example.com/orders/internal/gen/orders/v1"
 	"example.com/orders/internal/gen/orders/v1/ordersv1connect"
 	"example.com/orders/internal/messaging"
@@ -31,15 +32,18 @@ import (
 // Service implements orders.v1.OrderService, whose proto file says what each method does. Requests must have passed its
 // validation rules.
 type Service struct {
-	db  *pgxpool.Pool
-	out *outbox.Writer
+	db      *pgxpool.Pool
+	out     *outbox.Writer
+	watched *changes.Topic[*ordersv1.Order]
 }
 
 var _ ordersv1connect.OrderServiceHandler = (*Service)(nil)
 
-// NewService makes a Service that reads from db and writes through out.
-func NewService(db *pgxpool.Pool, out *outbox.Writer) *Service {
-	return &Service{db: db, out: out}
+// NewService makes a Service that reads from db, writes through out, and tells hub which orders change.
+func NewService(db *pgxpool.Pool, out *outbox.Writer, hub *changes.Hub) *Service {
+	s := &Service{db: db, out: out}
+	s.watched = changes.NewTopic(hub, "order", s.readAll)
+	return s
 }
 
 const placeSQL = `
@@ -132,6 +136,7 @@ func (s *Service) CancelOrder(ctx context.Context, req *ordersv1.CancelOrderRequ
 		}
 		switch {
 		case changed.RowsAffected() == 1:
+			s.watched.Touch(tx, id)
 			return outbox.Insert(ctx, tx, messaging.New(id, &ordersv1.OrderCancelled{
 				OrderId: id, CustomerId: order.GetCustomerId(), CancelledAt: order.GetUpdatedAt(),
 			}))
@@ -186,84 +191,6 @@ func (s *Service) ListOrders(ctx context.Context, req *ordersv1.ListOrdersReques
 		return &ordersv1.ListOrdersResponse{Orders: orders}, nil
 	}
 	return &ordersv1.ListOrdersResponse{Orders: orders[:size], NextPageToken: pageToken(orders[size-1])}, nil
-}
-
-// A watched order is read again and again: soon after a change, for another is likely then, and later once a second.
-const (
-	watchFirst = 100 * time.Millisecond
-	watchLast  = time.Second
-)
-
-// WatchOrder implements orders.v1.OrderService.
-func (s *Service) WatchOrder(ctx context.Context, req *ordersv1.WatchOrderRequest, stream ordersv1connect.OrderServiceWatchOrderServerStream) error {
-	id, err := parseID(req.GetOrderId())
-	if err != nil {
-		return err
-	}
-	var sent *ordersv1.Order
-	for pause := watchFirst; ; pause = min(pause*3/2, watchLast) {
-		order, err := read(ctx, s.db, id)
-		if err != nil {
-			return err
-		}
-		if !proto.Equal(order, sent) {
-			if err := stream.Send(&ordersv1.WatchOrderResponse{Order: order}); err != nil {
-				return err
-			}
-			sent, pause = order, watchFirst
-		}
-		switch order.GetStatus() {
-		case ordersv1.OrderStatus_ORDER_STATUS_REJECTED, ordersv1.OrderStatus_ORDER_STATUS_CANCELLED:
-			return nil
-		}
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-time.After(pause):
-		}
-	}
-}
-
-const readSQL = `
-SELECT o.id, o.customer_id, o.status, o.reject_reason, o.placed_at, o.updated_at,
-       array_agg(l.sku ORDER BY l.sku), array_agg(l.quantity ORDER BY l.sku)
-FROM orders o JOIN order_lines l ON l.order_id = o.id
-WHERE o.id = $1
-GROUP BY o.id`
-
-// read returns the order with the ID, or a not_found error.
-func read(ctx context.Context, db interface {
-	Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error)
-}, id string) (*ordersv1.Order, error) {
-	rows, _ := db.Query(ctx, readSQL, id)
-	order, err := pgx.CollectExactlyOneRow(rows, scanOrder)
-	if errors.Is(err, pgx.ErrNoRows) {
-		return nil, connect.Errorf(connect.CodeNotFound, "order %s does not exist", id)
-	}
-	if err != nil {
-		return nil, postgres.Classify(fmt.Errorf("read order: %w", err))
-	}
-	return order, nil
-}
-
-func scanOrder(row pgx.CollectableRow) (*ordersv1.Order, error) {
-	var (
-		order               ordersv1.Order
-		status              string
-		placedAt, updatedAt time.Time
-		skus                []string
-		quantities          []int32
-	)
-	err := row.Scan(&order.Id, &order.CustomerId, &status, &order.RejectReason, &placedAt, &updatedAt, &skus, &quantities)
-	if err != nil {
-		return nil, err
-	}
-	for i, sku := range skus {
-		order.Lines = append(order.Lines, &ordersv1.Line{Sku: sku, Quantity: quantities[i]})
-	}
-	order.Status = parseStatus(status)
-	order.PlacedAt, order.UpdatedAt = timestamppb.New(placedAt), timestamppb.New(updatedAt)
-	return &order, nil
 }
 
 // sortLines returns the lines sorted by SKU, which is how they are stored and compared, and their columns.

@@ -10,12 +10,15 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"slices"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"time"
 
 	"connectrpc.com/connect/v2"
 	"connectrpc.com/connect/v2/connecthttp"
+	"example.com/orders/internal/changes"
 	ordersv1 "example.com/orders/internal/gen/orders/v1"
 	"example.com/orders/internal/gen/orders/v1/ordersv1connect"
 	"example.com/orders/internal/inbox"
@@ -46,21 +49,10 @@ type bundle struct {
 func setup(t *testing.T) *bundle {
 	t.Helper()
 	b := &bundle{db: testenv.Postgres(t), link: new(link)}
-	config := b.db.Config()
-	config.ConnConfig.DialFunc = b.link.dial
-	config.ConnConfig.RuntimeParams["role"] = "app_api"
-	db, err := pgxpool.NewWithConfig(t.Context(), config)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(db.Close)
-	service := orders.NewService(db, outbox.NewWriter(db, nil, nil))
+	service := newService(t, b.db, func(config *pgxpool.Config) { config.ConnConfig.DialFunc = b.link.dial })
 	b.groups = []*inbox.Group{service.Fulfillment(), service.Notifications()}
 
-	edge := rpcserver.New(rpcserver.Config{Log: slog.New(slog.DiscardHandler)}, func(s *connect.Server) {
-		ordersv1connect.RegisterOrderServiceHandler(s, service)
-	})
-	server := httptest.NewUnstartedServer(edge)
+	server := httptest.NewUnstartedServer(edge(service))
 	server.Config.Protocols = new(http.Protocols)
 	server.Config.Protocols.SetHTTP1(true)
 	server.Config.Protocols.SetUnencryptedHTTP2(true) // for gRPC
@@ -69,6 +61,35 @@ func setup(t *testing.T) *bundle {
 	b.url, b.http = server.URL, server.Client()
 	b.OrderServiceClient = ordersv1connect.NewOrderServiceClient(connect.NewClient(connecthttp.NewTransport(server.Client(), b.url)))
 	return b
+}
+
+// newService is what one process runs of the domain, on a pool like db with changes. It follows what others change, until the test ends.
+func newService(t *testing.T, db *pgxpool.Pool, change func(config *pgxpool.Config)) *orders.Service {
+	t.Helper()
+	config := db.Config()
+	config.ConnConfig.RuntimeParams["role"] = "app_api"
+	change(config)
+	own, err := pgxpool.NewWithConfig(t.Context(), config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(own.Close)
+	url := db.Config().ConnString()
+	// So rare that nobody gets anything by it: what arrives was rung for.
+	hub := changes.New(changes.Config{NotifyURL: url, ListenURL: url, SafetyInterval: time.Hour})
+	service := orders.NewService(own, outbox.NewWriter(own, nil, nil), hub)
+	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
+	var running sync.WaitGroup
+	running.Go(func() { hub.Ring(ctx) })
+	running.Go(func() { hub.Follow(ctx) })
+	t.Cleanup(func() { cancel(); running.Wait() })
+	return service
+}
+
+func edge(service *orders.Service) *rpcserver.Server {
+	return rpcserver.New(rpcserver.Config{Log: slog.New(slog.DiscardHandler)}, func(s *connect.Server) {
+		ordersv1connect.RegisterOrderServiceHandler(s, service)
+	})
 }
 
 // place places an order of a few pieces of each SKU and returns its ID.

@@ -57,7 +57,7 @@ func (s *Service) stock(ctx context.Context, sql string, args ...any) (*ordersv1
 // Fulfillment returns the group that reserves stock for placed orders and releases what cancelled ones hold.
 func (s *Service) Fulfillment() *inbox.Group {
 	group := inbox.NewGroup("fulfillment")
-	inbox.Handle(group, reserve)
+	inbox.Handle(group, s.reserve)
 	inbox.Handle(group, release)
 	return group
 }
@@ -90,7 +90,7 @@ FROM placed, verdict WHERE orders.id = placed.id
 RETURNING orders.customer_id, orders.reject_reason, orders.updated_at`
 
 // reserve confirms an order and holds its stock, or rejects it: all of its lines or none.
-func reserve(ctx context.Context, tx pgx.Tx, event *ordersv1.OrderPlaced) error {
+func (s *Service) reserve(ctx context.Context, tx pgx.Tx, event *ordersv1.OrderPlaced) error {
 	var customer, reason string
 	var at time.Time
 	err := tx.QueryRow(ctx, reserveSQL, event.GetOrderId()).Scan(&customer, &reason, &at)
@@ -99,7 +99,9 @@ func reserve(ctx context.Context, tx pgx.Tx, event *ordersv1.OrderPlaced) error 
 		return nil // cancelled before its stock was looked at
 	case err != nil:
 		return fmt.Errorf("reserve stock: %w", err)
-	case reason != "":
+	}
+	s.watched.Touch(tx, event.GetOrderId())
+	if reason != "" {
 		return outbox.Insert(ctx, tx, messaging.New(event.GetOrderId(), &ordersv1.OrderRejected{
 			OrderId: event.GetOrderId(), CustomerId: customer, Reason: reason, RejectedAt: timestamppb.New(at),
 		}))
