@@ -148,9 +148,6 @@ func payloads(self string, keys map[string][]string) (all []string) {
 		size, one := frame, news{From: self, Topic: topic}
 		for _, key := range keys {
 			text, _ := json.Marshal(key)
-			if frame+len(text) > maxPayload { // no notification can name it
-				return append(all, news{From: self}.String())
-			}
 			if size += len(text) + 1; size > maxPayload {
 				all = append(all, one.String())
 				size, one.Keys = frame+len(text)+1, nil

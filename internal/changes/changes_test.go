@@ -15,6 +15,7 @@ import (
 	"example.com/orders/internal/postgres"
 	"example.com/orders/internal/testenv"
 	"github.com/jackc/pgx/v5"
+	"google.golang.org/protobuf/types/known/wrapperspb"
 )
 
 func TestWatchYieldsThePresentStateAndThenEachOther(t *testing.T) {
@@ -158,7 +159,7 @@ func TestChangesOfAnotherProcess(t *testing.T) {
 	}
 	writer.set(t, "many", many...)
 	w.want(t, "many")
-	// A key that no notification can hold.
+	// A key that no notification can hold is refused by Postgres, and then everything may have changed.
 	writer.set(t, "long", "a", strings.Repeat("x", 2000)+strings.Repeat("\x01", 2000))
 	w.want(t, "long")
 }
@@ -300,11 +301,12 @@ func TestLastWord(t *testing.T) {
 	w := reader.watch(t, "a")
 	w.want(t, "0")
 	reader.awaitListening(t, "a", w)
-	for i := range 5 {
+	for i := range 10 {
 		writer := newProcess(t, url, Config{NotifyURL: url})
 		stop := writer.run(t, writer.hub.Ring)
-		writer.set(t, fmt.Sprint("first ", i), "a") // it has a connection now
+		writer.set(t, fmt.Sprint("first ", i), "a")
 		w.want(t, fmt.Sprint("first ", i))
+		writer.set(t, "x", "other") // mostly, the last change comes while the bell rests from this
 		writer.set(t, fmt.Sprint("last ", i), "a")
 		stop()
 		w.want(t, fmt.Sprint("last ", i))
@@ -313,16 +315,40 @@ func TestLastWord(t *testing.T) {
 
 func TestMoreKeysThanOneStatementReads(t *testing.T) {
 	t.Parallel()
-	url := newDatabase(t)
-	p := newProcess(t, url, Config{})
+	p := newProcess(t, newDatabase(t), Config{SafetyInterval: never, PollInterval: never})
+	var all []*watcher[*wrapperspb.StringValue]
 	for i := range 2*maxRead + 1 {
-		w := p.join(fmt.Sprint(i))
-		defer p.leave(fmt.Sprint(i), w)
+		all = append(all, p.join(fmt.Sprint(i)))
 	}
-	for round, want := range []int{maxRead, maxRead, 1, 0} {
-		if got := len(p.take()); got != want {
-			t.Errorf("round %d: %d keys, want %d", round, got, want)
+	p.run(t, p.hub.Follow)
+	for _, w := range all {
+		if got := <-w.mail; !errors.Is(got.err, ErrNotFound) {
+			t.Fatalf("got %v", got)
 		}
+	}
+	if n := p.reads.Load(); n != 3 {
+		t.Errorf("%d statements, want 3", n)
+	}
+}
+
+func TestTheBellNamesSoMuchAndThenSaysAll(t *testing.T) {
+	t.Parallel()
+	b := newBell()
+	for i := range maxKeys {
+		b.ring(change{"orders", fmt.Sprint(i)})
+	}
+	b.ring(change{"orders", "0"}) // again
+	if keys, some := b.take(); !some || len(keys["orders"]) != maxKeys {
+		t.Errorf("%d keys", len(keys["orders"]))
+	}
+	for i := range maxKeys + 1 {
+		b.ring(change{"orders", fmt.Sprint(i)})
+	}
+	if keys, some := b.take(); !some || len(keys) != 0 {
+		t.Errorf("%d keys", len(keys["orders"]))
+	}
+	if _, some := b.take(); some {
+		t.Error("there is something left")
 	}
 }
 
