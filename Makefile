@@ -40,8 +40,7 @@ build: ## Build bin/orders
 	go build -ldflags '$(LDFLAGS)' -o bin/orders ./cmd/orders
 
 generate: ## Generate code from proto/
-	@scripts/need.sh npm nodejs npm
-	cd tools && npm ci --no-fund --no-audit
+	@scripts/packages.sh tools web
 	tools/node_modules/.bin/buf generate
 
 # Always asked, never old: go build knows best.

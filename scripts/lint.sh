@@ -3,8 +3,8 @@
 #
 #   scripts/lint.sh
 #
-# Needs Go, Node and promtool (taken from apt on Debian when missing and allowed). Writes nothing but tools/node_modules and Go's
-# own caches.
+# Needs Go, Node and promtool (taken from apt on Debian when missing and allowed). Writes nothing but node_modules and Go's own
+# caches.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -19,14 +19,6 @@ check() {
   printf '\n== %s\n' "$name"
   if ! "$@"; then
     failed+=("$name")
-  fi
-}
-
-# The installed tree carries a copy of the lock file that it was made from.
-install_tools() {
-  if ! cmp -s tools/package-lock.json tools/node_modules/.lint-lock; then
-    (cd tools && npm ci --no-fund --no-audit)
-    cp tools/package-lock.json tools/node_modules/.lint-lock
   fi
 }
 
@@ -74,9 +66,8 @@ generated() {
 }
 
 buf=tools/node_modules/.bin/buf
-scripts/need.sh npm nodejs npm
+scripts/packages.sh tools web
 scripts/need.sh promtool prometheus
-install_tools
 
 check 'gofmt' gofmt_clean
 check 'go vet' go vet ./...
@@ -85,6 +76,7 @@ check 'go.mod is tidy' go mod tidy -diff
 check 'bench: go vet' go -C bench vet ./...
 check 'bench: staticcheck' in_bench go tool -modfile=../tools/go.mod staticcheck ./...
 check 'bench: go.mod is tidy' go -C bench mod tidy -diff
+check 'web: types' web/node_modules/.bin/tsc -p web --noEmit
 check 'buf lint' "$buf" lint
 check 'buf format' "$buf" format --diff --exit-code
 check 'buf breaking, against main' breaking

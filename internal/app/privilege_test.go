@@ -14,7 +14,7 @@ func TestLeastPrivilege(t *testing.T) {
 	t.Parallel()
 	owner, admin := testenv.Postgres(t), testenv.AMQP(t)
 	awaitEffects := effectsIn(t, owner)
-	topology := probed(Config{}).domain(nil, nil).topology("events")
+	topology := probed(Config{}).domain(nil, nil, nil).topology("events")
 	if err := topology.Declare(t.Context(), admin); err != nil {
 		t.Fatal(err)
 	}

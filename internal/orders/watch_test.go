@@ -30,7 +30,7 @@ type process struct {
 	drained    chan error
 }
 
-func startProcess(t *testing.T, db *pgxpool.Pool) *process {
+func startAPI(t *testing.T, db *pgxpool.Pool) *process {
 	t.Helper()
 	p := &process{drained: make(chan error, 1)}
 	server := edge(newService(t, db, func(config *pgxpool.Config) { config.ConnConfig.Tracer = p }))
@@ -133,7 +133,7 @@ func TestManyWatchersCostWhatOneDoes(t *testing.T) {
 		for i := range test.watchers {
 			ids = append(ids, placedIDs[i%test.orders])
 		}
-		p := startProcess(t, b.db)
+		p := startAPI(t, b.db)
 		w := p.watch(t, ids)
 		w.want(t, len(ids), placed)
 		joined := p.statements.Swap(0)
@@ -159,7 +159,7 @@ func TestWatchersResumeAtAnotherProcess(t *testing.T) {
 	for range crowd {
 		ids = append(ids, id)
 	}
-	first, second := startProcess(t, b.db), startProcess(t, b.db)
+	first, second := startAPI(t, b.db), startAPI(t, b.db)
 	w := first.watch(t, ids)
 	w.want(t, crowd, placed)
 	began := time.Now()
@@ -187,7 +187,7 @@ func TestWatchOrderHearsOtherProcesses(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
 	b.setStock(t, 1, "apple")
-	p := startProcess(t, b.db)
+	p := startAPI(t, b.db)
 	ids := []string{b.place(t, 1, "apple"), b.place(t, 1, "pear")}
 	w := p.watch(t, ids)
 	w.want(t, 2, placed)

@@ -1,0 +1,121 @@
+// Package clients calls the running service as its clients do: every kind of client gets the same answers, and what docs/clients.md shows works.
+package clients
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"net/http"
+	"os/exec"
+	"path/filepath"
+	"sync"
+	"testing"
+	"time"
+
+	"connectrpc.com/connect/v2"
+	"connectrpc.com/connect/v2/connecthttp"
+	"example.com/orders/internal/app"
+	ordersv1 "example.com/orders/internal/gen/orders/v1"
+	"example.com/orders/internal/gen/orders/v1/ordersv1connect"
+	"example.com/orders/internal/testenv"
+	"github.com/google/uuid"
+)
+
+func TestMain(m *testing.M) { testenv.Main(m) }
+
+// token is what clients send as their credential, each in the way in which it sets headers. The service does not look at it.
+const token = "none"
+
+// headers are those of every call of every client.
+var headers = map[string]string{"Authorization": "Bearer " + token}
+
+// serve runs the whole service on real servers until the test ends, and returns its address, host:port.
+func serve(t *testing.T) string {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	addr := listener.Addr().String()
+	if err := listener.Close(); err != nil { // the service wants it now
+		t.Fatal(err)
+	}
+	config := app.Config{
+		Addr: addr, PostgresURL: testenv.PostgresURL(t), AMQPURL: testenv.AMQP(t), Exchange: "events",
+		Edge: app.Edge{NoAuth: true},
+	}
+	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
+	var running sync.WaitGroup
+	running.Go(func() {
+		if err := app.RunAll(ctx, config); err != nil {
+			t.Error(err)
+		}
+	})
+	t.Cleanup(func() { cancel(); running.Wait() })
+	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
+	testenv.Eventually(t, 30*time.Second, func() error {
+		response, err := client.Get("http://" + addr + "/readyz")
+		if err != nil {
+			return err
+		}
+		defer response.Body.Close()
+		if response.StatusCode != http.StatusOK {
+			return fmt.Errorf("not ready: %s", response.Status)
+		}
+		return nil
+	})
+	return addr
+}
+
+// root is the top of the repository.
+var root, _ = filepath.Abs("../../..")
+
+const installScript = `scripts/need.sh curl curl && scripts/packages.sh tools web && web/node_modules/.bin/tsc -p web`
+
+// install makes curl, buf and the TypeScript client ready to run, once.
+var install = sync.OnceValue(func() error {
+	command := exec.Command("bash", "-c", installScript)
+	command.Dir = root
+	if output, err := command.CombinedOutput(); err != nil {
+		return fmt.Errorf("%s: %w\n%s", installScript, err, output)
+	}
+	return nil
+})
+
+// newClient is the client that the tests prepare things with.
+func newClient(t *testing.T, addr string) ordersv1connect.OrderServiceClient {
+	t.Helper()
+	return ordersv1connect.NewOrderServiceClient(connectClient(t, addr))
+}
+
+func connectClient(t *testing.T, addr string, options ...connecthttp.Option) *connect.Client {
+	t.Helper()
+	transport := &http.Transport{Protocols: new(http.Protocols)}
+	transport.Protocols.SetUnencryptedHTTP2(true)
+	t.Cleanup(transport.CloseIdleConnections)
+	return connect.NewClient(connecthttp.NewTransport(&http.Client{Transport: withHeaders{transport}}, "http://"+addr, options...))
+}
+
+// withHeaders sends the headers with every request.
+type withHeaders struct{ http.RoundTripper }
+
+func (w withHeaders) RoundTrip(r *http.Request) (*http.Response, error) {
+	r = r.Clone(r.Context())
+	for name, value := range headers {
+		r.Header.Set(name, value)
+	}
+	return w.RoundTripper.RoundTrip(r)
+}
+
+// place places an order and returns its ID.
+func place(t *testing.T, client ordersv1connect.OrderServiceClient, sku string) string {
+	t.Helper()
+	id := uuid.NewString()
+	_, err := client.PlaceOrder(t.Context(), &ordersv1.PlaceOrderRequest{
+		OrderId: id, CustomerId: "ann", Lines: []*ordersv1.Line{{Sku: sku, Quantity: 1}},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return id
+}
