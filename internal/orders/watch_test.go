@@ -164,16 +164,12 @@ func TestWatchersResumeAtAnotherProcess(t *testing.T) {
 	w.want(t, crowd, placed)
 	began := time.Now()
 	first.drain()
-	if err := <-first.drained; err != nil {
+	if err := <-first.drained; err != nil { // within the server's DrainTimeout
 		t.Errorf("drain: %v", err)
 	}
-	took := time.Since(began)
+	t.Logf("%d streams ended in %s", crowd, time.Since(began))
 	for range crowd {
 		wantCode(t, <-w.failed, connect.CodeUnavailable, "server is shutting down, try again")
-	}
-	t.Logf("%d streams ended in %s", crowd, took)
-	if took > 10*time.Second {
-		t.Errorf("the drain took %s", took)
 	}
 	b.deliver(t) // nobody watches
 	w = second.watch(t, ids)

@@ -97,7 +97,7 @@ func TestSmoke(t *testing.T) {
 		}, outcome{Code: "ok", Statuses: []string{"CONFIRMED", "CANCELLED"}}},
 
 		{"a deadline", func(t *testing.T) call {
-			return call{method: "WatchOrder", stream: true, request: &ordersv1.WatchOrderRequest{OrderId: confirmed(t)}, timeout: time.Second}
+			return call{method: "WatchOrder", stream: true, request: &ordersv1.WatchOrderRequest{OrderId: confirmed(t)}, timeout: 2 * time.Second}
 		}, outcome{Code: "deadline_exceeded"}},
 
 		{"a request that is too large", func(*testing.T) call {

@@ -1,0 +1,96 @@
+package app
+
+import (
+	"context"
+	"errors"
+	"net/http"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"connectrpc.com/connect/v2"
+	"example.com/orders/internal/changes"
+	"example.com/orders/internal/inbox"
+	"example.com/orders/internal/outbox"
+	"example.com/orders/internal/postgres"
+	"example.com/orders/internal/testenv"
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+	"google.golang.org/protobuf/types/known/wrapperspb"
+)
+
+// What a handler changes in the consumer's process is heard by those who watch it at the API's.
+func TestChangesCrossProcesses(t *testing.T) {
+	t.Parallel()
+	db := testenv.Postgres(t)
+	if _, err := db.Exec(t.Context(), `CREATE TABLE effects (effect text PRIMARY KEY, times integer NOT NULL)`); err != nil {
+		t.Fatal(err)
+	}
+	topics := make(chan *changes.Topic[*wrapperspb.Int32Value], 2)
+	url := db.Config().ConnString()
+	config := Config{PostgresURL: url, AMQPURL: testenv.AMQP(t), Exchange: "events"}
+	config.domain = func(db *pgxpool.Pool, _ *outbox.Writer, hub *changes.Hub) domain {
+		topic := changes.NewTopic(hub, "effect", func(ctx context.Context, keys []string) (map[string]*wrapperspb.Int32Value, error) {
+			rows, _ := db.Query(ctx, `SELECT effect, times FROM effects WHERE effect = ANY ($1)`, keys)
+			found := map[string]*wrapperspb.Int32Value{}
+			var effect string
+			var times int32
+			_, err := pgx.ForEachRow(rows, []any{&effect, &times}, func() error {
+				found[effect] = wrapperspb.Int32(times)
+				return nil
+			})
+			return found, err
+		})
+		topics <- topic
+		counted := inbox.NewGroup(probeGroup)
+		inbox.Handle(counted, func(ctx context.Context, tx pgx.Tx, text *wrapperspb.StringValue) error {
+			topic.Touch(tx, text.GetValue())
+			_, err := tx.Exec(ctx, `
+				INSERT INTO effects VALUES ($1, 1) ON CONFLICT (effect) DO UPDATE SET times = effects.times + 1`, text.GetValue())
+			return err
+		})
+		return domain{register: func(*connect.Server) {}, groups: []group{{counted, 1}}}
+	}
+	await(t, "api", serve(t, RunAPI, config), http.StatusOK)
+	watched := <-topics
+	await(t, "consumer", serve(t, RunConsumer, config), http.StatusOK)
+	await(t, "relay", serve(t, RunRelay, config), http.StatusOK)
+
+	// The safety interval would find the change too, if later; so look at the rings themselves.
+	rung := make(chan string, 100)
+	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
+	var listening sync.WaitGroup
+	t.Cleanup(func() { cancel(); listening.Wait() })
+	listening.Go(func() { postgres.Listen(ctx, url, "changes", func(payload string) { rung <- payload }) })
+	testenv.Eventually(t, 20*time.Second, func() error {
+		var listeners int
+		err := db.QueryRow(t.Context(), `
+			SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND query = 'LISTEN "changes"'`).Scan(&listeners)
+		if err == nil && listeners != 2 {
+			err = errors.New("not the API alone, besides the test, listens")
+		}
+		return err
+	})
+
+	if err := send(t.Context(), db, "key", "word"); err != nil {
+		t.Fatal(err)
+	}
+	for payload := range rung {
+		if strings.Contains(payload, `"effect"`) && strings.Contains(payload, `"word"`) {
+			break
+		}
+	}
+	want := int32(1)
+	for state, err := range watched.Watch(ctx, "word") {
+		if err != nil || state.GetValue() != want {
+			t.Fatalf("got %v, %v, want %d", state, err, want)
+		}
+		if want++; want > 3 {
+			break
+		}
+		if err := send(t.Context(), db, "key", "word"); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
