@@ -3,6 +3,7 @@ package changes
 import (
 	"context"
 	"encoding/json"
+	"log/slog"
 	"sync"
 	"time"
 
@@ -16,7 +17,7 @@ const channel = "changes"
 const (
 	// notifyInterval is the least time between two notifications of one process. Changes within it share one.
 	notifyInterval = 5 * time.Millisecond
-	// notifyTimeout bounds one notification, also the last when the process ends.
+	// notifyTimeout bounds one notification.
 	notifyTimeout = 2 * time.Second
 	// maxKeys is how many changes one round of notifications names. If there are more, it says that everything may have changed: that costs each
 	// process one reading of what it watches, which is less than hearing of everything else.
@@ -84,30 +85,43 @@ func (b *bell) take() (keys map[string][]string, some bool) {
 func (h *Hub) Ring(ctx context.Context) {
 	select {
 	case <-ctx.Done():
-		return
 	case <-h.bell.rung:
 		h.bell.rung.raise() // for the loop
 	}
-	postgres.KeepConnected(ctx, h.config.NotifyURL, "ring "+channel, func(conn *pgx.Conn) error {
-		for {
-			select {
-			case <-ctx.Done():
-				return h.notify(ctx, conn)
-			case <-h.bell.rung:
-			}
-			if err := h.notify(ctx, conn); err != nil {
-				h.bell.ring() // what was taken is gone
-				return err
-			}
-			select {
-			case <-ctx.Done():
-			case <-time.After(notifyInterval):
-			}
-		}
-	})
+	postgres.KeepConnected(ctx, h.config.NotifyURL, "ring "+channel, func(conn *pgx.Conn) error { return h.ring(ctx, conn) })
+	select {
+	case <-h.bell.rung:
+	default:
+		return
+	}
+	// The last word of the process, for which it may never have had a connection.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), notifyTimeout)
+	defer cancel()
+	err := postgres.WithConnection(ctx, h.config.NotifyURL, func(conn *pgx.Conn) error { return h.notify(ctx, conn) })
+	if err != nil {
+		slog.WarnContext(ctx, "last changes not told to other processes", "error", err)
+	}
 }
 
-// notify sends what the bell has collected in one statement. It is not broken off by the end of ctx: it may be the last word of the process.
+func (h *Hub) ring(ctx context.Context, conn *pgx.Conn) error {
+	for {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-h.bell.rung:
+		}
+		if err := h.notify(ctx, conn); err != nil {
+			h.bell.ring() // what was taken is gone
+			return err
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(notifyInterval):
+		}
+	}
+}
+
+// notify sends what the bell has collected in one statement. The end of ctx does not break it off.
 func (h *Hub) notify(ctx context.Context, conn *pgx.Conn) error {
 	keys, some := h.bell.take()
 	if !some {

@@ -310,6 +310,12 @@ func TestLastWord(t *testing.T) {
 		writer.set(t, fmt.Sprint("last ", i), "a")
 		stop()
 		w.want(t, fmt.Sprint("last ", i))
+
+		writer = newProcess(t, url, Config{NotifyURL: url})
+		writer.set(t, fmt.Sprint("only ", i), "a")
+		stop = writer.run(t, writer.hub.Ring)
+		stop() // it has hardly begun to connect
+		w.want(t, fmt.Sprint("only ", i))
 	}
 }
 
