@@ -94,7 +94,7 @@ func startProcess(t *testing.T, run func(context.Context, app.Config) error, con
 func TestOneTraceFromCallToEffect(t *testing.T) {
 	t.Parallel()
 	spans := &collector{}
-	config := app.Config{PostgresURL: testenv.PostgresURL(t), AMQPURL: testenv.AMQP(t), Exchange: "events", Spans: spans}
+	config := app.Config{PostgresURL: testenv.PostgresURL(t), AMQPURL: testenv.AMQP(t), Exchange: "events", Spans: spans, Edge: app.Edge{NoAuth: true}}
 	url := startProcess(t, app.RunAPI, config)
 	startProcess(t, app.RunRelay, config)
 	startProcess(t, app.RunConsumer, config)
