@@ -74,7 +74,7 @@ func (d *demo) start(ctx context.Context) (err error) {
 	if err := d.fleet.prepare(ctx, d.box); err != nil {
 		return err
 	}
-	if d.tap, err = openTap(d.box.direct); err != nil {
+	if d.tap, err = openTap(d.box.direct, nil); err != nil {
 		return err
 	}
 	db, err := pgxpool.New(ctx, d.box.postgresURL)
@@ -94,9 +94,14 @@ func (d *demo) start(ctx context.Context) (err error) {
 	return nil
 }
 
-// runLoad places the orders and does the damage meanwhile, then waits until all has come to rest.
+// runLoad places the orders and does the damage meanwhile.
 func (d *demo) runLoad(ctx context.Context) error {
-	d.load = newLoad("http://"+d.fleet.addr("api"), d.fleet.apiKey, newPlan(d.flags.Orders), d.flags.Rate)
+	d.load = newLoad("http://"+d.fleet.addr("api"), d.fleet.apiKey, newPlan(d.flags.Orders, ""), d.flags.Rate)
+	return d.place(ctx, d.doDamage)
+}
+
+// place runs the load, and with it what else is to happen, and then waits until all has come to rest.
+func (d *demo) place(ctx context.Context, meanwhile func(context.Context) error) error {
 	defer d.load.close()
 	if err := d.load.stockUp(ctx); err != nil {
 		return err
@@ -111,7 +116,7 @@ func (d *demo) runLoad(ctx context.Context) error {
 	}()
 	group, working := errgroup.WithContext(ctx)
 	group.Go(func() error { return d.load.run(working) })
-	group.Go(func() error { return d.doDamage(working) })
+	group.Go(func() error { return meanwhile(working) })
 	err := group.Wait()
 	if err == nil {
 		d.screen.event("load is over; waiting for the rest to settle")
@@ -129,11 +134,16 @@ func (d *demo) showProgress(now sample) {
 		float64(d.load.placed.Load())/float64(d.flags.Orders))
 }
 
-// count stops the processes and draws up the ledger. They stop first, so that what a consumer still held is back on its queue.
+// count stops the processes before it balances, so that what a consumer still held is back on its queue.
 func (d *demo) count(ctx context.Context) (balanced bool, err error) {
 	if err := d.fleet.stop(); err != nil {
 		return false, err
 	}
+	return d.balance(ctx)
+}
+
+// balance draws up the ledger.
+func (d *demo) balance(ctx context.Context) (balanced bool, err error) {
 	facts, err := d.readFacts(ctx)
 	if err != nil {
 		return false, err

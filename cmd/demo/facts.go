@@ -3,10 +3,14 @@ package main
 import (
 	"context"
 	"fmt"
+	"maps"
+	"slices"
 	"time"
 
 	"example.com/orders/internal/changes"
+	"example.com/orders/internal/inbox"
 	"example.com/orders/internal/orders"
+	"example.com/orders/internal/rabbit"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 )
@@ -66,9 +70,9 @@ SELECT sku, total, free, reserved,
        (SELECT coalesce(sum(quantity), 0) FROM reservations WHERE reservations.sku = stock.sku) AS held,
        (SELECT coalesce(sum(quantity), 0) FROM order_lines JOIN orders ON orders.id = order_id
         WHERE order_lines.sku = stock.sku AND orders.status = 'confirmed') AS confirmed
-FROM stock ORDER BY sku`
+FROM stock WHERE $1::text[] IS NULL OR sku = ANY($1) ORDER BY sku`
 
-// readFacts reads what is left when the processes have stopped.
+// readFacts reads what is left when all has come to rest.
 func (d *demo) readFacts(ctx context.Context) (f facts, err error) {
 	db := d.watch.db
 	now, err := d.watch.sample(ctx)
@@ -78,46 +82,65 @@ func (d *demo) readFacts(ctx context.Context) (f facts, err error) {
 	f.acked, f.initial = d.load.acked, d.load.plan.stock
 	f.published, f.parked, f.retrying = now.Published, now.Parked, now.Retrying
 	f.copies, f.arrivals = d.tap.all()
-	if f.orders, err = read[order](ctx, db, `SELECT id::text, status FROM orders`); err != nil {
-		return f, err
+	ours, skus := d.watch.orders, []string(nil)
+	if ours != nil {
+		skus = slices.Collect(maps.Keys(f.initial))
 	}
-	f.messages, err = read[message](ctx, db, `SELECT id, message_id::text, type, key, created_at FROM outbox ORDER BY id`)
+	f.orders, err = read[order](ctx, db, `SELECT id::text, status FROM orders WHERE $1::uuid[] IS NULL OR id = ANY($1)`, ours)
 	if err != nil {
 		return f, err
 	}
-	if f.taken, err = read[taken](ctx, db, `SELECT consumer, message_id::text, copies, received_at FROM inbox`); err != nil {
-		return f, err
-	}
-	f.notifications, err = read[notification](ctx, db, `SELECT order_id::text, kind FROM notifications`)
+	f.messages, err = read[message](ctx, db,
+		`SELECT id, message_id::text, type, key, created_at FROM outbox WHERE $1::text[] IS NULL OR key = ANY($1) ORDER BY id`, ours)
 	if err != nil {
 		return f, err
 	}
-	if f.stock, err = read[stock](ctx, db, stockSQL); err != nil {
+	f.taken, err = read[taken](ctx, db, `SELECT consumer, message_id::text, copies, received_at FROM inbox
+		WHERE $1::text[] IS NULL OR message_id IN (SELECT message_id FROM outbox WHERE key = ANY($1))`, ours)
+	if err != nil {
 		return f, err
 	}
-	if err := db.QueryRow(ctx, `SELECT count(*) FROM dead_letter`).Scan(&f.deadLetters); err != nil {
+	f.notifications, err = read[notification](ctx, db,
+		`SELECT order_id::text, kind FROM notifications WHERE $1::uuid[] IS NULL OR order_id = ANY($1)`, ours)
+	if err != nil {
+		return f, err
+	}
+	if f.stock, err = read[stock](ctx, db, stockSQL, skus); err != nil {
+		return f, err
+	}
+	err = db.QueryRow(ctx, `SELECT count(*) FROM dead_letter WHERE $1::text[] IS NULL OR key = ANY($1)`, ours).Scan(&f.deadLetters)
+	if err != nil {
 		return f, fmt.Errorf("count dead letters: %w", err)
 	}
+	return f, d.readQueues(&f)
+}
+
+// readQueues asks the broker what is left there.
+func (d *demo) readQueues(f *facts) (err error) {
 	f.groups, f.queued = map[string]string{}, map[string]int{}
-	service := orders.NewService(nil, nil, changes.New(changes.Config{})) // only asked for its groups
-	for _, group := range []interface {
-		Name() string
-		Types() []string
-	}{service.Fulfillment(), service.Notifications()} {
+	for _, group := range groups() {
 		for _, kind := range group.Types() {
 			f.groups[kind] = group.Name()
 		}
-		for _, queue := range []string{"orders." + group.Name(), "orders." + group.Name() + ".dead"} {
+		for _, queue := range []string{queueOf(group), rabbit.DeadQueue(queueOf(group))} {
 			if f.queued[queue], err = d.tap.depth(queue); err != nil {
-				return f, err
+				return err
 			}
 		}
 	}
-	return f, nil
+	return nil
 }
 
-func read[T any](ctx context.Context, db *pgxpool.Pool, sql string) ([]T, error) {
-	rows, _ := db.Query(ctx, sql) // CollectRows returns its error
+// groups are the service's consumer groups.
+func groups() []*inbox.Group {
+	service := orders.NewService(nil, nil, changes.New(changes.Config{})) // only asked for them
+	return []*inbox.Group{service.Fulfillment(), service.Notifications()}
+}
+
+func queueOf(group *inbox.Group) string { return "orders." + group.Name() }
+
+func read[T any](ctx context.Context, db *pgxpool.Pool, sql string, args ...any) ([]T, error) {
+	rows, _ := db.Query(ctx, sql, args...) // CollectRows returns its error
 	found, err := pgx.CollectRows(rows, pgx.RowToStructByPos[T])
 	if err != nil {
 		return nil, fmt.Errorf("read the tables: %w", err)

@@ -64,12 +64,13 @@ func newProtocol(name, url, apiKey string, http2 bool, options ...connecthttp.Op
 	return &protocol{name: name, http: client, client: ordersv1connect.NewOrderServiceClient(connect.NewClient(transport, withKey(apiKey)))}
 }
 
-// withKey sends the API key with each call.
+// withKey sends the API key with each call, if there is one.
 func withKey(apiKey string) connect.ClientInterceptor {
 	return func(next connect.ClientFunc) connect.ClientFunc {
 		return func(ctx context.Context, spec connect.Spec) (connect.ClientStream, error) {
-			info, _ := connect.CallInfoForClientContext(ctx)
-			info.RequestHeader().Set("x-api-key", apiKey)
+			if info, ok := connect.CallInfoForClientContext(ctx); ok && apiKey != "" {
+				info.RequestHeader().Set("x-api-key", apiKey)
+			}
 			return next(ctx, spec)
 		}
 	}

@@ -3,6 +3,7 @@
 //
 //	make demo
 //	go run ./cmd/stack -- go run ./cmd/demo [--orders N] [--rate N] [--keep]
+//	go run ./cmd/demo --attach http://127.0.0.1:8080    the load and the ledger alone, on a service that runs already
 //
 // It works in a database and a vhost of its own, both called orders_demo_ and eight digits, which it removes unless something failed. Its
 // processes never outlive it (on Linux, not even if it is killed).
@@ -39,6 +40,8 @@ type cli struct {
 	ManagementURL string `name:"management-url" env:"RABBITMQ_MANAGEMENT_URL" help:"RabbitMQ's management API with credentials. Default: the AMQP URL's host and user, port 15672."`
 	Orders        int    `default:"2400" help:"Orders to place."`
 	Rate          int    `help:"Orders placed a second, at most. Default: 110, or fewer so that the load lasts for 18 s and the faults fall into it."`
+	Attach        string `placeholder:"URL" help:"API of a service that runs already: place the orders there, break nothing, and balance what became of them. The URLs are then those of its own database and vhost, which keep what they have."`
+	APIKey        string `name:"api-key" env:"API_KEY" help:"With --attach: the API key, if the API asks for one."`
 	Keep          bool   `help:"Keep database, vhost and logs also when all is well."`
 }
 
@@ -53,7 +56,7 @@ func (c *cli) Validate() error {
 		return errors.New("--postgres-url: not a Postgres URL or connection string")
 	case err != nil:
 		return errors.New("--amqp-url: not an AMQP URL")
-	case broker.Scheme != "amqp":
+	case c.Attach == "" && broker.Scheme != "amqp":
 		return errors.New("--amqp-url: the demo cuts connections in a proxy of its own, which TLS would not accept: use amqp, not " + broker.Scheme)
 	case c.Orders < 100 || c.Orders > 100_000:
 		return fmt.Errorf("--orders: %d is not between 100 and 100000", c.Orders)
@@ -76,7 +79,11 @@ func main() {
 	ctx, cancel := context.WithCancelCause(ctx)
 	go watchParent(ctx, cancel)
 
-	balanced, err := run(ctx, flags, newScreen(os.Stdout))
+	play := run
+	if flags.Attach != "" {
+		play = attach
+	}
+	balanced, err := play(ctx, flags, newScreen(os.Stdout))
 	switch {
 	case err != nil:
 		fail(exitFailure, err.Error())

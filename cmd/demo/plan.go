@@ -40,7 +40,8 @@ type plan struct {
 	stock  map[string]int
 }
 
-func newPlan(orders int) plan {
+// newPlan draws a load. The SKUs end in suffix, so that a load may have its own where there are others.
+func newPlan(orders int, suffix string) plan {
 	p := plan{stock: map[string]int{}}
 	demand := map[string]int{}
 	for range orders {
@@ -55,10 +56,10 @@ func newPlan(orders int) plan {
 			one.cancelIn = rand.N(2 * time.Second)
 		}
 		for _, n := range rand.Perm(commonSKUs)[:1+rand.IntN(2)] {
-			one.lines = append(one.lines, line(fmt.Sprintf("common-%d", n+1)))
+			one.lines = append(one.lines, line(fmt.Sprintf("common-%d%s", n+1, suffix)))
 		}
 		if rand.Float64() < scarceShare {
-			one.lines = append(one.lines, line(fmt.Sprintf("scarce-%d", 1+rand.IntN(2))))
+			one.lines = append(one.lines, line(fmt.Sprintf("scarce-%d%s", 1+rand.IntN(2), suffix)))
 		}
 		for _, line := range one.lines {
 			demand[line.GetSku()] += int(line.GetQuantity())
@@ -72,6 +73,15 @@ func newPlan(orders int) plan {
 		}
 	}
 	return p
+}
+
+// ids are the orders' IDs, which are the keys of their messages too.
+func (p plan) ids() []string {
+	ids := make([]string, len(p.orders))
+	for i, one := range p.orders {
+		ids[i] = one.id
+	}
+	return ids
 }
 
 func line(sku string) *ordersv1.Line {

@@ -35,7 +35,9 @@ func report(f facts, found findings, done traffic, faults []fault) string {
 	out.WriteString("\n  Ledger\n")
 	check(rowPlaced, len(f.orders), done.byProtocol)
 	put("calls", grouped(int(done.calls)), "", fmt.Sprintf("of PlaceOrder for them, some at once; %s made again because no answer came", grouped(int(done.repeated))))
-	put("faults", fmt.Sprint(len(faults)), "", faultText(faults))
+	if len(faults) > 0 {
+		put("faults", fmt.Sprint(len(faults)), "", faultText(faults))
+	}
 	put("messages", grouped(len(f.messages)), "", "committed to the outbox")
 	check(rowPublished, f.published, "of them confirmed by the broker")
 	put("copies seen", grouped(f.copies), "", fmt.Sprintf("on the exchange: %s published more than once", grouped(f.copies-len(f.arrivals))))
@@ -82,7 +84,9 @@ func writeLatencies(out *strings.Builder, f facts, faults []fault) {
 			return at, ok
 		})
 		fmt.Fprintf(out, "  %-20s %9s %9s  all %s messages\n", way.name, rounded(all.p50), rounded(all.p99), grouped(all.count))
-		fmt.Fprintf(out, "  %-20s %9s %9s  the %s outside of faults\n", "", rounded(calm.p50), rounded(calm.p99), grouped(calm.count))
+		if len(faults) > 0 {
+			fmt.Fprintf(out, "  %-20s %9s %9s  the %s outside of faults\n", "", rounded(calm.p50), rounded(calm.p99), grouped(calm.count))
+		}
 	}
 	out.WriteString("  From the insert of the outbox row, a moment before its commit, to the first copy on the exchange,\n" +
 		"  and to the consumer's inbox row, which commits together with the effect.\n")

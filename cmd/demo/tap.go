@@ -6,6 +6,7 @@ import (
 	"sync"
 	"time"
 
+	"example.com/orders/internal/messaging"
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 
@@ -16,6 +17,8 @@ const exchange = "events"
 type tap struct {
 	conn *amqp.Connection
 	done chan struct{}
+	// keys are those of the messages that count; nil if all do.
+	keys map[string]bool
 
 	mu     sync.Mutex
 	copies int
@@ -29,12 +32,19 @@ type arrival struct {
 	at        time.Time
 }
 
-func openTap(url string) (*tap, error) {
+// openTap opens the tap for the messages with one of some keys, or, if there are none, for all.
+func openTap(url string, keys []string) (*tap, error) {
 	conn, err := amqp.Dial(url)
 	if err != nil {
 		return nil, fmt.Errorf("connect the tap: %w", err)
 	}
 	t := &tap{conn: conn, done: make(chan struct{}), seen: map[string]bool{}}
+	if keys != nil {
+		t.keys = make(map[string]bool, len(keys))
+		for _, key := range keys {
+			t.keys[key] = true
+		}
+	}
 	deliveries, err := t.listen()
 	if err != nil {
 		conn.Close()
@@ -43,7 +53,9 @@ func openTap(url string) (*tap, error) {
 	go func() {
 		defer close(t.done)
 		for delivery := range deliveries {
-			t.see(delivery.MessageId)
+			if key, _ := delivery.Headers[messaging.KeyHeader].(string); t.keys == nil || t.keys[key] {
+				t.see(delivery.MessageId)
+			}
 		}
 	}()
 	return t, nil
@@ -115,6 +127,16 @@ func (t *tap) depth(queue string) (int, error) {
 		return 0, fmt.Errorf("look at queue %s: %w", queue, err)
 	}
 	return state.Messages, nil
+}
+
+// drained tells whether the groups' queues are empty: the last copies, which nobody waits for, are taken too.
+func (t *tap) drained() bool {
+	for _, group := range groups() {
+		if depth, err := t.depth(queueOf(group)); err != nil || depth > 0 {
+			return false
+		}
+	}
+	return true
 }
 
 func (t *tap) close() {

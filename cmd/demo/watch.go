@@ -21,7 +21,11 @@ const (
 )
 
 // watch looks at the tables while the load runs.
-type watch struct{ db *pgxpool.Pool }
+type watch struct {
+	db *pgxpool.Pool
+	// orders are the IDs of those that count, in a database with others. Nil in one of our own, where everything counts.
+	orders []string
+}
 
 // sample is where things stand.
 type sample struct {
@@ -45,8 +49,26 @@ SELECT (SELECT count(*) FROM outbox) AS messages, cursor.published, cursor.parke
        (SELECT count(*) FROM orders WHERE status = 'placed') AS open
 FROM outbox_cursor AS cursor WHERE shard = 0`
 
+// sampleOfSQL is the same for some orders. The relay counts all that it publishes, so here it is the cursor that tells which of theirs it has
+// passed: what is visible in it, as the outbox defines it. What it passed and could not publish lies among the dead letters.
+const sampleOfSQL = `
+WITH ours AS (SELECT message_id, shard, xid, id FROM outbox WHERE key = ANY($1)),
+     parked AS (SELECT count(*) AS n FROM dead_letter WHERE consumer = '' AND key = ANY($1)),
+     passed AS (
+         SELECT count(*) AS n FROM ours JOIN outbox_cursor AS cursor USING (shard)
+         WHERE pg_visible_in_snapshot(xid, delivered) OR batch IS NOT NULL AND id <= last_id AND pg_visible_in_snapshot(xid, batch))
+SELECT (SELECT count(*) FROM ours) AS messages, passed.n - parked.n AS published, parked.n AS parked, 0::bigint AS epoch,
+       (SELECT count(*) FROM inbox JOIN ours USING (message_id)) AS applied,
+       (SELECT count(*) FROM inbox_retry WHERE key = ANY($1)) AS retrying,
+       (SELECT count(*) FROM orders WHERE status = 'placed' AND id = ANY($1::uuid[])) AS open
+FROM passed, parked`
+
 func (w *watch) sample(ctx context.Context) (sample, error) {
-	rows, _ := w.db.Query(ctx, sampleSQL) // CollectExactlyOneRow returns its error
+	sql, args := sampleSQL, []any(nil)
+	if w.orders != nil {
+		sql, args = sampleOfSQL, []any{w.orders}
+	}
+	rows, _ := w.db.Query(ctx, sql, args...) // CollectExactlyOneRow returns its error
 	now, err := pgx.CollectExactlyOneRow(rows, pgx.RowToStructByName[sample])
 	if err != nil {
 		return sample{}, fmt.Errorf("look at the tables: %w", err)
@@ -105,7 +127,7 @@ func (w *watch) settle(ctx context.Context, tap *tap) error {
 			last, moved = now, time.Now()
 		}
 		settled := now.quiet() && now.Retrying == 0 && now.Open == 0 &&
-			tap.distinct() >= now.Published
+			tap.distinct() >= now.Published && tap.drained()
 		return settled || tap.broken() || time.Since(moved) > stallPatience
 	})
 	if tap.broken() {

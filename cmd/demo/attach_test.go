@@ -1,0 +1,104 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"example.com/orders/internal/app"
+	"example.com/orders/internal/testenv"
+	"github.com/jackc/pgx/v5"
+)
+
+func TestMain(m *testing.M) { testenv.Main(m) }
+
+// service runs all of the service until the test ends, and returns the URL of its API.
+func service(t *testing.T, postgresURL, amqpURL string) (url string) {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	addr := listener.Addr().String()
+	if err := listener.Close(); err != nil { // the service wants it now
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	var running sync.WaitGroup
+	running.Go(func() {
+		if err := app.RunAll(ctx, app.Config{PostgresURL: postgresURL, AMQPURL: amqpURL, Exchange: exchange, Addr: addr}); err != nil {
+			t.Error(err)
+		}
+	})
+	t.Cleanup(func() { cancel(); running.Wait() })
+	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
+	testenv.Eventually(t, 20*time.Second, func() error {
+		response, err := client.Get("http://" + addr + "/readyz")
+		if err != nil {
+			return err
+		}
+		defer response.Body.Close()
+		if response.StatusCode != http.StatusOK {
+			return fmt.Errorf("/readyz answers %s", response.Status)
+		}
+		return nil
+	})
+	return "http://" + addr
+}
+
+// A load on a service that runs already balances, whatever is there from others, and not when something of its own is amiss.
+func TestAttach(t *testing.T) {
+	t.Parallel()
+	flags := cli{PostgresURL: testenv.PostgresURL(t), AMQPURL: testenv.AMQP(t), Orders: 100, Rate: 200}
+	flags.Attach = service(t, flags.PostgresURL, flags.AMQPURL)
+	db, err := pgx.Connect(t.Context(), flags.PostgresURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { db.Close(context.Background()) })
+	play := func() (bool, string) {
+		out, err := os.Create(filepath.Join(t.TempDir(), "out"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer out.Close()
+		balanced, err := attach(t.Context(), flags, newScreen(out))
+		if err != nil {
+			t.Fatal(err)
+		}
+		text, err := os.ReadFile(out.Name())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return balanced, string(text)
+	}
+	mustExec := func(sql string) {
+		if _, err := db.Exec(t.Context(), sql); err != nil {
+			t.Fatal(err)
+		}
+	}
+
+	// An order that nobody here placed, and a letter of somebody else's.
+	mustExec(`INSERT INTO orders (id, customer_id) VALUES (gen_random_uuid(), 'somebody else')`)
+	mustExec(`INSERT INTO dead_letter (consumer, message_id, type, key, payload, headers, reason, error, attempts)
+		VALUES ('', 'm', 'another.v1.Event', 'another', '', '{}', 'test', '', 1)`)
+	for range 2 {
+		if balanced, text := play(); !balanced || !strings.Contains(text, "  placed                     100  ✓") {
+			t.Fatalf("does not balance:\n%s", text)
+		}
+	}
+
+	mustExec(`CREATE FUNCTION twice() RETURNS trigger LANGUAGE plpgsql AS $$
+		BEGIN INSERT INTO notifications (order_id, kind, customer_id) VALUES (NEW.order_id, NEW.kind, NEW.customer_id); RETURN NULL; END $$`)
+	mustExec(`CREATE TRIGGER twice AFTER INSERT ON notifications FOR EACH ROW WHEN (pg_trigger_depth() = 0) EXECUTE FUNCTION twice()`)
+	if balanced, text := play(); balanced || !strings.Contains(text, "orders that were notified twice") {
+		t.Errorf("two notifications of each order, and yet:\n%s", text)
+	}
+}
