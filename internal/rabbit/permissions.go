@@ -15,19 +15,27 @@ type Permissions struct {
 // nothing is an expression that no name matches.
 const nothing = "^$"
 
+// A process looks whether the topology is there before it relies on it: a relay without queues would park all it publishes. Since 4.2.7 and 4.3.1
+// RabbitMQ lets a user look at what it has some permission for, and at nothing else. (4.2.6 and 4.3.0 demanded to configure it.) So each process has a
+// permission for the other side too, the one of which it can make no use: binding, and unbinding, takes writing to the queue and reading from
+// the exchange, and nobody has both.
+
 // PublisherPermissions are all that a relay needs where the topology is given: it writes to the exchange, and can read nobody's messages.
 func (t Topology) PublisherPermissions() Permissions {
-	return Permissions{Configure: nothing, Write: only(t.Exchange), Read: nothing}
+	return Permissions{Configure: nothing, Write: only(append(t.queueNames(), t.Exchange)...), Read: nothing}
 }
 
 // ConsumerPermissions are all that a consumer needs where the topology is given: it reads from its queues, and can send nothing. What its handlers
 // send goes through the outbox.
 func (t Topology) ConsumerPermissions() Permissions {
-	var names []string
+	return Permissions{Configure: nothing, Write: nothing, Read: only(append(t.queueNames(), t.Exchange)...)}
+}
+
+func (t Topology) queueNames() (names []string) {
 	for _, queue := range t.Queues {
 		names = append(names, queue.Name, DeadQueue(queue.Name))
 	}
-	return Permissions{Configure: nothing, Write: nothing, Read: only(names...)}
+	return names
 }
 
 // only returns an expression that these names match and no other.

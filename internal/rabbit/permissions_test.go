@@ -76,6 +76,7 @@ func TestPermissions(t *testing.T) {
 		return err
 	}
 	bind := func(ch *amqp.Channel) error { return ch.QueueBind(queue, "#", exchange, false, nil) }
+	unbind := func(ch *amqp.Channel) error { return ch.QueueUnbind(queue, topology.Queues[0].Types[0], exchange, nil) }
 	for name, one := range map[string]struct {
 		url string
 		try func(*amqp.Channel) error
@@ -85,6 +86,7 @@ func TestPermissions(t *testing.T) {
 		"RelayDeclares":                {relay, declare},
 		"RelayMakesAQueue":             {relay, own},
 		"RelayBinds":                   {relay, bind},
+		"RelayUnbinds":                 {relay, unbind},
 		"RelayDeletesTheQueue":         {relay, remove},
 		"RelayDeletesTheExchange":      {relay, removeExchange},
 		"RelayWritesPastTheExchange":   {relay, publish("", queue)},
@@ -94,6 +96,7 @@ func TestPermissions(t *testing.T) {
 		"ConsumerDeclares":             {consumer, declare},
 		"ConsumerMakesAQueue":          {consumer, own},
 		"ConsumerBinds":                {consumer, bind},
+		"ConsumerUnbinds":              {consumer, unbind},
 		"ConsumerDeletesTheQueue":      {consumer, remove},
 		"ConsumerDeletesTheExchange":   {consumer, removeExchange},
 		"ConsumerReadsAnothersQueue":   {user(Topology{Queues: []Queue{{Name: "other"}}}.ConsumerPermissions()), consume},
