@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All static checks: Go, protobuf, generated code, alert rules. Runs every check, then names those that failed.
+# All static checks: Go, protobuf, generated code, alert rules, docker-compose.yml. Runs every check, then names those that failed.
 #
 #   scripts/lint.sh
 #
@@ -23,6 +23,7 @@ check() {
 }
 
 in_bench() { (cd bench && "$@"); }
+in_tools() { (cd tools && "$@"); }
 
 gofmt_clean() {
   local files
@@ -77,6 +78,10 @@ check 'bench: go vet' go -C bench vet ./...
 check 'bench: staticcheck' in_bench go tool -modfile=../tools/go.mod staticcheck ./...
 check 'bench: go.mod is tidy' go -C bench mod tidy -diff
 check 'web: types' web/node_modules/.bin/tsc -p web --noEmit
+check 'tools: go vet' go -C tools vet ./...
+check 'tools: staticcheck' in_tools go tool staticcheck ./...
+check 'tools: go.mod is tidy' go -C tools mod tidy -diff
+check 'docker-compose.yml' go -C tools run ./composecheck ../docker-compose.yml
 check 'buf lint' "$buf" lint
 check 'buf format' "$buf" format --diff --exit-code
 check 'buf breaking, against main' breaking
