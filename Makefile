@@ -3,11 +3,13 @@
 SHELL := /bin/bash
 
 VERSION := $(shell git describe --tags --always --dirty 2>/dev/null)
-LDFLAGS := -X main.version=$(VERSION)
+LDFLAGS := -s -w -X main.version=$(VERSION)
+# The same commit gives the same bytes, in whatever folder and on whatever machine: no paths, no C. The Dockerfile does the same.
+BUILD   := CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '$(LDFLAGS)'
 STACK   := .stack/bin/stack
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(STACK) ## The main job: orders travel while relay and consumer are killed, then the ledger
 	$(STACK) -- go run ./cmd/demo
@@ -37,7 +39,27 @@ bench: $(STACK) build ## Against RabbitMQ's own ceiling and against peers, 15 mi
 	$(STACK) -- .stack/bin/bench $(if $(ROWS),$(ROWS),--out docs/benchmarks.md)
 
 build: ## Build bin/orders
-	go build -ldflags '$(LDFLAGS)' -o bin/orders ./cmd/orders
+	$(BUILD) -o bin/orders ./cmd/orders
+
+reproducible: ## Build this commit twice from nothing, and compare
+	scripts/reproducible.sh '$(VERSION)'
+
+image: ## Build the container image orders:VERSION, and the load generator's
+	docker build --build-arg VERSION=$(VERSION) --target orders -t orders:$(VERSION) .
+	docker build --build-arg VERSION=$(VERSION) --target load -t orders-load:$(VERSION) .
+
+image-release: ## Build the image for amd64 and arm64 with SBOM and provenance, as bin/image.tar
+	docker buildx build --platform linux/amd64,linux/arm64 --build-arg VERSION=$(VERSION) --build-arg SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) \
+		--sbom=true --provenance=mode=max --output type=oci,dest=bin/image.tar,rewrite-timestamp=true .
+
+compose-test: ## The composed stack with whatever Docker is here: orders, kills, ledger
+	scripts/compose_test.sh
+
+kubernetes: ## Check deploy/kubernetes against Kubernetes' own schemas
+	scripts/kubernetes.sh
+
+vuln: ## Known vulnerabilities in what the programs really call
+	go tool -modfile=tools/go.mod govulncheck ./...
 
 generate: ## Generate code from proto/
 	@scripts/packages.sh tools web
@@ -48,4 +70,4 @@ $(STACK): FORCE
 	@go build -o $@ ./cmd/stack
 
 FORCE:
-.PHONY: help demo up down test fuzz lint ci bench build generate FORCE
+.PHONY: help demo up down test fuzz lint ci bench build reproducible image image-release compose-test kubernetes vuln generate FORCE

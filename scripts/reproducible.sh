@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Builds the last commit twice, in two folders, once with Go's build cache as it is and once from nothing, and compares the bytes.
+#
+#   scripts/reproducible.sh VERSION
+set -euo pipefail
+cd "$(dirname "$0")/.."
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+for folder in one another/one; do
+  mkdir -p "$scratch/$folder"
+  git archive HEAD | tar -x -C "$scratch/$folder"
+done
+make -s -C "$scratch/one" build VERSION="$1"
+GOCACHE=$scratch/cache make -s -C "$scratch/another/one" build VERSION="$1"
+cmp "$scratch/one/bin/orders" "$scratch/another/one/bin/orders"
+sha256sum <"$scratch/one/bin/orders" | sed "s|-|bin/orders $1, twice|"
