@@ -86,7 +86,7 @@ check 'buf lint' "$buf" lint
 check 'buf format' "$buf" format --diff --exit-code
 check 'buf breaking, against main' breaking
 check 'generated code is current' generated
-check 'alert rules' promtool check rules deploy/prometheus/alerts.yml
+check 'prometheus.yml and its alert rules' promtool check config deploy/prometheus/prometheus.yml
 check 'alert rules do what they say' promtool test rules deploy/prometheus/alerts_test.yml
 
 if [ ${#failed[@]} -gt 0 ]; then
