@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Renders deploy/kubernetes and checks every object against the schemas of Kubernetes and of KEDA.
+#
+#   scripts/kubernetes.sh
+#
+# Needs Go alone. The schemas come from the module proxy: of the modules nothing is built.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+# folder_of MODULE@VERSION prints where Go keeps it.
+folder_of() { go mod download -json "$1" | sed -n 's/^\t"Dir": "\(.*\)",$/\1/p'; }
+
+kubernetes=$(folder_of sigs.k8s.io/kubectl-validate@v0.0.4)/pkg/openapiclient/builtins/1.30
+keda=$(folder_of github.com/kedacore/keda/v2@v2.21.0)/config/crd/bases
+go -C tools run ./kubecheck "$kubernetes" "$keda" ../deploy/kubernetes/base ../deploy/kubernetes/keda
