@@ -33,7 +33,7 @@ func service(t *testing.T, postgresURL, amqpURL string) (url string) {
 	ctx, cancel := context.WithCancel(context.Background())
 	var running sync.WaitGroup
 	running.Go(func() {
-		if err := app.RunAll(ctx, app.Config{PostgresURL: postgresURL, AMQPURL: amqpURL, Exchange: exchange, Addr: addr}); err != nil {
+		if err := app.RunAll(ctx, app.Config{PostgresURL: postgresURL, AMQPURL: amqpURL, Exchange: exchange, Addr: addr, Edge: app.Edge{NoAuth: true}}); err != nil {
 			t.Error(err)
 		}
 	})
