@@ -47,11 +47,11 @@ func TestPermissions(t *testing.T) {
 			if err := ch.Confirm(false); err != nil {
 				return err
 			}
+			closed := ch.NotifyClose(make(chan *amqp.Error, 1))
 			confirm, err := ch.PublishWithDeferredConfirm(exchange, key, false, false, amqp.Publishing{MessageId: "forged"})
 			if err != nil {
 				return err
 			}
-			closed := ch.NotifyClose(make(chan *amqp.Error, 1))
 			select {
 			case err := <-closed:
 				return err
