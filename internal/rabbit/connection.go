@@ -27,14 +27,14 @@ const (
 	closeTimeout = 2 * time.Second
 )
 
-// connection is the library's connection, and the network connection beneath it.
-type connection struct {
+// Connection is the library's connection, and the network connection beneath it.
+type Connection struct {
 	*amqp.Connection
 	network *gatheringConn
 }
 
-// dial connects, and gives up when ctx ends. The name is shown to the broker's operators.
-func dial(ctx context.Context, url, name string) (*connection, error) {
+// Dial connects, and gives up when ctx ends. The name is shown to the broker's operators.
+func Dial(ctx context.Context, url, name string) (*Connection, error) {
 	properties := amqp.NewConnectionProperties()
 	properties.SetClientConnectionName(cmp.Or(name, "unnamed"))
 	var network *gatheringConn
@@ -56,28 +56,35 @@ func dial(ctx context.Context, url, name string) (*connection, error) {
 	if err != nil {
 		return nil, fmt.Errorf("connect to rabbitmq: %w", err)
 	}
-	return &connection{Connection: conn, network: network}, nil
+	return &Connection{Connection: conn, network: network}, nil
 }
 
-// hangUp closes the connection, by force if the broker does not answer. The library's deadline alone does not bound it: every frame
+// HangUp closes the connection, by force if the broker does not answer. The library's deadline alone does not bound it: every frame
 // that comes in puts it off, and a broker that blocks us goes on sending heartbeats.
-func (c *connection) hangUp() {
+func (c *Connection) HangUp() {
 	force := time.AfterFunc(closeTimeout, c.network.cut)
 	defer force.Stop()
 	_ = c.CloseDeadline(time.Now().Add(closeTimeout)) // what is lost with it is unknown to both sides anyway
 }
 
+// Cut ends the connection without a word, and with it whatever hangs in writing to it.
+func (c *Connection) Cut() { c.network.cut() }
+
+// Gather calls fn, which publishes, and sends at its end what has not been sent by then: many publishings and acks in one write. An error
+// is that of a write, here or in an earlier call, and means the end of the connection.
+func (c *Connection) Gather(fn func()) error { return c.network.gather(fn) }
+
 // Check connects and says whether the broker is there. It is what health checks call.
 func Check(ctx context.Context, url string) error {
-	conn, err := dial(ctx, url, "health check")
+	conn, err := Dial(ctx, url, "health check")
 	if err != nil {
 		return err
 	}
-	conn.hangUp()
+	conn.HangUp()
 	return nil
 }
 
-// ValidateURL says whether url is one that dial could use.
+// ValidateURL says whether url is one that Dial could use.
 func ValidateURL(url string) error {
 	_, err := amqp.ParseURI(url)
 	return err

@@ -77,13 +77,13 @@ func (c *Consumer) Run(ctx context.Context) error {
 
 // consume takes deliveries over one connection until that ends or ctx is done.
 func (c *Consumer) consume(ctx context.Context) error {
-	conn, err := dial(ctx, c.config.URL, c.config.Name)
+	conn, err := Dial(ctx, c.config.URL, c.config.Name)
 	c.meters.connected(ctx, err)
 	if err != nil {
 		return err
 	}
-	defer conn.hangUp()
-	stop := context.AfterFunc(ctx, conn.network.cut)
+	defer conn.HangUp()
+	stop := context.AfterFunc(ctx, conn.Cut)
 	channel, source, err := c.subscribe(conn)
 	if !stop() {
 		return ctx.Err()
@@ -110,7 +110,7 @@ func (c *Consumer) consume(ctx context.Context) error {
 const consumerTag = "group"
 
 // subscribe starts the deliveries.
-func (c *Consumer) subscribe(conn *connection) (*amqp.Channel, <-chan amqp.Delivery, error) {
+func (c *Consumer) subscribe(conn *Connection) (*amqp.Channel, <-chan amqp.Delivery, error) {
 	channel, err := conn.Channel()
 	if err != nil {
 		return nil, nil, fmt.Errorf("open channel: %w", err)

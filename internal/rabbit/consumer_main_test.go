@@ -105,11 +105,11 @@ func ready(t *testing.T, url string, want int) {
 // standBy subscribes as a consumer does, and returns once the broker has registered it.
 func standBy(t *testing.T, url string) <-chan amqp.Delivery {
 	t.Helper()
-	conn, err := dial(t.Context(), url, "second")
+	conn, err := Dial(t.Context(), url, "second")
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(conn.hangUp)
+	t.Cleanup(conn.HangUp)
 	config := ConsumerConfig{Topology: topology, Queue: queue}
 	_, source, err := NewConsumer(config, nil).subscribe(conn)
 	if err != nil {

@@ -49,7 +49,7 @@ func NewPublisher(config PublisherConfig) *Publisher {
 
 // link is one connection with its channel in confirm mode. It is thrown away at the first failure.
 type link struct {
-	conn     *connection
+	conn     *Connection
 	channel  *amqp.Channel
 	meters   *meters
 	returns  chan amqp.Return
@@ -88,7 +88,7 @@ func (p *Publisher) Publish(ctx context.Context, messages []messaging.Message) (
 	go func() {
 		defer close(receipt.written)
 		<-previous
-		if err := l.conn.network.gather(func() { receipt.write(&p.config) }); err != nil && receipt.failure == nil {
+		if err := l.conn.Gather(func() { receipt.write(&p.config) }); err != nil && receipt.failure == nil {
 			receipt.failure = err
 		}
 	}()
@@ -98,7 +98,7 @@ func (p *Publisher) Publish(ctx context.Context, messages []messaging.Message) (
 // Close implements messaging.Publisher.
 func (p *Publisher) Close() error {
 	if p.link != nil {
-		p.link.conn.hangUp()
+		p.link.conn.HangUp()
 		<-p.link.writing
 		p.link.setStopped(false)
 		p.link = nil
@@ -107,18 +107,18 @@ func (p *Publisher) Close() error {
 }
 
 func (p *Publisher) connect(ctx context.Context) error {
-	conn, err := dial(ctx, p.config.URL, p.config.Name)
+	conn, err := Dial(ctx, p.config.URL, p.config.Name)
 	p.meters.connected(ctx, err)
 	if err != nil {
 		return err
 	}
-	stop := context.AfterFunc(ctx, conn.network.cut)
+	stop := context.AfterFunc(ctx, conn.Cut)
 	channel, err := p.open(conn)
 	if !stop() {
 		err = ctx.Err()
 	}
 	if err != nil {
-		conn.hangUp()
+		conn.HangUp()
 		return err
 	}
 	idle := make(chan struct{})
@@ -132,7 +132,7 @@ func (p *Publisher) connect(ctx context.Context) error {
 	return nil
 }
 
-func (p *Publisher) open(conn *connection) (*amqp.Channel, error) {
+func (p *Publisher) open(conn *Connection) (*amqp.Channel, error) {
 	channel, err := conn.Channel()
 	if err != nil {
 		return nil, fmt.Errorf("open channel: %w", err)

@@ -104,11 +104,11 @@ func (t Topology) expect(ch *amqp.Channel) error {
 
 // Declare makes the topology, for processes that may not.
 func (t Topology) Declare(ctx context.Context, url string) error {
-	conn, err := dial(ctx, url, "topology")
+	conn, err := Dial(ctx, url, "topology")
 	if err != nil {
 		return err
 	}
-	defer conn.hangUp()
+	defer conn.HangUp()
 	channel, err := conn.Channel()
 	if err != nil {
 		return fmt.Errorf("open channel: %w", err)
@@ -131,11 +131,11 @@ func declareQueue(ch *amqp.Channel, name string, arguments amqp.Table) error {
 // Compare looks at the broker without changing anything, and returns what of the topology is missing there. A queue whose arguments differ
 // is an error.
 func (t Topology) Compare(ctx context.Context, url string) (missing []string, err error) {
-	conn, err := dial(ctx, url, "doctor")
+	conn, err := Dial(ctx, url, "doctor")
 	if err != nil {
 		return nil, err
 	}
-	defer conn.hangUp()
+	defer conn.HangUp()
 	for _, queue := range t.Queues {
 		for name, arguments := range map[string]amqp.Table{queue.Name: queueArguments(queue.Name), DeadQueue(queue.Name): deadQueueArguments} {
 			channel, err := conn.Channel() // a failure closes it
@@ -162,10 +162,10 @@ func (t Topology) Compare(ctx context.Context, url string) (missing []string, er
 
 // Version returns the broker's name and version, such as RabbitMQ 4.1.0.
 func Version(ctx context.Context, url string) (string, error) {
-	conn, err := dial(ctx, url, "doctor")
+	conn, err := Dial(ctx, url, "doctor")
 	if err != nil {
 		return "", err
 	}
-	defer conn.hangUp()
+	defer conn.HangUp()
 	return fmt.Sprintf("%v %v", conn.Properties["product"], conn.Properties["version"]), nil
 }
