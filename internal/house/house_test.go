@@ -26,10 +26,10 @@ var domain = []string{"internal/orders", "internal/gen/orders", "cmd/demo"}
 var arrows = map[string][]string{
 	"cmd/orders": {
 		"internal/app", "internal/auth", "internal/deadletter", "internal/messaging", "internal/ops", "internal/outbox", "internal/postgres", "internal/rabbit",
-		"internal/rpcserver", "internal/telemetry", "migrations",
+		"internal/rabbitrpc", "internal/rpcserver", "internal/telemetry", "migrations",
 	},
 	"cmd/stack":              {"internal/localstack"},
-	"internal/app":           {"internal/auth", "internal/changes", "internal/inbox", "internal/messaging", "internal/ops", "internal/outbox", "internal/postgres", "internal/rabbit", "internal/rpcserver", "internal/telemetry"},
+	"internal/app":           {"internal/auth", "internal/changes", "internal/inbox", "internal/messaging", "internal/ops", "internal/outbox", "internal/postgres", "internal/rabbit", "internal/rabbitrpc", "internal/rpcserver", "internal/telemetry"},
 	"internal/changes":       {"internal/postgres"},
 	"internal/orders":        {"internal/changes", "internal/inbox", "internal/messaging", "internal/outbox", "internal/postgres"},
 	"internal/outbox":        {"internal/deadletter", "internal/failpoint", "internal/messaging", "internal/postgres"},
@@ -37,6 +37,7 @@ var arrows = map[string][]string{
 	"internal/deadletter":    {"internal/messaging"},
 	"internal/ops":           {"internal/deadletter", "internal/inbox", "internal/messaging", "internal/outbox", "internal/postgres", "internal/rabbit", "migrations"},
 	"internal/rabbit":        {"internal/failpoint", "internal/messaging"},
+	"internal/rabbitrpc":     {"internal/rabbit"},
 	"internal/auth":          {"internal/gen/auth/v1", "internal/reload"},
 	"internal/reload":        {},
 	"internal/rpcserver":     {"internal/auth", "internal/outbox", "internal/postgres", "internal/reload"},

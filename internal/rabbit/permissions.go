@@ -22,13 +22,13 @@ const nothing = "^$"
 
 // PublisherPermissions are all that a relay needs where the topology is given: it writes to the exchange, and can read nobody's messages.
 func (t Topology) PublisherPermissions() Permissions {
-	return Permissions{Configure: nothing, Write: only(append(t.queueNames(), t.Exchange)...), Read: nothing}
+	return Permissions{Configure: nothing, Write: Only(append(t.queueNames(), t.Exchange)...), Read: nothing}
 }
 
 // ConsumerPermissions are all that a consumer needs where the topology is given: it reads from its queues, and can send nothing. What its handlers
 // send goes through the outbox.
 func (t Topology) ConsumerPermissions() Permissions {
-	return Permissions{Configure: nothing, Write: nothing, Read: only(append(t.queueNames(), t.Exchange)...)}
+	return Permissions{Configure: nothing, Write: nothing, Read: Only(append(t.queueNames(), t.Exchange)...)}
 }
 
 func (t Topology) queueNames() (names []string) {
@@ -38,8 +38,11 @@ func (t Topology) queueNames() (names []string) {
 	return names
 }
 
-// only returns an expression that these names match and no other.
-func only(names ...string) string {
+// Only returns an expression that these names match and no other.
+func Only(names ...string) string {
+	if len(names) == 0 {
+		return nothing
+	}
 	quoted := make([]string, len(names))
 	for i, name := range names {
 		quoted[i] = regexp.QuoteMeta(name)

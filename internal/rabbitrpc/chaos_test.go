@@ -1,0 +1,135 @@
+package rabbitrpc_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"connectrpc.com/connect/v2"
+	"example.com/orders/internal/testenv"
+)
+
+const (
+	chaosCalls   = 10_000
+	chaosCallers = 64
+)
+
+// TestChaos makes many calls while each second one of three replicas is killed and one of the connections is cut, the client's among them.
+// Every call ends in its own answer or in an honest error, and what callers were told fits what was done.
+func TestChaos(t *testing.T) {
+	t.Parallel()
+	amqpURL, effects := testenv.AMQP(t), t.TempDir()
+	var proxies []*testenv.TCPProxy
+	proxied := func() string {
+		proxy, url := testenv.ProxyURL(t, amqpURL)
+		proxies = append(proxies, proxy)
+		return url
+	}
+	var replicas [3]*child
+	var environments [3][]string
+	for i := range replicas {
+		environments[i] = []string{"AMQP_URL=" + proxied(), effectsVariable + "=" + effects}
+		replicas[i] = spawn(t, "amqp", environments[i]...)
+	}
+	awaitReplicas(t, amqpURL, "probe.v1.Probe", len(replicas))
+	client := newClient(t, proxied())
+
+	results := make(chan map[string]error, 1)
+	go func() { results <- callAll(t, client) }()
+	second := time.NewTicker(time.Second)
+	defer second.Stop()
+	faults := 0
+	for {
+		select {
+		case told := <-results:
+			if faults < 2 {
+				t.Errorf("only %d faults", faults)
+			}
+			checkEffects(t, told, effects)
+			return
+		case <-second.C:
+			i := faults % len(replicas)
+			replicas[i].kill()
+			replicas[i] = spawn(t, "amqp", environments[i]...)
+			proxies[(faults+2)%len(proxies)].Cut()
+			faults++
+		}
+	}
+}
+
+// callAll makes the calls, half of them to each kind of method, and returns what each one's caller was told.
+func callAll(t *testing.T, client *connect.Client) map[string]error {
+	told := make(map[string]error, chaosCalls)
+	var mu sync.Mutex
+	var next atomic.Int64
+	var callers sync.WaitGroup
+	for range chaosCallers {
+		callers.Go(func() {
+			for i := next.Add(1); i <= chaosCalls; i = next.Add(1) {
+				id, spec := fmt.Sprintf("put-%05d", i), again
+				if i%2 == 0 {
+					id, spec = fmt.Sprintf("add-%05d", i), once
+				}
+				ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+				out, err := call(ctx, client, spec, id)
+				cancel()
+				if err == nil && out != id {
+					t.Errorf("call %s got the answer of %s", id, out)
+				}
+				mu.Lock()
+				told[id] = err
+				mu.Unlock()
+				if err != nil && !errors.Is(err, context.DeadlineExceeded) {
+					time.Sleep(10 * time.Millisecond) // as callers that back off; else nothing is left to call when the client is back
+				}
+			}
+		})
+	}
+	callers.Wait()
+	return told
+}
+
+func checkEffects(t *testing.T, told map[string]error, effects string) {
+	t.Helper()
+	log, err := os.ReadFile(filepath.Join(effects, "log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	added := map[string]int{}
+	for line := range strings.Lines(string(log)) {
+		added[strings.TrimPrefix(strings.TrimPrefix(strings.TrimSpace(line), "add "), "put ")]++
+	}
+	answers, texts := 0, map[string]int{}
+	for id, err := range told {
+		_, missing := os.Stat(filepath.Join(effects, id))
+		done := missing == nil || added[id] > 0
+		if added[id] > 1 {
+			t.Errorf("%s was done %d times", id, added[id])
+		}
+		var failure *connect.Error
+		switch {
+		case err == nil:
+			answers++
+			if !done {
+				t.Errorf("%s was answered and not done", id)
+			}
+		case !errors.As(err, &failure) || failure.Code() != connect.CodeUnavailable && failure.Code() != connect.CodeDeadlineExceeded:
+			t.Errorf("%s ended with %v", id, err)
+		case done && strings.Contains(failure.Message(), "nothing was"):
+			t.Errorf("%s was done, and its caller was told %q", id, failure.Message())
+		default:
+			texts[failure.Error()]++
+		}
+	}
+	t.Logf("%d of %d calls were answered; the others: %v", answers, len(told), texts)
+	if len(told) != chaosCalls || answers < chaosCalls/2 {
+		t.Errorf("%d of %d calls were answered", answers, len(told))
+	}
+}

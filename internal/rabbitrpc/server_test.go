@@ -1,0 +1,440 @@
+package rabbitrpc_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"connectrpc.com/connect/v2"
+	"example.com/orders/internal/rabbitrpc"
+	"example.com/orders/internal/testenv"
+	amqp "github.com/rabbitmq/amqp091-go"
+	sdkmetric "go.opentelemetry.io/otel/sdk/metric"
+	"google.golang.org/protobuf/types/known/wrapperspb"
+)
+
+// Replicas compete for calls, and share them evenly.
+func TestReplicasShareCalls(t *testing.T) {
+	t.Parallel()
+	url := testenv.AMQP(t)
+	const calls, least, most = 300, 60, 141
+	var served [3]atomic.Int64
+	for i := range served {
+		serve(t, rabbitrpc.ServerConfig{URL: url}, register(once, func(_ context.Context, in string) (string, error) {
+			served[i].Add(1)
+			return in, nil
+		}))
+	}
+	client := newClient(t, url)
+	for i := range calls {
+		if _, err := call(t.Context(), client, once, fmt.Sprint(i)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	total := int64(0)
+	for i := range served {
+		n := served[i].Load()
+		if total += n; n < least || n > most {
+			t.Errorf("replica %d served %d of %d calls", i, n, calls)
+		}
+	}
+	if total != calls {
+		t.Errorf("%d calls were executed %d times", calls, total)
+	}
+}
+
+// A replica takes on no more than its prefetch, and the next one gets the rest.
+func TestPrefetchBoundsWhatRunsAtOnce(t *testing.T) {
+	t.Parallel()
+	url := testenv.AMQP(t)
+	const prefetch, calls = 3, 12
+	var running, most atomic.Int64
+	proceed := make(chan struct{})
+	serve(t, rabbitrpc.ServerConfig{URL: url, Prefetch: prefetch}, register(once, func(_ context.Context, in string) (string, error) {
+		n := running.Add(1)
+		defer running.Add(-1)
+		for old := most.Load(); n > old && !most.CompareAndSwap(old, n); old = most.Load() {
+		}
+		<-proceed
+		return in, nil
+	}))
+	client := newClient(t, url)
+	var all pending
+	for i := range calls {
+		all.call(t.Context(), client, once, fmt.Sprint(i))
+	}
+	awaitWaiting(t, url, "probe.v1.Probe", calls-prefetch)
+	close(proceed)
+	if err := errors.Join(all.wait()...); err != nil {
+		t.Error(err)
+	}
+	if most.Load() != prefetch {
+		t.Errorf("%d calls ran at once", most.Load())
+	}
+}
+
+func awaitWaiting(t *testing.T, url, service string, want int) {
+	t.Helper()
+	testenv.Eventually(t, patience, func() error {
+		states, err := rabbitrpc.Look(t.Context(), url, service)
+		if err == nil && states[0].Waiting != want {
+			err = fmt.Errorf("%d requests wait, want %d", states[0].Waiting, want)
+		}
+		return err
+	})
+}
+
+// What waited too long is not executed: neither what expired in the queue, nor what comes late to the server.
+func TestExpiredRequestsAreNotExecuted(t *testing.T) {
+	t.Parallel()
+	url := testenv.AMQP(t)
+	proceed, executed := make(chan struct{}), make(chan string, 10)
+	serve(t, rabbitrpc.ServerConfig{URL: url, Prefetch: 1}, register(again, func(_ context.Context, in string) (string, error) {
+		executed <- in
+		if in == "first" {
+			<-proceed
+		}
+		return in, nil
+	}))
+	client := newClient(t, url)
+	var first pending
+	first.call(t.Context(), client, again, "first")
+	receive(t, executed)
+	short, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	_, err := call(short, client, again, "expired in the queue")
+	wantError(t, err, connect.CodeDeadlineExceeded, "")
+	late := rawRequest(t, "expired by the clock")
+	late.Headers["deadline"] = time.Now().Add(-time.Millisecond).UnixMilli()
+	replies := ask(t, url, late)
+	awaitWaiting(t, url, "probe.v1.Probe", 1)
+	close(proceed)
+	if reply := receive(t, replies); reply.Type != "error" || !strings.Contains(string(reply.Body), "not executed") {
+		t.Errorf("late request was answered with %s %q", reply.Type, reply.Body)
+	}
+	if _, err := call(t.Context(), client, again, "last"); err != nil {
+		t.Error(err)
+	}
+	if in := receive(t, executed); in != "last" {
+		t.Errorf("%q was executed", in)
+	}
+	if err := errors.Join(first.wait()...); err != nil {
+		t.Error(err)
+	}
+}
+
+// rawRequest makes a request as the client does.
+func rawRequest(t *testing.T, in string) *amqp.Publishing {
+	return &amqp.Publishing{
+		Type: again.Procedure, ContentType: "application/proto", CorrelationId: "raw", ReplyTo: "amq.rabbitmq.reply-to", Expiration: "20000",
+		Headers: amqp.Table{"deadline": time.Now().Add(patience).UnixMilli()}, Body: encode(t, wrapperspb.String(in)),
+	}
+}
+
+// ask publishes a request and returns where the replies come.
+func ask(t *testing.T, url string, request *amqp.Publishing) <-chan amqp.Delivery {
+	t.Helper()
+	channel := raw(t, url)
+	replies, err := channel.Consume("amq.rabbitmq.reply-to", "", true, false, false, false, nil)
+	if err == nil {
+		err = channel.Publish(rabbitrpc.DefaultExchange, "probe.v1.Probe", true, false, *request)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return replies
+}
+
+// What is no request is dropped and counted, and the server goes on.
+func TestMalformedRequestsAreDropped(t *testing.T) {
+	t.Parallel()
+	url := testenv.AMQP(t)
+	reader := sdkmetric.NewManualReader()
+	var executed atomic.Int64
+	serve(t, rabbitrpc.ServerConfig{URL: url, MeterProvider: sdkmetric.NewMeterProvider(sdkmetric.WithReader(reader))},
+		register(again, func(_ context.Context, in string) (string, error) {
+			executed.Add(1)
+			return in, nil
+		}))
+	channel := raw(t, url)
+	if _, err := channel.QueueDeclare("payments", false, false, false, false, nil); err != nil {
+		t.Fatal(err)
+	}
+	headers := func(value any) amqp.Table {
+		return amqp.Table{"deadline": time.Now().Add(patience).UnixMilli(), "metadata": value}
+	}
+	for reason, ways := range map[string][]func(*amqp.Publishing){
+		"no_reply_to": {
+			func(p *amqp.Publishing) { p.ReplyTo = "" },
+			func(p *amqp.Publishing) { p.ReplyTo, p.CorrelationId = "amq.rabbitmq.reply-to.x", "" },
+			func(p *amqp.Publishing) { *p = amqp.Publishing{} },
+		},
+		"foreign_reply_to": {
+			func(p *amqp.Publishing) { p.ReplyTo = "payments" },
+			func(p *amqp.Publishing) { p.ReplyTo = "amq.rabbitmq.reply-to-payments" },
+		},
+		"malformed": {
+			func(p *amqp.Publishing) { p.Headers = nil },
+			func(p *amqp.Publishing) { p.Headers["deadline"] = "soon" },
+			func(p *amqp.Publishing) { p.Expiration = "" },
+			func(p *amqp.Publishing) { p.Headers = headers("text") },
+			func(p *amqp.Publishing) { p.Headers = headers(amqp.Table{"name": "text"}) },
+			func(p *amqp.Publishing) { p.Headers = headers(amqp.Table{"name": []any{int32(1), amqp.Table{}}}) },
+			func(p *amqp.Publishing) { p.Headers = headers(amqp.Table{"name": []any{strings.Repeat("x", 100<<10)}}) },
+		},
+	} {
+		for i, change := range ways {
+			request := rawRequest(t, "bad")
+			request.ReplyTo = "amq.rabbitmq.reply-to.garbage" // where nobody is
+			change(request)
+			if err := channel.Publish(rabbitrpc.DefaultExchange, "probe.v1.Probe", true, false, *request); err != nil {
+				t.Fatal(err)
+			}
+			testenv.Eventually(t, patience, func() error {
+				if got := testenv.Metrics(t, reader)["rabbitrpc.server.dropped{"+reason+"}"]; got != float64(i+1) {
+					return fmt.Errorf("%v requests dropped as %s, want %d", got, reason, i+1)
+				}
+				return nil
+			})
+		}
+	}
+	// An address of the right form that leads nowhere is no reason to stop, either.
+	nowhere := rawRequest(t, "answered to nobody")
+	nowhere.ReplyTo = "amq.rabbitmq.reply-to.garbage"
+	if err := channel.Publish(rabbitrpc.DefaultExchange, "probe.v1.Probe", true, false, *nowhere); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := call(t.Context(), newClient(t, url), again, "good"); err != nil || out != "good" {
+		t.Errorf("got %q, %v", out, err)
+	}
+	if n := executed.Load(); n != 2 {
+		t.Errorf("%d requests were executed", n)
+	}
+	if queue, err := channel.QueueDeclarePassive("payments", false, false, false, false, nil); err != nil || queue.Messages != 0 {
+		t.Errorf("a foreign queue got %d messages, %v", queue.Messages, err)
+	}
+}
+
+// Requests that can be answered but not executed are told why.
+func TestRefusedRequestsAreAnswered(t *testing.T) {
+	t.Parallel()
+	url := testenv.AMQP(t)
+	serve(t, rabbitrpc.ServerConfig{URL: url, RequestMaxBytes: 100}, register(again, echo), register(stream, echo), register(other, echo))
+	for text, change := range map[string]func(*amqp.Publishing){
+		"streams are not served": func(p *amqp.Publishing) { p.Type = stream.Procedure },
+		"no such method":         func(p *amqp.Publishing) { p.Type = other.Procedure }, // of another service
+		"content type":           func(p *amqp.Publishing) { p.ContentType = "application/json" },
+		"larger than":            func(p *amqp.Publishing) { p.Body = make([]byte, 101) },
+		"unmarshal":              func(p *amqp.Publishing) { p.Body = []byte("\xff") },
+	} {
+		request := rawRequest(t, "")
+		change(request)
+		if reply := receive(t, ask(t, url, request)); reply.Type != "error" || !strings.Contains(string(reply.Body), text) {
+			t.Errorf("want %q, got %s %q", text, reply.Type, reply.Body)
+		}
+	}
+}
+
+// A replica is lost with a request: a method that may be repeated is executed by another replica, and its caller notices nothing.
+func TestIdempotentCallsAreTakenOver(t *testing.T) {
+	t.Parallel()
+	url := testenv.AMQP(t)
+	proxy, proxied := testenv.ProxyURL(t, url)
+	begun, ended := make(chan struct{}), make(chan struct{})
+	serve(t, rabbitrpc.ServerConfig{URL: proxied}, register(again, func(ctx context.Context, _ string) (string, error) {
+		close(begun)
+		<-ctx.Done() // nobody can be answered any more
+		close(ended)
+		return "", ctx.Err()
+	}))
+	var all pending
+	all.call(t.Context(), newClient(t, url), again, "hello")
+	receive(t, begun)
+	serve(t, rabbitrpc.ServerConfig{URL: url}, register(again, echo))
+	proxy.Refuse(true)
+	proxy.Cut()
+	if err := errors.Join(all.wait()...); err != nil {
+		t.Error(err)
+	}
+	receive(t, ended)
+}
+
+// A drain answers the calls that were begun, and leaves the others to the next replica.
+func TestDrain(t *testing.T) {
+	t.Parallel()
+	url := testenv.AMQP(t)
+	const calls = 20
+	begun, proceed := make(chan struct{}, calls), make(chan struct{})
+	leaving := serve(t, rabbitrpc.ServerConfig{URL: url}, register(once, func(ctx context.Context, in string) (string, error) {
+		begun <- struct{}{}
+		<-proceed
+		return in, ctx.Err()
+	}))
+	client := newClient(t, url)
+	var all pending
+	for i := range calls {
+		all.call(t.Context(), client, once, fmt.Sprint(i))
+	}
+	for range calls {
+		receive(t, begun)
+	}
+	leaving.cancel()
+	awaitReplicas(t, url, "probe.v1.Probe", 0)
+	_, err := call(t.Context(), client, once, "too late")
+	wantError(t, err, connect.CodeUnavailable, "nobody serves probe.v1.Probe; nothing was done")
+	serve(t, rabbitrpc.ServerConfig{URL: url}, register(once, echo))
+	if _, err := call(t.Context(), client, once, "next"); err != nil {
+		t.Errorf("beside the drain: %v", err)
+	}
+	close(proceed)
+	if err := errors.Join(all.wait()...); err != nil {
+		t.Errorf("calls under way: %v", err)
+	}
+	if err := leaving.stop(); err != nil {
+		t.Errorf("Run: %v", err)
+	}
+}
+
+func TestDrainTimeoutCutsOffWhatIsStuck(t *testing.T) {
+	t.Parallel()
+	url := testenv.AMQP(t)
+	begun, ended := make(chan struct{}), make(chan struct{})
+	stuck := serve(t, rabbitrpc.ServerConfig{URL: url, DrainTimeout: 50 * time.Millisecond}, register(once, func(ctx context.Context, _ string) (string, error) {
+		close(begun)
+		<-ctx.Done()
+		close(ended)
+		return "", ctx.Err()
+	}))
+	ctx, cancel := context.WithCancel(t.Context())
+	var all pending
+	all.call(ctx, newClient(t, url), once, "")
+	receive(t, begun)
+	if err := stuck.stop(); err == nil {
+		t.Error("Run does not tell")
+	}
+	receive(t, ended)
+	cancel()
+	all.wait()
+}
+
+// The server comes back by itself: after its connection was cut, and when somebody deleted its queue.
+func TestServerReconnects(t *testing.T) {
+	t.Parallel()
+	url := testenv.AMQP(t)
+	proxy, proxied := testenv.ProxyURL(t, url)
+	serve(t, rabbitrpc.ServerConfig{URL: proxied}, register(again, echo), register(other, echo))
+	client := newClient(t, url)
+	for name, disturb := range map[string]func(){
+		"cut":           func() { proxy.Cut() },
+		"queue deleted": func() { testenv.Management(t, url).DeleteQueue("probe.v1.Probe") },
+	} {
+		disturb()
+		testenv.Eventually(t, patience, func() error {
+			ctx, cancel := context.WithTimeout(t.Context(), time.Second) // what went to the replica that is lost is lost with its queue
+			defer cancel()
+			_, err := call(ctx, client, again, name)
+			_, err2 := call(ctx, client, other, name)
+			return errors.Join(err, err2)
+		})
+	}
+}
+
+// The queue is the service's registry: what Look and Rates tell.
+func TestLookAndRates(t *testing.T) {
+	t.Parallel()
+	url := testenv.AMQP(t)
+	serve(t, rabbitrpc.ServerConfig{URL: url}, register(again, echo))
+	serve(t, rabbitrpc.ServerConfig{URL: url}, register(again, echo), register(other, echo))
+	states, err := rabbitrpc.Look(t.Context(), url, "probe.v1.Probe", "nobody.v1.None", "probe.v1.Other")
+	want := []rabbitrpc.ServiceState{{Name: "probe.v1.Probe", Replicas: 2}, {Name: "nobody.v1.None"}, {Name: "probe.v1.Other", Replicas: 1}}
+	if err != nil || !slices.Equal(states, want) {
+		t.Errorf("got %+v, %v", states, err)
+	}
+	ctx, stop := context.WithCancel(t.Context())
+	client := newClient(t, url)
+	var all pending
+	all.running.Go(func() {
+		for ctx.Err() == nil {
+			_, _ = call(ctx, client, again, "")
+		}
+	})
+	rates, err := rabbitrpc.Rates(t.Context(), url, rabbitrpc.DefaultExchange, 200*time.Millisecond, "probe.v1.Probe", "probe.v1.Other")
+	stop()
+	all.wait()
+	if err != nil || rates["probe.v1.Probe"] <= 0 || rates["probe.v1.Other"] != 0 {
+		t.Errorf("got %v, %v", rates, err)
+	}
+}
+
+// A call that outlives its connection keeps its place: a replica that is cut off again and again does not take on more and more.
+func TestPrefetchHoldsAcrossConnections(t *testing.T) {
+	t.Parallel()
+	url := testenv.AMQP(t)
+	proxy, proxied := testenv.ProxyURL(t, url)
+	begun, proceed := make(chan string, 10), make(chan struct{})
+	serve(t, rabbitrpc.ServerConfig{URL: proxied, Prefetch: 1}, register(again, func(_ context.Context, in string) (string, error) {
+		begun <- in
+		<-proceed // whatever its context says
+		return in, nil
+	}))
+	ctx, cancel := context.WithCancel(t.Context())
+	client := newClient(t, url)
+	var first, second pending
+	first.call(ctx, client, again, "first")
+	receive(t, begun)
+	proxy.Refuse(true)
+	proxy.Cut()
+	awaitReplicas(t, url, "probe.v1.Probe", 0) // the queue is gone, and the first request with it
+	proxy.Refuse(false)
+	awaitReplicas(t, url, "probe.v1.Probe", 1)
+	second.call(t.Context(), client, again, "second")
+	testenv.Eventually(t, patience, func() error { // it is with the server
+		channel := raw(t, url)
+		queue, err := channel.QueueDeclarePassive("probe.v1.Probe", true, true, false, false, nil)
+		if err == nil && queue.Messages != 0 {
+			err = errors.New("it waits in the queue")
+		}
+		return err
+	})
+	select {
+	case in := <-begun:
+		t.Errorf("%s runs beside the first", in)
+	case <-time.After(50 * time.Millisecond):
+	}
+	close(proceed)
+	if err := errors.Join(second.wait()...); err != nil {
+		t.Error(err)
+	}
+	cancel()
+	first.wait()
+}
+
+// Without anybody's interceptors, callers see no more of panics and errors than Connect shows.
+func TestNothingLeaksWithoutInterceptors(t *testing.T) {
+	t.Parallel()
+	url := testenv.AMQP(t)
+	rpc := connect.NewServer()
+	register(again, func(_ context.Context, in string) (string, error) {
+		switch in {
+		case "panic":
+			panic("secret")
+		case "remote":
+			return "", connect.NewError(connect.CodeNotFound, "secret").WithRemote()
+		case "canceled":
+			return "", fmt.Errorf("secret: %w", context.Canceled)
+		}
+		return "", errors.New("secret")
+	})(rpc)
+	start(t, rabbitrpc.ServerConfig{URL: url, Log: silent}, rpc)
+	awaitReplicas(t, url, "probe.v1.Probe", 1)
+	for in, want := range map[string]string{"panic": "internal: internal error", "remote": "internal", "canceled": "canceled", "plain": "unknown"} {
+		if _, err := call(t.Context(), newClient(t, url), again, in); err == nil || err.Error() != want {
+			t.Errorf("%s: got %v, want %s", in, err, want)
+		}
+	}
+}

@@ -1,0 +1,259 @@
+package rabbitrpc_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"connectrpc.com/connect/v2"
+	"example.com/orders/internal/rabbitrpc"
+	"example.com/orders/internal/testenv"
+	amqp "github.com/rabbitmq/amqp091-go"
+	sdkmetric "go.opentelemetry.io/otel/sdk/metric"
+	sdktrace "go.opentelemetry.io/otel/sdk/trace"
+	"go.opentelemetry.io/otel/sdk/trace/tracetest"
+	"go.opentelemetry.io/otel/trace"
+	"google.golang.org/protobuf/types/known/wrapperspb"
+)
+
+// Two services, many clients, thousands of calls in flight on one of them: everyone gets their own answer.
+func TestManyCalls(t *testing.T) {
+	t.Parallel()
+	url := testenv.AMQP(t)
+	const clients, calls, inFlight = 20, 50, 3000
+	serve(t, rabbitrpc.ServerConfig{URL: url}, register(again, echo), register(other, echo))
+	var all pending
+	for c := range clients {
+		client := newClient(t, url)
+		for i := range calls {
+			spec := again
+			if i%2 == 0 {
+				spec = other
+			}
+			all.call(t.Context(), client, spec, fmt.Sprintf("%d/%d", c, i))
+		}
+	}
+	busy := newClient(t, url)
+	for i := range inFlight {
+		all.call(t.Context(), busy, again, fmt.Sprint("busy/", i))
+	}
+	if err := errors.Join(all.wait()...); err != nil {
+		t.Error(err)
+	}
+}
+
+// The calls under way are bounded, and a call that has ended, however it did, makes room.
+func TestCallsInFlightAreBounded(t *testing.T) {
+	t.Parallel()
+	url := testenv.AMQP(t)
+	const limit = 5
+	begun, proceed := make(chan struct{}, limit), make(chan struct{})
+	serve(t, rabbitrpc.ServerConfig{URL: url}, register(once, func(ctx context.Context, in string) (string, error) {
+		begun <- struct{}{}
+		<-proceed
+		return in, nil
+	}))
+	client := connect.NewClient(newTransport(t, rabbitrpc.TransportConfig{URL: url, MaxInFlight: limit}))
+	ctx, leave := context.WithCancel(t.Context())
+	var staying, leaving pending
+	for range limit - 1 {
+		staying.call(t.Context(), client, once, "hello")
+	}
+	leaving.call(ctx, client, once, "hello")
+	for range limit {
+		receive(t, begun)
+	}
+	_, err := call(t.Context(), client, once, "one too many")
+	wantError(t, err, connect.CodeResourceExhausted, "5 calls are under way, which is the most; nothing was sent")
+	leave()
+	leaving.wait()
+	close(proceed)
+	if _, err := call(t.Context(), client, once, "hello"); err != nil {
+		t.Error(err)
+	}
+	if err := errors.Join(staying.wait()...); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestStreamsAreRefused(t *testing.T) {
+	t.Parallel()
+	_, err := newClient(t, "amqp://127.0.0.1:1/").CallServerStream(t.Context(), stream, wrapperspb.String(""))
+	wantError(t, err, connect.CodeUnimplemented, "")
+}
+
+// A call without a deadline gets one: a server that takes it and never answers cannot hold it for ever.
+func TestCallsWithoutDeadlineGetOne(t *testing.T) {
+	t.Parallel()
+	b := &bed{t: t, direct: testenv.AMQP(t)}
+	asked := make(chan *amqp.Delivery, 1)
+	b.answerWith(t, func(_ *amqp.Channel, request *amqp.Delivery) { asked <- request })
+	client := connect.NewClient(newTransport(t, rabbitrpc.TransportConfig{URL: b.direct, Timeout: 300 * time.Millisecond}))
+	_, err := call(t.Context(), client, once, "")
+	wantError(t, err, connect.CodeDeadlineExceeded, "")
+	if request := receive(t, asked); len(request.CorrelationId) != 32 || len(request.Expiration) != 3 || request.Expiration > "300" {
+		t.Errorf("correlation %q, expiration %q", request.CorrelationId, request.Expiration)
+	}
+}
+
+// The broker is away: calls fail at once, say that nothing was sent, and work when it is back.
+func TestBrokerAway(t *testing.T) {
+	t.Parallel()
+	url := testenv.AMQP(t)
+	serve(t, rabbitrpc.ServerConfig{URL: url}, register(once, echo))
+	proxy, proxied := testenv.ProxyURL(t, url)
+	proxy.Refuse(true)
+	client := newClient(t, proxied)
+	var all pending
+	for range 50 {
+		all.call(t.Context(), client, once, "")
+	}
+	for _, err := range all.wait() {
+		wantError(t, err, connect.CodeUnavailable, "the broker is unavailable, nothing was sent")
+	}
+	proxy.Refuse(false)
+	testenv.Eventually(t, patience, func() error {
+		_, err := call(t.Context(), client, once, "")
+		return err
+	})
+}
+
+// A network that hangs holds nobody beyond their context, in whatever they wait for.
+func TestFrozenNetworkHoldsNobody(t *testing.T) {
+	t.Parallel()
+	url := testenv.AMQP(t)
+	serve(t, rabbitrpc.ServerConfig{URL: url}, register(once, echo))
+	proxy, proxied := testenv.ProxyURL(t, url)
+	proxy.Freeze(true)
+	transport := newTransport(t, rabbitrpc.TransportConfig{URL: proxied})
+	client := connect.NewClient(transport)
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	_, err := call(ctx, client, once, "while it connects")
+	wantError(t, err, connect.CodeDeadlineExceeded, "")
+	proxy.Freeze(false)
+	if _, err := call(t.Context(), client, once, "back"); err != nil {
+		t.Fatal(err)
+	}
+	proxy.Freeze(true)
+	var all pending
+	ctx, cancel = context.WithTimeout(t.Context(), 500*time.Millisecond)
+	defer cancel()
+	for range 200 { // more than all buffers on the way take
+		all.call(ctx, client, once, strings.Repeat("x", 100<<10))
+	}
+	for _, err := range all.wait() {
+		wantError(t, err, connect.CodeDeadlineExceeded, "")
+	}
+}
+
+func TestCloseEndsCalls(t *testing.T) {
+	t.Parallel()
+	url := testenv.AMQP(t)
+	begun, proceed := make(chan struct{}), make(chan struct{})
+	serve(t, rabbitrpc.ServerConfig{URL: url}, register(once, func(context.Context, string) (string, error) {
+		close(begun)
+		<-proceed
+		return "", nil
+	}))
+	defer close(proceed)
+	transport := newTransport(t, rabbitrpc.TransportConfig{URL: url})
+	client := connect.NewClient(transport)
+	var all pending
+	all.call(t.Context(), client, once, "")
+	receive(t, begun)
+	var closing sync.WaitGroup
+	for range 2 {
+		closing.Go(func() { _ = transport.Close() })
+	}
+	closing.Wait()
+	wantError(t, all.wait()[0], connect.CodeUnavailable, "connection to the broker lost; outcome unknown")
+	_, err := call(t.Context(), client, once, "")
+	wantError(t, err, connect.CodeUnavailable, "the client is closed")
+}
+
+// Metadata that no AMQP frame can carry is refused, before it ends the connection of all others.
+func TestMetadataIsBounded(t *testing.T) {
+	t.Parallel()
+	url := testenv.AMQP(t)
+	serve(t, rabbitrpc.ServerConfig{URL: url}, register(once, func(ctx context.Context, in string) (string, error) {
+		if in == "too much" {
+			info, _ := connect.CallInfoForServerContext(ctx)
+			info.ResponseTrailer().Set("Big", strings.Repeat("x", 200<<10))
+		}
+		return in, nil
+	}))
+	client := newClient(t, url)
+	for name, value := range map[string]string{"Big": strings.Repeat("x", 200<<10), strings.Repeat("N", 300): ""} {
+		ctx, info := connect.NewClientContext(t.Context())
+		info.RequestHeader().Set(name, value)
+		_, err := call(ctx, client, once, "")
+		wantError(t, err, connect.CodeResourceExhausted, "")
+	}
+	_, err := call(t.Context(), client, once, "too much")
+	wantError(t, err, connect.CodeResourceExhausted, "")
+	if _, err := call(t.Context(), client, once, "fine"); err != nil {
+		t.Error(err)
+	}
+}
+
+// Each metric moves when its event happens, and a call is one trace: the caller's span, the client's, the server's, the handler's.
+func TestTelemetry(t *testing.T) {
+	t.Parallel()
+	b := &bed{t: t, direct: testenv.AMQP(t)}
+	reader, spans := sdkmetric.NewManualReader(), tracetest.NewSpanRecorder()
+	meters := sdkmetric.NewMeterProvider(sdkmetric.WithReader(reader))
+	tracers := sdktrace.NewTracerProvider(sdktrace.WithSpanProcessor(spans))
+	seen := make(chan trace.SpanContext, 3)
+	serverConfig := rabbitrpc.ServerConfig{URL: b.direct, MeterProvider: meters, TracerProvider: tracers}
+	serve(t, serverConfig, register(again, func(ctx context.Context, in string) (string, error) {
+		seen <- trace.SpanContextFromContext(ctx)
+		// The last call may have been answered by the other queue.
+		if during := testenv.Metrics(t, reader); in != "twice" && (during["rabbitrpc.server.in_flight{}"] != 1 || during["rabbitrpc.client.in_flight{}"] != 1) {
+			t.Errorf("while a call is under way: %v", during)
+		}
+		if in == "fail" {
+			return "", connect.NewError(connect.CodeNotFound, "")
+		}
+		return in, nil
+	}))
+	client := connect.NewClient(newTransport(t, rabbitrpc.TransportConfig{URL: b.direct, MeterProvider: meters, TracerProvider: tracers}))
+	ctx, span := tracers.Tracer("test").Start(t.Context(), "caller")
+	if _, err := call(ctx, client, again, "hello"); err != nil {
+		t.Fatal(err)
+	}
+	if got := receive(t, seen); got.TraceID() != span.SpanContext().TraceID() {
+		t.Errorf("the handler's trace is %s, the caller's %s", got.TraceID(), span.SpanContext().TraceID())
+	}
+	parents := map[trace.SpanKind]trace.SpanID{}
+	ids := map[trace.SpanKind]trace.SpanID{}
+	for _, ended := range spans.Ended() {
+		parents[ended.SpanKind()], ids[ended.SpanKind()] = ended.Parent().SpanID(), ended.SpanContext().SpanID()
+	}
+	if parents[trace.SpanKindClient] != span.SpanContext().SpanID() || parents[trace.SpanKindServer] != ids[trace.SpanKindClient] {
+		t.Errorf("spans %v have the parents %v", ids, parents)
+	}
+	_, err := call(ctx, client, again, "fail")
+	wantError(t, err, connect.CodeNotFound, "")
+	b.answerWith(t, func(channel *amqp.Channel, request *amqp.Delivery) { answer(t, channel, request, "second") })
+	if _, err := call(ctx, client, again, "twice"); err != nil { // both the server and the other queue answer
+		t.Fatal(err)
+	}
+	testenv.Eventually(t, patience, func() error {
+		got := testenv.Metrics(t, reader)
+		for name, want := range map[string]float64{
+			"rabbitrpc.client.duration{ok" + again.Procedure + "}": 2, "rabbitrpc.client.duration{not_found" + again.Procedure + "}": 1,
+			"rabbitrpc.server.duration{ok" + again.Procedure + "}": 2, "rabbitrpc.server.duration{not_found" + again.Procedure + "}": 1,
+			"rabbitrpc.client.in_flight{}": 0, "rabbitrpc.server.in_flight{}": 0, "rabbitrpc.client.dropped{unexpected_reply}": 1,
+		} {
+			if got[name] != want {
+				return fmt.Errorf("%s is %v, want %v; all: %v", name, got[name], want, got)
+			}
+		}
+		return nil
+	})
+}

@@ -1,0 +1,192 @@
+package rabbitrpc
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"connectrpc.com/connect/v2"
+	"connectrpc.com/connect/v2/connectproto"
+	amqp "github.com/rabbitmq/amqp091-go"
+	"google.golang.org/genproto/googleapis/rpc/status"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/anypb"
+)
+
+// What a request says, besides its body: the procedure in the property type, the time left in expiration (for the broker), and in headers
+// the deadline (for the server), the metadata and the trace. What a reply says: in type whether its body is the answer or a
+// google.rpc.Status, in headers metadata and trailers.
+const (
+	contentType = "application/proto"
+	typeAnswer  = "answer"
+	typeError   = "error"
+
+	// deadlineHeader is the time of the caller's clock, in milliseconds since 1970, at which it gives up.
+	deadlineHeader = "deadline"
+	// metadataHeader and trailerHeader hold a table each, of lists of strings. Metadata never stands beside them: a header of the caller's
+	// named CC would send the request to a second queue.
+	metadataHeader = "metadata"
+	trailerHeader  = "trailer"
+)
+
+const (
+	// maxMetadataBytes bounds the metadata of a request or a reply. A header frame ends at the connection's frame size, 128 KiB, and what
+	// is larger ends the connection with all that is under way on it.
+	maxMetadataBytes = 64 << 10
+	// maxNameBytes bounds the names of headers, procedures and services: AMQP's short strings.
+	maxNameBytes = 255
+)
+
+var errMetadataTooLarge = connect.Errorf(connect.CodeResourceExhausted, "metadata of more than %d bytes, or a name of more than %d", maxMetadataBytes, maxNameBytes)
+
+// isProtocols says whether a header belongs to a protocol rather than to its users. HTTP does not send those for them either.
+func isProtocols(name string) bool {
+	switch name {
+	case "Content-Type", "Content-Length", "Content-Encoding", "Accept-Encoding", "Trailer", "Date":
+		return true
+	}
+	return strings.HasPrefix(name, "Connect-") || strings.HasPrefix(name, "Grpc-")
+}
+
+// encodeMetadata adds header to headers under name, if there is any.
+func encodeMetadata(headers amqp.Table, name string, header *connect.Header) error {
+	if header.Len() == 0 {
+		return nil
+	}
+	table, size := amqp.Table{}, 0
+	for name, values := range header.All() {
+		if isProtocols(name) || len(values) == 0 {
+			continue
+		}
+		list := make([]any, len(values))
+		for i, value := range values {
+			list[i] = value
+			size += len(value)
+		}
+		table[name] = list
+		if size += len(name); size > maxMetadataBytes || len(name) > maxNameBytes {
+			return errMetadataTooLarge
+		}
+	}
+	headers[name] = table
+	return nil
+}
+
+var errMalformed = errors.New("malformed")
+
+// decodeMetadata reads what encodeMetadata wrote, or somebody else made up.
+func decodeMetadata(headers amqp.Table, name string, header *connect.Header) error {
+	if headers[name] == nil {
+		return nil
+	}
+	table, ok := headers[name].(amqp.Table)
+	if !ok {
+		return fmt.Errorf("%w: header %s is a %T", errMalformed, name, headers[name])
+	}
+	size := 0
+	for name, list := range table {
+		values, ok := list.([]any)
+		if !ok {
+			return fmt.Errorf("%w: metadata %q is a %T", errMalformed, name, list)
+		}
+		texts := make([]string, len(values))
+		for i := range values {
+			if texts[i], ok = values[i].(string); !ok {
+				return fmt.Errorf("%w: metadata %q holds a %T", errMalformed, name, values[i])
+			}
+			size += len(texts[i])
+		}
+		if size += len(name); size > maxMetadataBytes {
+			return errMetadataTooLarge
+		}
+		header.SetValues(name, texts)
+	}
+	return nil
+}
+
+// encodeDeadline writes until when the request is worth anything, for the broker and for the server. A tenth of a millisecond left is one
+// millisecond: the broker takes 0 for "only if somebody is waiting for it".
+func encodeDeadline(p *amqp.Publishing, deadline time.Time) {
+	p.Expiration = strconv.FormatInt(max(1, time.Until(deadline).Milliseconds()), 10)
+	p.Headers[deadlineHeader] = deadline.UnixMilli()
+}
+
+// decodeDeadline returns when the request expires by our clock. It is never later than the time that the caller had when it sent the
+// request, counted from now, however late our clock is.
+func decodeDeadline(d *amqp.Delivery, now time.Time) (time.Time, error) {
+	stated, ok := d.Headers[deadlineHeader].(int64)
+	if !ok {
+		return time.Time{}, fmt.Errorf("%w: header %s is a %T", errMalformed, deadlineHeader, d.Headers[deadlineHeader])
+	}
+	left, err := strconv.ParseInt(d.Expiration, 10, 32) // the broker's limit as well
+	if err != nil {
+		return time.Time{}, fmt.Errorf("%w: expiration: %w", errMalformed, err)
+	}
+	deadline, latest := time.UnixMilli(stated), now.Add(time.Duration(left)*time.Millisecond)
+	if latest.Before(deadline) {
+		return latest, nil
+	}
+	return deadline, nil
+}
+
+// encodeError makes the body of a reply that is an error.
+func encodeError(err *connect.Error) ([]byte, error) {
+	encoded := &status.Status{Code: int32(err.Code()), Message: strings.ToValidUTF8(err.Message(), "�")}
+	for _, detail := range err.Details() {
+		encoded.Details = append(encoded.Details, connectproto.ErrorDetailToAny(detail))
+	}
+	return proto.Marshal(encoded)
+}
+
+// decodeError reads it again. The error is marked as another server's, so that a handler that returns it does not pass it off as its own.
+func decodeError(body []byte) *connect.Error {
+	var encoded status.Status
+	if err := proto.Unmarshal(body, &encoded); err != nil {
+		return connect.NewError(connect.CodeInternal, "the answer cannot be decoded").WithCause(err)
+	}
+	code := connect.Code(encoded.GetCode())
+	if code < connect.CodeCanceled || code > connect.CodeUnauthenticated {
+		code = connect.CodeUnknown
+	}
+	err := connect.NewError(code, encoded.GetMessage()).WithRemote()
+	for _, detail := range encoded.GetDetails() {
+		err = err.WithDetail(detailOf(detail))
+	}
+	return err
+}
+
+func detailOf(detail *anypb.Any) *connect.ErrorDetail {
+	name := detail.GetTypeUrl()
+	return &connect.ErrorDetail{Type: name[strings.LastIndexByte(name, '/')+1:], Value: slices.Clone(detail.GetValue())}
+}
+
+// encodeMessage makes the body of a request or an answer.
+func encodeMessage(message any, limit int) ([]byte, error) {
+	encoded, ok := message.(proto.Message)
+	if !ok {
+		return nil, connect.Errorf(connect.CodeInternal, "%T is no protobuf message", message)
+	}
+	body, err := proto.Marshal(encoded)
+	if err != nil {
+		return nil, connect.NewError(connect.CodeInternal, "encode message").WithCause(err)
+	}
+	if len(body) > limit {
+		return nil, tooLarge(len(body), limit)
+	}
+	return body, nil
+}
+
+func decodeMessage(body []byte, message any) error {
+	decoded, ok := message.(proto.Message)
+	if !ok {
+		return connect.Errorf(connect.CodeInternal, "%T is no protobuf message", message)
+	}
+	return proto.Unmarshal(body, decoded)
+}
+
+func tooLarge(size, limit int) *connect.Error {
+	return connect.Errorf(connect.CodeResourceExhausted, "message size %d is larger than configured max %d", size, limit)
+}
