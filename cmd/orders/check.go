@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"math"
 	"net"
@@ -63,13 +64,20 @@ func (f *consumerFlags) check() error {
 	return between("--batch", f.Batch, 1, 1000)
 }
 
+func (f *rpcFlags) check() error {
+	return between("--rpc-prefetch", f.RPCPrefetch, 1, 10_000)
+}
+
 // Validate is called by kong, for commands only: each checks the flags that it embeds.
 
 func (c *apiCommand) Validate() error {
 	if c.PostgresURL == "" {
 		return nil // kong names all that is missing, but only if nothing else is wrong
 	}
-	return firstOf(&c.databaseFlags, &c.apiFlags, &c.edgeFlags)
+	if c.RPCOverRabbitMQ && c.AMQPURL == "" {
+		return errors.New("--rpc-over-rabbitmq needs --amqp-url")
+	}
+	return firstOf(&c.databaseFlags, &c.apiFlags, &c.edgeFlags, &c.rpcFlags)
 }
 func (c *relayCommand) Validate() error {
 	return firstOf(&c.databaseFlags, &c.brokerFlags, &c.relayFlags)
@@ -81,7 +89,7 @@ func (c *allCommand) Validate() error {
 	if c.PostgresURL == "" || c.AMQPURL == "" {
 		return nil
 	}
-	return firstOf(&c.databaseFlags, &c.apiFlags, &c.brokerFlags, &c.relayFlags, &c.consumerFlags, &c.edgeFlags)
+	return firstOf(&c.databaseFlags, &c.apiFlags, &c.brokerFlags, &c.relayFlags, &c.consumerFlags, &c.edgeFlags, &c.rpcFlags)
 }
 
 // firstOf returns the first error, so that it is one line.

@@ -46,6 +46,7 @@ type cli struct {
 	Doctor      doctorCommand      `cmd:"" help:"Check the database, the broker and the service; exit 1 if something is wrong."`
 	APIKey      apiKeyCommand      `cmd:"" name:"apikey" help:"Make an API key."`
 	Healthcheck healthcheckCommand `cmd:"" help:"Ask a running process whether it is ready; exit 1 if not."`
+	RPC         rpcCommands        `cmd:"" name:"rpc" help:"Call services, and see who serves them over RabbitMQ."`
 	Version     versionCommand     `cmd:"" help:"Print the version."`
 }
 
@@ -78,11 +79,19 @@ type consumerFlags struct {
 	Batch    int `env:"CONSUMER_BATCH" default:"100" help:"Most deliveries applied in one transaction, 1 to 1000."`
 }
 
+// rpcFlags are about serving the RPCs from queues.
+type rpcFlags struct {
+	RPCOverRabbitMQ bool `name:"rpc-over-rabbitmq" env:"RPC_OVER_RABBITMQ" help:"Serve the RPCs over RabbitMQ, too."`
+	RPCPrefetch     int  `env:"RPC_PREFETCH" default:"64" help:"Most calls of one service that are executed at once for RabbitMQ, 1 to 10000."`
+}
+
 type apiCommand struct {
-	Listen listenAddress `env:"LISTEN" default:"127.0.0.1:8080" help:"Address to serve on."`
+	Listen  listenAddress `env:"LISTEN" default:"127.0.0.1:8080" help:"Address to serve on."`
+	AMQPURL amqpURL       `name:"amqp-url" env:"AMQP_URL" help:"RabbitMQ and vhost, for --rpc-over-rabbitmq."`
 	databaseFlags
 	apiFlags
 	edgeFlags
+	rpcFlags
 }
 
 type relayCommand struct {
@@ -107,11 +116,13 @@ type allCommand struct {
 	brokerFlags
 	relayFlags
 	consumerFlags
+	rpcFlags
 }
 
 func (c *apiCommand) Run(ctx context.Context) error {
-	config := appConfig(c.Listen, c.databaseFlags, c.apiFlags, brokerFlags{}, relayFlags{}, consumerFlags{})
+	config := appConfig(c.Listen, c.databaseFlags, c.apiFlags, brokerFlags{AMQPURL: c.AMQPURL}, relayFlags{}, consumerFlags{})
 	config.Edge = c.edgeFlags.config()
+	c.rpcFlags.set(&config)
 	return app.RunAPI(ctx, config)
 }
 
@@ -126,7 +137,12 @@ func (c *consumerCommand) Run(ctx context.Context) error {
 func (c *allCommand) Run(ctx context.Context) error {
 	config := appConfig(c.Listen, c.databaseFlags, c.apiFlags, c.brokerFlags, c.relayFlags, c.consumerFlags)
 	config.Edge = c.edgeFlags.config()
+	c.rpcFlags.set(&config)
 	return app.RunAll(ctx, config)
+}
+
+func (f *rpcFlags) set(config *app.Config) {
+	config.RPCOverRabbitMQ, config.RPCPrefetch = f.RPCOverRabbitMQ, f.RPCPrefetch
 }
 
 func appConfig(listen listenAddress, db databaseFlags, api apiFlags, broker brokerFlags, relay relayFlags, consumer consumerFlags) app.Config {

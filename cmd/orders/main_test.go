@@ -123,6 +123,11 @@ func TestWrongSettingsAreNamedInOneLine(t *testing.T) {
 		"http connections":        {"HTTP_MAX_CONNS=0", "api", "--http-max-conns"},
 		"any origin":              {"CORS_ORIGINS=*", "api", "--cors-origins"},
 		"origin with a path":      {"CORS_ORIGINS=https://a.example/b", "api", "--cors-origins"},
+		"rpc without broker":      {"AMQP_URL=", "api --rpc-over-rabbitmq", "--amqp-url"},
+		"rpc prefetch":            {"RPC_PREFETCH=0", "all", "--rpc-prefetch"},
+		"rpc call":                {"", "rpc call orders.v1.OrderService", "SERVICE/METHOD"},
+		"rpc call both ways":      {"", "rpc call a.B/C --amqp --http=http://127.0.0.1:1", "--amqp"},
+		"rpc ls without broker":   {"AMQP_URL=http://x", "rpc ls", "--amqp-url"},
 		"health check timeout":    {"", "healthcheck --timeout=soon", "--timeout"},
 	} {
 		t.Run(name, func(t *testing.T) {

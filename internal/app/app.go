@@ -43,6 +43,10 @@ type Config struct {
 	// Prefetch and Batch set up the consumers; see rabbit.ConsumerConfig.
 	Prefetch int
 	Batch    int
+	// RPCOverRabbitMQ has the API serve its RPCs from queues, too. It must know the AMQPURL then, and is ready without the broker as before.
+	RPCOverRabbitMQ bool
+	// RPCPrefetch is the most calls of one service that it executes at once for them.
+	RPCPrefetch int
 	// Version is what telemetry calls the program's version.
 	Version string
 	// Spans takes the spans in place of the collector that the environment names: for tests.
@@ -210,6 +214,9 @@ func (p *process) startAPI(ctx context.Context) {
 	p.serve(ctx, p.domain.register)
 	p.group.Go(func() error { p.gate.Run(ctx); return nil })
 	p.group.Go(func() error { p.changes.Follow(ctx); return nil })
+	if p.config.RPCOverRabbitMQ {
+		p.startQueueAPI(ctx)
+	}
 }
 
 func (p *process) startHealth(ctx context.Context) { p.serve(ctx) }

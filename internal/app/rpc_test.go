@@ -1,0 +1,74 @@
+package app
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"connectrpc.com/connect/v2"
+	"example.com/orders/internal/changes"
+	"example.com/orders/internal/outbox"
+	"example.com/orders/internal/rabbitrpc"
+	"example.com/orders/internal/testenv"
+	"github.com/jackc/pgx/v5/pgxpool"
+	"google.golang.org/protobuf/types/known/wrapperspb"
+)
+
+// The API serves its RPCs from queues when asked, through the interceptors of HTTP: it lets nobody in who may not call there, either. And
+// HTTP does not depend on it.
+func TestAPIServesOverRabbitMQ(t *testing.T) {
+	t.Parallel()
+	for name, one := range map[string]struct {
+		edge Edge
+		want *connect.Error
+	}{
+		"Open":   {Edge{NoAuth: true}, connect.NewError(connect.CodeInternal, "internal error")},
+		"Closed": {Edge{}, connect.NewError(connect.CodeUnauthenticated, "")},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			testQueueAPI(t, one.edge, one.want)
+		})
+	}
+}
+
+func testQueueAPI(t *testing.T, edge Edge, want *connect.Error) {
+	spec := connect.Spec{Procedure: "/probe.v1.Probe/Unary"}
+	config := Config{
+		PostgresURL: testenv.As(t, testenv.PostgresURL(t), "app_api"), RPCOverRabbitMQ: true, RPCPrefetch: 5, Edge: edge,
+	}
+	var executed atomic.Int64
+	config.domain = func(*pgxpool.Pool, *outbox.Writer, *changes.Hub) domain {
+		return domain{register: func(s *connect.Server) {
+			s.Register(connect.Method{Spec: spec, Handler: func(context.Context, connect.Spec, connect.ServerStream) error {
+				executed.Add(1)
+				return errors.New("secret")
+			}})
+		}}
+	}
+	amqpURL := testenv.AMQP(t)
+	broker, proxied := testenv.ProxyURL(t, amqpURL)
+	config.AMQPURL = proxied
+	broker.Refuse(true)
+	ready := serve(t, RunAPI, config)
+	await(t, "without the broker", ready, http.StatusOK)
+	broker.Refuse(false)
+
+	transport := rabbitrpc.NewTransport(rabbitrpc.TransportConfig{URL: amqpURL})
+	defer transport.Close()
+	testenv.Eventually(t, 20*time.Second, func() error {
+		err := connect.NewClient(transport).CallUnary(t.Context(), spec, wrapperspb.String(""), new(wrapperspb.StringValue))
+		var answer *connect.Error
+		if !errors.As(err, &answer) || answer.Code() != want.Code() || want.Message() != "" && answer.Message() != want.Message() {
+			return fmt.Errorf("answered with %w, want %w", err, want)
+		}
+		return nil
+	})
+	if want.Code() == connect.CodeUnauthenticated && executed.Load() > 0 {
+		t.Error("a stranger's call was executed")
+	}
+}
