@@ -34,10 +34,14 @@ const (
 // of a deadlock or a serialization failure, it runs fn again, up to three times: fn must not keep state of its own between runs.
 //
 // Its errors are those of fn, the end of ctx, Postgres' refusal of COMMIT (a *pgconn.PgError, as for a deferred constraint), or wrap
-// ErrUnavailable; with all of these nothing was written. Or they wrap ErrOutcomeUnknown.
+// ErrUnavailable; with all of these nothing was written. Or they wrap ErrOutcomeUnknown. If ctx comes of Join, the transaction is part of another.
 func Transact(ctx context.Context, db *pgxpool.Pool, fn func(tx pgx.Tx) error) error {
+	once := transactOnce
+	if joined(ctx, db) != nil {
+		once = transactWithin
+	}
 	for run := 1; ; run++ {
-		err := transactOnce(ctx, db, fn)
+		err := once(ctx, db, fn)
 		if !isConflict(err) || run == maxRuns {
 			return err
 		}
