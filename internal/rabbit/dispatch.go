@@ -39,7 +39,7 @@ func (c *Consumer) dispatch(ctx context.Context, channel *amqp.Channel, source <
 				return errDeliveriesEnded // and with them the acks: what is not begun is delivered again
 			}
 			unfinished++
-			lanes.sources[c.laneOf(&delivery)] <- delivery
+			c.hand(work, lanes, delivery)
 		case batch := <-lanes.handled:
 			unfinished -= len(batch)
 			if stopping {
@@ -81,11 +81,12 @@ func (c *Consumer) laneOf(d *amqp.Delivery) int {
 
 // ack settles a batch. With one lane everything before its last delivery is done, and one frame says so.
 func (c *Consumer) ack(batch []amqp.Delivery) error {
-	if c.config.Lanes == 1 && len(batch) > 0 {
+	single := c.config.Lanes == 1 && !c.config.Unordered
+	if single && len(batch) > 0 {
 		batch = batch[len(batch)-1:]
 	}
 	for i := range batch {
-		if err := batch[i].Ack(c.config.Lanes == 1); err != nil {
+		if err := batch[i].Ack(single); err != nil {
 			// The connection is gone. All copies that come again are duplicates to the inbox.
 			return fmt.Errorf("ack: %w", err)
 		}

@@ -22,13 +22,26 @@ type lanes struct {
 
 // startLanes starts lanes that work until ctx ends, or wait is called and nothing is left to do.
 func (c *Consumer) startLanes(ctx context.Context) *lanes {
-	l := &lanes{sources: make([]chan amqp.Delivery, c.config.Lanes), handled: make(chan []amqp.Delivery, c.config.Lanes)}
+	l := &lanes{handled: make(chan []amqp.Delivery, c.config.Lanes)}
+	if c.config.Unordered {
+		return l
+	}
+	l.sources = make([]chan amqp.Delivery, c.config.Lanes)
 	for i := range l.sources {
 		// Room for all that may be unacked, so that a slow lane never holds up the others.
 		l.sources[i] = make(chan amqp.Delivery, c.config.Prefetch)
 		l.running.Go(func() { c.lane(ctx, l.sources[i], l.handled) })
 	}
 	return l
+}
+
+// hand gives a delivery to the lane of its key or, where there is no order, to a goroutine of its own: the prefetch bounds them.
+func (c *Consumer) hand(ctx context.Context, l *lanes, delivery amqp.Delivery) {
+	if !c.config.Unordered {
+		l.sources[c.laneOf(&delivery)] <- delivery
+		return
+	}
+	l.running.Go(func() { c.settle(ctx, []amqp.Delivery{delivery}, l.handled) })
 }
 
 // wait waits until the lanes have ended.
@@ -43,14 +56,22 @@ func (l *lanes) wait() {
 func (c *Consumer) lane(ctx context.Context, source <-chan amqp.Delivery, handled chan<- []amqp.Delivery) {
 	for ctx.Err() == nil {
 		batch := c.collect(source)
-		if len(batch) == 0 || !c.handleUntilDone(ctx, batch) {
+		if len(batch) == 0 {
 			return
 		}
-		failpoint.Hit("consumer.applied")
-		select {
-		case handled <- batch:
-		case <-ctx.Done():
-		}
+		c.settle(ctx, batch, handled)
+	}
+}
+
+// settle handles a batch and passes it on to be acked, unless ctx ends first.
+func (c *Consumer) settle(ctx context.Context, batch []amqp.Delivery, handled chan<- []amqp.Delivery) {
+	if !c.handleUntilDone(ctx, batch) {
+		return
+	}
+	failpoint.Hit("consumer.applied")
+	select {
+	case handled <- batch:
+	case <-ctx.Done():
 	}
 }
 

@@ -25,6 +25,8 @@ type Queue struct {
 	Name string `json:"name"`
 	// Types are the message types that the queue is bound to.
 	Types []string `json:"types"`
+	// Unordered says that the order of its messages means nothing: all consumers work on it at once, instead of one with the others standing by.
+	Unordered bool `json:"unordered,omitempty"`
 }
 
 // DeadQueue is the name of the queue that takes what the broker gave up delivering from a queue.
@@ -42,20 +44,23 @@ const consumerTimeout = 30 * time.Minute
 const LongestRedelivery = (deliveryLimit + 1) * consumerTimeout
 
 // queueArguments are the arguments of a group's queue, all of them explicit, since their defaults differ between versions.
-func queueArguments(name string) amqp.Table {
-	return amqp.Table{
+func queueArguments(queue Queue) amqp.Table {
+	arguments := amqp.Table{
 		// Replicated, and confirmed only when a majority has it on disk.
-		"x-queue-type": "quorum",
-		// One consumer at a time: with several, a key's messages would be handled out of order. The others stand by.
-		"x-single-active-consumer": true,
-		"x-delivery-limit":         deliveryLimit,
+		"x-queue-type":     "quorum",
+		"x-delivery-limit": deliveryLimit,
 		// Beyond the limit a message moves to the dead queue, and leaves this one only when it is safe there. That strategy demands
 		// reject-publish, which has no other effect on a queue without a length limit.
 		"x-dead-letter-exchange":    "",
-		"x-dead-letter-routing-key": DeadQueue(name),
+		"x-dead-letter-routing-key": DeadQueue(queue.Name),
 		"x-dead-letter-strategy":    "at-least-once",
 		"x-overflow":                "reject-publish",
 	}
+	if !queue.Unordered {
+		// One consumer at a time: with several, a key's messages would be handled out of order. The others stand by.
+		arguments["x-single-active-consumer"] = true
+	}
+	return arguments
 }
 
 // deadQueueArguments: nothing leaves a dead queue but by an ack.
@@ -74,7 +79,7 @@ func (t Topology) declare(ch *amqp.Channel) error {
 		if err := declareQueue(ch, DeadQueue(queue.Name), deadQueueArguments); err != nil {
 			return err
 		}
-		if err := declareQueue(ch, queue.Name, queueArguments(queue.Name)); err != nil {
+		if err := declareQueue(ch, queue.Name, queueArguments(queue)); err != nil {
 			return err
 		}
 		for _, key := range queue.Types {
@@ -137,7 +142,7 @@ func (t Topology) Compare(ctx context.Context, url string) (missing []string, er
 	}
 	defer conn.HangUp()
 	for _, queue := range t.Queues {
-		for name, arguments := range map[string]amqp.Table{queue.Name: queueArguments(queue.Name), DeadQueue(queue.Name): deadQueueArguments} {
+		for name, arguments := range map[string]amqp.Table{queue.Name: queueArguments(queue), DeadQueue(queue.Name): deadQueueArguments} {
 			channel, err := conn.Channel() // a failure closes it
 			if err != nil {
 				return nil, fmt.Errorf("open channel: %w", err)

@@ -1,0 +1,54 @@
+package rabbit
+
+import (
+	"context"
+	"sync"
+	"sync/atomic"
+	"testing"
+
+	"example.com/orders/internal/messaging"
+	"example.com/orders/internal/testenv"
+)
+
+// An unordered queue is worked on by all its consumers, each with as many deliveries at once as it may have, and a slow one holds up no other.
+func TestUnorderedQueueIsSharedAndParallel(t *testing.T) {
+	t.Parallel()
+	const prefetch, n = 3, 20
+	any := Topology{Exchange: topology.Exchange, Queues: []Queue{{Name: "orders.any", Types: topology.Queues[0].Types, Unordered: true}}}
+	url := testenv.AMQP(t)
+	publisher := newPublisher(t, PublisherConfig{URL: url, Topology: any})
+	mustPublish(t, publisher)
+
+	release := make(chan struct{})
+	var handled atomic.Int64
+	var busy [2]atomic.Int64
+	began := make(chan struct{}, n)
+	ctx, stop := context.WithCancel(t.Context())
+	var running sync.WaitGroup
+	for i := range busy {
+		consumer := NewConsumer(ConsumerConfig{URL: url, Topology: any, Queue: "orders.any", Unordered: true, Prefetch: prefetch},
+			func(_ context.Context, deliveries []messaging.Delivery) error {
+				if now := busy[i].Add(1); now > prefetch || len(deliveries) != 1 {
+					t.Errorf("%d handlers at once, with %d deliveries", now, len(deliveries))
+				}
+				began <- struct{}{}
+				if textOf(t, deliveries[0].Payload) == "0" {
+					<-release // until the others are through
+				}
+				busy[i].Add(-1)
+				handled.Add(1)
+				return nil
+			})
+		running.Go(func() { _ = consumer.Run(ctx) })
+	}
+	mustPublish(t, publisher, texts(0, n)...)
+	for range n {
+		receive(t, began)
+	}
+	close(release)
+	stop()
+	running.Wait()
+	if left := take(t, url, "orders.any"); len(left) > 0 || handled.Load() != n {
+		t.Errorf("%d handled, %d left", handled.Load(), len(left))
+	}
+}
