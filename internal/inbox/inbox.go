@@ -51,6 +51,9 @@ type Config struct {
 	PollInterval time.Duration
 	// AfterCommit is called when something was committed that may have inserted into the outbox: the place for the doorbell.
 	AfterCommit func()
+	// OnDead is called in the transaction in which a message becomes a dead letter, for who has to answer for it. An error keeps it from dying: it
+	// is tried again.
+	OnDead func(ctx context.Context, tx pgx.Tx, letter deadletter.Letter) error
 	// MeterProvider and TracerProvider take metrics and traces. Default: the global ones.
 	MeterProvider  metric.MeterProvider
 	TracerProvider trace.TracerProvider
@@ -80,6 +83,9 @@ func New(db *pgxpool.Pool, group *Group, config Config) *Inbox {
 	config = config.withDefaults()
 	if config.AfterCommit == nil {
 		config.AfterCommit = func() {}
+	}
+	if config.OnDead == nil {
+		config.OnDead = func(context.Context, pgx.Tx, deadletter.Letter) error { return nil }
 	}
 	if config.MeterProvider == nil {
 		config.MeterProvider = otel.GetMeterProvider()
@@ -116,7 +122,7 @@ func (b *Inbox) Process(ctx context.Context, deliveries []messaging.Delivery) er
 		return nil
 	}
 	// Last, because nothing tells copies of these: a batch that is handed in again shall not repeat them.
-	err := postgres.Transact(ctx, b.db, func(tx pgx.Tx) error { return deadletter.Insert(ctx, tx, letters...) })
+	err := postgres.Transact(ctx, b.db, func(tx pgx.Tx) error { return b.bury(ctx, tx, letters...) })
 	if err == nil {
 		b.meters.dead(ctx, letters...)
 	}
@@ -132,6 +138,9 @@ func (b *Inbox) settle(ctx context.Context, items []*item) error {
 	var failed *failure
 	if !errors.As(err, &failed) {
 		return err
+	}
+	if len(items) == 1 { // it is known which one failed
+		return b.apply(ctx, items, failed)
 	}
 	for _, one := range items {
 		alone := []*item{one}

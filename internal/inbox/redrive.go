@@ -19,6 +19,9 @@ func (b *Inbox) Drain(ctx context.Context, deliveries []messaging.Delivery) erro
 	}
 	err := postgres.Transact(ctx, b.db, func(tx pgx.Tx) error {
 		for _, letter := range letters {
+			if err := b.config.OnDead(ctx, tx, letter); err != nil {
+				return fmt.Errorf("on dead letter: %w", err)
+			}
 			if err := deadletter.InsertOnce(ctx, tx, letter); err != nil {
 				return err
 			}

@@ -52,7 +52,7 @@ func (b *Inbox) setAside(ctx context.Context, tx pgx.Tx, one *item, cause *failu
 	if final(cause) || b.config.MaxAttempts <= 1 {
 		letter := b.letter(ctx, one.Delivery, 1, cause)
 		done.dead = append(done.dead, letter)
-		return deadletter.Insert(ctx, tx, letter)
+		return b.bury(ctx, tx, letter)
 	}
 	done.retries++
 	return b.queue(ctx, tx, one, cause)
@@ -204,7 +204,7 @@ func (b *Inbox) retryFailed(ctx context.Context, one retry, cause *failure) erro
 			if err := b.remove(ctx, tx, one); err != nil {
 				return err
 			}
-			return deadletter.Insert(ctx, tx, letter)
+			return b.bury(ctx, tx, letter)
 		})
 		if err == nil {
 			b.meters.dead(ctx, letter)
@@ -271,6 +271,16 @@ func (b *Inbox) letter(ctx context.Context, d messaging.Delivery, attempts int, 
 		Consumer: b.group.name, MessageID: d.ID, Type: d.Type, Key: d.Key, Payload: d.Payload, Headers: d.Headers,
 		Reason: reason, Error: cause.Error(), Attempts: attempts,
 	}
+}
+
+// bury keeps letters, and tells who has to answer for them.
+func (b *Inbox) bury(ctx context.Context, tx pgx.Tx, letters ...deadletter.Letter) error {
+	for _, letter := range letters {
+		if err := b.config.OnDead(ctx, tx, letter); err != nil {
+			return fmt.Errorf("on dead letter: %w", err)
+		}
+	}
+	return deadletter.Insert(ctx, tx, letters...)
 }
 
 // headersOf keeps a delivery without headers from becoming NULL.
