@@ -23,6 +23,9 @@ var mayNot = map[string][]string{
 		`SELECT outbox_sweep('0')`, `SELECT outbox_move_due(1)`, `SELECT outbox_set_shards(2)`, `SELECT outbox_repair()`,
 		`SELECT FROM inbox`, `INSERT INTO inbox (slot, consumer, message_id) VALUES (-1, 'c', outbox_uuidv7())`, `DELETE FROM inbox`,
 		`SELECT FROM inbox_retry`, `SELECT inbox_sweep('0')`, `SELECT FROM dead_letter`, `SELECT FROM dead_letter_audit`,
+		// To execute a call, to change what it was signed over, to make anybody forget an answer.
+		`UPDATE operation SET response = ''`, `UPDATE operation SET caller = 'another'`, `UPDATE operation SET identity = ''`, `DELETE FROM operation`,
+		`SELECT operation_sweep('0')`, `UPDATE idempotency_key SET request_hash = ''`, `DELETE FROM idempotency_key`,
 	},
 	"app_relay": {
 		// It carries messages, and can neither make nor change any.
@@ -31,6 +34,7 @@ var mayNot = map[string][]string{
 		`DELETE FROM outbox_cursor`, `SELECT outbox_schedule('{}', '{}', '{}', '{}', '{}', now(), false)`, `SELECT outbox_unschedule(outbox_uuidv7())`,
 		`SELECT outbox_set_shards(2)`, `SELECT outbox_repair()`, `SELECT FROM inbox`, `SELECT FROM inbox_retry`, `SELECT inbox_sweep('0')`,
 		`SELECT FROM dead_letter`, `UPDATE dead_letter SET resolution = 'discarded'`, `DELETE FROM dead_letter`, `SELECT FROM dead_letter_audit`,
+		`SELECT FROM operation`, `SELECT operation_sweep('0')`, `SELECT FROM idempotency_key`, `SELECT idempotency_key_sweep('0')`,
 	},
 	"app_consumer": {
 		`SELECT FROM outbox`, `INSERT INTO outbox (shard, message_id, type, payload) VALUES (0, outbox_uuidv7(), 't.T', '')`, `UPDATE outbox SET payload = ''`,
@@ -40,6 +44,8 @@ var mayNot = map[string][]string{
 		`DELETE FROM inbox`, `TRUNCATE inbox`, `TRUNCATE inbox_slot_0`,
 		`UPDATE dead_letter SET resolution = 'discarded'`, `DELETE FROM dead_letter`, `SELECT FROM dead_letter_audit`,
 		`INSERT INTO dead_letter_audit (letter_id, resolution, reason, actor) VALUES (1, 'discarded', 'r', 'a')`,
+		`UPDATE operation SET caller = 'another'`, `UPDATE operation SET identity = ''`, `DELETE FROM operation`,
+		`SELECT FROM idempotency_key`, `SELECT idempotency_key_sweep('0')`,
 	},
 	"app_operator": {
 		`INSERT INTO outbox (shard, message_id, type, payload) VALUES (0, outbox_uuidv7(), 't.T', '')`, `UPDATE outbox SET payload = ''`, `DELETE FROM outbox`,
@@ -47,6 +53,7 @@ var mayNot = map[string][]string{
 		// The letters and their record stay as they are.
 		`UPDATE dead_letter SET payload = ''`, `DELETE FROM dead_letter`, `TRUNCATE dead_letter CASCADE`, `UPDATE dead_letter_audit SET actor = 'another'`,
 		`DELETE FROM dead_letter_audit`,
+		`UPDATE operation SET state = 'pending'`, `INSERT INTO operation (id) VALUES (outbox_uuidv7())`, `DELETE FROM operation`, `SELECT FROM idempotency_key`,
 	},
 }
 

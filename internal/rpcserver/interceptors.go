@@ -17,16 +17,17 @@ import (
 )
 
 // Interceptors returns what every call goes through, whatever it came by, the outermost first: request ID, access log, recovery from
-// panics and error mapping, the given interceptors, validation. New uses them; a server for another transport should, too.
+// panics and error mapping, validation, the given interceptors. New uses them; a server for another transport should, too.
+//
+// A request is checked when it is received, which is in the handler or in a given interceptor that reads it: so authentication, which does not, comes
+// before validation all the same.
 //
 // What a caller may see of an error is decided here and nowhere else. A *connect.Error that a handler returns is meant for
 // the caller and passes, unless it is another server's. postgres.ErrUnavailable and postgres.ErrOutcomeUnknown become
 // unavailable, the second with a text that says so; outbox.ErrBacklogFull becomes resource_exhausted; the end of the call's context becomes canceled or deadline_exceeded. Anything
 // else is logged and becomes internal with a fixed text.
 func Interceptors(log *slog.Logger, inner ...connect.ServerInterceptor) []connect.ServerInterceptor {
-	all := []connect.ServerInterceptor{nameRequest, logAccess(log), answerErrors(log)}
-	all = append(all, inner...)
-	return append(all, validate.NewServerInterceptor())
+	return append([]connect.ServerInterceptor{nameRequest, logAccess(log), answerErrors(log), validate.NewServerInterceptor()}, inner...)
 }
 
 // logAccess says who called what and how it went, and nothing of what was said.

@@ -58,7 +58,7 @@ type Config struct {
 	Origins []string
 	// Checks say what the services need. Without any, the server is ready as soon as it listens.
 	Checks []Check
-	// Interceptors run inside of logging and error mapping, and outside of validation: authentication, say.
+	// Interceptors run inside of logging and error mapping: authentication, durable calls. What one of them receives is valid.
 	Interceptors []connect.ServerInterceptor
 	// Log takes access logs (debug, failures at info) and what callers are not told (warn and error). Default slog.Default().
 	Log *slog.Logger

@@ -64,10 +64,9 @@ CREATE TABLE notifications (
 -- Support: which notifications did this order cause?
 CREATE INDEX notifications_by_order ON notifications (order_id);
 
-GRANT SELECT, INSERT, UPDATE ON orders, stock TO app_api;
-GRANT SELECT, INSERT ON order_lines TO app_api;
-GRANT SELECT, UPDATE ON orders, stock TO app_consumer;
-GRANT SELECT ON order_lines TO app_consumer;
+-- What the API may do, consumers may, too: they execute its durable calls.
+GRANT SELECT, INSERT, UPDATE ON orders, stock TO app_api, app_consumer;
+GRANT SELECT, INSERT ON order_lines TO app_api, app_consumer;
 GRANT SELECT, INSERT, DELETE ON reservations TO app_consumer;
 GRANT INSERT ON notifications TO app_consumer;
 

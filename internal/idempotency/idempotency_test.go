@@ -1,0 +1,270 @@
+package idempotency
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http/httptest"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"connectrpc.com/connect/v2"
+	"connectrpc.com/connect/v2/connecthttp"
+	"example.com/orders/internal/outbox"
+	"example.com/orders/internal/probe"
+	"example.com/orders/internal/rpcserver"
+	"example.com/orders/internal/testenv"
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+)
+
+func TestMain(m *testing.M) { testenv.Main(m) }
+
+const callerHeader = "Test-Caller"
+
+// bundle is a server whose handler counts its runs, in its answers too, and writes them down.
+type bundle struct {
+	client *connect.Client
+	db     *pgxpool.Pool
+	keys   *Keys
+	runs   atomic.Int64
+	// then is what the handler does when its effect is written.
+	then func(ctx context.Context, text string) error
+}
+
+func setup(t *testing.T) *bundle {
+	t.Helper()
+	b := &bundle{db: testenv.Postgres(t), then: func(context.Context, string) error { return nil }}
+	if _, err := b.db.Exec(t.Context(), `CREATE TABLE effects (text text NOT NULL)`); err != nil {
+		t.Fatal(err)
+	}
+	b.keys = b.newKeys()
+	b.client = b.serve(t, b.keys)
+	return b
+}
+
+func (b *bundle) newKeys() *Keys {
+	caller := func(ctx context.Context) string {
+		info, _ := connect.CallInfoForServerContext(ctx)
+		return info.RequestHeader().Get(callerHeader)
+	}
+	return New(b.db, outbox.NewWriter(b.db, nil, nil), Config{Caller: caller, Retention: time.Hour})
+}
+
+// serve serves as one process.
+func (b *bundle) serve(t *testing.T, keys *Keys) *connect.Client {
+	t.Helper()
+	server := httptest.NewServer(rpcserver.New(rpcserver.Config{
+		Log: slog.New(slog.DiscardHandler), Interceptors: []connect.ServerInterceptor{keys.Interceptor()},
+	}, func(s *connect.Server) {
+		for _, spec := range []connect.Spec{probe.Mutate, probe.Slow, probe.Plain, probe.Read} {
+			probe.Handle(s, spec, b.handle)
+		}
+	}))
+	t.Cleanup(server.Close)
+	return connect.NewClient(connecthttp.NewTransport(server.Client(), server.URL))
+}
+
+func (b *bundle) handle(ctx context.Context, text string) (string, error) {
+	run := b.runs.Add(1)
+	err := outbox.NewWriter(b.db, nil, nil).Transact(ctx, func(tx pgx.Tx) error {
+		_, err := tx.Exec(ctx, `INSERT INTO effects (text) VALUES ($1)`, text)
+		return err
+	})
+	if err == nil {
+		err = b.then(ctx, text)
+	}
+	return fmt.Sprintf("%s in run %d", text, run), err
+}
+
+// send makes a call with a key, and says whether the answer was a stored one.
+func send(ctx context.Context, client *connect.Client, spec connect.Spec, text, key, caller string) (answer string, replayed bool, err error) {
+	ctx, info := connect.NewClientContext(ctx)
+	info.RequestHeader().Set(keyHeader, key)
+	info.RequestHeader().Set(callerHeader, caller)
+	answer, err = probe.Call(ctx, client, spec, text)
+	return answer, info.ResponseHeader().Get(replayedHeader) == "true", err
+}
+
+func (b *bundle) want(t *testing.T, spec connect.Spec, text, key, caller, want string, stored bool) {
+	t.Helper()
+	answer, replayed, err := send(t.Context(), b.client, spec, text, key, caller)
+	if err != nil || answer != want || replayed != stored {
+		t.Errorf("%s with %s by %s: %q, stored %t, %v; want %q, stored %t", text, key, caller, answer, replayed, err, want, stored)
+	}
+}
+
+func (b *bundle) wantCode(t *testing.T, spec connect.Spec, text, key string, want connect.Code) error {
+	t.Helper()
+	_, _, err := send(t.Context(), b.client, spec, text, key, "alice")
+	if connect.CodeOf(err) != want {
+		t.Errorf("%s with %q: %v, want %s", text, key, err, want)
+	}
+	return err
+}
+
+func (b *bundle) wantEffects(t *testing.T, want int) {
+	t.Helper()
+	var got int
+	if err := b.db.QueryRow(t.Context(), `SELECT count(*) FROM effects`).Scan(&got); err != nil || got != want {
+		t.Errorf("%d effects, %v, want %d", got, err, want)
+	}
+}
+
+func TestARepeatGetsTheStoredResponse(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	b.want(t, probe.Mutate, "text", "key", "alice", "text in run 1", false)
+	b.want(t, probe.Mutate, "text", "key", "alice", "text in run 1", true)
+	b.want(t, probe.Mutate, "text", "other", "alice", "text in run 2", false)
+	b.want(t, probe.Mutate, "text", "key", "bob", "text in run 3", false)
+	b.client = b.serve(t, b.newKeys()) // another process
+	b.want(t, probe.Mutate, "text", "key", "alice", "text in run 1", true)
+	b.wantEffects(t, 3)
+}
+
+func TestAnotherRequestIsRefused(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	b.want(t, probe.Mutate, "text", "key", "alice", "text in run 1", false)
+	b.wantCode(t, probe.Mutate, "other text", "key", connect.CodeAlreadyExists)
+	b.wantCode(t, probe.Slow, "text", "key", connect.CodeAlreadyExists)
+	b.wantCode(t, probe.Mutate, "text", "", connect.CodeInvalidArgument)
+	b.wantCode(t, probe.Mutate, "text", strings.Repeat("k", maxKey+1), connect.CodeInvalidArgument)
+	b.wantEffects(t, 1)
+}
+
+// A mutating method that does not honour keys says so, and how it would.
+func TestOnlyMethodsThatOptedInTakeKeys(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	if err := b.wantCode(t, probe.Plain, "text", "key", connect.CodeFailedPrecondition); !strings.Contains(err.Error(), "option (idempotency.v1.key) = true") {
+		t.Errorf("the option is not named: %v", err)
+	}
+	b.wantEffects(t, 0)
+	b.want(t, probe.Read, "text", "key", "alice", "text in run 1", false)
+	b.want(t, probe.Read, "text", "key", "alice", "text in run 2", false)
+	if answer, err := probe.Call(t.Context(), b.client, probe.Plain, "text"); err != nil || answer != "text in run 3" {
+		t.Errorf("without a key: %q, %v", answer, err)
+	}
+}
+
+// A call that fails leaves neither effect nor key.
+func TestAFailureLeavesNothing(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	for _, failure := range []error{connect.NewError(connect.CodeFailedPrecondition, "not yet"), errors.New("broken")} {
+		b.then = func(context.Context, string) error { return failure }
+		_, _, err := send(t.Context(), b.client, probe.Mutate, "text", "key", "alice")
+		if err == nil {
+			t.Error("no error")
+		}
+	}
+	b.then = func(context.Context, string) error { panic("broken") }
+	b.wantCode(t, probe.Mutate, "text", "key", connect.CodeInternal)
+	b.wantEffects(t, 0)
+	b.then = func(context.Context, string) error { return nil }
+	b.want(t, probe.Mutate, "other text", "key", "alice", "other text in run 4", false)
+	b.wantEffects(t, 1)
+}
+
+// Of concurrent repeats over two processes one runs, and all get its answer. There are more of them than connections.
+func TestConcurrentRepeatsWaitForTheOneThatRuns(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	began, finish := make(chan struct{}), make(chan struct{})
+	var once sync.Once
+	b.then = func(_ context.Context, text string) error {
+		if text == "text" {
+			once.Do(func() { close(began) })
+			<-finish
+		}
+		return nil
+	}
+	clients := []*connect.Client{b.client, b.serve(t, b.newKeys())}
+	var callers sync.WaitGroup
+	var stored atomic.Int64
+	for i := range 30 {
+		callers.Go(func() {
+			answer, replayed, err := send(t.Context(), clients[i%2], probe.Mutate, "text", "key", "alice")
+			if err != nil || answer != "text in run 1" {
+				t.Errorf("%q, %v", answer, err)
+			}
+			if replayed {
+				stored.Add(1)
+			}
+		})
+	}
+	<-began
+	if _, err := probe.Call(t.Context(), b.client, probe.Plain, "meanwhile"); err != nil {
+		t.Errorf("another call meanwhile: %v", err)
+	}
+	close(finish)
+	callers.Wait()
+	if stored.Load() != 29 {
+		t.Errorf("%d answers of 30 were stored ones", stored.Load())
+	}
+	if len(b.keys.turns.taken) > 0 {
+		t.Errorf("turns left behind: %v", b.keys.turns.taken)
+	}
+}
+
+// Who waits for the one that runs inherits the key if that one fails, and gives up at its own deadline.
+func TestAWaitingRepeatTakesOver(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	began, finish := make(chan struct{}), make(chan struct{})
+	var runs atomic.Int64
+	b.then = func(context.Context, string) error {
+		if runs.Add(1) > 1 {
+			return nil
+		}
+		close(began)
+		<-finish
+		return errors.New("broken")
+	}
+	var callers sync.WaitGroup
+	callers.Go(func() { b.wantCode(t, probe.Mutate, "text", "key", connect.CodeInternal) })
+	<-began
+	hasty, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	if _, _, err := send(hasty, b.client, probe.Mutate, "text", "key", "alice"); connect.CodeOf(err) != connect.CodeDeadlineExceeded {
+		t.Errorf("the hasty one: %v", err)
+	}
+	other := b.serve(t, b.newKeys())
+	callers.Go(func() {
+		if answer, replayed, err := send(t.Context(), other, probe.Mutate, "text", "key", "alice"); err != nil || replayed || !strings.HasPrefix(answer, "text in run") {
+			t.Errorf("the patient one: %q, %v", answer, err)
+		}
+	})
+	testenv.Eventually(t, 10*time.Second, func() error {
+		var waiting int
+		err := b.db.QueryRow(t.Context(), `SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'`).Scan(&waiting)
+		if err == nil && waiting == 0 {
+			err = errors.New("nobody waits in the database")
+		}
+		return err
+	})
+	close(finish)
+	callers.Wait()
+	b.wantEffects(t, 1)
+}
+
+func TestSweepForgetsOldKeys(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	b.want(t, probe.Mutate, "text", "old", "alice", "text in run 1", false)
+	b.want(t, probe.Mutate, "text", "young", "alice", "text in run 2", false)
+	if _, err := b.db.Exec(t.Context(), `UPDATE idempotency_key SET created_at = created_at - interval '61 min' WHERE key = 'old'`); err != nil {
+		t.Fatal(err)
+	}
+	if err := b.keys.sweep(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	b.want(t, probe.Mutate, "text", "young", "alice", "text in run 2", true)
+	b.want(t, probe.Mutate, "text", "old", "alice", "text in run 3", false)
+}
