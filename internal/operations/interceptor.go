@@ -1,0 +1,74 @@
+package operations
+
+import (
+	"context"
+	"strings"
+
+	"connectrpc.com/connect/v2"
+	"example.com/orders/internal/unary"
+	"github.com/jackc/pgx/v5"
+)
+
+const (
+	// preferHeader asks for a durable call with respondAsync (RFC 7240, section 4.1); appliedHeader says that it was granted.
+	preferHeader  = "Prefer"
+	appliedHeader = "Preference-Applied"
+	respondAsync  = "respond-async"
+	// keyHeader tells a repeated call from a new one.
+	keyHeader = "Idempotency-Key"
+	// nameHeader carries the operation's name in the answer.
+	nameHeader = "Operation"
+)
+
+// Interceptor returns the interceptor that submits a call with the header Prefer: respond-async instead of executing it. The caller is answered with
+// an empty message, whose header Operation is the operation's name. It must stand within the interceptors that know the caller and that
+// check requests: what they refuse is never submitted.
+func (o *Operations) Interceptor() connect.ServerInterceptor {
+	return func(next connect.ServerFunc) connect.ServerFunc {
+		return func(ctx context.Context, spec connect.Spec, stream connect.ServerStream) error {
+			info, ok := connect.CallInfoForServerContext(ctx)
+			if !ok || !prefersAsync(info.RequestHeader()) {
+				return next(ctx, spec, stream)
+			}
+			return o.answer(ctx, spec, info, stream)
+		}
+	}
+}
+
+// prefersAsync looks for the preference among others. Its parameters, and those of others, mean nothing.
+func prefersAsync(header *connect.Header) bool {
+	for _, line := range header.Values(preferHeader) {
+		for preference := range strings.SplitSeq(line, ",") {
+			name, _, _ := strings.Cut(preference, ";")
+			if strings.EqualFold(strings.TrimSpace(name), respondAsync) {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+func (o *Operations) answer(ctx context.Context, spec connect.Spec, info *connect.CallInfo, stream connect.ServerStream) error {
+	method, _ := unary.Describe(spec)
+	if method == nil {
+		return connect.Errorf(connect.CodeFailedPrecondition, "%s cannot be executed later: it has no proto file", spec.Procedure)
+	}
+	call := Call{Procedure: spec.Procedure, Request: unary.New(method.Input()), Key: info.RequestHeader().Get(keyHeader)}
+	if err := submittable(call); err != nil {
+		return err
+	}
+	if err := stream.Receive(call.Request); err != nil {
+		return err
+	}
+	var name string
+	err := o.out.Transact(ctx, func(tx pgx.Tx) (err error) {
+		name, err = o.Submit(ctx, tx, call)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	info.ResponseHeader().Set(nameHeader, name)
+	info.ResponseHeader().Set(appliedHeader, respondAsync)
+	return stream.Send(unary.New(method.Output()))
+}

@@ -1,0 +1,297 @@
+package operations
+
+import (
+	"context"
+	"errors"
+	"strings"
+	"sync"
+	"testing"
+
+	"connectrpc.com/connect/v2"
+	"connectrpc.com/connect/v2/connectproto"
+	operationsv1 "example.com/orders/internal/gen/operations/v1"
+	"example.com/orders/internal/outbox"
+	"example.com/orders/internal/postgres"
+	"example.com/orders/internal/probe"
+	"github.com/jackc/pgx/v5"
+	"google.golang.org/protobuf/types/known/anypb"
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/wrapperspb"
+)
+
+const (
+	pending   = operationsv1.OperationState_OPERATION_STATE_PENDING
+	running   = operationsv1.OperationState_OPERATION_STATE_RUNNING
+	succeeded = operationsv1.OperationState_OPERATION_STATE_SUCCEEDED
+	failed    = operationsv1.OperationState_OPERATION_STATE_FAILED
+	called    = operationsv1.OperationState_OPERATION_STATE_CANCELLED
+)
+
+// resultOf is the text of a response, or the code and the text of an error.
+func resultOf(t *testing.T, o *operationsv1.Operation) string {
+	t.Helper()
+	if status := o.GetError(); status != nil {
+		return connect.Code(status.GetCode()).String() + ": " + status.GetMessage()
+	}
+	if o.GetResponse() == nil {
+		return ""
+	}
+	var text wrapperspb.StringValue
+	if err := o.GetResponse().UnmarshalTo(&text); err != nil {
+		t.Fatal(err)
+	}
+	return text.GetValue()
+}
+
+func TestACallIsTakenNowAndExecutedLater(t *testing.T) {
+	t.Parallel()
+	b := setup(t, WorkerConfig{})
+	for protocol, client := range map[string]*connect.Client{"connect": b.client, "grpc": b.grpc} {
+		name, err := submit(t.Context(), client, probe.Mutate, protocol, preferHeader, "handling=lenient, Respond-Async; x=1")
+		if err != nil {
+			t.Fatal(err)
+		}
+		first := b.wantState(t, name, pending, "")
+		if runs, _ := b.ran(protocol); runs != 0 || first.GetMethod() != "probe.durable.v1.Probe/Mutate" || first.GetStartTime() != nil {
+			t.Errorf("ran %d times, %v", runs, first)
+		}
+		b.deliver(t)
+		last := b.wantState(t, name, succeeded, "did "+protocol)
+		if runs, caller := b.ran(protocol); runs != 1 || caller != "alice" {
+			t.Errorf("ran %d times for %q", runs, caller)
+		}
+		if last.GetAttempts() != 1 || last.GetStartTime() == nil || last.GetEndTime() == nil {
+			t.Errorf("ended as %v", last)
+		}
+		b.exec(t, `DELETE FROM effects WHERE text = $1`, protocol)
+	}
+	if left := b.count(t, `SELECT count(*) FROM operation WHERE request <> ''`); left > 0 {
+		t.Errorf("%d requests are kept after their end", left)
+	}
+}
+
+// Without the header a call is what it always was.
+func TestACallWithoutThePreferenceIsExecutedNow(t *testing.T) {
+	t.Parallel()
+	b := setup(t, WorkerConfig{})
+	ctx, info := connect.NewClientContext(t.Context())
+	info.RequestHeader().Set(preferHeader, "respond-asynchronously, wait=1")
+	if answer, err := probe.Call(ctx, b.client, probe.Mutate, "now"); err != nil || answer != "did now" {
+		t.Errorf("%q, %v", answer, err)
+	}
+	if n := b.count(t, `SELECT count(*) FROM operation`); n != 0 {
+		t.Errorf("%d operations", n)
+	}
+}
+
+func TestOnlyIdempotentUnaryMethodsCanBeExecutedLater(t *testing.T) {
+	t.Parallel()
+	b := setup(t, WorkerConfig{})
+	for _, spec := range []connect.Spec{probe.Plain, probe.Read} {
+		_, err := submit(t.Context(), b.client, spec, "refused")
+		wantCode(t, err, connect.CodeFailedPrecondition)
+		if !strings.Contains(err.Error(), "option idempotency_level = IDEMPOTENT") {
+			t.Errorf("the option is not named: %v", err)
+		}
+	}
+	ctx, info := connect.NewClientContext(t.Context())
+	info.RequestHeader().Set(preferHeader, respondAsync)
+	stream, err := b.client.CallServerStream(ctx, probe.Follow, wrapperspb.String("refused"))
+	if err == nil {
+		err = stream.Receive(&wrapperspb.StringValue{})
+		_ = stream.Close()
+	}
+	wantCode(t, err, connect.CodeFailedPrecondition)
+	b.wantEffects(t)
+}
+
+func TestAKeyStandsForOneOperation(t *testing.T) {
+	t.Parallel()
+	b := setup(t, WorkerConfig{})
+	first := b.submit(t, "text", keyHeader, "key")
+	if again := b.submit(t, "text", keyHeader, "key"); again != first {
+		t.Errorf("the same call became %s, and %s before", again, first)
+	}
+	_, err := submit(t.Context(), b.client, probe.Mutate, "other", keyHeader, "key")
+	wantCode(t, err, connect.CodeAlreadyExists)
+	_, err = submit(t.Context(), b.client, probe.Slow, "text", keyHeader, "key")
+	wantCode(t, err, connect.CodeAlreadyExists)
+	if others := b.submit(t, "text", keyHeader, "key", callerHeader, "bob"); others == first {
+		t.Error("another caller's key is the same")
+	}
+	if other := b.submit(t, "text"); other == first {
+		t.Error("without a key it is the same")
+	}
+	_, err = submit(t.Context(), b.client, probe.Mutate, "text", keyHeader, strings.Repeat("k", maxKey+1))
+	wantCode(t, err, connect.CodeInvalidArgument)
+	b.deliver(t)
+	if again := b.submit(t, "text", keyHeader, "key"); again != first {
+		t.Errorf("after its end the same call became %s, and %s before", again, first)
+	}
+	b.wantEffects(t, "text", "text", "text")
+}
+
+func TestConcurrentSubmitsOfOneKeyAreOneOperation(t *testing.T) {
+	t.Parallel()
+	b := setup(t, WorkerConfig{})
+	var mu sync.Mutex
+	names := map[string]int{}
+	var callers sync.WaitGroup
+	for range 8 {
+		callers.Go(func() {
+			name, err := submit(t.Context(), b.client, probe.Mutate, "text", keyHeader, "key")
+			if err != nil {
+				t.Error(err)
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			names[name]++
+		})
+	}
+	callers.Wait()
+	b.deliver(t)
+	if len(names) != 1 {
+		t.Errorf("operations: %v", names)
+	}
+	b.wantEffects(t, "text")
+}
+
+func TestSubmitIsPartOfItsTransaction(t *testing.T) {
+	t.Parallel()
+	b := setup(t, WorkerConfig{})
+	ctx := context.WithValue(t.Context(), callerKey{}, "alice")
+	call := Call{Procedure: probe.Mutate.Procedure, Request: wrapperspb.String("staged")}
+	errRolledBack := errors.New("rolled back")
+	var name string
+	stage := func(outcome error) error {
+		return b.out.Transact(ctx, func(tx pgx.Tx) (err error) {
+			if name, err = b.calls.Submit(ctx, tx, call); err != nil {
+				return err
+			}
+			return outcome
+		})
+	}
+	if err := stage(errRolledBack); !errors.Is(err, errRolledBack) {
+		t.Fatal(err)
+	}
+	_, err := b.GetOperation(as(t.Context(), "alice"), &operationsv1.GetOperationRequest{Name: name})
+	wantCode(t, err, connect.CodeNotFound)
+	if err := stage(nil); err != nil {
+		t.Fatal(err)
+	}
+	b.deliver(t)
+	b.wantState(t, name, succeeded, "did staged")
+	for what, call := range map[string]Call{
+		"other type": {Procedure: probe.Mutate.Procedure, Request: wrapperspb.Int32(1)},
+		"no method":  {Procedure: "/no.Service/Method", Request: wrapperspb.String("")},
+		"no service": {Procedure: "", Request: wrapperspb.String("")},
+		"bad key":    {Procedure: probe.Mutate.Procedure, Request: wrapperspb.String(""), Key: "\x00"},
+	} {
+		err := b.out.Transact(ctx, func(tx pgx.Tx) error {
+			_, err := b.calls.Submit(ctx, tx, call)
+			return err
+		})
+		if code := connect.CodeOf(err); code != connect.CodeInvalidArgument && code != connect.CodeUnimplemented {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+}
+
+// An error of the handler is the result, and nothing is left of what the call did, also in a transaction before the error.
+func TestAnErrorIsAResult(t *testing.T) {
+	t.Parallel()
+	b := setup(t, WorkerConfig{})
+	detail, err := connectproto.NewErrorDetail(durationpb.New(5))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for text, one := range map[string]struct {
+		act  act
+		want string
+	}{
+		"connect": {fails(connect.NewError(connect.CodeNotFound, "gone").WithDetail(detail)), "not_found: gone"},
+		"other":   {fails(errors.New("secret")), "internal: internal error"},
+		"panic":   {func(context.Context, *outbox.Writer) error { panic("secret") }, "internal: internal error"},
+		"in a transaction": {func(ctx context.Context, out *outbox.Writer) error {
+			return out.Transact(ctx, func(tx pgx.Tx) error {
+				_, err := tx.Exec(ctx, `SELECT 1 / 0`)
+				return err
+			})
+		}, "internal: internal error"},
+		"swallowed in a transaction": {func(ctx context.Context, out *outbox.Writer) error {
+			return out.Transact(ctx, func(tx pgx.Tx) error {
+				_, _ = tx.Exec(ctx, `SELECT 1 / 0`)
+				return nil
+			})
+		}, "internal: internal error"},
+		"resource": {fails(connect.NewError(connect.CodeResourceExhausted, "yours")), "resource_exhausted: yours"},
+	} {
+		b.on(text, one.act)
+		name := b.submit(t, text)
+		b.deliver(t)
+		got := b.wantState(t, name, failed, one.want)
+		if runs, _ := b.ran(text); runs != 1 {
+			t.Errorf("%s: ran %d times", text, runs)
+		}
+		if text == "connect" {
+			var delay durationpb.Duration
+			if details := got.GetError().GetDetails(); len(details) != 1 || (*anypb.Any)(details[0]).UnmarshalTo(&delay) != nil || delay.GetNanos() != 5 {
+				t.Errorf("details are %v", details)
+			}
+		}
+	}
+	b.wantEffects(t)
+}
+
+func TestWhatMayEndOtherwiseIsTriedAgain(t *testing.T) {
+	t.Parallel()
+	b := setup(t, WorkerConfig{})
+	for text, err := range map[string]error{
+		"unavailable": connect.NewError(connect.CodeUnavailable, "later"),
+		"aborted":     connect.NewError(connect.CodeAborted, "later"),
+		"unknown":     postgres.ErrOutcomeUnknown,
+		"backlog":     outbox.ErrBacklogFull,
+	} {
+		b.on(text, fails(err), fails(err), fails(nil))
+		name := b.submit(t, text)
+		b.deliver(t)
+		if got := b.wantState(t, name, succeeded, "did "+text); got.GetAttempts() != 3 {
+			t.Errorf("%s: %d attempts", text, got.GetAttempts())
+		}
+	}
+	if n := b.count(t, `SELECT count(*) FROM effects`); n != 4 {
+		t.Errorf("%d effects of 4 calls", n)
+	}
+}
+
+func TestWhatIsGivenUpHasAResult(t *testing.T) {
+	t.Parallel()
+	b := setup(t, WorkerConfig{})
+	b.on("never", fails(connect.NewError(connect.CodeUnavailable, "never")))
+	exhausted := b.submit(t, "never")
+	b.deliver(t)
+	if got := b.wantState(t, exhausted, failed, "unavailable: never"); got.GetAttempts() != 3 {
+		t.Errorf("%d attempts", got.GetAttempts())
+	}
+
+	crashed := b.submit(t, "crashes")
+	killer := b.messages(t)
+	killer[0].Count = 2 // its deliveries were broken off: the inbox sets it aside
+	if err := b.worker.Process(t.Context(), killer); err != nil {
+		t.Fatal(err)
+	}
+	b.exec(t, `UPDATE inbox_retry SET starts = 9`)
+	b.deliver(t)
+	b.wantState(t, crashed, failed, "internal: given up: it did not come to an end")
+
+	undelivered := b.submit(t, "undelivered")
+	if err := b.worker.Drain(t.Context(), b.messages(t)); err != nil {
+		t.Fatal(err)
+	}
+	b.wantState(t, undelivered, failed, "unavailable: given up: no worker executed it in time")
+
+	b.wantEffects(t)
+	if n := b.count(t, `SELECT count(*) FROM dead_letter`); n != 3 {
+		t.Errorf("%d dead letters", n)
+	}
+}

@@ -1,0 +1,267 @@
+package operations
+
+import (
+	"context"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"connectrpc.com/connect/v2"
+	"example.com/orders/internal/changes"
+	operationsv1 "example.com/orders/internal/gen/operations/v1"
+	"example.com/orders/internal/gen/operations/v1/operationsv1connect"
+	"example.com/orders/internal/postgres"
+	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/anypb"
+	"google.golang.org/protobuf/types/known/timestamppb"
+)
+
+var _ operationsv1connect.OperationServiceHandler = (*Operations)(nil)
+
+// Register serves operations.v1.OperationService.
+func (o *Operations) Register(server *connect.Server) {
+	operationsv1connect.RegisterOperationServiceHandler(server, o)
+}
+
+const columns = `id, method, state, attempts, response, error, created_at, started_at, ended_at`
+
+const getSQL = `SELECT ` + columns + ` FROM operation WHERE id = $1 AND caller = $2`
+
+// find returns an operation of the caller. Another's does not exist for it.
+func (o *Operations) find(ctx context.Context, name string) (*operationsv1.Operation, error) {
+	id, err := parseName(name)
+	if err != nil {
+		return nil, err
+	}
+	rows, _ := o.db.Query(ctx, getSQL, id, o.config.Identity.Caller(ctx))
+	found, err := pgx.CollectExactlyOneRow(rows, scan)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return nil, errNotFound(name)
+	}
+	if err != nil {
+		return nil, postgres.Classify(fmt.Errorf("read operation: %w", err))
+	}
+	return found, nil
+}
+
+const readSQL = `SELECT ` + columns + ` FROM operation WHERE id = ANY ($1::uuid[])`
+
+// read is the changes.Read of operations, by their IDs.
+func (o *Operations) read(ctx context.Context, ids []string) (map[string]*operationsv1.Operation, error) {
+	rows, _ := o.db.Query(ctx, readSQL, ids)
+	found, err := pgx.CollectRows(rows, scan)
+	if err != nil {
+		return nil, postgres.Classify(fmt.Errorf("read operations: %w", err))
+	}
+	states := make(map[string]*operationsv1.Operation, len(found))
+	for _, one := range found {
+		states[strings.TrimPrefix(one.GetName(), namePrefix)] = one
+	}
+	return states, nil
+}
+
+// GetOperation implements operations.v1.OperationService.
+func (o *Operations) GetOperation(ctx context.Context, req *operationsv1.GetOperationRequest) (*operationsv1.GetOperationResponse, error) {
+	found, err := o.find(ctx, req.GetName())
+	if err != nil {
+		return nil, err
+	}
+	return &operationsv1.GetOperationResponse{Operation: found}, nil
+}
+
+// waitTime is how long WaitOperation waits if its caller does not say. It, and the most that may be said, is less than a server that shuts
+// down grants to the calls under way.
+const waitTime = 10 * time.Second
+
+// WaitOperation implements operations.v1.OperationService.
+func (o *Operations) WaitOperation(ctx context.Context, req *operationsv1.WaitOperationRequest) (*operationsv1.WaitOperationResponse, error) {
+	timeout := waitTime
+	if req.GetTimeout() != nil {
+		timeout = req.GetTimeout().AsDuration()
+	}
+	last, err := o.find(ctx, req.GetName())
+	if err != nil {
+		return nil, err
+	}
+	limited, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
+	err = o.follow(limited, last, func(now *operationsv1.Operation) error { last = now; return nil })
+	if err != nil && (ctx.Err() != nil || limited.Err() == nil) {
+		return nil, err
+	}
+	return &operationsv1.WaitOperationResponse{Operation: last}, nil
+}
+
+// WatchOperation implements operations.v1.OperationService.
+func (o *Operations) WatchOperation(ctx context.Context, req *operationsv1.WatchOperationRequest,
+	stream operationsv1connect.OperationServiceWatchOperationServerStream) error {
+	first, err := o.find(ctx, req.GetName())
+	if err != nil {
+		return err
+	}
+	return o.follow(ctx, first, func(now *operationsv1.Operation) error {
+		return stream.Send(&operationsv1.WatchOperationResponse{Operation: now})
+	})
+}
+
+// follow calls see with the state that is known of an operation and with each that follows, until it has ended. Reading the first one told
+// whether it is the caller's.
+func (o *Operations) follow(ctx context.Context, last *operationsv1.Operation, see func(*operationsv1.Operation) error) error {
+	if err := see(last); err != nil || ended(last) {
+		return err
+	}
+	for now, err := range o.topic.Watch(ctx, strings.TrimPrefix(last.GetName(), namePrefix)) {
+		switch {
+		case errors.Is(err, changes.ErrNotFound):
+			return errNotFound(last.GetName())
+		case err != nil:
+			return err
+		case proto.Equal(now, last): // nothing has changed since it was found
+			continue
+		}
+		last = now
+		if err := see(last); err != nil || ended(last) {
+			return err
+		}
+	}
+	return ctx.Err()
+}
+
+func ended(o *operationsv1.Operation) bool { return o.GetEndTime() != nil }
+
+const listSQL = `
+SELECT id, method, state, attempts, NULL::bytea, error, created_at, started_at, ended_at
+FROM operation
+WHERE caller = $1
+  AND ($2::text IS NULL OR state = $2)
+  AND ($3::text IS NULL OR method = $3)
+  AND ($4::uuid IS NULL OR id < $4)
+ORDER BY id DESC LIMIT $5`
+
+// ListOperations implements operations.v1.OperationService.
+func (o *Operations) ListOperations(ctx context.Context, req *operationsv1.ListOperationsRequest) (*operationsv1.ListOperationsResponse, error) {
+	size := int(req.GetPageSize())
+	if size == 0 {
+		size = 50
+	}
+	var state, method *string
+	if req.GetState() != operationsv1.OperationState_OPERATION_STATE_UNSPECIFIED {
+		state = proto.String(stateText(req.GetState()))
+	}
+	if req.GetMethod() != "" {
+		method = proto.String(methodName(req.GetMethod()))
+	}
+	before, err := parsePageToken(req.GetPageToken())
+	if err != nil {
+		return nil, err
+	}
+	rows, _ := o.db.Query(ctx, listSQL, pgx.QueryExecModeCacheDescribe, o.config.Identity.Caller(ctx), state, method, before, size+1)
+	found, err := pgx.CollectRows(rows, scan)
+	if err != nil {
+		return nil, postgres.Classify(fmt.Errorf("list operations: %w", err))
+	}
+	if len(found) <= size {
+		return &operationsv1.ListOperationsResponse{Operations: found}, nil
+	}
+	return &operationsv1.ListOperationsResponse{Operations: found[:size], NextPageToken: pageToken(found[size-1])}, nil
+}
+
+// pageToken is the ID of the last operation of a page.
+func pageToken(last *operationsv1.Operation) string {
+	id := uuid.MustParse(strings.TrimPrefix(last.GetName(), namePrefix))
+	return base64.RawURLEncoding.EncodeToString(id[:])
+}
+
+// parsePageToken returns nil for an empty token.
+func parsePageToken(text string) (*uuid.UUID, error) {
+	if text == "" {
+		return nil, nil
+	}
+	token, err := base64.RawURLEncoding.DecodeString(text)
+	if err != nil || len(token) != len(uuid.UUID{}) {
+		return nil, connect.NewError(connect.CodeInvalidArgument, "page_token is not one that ListOperations returned")
+	}
+	id := uuid.UUID(token)
+	return &id, nil
+}
+
+const cancelSQL = `
+UPDATE operation SET state = 'cancelled', request = '', error = $3, ended_at = clock_timestamp()
+WHERE id = $1 AND caller = $2 AND state = 'pending'
+RETURNING ` + columns
+
+var cancelled = &operationsv1.Status{Code: int32(connect.CodeCanceled), Message: "called off before it began"}
+
+// CancelOperation implements operations.v1.OperationService.
+func (o *Operations) CancelOperation(ctx context.Context, req *operationsv1.CancelOperationRequest) (*operationsv1.CancelOperationResponse, error) {
+	id, err := parseName(req.GetName())
+	if err != nil {
+		return nil, err
+	}
+	var done *operationsv1.Operation
+	err = postgres.Transact(ctx, o.db, func(tx pgx.Tx) error {
+		rows, _ := tx.Query(ctx, cancelSQL, id, o.config.Identity.Caller(ctx), encode(cancelled))
+		done, err = pgx.CollectExactlyOneRow(rows, scan)
+		if err == nil {
+			o.topic.Touch(tx, id.String())
+		}
+		return err
+	})
+	if errors.Is(err, pgx.ErrNoRows) { // it does not exist, or is no longer pending
+		done, err = o.find(ctx, req.GetName())
+		if err == nil && done.GetState() != operationsv1.OperationState_OPERATION_STATE_CANCELLED {
+			err = connect.Errorf(connect.CodeFailedPrecondition, "operation %s is %s: only what has not begun can be cancelled", req.GetName(), stateText(done.GetState()))
+		}
+	}
+	if err != nil {
+		return nil, err
+	}
+	return &operationsv1.CancelOperationResponse{Operation: done}, nil
+}
+
+func scan(row pgx.CollectableRow) (*operationsv1.Operation, error) {
+	var (
+		one              operationsv1.Operation
+		id               uuid.UUID
+		state            string
+		response, failed []byte
+		created          time.Time
+		started, ended   *time.Time
+	)
+	if err := row.Scan(&id, &one.Method, &state, &one.Attempts, &response, &failed, &created, &started, &ended); err != nil {
+		return nil, err
+	}
+	one.Name, one.State = nameOf(id), parseState(state)
+	one.CreateTime = timestamppb.New(created)
+	if started != nil {
+		one.StartTime = timestamppb.New(*started)
+	}
+	if ended == nil {
+		return &one, nil
+	}
+	one.EndTime = timestamppb.New(*ended)
+	if response != nil {
+		result := &anypb.Any{}
+		one.Result = &operationsv1.Operation_Response{Response: result}
+		return &one, proto.Unmarshal(response, result)
+	}
+	if one.State == operationsv1.OperationState_OPERATION_STATE_SUCCEEDED { // and its response was not asked for
+		return &one, nil
+	}
+	status := &operationsv1.Status{}
+	one.Result = &operationsv1.Operation_Error{Error: status}
+	return &one, proto.Unmarshal(failed, status)
+}
+
+// stateText is the state as the table stores it: OPERATION_STATE_PENDING is "pending".
+func stateText(state operationsv1.OperationState) string {
+	return strings.ToLower(strings.TrimPrefix(state.String(), "OPERATION_STATE_"))
+}
+
+func parseState(text string) operationsv1.OperationState {
+	return operationsv1.OperationState(operationsv1.OperationState_value["OPERATION_STATE_"+strings.ToUpper(text)])
+}
