@@ -178,7 +178,8 @@ func (o *output) String() string {
 func (s *stage) start(t *testing.T, role string, environment ...string) *process {
 	t.Helper()
 	p := &process{command: exec.Command(s.binary, role), output: &output{}, done: make(chan struct{})}
-	p.command.Env = append(os.Environ(), append(environment, "POSTGRES_URL="+testenv.As(t, s.postgresURL, "app_"+role), "AMQP_URL="+s.amqpURL)...)
+	login := "app_" + strings.Replace(role, "worker", "consumer", 1) // which executes durable calls
+	p.command.Env = append(os.Environ(), append(environment, "POSTGRES_URL="+testenv.As(t, s.postgresURL, login), "AMQP_URL="+s.amqpURL)...)
 	p.command.Stdout, p.command.Stderr = p.output, p.output
 	if err := p.command.Start(); err != nil {
 		t.Fatal(err)

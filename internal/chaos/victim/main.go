@@ -1,4 +1,4 @@
-// Command victim is the relay or the consumer of a service without a domain, for the tests in internal/chaos to kill. Its one handler writes
+// Command victim is the relay, the consumer or the worker of durable calls of a service without a domain, for the tests in internal/chaos to kill. Its one handler writes
 // down each effect, so that a doubled or a missing one shows.
 package main
 
@@ -7,17 +7,24 @@ import (
 	"context"
 	"fmt"
 	"log"
+	"log/slog"
 	"os"
 	"os/signal"
 	"syscall"
 	"time"
 
+	"connectrpc.com/connect/v2"
+	"example.com/orders/internal/changes"
 	"example.com/orders/internal/inbox"
 	"example.com/orders/internal/messaging"
+	"example.com/orders/internal/operations"
 	"example.com/orders/internal/outbox"
 	"example.com/orders/internal/postgres"
+	"example.com/orders/internal/probe"
 	"example.com/orders/internal/rabbit"
+	"example.com/orders/internal/rpcserver"
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 )
@@ -25,6 +32,7 @@ import (
 const (
 	exchange = "events"
 	queue    = "victim.effects"
+	calls    = "victim.operations"
 )
 
 func main() {
@@ -43,7 +51,9 @@ func run(ctx context.Context, role string) error {
 	defer db.Close()
 	group := inbox.NewGroup("effects")
 	inbox.Handle(group, apply)
-	topology := rabbit.Topology{Exchange: exchange, Queues: []rabbit.Queue{{Name: queue, Types: group.Types()}}}
+	topology := rabbit.Topology{Exchange: exchange, Queues: []rabbit.Queue{
+		{Name: queue, Types: group.Types()}, {Name: calls, Types: []string{operations.MessageType}, Unordered: true},
+	}}
 	amqpURL := os.Getenv("AMQP_URL")
 
 	running, ctx := errgroup.WithContext(ctx)
@@ -67,6 +77,13 @@ func run(ctx context.Context, role string) error {
 		}, box.Process)
 		running.Go(func() error { return consumer.Run(ctx) })
 		running.Go(func() error { return box.Run(ctx) })
+	case "worker":
+		worker := newWorker(db)
+		consumer := rabbit.NewConsumer(rabbit.ConsumerConfig{
+			URL: amqpURL, Topology: topology, Queue: calls, Name: "victim worker", Unordered: true, Prefetch: 32,
+		}, worker.Process)
+		running.Go(func() error { return consumer.Run(ctx) })
+		running.Go(func() error { return worker.Run(ctx) })
 	default:
 		return fmt.Errorf("no such role: %q", role)
 	}
@@ -80,4 +97,22 @@ func apply(ctx context.Context, tx pgx.Tx, message *wrapperspb.StringValue) erro
 	}
 	_, err := tx.Exec(ctx, `INSERT INTO effects (message) VALUES ($1)`, message.GetValue())
 	return err
+}
+
+func newWorker(db *pgxpool.Pool) *operations.Worker {
+	out := outbox.NewWriter(db, nil, nil)
+	server := connect.NewServer(rpcserver.Interceptors(slog.Default())...)
+	probe.Handle(server, probe.Mutate, func(ctx context.Context, text string) (string, error) {
+		err := out.Transact(ctx, func(tx pgx.Tx) error {
+			if err := apply(ctx, tx, wrapperspb.String(text)); err != nil {
+				return err
+			}
+			_, err := tx.Exec(ctx, `SELECT pg_sleep(0.02)`) // so that it is often in the middle that it is killed
+			return err
+		})
+		return text, err
+	})
+	return operations.NewWorker(db, operations.New(db, out, changes.New(changes.Config{}), operations.Config{}), server, operations.WorkerConfig{
+		Concurrency: 4, Inbox: inbox.Config{PollInterval: 20 * time.Millisecond, HandlerTimeout: 2 * time.Second},
+	})
 }
