@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"math"
@@ -27,7 +28,8 @@ func (a *listenAddress) UnmarshalText(text []byte) error {
 }
 
 func (f *databaseFlags) check() error {
-	return between("--max-conns", f.MaxConns, 2, 1000)
+	// A durable call, another that is tried again, and what the first of them reads.
+	return between("--max-conns", f.MaxConns, 3, 1000)
 }
 
 func (f *brokerFlags) check() error {
@@ -61,11 +63,21 @@ func (f *consumerFlags) check() error {
 	if err := between("--prefetch", f.Prefetch, 1, 10_000); err != nil {
 		return err
 	}
+	for method, limit := range f.CallLimit {
+		if err := between("--call-limit "+method, limit, 1, 1000); err != nil {
+			return err
+		}
+	}
 	return between("--batch", f.Batch, 1, 1000)
 }
 
 func (f *rpcFlags) check() error {
 	return between("--rpc-prefetch", f.RPCPrefetch, 1, 10_000)
+}
+
+// checkCalls: each call that is executed may need two connections.
+func checkCalls(db *databaseFlags, f *consumerFlags) error {
+	return between("--call-concurrency", f.CallConcurrency, 0, int(db.MaxConns)/2)
 }
 
 // Validate is called by kong, for commands only: each checks the flags that it embeds.
@@ -83,13 +95,14 @@ func (c *relayCommand) Validate() error {
 	return firstOf(&c.databaseFlags, &c.brokerFlags, &c.relayFlags)
 }
 func (c *consumerCommand) Validate() error {
-	return firstOf(&c.databaseFlags, &c.brokerFlags, &c.consumerFlags)
+	return cmp.Or(firstOf(&c.databaseFlags, &c.brokerFlags, &c.consumerFlags), checkCalls(&c.databaseFlags, &c.consumerFlags))
 }
 func (c *allCommand) Validate() error {
 	if c.PostgresURL == "" || c.AMQPURL == "" {
 		return nil
 	}
-	return firstOf(&c.databaseFlags, &c.apiFlags, &c.brokerFlags, &c.relayFlags, &c.consumerFlags, &c.edgeFlags, &c.rpcFlags)
+	return cmp.Or(firstOf(&c.databaseFlags, &c.apiFlags, &c.brokerFlags, &c.relayFlags, &c.consumerFlags, &c.edgeFlags, &c.rpcFlags),
+		checkCalls(&c.databaseFlags, &c.consumerFlags))
 }
 
 // firstOf returns the first error, so that it is one line.

@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -74,9 +75,24 @@ type relayFlags struct {
 	Retention    time.Duration `env:"OUTBOX_RETENTION" default:"24h" help:"How long delivered messages are kept for replay at least, 1m to 28h."`
 }
 
+type callFlags struct {
+	CallKeys []signingKey `env:"CALL_KEYS" help:"Keys that sign the callers of durable calls, the same for api and consumer: base64 of 32 bytes or more, the newest first."`
+}
+
+// keys returns the keys as they are used.
+func (f *callFlags) keys() (keys [][]byte) {
+	for _, key := range f.CallKeys {
+		keys = append(keys, key)
+	}
+	return keys
+}
+
 type consumerFlags struct {
 	Prefetch int `env:"CONSUMER_PREFETCH" default:"300" help:"Most unacked deliveries of one consumer group, 1 to 10000."`
 	Batch    int `env:"CONSUMER_BATCH" default:"100" help:"Most deliveries applied in one transaction, 1 to 1000."`
+
+	CallConcurrency int            `env:"CALL_CONCURRENCY" default:"0" help:"Most durable calls executed at once, 1 to half of the connections to Postgres; 0 for one less than half."`
+	CallLimit       map[string]int `env:"CALL_LIMIT" placeholder:"METHOD=N" mapsep:"," help:"The same for single methods, such as orders.v1.OrderService/SetStock=1."`
 }
 
 // rpcFlags are about serving the RPCs from queues.
@@ -92,6 +108,7 @@ type apiCommand struct {
 	apiFlags
 	edgeFlags
 	rpcFlags
+	callFlags
 }
 
 type relayCommand struct {
@@ -106,6 +123,7 @@ type consumerCommand struct {
 	databaseFlags
 	brokerFlags
 	consumerFlags
+	callFlags
 }
 
 type allCommand struct {
@@ -117,11 +135,12 @@ type allCommand struct {
 	relayFlags
 	consumerFlags
 	rpcFlags
+	callFlags
 }
 
 func (c *apiCommand) Run(ctx context.Context) error {
 	config := appConfig(c.Listen, c.databaseFlags, c.apiFlags, brokerFlags{AMQPURL: c.AMQPURL}, relayFlags{}, consumerFlags{})
-	config.Edge = c.edgeFlags.config()
+	config.Edge, config.Calls.Keys = c.edgeFlags.config(), c.keys()
 	c.rpcFlags.set(&config)
 	return app.RunAPI(ctx, config)
 }
@@ -131,12 +150,14 @@ func (c *relayCommand) Run(ctx context.Context) error {
 }
 
 func (c *consumerCommand) Run(ctx context.Context) error {
-	return app.RunConsumer(ctx, appConfig(c.Listen, c.databaseFlags, apiFlags{}, c.brokerFlags, relayFlags{}, c.consumerFlags))
+	config := appConfig(c.Listen, c.databaseFlags, apiFlags{}, c.brokerFlags, relayFlags{}, c.consumerFlags)
+	config.Calls.Keys = c.keys()
+	return app.RunConsumer(ctx, config)
 }
 
 func (c *allCommand) Run(ctx context.Context) error {
 	config := appConfig(c.Listen, c.databaseFlags, c.apiFlags, c.brokerFlags, c.relayFlags, c.consumerFlags)
-	config.Edge = c.edgeFlags.config()
+	config.Edge, config.Calls.Keys = c.edgeFlags.config(), c.keys()
 	c.rpcFlags.set(&config)
 	return app.RunAll(ctx, config)
 }
@@ -152,6 +173,7 @@ func appConfig(listen listenAddress, db databaseFlags, api apiFlags, broker brok
 		AMQPURL:   string(broker.AMQPURL), Exchange: broker.Exchange, TopologyGiven: broker.Topology == "given",
 		Relay:    outbox.Config{PageRows: relay.PageRows, Lease: relay.Lease, PollInterval: relay.PollInterval, Retention: relay.Retention},
 		Prefetch: consumer.Prefetch, Batch: consumer.Batch, Version: buildVersion(),
+		Calls: app.Calls{Concurrency: consumer.CallConcurrency, Limits: consumer.CallLimit},
 	}
 }
 
@@ -286,7 +308,7 @@ func fail(status int, text string) {
 
 // withoutSecrets keeps the values of variables that hold passwords out of error texts: kong quotes the value that it could not use.
 func withoutSecrets(text string) string {
-	for _, name := range []string{"POSTGRES_URL", "POSTGRES_LISTEN_URL", "AMQP_URL", "API_KEYS"} {
+	for _, name := range []string{"POSTGRES_URL", "POSTGRES_LISTEN_URL", "AMQP_URL", "API_KEYS", "CALL_KEYS"} {
 		if value := os.Getenv(name); value != "" {
 			text = strings.ReplaceAll(text, fmt.Sprintf("%q", value), "…")
 			text = strings.ReplaceAll(text, value, "…")
@@ -303,6 +325,18 @@ func (u *postgresURL) UnmarshalText(text []byte) error {
 		return errors.New("not a Postgres URL or connection string, such as postgres://user:password@host:5432/database")
 	}
 	*u = postgresURL(text)
+	return nil
+}
+
+// signingKey is a secret; its error does not show it.
+type signingKey []byte
+
+func (k *signingKey) UnmarshalText(text []byte) error {
+	key, err := base64.StdEncoding.DecodeString(string(text))
+	if err != nil || len(key) < 32 {
+		return errors.New("not a key of 32 bytes or more in base64, as `openssl rand -base64 32` makes one")
+	}
+	*k = key
 	return nil
 }
 

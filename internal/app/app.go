@@ -12,6 +12,8 @@ import (
 
 	"connectrpc.com/connect/v2"
 	"example.com/orders/internal/changes"
+	"example.com/orders/internal/idempotency"
+	"example.com/orders/internal/operations"
 	"example.com/orders/internal/outbox"
 	"example.com/orders/internal/postgres"
 	"example.com/orders/internal/rabbit"
@@ -47,6 +49,7 @@ type Config struct {
 	RPCOverRabbitMQ bool
 	// RPCPrefetch is the most calls of one service that it executes at once for them.
 	RPCPrefetch int
+	Calls       Calls
 	// Version is what telemetry calls the program's version.
 	Version string
 	// Spans takes the spans in place of the collector that the environment names: for tests.
@@ -89,6 +92,8 @@ type process struct {
 	bell      *outbox.NotifyBell
 	gate      *outbox.Gate
 	changes   *changes.Hub
+	calls     *operations.Operations
+	keys      *idempotency.Keys
 	domain    domain
 	// remembered runs a part that needs an inbox which remembers for long enough; see whenRemembered.
 	remembered func(part func(context.Context) error) error
@@ -129,7 +134,9 @@ func run(ctx context.Context, config Config, name string, parts ...part) error {
 	}
 	p.bell, p.gate = outbox.NewNotifyBell(config.notifyURL()), outbox.NewGate(p.db, config.HighWater)
 	p.changes = changes.New(changes.Config{NotifyURL: config.notifyURL(), ListenURL: config.listenURL()})
-	p.domain = config.domain(p.db, outbox.NewWriter(p.db, p.bell, p.gate), p.changes)
+	writer := outbox.NewWriter(p.db, p.bell, p.gate)
+	p.domain = config.domain(p.db, writer, p.changes)
+	p.newCalls(writer)
 	p.remembered = whenRemembered(ctx, p.db)
 	defer p.ring(ctx)()
 	p.checks = []rpcserver.Check{{Name: "database", Ready: p.db.Ping}}
@@ -211,7 +218,8 @@ func (p *process) needBroker() {
 
 func (p *process) startAPI(ctx context.Context) {
 	p.startEdge(ctx)
-	p.serve(ctx, p.domain.register)
+	p.serve(ctx, p.domain.register, p.calls.Register)
+	p.group.Go(func() error { p.keys.Run(ctx); return nil })
 	p.group.Go(func() error { p.gate.Run(ctx); return nil })
 	p.group.Go(func() error { p.changes.Follow(ctx); return nil })
 	if p.config.RPCOverRabbitMQ {

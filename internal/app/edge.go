@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"log/slog"
+	"slices"
 	"time"
 
 	"connectrpc.com/connect/v2"
@@ -74,7 +75,7 @@ func newEdge(config Edge) (*edge, error) {
 // newServer makes the server of the API, or, without services, of health checks. Both are closed to strangers in the same way.
 func (p *process) newServer(services ...func(*connect.Server)) *rpcserver.Server {
 	return rpcserver.New(rpcserver.Config{
-		Addr: p.config.Addr, Checks: p.checks, Interceptors: p.edge.interceptors,
+		Addr: p.config.Addr, Checks: p.checks, Interceptors: p.interceptors(),
 		MeterProvider: p.telemetry.Meter, TracerProvider: p.telemetry.Tracer,
 		TLS: p.edge.tls, Origins: p.edge.Origins, ReadMaxBytes: p.edge.ReadMaxBytes, MaxConns: p.edge.MaxConns,
 	}, services...)
@@ -88,6 +89,11 @@ func (p *process) startEdge(ctx context.Context) {
 	if p.edge.NoAuth {
 		p.group.Go(func() error { warnOfNoAuth(ctx, slog.Default()); return nil })
 	}
+}
+
+// interceptors are what each call goes through, whatever it came by: who it is, what it may, whether it is to be answered later or was answered before.
+func (p *process) interceptors() []connect.ServerInterceptor {
+	return append(slices.Clone(p.edge.interceptors), p.calls.Interceptor(), p.keys.Interceptor())
 }
 
 // warnOfNoAuth says every minute what nobody should be able to overlook.

@@ -23,6 +23,7 @@ func (d domain) topology(exchange string) rabbit.Topology {
 	for _, group := range d.groups {
 		topology.Queues = append(topology.Queues, rabbit.Queue{Name: queueName(group), Types: group.Types()})
 	}
+	topology.Queues = append(topology.Queues, callsQueue)
 	return topology
 }
 
@@ -75,4 +76,5 @@ func (p *process) startConsumer(ctx context.Context) {
 		p.group.Go(func() error { return p.remembered(drain.Run) })
 		p.group.Go(func() error { return p.remembered(box.Run) })
 	}
+	p.startCalls()
 }

@@ -13,8 +13,9 @@ import (
 
 // startQueueAPI serves over RabbitMQ what startAPI serves over HTTP, through the same interceptors: who may not call there may not call here.
 func (p *process) startQueueAPI(ctx context.Context) {
-	rpc := connect.NewServer(rpcserver.Interceptors(slog.Default(), p.edge.interceptors...)...)
+	rpc := connect.NewServer(rpcserver.Interceptors(slog.Default(), p.interceptors()...)...)
 	p.domain.register(rpc)
+	p.calls.Register(rpc)
 	server := rabbitrpc.NewServer(rabbitrpc.ServerConfig{
 		URL: p.config.AMQPURL, Name: p.connectionName("rpc"), Prefetch: p.config.RPCPrefetch, RequestMaxBytes: p.edge.ReadMaxBytes,
 		MeterProvider: p.telemetry.Meter, TracerProvider: p.telemetry.Tracer,

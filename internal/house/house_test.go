@@ -28,8 +28,11 @@ var arrows = map[string][]string{
 		"internal/app", "internal/auth", "internal/deadletter", "internal/messaging", "internal/ops", "internal/outbox", "internal/postgres", "internal/rabbit",
 		"internal/rabbitrpc", "internal/rpcserver", "internal/telemetry", "migrations",
 	},
-	"cmd/stack":              {"internal/localstack"},
-	"internal/app":           {"internal/auth", "internal/changes", "internal/inbox", "internal/messaging", "internal/ops", "internal/outbox", "internal/postgres", "internal/rabbit", "internal/rabbitrpc", "internal/rpcserver", "internal/telemetry"},
+	"cmd/stack": {"internal/localstack"},
+	"internal/app": {
+		"internal/auth", "internal/changes", "internal/idempotency", "internal/inbox", "internal/messaging", "internal/operations", "internal/ops", "internal/outbox",
+		"internal/postgres", "internal/rabbit", "internal/rabbitrpc", "internal/rpcserver", "internal/telemetry",
+	},
 	"internal/changes":       {"internal/postgres"},
 	"internal/orders":        {"internal/changes", "internal/inbox", "internal/messaging", "internal/outbox", "internal/postgres"},
 	"internal/outbox":        {"internal/deadletter", "internal/failpoint", "internal/messaging", "internal/postgres"},
@@ -42,10 +45,18 @@ var arrows = map[string][]string{
 	"internal/reload":        {},
 	"internal/rpcserver":     {"internal/auth", "internal/outbox", "internal/postgres", "internal/reload"},
 	"internal/testenv":       {"internal/localstack", "migrations"},
-	"internal/chaos/victim":  {"internal/inbox", "internal/messaging", "internal/outbox", "internal/postgres", "internal/rabbit"},
+	"internal/chaos/victim":  {"internal/changes", "internal/inbox", "internal/messaging", "internal/operations", "internal/outbox", "internal/postgres", "internal/probe", "internal/rabbit", "internal/rpcserver"},
 	"internal/chaos":         {},
 	"internal/gen/auth/v1":   {},
-	"internal/gen/orders/v1": {"internal/gen/auth/v1"},
+	"internal/gen/orders/v1": {"internal/gen/auth/v1", "internal/gen/idempotency/v1"},
+
+	"internal/idempotency": {"internal/gen/idempotency/v1", "internal/messaging", "internal/outbox", "internal/postgres", "internal/unary"},
+	"internal/operations": {"internal/changes", "internal/deadletter", "internal/gen/operations/v1", "internal/gen/operations/v1/operationsv1connect",
+		"internal/inbox", "internal/messaging", "internal/outbox", "internal/postgres", "internal/unary"},
+	"internal/probe": {"internal/gen/idempotency/v1"},
+
+	"internal/gen/operations/v1":                     {"internal/gen/auth/v1"},
+	"internal/gen/operations/v1/operationsv1connect": {"internal/gen/operations/v1"},
 }
 
 // file is one Go file of the module.
@@ -137,7 +148,7 @@ func TestPostgresAndRabbitMQAreKeptApart(t *testing.T) {
 		for _, imported := range f.foreign {
 			amqp, pgx := strings.HasPrefix(imported, "github.com/rabbitmq/"), strings.HasPrefix(imported, "github.com/jackc/pgx/")
 			switch {
-			case amqp && (f.dir == "internal/outbox" || f.dir == "internal/inbox" || f.dir == "internal/orders" || f.dir == "internal/messaging"),
+			case amqp && (f.dir == "internal/outbox" || f.dir == "internal/inbox" || f.dir == "internal/operations" || f.dir == "internal/orders" || f.dir == "internal/messaging"),
 				pgx && (f.dir == "internal/rabbit" || f.dir == "internal/rabbitrpc" || f.dir == "internal/messaging"):
 				t.Errorf("%s/%s imports %s", f.dir, f.name, imported)
 			}

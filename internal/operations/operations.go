@@ -48,7 +48,7 @@ type Config struct {
 	// Identity is how callers are known. The zero value knows nobody: all calls are the same caller's.
 	Identity Identity
 	// Keys sign who the caller of an operation is, with HMAC-SHA256. The first one signs, and all are accepted: a new key is put first while the old
-	// one stays until the last operation that it signed has been executed. At least 32 bytes each. Needed if Identity is given.
+	// one stays until the last operation that it signed has been executed. At least 32 bytes each. Without keys nothing is signed, and all is accepted.
 	Keys [][]byte
 }
 

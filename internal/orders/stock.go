@@ -24,12 +24,16 @@ RETURNING sku, total, reserved, free`
 
 // SetStock implements orders.v1.OrderService.
 func (s *Service) SetStock(ctx context.Context, req *ordersv1.SetStockRequest) (*ordersv1.SetStockResponse, error) {
-	stock, err := s.stock(ctx, setStockSQL, req.GetSku(), req.GetTotal())
+	var stock *ordersv1.Stock
+	err := postgres.Transact(ctx, s.db, func(tx pgx.Tx) (err error) {
+		stock, err = readStock(ctx, tx, setStockSQL, req.GetSku(), req.GetTotal())
+		return err
+	})
 	if errors.Is(err, pgx.ErrNoRows) {
 		return nil, connect.Errorf(connect.CodeFailedPrecondition, "more than %d pieces of %s are reserved", req.GetTotal(), req.GetSku())
 	}
 	if err != nil {
-		return nil, postgres.Classify(fmt.Errorf("set stock: %w", err))
+		return nil, fmt.Errorf("set stock: %w", err)
 	}
 	return &ordersv1.SetStockResponse{Stock: stock}, nil
 }
@@ -38,7 +42,7 @@ const getStockSQL = `SELECT sku, total, reserved, free FROM stock WHERE sku = $1
 
 // GetStock implements orders.v1.OrderService.
 func (s *Service) GetStock(ctx context.Context, req *ordersv1.GetStockRequest) (*ordersv1.GetStockResponse, error) {
-	stock, err := s.stock(ctx, getStockSQL, req.GetSku())
+	stock, err := readStock(ctx, s.db, getStockSQL, req.GetSku())
 	if errors.Is(err, pgx.ErrNoRows) {
 		return nil, connect.Errorf(connect.CodeNotFound, "there is no stock of %s", req.GetSku())
 	}
@@ -48,9 +52,11 @@ func (s *Service) GetStock(ctx context.Context, req *ordersv1.GetStockRequest) (
 	return &ordersv1.GetStockResponse{Stock: stock}, nil
 }
 
-func (s *Service) stock(ctx context.Context, sql string, args ...any) (*ordersv1.Stock, error) {
+func readStock(ctx context.Context, db interface {
+	QueryRow(ctx context.Context, sql string, args ...any) pgx.Row
+}, sql string, args ...any) (*ordersv1.Stock, error) {
 	var stock ordersv1.Stock
-	err := s.db.QueryRow(ctx, sql, args...).Scan(&stock.Sku, &stock.Total, &stock.Reserved, &stock.Free)
+	err := db.QueryRow(ctx, sql, args...).Scan(&stock.Sku, &stock.Total, &stock.Reserved, &stock.Free)
 	return &stock, err
 }
 

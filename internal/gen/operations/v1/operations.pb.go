@@ -10,6 +10,7 @@ package operationsv1
 
 import (
 	_ "buf.build/gen/go/bufbuild/protovalidate/protocolbuffers/go/buf/validate"
+	_ "example.com/orders/internal/gen/auth/v1"
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
 	anypb "google.golang.org/protobuf/types/known/anypb"
@@ -815,7 +816,7 @@ var File_operations_v1_operations_proto protoreflect.FileDescriptor
 
 const file_operations_v1_operations_proto_rawDesc = "" +
 	"\n" +
-	"\x1eoperations/v1/operations.proto\x12\roperations.v1\x1a\x1bbuf/validate/validate.proto\x1a\x19google/protobuf/any.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xa4\x03\n" +
+	"\x1eoperations/v1/operations.proto\x12\roperations.v1\x1a\x12auth/v1/auth.proto\x1a\x1bbuf/validate/validate.proto\x1a\x19google/protobuf/any.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xa4\x03\n" +
 	"\tOperation\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06method\x18\x02 \x01(\tR\x06method\x123\n" +
@@ -868,13 +869,13 @@ const file_operations_v1_operations_proto_rawDesc = "" +
 	"\x17OPERATION_STATE_RUNNING\x10\x02\x12\x1d\n" +
 	"\x19OPERATION_STATE_SUCCEEDED\x10\x03\x12\x1a\n" +
 	"\x16OPERATION_STATE_FAILED\x10\x04\x12\x1d\n" +
-	"\x19OPERATION_STATE_CANCELLED\x10\x052\xfd\x03\n" +
-	"\x10OperationService\x12\\\n" +
-	"\fGetOperation\x12\".operations.v1.GetOperationRequest\x1a#.operations.v1.GetOperationResponse\"\x03\x90\x02\x01\x12_\n" +
-	"\rWaitOperation\x12#.operations.v1.WaitOperationRequest\x1a$.operations.v1.WaitOperationResponse\"\x03\x90\x02\x01\x12_\n" +
-	"\x0eWatchOperation\x12$.operations.v1.WatchOperationRequest\x1a%.operations.v1.WatchOperationResponse0\x01\x12b\n" +
-	"\x0eListOperations\x12$.operations.v1.ListOperationsRequest\x1a%.operations.v1.ListOperationsResponse\"\x03\x90\x02\x01\x12e\n" +
-	"\x0fCancelOperation\x12%.operations.v1.CancelOperationRequest\x1a&.operations.v1.CancelOperationResponse\"\x03\x90\x02\x02B\xb5\x01\n" +
+	"\x19OPERATION_STATE_CANCELLED\x10\x052\x9d\x04\n" +
+	"\x10OperationService\x12b\n" +
+	"\fGetOperation\x12\".operations.v1.GetOperationRequest\x1a#.operations.v1.GetOperationResponse\"\t\xfa\xe3\x18\x02\x10\x01\x90\x02\x01\x12e\n" +
+	"\rWaitOperation\x12#.operations.v1.WaitOperationRequest\x1a$.operations.v1.WaitOperationResponse\"\t\xfa\xe3\x18\x02\x10\x01\x90\x02\x01\x12g\n" +
+	"\x0eWatchOperation\x12$.operations.v1.WatchOperationRequest\x1a%.operations.v1.WatchOperationResponse\"\x06\xfa\xe3\x18\x02\x10\x010\x01\x12h\n" +
+	"\x0eListOperations\x12$.operations.v1.ListOperationsRequest\x1a%.operations.v1.ListOperationsResponse\"\t\xfa\xe3\x18\x02\x10\x01\x90\x02\x01\x12k\n" +
+	"\x0fCancelOperation\x12%.operations.v1.CancelOperationRequest\x1a&.operations.v1.CancelOperationResponse\"\t\xfa\xe3\x18\x02\x10\x01\x90\x02\x02B\xb5\x01\n" +
 	"\x11com.operations.v1B\x0fOperationsProtoP\x01Z:example.com/orders/internal/gen/operations/v1;operationsv1\xa2\x02\x03OXX\xaa\x02\rOperations.V1\xca\x02\rOperations\\V1\xe2\x02\x19Operations\\V1\\GPBMetadata\xea\x02\x0eOperations::V1b\x06proto3"
 
 var (

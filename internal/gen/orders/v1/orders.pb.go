@@ -11,6 +11,7 @@ package ordersv1
 import (
 	_ "buf.build/gen/go/bufbuild/protovalidate/protocolbuffers/go/buf/validate"
 	_ "example.com/orders/internal/gen/auth/v1"
+	_ "example.com/orders/internal/gen/idempotency/v1"
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
 	timestamppb "google.golang.org/protobuf/types/known/timestamppb"
@@ -1026,7 +1027,7 @@ var File_orders_v1_orders_proto protoreflect.FileDescriptor
 
 const file_orders_v1_orders_proto_rawDesc = "" +
 	"\n" +
-	"\x16orders/v1/orders.proto\x12\torders.v1\x1a\x12auth/v1/auth.proto\x1a\x1bbuf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"k\n" +
+	"\x16orders/v1/orders.proto\x12\torders.v1\x1a\x12auth/v1/auth.proto\x1a\x1bbuf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a idempotency/v1/idempotency.proto\"k\n" +
 	"\x04Line\x12:\n" +
 	"\x03sku\x18\x01 \x01(\tB(\xbaH%r#2!^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$R\x03sku\x12'\n" +
 	"\bquantity\x18\x02 \x01(\x05B\v\xbaH\b\x1a\x06\x18\xc0\x84=(\x01R\bquantity\"\xa8\x02\n" +
@@ -1091,18 +1092,18 @@ const file_orders_v1_orders_proto_rawDesc = "" +
 	"\x13ORDER_STATUS_PLACED\x10\x01\x12\x1a\n" +
 	"\x16ORDER_STATUS_CONFIRMED\x10\x02\x12\x19\n" +
 	"\x15ORDER_STATUS_REJECTED\x10\x03\x12\x1a\n" +
-	"\x16ORDER_STATUS_CANCELLED\x10\x042\xc2\x05\n" +
+	"\x16ORDER_STATUS_CANCELLED\x10\x042\xca\x05\n" +
 	"\fOrderService\x12f\n" +
 	"\n" +
 	"PlaceOrder\x12\x1c.orders.v1.PlaceOrderRequest\x1a\x1d.orders.v1.PlaceOrderResponse\"\x1b\xfa\xe3\x18\x14\x1a\bcustomer\x1a\boperator\x90\x02\x02\x12`\n" +
 	"\bGetOrder\x12\x1a.orders.v1.GetOrderRequest\x1a\x1b.orders.v1.GetOrderResponse\"\x1b\xfa\xe3\x18\x14\x1a\bcustomer\x1a\boperator\x90\x02\x01\x12f\n" +
 	"\n" +
-	"ListOrders\x12\x1c.orders.v1.ListOrdersRequest\x1a\x1d.orders.v1.ListOrdersResponse\"\x1b\xfa\xe3\x18\x14\x1a\bcustomer\x1a\boperator\x90\x02\x01\x12i\n" +
-	"\vCancelOrder\x12\x1d.orders.v1.CancelOrderRequest\x1a\x1e.orders.v1.CancelOrderResponse\"\x1b\xfa\xe3\x18\x14\x1a\bcustomer\x1a\boperator\x90\x02\x02\x12e\n" +
+	"ListOrders\x12\x1c.orders.v1.ListOrdersRequest\x1a\x1d.orders.v1.ListOrdersResponse\"\x1b\xfa\xe3\x18\x14\x1a\bcustomer\x1a\boperator\x90\x02\x01\x12m\n" +
+	"\vCancelOrder\x12\x1d.orders.v1.CancelOrderRequest\x1a\x1e.orders.v1.CancelOrderResponse\"\x1f\xfa\xe3\x18\x14\x1a\bcustomer\x1a\boperator\x80\xe4\x18\x01\x90\x02\x02\x12e\n" +
 	"\n" +
-	"WatchOrder\x12\x1c.orders.v1.WatchOrderRequest\x1a\x1d.orders.v1.WatchOrderResponse\"\x18\xfa\xe3\x18\x14\x1a\bcustomer\x1a\boperator0\x01\x12V\n" +
-	"\bSetStock\x12\x1a.orders.v1.SetStockRequest\x1a\x1b.orders.v1.SetStockResponse\"\x11\xfa\xe3\x18\n" +
-	"\x1a\boperator\x90\x02\x02\x12V\n" +
+	"WatchOrder\x12\x1c.orders.v1.WatchOrderRequest\x1a\x1d.orders.v1.WatchOrderResponse\"\x18\xfa\xe3\x18\x14\x1a\bcustomer\x1a\boperator0\x01\x12Z\n" +
+	"\bSetStock\x12\x1a.orders.v1.SetStockRequest\x1a\x1b.orders.v1.SetStockResponse\"\x15\xfa\xe3\x18\n" +
+	"\x1a\boperator\x80\xe4\x18\x01\x90\x02\x02\x12V\n" +
 	"\bGetStock\x12\x1a.orders.v1.GetStockRequest\x1a\x1b.orders.v1.GetStockResponse\"\x11\xfa\xe3\x18\n" +
 	"\x1a\boperator\x90\x02\x01B\x95\x01\n" +
 	"\rcom.orders.v1B\vOrdersProtoP\x01Z2example.com/orders/internal/gen/orders/v1;ordersv1\xa2\x02\x03OXX\xaa\x02\tOrders.V1\xca\x02\tOrders\\V1\xe2\x02\x15Orders\\V1\\GPBMetadata\xea\x02\n" +
