@@ -1,0 +1,101 @@
+package app
+
+import (
+	"context"
+	"net/http"
+	"testing"
+	"time"
+
+	"connectrpc.com/connect/v2"
+	"connectrpc.com/connect/v2/connecthttp"
+	"example.com/orders/internal/changes"
+	operationsv1 "example.com/orders/internal/gen/operations/v1"
+	"example.com/orders/internal/gen/operations/v1/operationsv1connect"
+	"example.com/orders/internal/outbox"
+	"example.com/orders/internal/probe"
+	"example.com/orders/internal/rabbit"
+	"example.com/orders/internal/testenv"
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+	"google.golang.org/protobuf/types/known/wrapperspb"
+)
+
+// called is probed with a method that writes its text down.
+func called(config Config) Config {
+	config = probed(config)
+	probes := config.domain
+	config.domain = func(db *pgxpool.Pool, out *outbox.Writer, hub *changes.Hub) domain {
+		d := probes(db, out, hub)
+		d.register = func(server *connect.Server) {
+			probe.Handle(server, probe.Mutate, func(ctx context.Context, text string) (string, error) {
+				return "did " + text, out.Transact(ctx, func(tx pgx.Tx) error {
+					_, err := tx.Exec(ctx, `INSERT INTO effects (effect) VALUES ($1)`, text)
+					return err
+				})
+			})
+		}
+		return d
+	}
+	return config
+}
+
+// A call goes through API, relay, broker and consumer, each with its own rights, and its caller gets to hear of its end. So does a call with a key.
+func TestCallsThroughTheProcesses(t *testing.T) {
+	t.Parallel()
+	owner, admin := testenv.Postgres(t), testenv.AMQP(t)
+	awaitEffects := effectsIn(t, owner)
+	if _, err := owner.Exec(t.Context(), `GRANT INSERT ON effects TO app_api`); err != nil {
+		t.Fatal(err)
+	}
+	topology := probed(Config{}).domain(nil, nil, changes.New(changes.Config{})).topology("events")
+	if err := topology.Declare(t.Context(), admin); err != nil {
+		t.Fatal(err)
+	}
+	config := func(role string, permissions rabbit.Permissions) Config {
+		return called(Config{
+			PostgresURL: testenv.As(t, owner.Config().ConnString(), role), TopologyGiven: true,
+			AMQPURL: testenv.Management(t, admin).User(permissions.Configure, permissions.Write, permissions.Read),
+		})
+	}
+	url, _ := start(t, RunAPI, config("app_api", rabbit.Permissions{}))
+	await(t, "relay", serve(t, RunRelay, config("app_relay", topology.PublisherPermissions())), http.StatusOK)
+	await(t, "consumer", serve(t, RunConsumer, config("app_consumer", topology.ConsumerPermissions())), http.StatusOK)
+
+	testenv.Eventually(t, 20*time.Second, func() error {
+		response, err := web.Get(url + "/readyz")
+		if err == nil {
+			response.Body.Close()
+		}
+		return err
+	})
+	client := connect.NewClient(connecthttp.NewTransport(web, url))
+	ctx, info := connect.NewClientContext(t.Context())
+	info.RequestHeader().Set("Prefer", "respond-async")
+	if answer, err := probe.Call(ctx, client, probe.Mutate, "later"); err != nil || answer != "" {
+		t.Fatalf("%q, %v", answer, err)
+	}
+	name := info.ResponseHeader().Get("Operation")
+	operations := operationsv1connect.NewOperationServiceClient(client)
+	var last *operationsv1.Operation
+	for deadline := time.Now().Add(30 * time.Second); last.GetEndTime() == nil && time.Now().Before(deadline); {
+		response, err := operations.WaitOperation(t.Context(), &operationsv1.WaitOperationRequest{Name: name})
+		if err != nil {
+			t.Fatal(err)
+		}
+		last = response.GetOperation()
+	}
+	var text wrapperspb.StringValue
+	if err := last.GetResponse().UnmarshalTo(&text); err != nil || text.GetValue() != "did later" {
+		t.Errorf("ended as %v, %v", last, err)
+	}
+	awaitEffects(1)
+
+	for range 2 {
+		ctx, info := connect.NewClientContext(t.Context())
+		info.RequestHeader().Set("Idempotency-Key", "key")
+		if answer, err := probe.Call(ctx, client, probe.Mutate, "once"); err != nil || answer != "did once" {
+			t.Errorf("%q, %v", answer, err)
+		}
+	}
+	awaitEffects(2)
+}
