@@ -12,12 +12,15 @@ import (
 
 	"example.com/orders/internal/postgres"
 	"github.com/jackc/pgx/v5"
+	"golang.org/x/time/rate"
 	"google.golang.org/protobuf/proto"
 )
 
 const (
-	// roundInterval is the least time between two readings of a topic: what changes all the time is read 50 times a second at most.
+	// roundInterval is the time between two readings of a topic that changes all the time: 50 times a second. A few may follow each other at once:
+	// who begins to watch causes one, and the change that it waits for may be right behind.
 	roundInterval = 20 * time.Millisecond
+	roundBurst    = 5
 	// failurePause is the time between two readings while the database does not answer.
 	failurePause = time.Second
 	// readTimeout bounds one reading.
@@ -158,6 +161,7 @@ func (t *Topic[M]) touched(keys ...string) {
 func (t *Topic[M]) follow(ctx context.Context, interval time.Duration) {
 	safety := time.NewTicker(interval)
 	defer safety.Stop()
+	pace := rate.NewLimiter(rate.Every(roundInterval), roundBurst)
 	for {
 		select {
 		case <-ctx.Done():
@@ -166,15 +170,16 @@ func (t *Topic[M]) follow(ctx context.Context, interval time.Duration) {
 			t.touched()
 		case <-t.wake:
 		}
-		pause := roundInterval
+		if pace.Wait(ctx) != nil {
+			return
+		}
 		if err := t.round(ctx); err != nil && ctx.Err() == nil {
 			slog.WarnContext(ctx, "watched states not read", "topic", t.name, "error", err)
-			pause = failurePause
-		}
-		select {
-		case <-ctx.Done():
-			return
-		case <-time.After(pause):
+			select {
+			case <-ctx.Done():
+				return
+			case <-time.After(failurePause):
+			}
 		}
 	}
 }
