@@ -236,3 +236,29 @@ func TestAgainstAModel(t *testing.T) {
 	})
 	b.checkInvariants(t)
 }
+
+// SetStock opted in to idempotency keys: a repeat gets the answer that it got at first.
+func TestSetStockHonoursKeys(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	set := func(total int32, key string) (*ordersv1.Stock, error) {
+		ctx, info := connect.NewClientContext(t.Context())
+		info.RequestHeader().Set("Idempotency-Key", key)
+		res, err := b.SetStock(ctx, &ordersv1.SetStockRequest{Sku: "apple", Total: total})
+		return res.GetStock(), err
+	}
+	for range 2 {
+		if stock, err := set(10, "first"); err != nil || stock.GetTotal() != 10 {
+			t.Errorf("stock is %v, %v", stock, err)
+		}
+		b.setStock(t, 20, "apple") // without a key
+	}
+	b.wantStock(t, "apple", 20, 0)
+	_, err := set(11, "first")
+	wantCode(t, err, connect.CodeAlreadyExists, "the idempotency key was used for another request")
+	_, err = set(-1, "second")
+	wantCode(t, err, connect.CodeInvalidArgument, "")
+	if _, err := set(30, "second"); err != nil {
+		t.Errorf("a key of an invalid call is taken: %v", err)
+	}
+}
