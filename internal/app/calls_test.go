@@ -8,6 +8,7 @@ import (
 
 	"connectrpc.com/connect/v2"
 	"connectrpc.com/connect/v2/connecthttp"
+	"example.com/orders/internal/auth"
 	"example.com/orders/internal/changes"
 	operationsv1 "example.com/orders/internal/gen/operations/v1"
 	"example.com/orders/internal/gen/operations/v1/operationsv1connect"
@@ -28,7 +29,8 @@ func called(config Config) Config {
 		d := probes(db, out, hub)
 		d.register = func(server *connect.Server) {
 			probe.Handle(server, probe.Mutate, func(ctx context.Context, text string) (string, error) {
-				return "did " + text, out.Transact(ctx, func(tx pgx.Tx) error {
+				caller, _ := auth.FromContext(ctx)
+				return caller.Subject + " did " + text, out.Transact(ctx, func(tx pgx.Tx) error {
 					_, err := tx.Exec(ctx, `INSERT INTO effects (effect) VALUES ($1)`, text)
 					return err
 				})
@@ -51,10 +53,15 @@ func TestCallsThroughTheProcesses(t *testing.T) {
 	if err := topology.Declare(t.Context(), admin); err != nil {
 		t.Fatal(err)
 	}
+	secret, line, err := auth.NewKey("tester", []string{"customer"})
+	if err != nil {
+		t.Fatal(err)
+	}
 	config := func(role string, permissions rabbit.Permissions) Config {
 		return called(Config{
 			PostgresURL: testenv.As(t, owner.Config().ConnString(), role), TopologyGiven: true,
 			AMQPURL: testenv.Management(t, admin).User(permissions.Configure, permissions.Write, permissions.Read),
+			Edge:    Edge{APIKeys: line}, Calls: Calls{Keys: [][]byte{make([]byte, 32)}},
 		})
 	}
 	url, _ := start(t, RunAPI, config("app_api", rabbit.Permissions{}))
@@ -68,7 +75,13 @@ func TestCallsThroughTheProcesses(t *testing.T) {
 		}
 		return err
 	})
-	client := connect.NewClient(connecthttp.NewTransport(web, url))
+	client := connect.NewClient(connecthttp.NewTransport(web, url), func(next connect.ClientFunc) connect.ClientFunc {
+		return func(ctx context.Context, spec connect.Spec) (connect.ClientStream, error) {
+			info, _ := connect.CallInfoForClientContext(ctx)
+			info.RequestHeader().Set("X-Api-Key", secret)
+			return next(ctx, spec)
+		}
+	})
 	ctx, info := connect.NewClientContext(t.Context())
 	info.RequestHeader().Set("Prefer", "respond-async")
 	if answer, err := probe.Call(ctx, client, probe.Mutate, "later"); err != nil || answer != "" {
@@ -85,7 +98,7 @@ func TestCallsThroughTheProcesses(t *testing.T) {
 		last = response.GetOperation()
 	}
 	var text wrapperspb.StringValue
-	if err := last.GetResponse().UnmarshalTo(&text); err != nil || text.GetValue() != "did later" {
+	if err := last.GetResponse().UnmarshalTo(&text); err != nil || text.GetValue() != "tester did later" {
 		t.Errorf("ended as %v, %v", last, err)
 	}
 	awaitEffects(1)
@@ -93,7 +106,7 @@ func TestCallsThroughTheProcesses(t *testing.T) {
 	for range 2 {
 		ctx, info := connect.NewClientContext(t.Context())
 		info.RequestHeader().Set("Idempotency-Key", "key")
-		if answer, err := probe.Call(ctx, client, probe.Mutate, "once"); err != nil || answer != "did once" {
+		if answer, err := probe.Call(ctx, client, probe.Mutate, "once"); err != nil || answer != "tester did once" {
 			t.Errorf("%q, %v", answer, err)
 		}
 	}

@@ -53,7 +53,7 @@ var arrows = map[string][]string{
 	"internal/idempotency": {"internal/gen/idempotency/v1", "internal/messaging", "internal/outbox", "internal/postgres", "internal/unary"},
 	"internal/operations": {"internal/changes", "internal/deadletter", "internal/gen/operations/v1", "internal/gen/operations/v1/operationsv1connect",
 		"internal/inbox", "internal/messaging", "internal/outbox", "internal/postgres", "internal/unary"},
-	"internal/probe": {"internal/gen/idempotency/v1"},
+	"internal/probe": {"internal/gen/auth/v1", "internal/gen/idempotency/v1"},
 
 	"internal/gen/operations/v1":                     {"internal/gen/auth/v1"},
 	"internal/gen/operations/v1/operationsv1connect": {"internal/gen/operations/v1"},

@@ -5,6 +5,7 @@ import (
 	"context"
 
 	"connectrpc.com/connect/v2"
+	authv1 "example.com/orders/internal/gen/auth/v1"
 	idempotencyv1 "example.com/orders/internal/gen/idempotency/v1"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protodesc"
@@ -15,7 +16,7 @@ import (
 
 const service = "probe.durable.v1.Probe"
 
-// The methods take a google.protobuf.StringValue and return one.
+// The methods take a google.protobuf.StringValue and return one. Any caller with credentials may call them.
 var (
 	// Mutate is declared IDEMPOTENT and honours keys, as is Slow.
 	Mutate, Slow connect.Spec
@@ -29,9 +30,16 @@ var (
 
 func init() {
 	idempotent, reads := descriptorpb.MethodOptions_IDEMPOTENT.Enum(), descriptorpb.MethodOptions_NO_SIDE_EFFECTS.Enum()
-	withKey := &descriptorpb.MethodOptions{IdempotencyLevel: idempotent}
-	proto.SetExtension(withKey, idempotencyv1.E_Key, true)
+	withKey := func() *descriptorpb.MethodOptions {
+		options := &descriptorpb.MethodOptions{IdempotencyLevel: idempotent}
+		proto.SetExtension(options, idempotencyv1.E_Key, true)
+		return options
+	}
 	method := func(name string, options *descriptorpb.MethodOptions) *descriptorpb.MethodDescriptorProto {
+		if options == nil {
+			options = &descriptorpb.MethodOptions{}
+		}
+		proto.SetExtension(options, authv1.E_Access, &authv1.Access{Authenticated: true})
 		const text = ".google.protobuf.StringValue"
 		return &descriptorpb.MethodDescriptorProto{
 			Name: proto.String(name), InputType: proto.String(text), OutputType: proto.String(text), Options: options,
@@ -42,7 +50,7 @@ func init() {
 		Name: proto.String("probe/durable/v1/probe.proto"), Package: proto.String("probe.durable.v1"), Syntax: proto.String("proto3"),
 		Dependency: []string{"google/protobuf/wrappers.proto"},
 		Service: []*descriptorpb.ServiceDescriptorProto{{Name: proto.String("Probe"), Method: []*descriptorpb.MethodDescriptorProto{
-			method("Mutate", withKey), method("Slow", withKey), method("Plain", nil),
+			method("Mutate", withKey()), method("Slow", withKey()), method("Plain", nil),
 			method("Read", &descriptorpb.MethodOptions{IdempotencyLevel: reads}),
 			method("Follow", &descriptorpb.MethodOptions{IdempotencyLevel: idempotent}),
 		}}},
