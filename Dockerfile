@@ -9,8 +9,8 @@ COPY . .
 ARG VERSION=development
 ARG TARGETOS TARGETARCH
 # As in the Makefile: the same commit gives the same bytes, wherever it is built.
-RUN --mount=type=cache,target=/go/pkg/mod --mount=type=cache,target=/root/.cache/go-build \
-    CGO_ENABLED=0 GOOS=$TARGETOS GOARCH=$TARGETARCH \
+RUN --mount=type=cache,target=/go/pkg/mod --mount=type=cache,target=/cache \
+    GOCACHE=/cache CGO_ENABLED=0 GOOS=$TARGETOS GOARCH=$TARGETARCH \
     go build -trimpath -buildvcs=false -ldflags "-s -w -X main.version=$VERSION" -o /out/ ./cmd/orders ./cmd/demo
 
 FROM scratch AS base
