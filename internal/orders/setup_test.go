@@ -21,6 +21,7 @@ import (
 	"example.com/orders/internal/changes"
 	ordersv1 "example.com/orders/internal/gen/orders/v1"
 	"example.com/orders/internal/gen/orders/v1/ordersv1connect"
+	"example.com/orders/internal/idempotency"
 	"example.com/orders/internal/inbox"
 	"example.com/orders/internal/messaging"
 	"example.com/orders/internal/orders"
@@ -63,8 +64,14 @@ func setup(t *testing.T) *bundle {
 	return b
 }
 
-// newService is what one process runs of the domain, on a pool like db with changes. It follows what others change, until the test ends.
-func newService(t *testing.T, db *pgxpool.Pool, change func(config *pgxpool.Config)) *orders.Service {
+// domain is what one process runs of it.
+type domain struct {
+	*orders.Service
+	keys *idempotency.Keys
+}
+
+// newService makes a domain on a pool like db with changes. It follows what others change, until the test ends.
+func newService(t *testing.T, db *pgxpool.Pool, change func(config *pgxpool.Config)) *domain {
 	t.Helper()
 	config := db.Config()
 	config.ConnConfig.RuntimeParams["role"] = "app_api"
@@ -77,7 +84,8 @@ func newService(t *testing.T, db *pgxpool.Pool, change func(config *pgxpool.Conf
 	url := db.Config().ConnString()
 	// So rare that nobody gets anything by it: what arrives was rung for.
 	hub := changes.New(changes.Config{NotifyURL: url, ListenURL: url, SafetyInterval: time.Hour})
-	service := orders.NewService(own, outbox.NewWriter(own, nil, nil), hub)
+	out := outbox.NewWriter(own, nil, nil)
+	service := &domain{orders.NewService(own, out, hub), idempotency.New(own, out, idempotency.Config{})}
 	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
 	var running sync.WaitGroup
 	running.Go(func() { hub.Ring(ctx) })
@@ -86,8 +94,9 @@ func newService(t *testing.T, db *pgxpool.Pool, change func(config *pgxpool.Conf
 	return service
 }
 
-func edge(service *orders.Service) *rpcserver.Server {
-	return rpcserver.New(rpcserver.Config{Log: slog.New(slog.DiscardHandler)}, func(s *connect.Server) {
+func edge(service *domain) *rpcserver.Server {
+	config := rpcserver.Config{Log: slog.New(slog.DiscardHandler), Interceptors: []connect.ServerInterceptor{service.keys.Interceptor()}}
+	return rpcserver.New(config, func(s *connect.Server) {
 		ordersv1connect.RegisterOrderServiceHandler(s, service)
 	})
 }
