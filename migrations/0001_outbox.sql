@@ -62,11 +62,9 @@ CREATE FUNCTION outbox_uuidv7() RETURNS uuid
 -- Header names must not be able to become AMQP properties or RabbitMQ's own headers (CC, x-*): see internal/messaging.
 -- +goose StatementBegin
 CREATE FUNCTION outbox_headers_valid(headers jsonb) RETURNS boolean
-    LANGUAGE plpgsql IMMUTABLE PARALLEL SAFE AS $$
+    LANGUAGE plpgsql IMMUTABLE PARALLEL SAFE SET search_path = pg_catalog AS $$
 BEGIN
-    IF headers = '{}' THEN
-        RETURN true;
-    ELSIF jsonb_typeof(headers) <> 'object' THEN
+    IF jsonb_typeof(headers) <> 'object' THEN
         RETURN false;
     END IF;
     RETURN (
@@ -96,7 +94,7 @@ CREATE TABLE outbox (
     CONSTRAINT outbox_type_is_protobuf_name CHECK (octet_length(type) <= 255 AND type ~ '^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*$'),
     CONSTRAINT outbox_key_fits CHECK (octet_length(key) <= 255),
     CONSTRAINT outbox_payload_fits CHECK (octet_length(payload) <= 1048576),
-    CONSTRAINT outbox_headers_are_valid CHECK (outbox_headers_valid(headers))
+    CONSTRAINT outbox_headers_are_valid CHECK (headers = '{}' OR outbox_headers_valid(headers))
 ) PARTITION BY LIST (slot);
 
 -- +goose StatementBegin
@@ -121,15 +119,6 @@ CREATE INDEX outbox_created_at_idx ON outbox USING brin (created_at);
 CREATE FUNCTION outbox_insert(ids uuid[], types text[], keys text[], payloads bytea[], headers jsonb[]) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
 BEGIN
-    -- One message is by far the most frequent case, and costs a quarter less when it is not treated as a set (measured).
-    IF (cardinality(ids), cardinality(types), cardinality(keys), cardinality(payloads), cardinality(headers)) = (1, 1, 1, 1, 1) THEN
-        IF keys[1] <> '' THEN
-            PERFORM pg_advisory_xact_lock(1869968482, hashtext(keys[1]));
-        END IF;
-        INSERT INTO outbox (shard, message_id, type, key, payload, headers)
-        VALUES (outbox_shard(coalesce(keys[1], ''), ids[1]), ids[1], types[1], coalesce(keys[1], ''), payloads[1], coalesce(headers[1], '{}'));
-        RETURN;
-    END IF;
     -- Held to the end of the transaction: whoever writes the same key next draws its id after this commit is visible.
     -- In sorted order, so that two calls with several keys cannot wait for each other. 1869968482 is 'outb' in ASCII, a class
     -- of our own among advisory locks. Two keys with one hash only wait for each other.
@@ -145,12 +134,19 @@ END
 $$;
 -- +goose StatementEnd
 
--- The same for one message, for triggers and for writers in other languages; returns the message's ID.
+-- The same for one message, which is by far the most frequent case; also for triggers and for writers in other languages. Returns the message's ID.
+--
+-- It costs a third of a call with arrays of one (measured), partly because it has no search_path of its own, which would have to be set and taken back
+-- by every call. Instead each name says where it is, operators too, so that the caller's search_path decides nothing of what runs with the owner's rights.
 -- +goose StatementBegin
 CREATE FUNCTION outbox_insert(type text, key text, payload bytea, headers jsonb DEFAULT '{}', id uuid DEFAULT outbox_uuidv7()) RETURNS uuid
-    LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+    LANGUAGE plpgsql SECURITY DEFINER AS $$
 BEGIN
-    PERFORM outbox_insert(ARRAY[id], ARRAY[type], ARRAY[key], ARRAY[payload], ARRAY[headers]);
+    IF key OPERATOR(pg_catalog.<>) '' THEN
+        PERFORM pg_catalog.pg_advisory_xact_lock(1869968482, pg_catalog.hashtext(key));
+    END IF;
+    INSERT INTO public.outbox (shard, message_id, type, key, payload, headers)
+    VALUES (public.outbox_shard(coalesce(key, ''), id), id, type, coalesce(key, ''), payload, coalesce(headers, '{}'));
     RETURN id;
 END
 $$;

@@ -99,12 +99,46 @@ func TestRolesAreNarrow(t *testing.T) {
 			UNION ALL
 			SELECT 'function without a search_path: ' || oid::regprocedure FROM pg_proc
 			WHERE pronamespace = 'public'::regnamespace AND prosecdef AND NOT coalesce(proconfig::text ~ 'search_path=public, pg_temp', false)
+				AND oid <> 'outbox_insert(text, text, bytea, jsonb, uuid)'::regprocedure -- see TestTheCallersSearchPathDecidesNothing
 			UNION ALL
 			SELECT 'table ' || oid::regclass FROM pg_class
 			WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'p') AND has_table_privilege('public', oid, 'SELECT, INSERT, UPDATE, DELETE, TRUNCATE')
 		) AS all_found (found)`).Scan(&wrong)
 	if err != nil || len(wrong) > 0 {
 		t.Errorf("too wide: %s (%v)", strings.Join(wrong, ", "), err)
+	}
+}
+
+// outbox_insert for one message has no search_path of its own. What the caller's finds first must not run with the owner's rights.
+func TestTheCallersSearchPathDecidesNothing(t *testing.T) {
+	t.Parallel()
+	db := testenv.Postgres(t)
+	_, err := db.Exec(t.Context(), `
+		CREATE SCHEMA trap;
+		CREATE TABLE trap.stolen ();
+		CREATE TABLE trap.outbox (LIKE public.outbox);
+		CREATE FUNCTION trap.spring(text, text) RETURNS boolean LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'trapped'; END $$;
+		CREATE FUNCTION trap.hashtext(text) RETURNS integer LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'trapped'; END $$;
+		CREATE FUNCTION trap.outbox_shard(text, uuid) RETURNS smallint LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'trapped'; END $$;
+		CREATE FUNCTION trap.outbox_headers_valid(jsonb) RETURNS boolean LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'trapped'; END $$;
+		CREATE FUNCTION trap.jsonb_typeof(jsonb) RETURNS text LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'trapped'; END $$;
+		CREATE FUNCTION trap.pg_advisory_xact_lock(integer, integer) RETURNS void LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'trapped'; END $$;
+		CREATE OPERATOR trap.<> (LEFTARG = text, RIGHTARG = text, FUNCTION = trap.spring);
+		CREATE OPERATOR trap.~ (LEFTARG = text, RIGHTARG = text, FUNCTION = trap.spring);
+		GRANT USAGE ON SCHEMA trap TO app_api`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn := as(t, db.Config().ConnString(), "app_api")
+	if _, err := conn.Exec(t.Context(), `SET search_path = trap, pg_catalog, public`); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := conn.Exec(t.Context(), `SELECT public.outbox_insert('t.T', 'k', '', '{"a": "b"}')`); err != nil {
+		t.Error(err)
+	}
+	var rows int
+	if err := db.QueryRow(t.Context(), `SELECT count(*) FROM public.outbox`).Scan(&rows); err != nil || rows != 1 {
+		t.Errorf("%d rows, %v", rows, err)
 	}
 }
 

@@ -79,7 +79,10 @@ func (w *Writer) Transact(ctx context.Context, fn func(tx pgx.Tx) error) error {
 	return nil
 }
 
-const insertSQL = `SELECT outbox_insert($1::uuid[], $2::text[], $3::text[], $4::bytea[], $5::jsonb[])`
+const (
+	insertSQL    = `SELECT outbox_insert($1::uuid[], $2::text[], $3::text[], $4::bytea[], $5::jsonb[])`
+	insertOneSQL = `SELECT outbox_insert($1::text, $2::text, $3::bytea, $4::jsonb, $5::uuid)`
+)
 
 // Insert writes messages into the log, in their order, as part of tx. The trace of ctx travels with them.
 // It returns an error that wraps messaging.ErrInvalid, before anything is written, if one of them could never be published.
@@ -93,15 +96,29 @@ func Insert(ctx context.Context, tx pgx.Tx, messages ...messaging.Message) error
 	}
 	ctx, span := startCreate(ctx, messages)
 	defer span.End()
-	columns, err := columnsOf(ctx, messages)
-	if err == nil {
-		_, err = tx.Exec(ctx, insertSQL, columns...)
-	}
-	if err != nil {
+	if err := write(ctx, tx, messages); err != nil {
 		span.SetStatus(codes.Error, "not inserted")
 		return fmt.Errorf("insert into outbox: %w", err)
 	}
 	return nil
+}
+
+// write is Insert without the span. One message is by far the most frequent case, and arrays of one would cost both sides more than the row does.
+func write(ctx context.Context, tx pgx.Tx, messages []messaging.Message) error {
+	if len(messages) > 1 {
+		columns, err := columnsOf(ctx, messages)
+		if err == nil {
+			_, err = tx.Exec(ctx, insertSQL, columns...)
+		}
+		return err
+	}
+	m := messages[0]
+	m.Headers = withTrace(ctx, m.Headers)
+	if err := m.Validate(); err != nil {
+		return err
+	}
+	_, err := tx.Exec(ctx, insertOneSQL, m.Type, m.Key, messaging.NotNil(m.Payload), m.Headers, m.ID)
+	return err
 }
 
 // columnsOf returns messages as the arrays that the SQL functions take, with the trace of ctx.
