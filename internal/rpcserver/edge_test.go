@@ -291,9 +291,10 @@ func TestLimitsAnswerWithAHint(t *testing.T) {
 
 func TestStreamsCountAsConcurrent(t *testing.T) {
 	t.Parallel()
+	begun := make(chan struct{}, 2)
 	server := serve(t, rpcserver.Config{Interceptors: []connect.ServerInterceptor{rpcserver.Limit(rpcserver.LimitConfig{Concurrent: 2})}},
 		unary(echo), stream(func(ctx context.Context, _ string, send func(string) error) error {
-			_ = send("there")
+			begun <- struct{}{}
 			<-ctx.Done()
 			return ctx.Err()
 		}))
@@ -303,12 +304,16 @@ func TestStreamsCountAsConcurrent(t *testing.T) {
 	for range 2 {
 		go func() { _, _ = receiveAll(ctx, client, "") }()
 	}
-	testenv.Eventually(t, 10*time.Second, func() error {
-		if _, err := call(t.Context(), client, ""); connect.CodeOf(err) != connect.CodeResourceExhausted {
-			return fmt.Errorf("got %w", err)
+	for range 2 { // before there is a call that could take a stream's place
+		select {
+		case <-begun:
+		case <-time.After(10 * time.Second):
+			t.Fatal("a stream did not begin")
 		}
-		return nil
-	})
+	}
+	if _, err := call(t.Context(), client, ""); connect.CodeOf(err) != connect.CodeResourceExhausted {
+		t.Errorf("got %v", err)
+	}
 	cancel()
 	testenv.Eventually(t, 10*time.Second, func() error {
 		_, err := call(t.Context(), client, "")
