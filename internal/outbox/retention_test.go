@@ -64,7 +64,7 @@ func sweep(t testing.TB, db *pgxpool.Pool, retention time.Duration) []int16 {
 
 func TestSweep(t *testing.T) {
 	t.Parallel()
-	const length = 300 * time.Millisecond
+	const length = 500 * time.Millisecond
 
 	t.Run("EmptiesWhatIsDeliveredAndOld", func(t *testing.T) {
 		t.Parallel()
@@ -84,6 +84,7 @@ func TestSweep(t *testing.T) {
 		t.Parallel()
 		db := testenv.Postgres(t)
 		shortSlots(t, db, length)
+		nextSlot(t, db) // from its beginning, so that both fall into one
 		open := openTx(t, db)
 		insertIn(t, open, "", "late") // falls into a slot that is over when it commits
 		insert(t, db, "", "m000")
@@ -107,6 +108,7 @@ func TestSweep(t *testing.T) {
 		t.Parallel()
 		db := testenv.Postgres(t)
 		shortSlots(t, db, length)
+		nextSlot(t, db) // from its beginning, so that both fall into one
 		insert(t, db, "", "m000")
 		deliver(t, db)
 		open := openTx(t, db)
