@@ -64,10 +64,6 @@ func TestGate(t *testing.T) {
 			config.MeterProvider = sdk.NewMeterProvider(sdk.WithReader(reader))
 			gate := NewGate(db, config)
 			equal(t, "refusing at first", testenv.Metrics(t, reader)["outbox.gate.refusing{}"], 0.0)
-			ctx, cancel := context.WithCancel(t.Context())
-			var running sync.WaitGroup
-			running.Go(func() { gate.Run(ctx) })
-			t.Cleanup(func() { cancel(); running.Wait() })
 			writer := NewWriter(db, nil, gate)
 			write := func() error {
 				return writer.Transact(t.Context(), func(tx pgx.Tx) error { return Insert(t.Context(), tx, probe("", "x")) })
@@ -78,7 +74,11 @@ func TestGate(t *testing.T) {
 				}
 			}
 			exec(t, db, `UPDATE outbox SET created_at = created_at - interval '1 minute'`)
-			// Nobody relays, so nobody counts but the gate itself.
+			// Nobody relays, so nobody counts but the gate itself, and that not before all is there.
+			ctx, cancel := context.WithCancel(t.Context())
+			var running sync.WaitGroup
+			running.Go(func() { gate.Run(ctx) })
+			t.Cleanup(func() { cancel(); running.Wait() })
 			testenv.Eventually(t, 20*time.Second, gateIs(gate, true))
 			before := rowsOf(t, db)
 			if err := write(); !errors.Is(err, ErrBacklogFull) {
