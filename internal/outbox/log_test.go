@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"example.com/orders/internal/messaging"
 	"example.com/orders/internal/testenv"
 	"github.com/google/go-cmp/cmp"
 	"github.com/jackc/pgx/v5"
@@ -132,9 +133,24 @@ func TestLogKeepsTheCommitOrderOfAKey(t *testing.T) {
 	equal(t, "order", newReader(db).all(t), []string{"second starter, committed first", "first starter, committed second"})
 }
 
-// Breaks an insert that does not lock the key: the id would be drawn before the commit of the one in front.
+// Breaks an insert that does not lock the key: the id would be drawn before the commit of the one in front. One message and several take
+// different functions, and each has a lock of its own.
 func TestLogOrdersWritersOfAKeyThatOverlap(t *testing.T) {
 	t.Parallel()
+	for name, texts := range map[string][]string{"OneMessage": {"second"}, "SeveralMessages": {"second", "fourth"}} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			overlap(t, texts)
+		})
+	}
+}
+
+func overlap(t *testing.T, texts []string) {
+	t.Helper()
+	var messages []messaging.Message
+	for _, text := range texts {
+		messages = append(messages, probe("k", text))
+	}
 	db := testenv.Postgres(t)
 	first := openTx(t, db)
 	insertIn(t, first, "k", "first")
@@ -145,7 +161,7 @@ func TestLogOrdersWritersOfAKeyThatOverlap(t *testing.T) {
 	}
 	committed := make(chan error, 1)
 	go func() {
-		err := Insert(t.Context(), second, probe("k", "second"))
+		err := Insert(t.Context(), second, messages...)
 		if err == nil {
 			err = second.Commit(t.Context())
 		}
@@ -165,7 +181,7 @@ func TestLogOrdersWritersOfAKeyThatOverlap(t *testing.T) {
 	if err := <-committed; err != nil {
 		t.Fatal(err)
 	}
-	equal(t, "order", newReader(db).all(t), []string{"first", "third", "second"})
+	equal(t, "order", newReader(db).all(t), append([]string{"first", "third"}, texts...))
 }
 
 func TestLogPages(t *testing.T) {
