@@ -68,38 +68,46 @@ func (s *Service) Fulfillment() *inbox.Group {
 	return group
 }
 
-const reserveSQL = `
+// lockSQL locks an order against CancelOrder, and the stock of its lines in the order of SKUs, so that two orders cannot wait for each other. An
+// order that was cancelled first gives no row, and so locks no stock.
+const lockSQL = `
 WITH placed AS MATERIALIZED (
-    -- Locked against CancelOrder. An order that was cancelled first gives no row, and so reserves nothing.
     SELECT id FROM orders WHERE id = $1 AND status = 'placed' FOR UPDATE
-), wanted AS MATERIALIZED (
-    SELECT sku, quantity FROM order_lines JOIN placed ON order_id = placed.id
-), available AS MATERIALIZED (
-    -- Locked in the order of SKUs, so that two orders cannot wait for each other.
-    SELECT sku, free FROM stock WHERE sku IN (SELECT sku FROM wanted) ORDER BY sku FOR UPDATE
+)
+SELECT FROM stock WHERE sku IN (SELECT sku FROM order_lines JOIN placed ON order_id = placed.id) ORDER BY sku FOR UPDATE`
+
+// reserveSQL is a statement of its own, since a statement sees what was there when it began: while lockSQL waited, the stock may have changed.
+const reserveSQL = `
+WITH wanted AS MATERIALIZED (
+    SELECT id, sku, quantity FROM orders JOIN order_lines ON order_id = id WHERE id = $1 AND status = 'placed'
 ), verdict AS MATERIALIZED (
-    -- One row, of which short is NULL if nothing is missing. All locks are held once it is there.
+    -- One row, of which short is NULL if nothing is missing.
     SELECT string_agg(sku, ', ' ORDER BY sku) AS short
-    FROM wanted LEFT JOIN available USING (sku) WHERE coalesce(free, 0) < quantity
+    FROM wanted LEFT JOIN stock USING (sku) WHERE coalesce(free, 0) < quantity
 ), reserved AS (
     UPDATE stock SET reserved = stock.reserved + wanted.quantity FROM wanted, verdict
     WHERE stock.sku = wanted.sku AND short IS NULL
 ), held AS (
     INSERT INTO reservations (order_id, sku, quantity)
-    SELECT placed.id, wanted.sku, wanted.quantity FROM placed, wanted, verdict WHERE short IS NULL
+    SELECT wanted.id, wanted.sku, wanted.quantity FROM wanted, verdict WHERE short IS NULL
 )
 UPDATE orders SET
     status = CASE WHEN short IS NULL THEN 'confirmed' ELSE 'rejected' END,
     reject_reason = coalesce('not enough stock: ' || short, ''),
     updated_at = clock_timestamp()
-FROM placed, verdict WHERE orders.id = placed.id
-RETURNING orders.customer_id, orders.reject_reason, orders.updated_at`
+FROM verdict WHERE id = $1 AND status = 'placed'
+RETURNING customer_id, reject_reason, updated_at`
 
 // reserve confirms an order and holds its stock, or rejects it: all of its lines or none.
 func (s *Service) reserve(ctx context.Context, tx pgx.Tx, event *ordersv1.OrderPlaced) error {
 	var customer, reason string
 	var at time.Time
-	err := tx.QueryRow(ctx, reserveSQL, event.GetOrderId()).Scan(&customer, &reason, &at)
+	var statements pgx.Batch // one round trip for both
+	statements.Queue(lockSQL, event.GetOrderId())
+	statements.Queue(reserveSQL, event.GetOrderId()).QueryRow(func(row pgx.Row) error {
+		return row.Scan(&customer, &reason, &at)
+	})
+	err := tx.SendBatch(ctx, &statements).Close()
 	switch {
 	case errors.Is(err, pgx.ErrNoRows):
 		return nil // cancelled before its stock was looked at
@@ -121,7 +129,7 @@ const releaseSQL = `
 WITH released AS (
     DELETE FROM reservations WHERE order_id = $1 RETURNING sku, quantity
 ), locked AS MATERIALIZED (
-    SELECT sku FROM stock WHERE sku IN (SELECT sku FROM released) ORDER BY sku FOR UPDATE -- as in reserveSQL
+    SELECT sku FROM stock WHERE sku IN (SELECT sku FROM released) ORDER BY sku FOR UPDATE -- as in lockSQL
 )
 UPDATE stock SET reserved = stock.reserved - released.quantity
 FROM locked JOIN released USING (sku) WHERE stock.sku = locked.sku`

@@ -41,13 +41,17 @@ func (c *collector) ExportSpans(_ context.Context, spans []sdktrace.ReadOnlySpan
 
 func (c *collector) Shutdown(context.Context) error { return nil }
 
-// child finds a span by its parent, the process that it is of, its kind and its name, or the SQL in it.
+// child finds a span by its parent, the process that it is of, its kind and its name, or the SQL in it. It may be in a batch of statements, which
+// has a span of its own.
 func (c *collector) child(parent trace.SpanContext, process string, kind trace.SpanKind, name string) (sdktrace.ReadOnlySpan, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	i := slices.IndexFunc(c.spans, func(s sdktrace.ReadOnlySpan) bool {
 		service, _ := s.Resource().Set().Value("service.name")
-		return s.Parent().SpanID() == parent.SpanID() && s.SpanContext().TraceID() == parent.TraceID() && service.AsString() == process &&
+		below := func(id trace.SpanID) bool { return id == parent.SpanID() }
+		return (below(s.Parent().SpanID()) || slices.ContainsFunc(c.spans, func(batch sdktrace.ReadOnlySpan) bool {
+			return batch.Name() == "batch start" && batch.SpanContext().SpanID() == s.Parent().SpanID() && below(batch.Parent().SpanID())
+		})) && s.SpanContext().TraceID() == parent.TraceID() && service.AsString() == process &&
 			s.SpanKind() == kind && (s.Name() == name || strings.Contains(sqlOf(s), name))
 	})
 	if i < 0 {
