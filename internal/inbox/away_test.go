@@ -269,16 +269,12 @@ type commitCutter struct {
 	cut  atomic.Bool
 }
 
-func (c *commitCutter) Write(p []byte) (int, error) {
-	if bytes.Contains(p, []byte("commit\x00")) && c.left.Add(-1) == 0 {
-		c.cut.Store(true)
-	}
-	return c.Conn.Write(p)
-}
-
 // Read waits for the answer, so that the commit is certainly done, and then breaks off.
 func (c *commitCutter) Read(p []byte) (int, error) {
 	n, err := c.Conn.Read(p)
+	if bytes.Contains(p[:n], []byte("COMMIT\x00")) && c.left.Add(-1) == 0 {
+		c.cut.Store(true)
+	}
 	if c.cut.Load() {
 		c.Conn.Close()
 		return 0, io.ErrUnexpectedEOF

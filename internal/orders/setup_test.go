@@ -265,15 +265,11 @@ type linked struct {
 	cut  atomic.Bool
 }
 
-func (c *linked) Write(p []byte) (int, error) {
-	if bytes.Contains(p, []byte("commit\x00")) && c.link.cutCommit.CompareAndSwap(true, false) {
-		c.cut.Store(true)
-	}
-	return c.Conn.Write(p)
-}
-
 func (c *linked) Read(p []byte) (int, error) {
 	n, err := c.Conn.Read(p)
+	if bytes.Contains(p[:n], []byte("COMMIT\x00")) && c.link.cutCommit.CompareAndSwap(true, false) {
+		c.cut.Store(true)
+	}
 	if c.link.away.Load() || c.cut.Load() {
 		c.Conn.Close()
 		return 0, io.ErrUnexpectedEOF

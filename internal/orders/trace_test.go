@@ -136,8 +136,8 @@ func TestOneTraceFromCallToEffect(t *testing.T) {
 		{caller, trace.SpanKindClient, "orders.v1.OrderService/PlaceOrder", false},
 		{api, trace.SpanKindServer, "orders.v1.OrderService/PlaceOrder", false},
 		{api, trace.SpanKindClient, "INSERT INTO orders", true},
+		{api, trace.SpanKindClient, "outbox_insert", true}, // with COMMIT
 		{api, trace.SpanKindProducer, "create orders.v1.OrderPlaced", false},
-		{api, trace.SpanKindClient, "outbox_insert", true},
 		{relay, trace.SpanKindProducer, "publish orders.v1.OrderPlaced", false},
 		{consumer, trace.SpanKindConsumer, "process orders.v1.OrderPlaced", false},
 		{consumer, trace.SpanKindClient, "INSERT INTO reservations", true},

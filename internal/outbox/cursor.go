@@ -95,40 +95,43 @@ SET delivered = $4, batch = nullif($5, '')::pg_snapshot, last_id = $6, claimed =
     published = published + $8, parked = parked + $9, top_id = greatest(top_id, $12), moves = moves + 1, moved_at = clock_timestamp()
 WHERE ctid = coalesce($2, (SELECT ctid FROM outbox_cursor WHERE shard = $1 AND epoch = $3)) AND shard = $1 AND epoch = $3
   AND moves = $10 AND ` + timelineSQL + ` = $11
-RETURNING ctid, retired`
+RETURNING ctid, retired, set_config('synchronous_commit', CASE WHEN $7 = '' THEN 'off' ELSE current_setting('synchronous_commit') END, true)`
 
-// move records progress and commits. It is the claim as well: what was read before it may be published after it.
+// move records progress and commits. It is the claim as well: what was read before it may be published after it. If nothing is claimed, nothing is
+// published on the strength of this commit, and it does not wait for the disk: if a crash of Postgres loses it, what it says is delivered is repeated.
 // It returns errFenced if the row is not as this relay left it.
 func (c *cursor) move(ctx context.Context, p progress) error {
 	var tid pgtype.TID
 	var retired bool
-	err := postgres.Transact(ctx, c.db, func(tx pgx.Tx) error {
-		if p.claimed == "" {
-			// Nothing is published on the strength of this commit. If a crash of Postgres loses it, what it says is delivered is repeated.
-			if _, err := tx.Exec(ctx, `SET LOCAL synchronous_commit = off`); err != nil {
-				return err
-			}
-		}
-		if len(p.parked) > 0 {
+	var err error
+	if len(p.parked) == 0 {
+		err = c.moved(p, func(args []any) error { return postgres.TransactRow(ctx, c.db, moveSQL, args, &tid, &retired, nil) })
+	} else {
+		err = postgres.Transact(ctx, c.db, func(tx pgx.Tx) error {
 			if err := deadletter.Insert(ctx, tx, p.parked...); err != nil {
 				return err
 			}
-		}
-		for _, hint := range []pgtype.TID{c.tid, {}} {
-			err := tx.QueryRow(ctx, moveSQL, c.shard, hint, c.epoch, p.delivered.base, p.delivered.batch, p.delivered.lastID,
-				p.claimed, p.published, len(p.parked), c.moves, c.timeline, p.topID).Scan(&tid, &retired)
-			if !errors.Is(err, pgx.ErrNoRows) {
-				return err
-			}
-		}
-		return errFenced
-	})
+			return c.moved(p, func(args []any) error { return tx.QueryRow(ctx, moveSQL, args...).Scan(&tid, &retired, nil) })
+		})
+	}
 	if err != nil {
 		return fmt.Errorf("move cursor: %w", err)
 	}
 	c.tid, c.moves = tid, c.moves+1
 	c.retired.Store(retired)
 	return nil
+}
+
+// moved runs moveSQL, where the row was last seen, and if it is not there, wherever it is.
+func (c *cursor) moved(p progress, query func(args []any) error) error {
+	for _, hint := range []pgtype.TID{c.tid, {}} {
+		err := query([]any{c.shard, hint, c.epoch, p.delivered.base, p.delivered.batch, p.delivered.lastID,
+			p.claimed, p.published, len(p.parked), c.moves, c.timeline, p.topID})
+		if !errors.Is(err, pgx.ErrNoRows) {
+			return err
+		}
+	}
+	return errFenced
 }
 
 const renewSQL = `

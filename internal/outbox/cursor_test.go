@@ -10,7 +10,9 @@ import (
 	"example.com/orders/internal/messaging"
 	"example.com/orders/internal/postgres"
 	"example.com/orders/internal/testenv"
+	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgtype"
+	"github.com/jackc/pgx/v5/pgxpool"
 )
 
 func TestCursor(t *testing.T) {
@@ -85,6 +87,44 @@ func TestCursor(t *testing.T) {
 		if err := held.renew(t.Context(), time.Hour); !errors.Is(err, errFenced) {
 			t.Errorf("renew on another timeline: %v", err)
 		}
+	})
+
+	// A claim does; what else is recorded does not, and leaves nothing of that behind on the connection.
+	t.Run("WaitsForTheDiskOnlyWhenItClaims", func(t *testing.T) {
+		t.Parallel()
+		config := testenv.Postgres(t).Config()
+		config.ConnConfig.RuntimeParams["synchronous_commit"], config.MaxConns = "local", 1
+		db, err := pgxpool.NewWithConfig(t.Context(), config)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(db.Close)
+		exec(t, db, `CREATE TABLE seen (how text)`)
+		exec(t, db, `CREATE FUNCTION see() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+			INSERT INTO seen VALUES (current_setting('synchronous_commit')); RETURN NULL; END $$`)
+		exec(t, db, `CREATE CONSTRAINT TRIGGER see AFTER UPDATE ON outbox_cursor DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION see()`)
+		held, at, err := acquire(t.Context(), db, 0, "a", time.Hour)
+		if err != nil {
+			t.Fatal(err)
+		}
+		letter := deadletter.Letter{Reason: deadletter.Unroutable, Payload: []byte{}}
+		for _, p := range []progress{
+			{delivered: at}, {delivered: at, claimed: "1:1:"}, {delivered: at},
+			{delivered: at, parked: []deadletter.Letter{letter}}, {delivered: at, claimed: "1:1:", parked: []deadletter.Letter{letter}},
+		} {
+			if err := held.move(t.Context(), p); err != nil {
+				t.Fatal(err)
+			}
+		}
+		rows, err := db.Query(t.Context(), `SELECT how FROM seen UNION ALL SELECT 'now ' || current_setting('synchronous_commit')`)
+		if err != nil {
+			t.Fatal(err)
+		}
+		seen, err := pgx.CollectRows(rows, pgx.RowTo[string])
+		if err != nil {
+			t.Fatal(err)
+		}
+		equal(t, "synchronous_commit", seen, []string{"local", "off", "local", "off", "off", "local", "now local"})
 	})
 
 	t.Run("IsReadAnewAfterAFailover", func(t *testing.T) {

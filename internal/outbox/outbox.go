@@ -43,6 +43,7 @@ package outbox
 import (
 	"context"
 	"fmt"
+	"slices"
 
 	"example.com/orders/internal/messaging"
 	"example.com/orders/internal/postgres"
@@ -87,9 +88,12 @@ const (
 // Insert writes messages into the log, in their order, as part of tx. The trace of ctx travels with them.
 // It returns an error that wraps messaging.ErrInvalid, before anything is written, if one of them could never be published.
 //
-// It locks the messages' keys until tx ends; each key takes a place in Postgres' lock table, so tens of thousands of keys in one transaction
-// may fail for want of shared memory. A transaction that calls it more than once with different keys can deadlock with
-// another that does so the other way round; Postgres then ends one of them, and Transact runs it again.
+// In a transaction of Transact or of postgres.Transact they are written at its end, together with COMMIT, all in one call and with no round trip of
+// their own; until then they must not be changed. In any other they are written at once.
+//
+// It locks the messages' keys until the transaction ends; each key takes a place in Postgres' lock table, so tens of thousands of keys in one
+// transaction may fail for want of shared memory. A transaction that has written at once more than once, with different keys, can deadlock with
+// another that did so the other way round.
 func Insert(ctx context.Context, tx pgx.Tx, messages ...messaging.Message) error {
 	if len(messages) == 0 {
 		return nil
@@ -103,36 +107,54 @@ func Insert(ctx context.Context, tx pgx.Tx, messages ...messaging.Message) error
 	return nil
 }
 
-// write is Insert without the span. One message is by far the most frequent case, and arrays of one would cost both sides more than the row does.
+// write is Insert without the span.
 func write(ctx context.Context, tx pgx.Tx, messages []messaging.Message) error {
-	if len(messages) > 1 {
-		columns, err := columnsOf(ctx, messages)
-		if err == nil {
-			_, err = tx.Exec(ctx, insertSQL, columns...)
-		}
+	messages, err := traced(ctx, messages)
+	if err != nil {
 		return err
 	}
-	m := messages[0]
-	m.Headers = withTrace(ctx, m.Headers)
-	if err := m.Validate(); err != nil {
-		return err
+	if atCommit.Add(tx, messages...) {
+		return nil
 	}
-	_, err := tx.Exec(ctx, insertOneSQL, m.Type, m.Key, messaging.NotNil(m.Payload), m.Headers, m.ID)
+	sql, args := statement(messages)
+	_, err = tx.Exec(ctx, sql, args...)
 	return err
 }
 
-// columnsOf returns messages as the arrays that the SQL functions take, with the trace of ctx.
-func columnsOf(ctx context.Context, messages []messaging.Message) ([]any, error) {
+// traced returns valid messages with the trace of ctx.
+func traced(ctx context.Context, messages []messaging.Message) ([]messaging.Message, error) {
+	messages = slices.Clone(messages)
+	for i := range messages {
+		messages[i].Headers = withTrace(ctx, messages[i].Headers)
+		if err := messages[i].Validate(); err != nil {
+			return nil, err
+		}
+	}
+	return messages, nil
+}
+
+var atCommit = postgres.Deferred[messaging.Message]{Queue: func(batch *pgx.Batch, messages []messaging.Message) {
+	sql, args := statement(messages)
+	batch.Queue(sql, args...)
+}}
+
+// statement writes messages. One message is by far the most frequent case, and arrays of one would cost both sides more than the row does.
+func statement(messages []messaging.Message) (sql string, args []any) {
+	if len(messages) > 1 {
+		return insertSQL, columnsOf(messages)
+	}
+	m := messages[0]
+	return insertOneSQL, []any{m.Type, m.Key, messaging.NotNil(m.Payload), m.Headers, m.ID}
+}
+
+// columnsOf returns messages as the arrays that the SQL functions take.
+func columnsOf(messages []messaging.Message) []any {
 	n := len(messages)
 	ids, types, keys := make([][16]byte, n), make([]string, n), make([]string, n)
 	payloads, headers := make([][]byte, n), make([]map[string]string, n)
 	for i, message := range messages {
-		message.Headers = withTrace(ctx, message.Headers)
-		if err := message.Validate(); err != nil {
-			return nil, err
-		}
 		ids[i], types[i], keys[i] = message.ID, message.Type, message.Key
 		payloads[i], headers[i] = messaging.NotNil(message.Payload), message.Headers
 	}
-	return []any{ids, types, keys, payloads, headers}, nil
+	return []any{ids, types, keys, payloads, headers}
 }

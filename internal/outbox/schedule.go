@@ -35,11 +35,11 @@ func schedule(ctx context.Context, tx pgx.Tx, due time.Time, latest bool, messag
 	if len(messages) == 0 {
 		return nil
 	}
-	columns, err := columnsOf(ctx, messages)
-	if err != nil {
-		return fmt.Errorf("schedule in outbox: %w", err)
+	messages, err := traced(ctx, messages)
+	if err == nil {
+		_, err = tx.Exec(ctx, scheduleSQL, append(columnsOf(messages), due, latest)...)
 	}
-	if _, err := tx.Exec(ctx, scheduleSQL, append(columns, due, latest)...); err != nil {
+	if err != nil {
 		return fmt.Errorf("schedule in outbox: %w", err)
 	}
 	return nil

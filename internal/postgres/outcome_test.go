@@ -225,3 +225,46 @@ func TestOpen(t *testing.T) {
 		t.Errorf("pool of %d connections", n)
 	}
 }
+
+// A statement that is a transaction by itself ends as honestly as one of several.
+func TestTransactRow(t *testing.T) {
+	t.Parallel()
+	const sql = `INSERT INTO t SELECT $1 WHERE $1 >= 0 RETURNING n`
+	row := func(db *pgxpool.Pool, n int) (got int, err error) {
+		err = TransactRow(t.Context(), db, sql, []any{n}, &got)
+		return got, err
+	}
+	db := setup(t)
+	if got, err := row(db, 1); err != nil || got != 1 {
+		t.Errorf("got %d, %v", got, err)
+	}
+	var refused *pgconn.PgError
+	if _, err := row(db, 1); !errors.As(err, &refused) || errors.Is(err, ErrOutcomeUnknown) {
+		t.Errorf("refused: got error %v", err)
+	}
+	if _, err := row(db, -1); !errors.Is(err, pgx.ErrNoRows) || errors.Is(err, ErrOutcomeUnknown) {
+		t.Errorf("no row: got error %v", err)
+	}
+	atCommit(t, db, `IF NEW.n = 2 THEN PERFORM pg_terminate_backend(pg_backend_pid()); ELSIF NEW.n = 3 THEN RAISE 'no'; ELSE RAISE WARNING 'cancelled'; END IF;`)
+	if _, err := row(db, 2); !errors.Is(err, ErrOutcomeUnknown) {
+		t.Errorf("terminated during commit: got error %v", err)
+	}
+	if _, err := row(db, 3); !errors.As(err, &refused) || errors.Is(err, ErrOutcomeUnknown) {
+		t.Errorf("refused at commit: got error %v", err)
+	}
+	warned := alter(t, db, func(c *pgxpool.Config) {
+		c.ConnConfig.OnNotice = func(conn *pgconn.PgConn, notice *pgconn.Notice) {
+			notice.Routine = "SyncRepWaitForLSN"
+			noteCancelledSyncWait(conn, notice)
+		}
+	})
+	if _, err := row(warned, 4); !errors.Is(err, ErrOutcomeUnknown) {
+		t.Errorf("wait for the standby cancelled: got error %v", err)
+	}
+	proxy, url := testenv.ProxyURL(t, testenv.PostgresURL(t))
+	proxy.Refuse(true)
+	if _, err := row(open(t, Config{URL: url}), 5); !errors.Is(err, ErrUnavailable) || errors.Is(err, ErrOutcomeUnknown) {
+		t.Errorf("database away: got error %v", err)
+	}
+	wantRows(t, db, 2)
+}

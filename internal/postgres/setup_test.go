@@ -106,12 +106,9 @@ type lossyConn struct {
 }
 
 func (c *lossyConn) Write(p []byte) (int, error) {
-	if bytes.Contains(p, []byte("commit\x00")) {
-		if c.faults.request.CompareAndSwap(true, false) {
-			c.Conn.Close()
-			return len(p), nil // the kernel took it, and no more is known
-		}
-		c.cut.Store(c.faults.answer.CompareAndSwap(true, false))
+	if bytes.Contains(p, []byte("commit\x00")) && c.faults.request.CompareAndSwap(true, false) {
+		c.Conn.Close()
+		return len(p), nil // the kernel took it, and no more is known
 	}
 	return c.Conn.Write(p)
 }
@@ -119,6 +116,9 @@ func (c *lossyConn) Write(p []byte) (int, error) {
 // Read waits for the answer, so that the commit is certainly done, and then breaks off.
 func (c *lossyConn) Read(p []byte) (int, error) {
 	n, err := c.Conn.Read(p)
+	if bytes.Contains(p[:n], []byte("COMMIT\x00")) && c.faults.answer.CompareAndSwap(true, false) {
+		c.cut.Store(true)
+	}
 	if c.cut.Load() {
 		c.Conn.Close()
 		return 0, io.ErrUnexpectedEOF

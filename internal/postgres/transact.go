@@ -23,7 +23,7 @@ var (
 )
 
 const (
-	// commitTimeout bounds COMMIT, which the caller's context does not: pgx would cancel it in the server, and a commit that
+	// commitTimeout bounds COMMIT and what is sent with it, which the caller's context does not: pgx would cancel it in the server, and a commit that
 	// is cancelled while it waits for its standby is visible although it is not safe.
 	commitTimeout = 10 * time.Second
 	// maxRuns is how often a transaction is run at most when others get in its way (40001, 40P01).
@@ -35,6 +35,8 @@ const (
 //
 // Its errors are those of fn, the end of ctx, Postgres' refusal of COMMIT (a *pgconn.PgError, as for a deferred constraint), or wrap
 // ErrUnavailable; with all of these nothing was written. Or they wrap ErrOutcomeUnknown. If ctx comes of Join, the transaction is part of another.
+//
+// Once fn has returned, ctx ends nothing any more. What is Deferred runs with COMMIT: if it waits for a lock for longer than 10 s, the outcome is unknown.
 func Transact(ctx context.Context, db *pgxpool.Pool, fn func(tx pgx.Tx) error) error {
 	once := transactOnce
 	if joined(ctx, db) != nil {
@@ -61,13 +63,14 @@ func transactOnce(ctx context.Context, db *pgxpool.Pool, fn func(tx pgx.Tx) erro
 	}
 	defer conn.Release()
 	begin, _ := conn.Conn().PgConn().CustomData()[beginSQL].(string)
-	tx, err := conn.BeginTx(ctx, pgx.TxOptions{BeginQuery: begin})
+	begun, err := conn.BeginTx(ctx, pgx.TxOptions{BeginQuery: begin})
 	if err != nil {
 		return Classify(fmt.Errorf("begin: %w", err))
 	}
-	settle, committing := collectAfterCommit(conn.Conn().PgConn()), false
+	tx := &transaction{Tx: begun}
+	settle, decided := collectAfterCommit(conn.Conn().PgConn()), false
 	defer func() {
-		if committing {
+		if decided {
 			return
 		}
 		// Also reached when fn panics. The context may be done; the connection goes back to the pool clean or not at all.
@@ -82,18 +85,36 @@ func transactOnce(ctx context.Context, db *pgxpool.Pool, fn func(tx pgx.Tx) erro
 	if err := ctx.Err(); err != nil {
 		return err // the caller has left: better nothing than an effect that nobody hears of
 	}
-	committing = true
+	decided = true
 	err = commit(ctx, tx)
 	settle(err == nil || errors.Is(err, ErrOutcomeUnknown))
 	return err
 }
 
 func commit(ctx context.Context, tx pgx.Tx) error {
-	notes := tx.Conn().PgConn().CustomData()
-	delete(notes, syncWaitCancelled) // may be left from a statement outside of Transact, which committed by itself
+	return committing(ctx, tx.Conn(), tx.Commit)
+}
+
+// TransactRow runs a statement that is a transaction by itself, in one round trip, and scans the row that it returns. Its errors are those of
+// Transact, and pgx.ErrNoRows.
+func TransactRow(ctx context.Context, db *pgxpool.Pool, sql string, args []any, dest ...any) error {
+	conn, err := db.Acquire(ctx)
+	if err != nil {
+		return Classify(fmt.Errorf("acquire connection: %w", err))
+	}
+	defer conn.Release()
+	return Classify(committing(ctx, conn.Conn(), func(ctx context.Context) error {
+		return conn.QueryRow(ctx, sql, args...).Scan(dest...)
+	}))
+}
+
+// committing runs fn, which commits, and finds out whether it did.
+func committing(ctx context.Context, conn *pgx.Conn, fn func(ctx context.Context) error) error {
+	notes := conn.PgConn().CustomData()
+	delete(notes, syncWaitCancelled) // may be left from a statement outside of this package, which committed by itself
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), commitTimeout)
 	defer cancel()
-	err := tx.Commit(ctx)
+	err := fn(ctx)
 	if err == nil && notes[syncWaitCancelled] == true {
 		return fmt.Errorf("commit: wait for the standby was cancelled: %w", ErrOutcomeUnknown)
 	}
@@ -110,7 +131,7 @@ func certainlyNotCommitted(err error) bool {
 		// 08 connection exception and 57P0x shutdown can come after the commit record was written.
 		return !strings.HasPrefix(refused.Code, "08") && !strings.HasPrefix(refused.Code, "57P")
 	}
-	return errors.Is(err, pgx.ErrTxCommitRollback)
+	return errors.Is(err, pgx.ErrTxCommitRollback) || errors.Is(err, pgx.ErrNoRows)
 }
 
 func isConflict(err error) bool {

@@ -1,0 +1,153 @@
+package postgres
+
+import (
+	"errors"
+	"slices"
+	"testing"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgxpool"
+)
+
+// numbers are inserted into t, all in one statement. Those below zero are refused.
+var numbers = Deferred[int]{Queue: func(batch *pgx.Batch, values []int) {
+	batch.Queue(`INSERT INTO t SELECT sqrt(n) * sqrt(n) FROM unnest($1::int[]) AS n`, values)
+}}
+
+func deferring(values ...int) func(tx pgx.Tx) error {
+	return func(tx pgx.Tx) error {
+		if !numbers.Add(tx, values...) {
+			return errors.New("not a transaction of Transact")
+		}
+		return nil
+	}
+}
+
+func TestDeferred(t *testing.T) {
+	t.Parallel()
+	// A savepoint of Begin, and one of Join: what is added in it shares its fate.
+	nested := func(tx pgx.Tx, undo bool, values ...int) error {
+		savepoint, err := tx.Begin(t.Context())
+		if err != nil {
+			return err
+		}
+		if err := deferring(values...)(savepoint); err != nil {
+			return err
+		}
+		if undo {
+			return savepoint.Rollback(t.Context())
+		}
+		return savepoint.Commit(t.Context())
+	}
+	joined := func(db *pgxpool.Pool, tx pgx.Tx, outcome error, values ...int) error {
+		err := Transact(Join(t.Context(), db, tx), db, func(tx pgx.Tx) error {
+			return errors.Join(deferring(values...)(tx), outcome)
+		})
+		if !errors.Is(err, outcome) {
+			t.Errorf("nested: %v", err)
+		}
+		return nil
+	}
+	for name, one := range map[string]struct {
+		fn   func(db *pgxpool.Pool, tx pgx.Tx) error
+		want error
+		rows []int
+	}{
+		"commit":           {func(_ *pgxpool.Pool, tx pgx.Tx) error { return errors.Join(deferring(1, 2)(tx), deferring(3)(tx)) }, nil, []int{1, 2, 3}},
+		"rollback":         {func(_ *pgxpool.Pool, tx pgx.Tx) error { return errors.Join(deferring(1)(tx), errProbe) }, errProbe, nil},
+		"refused":          {func(_ *pgxpool.Pool, tx pgx.Tx) error { return errors.Join(insert(t, 1)(tx), deferring(-1)(tx)) }, new(pgconn.PgError), nil},
+		"savepoint":        {func(_ *pgxpool.Pool, tx pgx.Tx) error { return errors.Join(nested(tx, false, 1), deferring(2)(tx)) }, nil, []int{1, 2}},
+		"savepoint undone": {func(_ *pgxpool.Pool, tx pgx.Tx) error { return errors.Join(nested(tx, true, 1), deferring(2)(tx)) }, nil, []int{2}},
+		"join":             {func(db *pgxpool.Pool, tx pgx.Tx) error { return errors.Join(joined(db, tx, nil, 1), deferring(2)(tx)) }, nil, []int{1, 2}},
+		"join that fails": {func(db *pgxpool.Pool, tx pgx.Tx) error {
+			return errors.Join(joined(db, tx, errProbe, 1), deferring(2)(tx))
+		}, nil, []int{2}},
+		"failed before": {func(_ *pgxpool.Pool, tx pgx.Tx) error {
+			_, _ = tx.Exec(t.Context(), `SELECT 1 / 0`)
+			return deferring(1)(tx)
+		}, pgx.ErrTxCommitRollback, nil},
+		"refused and undone":   {func(_ *pgxpool.Pool, tx pgx.Tx) error { return errors.Join(nested(tx, true, -1), deferring(2)(tx)) }, nil, []int{2}},
+		"nothing was deferred": {func(_ *pgxpool.Pool, tx pgx.Tx) error { return insert(t, 1)(tx) }, nil, []int{1}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			db := alter(t, setup(t), func(c *pgxpool.Config) { c.MaxConns = 1 }) // what is left on a connection would show
+			for range 2 {
+				exec(t, db, `TRUNCATE t`)
+				err := Transact(t.Context(), db, func(tx pgx.Tx) error { return one.fn(db, tx) })
+				var refused *pgconn.PgError
+				if !errors.Is(err, one.want) && !(errors.As(one.want, &refused) && errors.As(err, &refused)) {
+					t.Errorf("got error %v, want %v", err, one.want)
+				}
+				rows, err := db.Query(t.Context(), `SELECT n FROM t ORDER BY n`)
+				if err != nil {
+					t.Fatal(err)
+				}
+				got, err := pgx.CollectRows(rows, pgx.RowTo[int])
+				if err != nil || !slices.Equal(got, one.rows) {
+					t.Errorf("got rows %v, %v, want %v", got, err, one.rows)
+				}
+			}
+			wantRows(t, db, len(one.rows))
+			if n := db.Stat().NewConnsCount(); n != 1 {
+				t.Errorf("%d connections were made: one was not fit to be used again", n)
+			}
+		})
+	}
+}
+
+// It ends like any COMMIT: what nobody knows is said to be unknown, and a conflict is tried again.
+func TestDeferredCommitEndsLikeAnyOther(t *testing.T) {
+	t.Parallel()
+	t.Run("AnswerLost", func(t *testing.T) {
+		t.Parallel()
+		db, faults := setup(t), new(losesCommit)
+		lossy := alter(t, db, func(c *pgxpool.Config) { c.ConnConfig.DialFunc = faults.dial })
+		faults.answer.Store(true)
+		if err := Transact(t.Context(), lossy, deferring(1)); !errors.Is(err, ErrOutcomeUnknown) || errors.Is(err, ErrUnavailable) {
+			t.Errorf("got error %v", err)
+		}
+		wantRows(t, db, 1)
+	})
+	t.Run("Terminated", func(t *testing.T) {
+		t.Parallel()
+		db := setup(t)
+		atCommit(t, db, `PERFORM pg_terminate_backend(pg_backend_pid());`)
+		if err := Transact(t.Context(), db, deferring(1)); !errors.Is(err, ErrOutcomeUnknown) {
+			t.Errorf("got error %v", err)
+		}
+	})
+	t.Run("Conflict", func(t *testing.T) {
+		t.Parallel()
+		db, runs := setup(t), 0
+		exec(t, db, `CREATE SEQUENCE tries`)
+		exec(t, db, `CREATE FUNCTION conflict() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+			IF nextval('tries') < 3 THEN RAISE 'conflict' USING ERRCODE = '40P01'; END IF; RETURN NEW; END $$`)
+		exec(t, db, `CREATE TRIGGER conflict BEFORE INSERT ON t FOR EACH ROW EXECUTE FUNCTION conflict()`)
+		err := Transact(t.Context(), db, func(tx pgx.Tx) error {
+			runs++
+			return deferring(1)(tx)
+		})
+		if err != nil || runs != 3 {
+			t.Errorf("got error %v after %d runs", err, runs)
+		}
+		wantRows(t, db, 1)
+	})
+	// Through a pooler, where nothing is prepared.
+	for _, mode := range []pgx.QueryExecMode{pgx.QueryExecModeCacheDescribe, pgx.QueryExecModeDescribeExec, pgx.QueryExecModeExec, pgx.QueryExecModeSimpleProtocol} {
+		t.Run(mode.String(), func(t *testing.T) {
+			t.Parallel()
+			db := setup(t)
+			pooled := alter(t, db, func(c *pgxpool.Config) { c.ConnConfig.DefaultQueryExecMode, c.MaxConns = mode, 1 })
+			var refused *pgconn.PgError
+			if err := Transact(t.Context(), pooled, deferring(-1)); !errors.As(err, &refused) {
+				t.Errorf("refused: got error %v", err)
+			}
+			if err := Transact(t.Context(), pooled, deferring(1, 2)); err != nil {
+				t.Error(err)
+			}
+			wantRows(t, db, 2)
+		})
+	}
+}
