@@ -481,7 +481,7 @@ GRANT EXECUTE ON FUNCTION outbox_set_shards, outbox_repair TO app_operator;
 GRANT SELECT ON outbox TO app_relay;
 GRANT SELECT, UPDATE ON outbox_cursor TO app_relay;
 GRANT SELECT, INSERT, UPDATE, DELETE ON outbox_relay TO app_relay;
-GRANT INSERT ON dead_letter TO app_relay;
+GRANT INSERT, SELECT (consumer, reason, resolution) ON dead_letter TO app_relay;
 GRANT SELECT, INSERT ON dead_letter TO app_consumer;
 GRANT SELECT ON outbox, outbox_cursor, outbox_relay, outbox_backlog, outbox_scheduled, dead_letter, dead_letter_audit, goose_db_version TO app_operator;
 GRANT UPDATE (resolution, resolved_at) ON dead_letter TO app_operator;

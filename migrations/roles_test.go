@@ -33,7 +33,7 @@ var mayNot = map[string][]string{
 		`UPDATE outbox SET payload = ''`, `DELETE FROM outbox`, `TRUNCATE outbox`, `INSERT INTO outbox_cursor (shard) VALUES (1)`,
 		`DELETE FROM outbox_cursor`, `SELECT outbox_schedule('{}', '{}', '{}', '{}', '{}', now(), false)`, `SELECT outbox_unschedule(outbox_uuidv7())`,
 		`SELECT outbox_set_shards(2)`, `SELECT outbox_repair()`, `SELECT FROM inbox`, `SELECT FROM inbox_retry`, `SELECT inbox_sweep('0')`,
-		`SELECT FROM dead_letter`, `UPDATE dead_letter SET resolution = 'discarded'`, `DELETE FROM dead_letter`, `SELECT FROM dead_letter_audit`,
+		`SELECT payload FROM dead_letter`, `UPDATE dead_letter SET resolution = 'discarded'`, `DELETE FROM dead_letter`, `SELECT FROM dead_letter_audit`,
 		`SELECT FROM operation`, `SELECT operation_sweep('0')`, `SELECT FROM idempotency_key`, `SELECT idempotency_key_sweep('0')`,
 	},
 	"app_consumer": {

@@ -6,6 +6,7 @@ import (
 	"log/slog"
 
 	"example.com/orders/internal/changes"
+	"example.com/orders/internal/deadletter"
 	"example.com/orders/internal/inbox"
 	"example.com/orders/internal/messaging"
 	"example.com/orders/internal/outbox"
@@ -47,7 +48,8 @@ func (p *process) startRelay(ctx context.Context) {
 	config := p.config.Relay
 	config.MeterProvider, config.TracerProvider = p.telemetry.Meter, p.telemetry.Tracer
 	relay := outbox.NewRelay(p.relayDB, newPublisher, config)
-	err := errors.Join(postgres.ObservePool(p.relayDB, "relay", p.telemetry.Meter), postgres.ObserveHolders(p.relayDB, p.telemetry.Meter))
+	err := errors.Join(postgres.ObservePool(p.relayDB, "relay", p.telemetry.Meter), postgres.ObserveHolders(p.relayDB, p.telemetry.Meter),
+		deadletter.ObserveOpen(p.relayDB, p.telemetry.Meter))
 	if err != nil {
 		slog.WarnContext(ctx, "metrics are incomplete", "error", err)
 	}

@@ -265,7 +265,7 @@ func TestRulesAndDashboardNameMetricsThatExist(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		names := regexp.MustCompile(`\b(?:outbox|inbox|rabbit|postgres|rpc_server)_[a-z_]+`).FindAllString(string(text), -1)
+		names := regexp.MustCompile(`\b(?:outbox|inbox|dead_letters|rabbit|postgres|rpc_server)_[a-z_]+`).FindAllString(string(text), -1)
 		if len(names) < 10 {
 			t.Errorf("%s: only %d metrics found, looking in the wrong place", path, len(names))
 		}

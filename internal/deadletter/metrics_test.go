@@ -1,0 +1,60 @@
+package deadletter
+
+import (
+	"maps"
+	"testing"
+
+	"example.com/orders/internal/postgres"
+	"example.com/orders/internal/testenv"
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+	sdkmetric "go.opentelemetry.io/otel/sdk/metric"
+)
+
+// What is open is counted, as the relay may count it; what is resolved is not.
+func TestObserveOpen(t *testing.T) {
+	t.Parallel()
+	for name, one := range map[string]struct {
+		letters  []Letter
+		resolved int64
+		want     map[string]float64
+	}{
+		"none":     {nil, 0, map[string]float64{"dead_letters.open{}": 0}},
+		"open":     {[]Letter{{Consumer: "g", Reason: Permanent}, {Consumer: "g", Reason: Permanent}, {Reason: Unroutable}}, 0, map[string]float64{"dead_letters.open{gpermanent}": 2, "dead_letters.open{unroutable}": 1}},
+		"resolved": {[]Letter{{Consumer: "g", Reason: Permanent}, {Reason: Unroutable}}, 1, map[string]float64{"dead_letters.open{unroutable}": 1}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			url := testenv.PostgresURL(t)
+			db := pool(t, url)
+			err := postgres.Transact(t.Context(), db, func(tx pgx.Tx) error {
+				if err := Insert(t.Context(), tx, one.letters...); err != nil || one.resolved == 0 {
+					return err
+				}
+				return Resolve(t.Context(), tx, one.resolved, Discarded, Note{Reason: "test", Actor: "test"}, "")
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			reader := sdkmetric.NewManualReader()
+			provider := sdkmetric.NewMeterProvider(sdkmetric.WithReader(reader))
+			if err := ObserveOpen(pool(t, testenv.As(t, url, "app_relay")), provider); err != nil {
+				t.Fatal(err)
+			}
+			got := testenv.Metrics(t, reader)
+			if !maps.Equal(got, one.want) {
+				t.Errorf("got %v, want %v", got, one.want)
+			}
+		})
+	}
+}
+
+func pool(t *testing.T, url string) *pgxpool.Pool {
+	t.Helper()
+	db, err := postgres.Open(t.Context(), postgres.Config{URL: url})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(db.Close)
+	return db
+}
