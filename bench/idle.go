@@ -6,7 +6,6 @@ import (
 	"os/exec"
 	"time"
 
-	"example.com/orders/internal/rabbit"
 	"github.com/jackc/pgx/v5"
 )
 
@@ -37,8 +36,8 @@ var idleProcesses = []string{"api", "relay", "consumer"}
 
 func runIdle(ctx context.Context, b *bench) (found measured, err error) {
 	err = b.withDatabase(ctx, "nothing", migrated, func(url string) error {
-		defer b.deleteQueues(rabbit.Topology{Exchange: exchange, Queues: []rabbit.Queue{{Name: "orders.fulfillment"}, {Name: "orders.notifications"}}})
-		return b.withService(url, idleProcesses, nil, func(pids []int) error {
+		defer b.deleteQueues(serviceTopology)
+		return b.withService(url, "127.0.0.1:0", idleProcesses, nil, func(pids []int) error {
 			found, err = idleTimes(ctx, url, pids)
 			return err
 		})
@@ -46,15 +45,18 @@ func runIdle(ctx context.Context, b *bench) (found measured, err error) {
 	return found, err
 }
 
-// withService calls fn while processes of the service run.
-func (b *bench) withService(url string, names []string, started []int, fn func(pids []int) error) error {
+// withService calls fn while processes of the service run, the API at an address.
+func (b *bench) withService(url, addr string, names []string, started []int, fn func(pids []int) error) error {
 	if len(started) == len(names) {
 		return fn(started)
 	}
 	name := names[len(started)]
-	environment := []string{"POSTGRES_URL=" + url, "AMQP_URL=" + b.AMQPURL, "EXCHANGE=" + exchange, "LISTEN=127.0.0.1:0", "LOG_LEVEL=warn"}
+	environment := []string{"POSTGRES_URL=" + url, "AMQP_URL=" + b.AMQPURL, "EXCHANGE=" + exchange, "LISTEN=127.0.0.1:0", "LOG_LEVEL=error"}
+	if name == "api" {
+		environment = append(environment, "LISTEN="+addr, "INSECURE_NO_AUTH=true", "CALLER_RATE=0")
+	}
 	return withProcess(exec.Command(b.binary, name), environment, func(pid int) error {
-		return b.withService(url, names, append(started, pid), fn)
+		return b.withService(url, addr, names, append(started, pid), fn)
 	})
 }
 

@@ -110,28 +110,33 @@ func underLoad(ctx context.Context, perSecond int, watches map[string]*stopwatch
 // chain measures the way of an order: from the handler's return to the confirm, and to the effect if there are consumers.
 func chain(perSecond int, consumers bool) func(ctx context.Context, b *bench) (measured, error) {
 	return func(ctx context.Context, b *bench) (found measured, err error) {
-		err = b.withDatabase(ctx, "nothing", migrated, func(url string) error {
-			return withPool(ctx, postgres.Config{URL: url}, func(db *pgxpool.Pool) error {
-				bell := outbox.NewNotifyBell(url)
-				service := orders.NewService(db, outbox.NewWriter(db, bell, nil), changes.New(changes.Config{}))
-				if err := stockUp(ctx, service); err != nil {
-					return err
+		err = b.withParts(ctx, func(p *parts) error {
+			return p.run(ctx, consumers, func(ctx context.Context) error {
+				watches := map[string]*stopwatch{"confirm": p.confirm}
+				if consumers {
+					watches["effect"] = p.effect
 				}
-				p := &parts{bench: b, url: url, service: service, bell: bell, topology: topologyOf(service), confirm: newStopwatch(), effect: newStopwatch()}
-				return b.withQueue(ctx, p.topology, func() error {
-					return p.run(ctx, consumers, func(ctx context.Context) error {
-						watches := map[string]*stopwatch{"confirm": p.confirm}
-						if consumers {
-							watches["effect"] = p.effect
-						}
-						found, err = underLoad(ctx, perSecond, watches, p.place)
-						return err
-					})
-				})
+				found, err = underLoad(ctx, perSecond, watches, p.place)
+				return err
 			})
 		})
 		return found, err
 	}
+}
+
+// withParts calls fn with the parts of a service that has stock, on a database and queues of their own.
+func (b *bench) withParts(ctx context.Context, fn func(p *parts) error) error {
+	return b.withDatabase(ctx, "nothing", migrated, func(url string) error {
+		return withPool(ctx, postgres.Config{URL: url}, func(db *pgxpool.Pool) error {
+			bell := outbox.NewNotifyBell(url)
+			service := orders.NewService(db, outbox.NewWriter(db, bell, nil), changes.New(changes.Config{}))
+			if err := stockUp(ctx, service); err != nil {
+				return err
+			}
+			p := &parts{bench: b, url: url, service: service, bell: bell, topology: topologyOf(service), confirm: newStopwatch(), effect: newStopwatch()}
+			return b.withQueue(ctx, p.topology, func() error { return fn(p) })
+		})
+	})
 }
 
 func stockUp(ctx context.Context, service *orders.Service) error {
@@ -159,6 +164,7 @@ type parts struct {
 	bell            *outbox.NotifyBell
 	topology        rabbit.Topology
 	confirm, effect *stopwatch // by order
+	throttle        func(handle rabbit.Handler) rabbit.Handler
 }
 
 func (p *parts) place(ctx context.Context) error {
@@ -198,7 +204,11 @@ func (p *parts) startConsumers(ctx context.Context, group *errgroup.Group, db *p
 	for _, one := range []*inbox.Group{p.service.Fulfillment(), p.service.Notifications()} {
 		box := inbox.New(db, one, inbox.Config{AfterCommit: bell.Ring})
 		config := rabbit.ConsumerConfig{URL: p.AMQPURL, Topology: p.topology, Queue: "bench." + one.Name(), Prefetch: prefetch, Lanes: lanes[one.Name()]}
-		consumer := rabbit.NewConsumer(config, watching(box.Process, p.sawEffects))
+		handle := watching(box.Process, p.sawEffects)
+		if p.throttle != nil {
+			handle = p.throttle(handle)
+		}
+		consumer := rabbit.NewConsumer(config, handle)
 		group.Go(func() error { return consumer.Run(ctx) })
 		group.Go(func() error { return box.Run(ctx) })
 	}

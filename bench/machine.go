@@ -61,6 +61,9 @@ func cpuTime(pid int) (time.Duration, error) {
 	}
 	// The fields behind the name, which is in parentheses and may hold anything: utime and stime are the 14th and 15th of all.
 	fields := strings.Fields(string(text[strings.LastIndexByte(string(text), ')')+1:]))
+	if fields[0] == "Z" {
+		return 0, fmt.Errorf("process %d has ended", pid)
+	}
 	user, _ := strconv.Atoi(fields[11])
 	system, _ := strconv.Atoi(fields[12])
 	return time.Duration(user+system) * time.Second / ticks, nil

@@ -33,7 +33,7 @@ type runCommand struct {
 }
 
 // rows are all there are, in the order of the table.
-var rows = []row{relayRow, consumeRow, placeRow, latencyRow, heldRow, backlogRow, peersRow, peerLatencyRow, idleRow}
+var rows = []row{relayRow, consumeRow, placeRow, latencyRow, burstRow, rpcRow, callsRow, heldRow, backlogRow, peersRow, peerLatencyRow, idleRow}
 
 func main() {
 	var f flags

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
 	"net/http"
 	"sync/atomic"
 	"time"
@@ -126,25 +125,22 @@ func newOrder() *ordersv1.PlaceOrderRequest {
 
 // serve serves the service until ctx is done, and returns a client's method.
 func serve(ctx context.Context, group *errgroup.Group, service ordersv1connect.OrderServiceHandler) (placeFunc, error) {
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	addr, err := freeAddress()
 	if err != nil {
 		return nil, err
 	}
-	addr := listener.Addr().String()
-	listener.Close()
 	server := rpcserver.New(rpcserver.Config{Addr: addr, Log: slog.Default()}, func(s *connect.Server) { ordersv1connect.RegisterOrderServiceHandler(s, service) })
 	group.Go(func() error { return server.Run(ctx) })
 	transport := &http.Transport{MaxIdleConnsPerHost: placeWorkers}
 	client := ordersv1connect.NewOrderServiceClient(connect.NewClient(connecthttp.NewTransport(&http.Client{Transport: transport}, "http://"+addr)))
 	context.AfterFunc(ctx, transport.CloseIdleConnections)
-	for began := time.Now(); ; time.Sleep(10 * time.Millisecond) {
-		_, err := client.PlaceOrder(ctx, newOrder())
-		if err == nil || time.Since(began) > 5*time.Second {
-			return func(ctx context.Context, req *ordersv1.PlaceOrderRequest) (*ordersv1.PlaceOrderResponse, error) {
-				return client.PlaceOrder(ctx, req)
-			}, err
-		}
+	place := func(ctx context.Context, req *ordersv1.PlaceOrderRequest) (*ordersv1.PlaceOrderResponse, error) {
+		return client.PlaceOrder(ctx, req)
 	}
+	return place, untilDone(ctx, func() error {
+		_, err := place(ctx, newOrder())
+		return err
+	})
 }
 
 // bareService places orders without telling anybody.
