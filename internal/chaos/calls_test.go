@@ -21,7 +21,7 @@ import (
 // TestDurableCalls makes a thousand durable calls while every worker is killed at random. Each ends with one result, and one effect.
 func TestDurableCalls(t *testing.T) {
 	t.Parallel()
-	const calls, faults = 1000, 20 * time.Second
+	const calls, faults = 1000, 30 * time.Second
 	s := newStage(t, buildVictim(t))
 	s.start(t, "relay")
 	workers := []*process{s.start(t, "worker"), s.start(t, "worker")}
