@@ -214,7 +214,7 @@ type resolveFlags struct {
 	All    bool    `help:"All open letters. Needed when no filter is given."`
 	Reason string  `required:"" help:"Why, for the audit log."`
 	Actor  string  `help:"Who, for the audit log. Default: the name logged in with." placeholder:"NAME"`
-	Rate   float64 `default:"100" help:"Most letters a second."`
+	Rate   float64 `default:"100" help:"Most letters a second, 0.01 to 100000."`
 	DryRun bool    `help:"Say what would be done, and change nothing."`
 }
 

@@ -25,11 +25,11 @@ type edgeFlags struct {
 	TLSClientCA string `name:"tls-client-ca" env:"TLS_CLIENT_CA" help:"Authorities (PEM) whose client certificates are credentials: common name or SPIFFE ID is the caller, organizations are its roles."`
 	TLSRequire  bool   `name:"tls-client-required" env:"TLS_CLIENT_REQUIRED" help:"Refuse connections without a client certificate."`
 
-	CallerRate        float64  `env:"CALLER_RATE" default:"500" help:"Calls a second of one caller, in the long run; 0 for no limit."`
-	CallerBurst       int      `env:"CALLER_BURST" default:"1000" help:"Calls that one caller may make at once after a rest."`
-	CallerConcurrency int      `env:"CALLER_CONCURRENCY" default:"200" help:"Calls of one caller under way, streams included; 0 for no limit."`
-	ReadMaxBytes      int      `env:"READ_MAX_BYTES" default:"4194304" help:"Largest request message, before and after decompression."`
-	HTTPMaxConns      int      `name:"http-max-conns" env:"HTTP_MAX_CONNS" default:"4096" help:"Most connections to the API."`
+	CallerRate        float64  `env:"CALLER_RATE" default:"500" help:"Calls a second of one caller in the long run, 0 to 1000000; 0 for no limit."`
+	CallerBurst       int      `env:"CALLER_BURST" default:"1000" help:"Calls that one caller may make at once after a rest, 1 or more."`
+	CallerConcurrency int      `env:"CALLER_CONCURRENCY" default:"200" help:"Calls of one caller under way, streams included, 0 or more; 0 for no limit."`
+	ReadMaxBytes      int      `env:"READ_MAX_BYTES" default:"4194304" help:"Largest request message in bytes, before and after decompression, 1024 to 67108864."`
+	HTTPMaxConns      int      `name:"http-max-conns" env:"HTTP_MAX_CONNS" default:"4096" help:"Most connections to the API, 1 to 1000000."`
 	CORSOrigins       []string `name:"cors-origins" env:"CORS_ORIGINS" help:"Web origins whose pages may call, such as https://console.example, divided by commas."`
 }
 

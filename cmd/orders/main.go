@@ -53,7 +53,7 @@ type cli struct {
 
 type databaseFlags struct {
 	PostgresURL postgresURL `name:"postgres-url" env:"POSTGRES_URL" required:"" help:"Postgres to work on (URL or libpq keywords)."`
-	MaxConns    int32       `env:"POSTGRES_MAX_CONNS" default:"10" help:"Most connections of this process to Postgres."`
+	MaxConns    int32       `env:"POSTGRES_MAX_CONNS" default:"10" help:"Most connections of this process to Postgres, 3 to 1000."`
 	ListenURL   postgresURL `name:"postgres-listen-url" env:"POSTGRES_LISTEN_URL" help:"Direct connection to the same database for LISTEN/NOTIFY, if the other one is a transaction-mode pooler."`
 }
 
@@ -179,7 +179,7 @@ func appConfig(listen listenAddress, db databaseFlags, api apiFlags, broker brok
 
 type migrateCommand struct {
 	PostgresURL postgresURL `name:"postgres-url" env:"POSTGRES_URL" required:"" help:"Postgres to work on, as a direct connection."`
-	Shards      int         `env:"OUTBOX_SHARDS" default:"0" help:"Shards to spread the outbox over, 1 to 64: at most so many relays work at once. 0 leaves it as it is, 1 at first."`
+	Shards      int         `env:"OUTBOX_SHARDS" default:"0" help:"Shards to spread the outbox over, 0 to 64: at most so many relays work at once. 0 leaves it as it is, 1 at first."`
 }
 
 func (c *migrateCommand) Validate() error {
@@ -278,11 +278,14 @@ func buildVersion() string {
 	return "development"
 }
 
+func newParser(flags *cli) *kong.Kong {
+	return kong.Must(flags, kong.Name(app.ServiceName), kong.Vars{"causes": causes()},
+		kong.Description("Orders over Connect and RabbitMQ, with a transactional outbox."))
+}
+
 func main() {
 	var flags cli
-	parser := kong.Must(&flags, kong.Name(app.ServiceName), kong.Vars{"causes": causes()},
-		kong.Description("Orders over Connect and RabbitMQ, with a transactional outbox."))
-	command, err := parser.Parse(os.Args[1:])
+	command, err := newParser(&flags).Parse(os.Args[1:])
 	if err != nil {
 		fail(2, withoutSecrets(err.Error()))
 	}

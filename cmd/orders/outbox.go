@@ -98,7 +98,7 @@ type outboxReplayCommand struct {
 	Key    []string    `sep:"none" help:"Only messages of this key; may be repeated." placeholder:"KEY"`
 	ID     []uuid.UUID `sep:"none" help:"Only the message with this ID; may be repeated." placeholder:"UUID"`
 	Group  string      `help:"Only to this consumer group's queue, such as a new one's, and only what it handles." placeholder:"GROUP"`
-	Rate   float64     `default:"500" help:"Most messages a second."`
+	Rate   float64     `default:"500" help:"Most messages a second, 0.01 to 1000000."`
 	After  place       `help:"Go on from where another replay with the same filters was broken off." placeholder:"SHARD:ID"`
 	DryRun bool        `help:"Count, and publish nothing."`
 }
