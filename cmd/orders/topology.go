@@ -33,7 +33,7 @@ func (c *topologyCommand) Run(ctx context.Context) error {
 			return err
 		}
 	}
-	permissions := map[string]rabbit.Permissions{"relay": topology.PublisherPermissions(), "consumer": topology.ConsumerPermissions()}
+	permissions := app.Permissions(c.Exchange)
 	if c.JSON {
 		encoder := json.NewEncoder(os.Stdout)
 		encoder.SetIndent("", "  ")
@@ -43,10 +43,15 @@ func (c *topologyCommand) Run(ctx context.Context) error {
 	for _, queue := range topology.Queues {
 		fmt.Printf("queue    %s for %s; what the broker gives up goes to %s\n", queue.Name, strings.Join(queue.Types, ", "), rabbit.DeadQueue(queue.Name))
 	}
-	fmt.Println("\nWith TOPOLOGY=given, all that the processes need (rabbitmqctl set_permissions USER CONFIGURE WRITE READ):")
-	for _, process := range []string{"relay", "consumer"} {
-		p := permissions[process]
-		fmt.Printf("%-8s '%s' '%s' '%s'\n", process, p.Configure, p.Write, p.Read)
+	show := func(users ...string) {
+		for _, user := range users {
+			p := permissions[user]
+			fmt.Printf("%-10s '%s' '%s' '%s'\n", user, p.Configure, p.Write, p.Read)
+		}
 	}
+	fmt.Println("\nWith TOPOLOGY=given, all that the processes need (rabbitmqctl set_permissions USER CONFIGURE WRITE READ):")
+	show("relay", "consumer")
+	fmt.Println("\nAn api with RPC_OVER_RABBITMQ, which makes its queues while it serves, and whoever calls it there:")
+	show("rpc-server", "rpc-client")
 	return nil
 }

@@ -3,9 +3,13 @@ package app
 import (
 	"net/http"
 	"testing"
+	"time"
 
+	"connectrpc.com/connect/v2"
+	operationsv1 "example.com/orders/internal/gen/operations/v1"
+	"example.com/orders/internal/gen/operations/v1/operationsv1connect"
 	"example.com/orders/internal/postgres"
-	"example.com/orders/internal/rabbit"
+	"example.com/orders/internal/rabbitrpc"
 	"example.com/orders/internal/testenv"
 )
 
@@ -14,20 +18,23 @@ func TestLeastPrivilege(t *testing.T) {
 	t.Parallel()
 	owner, admin := testenv.Postgres(t), testenv.AMQP(t)
 	awaitEffects := effectsIn(t, owner)
-	topology := probed(Config{}).domain(nil, nil, nil).topology("events")
-	if err := topology.Declare(t.Context(), admin); err != nil {
+	domain := probed(Config{}).domain(nil, nil, nil)
+	if err := domain.topology("events").Declare(t.Context(), admin); err != nil {
 		t.Fatal(err)
 	}
-	config := func(role string, permissions rabbit.Permissions) Config {
-		return probed(Config{
-			PostgresURL: testenv.As(t, owner.Config().ConnString(), role), TopologyGiven: true,
-			AMQPURL: testenv.Management(t, admin).User(permissions.Configure, permissions.Write, permissions.Read),
-		})
+	permissions := domain.permissions("events")
+	user := func(name string) string {
+		p := permissions[name]
+		return testenv.Management(t, admin).User(p.Configure, p.Write, p.Read)
 	}
-	api := config("app_api", rabbit.Permissions{})
+	config := func(role, name string) Config {
+		return probed(Config{PostgresURL: testenv.As(t, owner.Config().ConnString(), role), TopologyGiven: true, AMQPURL: user(name)})
+	}
+	api := config("app_api", "rpc-server")
+	api.RPCOverRabbitMQ, api.Edge = true, Edge{NoAuth: true}
 	await(t, "api", serve(t, RunAPI, api), http.StatusOK)
-	await(t, "relay", serve(t, RunRelay, config("app_relay", topology.PublisherPermissions())), http.StatusOK)
-	await(t, "consumer", serve(t, RunConsumer, config("app_consumer", topology.ConsumerPermissions())), http.StatusOK)
+	await(t, "relay", serve(t, RunRelay, config("app_relay", "relay")), http.StatusOK)
+	await(t, "consumer", serve(t, RunConsumer, config("app_consumer", "consumer")), http.StatusOK)
 
 	db, err := postgres.Open(t.Context(), postgres.Config{URL: api.PostgresURL})
 	if err != nil {
@@ -38,4 +45,12 @@ func TestLeastPrivilege(t *testing.T) {
 		t.Fatal(err)
 	}
 	awaitEffects(1)
+
+	transport := rabbitrpc.NewTransport(rabbitrpc.TransportConfig{URL: user("rpc-client")})
+	defer transport.Close()
+	client := operationsv1connect.NewOperationServiceClient(connect.NewClient(transport))
+	testenv.Eventually(t, 20*time.Second, func() error { // it is coming up
+		_, err := client.ListOperations(t.Context(), &operationsv1.ListOperationsRequest{})
+		return err
+	})
 }

@@ -7,6 +7,8 @@ import (
 
 	"connectrpc.com/connect/v2"
 	"example.com/orders/internal/changes"
+	"example.com/orders/internal/operations"
+	"example.com/orders/internal/rabbit"
 	"example.com/orders/internal/rabbitrpc"
 	"example.com/orders/internal/rpcserver"
 )
@@ -24,13 +26,31 @@ func (p *process) startQueueAPI(ctx context.Context) {
 }
 
 // Services returns the full names of the services that the API serves.
-func Services() []string {
+func Services() []string { return newDomain(nil, nil, changes.New(changes.Config{})).services() } // nothing is served with it
+
+func (d domain) services() []string {
 	rpc := connect.NewServer()
-	newDomain(nil, nil, changes.New(changes.Config{})).register(rpc) // nothing is served with it
+	d.register(rpc)
+	operations.New(nil, nil, changes.New(changes.Config{}), operations.Config{}).Register(rpc)
 	var names []string
 	for spec := range rpc.Specs() {
 		names = append(names, rabbitrpc.ServiceOf(spec.Procedure))
 	}
 	slices.Sort(names)
 	return slices.Compact(names)
+}
+
+// Permissions are what the users of the broker need, and no more: relay and consumer where their topology is given, an API that serves RPCs from queues
+// (rpc-server), and whoever calls it there (rpc-client).
+func Permissions(exchange string) map[string]rabbit.Permissions {
+	return newDomain(nil, nil, changes.New(changes.Config{})).permissions(exchange)
+}
+
+func (d domain) permissions(exchange string) map[string]rabbit.Permissions {
+	topology := d.topology(exchange)
+	return map[string]rabbit.Permissions{
+		"relay": topology.PublisherPermissions(), "consumer": topology.ConsumerPermissions(),
+		"rpc-server": rabbitrpc.ServerPermissions(rabbitrpc.DefaultExchange, d.services()...),
+		"rpc-client": rabbitrpc.ClientPermissions(rabbitrpc.DefaultExchange),
+	}
 }
