@@ -46,13 +46,17 @@ func TestDocs(t *testing.T) {
 	if err := install(); err != nil {
 		t.Fatal(err)
 	}
-	addr := serve(t)
+	addr, amqpURL := serveQueues(t)
+	orders := filepath.Join(root, ".stack", "bin", "orders-of-the-docs") // kept: the next run replaces it
+	if output, err := exec.Command("go", "build", "-o", orders, "example.com/orders/cmd/orders").CombinedOutput(); err != nil {
+		t.Fatalf("build orders: %v\n%s", err, output)
+	}
 	all, setup := examples(t)
 	languages := map[string]int{}
 	for _, one := range all {
 		languages[one.language]++
 		t.Run(one.language, func(t *testing.T) {
-			output := one.run(t, setup, "API=http://"+addr, "TOKEN="+token)
+			output := one.run(t, setup, "API=http://"+addr, "AMQP_URL="+amqpURL, "TOKEN="+token, "ORDERS="+orders)
 			rest := squeeze(output)
 			for _, line := range one.prints {
 				_, after, found := strings.Cut(rest, squeeze(line))
@@ -66,7 +70,7 @@ func TestDocs(t *testing.T) {
 			}
 		})
 	}
-	if languages["sh"] < 8 || languages["ts"] != 1 || languages["go"] != 1 {
+	if languages["sh"] < 12 || languages["ts"] != 1 || languages["go"] != 2 {
 		t.Errorf("found %v: are these all?", languages)
 	}
 }

@@ -17,6 +17,7 @@ import (
 	"example.com/orders/internal/app"
 	ordersv1 "example.com/orders/internal/gen/orders/v1"
 	"example.com/orders/internal/gen/orders/v1/ordersv1connect"
+	"example.com/orders/internal/rabbitrpc"
 	"example.com/orders/internal/testenv"
 	"github.com/google/uuid"
 )
@@ -29,8 +30,25 @@ const token = "none"
 // headers are those of every call of every client.
 var headers = map[string]string{"Authorization": "Bearer " + token}
 
+// serveQueues is serve, and also serves over RabbitMQ.
+func serveQueues(t *testing.T) (addr, amqpURL string) {
+	t.Helper()
+	amqpURL = testenv.AMQP(t)
+	addr = serve(t, func(config *app.Config) { config.AMQPURL, config.RPCOverRabbitMQ = amqpURL, true })
+	testenv.Eventually(t, 30*time.Second, func() error { // the API is ready without
+		states, err := rabbitrpc.Look(t.Context(), amqpURL, app.Services()...)
+		for _, one := range states {
+			if one.Replicas == 0 {
+				return fmt.Errorf("nobody serves %s", one.Name)
+			}
+		}
+		return err
+	})
+	return addr, amqpURL
+}
+
 // serve runs the whole service on real servers until the test ends, and returns its address, host:port.
-func serve(t *testing.T) string {
+func serve(t *testing.T, changes ...func(*app.Config)) string {
 	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -43,6 +61,9 @@ func serve(t *testing.T) string {
 	config := app.Config{
 		Addr: addr, PostgresURL: testenv.PostgresURL(t), AMQPURL: testenv.AMQP(t), Exchange: "events",
 		Edge: app.Edge{NoAuth: true},
+	}
+	for _, change := range changes {
+		change(&config)
 	}
 	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
 	var running sync.WaitGroup
