@@ -21,9 +21,12 @@ if [ ! -s "$keys" ] || [ ! -s "$key_file" ]; then
   made=$(bin/orders apikey new dev customer operator)
   (umask 077; awk '$1 == "line:" { print $2 }' <<<"$made" >"$keys"; awk '$1 == "key:" { print $2 }' <<<"$made" >"$key_file")
 fi
-LISTEN=$api POSTGRES_URL=$(as app_api) API_KEYS_FILE=$keys $stack daemon api -- bin/orders api
+# API and consumer sign and check the callers of durable calls with the same key; operations that wait keep it in use.
+call_key=.stack/dev/call-key
+[ -s "$call_key" ] || (umask 077; head -c 32 /dev/urandom | base64 >"$call_key")
+LISTEN=$api POSTGRES_URL=$(as app_api) API_KEYS_FILE=$keys CALL_KEYS=$(cat "$call_key") RPC_OVER_RABBITMQ=true $stack daemon api -- bin/orders api
 LISTEN=$relay POSTGRES_URL=$(as app_relay) $stack daemon relay -- bin/orders relay
-LISTEN=$consumer POSTGRES_URL=$(as app_consumer) $stack daemon consumer -- bin/orders consumer
+LISTEN=$consumer POSTGRES_URL=$(as app_consumer) CALL_KEYS=$(cat "$call_key") $stack daemon consumer -- bin/orders consumer
 for address in $api $relay $consumer; do
   for try in $(seq 100); do
     if bin/orders healthcheck "http://$address/readyz" 2>/dev/null; then

@@ -3,6 +3,8 @@ package main
 import (
 	"bytes"
 	"context"
+	"crypto/rand"
+	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -76,7 +78,7 @@ func newFleet(binary, dir string, box *sandbox, fail context.CancelCauseFunc) (*
 		binary: binary, dir: dir, fail: fail, apiKey: apiKey, addrs: map[string]string{}, running: map[string]*process{},
 		env: append(withoutService(os.Environ()), "RELAY_LEASE="+relayLease, "TOPOLOGY=given",
 			// One caller stands for all customers, so the limit of one is not its own.
-			"API_KEYS="+line, "CALLER_RATE=0", "CALLER_CONCURRENCY=0"),
+			"API_KEYS="+line, "CALLER_RATE=0", "CALLER_CONCURRENCY=0", "CALL_KEYS="+newCallKey()),
 		own:    map[string][]string{"migrate": {"POSTGRES_URL=" + box.postgresURL}, "topology": {"AMQP_URL=" + box.direct}},
 		starts: make(chan func()),
 	}
@@ -98,11 +100,18 @@ func newFleet(binary, dir string, box *sandbox, fail context.CancelCauseFunc) (*
 	return f, nil
 }
 
+// newCallKey makes a key that signs the callers of durable calls, for this run.
+func newCallKey() string {
+	var key [32]byte
+	_, _ = rand.Read(key[:]) // never fails
+	return base64.StdEncoding.EncodeToString(key[:])
+}
+
 // withoutService drops the service's own settings: the processes run with their defaults.
 func withoutService(environ []string) []string {
 	prefixes := []string{
 		"LISTEN=", "EXCHANGE=", "LOG_", "RELAY_", "CONSUMER_", "POSTGRES_", "AMQP_URL=", "TOPOLOGY=",
-		"API_KEYS", "JWT_", "TLS_", "CALLER_", "CORS_", "INSECURE_", "HTTP_MAX_CONNS=", "READ_MAX_BYTES=",
+		"API_KEYS", "JWT_", "TLS_", "CALLER_", "CORS_", "INSECURE_", "HTTP_MAX_CONNS=", "READ_MAX_BYTES=", "CALL_", "RPC_", "OUTBOX_", "MAX_BACKLOG",
 	}
 	return slices.DeleteFunc(environ, func(entry string) bool {
 		return slices.ContainsFunc(prefixes, func(prefix string) bool { return strings.HasPrefix(entry, prefix) })

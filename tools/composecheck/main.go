@@ -7,6 +7,7 @@ package main
 
 import (
 	"context"
+	"encoding/base64"
 	"fmt"
 	"maps"
 	"os"
@@ -40,9 +41,30 @@ func main() {
 			problems++
 		}
 	}
+	if problem := checkCallKeys(project); problem != "" {
+		fmt.Println(problem)
+		problems++
+	}
 	if problems > 0 {
 		os.Exit(1)
 	}
+}
+
+// checkCallKeys: durable calls are on, which takes one key for who takes them and who executes them, of 32 bytes.
+func checkCallKeys(project *types.Project) string {
+	text := func(service string) string {
+		if value := project.Services[service].Environment["CALL_KEYS"]; value != nil {
+			return *value
+		}
+		return ""
+	}
+	if key, err := base64.StdEncoding.DecodeString(text("api")); err != nil || len(key) < 32 {
+		return "api: CALL_KEYS is no key of 32 bytes in base64"
+	}
+	if text("api") != text("consumer") {
+		return "api and consumer have different CALL_KEYS"
+	}
+	return ""
 }
 
 func fail(err error) {
