@@ -37,6 +37,14 @@ ci: lint test ## What CI runs
 bench: $(STACK) build ## Against RabbitMQ's own ceiling and against peers, 15 minutes; ROWS="relay idle" for some of it
 	go build -C bench -o ../.stack/bin/bench .
 	$(STACK) -- .stack/bin/bench $(if $(ROWS),$(ROWS),--out docs/benchmarks.md)
+	@$(if $(ROWS),,$(QUOTE))
+
+# Pages that quote benchmarks take the numbers from docs/benchmarks.md.
+QUOTE := go test -count=1 -run '^TestBenchmarksAreQuotedAsTheyAre$$' ./internal/house -update
+
+docs: $(STACK) ## Write what pages take from the code and the benchmarks
+	$(STACK) --profile test -- go test -count=1 -run '^TestConfigurationPage$$' ./cmd/orders -update
+	$(QUOTE)
 
 build: ## Build bin/orders
 	$(BUILD) -o bin/orders ./cmd/orders
@@ -70,4 +78,4 @@ $(STACK): FORCE
 	@go build -o $@ ./cmd/stack
 
 FORCE:
-.PHONY: help demo up down test fuzz lint ci bench build reproducible image image-release compose-test kubernetes vuln generate FORCE
+.PHONY: help demo up down test fuzz lint ci bench docs build reproducible image image-release compose-test kubernetes vuln generate FORCE

@@ -23,13 +23,14 @@ var processes = []string{"api", "relay", "consumer", "all"}
 
 const configurationHead = `# Configuration
 
-Every setting is a flag, and most are environment variables, too; a flag counts more. ` + "`orders COMMAND --help`" + ` shows the same. A wrong value is one line that
-names it, and exit status 2, before anything is done.
+Every setting is a flag, and most are environment variables, too; a flag counts more. ` + "`orders COMMAND --help`" + ` shows the same. A wrong
+value is one line that names it, and exit status 2, before anything is done.
 
-This page is made from the code: ` + "`go test ./cmd/orders -run TestConfigurationPage -update`" + ` writes it, and the test fails while it is not current.
+This page is made from the code: ` + "`make docs`" + ` writes it, and a test fails while it is not current.
 
-TLS to Postgres and RabbitMQ is set up in their URLs ([security](security.md#tls)). What a Postgres URL leaves open, libpq's own variables (` + "`PGHOST`, `PGPASSWORD`, …" + `) say. Traces are
-exported if ` + "`OTEL_EXPORTER_OTLP_ENDPOINT`" + ` names a collector; OpenTelemetry's other variables work as it defines them ([metrics](metrics.md#traces)).
+TLS to Postgres and RabbitMQ is set up in their URLs ([security](security.md#tls)). What a Postgres URL leaves open, libpq's own variables
+(` + "`PGHOST`, `PGPASSWORD`, …" + `) say. Traces are exported if ` + "`OTEL_EXPORTER_OTLP_ENDPOINT`" + ` names a collector; OpenTelemetry's other
+variables work as it defines them ([metrics](metrics.md#traces)).
 `
 
 // The page says what the code does.
@@ -44,7 +45,7 @@ func TestConfigurationPage(t *testing.T) {
 	}
 	got, err := os.ReadFile(filepath.FromSlash(name))
 	if err != nil || string(got) != want {
-		t.Errorf("docs/configuration.md is not current (%v): go test ./cmd/orders -run TestConfigurationPage -update", err)
+		t.Errorf("docs/configuration.md is not current (%v): make docs writes it", err)
 	}
 }
 

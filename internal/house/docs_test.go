@@ -135,7 +135,7 @@ func TestBenchmarksAreQuotedAsTheyAre(t *testing.T) {
 				case !ok:
 					t.Errorf("docs/%s quotes what docs/benchmarks.md does not have: %s", name, line)
 				case found != line && !*update:
-					t.Errorf("docs/%s says\n%sand docs/benchmarks.md\n%s(go test ./internal/house -update copies it)", name, line, found)
+					t.Errorf("docs/%s says\n%sand docs/benchmarks.md\n%s(make docs copies it)", name, line, found)
 				}
 				if ok {
 					line = found
