@@ -72,7 +72,7 @@ func (c *caller) submitAndWait(ctx context.Context) error {
 // calls measures callers of the service's processes.
 func calls(processes []string, callers int, pause time.Duration, call func(c *caller, ctx context.Context) error) func(ctx context.Context, b *bench) (measured, error) {
 	return func(ctx context.Context, b *bench) (found measured, err error) {
-		err = b.withDatabase(ctx, "nothing", migrated, func(url string) error {
+		err = b.withDatabase(ctx, nothing, migrated, func(url string) error {
 			defer b.deleteQueues(serviceTopology)
 			addr, err := freeAddress()
 			if err != nil {

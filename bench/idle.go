@@ -35,7 +35,7 @@ var idleRow = row{
 var idleProcesses = []string{"api", "relay", "consumer"}
 
 func runIdle(ctx context.Context, b *bench) (found measured, err error) {
-	err = b.withDatabase(ctx, "nothing", migrated, func(url string) error {
+	err = b.withDatabase(ctx, nothing, migrated, func(url string) error {
 		defer b.deleteQueues(serviceTopology)
 		return b.withService(url, "127.0.0.1:0", idleProcesses, nil, func(pids []int) error {
 			found, err = idleTimes(ctx, url, pids)

@@ -126,7 +126,7 @@ func chain(perSecond int, consumers bool) func(ctx context.Context, b *bench) (m
 
 // withParts calls fn with the parts of a service that has stock, on a database and queues of their own.
 func (b *bench) withParts(ctx context.Context, fn func(p *parts) error) error {
-	return b.withDatabase(ctx, "nothing", migrated, func(url string) error {
+	return b.withDatabase(ctx, nothing, migrated, func(url string) error {
 		return withPool(ctx, postgres.Config{URL: url}, func(db *pgxpool.Pool) error {
 			bell := outbox.NewNotifyBell(url)
 			service := orders.NewService(db, outbox.NewWriter(db, bell, nil), changes.New(changes.Config{}))

@@ -58,7 +58,7 @@ type placeFunc func(ctx context.Context, req *ordersv1.PlaceOrderRequest) (*orde
 
 func place(overHTTP, withOutbox bool) func(ctx context.Context, b *bench) (measured, error) {
 	return func(ctx context.Context, b *bench) (found measured, err error) {
-		err = b.withDatabase(ctx, "nothing", migrated, func(url string) error {
+		err = b.withDatabase(ctx, nothing, migrated, func(url string) error {
 			return withPool(ctx, postgres.Config{URL: url}, func(db *pgxpool.Pool) error {
 				ctx, cancel := context.WithCancel(ctx)
 				bell := outbox.NewNotifyBell(url)

@@ -281,7 +281,9 @@ CREATE TABLE outbox_backlog (
 -- calls it every second or so, and that keeps the numbers fresh for everyone else. Reads the index entries of what is undelivered.
 -- +goose StatementBegin
 CREATE FUNCTION outbox_measure(stale interval) RETURNS SETOF outbox_backlog
-    LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp
+    -- A session keeps the plan, and one that was made for an empty log would read all of it from then on.
+    SET enable_seqscan = off AS $$
 DECLARE
     cursor   record;
     waiting  bigint;

@@ -2,9 +2,11 @@ package outbox
 
 import (
 	"encoding/json"
+	"fmt"
 	"testing"
 	"time"
 
+	"example.com/orders/internal/postgres"
 	"example.com/orders/internal/testenv"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
@@ -116,6 +118,55 @@ func TestMovingTheCursorStaysFlat(t *testing.T) {
 	t.Logf("buffers a move: %.1f at first, %.1f at last", first, last)
 	if last > 2*first {
 		t.Errorf("a move reads %.1f buffers at last, %.1f at first", last, first)
+	}
+}
+
+// TestAPlanForAnEmptyLogIsGoodForAFullOne: the relay keeps its plans, and those that Postgres likes best while it knows the log to be empty read all of
+// it for each page.
+func TestAPlanForAnEmptyLogIsGoodForAFullOne(t *testing.T) {
+	t.Parallel()
+	url := testenv.PostgresURL(t)
+	db, err := postgres.Open(t.Context(), postgres.Config{URL: url, MaxConns: 1, GenericPlans: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(db.Close)
+	exec(t, db, `VACUUM ANALYZE`)
+	for slot := range 8 { // nobody tells the planner better
+		exec(t, db, fmt.Sprintf(`ALTER TABLE outbox_slot_%d SET (autovacuum_enabled = off)`, slot))
+	}
+	log, at := &eventLog{db: db, maxRows: 500, maxBytes: 4 << 20}, position{base: "1:1:"}
+	read := func() (blocks int) {
+		t.Helper()
+		const sql = `SELECT sum(heap_blks_hit + heap_blks_read + idx_blks_hit + idx_blks_read)::int FROM pg_statio_user_tables WHERE relname LIKE 'outbox_slot_%'`
+		exec(t, db, `SELECT pg_stat_force_next_flush()`)
+		if err := db.QueryRow(t.Context(), sql).Scan(&blocks); err != nil {
+			t.Fatal(err)
+		}
+		return blocks
+	}
+	for _, n := range []int{0, 500, 500, 500} {
+		if n > 0 {
+			fill(t, db, n, 100)
+		}
+		before := read()
+		found, _, err := log.next(t.Context(), at)
+		if err != nil || (found != nil) != (n > 0) {
+			t.Fatal(found, err)
+		}
+		if found == nil {
+			continue
+		}
+		at = found.end
+		blocks := read() - before
+		t.Logf("%d blocks read for a page of %d messages", blocks, n)
+		if blocks > 4*n {
+			t.Errorf("%d blocks read for a page of %d messages", blocks, n)
+		}
+		fill(t, db, 20_000, 100)
+		if err := db.QueryRow(t.Context(), `SELECT pg_current_snapshot()::text`).Scan(&at.base); err != nil {
+			t.Fatal(err)
+		}
 	}
 }
 
