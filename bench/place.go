@@ -37,7 +37,7 @@ var placeRow = row{
 	how: fmt.Sprintf("%d callers at once, each with one order of two lines after the other. With: the service's own handler, doorbell included. Without: the same "+
 		"statement in the same kind of transaction, without the insert and the doorbell. Over HTTP: through the service's server and a Connect client, in one process; "+
 		"handler: the method called directly.", placeWorkers),
-	limit:      "Processor time: each commit waits for the disk together with others, and the insert is one more round trip, which alone takes 8 %, and one more row with three indexes beside the orders' six.",
+	limit:      "Processor time: each commit waits for the disk together with others, and the insert, which is sent with COMMIT, is one more row with three indexes beside the orders' six.",
 	shortTurns: 4,
 	contestants: []contestant{
 		{name: "http, without", run: place(true, false)},
