@@ -118,6 +118,15 @@ func TestDeferredCommitEndsLikeAnyOther(t *testing.T) {
 			t.Errorf("got error %v", err)
 		}
 	})
+	t.Run("DiskFull", func(t *testing.T) {
+		t.Parallel()
+		db := setup(t)
+		exec(t, db, `CREATE FUNCTION no_room() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'full' USING ERRCODE = '53100'; END $$`)
+		exec(t, db, `CREATE TRIGGER no_room BEFORE INSERT ON t FOR EACH ROW EXECUTE FUNCTION no_room()`)
+		if err := Transact(t.Context(), db, deferring(1)); !errors.Is(err, ErrUnavailable) || errors.Is(err, ErrOutcomeUnknown) {
+			t.Errorf("got error %v", err)
+		}
+	})
 	t.Run("Conflict", func(t *testing.T) {
 		t.Parallel()
 		db, runs := setup(t), 0

@@ -103,9 +103,9 @@ func TransactRow(ctx context.Context, db *pgxpool.Pool, sql string, args []any, 
 		return Classify(fmt.Errorf("acquire connection: %w", err))
 	}
 	defer conn.Release()
-	return Classify(committing(ctx, conn.Conn(), func(ctx context.Context) error {
+	return committing(ctx, conn.Conn(), func(ctx context.Context) error {
 		return conn.QueryRow(ctx, sql, args...).Scan(dest...)
-	}))
+	})
 }
 
 // committing runs fn, which commits, and finds out whether it did.
@@ -119,7 +119,7 @@ func committing(ctx context.Context, conn *pgx.Conn, fn func(ctx context.Context
 		return fmt.Errorf("commit: wait for the standby was cancelled: %w", ErrOutcomeUnknown)
 	}
 	if err == nil || certainlyNotCommitted(err) {
-		return err
+		return Classify(err)
 	}
 	return fmt.Errorf("commit: %w: %w", ErrOutcomeUnknown, err)
 }
