@@ -105,25 +105,30 @@ func (c *cursor) move(ctx context.Context, p progress) error {
 	var retired bool
 	var err error
 	if len(p.parked) == 0 {
-		err = c.moved(p, func(args []any) error { return postgres.TransactRow(ctx, c.db, moveSQL, args, &tid, &retired, nil) })
+		err = c.find(p, func(args []any) error { return postgres.TransactRow(ctx, c.db, moveSQL, args, &tid, &retired, nil) })
 	} else {
 		err = postgres.Transact(ctx, c.db, func(tx pgx.Tx) error {
 			if err := deadletter.Insert(ctx, tx, p.parked...); err != nil {
 				return err
 			}
-			return c.moved(p, func(args []any) error { return tx.QueryRow(ctx, moveSQL, args...).Scan(&tid, &retired, nil) })
+			return c.find(p, func(args []any) error { return tx.QueryRow(ctx, moveSQL, args...).Scan(&tid, &retired, nil) })
 		})
 	}
 	if err != nil {
 		return fmt.Errorf("move cursor: %w", err)
 	}
-	c.tid, c.moves = tid, c.moves+1
-	c.retired.Store(retired)
+	c.moved(tid, retired)
 	return nil
 }
 
-// moved runs moveSQL, where the row was last seen, and if it is not there, wherever it is.
-func (c *cursor) moved(p progress, query func(args []any) error) error {
+// moved keeps in mind what a move has made of the row.
+func (c *cursor) moved(tid pgtype.TID, retired bool) {
+	c.tid, c.moves = tid, c.moves+1
+	c.retired.Store(retired)
+}
+
+// find runs moveSQL, where the row was last seen, and if it is not there, wherever it is.
+func (c *cursor) find(p progress, query func(args []any) error) error {
 	for _, hint := range []pgtype.TID{c.tid, {}} {
 		err := query([]any{c.shard, hint, c.epoch, p.delivered.base, p.delivered.batch, p.delivered.lastID,
 			p.claimed, p.published, len(p.parked), c.moves, c.timeline, p.topID})

@@ -89,6 +89,64 @@ func TestCursor(t *testing.T) {
 		}
 	})
 
+	// What fits into one page is claimed by the statement that reads it, with what is settled; and only if the row is as this relay left it.
+	t.Run("ClaimsWhatItReads", func(t *testing.T) {
+		t.Parallel()
+		db := testenv.Postgres(t)
+		held, at, err := acquire(t.Context(), db, 0, "a", time.Hour)
+		if err != nil {
+			t.Fatal(err)
+		}
+		log := &eventLog{db: db, maxRows: 2, maxBytes: 4 << 20}
+		next := func(published int, wantRows int, wantClaim bool) {
+			t.Helper()
+			const sql = `SELECT moves, published, coalesce(claimed::text, ''), delivered::text FROM outbox_cursor`
+			var moves, nowMoves, total, nowTotal int64
+			var claimed, delivered string
+			if err := db.QueryRow(t.Context(), sql).Scan(&moves, &total, &claimed, &delivered); err != nil {
+				t.Fatal(err)
+			}
+			log.claim = &claim{held, progress{delivered: at, published: published}}
+			found, _, err := log.next(t.Context(), at)
+			if err != nil || found == nil && wantRows > 0 || found != nil && len(found.rows) != wantRows {
+				t.Fatalf("found %v, %v, want %d rows", found, err, wantRows)
+			}
+			if err := db.QueryRow(t.Context(), sql).Scan(&nowMoves, &nowTotal, &claimed, &delivered); err != nil {
+				t.Fatal(err)
+			}
+			switch {
+			case !wantClaim:
+				if found != nil && found.claimed || nowMoves != moves || nowTotal != total {
+					t.Errorf("claimed, %d moves", nowMoves-moves)
+				}
+			case !found.claimed || nowMoves != moves+1 || held.moves != nowMoves || nowTotal != total+int64(published) || claimed != found.snapshot || delivered != at.base:
+				t.Errorf("claimed %v as %s of %s, %d moves, %d published", found.claimed, claimed, found.snapshot, nowMoves-moves, nowTotal-total)
+			default:
+				at = found.end
+			}
+		}
+		next(0, 0, false) // nothing there
+		insert(t, db, "", "m000")
+		next(0, 1, true)
+		insert(t, db, "", "m001")
+		next(1, 1, true)
+		exec(t, db, `UPDATE outbox_cursor SET lease_expires_at = lease_expires_at`) // and so the row has another place
+		insert(t, db, "", "m002")
+		next(1, 1, false)
+		if err := held.move(t.Context(), progress{delivered: at}); err != nil { // finds it
+			t.Fatal(err)
+		}
+		next(0, 1, true)
+		fillProbes(t, db, 3)
+		next(0, 2, false) // the first page of a batch
+		exec(t, db, `UPDATE outbox_cursor SET epoch = epoch + 1`)
+		if err := db.QueryRow(t.Context(), `SELECT ctid FROM outbox_cursor`).Scan(&held.tid); err != nil {
+			t.Fatal(err)
+		}
+		log.maxRows = 10
+		next(0, 3, false) // fenced
+	})
+
 	// A claim does; what else is recorded does not, and leaves nothing of that behind on the connection.
 	t.Run("WaitsForTheDiskOnlyWhenItClaims", func(t *testing.T) {
 		t.Parallel()

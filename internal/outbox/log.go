@@ -9,6 +9,7 @@ import (
 	"example.com/orders/internal/postgres"
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgtype"
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
@@ -24,6 +25,7 @@ type position struct {
 type page struct {
 	rows     []row
 	snapshot string   // the batch that the rows were read from
+	claimed  bool     // by the statement that read it
 	start    position // before the first row
 	end      position // after the last row
 }
@@ -51,6 +53,14 @@ type eventLog struct {
 	maxRows  int
 	maxBytes int
 	bounds   bounds // of the batch that is open
+	// claim, if it is given, is recorded with a page that is all there is to read.
+	claim *claim
+}
+
+// claim is what a relay records when it claims a page, and whose.
+type claim struct {
+	*cursor
+	progress
 }
 
 // bounds are the smallest and largest id among a batch's rows from transactions that began after its base.
@@ -67,7 +77,9 @@ type bounds struct {
 // pageSQL walks through, and only its first row is returned, to carry the snapshot. Payloads are not touched before that
 // decision, and then fetched from the row's place (ctid), which cannot change within a statement; OFFSET 0 makes sure that they are
 // fetched row by row, whatever the planner believes of LIMIT's parameter.
-const openSQL = `
+const openSQL = freshSQL + openedSQL + `, NULL::tid, NULL::boolean` + messagesSQL
+
+const freshSQL = `
 WITH fresh AS MATERIALIZED (
     SELECT old.slot, old.place, old.id, old.size
     FROM pg_snapshot_xip($2::pg_snapshot) AS under_way (xid) CROSS JOIN LATERAL (
@@ -81,13 +93,28 @@ WITH fresh AS MATERIALIZED (
 ), measured AS (
     SELECT slot, place, id, count(*) OVER () <= $3 AND sum(size) OVER () <= $4 AS complete, row_number() OVER (ORDER BY id) AS position
     FROM fresh
-)
-SELECT (SELECT pg_current_snapshot())::text, complete, id, message_id, type, key, payload, headers, created_at
+)`
+
+const openedSQL = `
+SELECT (SELECT pg_current_snapshot())::text, complete, id, message_id, type, key, payload, headers, created_at`
+
+const messagesSQL = `
 FROM measured CROSS JOIN LATERAL (
     SELECT message_id, type, key, payload, headers, created_at FROM outbox
     WHERE slot = measured.slot AND ctid = measured.place OFFSET 0) AS message
 WHERE complete OR position = 1
 ORDER BY id`
+
+// openSQL that claims the page that it returns, if everything fits into one: what moveSQL does, in the same round trip. The claim is the statement's own
+// snapshot. If the cursor's row is not where it was last seen, or not as this relay left it, nothing is claimed, and moveSQL is to find out why.
+const claimSQL = freshSQL + `, moved AS (
+    UPDATE outbox_cursor
+    SET delivered = $6, batch = nullif($7, '')::pg_snapshot, last_id = $8, claimed = pg_current_snapshot(),
+        published = published + $9, top_id = greatest(top_id, $10), moves = moves + 1, moved_at = clock_timestamp()
+    WHERE ctid = $5 AND shard = $1 AND epoch = $11 AND moves = $12 AND ` + timelineSQL + ` = $13
+      AND (SELECT bool_or(complete) FROM measured)
+    RETURNING ctid, retired
+)` + openedSQL + `, (SELECT ctid FROM moved), (SELECT retired FROM moved)` + messagesSQL
 
 // The bounds of a batch that does not fit into a page. Reads the batch once in the index, whatever its size. The count keeps the
 // planner from answering min() and max() by walking the primary key through everything delivered long ago.
@@ -118,7 +145,7 @@ WITH candidates AS MATERIALIZED (
     FROM candidates
     ORDER BY id LIMIT $5
 )
-SELECT '', true, id, message_id, type, key, payload, headers, created_at
+SELECT '', true, id, message_id, type, key, payload, headers, created_at, NULL::tid, NULL::boolean
 FROM measured CROSS JOIN LATERAL (
     SELECT message_id, type, key, payload, headers, created_at FROM outbox
     WHERE slot = measured.slot AND ctid = measured.place OFFSET 0) AS message
@@ -134,14 +161,23 @@ func (l *eventLog) next(ctx context.Context, at position) (*page, position, erro
 		}
 		at = position{base: at.batch} // the batch is read to its end
 	}
-	rows, snapshot, complete, err := l.query(ctx, openSQL, l.shard, at.base, l.maxRows, l.maxBytes)
-	switch {
-	case err != nil || len(rows) == 0:
-		return nil, at, err
-	case complete:
-		return &page{rows: rows, snapshot: snapshot, start: at, end: position{base: snapshot}}, at, nil
+	sql, args := openSQL, []any{l.shard, at.base, l.maxRows, l.maxBytes}
+	if c := l.claim; c != nil {
+		sql, args = claimSQL, append(args, c.tid, c.delivered.base, c.delivered.batch, c.delivered.lastID, c.published, c.topID, c.epoch, c.moves, c.timeline)
 	}
-	found, err := l.nextOfBatch(ctx, position{base: at.base, batch: snapshot})
+	opened, err := l.query(ctx, sql, args...)
+	switch {
+	case err != nil || len(opened.rows) == 0:
+		return nil, at, err
+	case opened.complete:
+		found := &page{rows: opened.rows, snapshot: opened.snapshot, start: at, end: position{base: opened.snapshot}}
+		if opened.cursor.Valid {
+			l.claim.moved(opened.cursor, opened.retired.Bool)
+			found.claimed = true
+		}
+		return found, at, nil
+	}
+	found, err := l.nextOfBatch(ctx, position{base: at.base, batch: opened.snapshot})
 	return found, at, err
 }
 
@@ -154,29 +190,38 @@ func (l *eventLog) nextOfBatch(ctx context.Context, at position) (*page, error) 
 		}
 		l.bounds = found
 	}
-	rows, _, _, err := l.query(ctx, pageSQL, l.shard, at.base, at.batch, at.lastID, l.maxRows, l.maxBytes, l.bounds.lo, l.bounds.hi)
-	if err != nil || len(rows) == 0 {
+	found, err := l.query(ctx, pageSQL, l.shard, at.base, at.batch, at.lastID, l.maxRows, l.maxBytes, l.bounds.lo, l.bounds.hi)
+	if err != nil || len(found.rows) == 0 {
 		return nil, err
 	}
-	end := position{base: at.base, batch: at.batch, lastID: rows[len(rows)-1].id}
-	return &page{rows: rows, snapshot: at.batch, start: at, end: end}, nil
+	end := position{base: at.base, batch: at.batch, lastID: found.rows[len(found.rows)-1].id}
+	return &page{rows: found.rows, snapshot: at.batch, start: at, end: end}, nil
 }
 
-func (l *eventLog) query(ctx context.Context, sql string, args ...any) (rows []row, snapshot string, complete bool, err error) {
-	found, err := l.db.Query(ctx, sql, args...)
-	if err == nil {
-		rows, err = pgx.CollectRows(found, func(r pgx.CollectableRow) (row, error) {
+// opened is what was read: all there is, if it is complete.
+type opened struct {
+	rows     []row
+	snapshot string
+	complete bool
+	cursor   pgtype.TID // where the cursor's row has gone, if the statement has moved it
+	retired  pgtype.Bool
+}
+
+func (l *eventLog) query(ctx context.Context, sql string, args ...any) (found opened, err error) {
+	err = postgres.TransactRows(ctx, l.db, sql, args, func(rows pgx.Rows) error {
+		found.rows, err = pgx.CollectRows(rows, func(r pgx.CollectableRow) (row, error) {
 			var one row
 			var id uuid.UUID
 			var created time.Time
 			m := &one.message
-			err := r.Scan(&snapshot, &complete, &one.id, &id, &m.Type, &m.Key, &m.Payload, &m.Headers, &created)
+			err := r.Scan(&found.snapshot, &found.complete, &one.id, &id, &m.Type, &m.Key, &m.Payload, &m.Headers, &created, &found.cursor, &found.retired)
 			m.ID, m.CreatedAt = id, created
 			return one, err
 		})
-	}
+		return err
+	})
 	if err != nil {
-		return nil, "", false, fmt.Errorf("read outbox: %w", postgres.Classify(err))
+		return opened{}, fmt.Errorf("read outbox: %w", err)
 	}
-	return rows, snapshot, complete, nil
+	return found, nil
 }

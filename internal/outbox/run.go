@@ -141,8 +141,14 @@ func (r *run) read(ctx context.Context) (*page, position, error) {
 	if r.alone > 0 {
 		log.maxRows = 1
 	}
+	if len(r.settled.parked) == 0 { // which take a statement of their own
+		log.claim = &claim{r.cursor, r.settled}
+	}
 	found, at, err := log.next(ctx, r.next)
 	r.log.bounds = log.bounds
+	if found != nil && found.claimed {
+		r.recorded(ctx)
+	}
 	return found, at, err
 }
 
@@ -167,14 +173,16 @@ func (r *run) readAhead(ctx context.Context) {
 	}(r.ahead, r.next)
 }
 
-// publish claims a page, and only then writes it to the broker.
+// publish claims a page, if that is not done yet, and only then writes it to the broker.
 func (r *run) publish(ctx context.Context, found *page) error {
-	claim := found.snapshot
-	if claim == r.claimed {
-		claim = "" // a further page of a batch that is claimed: no need to wait for the disk again
-	}
-	if err := r.record(ctx, claim); err != nil {
-		return err
+	if !found.claimed {
+		claim := found.snapshot
+		if claim == r.claimed {
+			claim = "" // a further page of a batch that is claimed: no need to wait for the disk again
+		}
+		if err := r.record(ctx, claim); err != nil {
+			return err
+		}
 	}
 	r.claimed = found.snapshot
 	failpoint.Hit("relay.claimed")
@@ -302,10 +310,15 @@ func (r *run) record(ctx context.Context, claimed string) error {
 	if err := r.cursor.move(ctx, r.settled); err != nil {
 		return err
 	}
+	r.recorded(ctx)
+	return nil
+}
+
+// recorded begins anew, after what was settled has been committed.
+func (r *run) recorded(ctx context.Context) {
 	r.meters.moved(ctx, &r.settled)
 	r.settled, r.dirty = progress{delivered: r.settled.delivered}, false
 	failpoint.Hit("relay.moved")
-	return nil
 }
 
 // retreat gives up what is in flight after a failure of the broker, and waits before the next try.

@@ -98,14 +98,33 @@ func commit(ctx context.Context, tx pgx.Tx) error {
 // TransactRow runs a statement that is a transaction by itself, in one round trip, and scans the row that it returns. Its errors are those of
 // Transact, and pgx.ErrNoRows.
 func TransactRow(ctx context.Context, db *pgxpool.Pool, sql string, args []any, dest ...any) error {
+	return alone(ctx, db, func(ctx context.Context, conn *pgx.Conn) error { return conn.QueryRow(ctx, sql, args...).Scan(dest...) })
+}
+
+// TransactRows is TransactRow for a statement that returns any number of rows, none included. What fn collects counts only if there is no error.
+func TransactRows(ctx context.Context, db *pgxpool.Pool, sql string, args []any, fn func(rows pgx.Rows) error) error {
+	return alone(ctx, db, func(ctx context.Context, conn *pgx.Conn) error {
+		rows, err := conn.Query(ctx, sql, args...)
+		if err != nil {
+			return err
+		}
+		defer rows.Close()
+		if err := fn(rows); err != nil {
+			return err
+		}
+		rows.Close() // and with it comes what became of the commit
+		return rows.Err()
+	})
+}
+
+// alone runs fn, which runs one statement that commits by itself.
+func alone(ctx context.Context, db *pgxpool.Pool, fn func(ctx context.Context, conn *pgx.Conn) error) error {
 	conn, err := db.Acquire(ctx)
 	if err != nil {
 		return Classify(fmt.Errorf("acquire connection: %w", err))
 	}
 	defer conn.Release()
-	return committing(ctx, conn.Conn(), func(ctx context.Context) error {
-		return conn.QueryRow(ctx, sql, args...).Scan(dest...)
-	})
+	return committing(ctx, conn.Conn(), func(ctx context.Context) error { return fn(ctx, conn.Conn()) })
 }
 
 // committing runs fn, which commits, and finds out whether it did.
