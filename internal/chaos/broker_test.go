@@ -49,8 +49,8 @@ func TestBadMessages(t *testing.T) {
 			if err != nil || id != one.ID.String() || reason != bad.reason || string(payload) != string(one.Payload) {
 				t.Errorf("dead letter %s, %s, %d bytes, %v", id, reason, len(payload), err)
 			}
-			var copies int
-			if err := s.db.QueryRow(t.Context(), `SELECT max(copies) FROM inbox`).Scan(&copies); err != nil || copies > 2 {
+			var copies int // two by the relay, and one more if the broker delivered again
+			if err := s.db.QueryRow(t.Context(), `SELECT max(copies) FROM inbox`).Scan(&copies); err != nil || copies > 3 {
 				t.Errorf("a message was sent %d times (%v)", copies, err)
 			}
 			s.check(t, messages, id)
