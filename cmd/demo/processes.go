@@ -15,6 +15,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"sync"
@@ -36,9 +37,13 @@ const (
 	stopPatience = 15 * time.Second
 )
 
-// build compiles the service.
+// build compiles the service, which is in the same module, whatever that is called.
 func build(ctx context.Context, binary string) error {
-	output, err := exec.CommandContext(ctx, "go", "build", "-o", binary, "example.com/orders/cmd/orders").CombinedOutput()
+	self, ok := debug.ReadBuildInfo()
+	if !ok {
+		return errors.New("build cmd/orders: this program does not know its own module")
+	}
+	output, err := exec.CommandContext(ctx, "go", "build", "-o", binary, self.Main.Path+"/cmd/orders").CombinedOutput()
 	if err != nil {
 		return fmt.Errorf("build cmd/orders: %w\n%s", err, output)
 	}

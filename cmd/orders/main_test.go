@@ -12,18 +12,19 @@ import (
 	"testing"
 	"time"
 
+	"example.com/orders/internal/app"
 	"example.com/orders/internal/testenv"
 )
 
 func TestMain(m *testing.M) { testenv.Main(m) }
 
-// binary builds the program under test once, in the folder for what is built: testenv.Main leaves no moment to remove it, and the next run replaces it.
+// binary builds the program under test once, with probes for a domain, in the folder for what is built: testenv.Main leaves no moment to remove it, and the next run replaces it.
 var binary = sync.OnceValue(func() string {
-	path, err := filepath.Abs(filepath.Join("..", "..", ".stack", "bin", "orders-under-test"))
+	path, err := filepath.Abs(filepath.Join("..", "..", ".stack", "bin", "under-test"))
 	if err != nil {
 		panic(err)
 	}
-	if output, err := exec.Command("go", "build", "-o", path, ".").CombinedOutput(); err != nil {
+	if output, err := exec.Command("go", "build", "-tags", "probes", "-o", path, ".").CombinedOutput(); err != nil {
 		panic(string(output))
 	}
 	return path
@@ -210,7 +211,7 @@ func TestAPIKeyIsShownOnceAndKeptAsAHash(t *testing.T) {
 
 func TestVersion(t *testing.T) {
 	t.Parallel()
-	if status, stdout, _ := call(t, nil, "version"); status != 0 || !strings.HasPrefix(stdout, "orders ") {
+	if status, stdout, _ := call(t, nil, "version"); status != 0 || !strings.HasPrefix(stdout, app.ServiceName+" ") {
 		t.Errorf("exit status %d, output %q", status, stdout)
 	}
 }

@@ -88,10 +88,8 @@ func TestOutboxReplay(t *testing.T) {
 	if got := o.take(o.group.Name); !slices.Equal(got, []string{"events " + ids[1], "events " + ids[2]}) {
 		t.Errorf("in the queue: %q", got)
 	}
-	for _, other := range o.others {
-		if got := o.take(other.Name); len(got) != 0 {
-			t.Errorf("of %s: %q", other.Name, got)
-		}
+	if got := o.take(o.other.Name); len(got) != 0 {
+		t.Errorf("of %s: %q", o.other.Name, got)
 	}
 	for args, n := range map[string]int{
 		"--key=k --key=other": 3, "--key=other": 0, "--type=" + o.group.Types[0]: 3, "--type=other.Type": 0, "--since=1h": 3, "--until=1h": 0, "--since=2000-01-01 --until=2000-01-02T00:00": 0,

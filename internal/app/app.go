@@ -57,9 +57,12 @@ type Config struct {
 	// Edge is who may call the API.
 	Edge Edge
 
-	// domain makes what the service is about. Default newDomain; the core's tests bring their own, for the example will be deleted.
+	// domain makes what the service is about. Default theDomain; the core's tests bring their own, for the example will be deleted.
 	domain func(db *pgxpool.Pool, out *outbox.Writer, hub *changes.Hub) domain
 }
+
+// theDomain makes what the program is about: newDomain, or what probes.go has in its place.
+var theDomain = newDomain
 
 // RunAPI serves the RPCs until ctx is done.
 func RunAPI(ctx context.Context, config Config) error {
@@ -130,7 +133,7 @@ func run(ctx context.Context, config Config, name string, parts ...part) error {
 	p.group, ctx = errgroup.WithContext(ctx)
 	config.HighWater.MeterProvider = tell.Meter
 	if config.domain == nil {
-		config.domain = newDomain
+		config.domain = theDomain
 	}
 	p.bell, p.gate = outbox.NewNotifyBell(config.notifyURL()), outbox.NewGate(p.db, config.HighWater)
 	p.changes = changes.New(changes.Config{NotifyURL: config.notifyURL(), ListenURL: config.listenURL()})

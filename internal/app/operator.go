@@ -29,7 +29,7 @@ func OpenDesk(ctx context.Context, config Config) (*Desk, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Desk{DB: db, process: process{config: config, db: db, domain: newDomain(db, outbox.NewWriter(db, nil, nil), changes.New(changes.Config{}))}}, nil
+	return &Desk{DB: db, process: process{config: config, db: db, domain: theDomain(db, outbox.NewWriter(db, nil, nil), changes.New(changes.Config{}))}}, nil
 }
 
 // Close closes the connections.

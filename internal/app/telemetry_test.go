@@ -247,7 +247,7 @@ func TestEachProcessHasMetrics(t *testing.T) {
 						return fmt.Errorf("%s is not shown", name)
 					}
 				}
-				if !strings.Contains(text, `service_name="orders-`) {
+				if !strings.Contains(text, `service_name="`+ServiceName+`-`) {
 					t.Errorf("the process does not say who it is")
 				}
 				return nil

@@ -14,10 +14,20 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
+
+	"golang.org/x/mod/modfile"
 )
 
-const module = "example.com/orders/"
+// module is what the paths of our packages begin with.
+var module = sync.OnceValue(func() string {
+	text, err := os.ReadFile(filepath.Join("..", "..", "go.mod"))
+	if err != nil {
+		panic(err)
+	}
+	return modfile.ModulePath(text) + "/"
+})
 
 // domain is the example: what a user of the template deletes, and what demonstrates it.
 var domain = []string{"internal/orders", "internal/gen/orders", "cmd/demo"}
@@ -91,7 +101,7 @@ func files(t *testing.T) []file {
 		}
 		for _, spec := range one.syntax.Imports {
 			imported, _ := strconv.Unquote(spec.Path.Value)
-			if ours, ok := strings.CutPrefix(imported, module); ok {
+			if ours, ok := strings.CutPrefix(imported, module()); ok {
 				one.imports = append(one.imports, ours)
 			} else {
 				one.foreign = append(one.foreign, imported)

@@ -1,0 +1,32 @@
+//go:build probes
+
+package app
+
+import (
+	"context"
+
+	"connectrpc.com/connect/v2"
+	"example.com/orders/internal/changes"
+	"example.com/orders/internal/inbox"
+	"example.com/orders/internal/outbox"
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+	"google.golang.org/protobuf/types/known/emptypb"
+	"google.golang.org/protobuf/types/known/wrapperspb"
+)
+
+// With the tag probes, the program deals with nothing but two groups and a method that no schema describes: its own tests want a service to look
+// after, and the example will be deleted.
+func init() {
+	theDomain = func(*pgxpool.Pool, *outbox.Writer, *changes.Hub) domain {
+		probes, others := inbox.NewGroup("probes"), inbox.NewGroup("others")
+		inbox.Handle(probes, func(context.Context, pgx.Tx, *wrapperspb.StringValue) error { return nil })
+		inbox.Handle(others, func(context.Context, pgx.Tx, *emptypb.Empty) error { return nil })
+		return domain{
+			register: func(s *connect.Server) {
+				s.Register(connect.Method{Spec: connect.Spec{Procedure: "/probe.v1.Probe/Call"}})
+			},
+			groups: []group{{probes, 1}, {others, 1}},
+		}
+	}
+}
