@@ -1,5 +1,5 @@
-# Two images of one build: `orders`, every process of the service, and `load`, which places orders and balances what became of them. Each is
-# a static program, the certificate authorities and nothing else: no shell, no packages to patch, no base image to follow.
+# An image of every process of the service: a static program, the certificate authorities and nothing else. No shell, no packages to patch, no base
+# image to follow.
 FROM --platform=$BUILDPLATFORM golang:1.26.8-trixie AS build
 WORKDIR /src
 # Modules are downloaded again only when they change.
@@ -11,16 +11,25 @@ ARG TARGETOS TARGETARCH
 # As in the Makefile: the same commit gives the same bytes, wherever it is built.
 RUN --mount=type=cache,target=/go/pkg/mod --mount=type=cache,target=/cache \
     GOCACHE=/cache CGO_ENABLED=0 GOOS=$TARGETOS GOARCH=$TARGETARCH \
-    go build -trimpath -buildvcs=false -ldflags "-s -w -X main.version=$VERSION" -o /out/ ./cmd/orders ./cmd/demo
+    go build -trimpath -buildvcs=false -ldflags "-s -w -X main.version=$VERSION" -o /out/ ./cmd/orders
+
+# example
+# Places orders and balances what became of them.
+FROM build AS build-load
+RUN --mount=type=cache,target=/go/pkg/mod --mount=type=cache,target=/cache \
+    GOCACHE=/cache CGO_ENABLED=0 GOOS=$TARGETOS GOARCH=$TARGETARCH go build -trimpath -buildvcs=false -ldflags "-s -w" -o /out/ ./cmd/demo
+# /example
 
 FROM scratch AS base
 COPY --from=build /etc/ssl/certs/ca-certificates.crt /etc/ssl/certs/
 # By number, since there is no /etc/passwd, and so that Kubernetes can see that it is not root.
 USER 65532:65532
 
+# example
 FROM base AS load
-COPY --from=build /out/demo /demo
+COPY --from=build-load /out/demo /demo
 ENTRYPOINT ["/demo"]
+# /example
 
 # Last, so that it is what `docker build .` makes.
 FROM base AS orders

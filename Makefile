@@ -11,8 +11,10 @@ STACK   := .stack/bin/stack
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
+# example
 demo: $(STACK) ## The main job: orders travel while relay and consumer are killed, then the ledger
 	$(STACK) -- go run ./cmd/demo
+# /example
 
 up: $(STACK) build ## Start servers and service, and leave them running
 	@scripts/up.sh
@@ -34,6 +36,7 @@ lint: ## Static checks, protobuf checks, and that generated code is current
 
 ci: lint test ## What CI runs
 
+# example
 bench: $(STACK) build ## Against RabbitMQ's own ceiling and against peers, 15 minutes; ROWS="relay idle" for some of it
 	go build -C bench -o ../.stack/bin/bench .
 	$(STACK) -- .stack/bin/bench $(if $(ROWS),$(ROWS),--out docs/benchmarks.md)
@@ -41,10 +44,13 @@ bench: $(STACK) build ## Against RabbitMQ's own ceiling and against peers, 15 mi
 
 # Pages that quote benchmarks take the numbers from docs/benchmarks.md.
 QUOTE := go test -count=1 -run '^TestBenchmarksAreQuotedAsTheyAre$$' ./internal/house -update
+# /example
 
-docs: $(STACK) ## Write what pages take from the code and the benchmarks
+docs: $(STACK) ## Write what pages take from the code
 	$(STACK) --profile test -- go test -count=1 -run '^TestConfigurationPage$$' ./cmd/orders -update
+# example
 	$(QUOTE)
+# /example
 
 build: ## Build bin/orders
 	$(BUILD) -o bin/orders ./cmd/orders
@@ -52,16 +58,20 @@ build: ## Build bin/orders
 reproducible: ## Build this commit twice from nothing, and compare
 	scripts/reproducible.sh '$(VERSION)'
 
-image: ## Build the container image orders:VERSION, and the load generator's
+image: ## Build the container image orders:VERSION
 	docker build --build-arg VERSION=$(VERSION) --target orders -t orders:$(VERSION) .
+# example
 	docker build --build-arg VERSION=$(VERSION) --target load -t orders-load:$(VERSION) .
+# /example
 
 image-release: ## Build the image for amd64 and arm64 with SBOM and provenance, as bin/image.tar
 	docker buildx build --platform linux/amd64,linux/arm64 --build-arg VERSION=$(VERSION) --build-arg SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) \
 		--sbom=true --provenance=mode=max --output type=oci,dest=bin/image.tar,rewrite-timestamp=true .
 
+# example
 compose-test: ## The composed stack with whatever Docker is here: orders, kills, ledger
 	scripts/compose_test.sh
+# /example
 
 kubernetes: ## Check deploy/kubernetes against Kubernetes' own schemas
 	scripts/kubernetes.sh
@@ -78,4 +88,7 @@ $(STACK): FORCE
 	@go build -o $@ ./cmd/stack
 
 FORCE:
-.PHONY: help demo up down test fuzz lint ci bench docs build reproducible image image-release compose-test kubernetes vuln generate FORCE
+.PHONY: help up down test fuzz lint ci docs build reproducible image image-release kubernetes vuln generate FORCE
+# example
+.PHONY: demo bench compose-test
+# /example

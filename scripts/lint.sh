@@ -22,7 +22,9 @@ check() {
   fi
 }
 
+# example
 in_bench() { (cd bench && "$@"); }
+# /example
 in_tools() { (cd tools && "$@"); }
 
 gofmt_clean() {
@@ -74,9 +76,11 @@ check 'gofmt' gofmt_clean
 check 'go vet' go vet ./...
 check 'staticcheck' go tool -modfile=tools/go.mod staticcheck ./...
 check 'go.mod is tidy' go mod tidy -diff
+# example
 check 'bench: go vet' go -C bench vet ./...
 check 'bench: staticcheck' in_bench go tool -modfile=../tools/go.mod staticcheck ./...
 check 'bench: go.mod is tidy' go -C bench mod tidy -diff
+# /example
 check 'web: types' web/node_modules/.bin/tsc -p web --noEmit
 check 'tools: go vet' go -C tools vet ./...
 check 'tools: staticcheck' in_tools go tool staticcheck ./...

@@ -44,6 +44,9 @@ readiness  http://$api/readyz, http://$relay/readyz, http://$consumer/readyz
 Postgres   $POSTGRES_URL
 RabbitMQ   $AMQP_URL   console: $RABBITMQ_MANAGEMENT_URL
 logs       .stack/dev/log
+TEXT
+# example
+cat <<TEXT
 
 Try it:
 
@@ -51,6 +54,9 @@ Try it:
   curl -d '{"sku":"apple","total":10}' -H "\$key" -H "\$json" http://$api/orders.v1.OrderService/SetStock
   curl -d '{"orderId":"0190c0de-0000-7000-8000-000000000001","customerId":"ann","lines":[{"sku":"apple","quantity":2}]}' -H "\$key" -H "\$json" http://$api/orders.v1.OrderService/PlaceOrder
   curl -d '{"orderId":"0190c0de-0000-7000-8000-000000000001"}' -H "\$key" -H "\$json" http://$api/orders.v1.OrderService/GetOrder
+TEXT
+# /example
+cat <<TEXT
 
 make down stops it all.
 TEXT

@@ -280,7 +280,7 @@ func buildVersion() string {
 
 func newParser(flags *cli) *kong.Kong {
 	return kong.Must(flags, kong.Name(app.ServiceName), kong.Vars{"causes": causes()},
-		kong.Description("Orders over Connect and RabbitMQ, with a transactional outbox."))
+		kong.Description("RPCs over Connect and RabbitMQ, with a transactional outbox."))
 }
 
 func main() {

@@ -213,7 +213,7 @@ func (p *process) needBroker() {
 		p.checks = append(p.checks, rpcserver.Check{
 			Name:  "broker",
 			Ready: func(ctx context.Context) error { return rabbit.Check(ctx, p.config.AMQPURL) },
-			// Not for the API: it accepts orders while the broker is away, that is what the outbox is for.
+			// Not for the API: it accepts calls while the broker is away, that is what the outbox is for.
 			Services: []string{""},
 		})
 	}

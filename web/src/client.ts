@@ -2,11 +2,15 @@
 import type { DescService } from "@bufbuild/protobuf";
 import { type Client, ConnectError, createClient, type Interceptor, type Transport } from "@connectrpc/connect";
 import { createConnectTransport, createGrpcWebTransport } from "@connectrpc/connect-web";
-import { OrderService } from "./gen/orders/v1/orders_pb.js";
 import { type FieldPath, ViolationsSchema } from "./gen/buf/validate/validate_pb.js";
+// example
+import { OrderService } from "./gen/orders/v1/orders_pb.js";
+// /example
 
 export { Code, ConnectError } from "@connectrpc/connect";
+// example
 export * from "./gen/orders/v1/orders_pb.js";
+// /example
 
 export interface ApiOptions {
   /** Where the API is: http://127.0.0.1:8080 */
@@ -17,10 +21,12 @@ export interface ApiOptions {
   protocol?: "connect" | "grpc-web";
 }
 
+// example
 /** createOrderClient makes a client of the orders. */
 export function createOrderClient(options: ApiOptions): Client<typeof OrderService> {
   return createApiClient(OrderService, options);
 }
+// /example
 
 /** createApiClient makes a client of any service of the API. */
 export function createApiClient<S extends DescService>(service: S, options: ApiOptions): Client<S> {
