@@ -1,0 +1,106 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"go/token"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+
+	"golang.org/x/mod/module"
+)
+
+// serviceShape is what is at once a Go package, a protobuf package, a database, a container and a Kubernetes object.
+var serviceShape = regexp.MustCompile(`^[a-z][a-z0-9]{1,29}$`)
+
+// reserved are names that mean something else where the service's name is used: commands and packages of the template come from its tree.
+var reserved = map[string]string{
+	"template0": "a database of Postgres", "template1": "a database of Postgres", "postgres": "a database of Postgres", "rabbitmq": "a service of docker-compose.yml",
+	"internal": "a folder that Go gives a meaning", "testdata": "a folder that Go gives a meaning", "vendor": "a folder that Go gives a meaning",
+	"main": "a package that nobody can import", "test": "a target of make and a command of Go", "buf": "a folder of proto/", "google": "a protobuf package",
+	"bench": "a folder of the template", "tools": "a folder of the template", "web": "a folder of the template", "migrations": "a package of the template",
+	"load": "an image of the template", "api": "a process of the service", "relay": "a process of the service", "consumer": "a process of the service",
+	"db": "a variable of internal/app/domain.go", "out": "a variable of internal/app/domain.go", "hub": "a variable of internal/app/domain.go",
+	"domain": "a type of internal/app/domain.go", "group": "a type of internal/app/domain.go", "connect": "an import of internal/app/domain.go", "pgxpool": "an import of internal/app/domain.go",
+	"true": "a value in YAML", "false": "a value in YAML", "yes": "a value in YAML", "no": "a value in YAML", "on": "a value in YAML", "off": "a value in YAML", "null": "a value in YAML",
+}
+
+// sqlWords are those which Postgres takes for a database's name only in quotes.
+var sqlWords = strings.Fields(`all analyse analyze and any array as asc asymmetric both case cast check collate column constraint create cross
+	current default deferrable desc distinct do else end except false fetch for foreign freeze from full grant group having in initially inner
+	intersect into is isnull join lateral leading left like limit localtime localtimestamp natural not notnull null offset on only or order outer
+	overlaps placing primary references returning right select similar some symmetric table then to trailing true union unique user using
+	variadic verbose when where window with`)
+
+func (o *order) check() error {
+	if err := module.CheckPath(o.module); err != nil {
+		return fmt.Errorf("-module: %w", err)
+	}
+	if err := o.findTemplate(); err != nil {
+		return err
+	}
+	if err := o.checkService(); err != nil {
+		return fmt.Errorf("-service: %w", err)
+	}
+	return o.checkFolder()
+}
+
+// findTemplate looks for the checkout that this program belongs to: the one it is called in.
+func (o *order) findTemplate() error {
+	top, err := exec.Command("git", "rev-parse", "--show-toplevel").Output()
+	o.template = strings.TrimSuffix(string(top), "\n")
+	if err == nil {
+		_, err = os.Stat(filepath.Join(o.template, "cmd", "new", "main.go"))
+	}
+	if err != nil {
+		return errors.New("this is no git checkout of the template: clone it, and call this there")
+	}
+	return nil
+}
+
+func (o *order) checkService() error {
+	name := o.service
+	if !serviceShape.MatchString(name) {
+		return fmt.Errorf("%q is not 2 to 30 lower-case letters and digits, the first a letter", name)
+	}
+	switch {
+	case token.IsKeyword(name):
+		return fmt.Errorf("%q is a word of Go", name)
+	case slices.Contains(sqlWords, name):
+		return fmt.Errorf("%q is a word of SQL", name)
+	case reserved[name] != "":
+		return fmt.Errorf("%q is %s", name, reserved[name])
+	case name == templateService:
+		return nil
+	}
+	for _, folder := range []string{"cmd", "internal", "proto"} {
+		if _, err := os.Stat(filepath.Join(o.template, folder, name)); err == nil {
+			return fmt.Errorf("%q is %s/%s of the template", name, folder, name)
+		}
+	}
+	return nil
+}
+
+func (o *order) checkFolder() (err error) {
+	if o.folder, err = filepath.Abs(o.folder); err != nil {
+		return err
+	}
+	if _, err := os.Lstat(o.folder); err == nil {
+		return fmt.Errorf("%s exists already", o.folder)
+	}
+	parent, err := filepath.EvalSymlinks(filepath.Dir(o.folder))
+	if err != nil {
+		return fmt.Errorf("%s: there is no folder to make it in", o.folder)
+	}
+	if info, err := os.Stat(parent); err != nil || !info.IsDir() {
+		return fmt.Errorf("%s is no folder to make it in", parent)
+	}
+	if parent == o.template || strings.HasPrefix(parent, o.template+string(filepath.Separator)) {
+		return fmt.Errorf("%s would lie in the template itself", o.folder)
+	}
+	return nil
+}

@@ -1,0 +1,157 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+)
+
+// guide is the page that fills a bare tree.
+const guide = "docs/make-it-yours.md"
+
+// Files that no new tree gets: this program, and generated code, which is made anew (in its descriptors names stand behind their lengths, so nothing
+// can be replaced there).
+var templateFiles = []string{"cmd/new/", "internal/gen/", "web/src/gen/", "scripts/new_test.sh"}
+
+// Files that go with the example. Parts of files are marked in them.
+var exampleFiles = []string{
+	"internal/orders/", "proto/orders/", "migrations/0004_orders.sql", "cmd/demo/", "bench/", "web/test/", "scripts/compose_test.sh", "docs/clients.md",
+	"docs/benchmarks.md",
+}
+
+// leftBehind says whether a file of the template is missing in the new tree.
+func (o *order) leftBehind(name string) bool {
+	left := templateFiles
+	if o.bare {
+		left = append(left[:len(left):len(left)], exampleFiles...)
+	} else {
+		left = append(left[:len(left):len(left)], guide)
+	}
+	for _, one := range left {
+		if name == one || strings.HasSuffix(one, "/") && strings.HasPrefix(name, one) {
+			return true
+		}
+	}
+	return false
+}
+
+// run makes the tree in a hidden folder beside the one that is wanted, and gives it that name when it is complete.
+func (o *order) run(ctx context.Context, out io.Writer) (err error) {
+	scratch, err := os.MkdirTemp(filepath.Dir(o.folder), "."+filepath.Base(o.folder)+"-")
+	if err != nil {
+		return err
+	}
+	defer func() {
+		err = errors.Join(err, os.RemoveAll(scratch))
+		if ctx.Err() != nil {
+			err = errors.New("interrupted: nothing is left behind")
+		}
+	}()
+	tree := filepath.Join(scratch, filepath.Base(o.folder))
+	n, err := o.copyTo(ctx, tree)
+	if err != nil {
+		return err
+	}
+	fmt.Fprintf(out, "copied %d files under new names\n", n)
+	if err := o.finish(ctx, tree, out); err != nil {
+		return err
+	}
+	return os.Rename(tree, o.folder)
+}
+
+// copyTo copies what git knows of, as it is in the folders now.
+func (o *order) copyTo(ctx context.Context, tree string) (n int, err error) {
+	list, err := exec.CommandContext(ctx, "git", "-C", o.template, "ls-files", "-z").Output()
+	if err != nil {
+		return 0, fmt.Errorf("list the template's files: %w", err)
+	}
+	for name := range strings.SplitSeq(strings.TrimSuffix(string(list), "\x00"), "\x00") {
+		if o.leftBehind(name) {
+			continue
+		}
+		if err := o.copyOne(name, tree); errors.Is(err, fs.ErrNotExist) {
+			continue // deleted, and not committed yet
+		} else if err != nil {
+			return n, fmt.Errorf("copy %s: %w", name, err)
+		}
+		n++
+	}
+	return n, nil
+}
+
+func (o *order) copyOne(name, tree string) error {
+	source := filepath.Join(o.template, filepath.FromSlash(name))
+	info, err := os.Stat(source)
+	if err != nil {
+		return err
+	}
+	content, err := os.ReadFile(source)
+	if err != nil {
+		return err
+	}
+	text, err := o.rewritten(name, string(content))
+	if err != nil {
+		return err
+	}
+	name, text, err = o.renamed(name, text)
+	if err != nil {
+		return err
+	}
+	target := filepath.Join(tree, filepath.FromSlash(name))
+	if err := os.MkdirAll(filepath.Dir(target), 0o755); err != nil {
+		return err
+	}
+	return os.WriteFile(target, []byte(text), info.Mode().Perm())
+}
+
+// finish makes a repository of the copied files, if they can be built.
+func (o *order) finish(ctx context.Context, tree string, out io.Writer) error {
+	steps := []struct {
+		what string
+		args []string
+	}{
+		{"generating code", []string{"make", "-s", "generate"}},
+		{"tidying go.mod", []string{"go", "mod", "tidy"}},
+		{"building", []string{"go", "build", "./..."}},
+		{"committing", []string{"git", "-c", "init.defaultBranch=main", "init", "-q"}},
+		{"", []string{"git", "add", "-A"}},
+		{"", append(o.identity(ctx), "commit", "-q", "--no-verify", "-m", "Make "+o.service+" from the template\n\nIt was "+o.describe(ctx)+".")},
+	}
+	for _, step := range steps {
+		if step.what != "" {
+			fmt.Fprintln(out, step.what)
+		}
+		command := exec.CommandContext(ctx, step.args[0], step.args[1:]...)
+		command.Dir = tree
+		command.Cancel = func() error { return command.Process.Signal(syscall.SIGTERM) } // make tells its children, and npm ends before its folder does
+		if output, err := command.CombinedOutput(); err != nil {
+			return fmt.Errorf("%s: %w\n%s", strings.Join(step.args, " "), err, output)
+		}
+	}
+	return nil
+}
+
+// identity is git, with a name for who has not told git theirs.
+func (o *order) identity(ctx context.Context) []string {
+	git := []string{"git", "-c", "commit.gpgsign=false"}
+	if exec.CommandContext(ctx, "git", "-C", o.template, "var", "GIT_COMMITTER_IDENT").Run() != nil {
+		git = append(git, "-c", "user.name="+o.service, "-c", "user.email="+o.service+"@localhost")
+	}
+	return git
+}
+
+// describe says which state of the template is copied.
+func (o *order) describe(ctx context.Context) string {
+	text, err := exec.CommandContext(ctx, "git", "-C", o.template, "describe", "--always", "--dirty").Output()
+	if err != nil {
+		return "not committed"
+	}
+	return "at " + strings.TrimSpace(string(text))
+}

@@ -1,0 +1,94 @@
+// Command new makes a service of one's own from this template:
+//
+//	go run ./cmd/new -module github.com/acme/billing -service billing ../billing
+//
+// It copies what git knows of, gives everything the new names, generates code anew, and leaves a repository with one commit. With -bare the
+// example domain stays behind: what is left builds, migrates, starts and passes the core's tests.
+//
+// Either the folder is there in the end and complete, or it is not there.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+)
+
+const usage = "usage: go run ./cmd/new -module MODULE -service NAME [-bare | -example] FOLDER"
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	defer stop()
+	order, err := parse(os.Args[1:])
+	if errors.Is(err, flag.ErrHelp) {
+		fmt.Println(help)
+		return
+	}
+	if err != nil {
+		fail(2, err)
+	}
+	if err := order.run(ctx, os.Stdout); err != nil {
+		fail(1, err)
+	}
+	order.report(os.Stdout)
+}
+
+const help = usage + `
+
+Makes a service from this template in FOLDER, which must not exist.
+
+  -module   path of the new Go module, such as github.com/acme/billing
+  -service  name of the service: of its binary, packages, queues and database. Lower-case letters and digits
+  -example  keep the example domain, under the new name (this is the default)
+  -bare     leave it out: an empty service, for docs/make-it-yours.md to fill`
+
+// order is what is asked for, as the command line says it.
+type order struct {
+	module, service string
+	bare            bool
+	folder          string // absolute
+	template        string // top of the checkout that is copied
+}
+
+// parse returns an order that can be carried out, or an error of one line.
+func parse(args []string) (*order, error) {
+	o := new(order)
+	flags := flag.NewFlagSet("new", flag.ContinueOnError)
+	flags.SetOutput(io.Discard)
+	flags.StringVar(&o.module, "module", "", "")
+	flags.StringVar(&o.service, "service", "", "")
+	flags.BoolVar(&o.bare, "bare", false, "")
+	example := flags.Bool("example", false, "")
+	if err := flags.Parse(args); err != nil {
+		return nil, err
+	}
+	if o.bare && *example {
+		return nil, errors.New("-bare and -example exclude each other")
+	}
+	if o.module == "" || o.service == "" || flags.NArg() != 1 {
+		return nil, errors.New(usage)
+	}
+	o.folder = flags.Arg(0)
+	return o, o.check()
+}
+
+func (o *order) report(out io.Writer) {
+	kind := "with the example domain"
+	next := "make demo             # its worst day, then the ledger"
+	if o.bare {
+		kind, next = "without a domain", "docs/make-it-yours.md # your first RPC and event"
+	}
+	fmt.Fprintf(out, "\n%s: the service %s, module %s, %s, one commit. Next:\n\n  cd %s\n  make test             # every test, on real servers\n  %s\n",
+		o.folder, o.service, o.module, kind, o.folder, next)
+}
+
+func fail(status int, err error) {
+	fmt.Fprintf(os.Stderr, "new: %s\n", strings.TrimSpace(err.Error()))
+	os.Exit(status)
+}

@@ -1,0 +1,36 @@
+package main
+
+import (
+	"fmt"
+	"regexp"
+	"strings"
+)
+
+// In files that stay, lines between "# example" and "# /example" go with the example, and lines between "# template" and "# /template" with the template.
+// The comment is the file's own: # or // or -- or <!-- -->.
+var mark = regexp.MustCompile(`^\s*(?:#|//|--|<!--) (/?)(example|template)(?: -->)?$`)
+
+// unmarked leaves the marks out, and with them what is not wanted.
+func (o *order) unmarked(text string) (string, error) {
+	var kept strings.Builder
+	open := ""
+	for line := range strings.Lines(text) {
+		found := mark.FindStringSubmatch(strings.TrimRight(line, "\n"))
+		switch {
+		case found == nil:
+			if open == "" || open == "example" && !o.bare {
+				kept.WriteString(line)
+			}
+		case found[1] == "" && open == "":
+			open = found[2]
+		case found[1] == "/" && open == found[2]:
+			open = ""
+		default:
+			return "", fmt.Errorf("the mark %q does not fit where it stands", strings.TrimSpace(line))
+		}
+	}
+	if open != "" {
+		return "", fmt.Errorf("the mark %s is not closed", open)
+	}
+	return kept.String(), nil
+}

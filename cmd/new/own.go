@@ -1,0 +1,53 @@
+package main
+
+import (
+	_ "embed"
+	"fmt"
+	"strings"
+	"text/template"
+)
+
+// Files that a new tree has of its own.
+var (
+	//go:embed own/README.md.tmpl
+	readme string
+	//go:embed own/domain.go.txt
+	bareDomain string
+	//go:embed own/CHANGELOG.md
+	changelog string
+)
+
+// rewritten is what a file says in the new tree, under its old names still.
+func (o *order) rewritten(name, text string) (string, error) {
+	switch {
+	case verbatim(name):
+		return text, nil
+	case name == "README.md":
+		return o.readme(text)
+	case name == "CHANGELOG.md":
+		return changelog, nil
+	case name == "internal/app/domain.go" && o.bare:
+		return bareDomain, nil
+	}
+	return o.unmarked(text)
+}
+
+// readme is a page of its own, with the sections of the template's README that hold for every service.
+func (o *order) readme(templates string) (string, error) {
+	page, err := template.New("README.md").Funcs(template.FuncMap{"section": func(title string) (string, error) {
+		_, rest, found := strings.Cut(templates, "\n## "+title+"\n")
+		if !found {
+			return "", fmt.Errorf("the template has no section %q", title)
+		}
+		body, _, _ := strings.Cut(rest, "\n## ")
+		return "## " + title + "\n\n" + strings.TrimSpace(body), nil
+	}}).Parse(readme)
+	if err != nil {
+		return "", err
+	}
+	var text strings.Builder
+	if err := page.Execute(&text, map[string]any{"Bare": o.bare}); err != nil {
+		return "", err
+	}
+	return o.unmarked(text.String())
+}
