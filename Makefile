@@ -34,6 +34,13 @@ fuzz: $(STACK) ## Bad input for every procedure, for FUZZTIME each
 lint: ## Static checks, protobuf checks, and that generated code is current
 	scripts/lint.sh
 
+# template
+new-test: ## Services made from this template, by the guide and by gonew, with their own tests
+	go test -tags new -count=1 -timeout 30m -v -run '^TestMade' ./cmd/new/
+.PHONY: new-test
+
+ci: new-test
+# /template
 ci: lint test ## What CI runs
 
 # example

@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 stack=.stack/bin/stack
-api=127.0.0.1:8080 relay=127.0.0.1:8081 consumer=127.0.0.1:8082
+api=127.0.0.1:${API_PORT:-8080} relay=127.0.0.1:${RELAY_PORT:-8081} consumer=127.0.0.1:${CONSUMER_PORT:-8082}
 
 # as ROLE is the database's URL for a session that has the rights of a role, and no others.
 as() {

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 
+	"golang.org/x/mod/modfile"
 	"golang.org/x/mod/module"
 )
 
@@ -56,9 +57,14 @@ func (o *order) findTemplate() error {
 	if err == nil {
 		_, err = os.Stat(filepath.Join(o.template, "cmd", "new", "main.go"))
 	}
+	var text []byte
+	if err == nil {
+		text, err = os.ReadFile(filepath.Join(o.template, "go.mod"))
+	}
 	if err != nil {
 		return errors.New("this is no git checkout of the template: clone it, and call this there")
 	}
+	o.oldModule = modfile.ModulePath(text)
 	return nil
 }
 

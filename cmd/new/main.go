@@ -54,6 +54,7 @@ type order struct {
 	bare            bool
 	folder          string // absolute
 	template        string // top of the checkout that is copied
+	oldModule       string // its module: not templateModule, if gonew has made it
 }
 
 // parse returns an order that can be carried out, or an error of one line.

@@ -27,7 +27,7 @@ func (o *order) rewritten(name, text string) (string, error) {
 	case name == "CHANGELOG.md":
 		return changelog, nil
 	case name == "internal/app/domain.go" && o.bare:
-		return bareDomain, nil
+		return strings.ReplaceAll(bareDomain, "MODULE", o.module), nil
 	}
 	return o.unmarked(text)
 }

@@ -71,6 +71,9 @@ func verbatim(name string) bool {
 	return strings.HasPrefix(name, "proto/buf/") || path.Base(name) == "LICENSE" || path.Base(name) == "go.sum"
 }
 
+// hints are in every text that a shape may fit: to look for them is quick.
+var hints = []string{templateService, "ORDERS", "Order", "SetStock", "order-", "order_id", "billing"}
+
 // renamed gives a file its new name and its new text.
 func (o *order) renamed(name, text string) (string, string, error) {
 	if verbatim(name) {
@@ -85,9 +88,11 @@ func (o *order) renamed(name, text string) (string, string, error) {
 	}
 	// The name of the buf module is made of three parts, whatever the Go module is.
 	text = strings.ReplaceAll(text, "name: "+templateModule+"/api", "name: example.com/"+o.service+"/api")
-	text = strings.ReplaceAll(text, templateModule, o.module)
-	for _, s := range all {
-		text = s.pattern.ReplaceAllString(text, o.fill(s.becomes))
+	text = strings.NewReplacer(templateModule, o.module, o.oldModule, o.module).Replace(text)
+	if slices.ContainsFunc(hints, func(hint string) bool { return strings.Contains(text, hint) }) {
+		for _, s := range all {
+			text = s.pattern.ReplaceAllString(text, o.fill(s.becomes))
+		}
 	}
 	name = regexp.MustCompile(`\b(cmd|internal|proto)/orders/|\b(migrations/\d+_)orders\b|\borders(\.go|_test\.go|\.proto)$`).
 		ReplaceAllStringFunc(name, func(part string) string { return strings.Replace(part, templateService, o.service, 1) })

@@ -1,0 +1,160 @@
+//go:build new
+
+package main
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+// These make services and run their tests, which takes minutes: `make new-test`. They start servers of their own, as a newcomer's machine does.
+
+// block is a piece of code of the guide: what to run, or what to put into a file.
+var block = regexp.MustCompile("(?ms)^```(\\w+)(?: file=(\\S+))?\n(.*?)^```$")
+
+// The guide is done word by word: it touches five files, and what it ends with works.
+func TestMadeByTheGuide(t *testing.T) {
+	template := checkout(t)
+	text, err := os.ReadFile(filepath.Join(template, guide))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &shell{t: t, dir: template, env: environment()}
+	port := freePort(t)
+	s.env = append(s.env, "API_PORT="+port, "RELAY_PORT="+freePort(t), "CONSUMER_PORT="+freePort(t))
+	t.Cleanup(func() { s.run("make -s down || true") })
+	touched := 0
+	for _, found := range block.FindAllStringSubmatch(string(text), -1) {
+		switch language, file, code := found[1], found[2], found[3]; {
+		case file != "":
+			touched++
+			path := filepath.Join(s.dir, filepath.FromSlash(file))
+			if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(path, []byte(code), 0o644); err != nil {
+				t.Fatal(err)
+			}
+		case language == "sh":
+			s.run(strings.ReplaceAll(code, "127.0.0.1:8080", "127.0.0.1:"+port))
+		}
+	}
+	// What is generated is not counted.
+	changed := s.run(`git status --porcelain --untracked-files=all | grep -v '/gen/' | wc -l`)
+	if touched != 5 || strings.TrimSpace(changed) != "5" {
+		t.Errorf("%d files are told of, and %s changed, want 5", touched, changed)
+	}
+}
+
+// With MADE_FULL=1 it is the whole of make test: else what deals with the new names. The core is the same as in the tree of the guide.
+func TestMadeWithTheExample(t *testing.T) {
+	s := &shell{t: t, dir: checkout(t), env: environment()}
+	s.run("go run ./cmd/new -example -module github.com/acme/pay -service pay ../pay\ncd ../pay")
+	if status := s.run("git status --porcelain; git log --oneline | wc -l"); strings.TrimSpace(status) != "1" {
+		t.Errorf("not one commit of everything: %s", status)
+	}
+	if os.Getenv("MADE_FULL") != "" {
+		s.run("make lint test")
+		return
+	}
+	s.run(`make lint
+		make -s .stack/bin/stack
+		.stack/bin/stack --profile test -- go test -race -count=1 ./cmd/pay/ ./cmd/demo/ ./internal/app/ ./internal/house/ ./internal/pay/... ./migrations/
+		.stack/bin/stack --profile test -- go run ./cmd/demo --orders 400`)
+}
+
+// gonew rewrites import paths and nothing else, so the tree must not name its module anywhere else.
+func TestMadeByGonew(t *testing.T) {
+	s := &shell{t: t, dir: checkout(t), env: environment()}
+	proxy := t.TempDir()
+	s.run(fmt.Sprintf(`
+		GOBIN=%[1]s/bin go install golang.org/x/tools/cmd/gonew@v0.52.0
+		versions=%[1]s/example.com/orders/@v
+		mkdir -p "$versions"
+		cp go.mod "$versions/v0.1.0.mod"
+		echo '{"Version": "v0.1.0", "Time": "2026-01-01T00:00:00Z"}' >"$versions/v0.1.0.info"
+		echo v0.1.0 >"$versions/list"
+		git archive --prefix=example.com/orders@v0.1.0/ -o "$versions/v0.1.0.zip" HEAD $(git ls-files | grep -v '^bench/\|^tools/')
+		GOPROXY=file://%[1]s GONOSUMDB='*' GOFLAGS=-modcacherw GOMODCACHE=%[1]s/cache %[1]s/bin/gonew example.com/orders@v0.1.0 github.com/acme/gone ../gone
+		cd ../gone
+		go vet ./...
+		go build -o .stack/bin/stack ./cmd/stack
+		.stack/bin/stack --profile test -- go test -count=1 ./cmd/orders/ ./cmd/demo/ ./internal/app/ ./internal/house/ ./internal/orders/ ./migrations/
+		.stack/bin/stack --profile test -- go run ./cmd/demo --orders 400`, proxy))
+}
+
+// checkout is a repository with what this one's folders hold now, so that what is made lies beside it in a folder of the test's.
+func checkout(t *testing.T) string {
+	t.Helper()
+	dir := filepath.Join(t.TempDir(), "template")
+	s := &shell{t: t, dir: filepath.Join("..", ".."), env: environment()}
+	s.run(`mkdir "` + dir + `"
+		git ls-files -z --cached --others --exclude-standard | tar --null --ignore-failed-read -c -T - | tar -x -C "` + dir + `"
+		cd "` + dir + `"
+		git init -q -b main
+		git add -A
+		git -c user.name=test -c user.email=test@localhost commit -q -m template`)
+	return dir
+}
+
+// environment is ours without servers, and without what make tells its children.
+func environment() []string {
+	return slices.DeleteFunc(os.Environ(), func(one string) bool {
+		name, _, _ := strings.Cut(one, "=")
+		return slices.Contains([]string{"POSTGRES_URL", "AMQP_URL", "RABBITMQ_MANAGEMENT_URL", "MAKEFLAGS", "MFLAGS", "MAKELEVEL"}, name)
+	})
+}
+
+// shell runs one script after another and stays in the folder in which each ends.
+type shell struct {
+	t   *testing.T
+	dir string
+	env []string
+}
+
+func (s *shell) run(script string) (output string) {
+	s.t.Helper()
+	began := time.Now()
+	command := exec.Command("bash", "-euo", "pipefail", "-c", script+"\npwd >&3")
+	command.Dir, command.Env = s.dir, s.env
+	where, err := os.CreateTemp(s.t.TempDir(), "pwd")
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	defer where.Close()
+	command.ExtraFiles = []*os.File{where}
+	var out bytes.Buffer
+	command.Stdout, command.Stderr = &out, &out
+	if err := command.Run(); err != nil {
+		text := out.String()
+		s.t.Fatalf("%s: %v\n%s", script, err, text[max(0, len(text)-20_000):])
+	}
+	s.t.Logf("%4.0f s  %s", time.Since(began).Seconds(), strings.TrimSpace(script))
+	if dir, err := os.ReadFile(where.Name()); err == nil {
+		s.dir = strings.TrimSpace(string(dir))
+	}
+	return out.String()
+}
+
+func freePort(t *testing.T) string {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, port, err := net.SplitHostPort(listener.Addr().String())
+	if err = errors.Join(err, listener.Close()); err != nil {
+		t.Fatal(err)
+	}
+	return port
+}

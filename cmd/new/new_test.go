@@ -1,0 +1,258 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+)
+
+func TestMain(m *testing.M) {
+	status := m.Run()
+	if scratch != "" {
+		_ = os.RemoveAll(scratch)
+	}
+	os.Exit(status)
+}
+
+var scratch string
+
+// binary builds the program under test once.
+var binary = sync.OnceValue(func() string {
+	var err error
+	if scratch, err = os.MkdirTemp("", "new-"); err != nil {
+		panic(err)
+	}
+	path := filepath.Join(scratch, "new")
+	if output, err := exec.Command("go", "build", "-o", path, ".").CombinedOutput(); err != nil {
+		panic(string(output))
+	}
+	return path
+})
+
+// call runs the program in a folder.
+func call(t *testing.T, dir string, args ...string) (status int, stderr string) {
+	t.Helper()
+	command := exec.CommandContext(t.Context(), binary(), args...)
+	command.Dir = dir
+	var out bytes.Buffer
+	command.Stderr = &out
+	if err := command.Run(); err != nil && !errors.As(err, new(*exec.ExitError)) {
+		t.Fatal(err)
+	}
+	return command.ProcessState.ExitCode(), out.String()
+}
+
+func wantEmpty(t *testing.T, dir string) {
+	t.Helper()
+	left, err := os.ReadDir(dir)
+	if err != nil || len(left) > 0 {
+		t.Errorf("left behind: %v, %v", left, err)
+	}
+}
+
+func TestWrongArguments(t *testing.T) {
+	t.Parallel()
+	full := t.TempDir()
+	if err := os.WriteFile(filepath.Join(full, "file"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for name, test := range map[string]struct{ args, want string }{
+		"nothing":                 {"", "usage: "},
+		"no module":               {"-service billing DIR/billing", "usage: "},
+		"no service":              {"-module github.com/acme/billing DIR/billing", "usage: "},
+		"no folder":               {"-module github.com/acme/billing -service billing", "usage: "},
+		"two folders":             {"-module github.com/acme/billing -service billing DIR/billing DIR/more", "usage: "},
+		"flag after the folder":   {"-module github.com/acme/billing -service billing DIR/billing -bare", "usage: "},
+		"unknown flag":            {"-modul github.com/acme/billing -service billing DIR/billing", "not defined: -modul"},
+		"both forms":              {"-bare -example -module github.com/acme/billing -service billing DIR/billing", "exclude each other"},
+		"module with spaces":      {"-module github.com/acme/bil+,ling -service billing DIR/billing", "-module: malformed"},
+		"module without a dot":    {"-module billing -service billing DIR/billing", "-module: malformed"},
+		"module with a version":   {"-module github.com/acme/billing@v1 -service billing DIR/billing", "-module: malformed"},
+		"capitals":                {"-module github.com/acme/billing -service Billing DIR/billing", `"Billing" is not 2 to 30 lower-case`},
+		"a hyphen":                {"-module github.com/acme/billing -service my-billing DIR/billing", "is not 2 to 30 lower-case"},
+		"a digit first":           {"-module github.com/acme/billing -service 2pay DIR/billing", "is not 2 to 30 lower-case"},
+		"a path":                  {"-module github.com/acme/billing -service ../x DIR/billing", "is not 2 to 30 lower-case"},
+		"a word of Go":            {"-module github.com/acme/billing -service func DIR/billing", `"func" is a word of Go`},
+		"a word of SQL":           {"-module github.com/acme/billing -service user DIR/billing", `"user" is a word of SQL`},
+		"a package of the core":   {"-module github.com/acme/billing -service outbox DIR/billing", `"outbox" is internal/outbox of the template`},
+		"another":                 {"-module github.com/acme/billing -service stack DIR/billing", `"stack" is cmd/stack of the template`},
+		"a folder of Go":          {"-module github.com/acme/billing -service internal DIR/billing", `"internal" is a folder`},
+		"what everybody tries":    {"-module github.com/acme/billing -service test DIR/billing", `"test" is `},
+		"a folder that exists":    {"-module github.com/acme/billing -service billing FULL", "exists already"},
+		"a file that exists":      {"-module github.com/acme/billing -service billing FULL/file", "exists already"},
+		"below nothing":           {"-module github.com/acme/billing -service billing DIR/none/billing", "no folder to make it in"},
+		"below a file":            {"-module github.com/acme/billing -service billing FULL/file/billing", "no folder to make it in"},
+		"in the template":         {"-module github.com/acme/billing -service billing ../billing", "would lie in the template itself"},
+		"in the template, hidden": {"-module github.com/acme/billing -service billing ../../.stack/billing", "would lie in the template itself"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			dir := t.TempDir()
+			status, stderr := call(t, ".", strings.Fields(strings.NewReplacer("DIR", dir, "FULL", full).Replace(test.args))...)
+			if status != 2 || strings.Count(stderr, "\n") != 1 || !strings.HasPrefix(stderr, "new: ") || !strings.Contains(stderr, test.want) {
+				t.Errorf("exit status %d, %q, want %q", status, stderr, test.want)
+			}
+			wantEmpty(t, dir)
+		})
+	}
+}
+
+func TestWantsACheckout(t *testing.T) {
+	t.Parallel()
+	outside, dir := t.TempDir(), t.TempDir()
+	status, stderr := call(t, outside, "-module", "github.com/acme/billing", "-service", "billing", filepath.Join(dir, "billing"))
+	if status != 2 || stderr != "new: this is no git checkout of the template: clone it, and call this there\n" {
+		t.Errorf("exit status %d, %q", status, stderr)
+	}
+	wantEmpty(t, dir)
+}
+
+// Ctrl-C in the middle of it: what was copied is gone.
+func TestInterruptLeavesNothingBehind(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	command := exec.CommandContext(t.Context(), binary(), "-module", "github.com/acme/billing", "-service", "billing", filepath.Join(dir, "billing"))
+	var stderr bytes.Buffer
+	command.Stderr = &stderr
+	stdout, err := command.StdoutPipe()
+	if err == nil {
+		err = command.Start()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	said := make([]byte, len("copied"))
+	if _, err := stdout.Read(said); err != nil {
+		t.Error(err)
+	}
+	if err := command.Process.Signal(syscall.SIGINT); err != nil {
+		t.Error(err)
+	}
+	_, _ = bytes.NewBuffer(nil).ReadFrom(stdout)
+	_ = command.Wait()
+	if command.ProcessState.ExitCode() != 1 || stderr.String() != "new: interrupted: nothing is left behind\n" {
+		t.Errorf("%s, %q", command.ProcessState, &stderr)
+	}
+	wantEmpty(t, dir)
+}
+
+// orderOf is what the command line would ask for.
+func orderOf(t *testing.T, form, folder string) *order {
+	t.Helper()
+	o, err := parse([]string{form, "-module", "github.com/acme/billing", "-service", "billing", folder})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return o
+}
+
+// foreign are places where "orders" is a word of its own and not the service's name, in files that do not deal with orders.
+var foreign = regexp.MustCompile(`Key orders:|key orders it|opposite orders|different orders|DROP TABLE orders|relation orders|watched: orders,|"cmd/demo"`)
+
+// hinted is quick, and true of each line that the patterns below may match.
+func hinted(line string) bool {
+	for _, hint := range []string{"orders", "Order", "ORDERS", "SetStock", "demo", "bench", "compose_test", "cmd/new", "new-test"} {
+		if strings.Contains(line, hint) {
+			return true
+		}
+	}
+	return false
+}
+
+// Nothing in a bare tree names the template's service, its example, or what was left out.
+func TestBareTreeDoesNotNameTheExample(t *testing.T) {
+	t.Parallel()
+	named := regexp.MustCompile(`\b[Oo]rders\b|\bordersv1|\bORDERS_|PlaceOrder|OrderService|OrderPlaced|SetStock|example\.com/orders|cmd/demo|make demo|make bench|compose_test`)
+	everyText(t, copied(t, "-bare"), func(name, line string) {
+		if hinted(line) && named.MatchString(line) && !foreign.MatchString(line) {
+			t.Errorf("%s: %s", name, line)
+		}
+	})
+}
+
+// With the example there are orders, but the service is not called so.
+func TestNameOfTheServiceIsRenamedEverywhere(t *testing.T) {
+	t.Parallel()
+	named := regexp.MustCompile("\\bordersv1|\\borders[./]v1|\\bORDERS_|[/`&*]orders\\b|\\borders-[a-z]|\\b(?:name|image): orders|orders (?:api|relay|doctor)\\b|example\\.com/orders|cmd/new|new-test")
+	everyText(t, copied(t, "-example"), func(name, line string) {
+		if hinted(line) && named.MatchString(line) {
+			t.Errorf("%s: %s", name, line)
+		}
+	})
+}
+
+// Marks are gone, pages lead to files that are there, and workflows and compose files are the same but for names and marks.
+func TestPagesOfANewTreeLeadSomewhere(t *testing.T) {
+	t.Parallel()
+	for _, form := range []string{"-bare", "-example"} {
+		tree := copied(t, form)
+		link := regexp.MustCompile(`\]\(([^)#:]+)(?:#[^)]*)?\)`)
+		everyText(t, tree, func(name, line string) {
+			if len(line) < 100 && mark.MatchString(line) {
+				t.Errorf("%s %s: mark %q", form, name, line)
+			}
+			if filepath.Ext(name) != ".md" {
+				return
+			}
+			for _, found := range link.FindAllStringSubmatch(line, -1) {
+				if _, err := os.Stat(filepath.Join(tree, filepath.Dir(name), found[1])); err != nil {
+					t.Errorf("%s %s leads nowhere: %s", form, name, found[1])
+				}
+			}
+		})
+	}
+}
+
+func TestMarks(t *testing.T) {
+	t.Parallel()
+	const text = "a\n  # example\nb\n  # /example\n<!-- template -->\nc\n<!-- /template -->\n// example of something\nd\n"
+	for bare, want := range map[bool]string{true: "a\n// example of something\nd\n", false: "a\nb\n// example of something\nd\n"} {
+		if got, err := (&order{bare: bare}).unmarked(text); err != nil || got != want {
+			t.Errorf("bare %v: %q, %v", bare, got, err)
+		}
+	}
+	for _, wrong := range []string{"# example\n", "# /example\n", "# example\n# template\n", "# example\n# /template\n"} {
+		if got, err := new(order).unmarked(wrong); err == nil {
+			t.Errorf("%q became %q", wrong, got)
+		}
+	}
+}
+
+// copied is a tree of renamed files, without generated code.
+func copied(t *testing.T, form string) string {
+	t.Helper()
+	o := orderOf(t, form, filepath.Join(t.TempDir(), "billing"))
+	if n, err := o.copyTo(t.Context(), o.folder); err != nil || n < 200 {
+		t.Fatalf("%d files copied, %v", n, err)
+	}
+	return o.folder
+}
+
+// everyText calls fn with each line of the tree that is ours.
+func everyText(t *testing.T, tree string, fn func(name, line string)) {
+	t.Helper()
+	err := filepath.WalkDir(tree, func(path string, d os.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return err
+		}
+		name, err := filepath.Rel(tree, path)
+		if err != nil || verbatim(filepath.ToSlash(name)) {
+			return err
+		}
+		text, err := os.ReadFile(path)
+		for line := range strings.Lines(string(text)) {
+			fn(filepath.ToSlash(name), strings.TrimSuffix(line, "\n"))
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
