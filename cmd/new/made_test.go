@@ -136,7 +136,7 @@ func (s *shell) run(script string) (output string) {
 	var out bytes.Buffer
 	command.Stdout, command.Stderr = &out, &out
 	if err := command.Run(); err != nil {
-		text := out.String()
+		text := regexp.MustCompile(`(?m)^time=.*\n`).ReplaceAllString(out.String(), "") // what services under test log
 		s.t.Fatalf("%s: %v\n%s", script, err, text[max(0, len(text)-20_000):])
 	}
 	s.t.Logf("%4.0f s  %s", time.Since(began).Seconds(), strings.TrimSpace(script))
