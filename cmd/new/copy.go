@@ -23,8 +23,10 @@ var templateFiles = []string{"cmd/new/", "internal/gen/", "web/src/gen/", "scrip
 // Files that go with the example. Parts of files are marked in them.
 var exampleFiles = []string{
 	"internal/orders/", "proto/orders/", "migrations/0004_orders.sql", "cmd/demo/", "bench/", "web/test/", "scripts/compose_test.sh", "docs/clients.md",
-	"docs/benchmarks.md",
 }
+
+// measured are pages of numbers that were measured with the example, whoever reads them.
+var measured = []string{"docs/benchmarks.md", "docs/comparison.md", "docs/scaling.md"}
 
 // leftBehind says whether a file of the template is missing in the new tree.
 func (o *order) leftBehind(name string) bool {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"path"
 	"regexp"
 	"strings"
 )
@@ -33,4 +34,31 @@ func (o *order) unmarked(text string) (string, error) {
 		return "", fmt.Errorf("the mark %s is not closed", open)
 	}
 	return kept.String(), nil
+}
+
+var (
+	linkIn       = regexp.MustCompile(`\]\(([^)#:]+)`)
+	exampleTests = regexp.MustCompile("(?:, `orders\\.Test\\w+`)+ \\|\n")
+)
+
+// tabled leaves out rows of a page's tables, between which no mark can stand: those that lead to what is left behind, and those that only the example
+// keeps.
+func (o *order) tabled(name, text string) string {
+	var kept strings.Builder
+	for line := range strings.Lines(text) {
+		if strings.HasPrefix(line, "| ") {
+			found := linkIn.FindStringSubmatch(line)
+			if found != nil && o.leftBehind(path.Join(path.Dir(name), found[1])) {
+				continue
+			}
+			if o.bare {
+				line = exampleTests.ReplaceAllString(line, " |\n")
+				if strings.Contains(line, "`orders.Service") {
+					continue
+				}
+			}
+		}
+		kept.WriteString(line)
+	}
+	return kept.String()
 }

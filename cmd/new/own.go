@@ -3,6 +3,7 @@ package main
 import (
 	_ "embed"
 	"fmt"
+	"path"
 	"strings"
 	"text/template"
 )
@@ -29,7 +30,14 @@ func (o *order) rewritten(name, text string) (string, error) {
 	case name == "internal/app/domain.go" && o.bare:
 		return strings.ReplaceAll(bareDomain, "MODULE", o.module), nil
 	}
-	return o.unmarked(text)
+	if o.bare && name == measured[0] {
+		text = strings.Replace(text, "\n\n", "\n\nMeasured with the template that this service is made from; its `make bench` measures anew.\n\n", 1)
+	}
+	text, err := o.unmarked(text)
+	if path.Ext(name) == ".md" {
+		text = o.tabled(name, text)
+	}
+	return text, err
 }
 
 // readme is a page of its own, with the sections of the template's README that hold for every service.

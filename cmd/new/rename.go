@@ -39,12 +39,12 @@ var shapes = []shape{
 	shaped(`\borders:([$A-Z])`, "NAME:$1"),                                                        // images, and user and password in URLs
 	shaped(`((?:[nN]ame|part-of|namespace|target|image|_USER|_DB|_VHOST): )orders\b`, "${1}NAME"), // values in YAML
 	shaped(`([&*]|x-)orders\b`, "${1}NAME"),                                                       // anchors in YAML
-	shaped(`(?m)^# orders$`, "# NAME"),
-	shaped(`(?m)^package orders(_test)?$`, "package NAME$1"),             //
-	shaped(`\b(Package|Command|DATABASE|AS|target) orders\b`, "$1 NAME"), //
-	shaped(`(-[Ud],?|-audience) orders\b`, "$1 NAME"),                    // arguments of psql and pg_isready
-	shaped(`\borders (`+commands+`)\b`, "NAME $1"),                       // the program, called
-	shaped(`\bORDERS_`, "UPPER_"),                                        // variables of docker-compose.yml
+	shaped(`(?m)(^# |### )orders( %s|$)`, "${1}NAME$2"),                                           // headings
+	shaped(`(?m)^package orders(_test)?$`, "package NAME$1"),                                      //
+	shaped(`\b(Package|Command|DATABASE|AS|target) orders\b`, "$1 NAME"),                          //
+	shaped(`(-[Ud],?|-audience) orders\b`, "$1 NAME"),                                             // arguments of psql and pg_isready
+	shaped(`\borders (`+commands+`)\b`, "NAME $1"),                                                // the program, called
+	shaped(`\bORDERS_`, "UPPER_"),                                                                 // variables of docker-compose.yml
 }
 
 // bareShapes are for the core alone. Where it needs an example of a call, it takes one of the example's, and there one of the guide's.
@@ -80,7 +80,7 @@ func (o *order) renamed(name, text string) (string, string, error) {
 		return name, text, nil
 	}
 	all := shapes
-	if o.bare {
+	if o.bare && !slices.Contains(measured, name) {
 		all = slices.Concat(all, bareShapes)
 	}
 	if name == guide {
