@@ -18,17 +18,23 @@ import (
 
 func TestMain(m *testing.M) { testenv.Main(m) }
 
-// binary builds the program under test once, with probes for a domain, in the folder for what is built: testenv.Main leaves no moment to remove it, and the next run replaces it.
-var binary = sync.OnceValue(func() string {
-	path, err := filepath.Abs(filepath.Join("..", "..", ".stack", "bin", "under-test"))
+// binary is the program under test, with probes for a domain, and shipped is the program as it is; each is built once.
+var (
+	binary  = sync.OnceValue(func() string { return build("under-test", "probes") })
+	shipped = sync.OnceValue(func() string { return build("shipped-under-test", "") })
+)
+
+// build builds in the folder for what is built: testenv.Main leaves no moment to remove it, and the next run replaces it.
+func build(name, tags string) string {
+	path, err := filepath.Abs(filepath.Join("..", "..", ".stack", "bin", name))
 	if err != nil {
 		panic(err)
 	}
-	if output, err := exec.Command("go", "build", "-tags", "probes", "-o", path, ".").CombinedOutput(); err != nil {
+	if output, err := exec.Command("go", "build", "-tags", tags, "-o", path, ".").CombinedOutput(); err != nil {
 		panic(string(output))
 	}
 	return path
-})
+}
 
 const (
 	goodPostgres = "POSTGRES_URL=postgres://u:hunter2@127.0.0.1:1/orders"
@@ -39,7 +45,11 @@ const (
 // call runs the program with nothing but the given environment.
 func call(t *testing.T, environment []string, args ...string) (status int, stdout, stderr string) {
 	t.Helper()
-	program := binary()                                             // which may have to be built first
+	return callProgram(t, binary(), environment, args...)
+}
+
+func callProgram(t *testing.T, program string, environment []string, args ...string) (status int, stdout, stderr string) {
+	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second) // what should have been refused runs for ever
 	defer cancel()
 	command := exec.CommandContext(ctx, program, args...)

@@ -17,7 +17,7 @@ func TestTopologyNamesThePermissions(t *testing.T) {
 	if len(want) != 4 {
 		t.Fatalf("permissions of %d users", len(want))
 	}
-	status, stdout, stderr := call(t, nil, "topology")
+	status, stdout, stderr := callProgram(t, shipped(), nil, "topology")
 	if status != 0 {
 		t.Fatal(stderr)
 	}
@@ -26,7 +26,7 @@ func TestTopologyNamesThePermissions(t *testing.T) {
 			t.Errorf("%q is not in\n%s", line, stdout)
 		}
 	}
-	_, stdout, _ = call(t, nil, "topology", "--json")
+	_, stdout, _ = callProgram(t, shipped(), nil, "topology", "--json")
 	var got struct{ Permissions map[string]rabbit.Permissions }
 	if err := json.Unmarshal([]byte(stdout), &got); err != nil {
 		t.Fatal(err)
