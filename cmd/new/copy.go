@@ -121,6 +121,7 @@ func (o *order) finish(ctx context.Context, tree string, out io.Writer) error {
 	}{
 		{"generating code", []string{"make", "-s", "generate"}},
 		{"tidying go.mod", []string{"go", "mod", "tidy"}},
+		{"", o.benchTidied()},
 		{"building", []string{"go", "build", "./..."}},
 		{"committing", []string{"git", "-c", "init.defaultBranch=main", "init", "-q"}},
 		{"", []string{"git", "add", "-A"}},
@@ -138,6 +139,14 @@ func (o *order) finish(ctx context.Context, tree string, out io.Writer) error {
 		}
 	}
 	return nil
+}
+
+// benchTidied tidies the module of the benchmarks, which goes with the example.
+func (o *order) benchTidied() []string {
+	if o.bare {
+		return []string{"true"}
+	}
+	return []string{"go", "-C", "bench", "mod", "tidy"}
 }
 
 // identity is git, with a name for who has not told git theirs.

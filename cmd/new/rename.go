@@ -27,24 +27,25 @@ func shaped(pattern, becomes string) shape { return shape{regexp.MustCompile(pat
 const commands = `api|relay|consumer|all|migrate|topology|doctor|outbox|dead|trace|apikey|healthcheck|rpc|version|COMMAND`
 
 var shapes = []shape{
-	shaped(`\bordersv1`, "NAMEv1"),                                                                // Go packages of proto/orders/v1
-	shaped(`\borders(\\*[./])v1\b`, "NAME${1}v1"),                                                 // its protobuf package and folder, in regular expressions, too
-	shaped(`(\d{4}_|\b)orders((?:_test)?\.(?:go|sql|proto))\b`, "${1}NAME$2"),                     // files
-	shaped(`/orders(_pb)?\b`, "/NAME$1"),                                                          // paths, and databases and vhosts in URLs
-	shaped(`\borders-([a-z])`, "NAME-$1"),                                                         // orders-api, orders-load
-	shaped(`\borders\.([A-Z]|fulfillment\b|notifications\b|operations\b)`, "NAME.$1"),             // what is used of the Go package; the queues
-	shaped("([\"`])orders( ?[\"`%.]|: )", "${1}NAME$2"),                                           // a string or a code span that begins with it
-	shaped(`'orders( %)?'`, "'NAME$1'"),                                                           // the same in SQL
-	shaped(`(?m)(^|\^)orders: `, "${1}NAME: "),                                                    // what errors begin with, also in regular expressions
-	shaped(`\borders:([$A-Z])`, "NAME:$1"),                                                        // images, and user and password in URLs
-	shaped(`((?:[nN]ame|part-of|namespace|target|image|_USER|_DB|_VHOST): )orders\b`, "${1}NAME"), // values in YAML
-	shaped(`([&*]|x-)orders\b`, "${1}NAME"),                                                       // anchors in YAML
-	shaped(`(?m)(^# |### )orders( %s|$)`, "${1}NAME$2"),                                           // headings
-	shaped(`(?m)^package orders(_test)?$`, "package NAME$1"),                                      //
-	shaped(`\b(Package|Command|DATABASE|AS|target) orders\b`, "$1 NAME"),                          //
-	shaped(`(-[Ud],?|-audience) orders\b`, "$1 NAME"),                                             // arguments of psql and pg_isready
-	shaped(`\borders (`+commands+`)\b`, "NAME $1"),                                                // the program, called
-	shaped(`\bORDERS_`, "UPPER_"),                                                                 // variables of docker-compose.yml
+	shaped(`\bordersv1`, "NAMEv1"),                                                                    // Go packages of proto/orders/v1
+	shaped(`\borders(\\*[./])v1\b`, "NAME${1}v1"),                                                     // its protobuf package and folder, in regular expressions, too
+	shaped(`(\d{4}_|\b)orders((?:_test)?\.(?:go|sql|proto))\b`, "${1}NAME$2"),                         // files
+	shaped(`/orders(_pb)?\b`, "/NAME$1"),                                                              // paths, and databases and vhosts in URLs
+	shaped(`\borders-([a-z])`, "NAME-$1"),                                                             // orders-api, orders-load
+	shaped(`(?m)(^|[^.\w])orders\.([A-Z]|fulfillment\b|notifications\b|operations\b)`, "${1}NAME.$2"), // what is used of the Go package, not of a field; the queues
+	shaped(`\bFile_orders_v1`, "File_NAME_v1"),                                                        // what is generated for a file
+	shaped("([\"`])orders( ?[\"`%.]|: )", "${1}NAME$2"),                                               // a string or a code span that begins with it
+	shaped(`'orders( %)?'`, "'NAME$1'"),                                                               // the same in SQL
+	shaped(`(?m)(^|\^)orders: `, "${1}NAME: "),                                                        // what errors begin with, also in regular expressions
+	shaped(`\borders:([$A-Z])`, "NAME:$1"),                                                            // images, and user and password in URLs
+	shaped(`((?:[nN]ame|part-of|namespace|target|image|_USER|_DB|_VHOST): )orders\b`, "${1}NAME"),     // values in YAML
+	shaped(`([&*]|x-)orders\b`, "${1}NAME"),                                                           // anchors in YAML
+	shaped(`(?m)(^# |### )orders( %s|$)`, "${1}NAME$2"),                                               // headings
+	shaped(`(?m)^package orders(_test)?$`, "package NAME$1"),                                          //
+	shaped(`\b(Package|Command|DATABASE|AS|target) orders\b`, "$1 NAME"),                              //
+	shaped(`(-[Ud],?|-audience) orders\b`, "$1 NAME"),                                                 // arguments of psql and pg_isready
+	shaped(`\borders (`+commands+`)\b`, "NAME $1"),                                                    // the program, called
+	shaped(`\bORDERS_`, "UPPER_"),                                                                     // variables of docker-compose.yml
 }
 
 // bareShapes are for the core alone. Where it needs an example of a call, it takes one of the example's, and there one of the guide's.

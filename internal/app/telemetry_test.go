@@ -212,7 +212,7 @@ func TestMetricsAreDocumentedAndClean(t *testing.T) {
 // checkMetrics runs promtool's linter, which also knows the conventions for names and units.
 func checkMetrics(t *testing.T, text string) {
 	t.Helper()
-	if output, err := exec.Command("../../scripts/need.sh", "promtool", "prometheus").CombinedOutput(); err != nil {
+	if output, err := exec.Command("bash", "../../scripts/need.sh", "promtool", "prometheus").CombinedOutput(); err != nil {
 		t.Fatalf("promtool: %v\n%s", err, output)
 	}
 	check := exec.CommandContext(t.Context(), "promtool", "check", "metrics")
