@@ -38,8 +38,6 @@ lint: ## Static checks, protobuf checks, and that generated code is current
 new-test: ## Services made from this template, by the guide and by gonew, with their own tests
 	go test -tags new -count=1 -timeout 30m -v -run '^TestMade' ./cmd/new/
 .PHONY: new-test
-
-ci: new-test
 # /template
 ci: lint test ## What CI runs
 
