@@ -4,7 +4,7 @@
 
 -- Who does what to the tables: each process logs in as one of these, and may do what its code does and no more. Roles belong to
 -- the whole cluster. They have no passwords: give them some, or let pg_hba.conf say how they prove who they are. app_all is for
--- the three processes in one.
+-- the processes in one.
 -- +goose StatementBegin
 DO $$
 DECLARE
@@ -15,7 +15,7 @@ BEGIN
         BEGIN
             EXECUTE format('CREATE ROLE %I LOGIN', name);
             IF name = 'app_all' THEN
-                GRANT app_api, app_relay, app_consumer TO app_all;
+                GRANT app_api, app_relay, app_consumer, app_operator TO app_all;
             END IF;
         EXCEPTION
             WHEN duplicate_object OR unique_violation THEN
@@ -190,7 +190,9 @@ SELECT 0, system_identifier, '1:1:' FROM pg_control_system();
 -- The relays alive, so that each can work out its fair share of the shards.
 CREATE TABLE outbox_relay (
     owner      text        NOT NULL CONSTRAINT outbox_relay_pkey PRIMARY KEY,
-    expires_at timestamptz NOT NULL
+    expires_at timestamptz NOT NULL,
+    -- What keeps it from publishing, for people; '' if nothing does.
+    problem    text        NOT NULL DEFAULT ''
 );
 
 -- Spreads the log over so many shards from now on. A message that is inserted before this commits is in a shard of the old generation,

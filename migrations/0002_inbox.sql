@@ -91,12 +91,70 @@ CREATE INDEX inbox_retry_key_idx ON inbox_retry (consumer, key, seq) WHERE key <
 -- For "what is due?".
 CREATE INDEX inbox_retry_due_idx ON inbox_retry (consumer, due_at);
 
-REVOKE EXECUTE ON FUNCTION inbox_sweep FROM PUBLIC;
+-- The groups that operators have paused: their consumers look here every second.
+CREATE TABLE inbox_pause (
+    consumer  text        NOT NULL CONSTRAINT inbox_pause_pkey PRIMARY KEY,
+    actor     text        NOT NULL,
+    reason    text        NOT NULL,
+    paused_at timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+
+-- The consumers at work, a row a process and group, each of them written about once a second: what a console shows as alive and as rates.
+CREATE TABLE inbox_consumer (
+    consumer   text             NOT NULL,
+    owner      text             NOT NULL,
+    -- Messages applied since the process began.
+    applied    bigint           NOT NULL,
+    -- How old the message was that was applied last, at that time; NULL before the first.
+    lag        double precision,
+    expires_at timestamptz      NOT NULL,
+    CONSTRAINT inbox_consumer_pkey PRIMARY KEY (consumer, owner)
+);
+
+-- Moves what waits of a key to the dead letters, the first message or all of them, and returns their IDs in their order. A message whose
+-- handler runs at this moment is locked by it: then nothing is moved (lock_not_available), since it may just be succeeding.
+-- +goose StatementBegin
+CREATE FUNCTION inbox_bury(of_consumer text, of_key text, whole boolean, cause text) RETURNS text[]
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+DECLARE
+    chosen CONSTANT bigint[] := ARRAY(
+        SELECT seq FROM inbox_retry WHERE consumer = of_consumer AND key = of_key AND key <> ''
+        ORDER BY seq LIMIT CASE WHEN whole THEN NULL ELSE 1 END FOR UPDATE NOWAIT);
+    moved  CONSTANT text[] := ARRAY(SELECT message_id FROM inbox_retry WHERE seq = ANY (chosen) ORDER BY seq);
+BEGIN
+    INSERT INTO dead_letter (consumer, message_id, type, key, payload, headers, reason, error, attempts)
+    SELECT consumer, message_id, type, key, payload, headers, 'skipped', cause || '; last error: ' || last_error, attempts
+    FROM inbox_retry WHERE seq = ANY (chosen) ORDER BY seq;
+    DELETE FROM inbox_retry WHERE seq = ANY (chosen);
+    RETURN moved;
+END
+$$;
+-- +goose StatementEnd
+
+-- What operators did, besides to dead letters, which have a log of their own.
+CREATE TABLE operator_audit (
+    id     bigint      NOT NULL GENERATED ALWAYS AS IDENTITY CONSTRAINT operator_audit_pkey PRIMARY KEY,
+    action text        NOT NULL,
+    -- What it was done to: a consumer group, a key of one, an operation.
+    target text        NOT NULL,
+    reason text        NOT NULL CONSTRAINT operator_audit_reason_is_given CHECK (reason <> ''),
+    actor  text        NOT NULL CONSTRAINT operator_audit_actor_is_given CHECK (actor <> ''),
+    detail text        NOT NULL DEFAULT '',
+    at     timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+CREATE TRIGGER operator_audit_guard_rows BEFORE UPDATE OR DELETE ON operator_audit FOR EACH ROW EXECUTE FUNCTION dead_letter_guard();
+CREATE TRIGGER operator_audit_guard_table BEFORE TRUNCATE ON operator_audit FOR EACH STATEMENT EXECUTE FUNCTION dead_letter_guard();
+
+REVOKE EXECUTE ON FUNCTION inbox_sweep, inbox_bury FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION inbox_sweep TO app_consumer;
+GRANT EXECUTE ON FUNCTION inbox_bury TO app_operator;
 GRANT SELECT, INSERT, UPDATE ON inbox TO app_consumer;
-GRANT SELECT, INSERT, UPDATE, DELETE ON inbox_retry TO app_consumer;
-GRANT SELECT, INSERT ON inbox, inbox_retry TO app_operator;
+GRANT SELECT, INSERT, UPDATE, DELETE ON inbox_retry, inbox_consumer TO app_consumer;
+GRANT SELECT ON inbox_pause TO app_consumer;
+GRANT SELECT, INSERT ON inbox, inbox_retry, operator_audit TO app_operator;
+GRANT SELECT ON inbox_consumer TO app_operator;
+GRANT SELECT, INSERT, DELETE ON inbox_pause TO app_operator;
 
 -- +goose Down
-DROP FUNCTION inbox_sweep;
-DROP TABLE inbox_retry, inbox;
+DROP FUNCTION inbox_bury, inbox_sweep;
+DROP TABLE operator_audit, inbox_consumer, inbox_pause, inbox_retry, inbox;

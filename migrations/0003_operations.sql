@@ -98,7 +98,19 @@ END
 $$;
 -- +goose StatementEnd
 
-REVOKE EXECUTE ON FUNCTION operation_sweep, idempotency_key_sweep FROM PUBLIC;
+-- Calls off an operation that no worker has begun, and tells whether it could: operators may do this to anybody's, and nothing else.
+-- +goose StatementBegin
+CREATE FUNCTION operation_cancel(operation_id uuid, status bytea) RETURNS boolean
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+BEGIN
+    UPDATE operation SET state = 'cancelled', request = '', error = status, ended_at = clock_timestamp() WHERE id = operation_id AND state = 'pending';
+    RETURN FOUND;
+END
+$$;
+-- +goose StatementEnd
+
+REVOKE EXECUTE ON FUNCTION operation_sweep, operation_cancel, idempotency_key_sweep FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION operation_cancel TO app_operator;
 GRANT EXECUTE ON FUNCTION operation_sweep TO app_consumer;
 GRANT EXECUTE ON FUNCTION idempotency_key_sweep TO app_api;
 -- Workers insert, too: a handler may stage another call.
@@ -109,5 +121,5 @@ GRANT SELECT ON operation TO app_operator;
 GRANT SELECT, INSERT, UPDATE (response) ON idempotency_key TO app_api;
 
 -- +goose Down
-DROP FUNCTION idempotency_key_sweep, operation_sweep;
+DROP FUNCTION idempotency_key_sweep, operation_cancel, operation_sweep;
 DROP TABLE idempotency_key, operation;

@@ -46,13 +46,16 @@ var mayNot = map[string][]string{
 		`INSERT INTO dead_letter_audit (letter_id, resolution, reason, actor) VALUES (1, 'discarded', 'r', 'a')`,
 		`UPDATE operation SET caller = 'another'`, `UPDATE operation SET identity = ''`, `DELETE FROM operation`,
 		`SELECT FROM idempotency_key`, `SELECT idempotency_key_sweep('0')`,
+		`DELETE FROM inbox_pause`, `INSERT INTO inbox_pause (consumer, actor, reason) VALUES ('c', 'a', 'r')`, `SELECT FROM operator_audit`,
+		`SELECT inbox_bury('c', 'k', true, '')`, `SELECT operation_cancel(outbox_uuidv7(), '')`,
 	},
 	"app_operator": {
 		`INSERT INTO outbox (shard, message_id, type, payload) VALUES (0, outbox_uuidv7(), 't.T', '')`, `UPDATE outbox SET payload = ''`, `DELETE FROM outbox`,
 		`UPDATE outbox_cursor SET delivered = pg_current_snapshot()`, `DELETE FROM inbox`, `UPDATE inbox SET copies = 1`, `DELETE FROM inbox_retry`,
 		// The letters and their record stay as they are.
 		`UPDATE dead_letter SET payload = ''`, `DELETE FROM dead_letter`, `TRUNCATE dead_letter CASCADE`, `UPDATE dead_letter_audit SET actor = 'another'`,
-		`DELETE FROM dead_letter_audit`,
+		`DELETE FROM dead_letter_audit`, `UPDATE operator_audit SET actor = 'another'`, `DELETE FROM operator_audit`, `UPDATE inbox_consumer SET applied = 0`,
+		`INSERT INTO dead_letter (consumer, message_id, type, key, payload, headers, reason, error, attempts) VALUES ('', '', '', '', '', '{}', '', '', 1)`,
 		`UPDATE operation SET state = 'pending'`, `INSERT INTO operation (id) VALUES (outbox_uuidv7())`, `DELETE FROM operation`, `SELECT FROM idempotency_key`,
 	},
 }

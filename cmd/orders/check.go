@@ -27,6 +27,17 @@ func (a *listenAddress) UnmarshalText(text []byte) error {
 	return nil
 }
 
+// optionalAddress is a listenAddress, or nothing.
+type optionalAddress string
+
+func (a *optionalAddress) UnmarshalText(text []byte) error {
+	if len(text) == 0 {
+		*a = ""
+		return nil
+	}
+	return (*listenAddress)(a).UnmarshalText(text)
+}
+
 func (f *databaseFlags) check() error {
 	// A durable call, another that is tried again, and what the first of them reads.
 	return between("--max-conns", f.MaxConns, 3, 1000)
@@ -94,7 +105,13 @@ func (c *apiCommand) Validate() error {
 func (c *relayCommand) Validate() error {
 	return firstOf(&c.databaseFlags, &c.brokerFlags, &c.relayFlags)
 }
-func (c *consumerCommand) Validate() error {
+func (c *consoleCommand) Validate() error {
+	if c.PostgresURL == "" || c.AMQPURL == "" {
+		return nil
+	}
+	return firstOf(&c.databaseFlags, &c.brokerFlags, &c.edgeFlags)
+}
+func (c *runConsumersCommand) Validate() error {
 	return cmp.Or(firstOf(&c.databaseFlags, &c.brokerFlags, &c.consumerFlags), checkCalls(&c.databaseFlags, &c.consumerFlags))
 }
 func (c *allCommand) Validate() error {

@@ -23,6 +23,7 @@ type deadCommand struct {
 	Show    deadShowCommand    `cmd:"" help:"Show one, with its payload and what was done about it."`
 	Redrive deadRedriveCommand `cmd:"" help:"Send their messages on their way again."`
 	Discard deadDiscardCommand `cmd:"" help:"Give them up."`
+	Reopen  deadReopenCommand  `cmd:"" help:"Take back that one was discarded."`
 }
 
 // letterFilter chooses dead letters.
@@ -274,6 +275,21 @@ func (c *deadDiscardCommand) Run(ctx context.Context) error {
 	return c.work(ctx, func(desk *app.Desk) error {
 		tell := teller{json: c.JSON, dryRun: c.DryRun, counts: map[deadletter.Resolution]int{}}
 		return tell.summary(ops.Discard(ctx, desk.DB, c.order(desk.Groups()), tell.letter), deadletter.Discarded)
+	})
+}
+
+type deadReopenCommand struct {
+	deskFlags
+	noteFlags
+	ID int64 `arg:"" help:"The letter's ID."`
+}
+
+func (c *deadReopenCommand) Run(ctx context.Context) error {
+	return c.work(ctx, func(desk *app.Desk) error {
+		if err := ops.Reopen(ctx, desk.DB, c.ID, c.note()); err != nil {
+			return err
+		}
+		return c.done("dead letter %d is open again", c.ID)
 	})
 }
 

@@ -38,7 +38,8 @@ type cli struct {
 	API         apiCommand         `cmd:"" name:"api" help:"Serve the RPCs (Connect, gRPC, gRPC-Web)."`
 	Relay       relayCommand       `cmd:"" help:"Publish the outbox to RabbitMQ."`
 	Consumer    consumerCommand    `cmd:"" help:"Run the consumer groups."`
-	All         allCommand         `cmd:"" help:"API, relay and consumers in one process."`
+	Console     consoleCommand     `cmd:"" help:"Serve the operators' console."`
+	All         allCommand         `cmd:"" help:"API, relay, consumers and console in one process."`
 	Migrate     migrateCommand     `cmd:"" help:"Bring the database's schema up to date."`
 	Topology    topologyCommand    `cmd:"" help:"Show what the service needs on the broker and which permissions, or declare it."`
 	Outbox      outboxCommand      `cmd:"" help:"Look after the outbox."`
@@ -118,7 +119,17 @@ type relayCommand struct {
 	relayFlags
 }
 
+// consumerCommand runs the groups, unless one of its commands says what else to do with them.
 type consumerCommand struct {
+	Run    runConsumersCommand   `cmd:"" default:"withargs" help:"Run the consumer groups."`
+	Ls     consumerLsCommand     `cmd:"" help:"List the groups, and the keys that are blocked."`
+	Pause  consumerPauseCommand  `cmd:"" help:"Have a group take no more messages."`
+	Resume consumerResumeCommand `cmd:"" help:"Let it go on."`
+	Skip   consumerSkipCommand   `cmd:"" help:"Move the message that a blocked key waits for to the dead letters."`
+	Park   consumerParkCommand   `cmd:"" help:"Move all that waits on a key to the dead letters."`
+}
+
+type runConsumersCommand struct {
 	Listen listenAddress `env:"LISTEN" default:"127.0.0.1:8082" help:"Address to answer health checks on."`
 	databaseFlags
 	brokerFlags
@@ -127,7 +138,8 @@ type consumerCommand struct {
 }
 
 type allCommand struct {
-	Listen listenAddress `env:"LISTEN" default:"127.0.0.1:8080" help:"Address to serve on."`
+	Listen      listenAddress   `env:"LISTEN" default:"127.0.0.1:8080" help:"Address to serve on."`
+	ConsoleAddr optionalAddress `env:"CONSOLE_ADDR" default:"127.0.0.1:8090" help:"Address to serve the operators' console on; empty for none."`
 	databaseFlags
 	apiFlags
 	edgeFlags
@@ -149,7 +161,7 @@ func (c *relayCommand) Run(ctx context.Context) error {
 	return app.RunRelay(ctx, appConfig(c.Listen, c.databaseFlags, apiFlags{}, c.brokerFlags, c.relayFlags, consumerFlags{}))
 }
 
-func (c *consumerCommand) Run(ctx context.Context) error {
+func (c *runConsumersCommand) Run(ctx context.Context) error {
 	config := appConfig(c.Listen, c.databaseFlags, apiFlags{}, c.brokerFlags, relayFlags{}, c.consumerFlags)
 	config.Calls.Keys = c.keys()
 	return app.RunConsumer(ctx, config)
@@ -159,6 +171,7 @@ func (c *allCommand) Run(ctx context.Context) error {
 	config := appConfig(c.Listen, c.databaseFlags, c.apiFlags, c.brokerFlags, c.relayFlags, c.consumerFlags)
 	config.Edge, config.Calls.Keys = c.edgeFlags.config(), c.keys()
 	c.rpcFlags.set(&config)
+	config.ConsoleAddr = string(c.ConsoleAddr)
 	return app.RunAll(ctx, config)
 }
 

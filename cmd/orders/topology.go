@@ -50,7 +50,7 @@ func (c *topologyCommand) Run(ctx context.Context) error {
 		}
 	}
 	fmt.Println("\nWith TOPOLOGY=given, all that the processes need (rabbitmqctl set_permissions USER CONFIGURE WRITE READ):")
-	show("relay", "consumer")
+	show("relay", "consumer", "console")
 	fmt.Println("\nAn api with RPC_OVER_RABBITMQ, which makes its queues while it serves, and whoever calls it there:")
 	show("rpc-server", "rpc-client")
 	return nil

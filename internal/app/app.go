@@ -37,6 +37,8 @@ type Config struct {
 	TopologyGiven bool
 	// Addr is where the API listens; relay and consumer answer health checks there.
 	Addr string
+	// ConsoleAddr is where RunAll serves the operators' console; "" for nowhere.
+	ConsoleAddr string
 	// MaxConns bounds the connections to Postgres of one process.
 	MaxConns int32
 	Relay    outbox.Config
@@ -79,9 +81,9 @@ func RunConsumer(ctx context.Context, config Config) error {
 	return run(ctx, config, "consumer", (*process).startConsumer, (*process).startHealth)
 }
 
-// RunAll does all three in one process, until ctx is done.
+// RunAll does all of this in one process, until ctx is done.
 func RunAll(ctx context.Context, config Config) error {
-	return run(ctx, config, "all", (*process).startRelay, (*process).startConsumer, (*process).startAPI)
+	return run(ctx, config, "all", (*process).startRelay, (*process).startConsumer, (*process).startAPI, (*process).startConsole)
 }
 
 // process is what the parts of one process share.

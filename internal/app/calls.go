@@ -78,7 +78,9 @@ func (p *process) startCalls() {
 		URL: p.config.AMQPURL, Topology: p.topology(), Queue: rabbit.DeadQueue(callsQueue.Name), Name: p.connectionName("drain " + operations.Consumer),
 		MeterProvider: meters,
 	}, worker.Drain)
-	p.group.Go(func() error { return p.remembered(consumer.Run) })
+	p.group.Go(func() error {
+		return p.remembered(func(ctx context.Context) error { return worker.WhileResumed(ctx, consumer.Run) })
+	})
 	p.group.Go(func() error { return p.remembered(drain.Run) })
 	p.group.Go(func() error { return p.remembered(worker.Run) })
 }

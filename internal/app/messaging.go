@@ -74,7 +74,9 @@ func (p *process) startConsumer(ctx context.Context) {
 			URL: p.config.AMQPURL, Topology: p.topology(), Queue: rabbit.DeadQueue(queueName(group)), Name: p.connectionName("drain " + group.Name()),
 			MeterProvider: meters,
 		}, box.Drain)
-		p.group.Go(func() error { return p.remembered(consumer.Run) })
+		p.group.Go(func() error {
+			return p.remembered(func(ctx context.Context) error { return box.WhileResumed(ctx, consumer.Run) })
+		})
 		p.group.Go(func() error { return p.remembered(drain.Run) })
 		p.group.Go(func() error { return p.remembered(box.Run) })
 	}

@@ -43,6 +43,15 @@ func (d *Desk) Groups() (groups []ops.Group) {
 	return groups
 }
 
+// Acts is what operators do to consumer groups, that of durable calls among them.
+func (d *Desk) Acts() ops.Desk {
+	acts := ops.Desk{DB: d.DB}
+	for _, group := range d.consoleGroups() {
+		acts.Groups = append(acts.Groups, group.Name)
+	}
+	return acts
+}
+
 // Publisher publishes to the exchange, or, if a group is given, to that group's queue alone.
 func (d *Desk) Publisher(group string) messaging.Publisher {
 	config := rabbit.PublisherConfig{URL: d.config.AMQPURL, Topology: d.topology(), Name: d.connectionName("replay")}

@@ -49,7 +49,7 @@ func Permissions(exchange string) map[string]rabbit.Permissions {
 func (d domain) permissions(exchange string) map[string]rabbit.Permissions {
 	topology := d.topology(exchange)
 	return map[string]rabbit.Permissions{
-		"relay": topology.PublisherPermissions(), "consumer": topology.ConsumerPermissions(),
+		"relay": topology.PublisherPermissions(), "consumer": topology.ConsumerPermissions(), "console": topology.ObserverPermissions(),
 		"rpc-server": rabbitrpc.ServerPermissions(rabbitrpc.DefaultExchange, d.services()...),
 		"rpc-client": rabbitrpc.ClientPermissions(rabbitrpc.DefaultExchange),
 	}

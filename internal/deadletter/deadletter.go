@@ -43,11 +43,13 @@ const (
 	Crashed Reason = "crashed"
 	// Undelivered: the broker gave up delivering, after its own limit.
 	Undelivered Reason = "undelivered"
+	// Skipped: an operator took it out of the way of those behind it.
+	Skipped Reason = "skipped"
 )
 
 // Reasons are all there are.
 var Reasons = []Reason{
-	Unroutable, Malformed, Refused, NoID, OutsideWindow, UnknownType, Undecodable, Permanent, Exhausted, Crashed, Undelivered,
+	Unroutable, Malformed, Refused, NoID, OutsideWindow, UnknownType, Undecodable, Permanent, Exhausted, Crashed, Undelivered, Skipped,
 }
 
 // Letter is one dead message.

@@ -21,6 +21,8 @@ const (
 	Discarded Resolution = "discarded"
 	// Duplicate: it is a copy of a message whose effect is committed, or which waits elsewhere.
 	Duplicate Resolution = "duplicate"
+	// Reopened stands in the audit log for a discard that was taken back. No letter has it: it is open again.
+	Reopened Resolution = "reopened"
 )
 
 // Stored is a letter as it stands in the table.
@@ -51,23 +53,44 @@ const Relay = "relay"
 
 const columns = `id, consumer, message_id, type, key, payload, headers, reason, error, attempts, dead_at, coalesce(resolution, ''), resolved_at`
 
-const listSQL = `
-SELECT ` + columns + ` FROM dead_letter
-WHERE id > $1 AND (cardinality($2::bigint[]) = 0 OR id = ANY ($2)) AND ($3 = '' OR consumer = CASE $3 WHEN '` + Relay + `' THEN '' ELSE $3 END)
+// chosenSQL is a Filter; see args.
+const chosenSQL = `(cardinality($2::bigint[]) = 0 OR id = ANY ($2)) AND ($3 = '' OR consumer = CASE $3 WHEN '` + Relay + `' THEN '' ELSE $3 END)
   AND ($4 = '' OR message_id = $4) AND ($5 = '' OR type = $5) AND ($6 = '' OR key = $6) AND ($7 = '' OR reason = $7)
-  AND ($8::timestamptz IS NULL OR dead_at >= $8) AND ($9::timestamptz IS NULL OR dead_at < $9) AND ($10 OR resolution IS NULL)
-ORDER BY id LIMIT $11`
+  AND ($8::timestamptz IS NULL OR dead_at >= $8) AND ($9::timestamptz IS NULL OR dead_at < $9) AND ($10 OR resolution IS NULL)`
 
-// List returns letters whose ID is above after, in that order, at most limit.
-func List(ctx context.Context, db *pgxpool.Pool, f Filter, after int64, limit int) ([]Stored, error) {
+// args are the arguments of a statement with chosenSQL, the first of which is its own.
+func (f Filter) args(first any) []any {
 	optional := func(at time.Time) *time.Time {
 		if at.IsZero() {
 			return nil
 		}
 		return &at
 	}
-	rows, err := db.Query(ctx, listSQL, after, append([]int64{}, f.IDs...), f.Consumer, f.MessageID, f.Type, f.Key, f.Reason,
-		optional(f.Since), optional(f.Until), f.Resolved, limit)
+	return []any{
+		first, append([]int64{}, f.IDs...), f.Consumer, f.MessageID, f.Type, f.Key, f.Reason, optional(f.Since), optional(f.Until), f.Resolved,
+	}
+}
+
+const listSQL = `SELECT ` + columns + ` FROM dead_letter WHERE id > $1 AND ` + chosenSQL + ` ORDER BY id LIMIT $11`
+
+// List returns letters whose ID is above after, in that order, at most limit.
+func List(ctx context.Context, db *pgxpool.Pool, f Filter, after int64, limit int) ([]Stored, error) {
+	return list(ctx, db, listSQL, append(f.args(after), limit))
+}
+
+// Without what a list has no room for: a hundred payloads may be a hundred megabytes.
+const newestSQL = `
+SELECT id, consumer, message_id, type, key, ''::bytea, '{}'::jsonb, reason, left(error, 500), attempts, dead_at, coalesce(resolution, ''), resolved_at
+FROM dead_letter WHERE ($1 = 0 OR id < $1) AND ` + chosenSQL + ` ORDER BY id DESC LIMIT $11`
+
+// Newest returns letters whose ID is below before, or from the last one on if that is 0, the newest first and at most limit: without payload and
+// headers, and with the beginning of the error.
+func Newest(ctx context.Context, db *pgxpool.Pool, f Filter, before int64, limit int) ([]Stored, error) {
+	return list(ctx, db, newestSQL, append(f.args(before), limit))
+}
+
+func list(ctx context.Context, db *pgxpool.Pool, sql string, args []any) ([]Stored, error) {
+	rows, err := db.Query(ctx, sql, args...)
 	if err != nil {
 		return nil, fmt.Errorf("list dead letters: %w", err)
 	}
@@ -76,6 +99,14 @@ func List(ctx context.Context, db *pgxpool.Pool, f Filter, after int64, limit in
 		return nil, fmt.Errorf("list dead letters: %w", err)
 	}
 	return letters, nil
+}
+
+// Count returns how many letters a filter chooses.
+func Count(ctx context.Context, db *pgxpool.Pool, f Filter) (n int64, err error) {
+	if err := db.QueryRow(ctx, `SELECT count(*) FROM dead_letter WHERE id > $1 AND `+chosenSQL, f.args(int64(0))...).Scan(&n); err != nil {
+		return 0, fmt.Errorf("count dead letters: %w", err)
+	}
+	return n, nil
 }
 
 func scan(row pgx.CollectableRow) (s Stored, err error) {
@@ -111,13 +142,36 @@ type Note struct {
 func Resolve(ctx context.Context, tx pgx.Tx, id int64, resolution Resolution, note Note, detail string) error {
 	_, err := tx.Exec(ctx, `UPDATE dead_letter SET resolution = $2, resolved_at = clock_timestamp() WHERE id = $1`, id, resolution)
 	if err == nil {
-		_, err = tx.Exec(ctx, `INSERT INTO dead_letter_audit (letter_id, resolution, reason, actor, detail) VALUES ($1, $2, $3, $4, $5)`,
-			id, resolution, note.Reason, note.Actor, detail)
+		err = record(ctx, tx, id, resolution, note, detail)
 	}
 	if err != nil {
 		return fmt.Errorf("resolve dead letter: %w", err)
 	}
 	return nil
+}
+
+// ErrNotDiscarded means that a letter is not one that was discarded.
+var ErrNotDiscarded = errors.New("dead letter is not discarded, and nothing else can be taken back")
+
+// Reopen takes a discard back as part of tx, and records by whom and why. What was redriven is on its way and cannot be taken back.
+func Reopen(ctx context.Context, tx pgx.Tx, id int64, note Note) error {
+	tag, err := tx.Exec(ctx, `UPDATE dead_letter SET resolution = NULL, resolved_at = NULL WHERE id = $1 AND resolution = 'discarded'`, id)
+	switch {
+	case err == nil && tag.RowsAffected() == 0:
+		return ErrNotDiscarded
+	case err == nil:
+		err = record(ctx, tx, id, Reopened, note, "")
+	}
+	if err != nil {
+		return fmt.Errorf("reopen dead letter: %w", err)
+	}
+	return nil
+}
+
+func record(ctx context.Context, tx pgx.Tx, id int64, what Resolution, note Note, detail string) error {
+	_, err := tx.Exec(ctx, `INSERT INTO dead_letter_audit (letter_id, resolution, reason, actor, detail) VALUES ($1, $2, $3, $4, $5)`,
+		id, what, note.Reason, note.Actor, detail)
+	return err
 }
 
 // Record is an entry of the audit log.

@@ -35,20 +35,24 @@ var domain = []string{"internal/orders", "internal/gen/orders", "cmd/demo"}
 // arrows says which packages of the core each package may import. What is not listed may import nothing of ours.
 var arrows = map[string][]string{
 	"cmd/orders": {
-		"internal/app", "internal/auth", "internal/deadletter", "internal/messaging", "internal/ops", "internal/outbox", "internal/postgres", "internal/rabbit",
+		"internal/app", "internal/auth", "internal/deadletter", "internal/inbox", "internal/messaging", "internal/ops", "internal/outbox", "internal/postgres", "internal/rabbit",
 		"internal/rabbitrpc", "internal/rpcserver", "internal/telemetry", "migrations",
 	},
 	"cmd/stack": {"internal/localstack"},
 	"internal/app": {
-		"internal/auth", "internal/changes", "internal/deadletter", "internal/idempotency", "internal/inbox", "internal/messaging", "internal/operations", "internal/ops", "internal/outbox",
-		"internal/postgres", "internal/rabbit", "internal/rabbitrpc", "internal/rpcserver", "internal/telemetry",
+		"internal/auth", "internal/changes", "internal/console", "internal/deadletter", "internal/gen/ops/v1/opsv1connect", "internal/idempotency", "internal/inbox", "internal/messaging",
+		"internal/operations", "internal/ops", "internal/outbox", "internal/postgres", "internal/rabbit", "internal/rabbitrpc", "internal/rpcserver", "internal/telemetry",
 	},
-	"internal/changes":       {"internal/postgres"},
-	"internal/orders":        {"internal/changes", "internal/inbox", "internal/messaging", "internal/outbox", "internal/postgres"},
-	"internal/outbox":        {"internal/deadletter", "internal/failpoint", "internal/messaging", "internal/postgres"},
-	"internal/inbox":         {"internal/deadletter", "internal/failpoint", "internal/messaging", "internal/postgres"},
-	"internal/deadletter":    {"internal/messaging", "internal/postgres"},
-	"internal/ops":           {"internal/deadletter", "internal/inbox", "internal/messaging", "internal/outbox", "internal/postgres", "internal/rabbit", "migrations"},
+	"internal/changes":    {"internal/postgres"},
+	"internal/orders":     {"internal/changes", "internal/inbox", "internal/messaging", "internal/outbox", "internal/postgres"},
+	"internal/outbox":     {"internal/deadletter", "internal/failpoint", "internal/messaging", "internal/postgres"},
+	"internal/inbox":      {"internal/deadletter", "internal/failpoint", "internal/messaging", "internal/postgres"},
+	"internal/deadletter": {"internal/messaging", "internal/postgres"},
+	"internal/ops":        {"internal/deadletter", "internal/inbox", "internal/messaging", "internal/outbox", "internal/postgres", "internal/rabbit", "migrations"},
+	"internal/console": {
+		"internal/auth", "internal/deadletter", "internal/gen/operations/v1", "internal/gen/ops/v1", "internal/gen/ops/v1/opsv1connect", "internal/inbox",
+		"internal/messaging", "internal/operations", "internal/ops", "internal/outbox", "internal/postgres", "internal/rabbit",
+	},
 	"internal/rabbit":        {"internal/failpoint", "internal/messaging"},
 	"internal/rabbitrpc":     {"internal/rabbit"},
 	"internal/auth":          {"internal/gen/auth/v1", "internal/reload"},
@@ -65,6 +69,8 @@ var arrows = map[string][]string{
 		"internal/inbox", "internal/messaging", "internal/outbox", "internal/postgres", "internal/unary"},
 	"internal/probe": {"internal/gen/auth/v1", "internal/gen/idempotency/v1"},
 
+	"internal/gen/ops/v1":                            {"internal/gen/auth/v1"},
+	"internal/gen/ops/v1/opsv1connect":               {"internal/gen/ops/v1"},
 	"internal/gen/operations/v1":                     {"internal/gen/auth/v1"},
 	"internal/gen/operations/v1/operationsv1connect": {"internal/gen/operations/v1"},
 }

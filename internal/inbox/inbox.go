@@ -67,6 +67,8 @@ type Inbox struct {
 	ring   ring
 	meters meters
 	tracer trace.Tracer
+
+	progress progress
 }
 
 func (c Config) withDefaults() Config {
@@ -224,6 +226,7 @@ func (b *Inbox) apply(ctx context.Context, items []*item, known *failure) error 
 	}
 	b.meters.count(ctx, &done)
 	if done.applied > 0 {
+		b.progress.note(done.applied, items[len(items)-1].identity)
 		b.config.AfterCommit()
 	}
 	return nil

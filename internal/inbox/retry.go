@@ -81,7 +81,13 @@ func (b *Inbox) Run(ctx context.Context) error {
 	var chores sync.WaitGroup
 	defer chores.Wait()
 	chores.Go(func() { b.sweepNowAndThen(ctx) })
+	chores.Go(func() { b.showLife(ctx) })
 	defer b.observeRetries(0)()
+	return b.WhileResumed(ctx, b.retryDue)
+}
+
+// retryDue retries what is due until ctx is done.
+func (b *Inbox) retryDue(ctx context.Context) error {
 	for ctx.Err() == nil {
 		found, err := b.RetryNext(ctx)
 		if err != nil && ctx.Err() == nil {
@@ -90,10 +96,7 @@ func (b *Inbox) Run(ctx context.Context) error {
 		if found && err == nil {
 			continue
 		}
-		select {
-		case <-ctx.Done():
-		case <-time.After(b.config.PollInterval):
-		}
+		b.wait(ctx)
 	}
 	return nil
 }
@@ -153,6 +156,7 @@ func (b *Inbox) RetryNext(ctx context.Context) (found bool, err error) {
 		err = b.retryFailed(ctx, one, failed)
 	} else if err == nil {
 		b.meters.applied.Add(ctx, 1, b.meters.group)
+		b.progress.note(1, identityOf(one.ID, slotLength))
 		b.config.AfterCommit()
 	}
 	if errors.Is(err, errStolen) {

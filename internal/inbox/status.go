@@ -57,9 +57,11 @@ WHERE key <> ''
 WINDOW one AS (PARTITION BY consumer, key)
 ORDER BY consumer, key, seq`
 
-// Blocked returns the keys of all consumer groups that wait for a message to be retried.
-func Blocked(ctx context.Context, db *pgxpool.Pool) ([]BlockedKey, error) {
-	rows, err := db.Query(ctx, blockedSQL)
+const longestBlockedSQL = `SELECT * FROM (` + blockedSQL + `) AS blocked ORDER BY 4 LIMIT $1`
+
+// Blocked returns the keys of all consumer groups that wait for a message to be retried, at most so many, those that have waited longest first.
+func Blocked(ctx context.Context, db *pgxpool.Pool, most int) ([]BlockedKey, error) {
+	rows, err := db.Query(ctx, longestBlockedSQL, most)
 	if err != nil {
 		return nil, fmt.Errorf("read retries: %w", err)
 	}

@@ -222,7 +222,7 @@ func TestStatus(t *testing.T) {
 			t.Errorf("%s: got %q, want %q", name, got, one.want)
 		}
 	}
-	blocked, err := Blocked(t.Context(), b.db)
+	blocked, err := Blocked(t.Context(), b.db, 10)
 	if err != nil || len(blocked) != 1 {
 		t.Fatalf("blocked: %v, %v", blocked, err)
 	}

@@ -194,6 +194,72 @@ UPDATE operation SET state = 'cancelled', request = '', error = $3, ended_at = c
 WHERE id = $1 AND caller = $2 AND state = 'pending'
 RETURNING ` + columns
 
+// Listing chooses operations for an operator, who sees those of all callers; what is empty chooses all.
+type Listing struct {
+	State operationsv1.OperationState
+	// Before is the ID of the last operation of the page before.
+	Before *uuid.UUID
+	Limit  int
+}
+
+// Listed is an operation, and whose it is.
+type Listed struct {
+	*operationsv1.Operation
+	ID     uuid.UUID
+	Caller string
+}
+
+const listAllSQL = `
+SELECT id, method, state, attempts, NULL::bytea, error, created_at, started_at, ended_at, caller
+FROM operation
+WHERE ($1::text IS NULL OR state = $1) AND ($2::uuid IS NULL OR id < $2)
+ORDER BY id DESC LIMIT $3`
+
+// List returns operations of all callers, the newest first and without their responses.
+func (o *Operations) List(ctx context.Context, l Listing) ([]Listed, error) {
+	var state *string
+	if l.State != operationsv1.OperationState_OPERATION_STATE_UNSPECIFIED {
+		state = proto.String(stateText(l.State))
+	}
+	rows, _ := o.db.Query(ctx, listAllSQL, pgx.QueryExecModeCacheDescribe, state, l.Before, l.Limit)
+	found, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (one Listed, err error) {
+		one.Operation, err = scan(withCaller{row, &one.Caller})
+		if err == nil {
+			one.ID, err = parseName(one.Name)
+		}
+		return one, err
+	})
+	if err != nil {
+		return nil, postgres.Classify(fmt.Errorf("list operations: %w", err))
+	}
+	return found, nil
+}
+
+// withCaller is a row with one column more.
+type withCaller struct {
+	pgx.CollectableRow
+	caller *string
+}
+
+func (r withCaller) Scan(into ...any) error { return r.CollectableRow.Scan(append(into, r.caller)...) }
+
+// ErrBegun means that an operation is not pending, or does not exist.
+var ErrBegun = errors.New("only an operation that no worker has begun can be cancelled")
+
+// CancelFor calls off anybody's operation, as part of tx, if no worker has begun it; else it returns ErrBegun. Its caller reads why.
+func (o *Operations) CancelFor(ctx context.Context, tx pgx.Tx, id uuid.UUID, why string) error {
+	status := &operationsv1.Status{Code: int32(connect.CodeCanceled), Message: "called off by an operator: " + why}
+	var done bool
+	if err := tx.QueryRow(ctx, `SELECT operation_cancel($1, $2)`, id, encode(status)).Scan(&done); err != nil {
+		return fmt.Errorf("cancel operation: %w", err)
+	}
+	if !done {
+		return ErrBegun
+	}
+	o.topic.Touch(tx, id.String())
+	return nil
+}
+
 var cancelled = &operationsv1.Status{Code: int32(connect.CodeCanceled), Message: "called off before it began"}
 
 // CancelOperation implements operations.v1.OperationService.

@@ -102,6 +102,11 @@ func (w *Worker) Drain(ctx context.Context, deliveries []messaging.Delivery) err
 	return w.box.Drain(ctx, deliveries)
 }
 
+// WhileResumed runs part while operators have not paused the group: see inbox.Inbox.WhileResumed.
+func (w *Worker) WhileResumed(ctx context.Context, part func(ctx context.Context) error) error {
+	return w.box.WhileResumed(ctx, part)
+}
+
 // enter waits for the turn of a call of method: at its own limit first, so that who waits there takes no place from others.
 func (w *Worker) enter(ctx context.Context, method string) (leave func(), err error) {
 	own := w.limits[method]

@@ -151,7 +151,9 @@ SELECT format('%s may not %s %s', role, lower(privilege), object) FROM (VALUES
     ('app_consumer', 'inbox', '{SELECT,INSERT,UPDATE}'), ('app_consumer', 'inbox_retry', '{SELECT,INSERT,UPDATE,DELETE}'),
     ('app_consumer', 'dead_letter', '{SELECT,INSERT}'),
     ('app_operator', 'outbox', '{SELECT}'), ('app_operator', 'outbox_cursor', '{SELECT}'), ('app_operator', 'outbox_backlog', '{SELECT}'),
-    ('app_operator', 'inbox', '{SELECT,INSERT}'), ('app_operator', 'inbox_retry', '{SELECT,INSERT}'),
+    ('app_consumer', 'inbox_consumer', '{SELECT,INSERT,UPDATE,DELETE}'), ('app_consumer', 'inbox_pause', '{SELECT}'),
+    ('app_operator', 'inbox', '{SELECT,INSERT}'), ('app_operator', 'inbox_retry', '{SELECT,INSERT}'), ('app_operator', 'inbox_consumer', '{SELECT}'),
+    ('app_operator', 'inbox_pause', '{SELECT,INSERT,DELETE}'), ('app_operator', 'operator_audit', '{SELECT,INSERT}'),
     ('app_operator', 'dead_letter', '{SELECT}'), ('app_operator', 'dead_letter_audit', '{SELECT,INSERT}')
 ) AS wanted (role, object, privileges), unnest(privileges::text[]) AS privilege
 WHERE NOT has_table_privilege(role, object, privilege)
@@ -161,7 +163,7 @@ UNION ALL
 SELECT format('%s may not call %s', role, oid::regprocedure) FROM (VALUES
     ('{app_api,app_consumer,app_operator}', '{outbox_insert,outbox_schedule,outbox_unschedule}'),
     ('{app_api,app_relay,app_operator}', '{outbox_measure}'), ('{app_relay}', '{outbox_sweep,outbox_move_due}'),
-    ('{app_operator}', '{outbox_set_shards,outbox_repair}'), ('{app_consumer}', '{inbox_sweep}')
+    ('{app_operator}', '{outbox_set_shards,outbox_repair,inbox_bury,operation_cancel}'), ('{app_consumer}', '{inbox_sweep}')
 ) AS wanted (roles, functions), unnest(roles::text[]) AS role, unnest(functions::text[]) AS function JOIN pg_proc ON proname = function
 WHERE pg_function_is_visible(oid) AND NOT has_function_privilege(role, oid, 'EXECUTE')`
 
@@ -180,6 +182,7 @@ func checkIndexes(ctx context.Context, p Patient) (Finding, error) {
 		"outbox_pkey", "outbox_xid_idx", "outbox_created_at_idx", "outbox_cursor_pkey", "outbox_scheduled_pkey", "outbox_scheduled_due_idx",
 		"outbox_scheduled_latest_idx", "inbox_pkey", "inbox_slot_foreign_received_at_idx", "inbox_retry_pkey", "inbox_retry_key_idx", "inbox_retry_due_idx",
 		"dead_letter_pkey", "dead_letter_open_idx", "dead_letter_message_id_idx", "dead_letter_audit_letter_id_idx",
+		"inbox_pause_pkey", "inbox_consumer_pkey", "operator_audit_pkey",
 	})
 	return none(found, err, Wrong, "present and valid")
 }
@@ -294,8 +297,11 @@ func checkVacuum(ctx context.Context, p Patient) (Finding, error) {
 	return none(old, nil, Attention, "nothing holds it back")
 }
 
+// maxBlocked is how many keys the doctor looks at, those that have waited longest.
+const maxBlocked = 1000
+
 func checkRetries(ctx context.Context, p Patient) (Finding, error) {
-	blocked, err := inbox.Blocked(ctx, p.DB)
+	blocked, err := inbox.Blocked(ctx, p.DB, maxBlocked)
 	if err != nil {
 		return Finding{}, err
 	}

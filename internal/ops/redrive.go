@@ -129,7 +129,8 @@ func resolveOne(ctx context.Context, db *pgxpool.Pool, order Order, letter deadl
 }
 
 // owned are the reasons of letters that the inbox wrote for messages which it had taken: their effects were never committed.
-var owned = []deadletter.Reason{deadletter.Exhausted, deadletter.Permanent, deadletter.Crashed, deadletter.UnknownType, deadletter.Undecodable}
+var owned = []deadletter.Reason{deadletter.Exhausted, deadletter.Permanent, deadletter.Crashed, deadletter.UnknownType, deadletter.Undecodable,
+	deadletter.Skipped}
 
 func (o Order) redrive(ctx context.Context, tx pgx.Tx, letter deadletter.Stored) (deadletter.Resolution, string, error) {
 	if letter.Consumer == "" {

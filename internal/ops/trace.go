@@ -43,7 +43,7 @@ func Trace(ctx context.Context, db *pgxpool.Pool, messageID string) (j Journey, 
 	j.Letters, err = deadletter.List(ctx, db, deadletter.Filter{MessageID: messageID, Resolved: true}, 0, 100)
 	j.Audit = make(map[int64][]deadletter.Record, len(j.Letters))
 	for _, letter := range j.Letters {
-		if err == nil && letter.Resolution != "" {
+		if err == nil { // an open one may have been discarded and reopened
 			j.Audit[letter.ID], err = deadletter.Audit(ctx, db, letter.ID)
 		}
 	}
@@ -140,15 +140,15 @@ func (j Journey) death(letter deadletter.Stored) []Step {
 	where := cmp.Or(letter.Consumer, deadletter.Relay)
 	steps := []Step{at(letter.DeadAt, where, fmt.Sprintf("dead letter %d, %s after %d %s: %s",
 		letter.ID, letter.Reason, letter.Attempts, plural(letter.Attempts, "attempt", "attempts"), letter.Error))}
-	if letter.Resolution == "" {
-		return append(steps, now(where, fmt.Sprintf("dead letter %d is open", letter.ID)))
-	}
 	for _, record := range j.Audit[letter.ID] {
 		what := fmt.Sprintf("dead letter %d %s by %s: %s", letter.ID, record.Resolution, record.Actor, record.Reason)
 		if record.Detail != "" {
 			what += " (" + record.Detail + ")"
 		}
 		steps = append(steps, at(record.At, where, what))
+	}
+	if letter.Resolution == "" {
+		steps = append(steps, now(where, fmt.Sprintf("dead letter %d is open", letter.ID)))
 	}
 	return steps
 }

@@ -149,8 +149,8 @@ func newPause(first time.Duration) *backoff.ExponentialBackOff {
 const databaseTimeout = 10 * time.Second
 
 const aliveSQL = `
-INSERT INTO outbox_relay (owner, expires_at) VALUES ($1, clock_timestamp() + $2)
-ON CONFLICT (owner) DO UPDATE SET expires_at = excluded.expires_at`
+INSERT INTO outbox_relay (owner, expires_at, problem) VALUES ($1, clock_timestamp() + $2, $3)
+ON CONFLICT (owner) DO UPDATE SET expires_at = excluded.expires_at, problem = excluded.problem`
 
 const viewSQL = `
 SELECT shard, ` + nativeSQL + `, CASE WHEN lease_expires_at < clock_timestamp() THEN '' ELSE owner END AS holder,
@@ -162,7 +162,7 @@ ORDER BY shard`
 func (r *Relay) attend(ctx, work context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, databaseTimeout)
 	defer cancel()
-	if _, err := r.db.Exec(ctx, aliveSQL, r.owner, 2*r.config.Lease); err != nil {
+	if _, err := r.db.Exec(ctx, aliveSQL, r.owner, 2*r.config.Lease, r.problem()); err != nil {
 		return err
 	}
 	rows, err := r.db.Query(ctx, viewSQL)

@@ -193,6 +193,56 @@ SELECT message_id, type, key, payload, headers, created_at, shard, xid, ` + deli
 FROM outbox JOIN outbox_cursor USING (shard)
 WHERE message_id = $1 AND created_at BETWEEN $2 AND $3`
 
+// Search chooses messages of the log; what is empty chooses all.
+type Search struct {
+	Type, Key    string
+	Since, Until time.Time // of their insertion
+}
+
+// From each shard the newest by its primary key, and of all these the newest: no more is read than is returned, unless few are chosen.
+const searchSQL = `
+SELECT message.* FROM outbox_cursor AS at, LATERAL (
+    SELECT id, message_id, type, key, created_at, at.shard, xid, ` + deliveredSQL + `
+    FROM (SELECT shard, id, xid, message_id, type, key, created_at FROM outbox
+          WHERE shard = at.shard AND ($1 = 0 OR id < $1) AND ($2 = '' OR type = $2) AND ($3 = '' OR key = $3)
+            AND ($4::timestamptz IS NULL OR created_at >= $4) AND ($5::timestamptz IS NULL OR created_at < $5)
+          ORDER BY id DESC LIMIT $6) AS found
+    JOIN outbox_cursor USING (shard)) AS message
+ORDER BY id DESC LIMIT $6`
+
+// searchTimeout is how long a search may read: one for what is rare in a large log would read all of it.
+const searchTimeout = 5 * time.Second
+
+// ErrTooSlow means that a search was given up.
+var ErrTooSlow = errors.New("the search took too long; give a message ID, or a shorter time")
+
+// Newest returns entries of the log without their payloads, the newest first, of those before a place in it; 0 is its end. It returns the place of
+// the last one, for the next page.
+func Newest(ctx context.Context, db *pgxpool.Pool, s Search, before int64, limit int) (found []Entry, last int64, err error) {
+	optional := func(at time.Time) *time.Time {
+		if at.IsZero() {
+			return nil
+		}
+		return &at
+	}
+	limited, cancel := context.WithTimeout(ctx, searchTimeout)
+	defer cancel()
+	rows, err := db.Query(limited, searchSQL, before, s.Type, s.Key, optional(s.Since), optional(s.Until), limit)
+	if err == nil {
+		found, err = pgx.CollectRows(rows, func(r pgx.CollectableRow) (one Entry, err error) {
+			err = r.Scan(&last, &one.ID, &one.Type, &one.Key, &one.CreatedAt, &one.Shard, &one.TransactionID, &one.Delivered)
+			return one, err
+		})
+	}
+	switch {
+	case err != nil && limited.Err() != nil && ctx.Err() == nil:
+		return nil, 0, ErrTooSlow
+	case err != nil:
+		return nil, 0, fmt.Errorf("search outbox: %w", postgres.Classify(err))
+	}
+	return found, last, nil
+}
+
 // Find returns what the log holds of a message, usually one entry and none after the retention. The time in the ID says where to look.
 func Find(ctx context.Context, db *pgxpool.Pool, id uuid.UUID) ([]Entry, error) {
 	born := time.Unix(id.Time().UnixTime())

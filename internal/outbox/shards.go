@@ -120,6 +120,22 @@ func Status(ctx context.Context, db *pgxpool.Pool) ([]Shard, error) {
 	return shards, nil
 }
 
+// Alive is a relay that has given a sign of life.
+type Alive struct {
+	Owner string
+	// Problem is what keeps it from publishing, "" if nothing does.
+	Problem string
+}
+
+// Relays returns the relays alive.
+func Relays(ctx context.Context, db *pgxpool.Pool) ([]Alive, error) {
+	rows, err := db.Query(ctx, `SELECT owner, problem FROM outbox_relay WHERE expires_at > clock_timestamp() ORDER BY owner`)
+	if err != nil {
+		return nil, fmt.Errorf("read relays: %w", err)
+	}
+	return pgx.CollectRows(rows, pgx.RowToStructByPos[Alive])
+}
+
 // IsNative tells whether the cursor belongs to this cluster; if not, no relay runs before Repair.
 func IsNative(ctx context.Context, db *pgxpool.Pool) (native bool, err error) {
 	if err = db.QueryRow(ctx, `SELECT bool_and(`+nativeSQL+`) FROM outbox_cursor`).Scan(&native); err != nil {

@@ -21,6 +21,7 @@ type tenure struct {
 	wake      LocalBell
 	pause     *backoff.ExponentialBackOff
 	leads     atomic.Bool
+	trouble   trouble
 	end       context.CancelFunc
 	over      chan struct{}
 }

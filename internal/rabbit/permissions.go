@@ -25,6 +25,12 @@ func (t Topology) PublisherPermissions() Permissions {
 	return Permissions{Configure: nothing, Write: Only(append(t.queueNames(), t.Exchange)...), Read: nothing}
 }
 
+// ObserverPermissions are all that looking at the queues needs. Writing to a queue means binding it, and that takes reading from an exchange, too: so
+// with these alone nothing can be sent or read.
+func (t Topology) ObserverPermissions() Permissions {
+	return Permissions{Configure: nothing, Write: Only(t.queueNames()...), Read: nothing}
+}
+
 // ConsumerPermissions are all that a consumer needs where the topology is given: it reads from its queues, and can send nothing. What its handlers
 // send goes through the outbox.
 func (t Topology) ConsumerPermissions() Permissions {

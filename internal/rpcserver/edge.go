@@ -3,8 +3,10 @@ package rpcserver
 import (
 	"fmt"
 	"log/slog"
+	"net"
 	"net/http"
 	"runtime/debug"
+	"strings"
 
 	connectcors "connectrpc.com/cors"
 	"github.com/rs/cors"
@@ -13,6 +15,9 @@ import (
 // newEdge puts around all of HTTP what browsers need, what protects them, and an ID for each request. A panic here is one outside of any RPC.
 func newEdge(next http.Handler, config Config) http.Handler {
 	next = allowOrigins(next, config.Origins)
+	if config.LocalNames {
+		next = localNames(next)
+	}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		id := requestID(r.Header.Get(requestIDHeader))
 		r.Header.Set(requestIDHeader, id)
@@ -67,6 +72,21 @@ func allowOrigins(next http.Handler, origins []string) http.Handler {
 		ExposedHeaders: append(connectcors.ExposedHeaders(), "Retry-After", requestIDHeader),
 		MaxAge:         7200, // seconds; Chrome's limit
 	}).Handler(next)
+}
+
+// localNames lets through what names this machine.
+func localNames(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		host, _, err := net.SplitHostPort(r.Host)
+		if err != nil {
+			host = r.Host
+		}
+		if address := net.ParseIP(strings.Trim(host, "[]")); host != "localhost" && !address.IsLoopback() {
+			http.Error(w, "with authentication off this is served to localhost only", http.StatusMisdirectedRequest)
+			return
+		}
+		next.ServeHTTP(w, r)
+	})
 }
 
 // CheckOrigin says whether origin is one that Config.Origins takes: a scheme, a host, perhaps a port, and nothing else.

@@ -56,6 +56,9 @@ type Config struct {
 	TLS *tls.Config
 	// Origins are the web origins, such as https://console.example, whose pages may call. Default none.
 	Origins []string
+	// LocalNames refuses requests that do not name this machine as localhost or by a loopback address. With authentication off it keeps out pages of
+	// other sites whose name was made to lead here: to a browser they are of the same origin (DNS rebinding).
+	LocalNames bool
 	// Checks say what the services need. Without any, the server is ready as soon as it listens.
 	Checks []Check
 	// Interceptors run inside of logging and error mapping: authentication, durable calls. What one of them receives is valid.

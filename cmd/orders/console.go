@@ -1,0 +1,20 @@
+package main
+
+import (
+	"context"
+
+	"example.com/orders/internal/app"
+)
+
+type consoleCommand struct {
+	Listen listenAddress `env:"LISTEN" default:"127.0.0.1:8090" help:"Address to serve on."`
+	databaseFlags
+	brokerFlags
+	edgeFlags
+}
+
+func (c *consoleCommand) Run(ctx context.Context) error {
+	config := appConfig(c.Listen, c.databaseFlags, apiFlags{}, c.brokerFlags, relayFlags{}, consumerFlags{})
+	config.Edge = c.edgeFlags.config()
+	return app.RunConsole(ctx, config)
+}

@@ -1,0 +1,60 @@
+package app
+
+import (
+	"cmp"
+	"context"
+	"net/http"
+
+	"connectrpc.com/connect/v2"
+	"example.com/orders/internal/console"
+	"example.com/orders/internal/gen/ops/v1/opsv1connect"
+	"example.com/orders/internal/operations"
+	"example.com/orders/internal/ops"
+	"example.com/orders/internal/rabbit"
+	"example.com/orders/internal/rpcserver"
+)
+
+// RunConsole serves the operators' console until ctx is done.
+func RunConsole(ctx context.Context, config Config) error {
+	config.ConsoleAddr = cmp.Or(config.ConsoleAddr, config.Addr)
+	return run(ctx, config, "console", (*process).startEdge, (*process).startConsole)
+}
+
+// startConsole serves the console on an address of its own, which is for operators. It is ready without the broker: that is when it is needed.
+func (p *process) startConsole(ctx context.Context) {
+	if p.config.ConsoleAddr == "" {
+		return
+	}
+	gauge := rabbit.NewGauge(p.config.AMQPURL, p.connectionName("console"))
+	desk := console.New(console.Config{
+		DB: p.db, Operations: p.calls, Groups: p.consoleGroups(), Depths: gauge.Read,
+		APIs: []string{ServiceName + " api", ServiceName + " all"}, Service: ServiceName, Version: p.config.Version,
+	})
+	server := p.newConsoleServer(desk)
+	p.group.Go(func() error { defer gauge.Close(); return desk.Run(ctx) })
+	p.group.Go(func() error { return server.Run(ctx) })
+}
+
+// newConsoleServer makes the console's server. It lets in whom the API lets in, but no page of another origin, whatever the API allows.
+func (p *process) newConsoleServer(desk *console.Console) *rpcserver.Server {
+	server := rpcserver.New(rpcserver.Config{
+		Addr: p.config.ConsoleAddr, Checks: []rpcserver.Check{{Name: "database", Ready: p.db.Ping}}, Interceptors: p.edge.interceptors,
+		MeterProvider: p.telemetry.Meter, TracerProvider: p.telemetry.Tracer, TLS: p.edge.tls, LocalNames: p.edge.NoAuth,
+	}, func(s *connect.Server) { opsv1connect.RegisterOpsServiceHandler(s, desk) })
+	server.Handle("GET "+console.Prefix, console.Pages())
+	server.Handle("GET /{$}", http.RedirectHandler(console.Prefix, http.StatusFound))
+	if p.telemetry.Metrics != nil {
+		server.Handle("GET /metrics", p.telemetry.Metrics)
+	}
+	return server
+}
+
+// consoleGroups are the groups that operators see: the domain's, and that of durable calls.
+func (p *process) consoleGroups() (groups []console.Group) {
+	for _, g := range p.domain.groups {
+		groups = append(groups, console.Group{Group: ops.Group{Name: g.Name(), Types: g.Types()}, Queue: queueName(g)})
+	}
+	return append(groups, console.Group{
+		Group: ops.Group{Name: operations.Consumer, Types: callsQueue.Types}, Queue: callsQueue.Name, Final: true,
+	})
+}

@@ -1,0 +1,184 @@
+package app
+
+import (
+	"context"
+	"fmt"
+	"net/http"
+	"strings"
+	"testing"
+	"time"
+
+	"connectrpc.com/connect/v2"
+	"connectrpc.com/connect/v2/connecthttp"
+	"example.com/orders/internal/auth"
+	"example.com/orders/internal/console"
+	opsv1 "example.com/orders/internal/gen/ops/v1"
+	"example.com/orders/internal/gen/ops/v1/opsv1connect"
+	"example.com/orders/internal/rabbit"
+	"example.com/orders/internal/telemetry"
+	"example.com/orders/internal/testenv"
+)
+
+// Every procedure of the console says who may call it: observers look, operators act, and nobody else gets in.
+func TestConsoleAccess(t *testing.T) {
+	t.Parallel()
+	keys, lines := apiKeys(t, "stranger", "observer", "operator")
+	config := probed(Config{PostgresURL: testenv.PostgresURL(t), AMQPURL: testenv.AMQP(t), Edge: Edge{APIKeys: lines}})
+	url, _ := start(t, RunConsole, config)
+	awaitConsole(t, url)
+	edge, err := newEdge(Edge{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	acts := 0
+	transport := connecthttp.NewTransport(newHTTPClient(t, true), url)
+	specs := (&process{edge: edge, telemetry: new(telemetry.Providers)}).newConsoleServer(console.New(console.Config{})).Specs()
+	for spec := range specs {
+		access := auth.AccessTo(spec)
+		if acting := spec.IdempotencyLevel != connect.IdempotencyNoSideEffects && !strings.HasSuffix(spec.Procedure, "/WatchFlow"); acting && strings.HasPrefix(spec.Procedure, "/ops.") {
+			if acts++; len(access.GetRoles()) != 1 || access.GetRoles()[0] != "operator" {
+				t.Errorf("%s acts, and is open to %v", spec.Procedure, access)
+			}
+		}
+		for _, role := range []string{"", "stranger", "observer", "operator"} {
+			header := map[string]string{}
+			if role != "" {
+				header["x-api-key"] = keys[role]
+			}
+			code := codeOf(t, transport, spec, header)
+			denied := code == connect.CodeUnauthenticated || code == connect.CodePermissionDenied
+			if want := wantCode(access, role); want == 0 && denied || want != 0 && code != want {
+				t.Errorf("%q calls %s: %s, want %s", role, spec.Procedure, code, want)
+			}
+		}
+	}
+	if acts < 6 {
+		t.Errorf("only %d procedures act", acts)
+	}
+}
+
+func awaitConsole(t *testing.T, url string) {
+	t.Helper()
+	testenv.Eventually(t, 20*time.Second, func() error {
+		response, err := web.Get(url + "/readyz")
+		if err == nil {
+			response.Body.Close()
+			if response.StatusCode != http.StatusOK {
+				err = fmt.Errorf("not ready: %s", response.Status)
+			}
+		}
+		return err
+	})
+}
+
+// A page of another origin can do nothing, nor one whose name was made to lead here.
+func TestConsoleRefusesOtherOrigins(t *testing.T) {
+	t.Parallel()
+	config := probed(Config{PostgresURL: testenv.PostgresURL(t), AMQPURL: testenv.AMQP(t), Edge: Edge{NoAuth: true, Origins: []string{"https://api.example"}}})
+	url, _ := start(t, RunConsole, config)
+	awaitConsole(t, url)
+	for name, one := range map[string]struct {
+		host   string
+		header map[string]string
+		want   int
+	}{
+		"Own":          {"", map[string]string{"Origin": url, "Sec-Fetch-Site": "same-origin"}, http.StatusOK},
+		"Command":      {"", nil, http.StatusOK},
+		"OtherSite":    {"", map[string]string{"Sec-Fetch-Site": "cross-site"}, http.StatusForbidden},
+		"OtherOrigin":  {"", map[string]string{"Origin": "https://evil.example"}, http.StatusForbidden},
+		"OriginOfAPI":  {"", map[string]string{"Origin": "https://api.example"}, http.StatusForbidden},
+		"OtherPort":    {"", map[string]string{"Origin": "http://127.0.0.1:1"}, http.StatusForbidden},
+		"DNSRebinding": {"evil.example:8090", map[string]string{"Sec-Fetch-Site": "same-origin"}, http.StatusMisdirectedRequest},
+		"Localhost":    {"localhost:8090", nil, http.StatusOK},
+	} {
+		request, err := http.NewRequestWithContext(t.Context(), http.MethodPost, url+opsv1connect.OpsServiceGetSessionProcedure, strings.NewReader("{}"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		request.Host = one.host
+		request.Header.Set("Content-Type", "application/json")
+		for key, value := range one.header {
+			request.Header.Set(key, value)
+		}
+		response, err := web.Do(request)
+		if err != nil {
+			t.Fatal(err)
+		}
+		response.Body.Close()
+		if response.StatusCode != one.want {
+			t.Errorf("%s: %s, want %d", name, response.Status, one.want)
+		}
+	}
+}
+
+// With no more rights than its role and its permissions give, the console sees the flow, and a group that it pauses takes nothing until it is resumed.
+func TestConsolePausesAGroup(t *testing.T) {
+	t.Parallel()
+	owner, admin := testenv.Postgres(t), testenv.AMQP(t)
+	awaitEffects := effectsIn(t, owner)
+	url := owner.Config().ConnString()
+	topology := probed(Config{}).domain(nil, nil, nil).topology("events")
+	if err := topology.Declare(t.Context(), admin); err != nil {
+		t.Fatal(err)
+	}
+	given := func(role string, p rabbit.Permissions) Config {
+		return probed(Config{PostgresURL: testenv.As(t, url, role), TopologyGiven: true, AMQPURL: testenv.Management(t, admin).User(p.Configure, p.Write, p.Read), Edge: Edge{NoAuth: true}})
+	}
+	await(t, "relay", serve(t, RunRelay, given("app_relay", topology.PublisherPermissions())), http.StatusOK)
+	await(t, "consumer", serve(t, RunConsumer, given("app_consumer", topology.ConsumerPermissions())), http.StatusOK)
+	consoleURL, _ := start(t, RunConsole, given("app_operator", topology.ObserverPermissions()))
+	awaitConsole(t, consoleURL)
+	client := opsv1connect.NewOpsServiceClient(connect.NewClient(connecthttp.NewTransport(newHTTPClient(t, true), consoleURL)))
+	if err := send(t.Context(), owner, "", "first"); err != nil {
+		t.Fatal(err)
+	}
+	awaitEffects(1)
+	if _, err := client.PauseGroup(t.Context(), &opsv1.PauseGroupRequest{Group: probeGroup, Reason: "why"}); err != nil {
+		t.Fatal(err)
+	}
+	awaitQueue(t, client, func(queue *opsv1.Station) bool { return queue.GetWaiting() == 0 && consumersOf(t, admin) == 0 })
+	if err := send(t.Context(), owner, "", "second"); err != nil {
+		t.Fatal(err)
+	}
+	awaitQueue(t, client, func(queue *opsv1.Station) bool { return queue.GetWaiting() == 1 })
+	awaitEffects(1)
+	if _, err := client.ResumeGroup(t.Context(), &opsv1.ResumeGroupRequest{Group: probeGroup, Reason: "why"}); err != nil {
+		t.Fatal(err)
+	}
+	awaitEffects(2)
+}
+
+// consumersOf asks the broker how many take from the probes' queue.
+func consumersOf(t *testing.T, url string) int {
+	t.Helper()
+	gauge := rabbit.NewGauge(url, "test")
+	defer gauge.Close()
+	depths, err := gauge.Read(t.Context(), []string{probeQueue})
+	if err != nil || depths[0].Missing {
+		t.Fatal(depths, err)
+	}
+	return depths[0].Consumers
+}
+
+// awaitQueue watches the flow until the probes' queue is as wanted.
+func awaitQueue(t *testing.T, client opsv1connect.OpsServiceClient, wanted func(queue *opsv1.Station) bool) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	stream, err := client.WatchFlow(ctx, &opsv1.WatchFlowRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer stream.Close()
+	for {
+		sample, err := stream.Receive()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, station := range sample.GetStations() {
+			if station.GetName() == probeQueue && station.Waiting != nil && wanted(station) {
+				return
+			}
+		}
+	}
+}

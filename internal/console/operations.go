@@ -1,0 +1,93 @@
+package console
+
+import (
+	"context"
+	"strings"
+
+	"connectrpc.com/connect/v2"
+	operationsv1 "example.com/orders/internal/gen/operations/v1"
+	opsv1 "example.com/orders/internal/gen/ops/v1"
+	"example.com/orders/internal/operations"
+	"example.com/orders/internal/ops"
+	"example.com/orders/internal/outbox"
+	"example.com/orders/internal/postgres"
+	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5"
+	"google.golang.org/protobuf/types/known/timestamppb"
+)
+
+const statePrefix = "OPERATION_STATE_"
+
+// ListOperations implements ops.v1.OpsService.
+func (c *Console) ListOperations(ctx context.Context, req *opsv1.ListOperationsRequest) (*opsv1.ListOperationsResponse, error) {
+	listing := operations.Listing{Limit: pageRows + 1}
+	listing.State = operationsv1.OperationState(operationsv1.OperationState_value[statePrefix+strings.ToUpper(req.GetState())])
+	if req.GetPageToken() != "" {
+		before, err := uuid.Parse(req.GetPageToken())
+		if err != nil {
+			return nil, connect.NewError(connect.CodeInvalidArgument, "page_token is not one that ListOperations returned")
+		}
+		listing.Before = &before
+	}
+	found, err := c.config.Operations.List(ctx, listing)
+	if err != nil {
+		return nil, tell(err)
+	}
+	response := &opsv1.ListOperationsResponse{}
+	if len(found) > pageRows {
+		found = found[:pageRows]
+		response.NextPageToken = found[pageRows-1].ID.String()
+	}
+	for _, one := range found {
+		response.Operations = append(response.Operations, &opsv1.Operation{
+			Id: one.ID.String(), Method: one.Method, Caller: one.Caller, Attempts: one.Attempts,
+			State:      strings.ToLower(strings.TrimPrefix(one.State.String(), statePrefix)),
+			CreateTime: one.CreateTime, StartTime: one.StartTime, EndTime: one.EndTime, Error: one.GetError().GetMessage(),
+		})
+	}
+	return response, nil
+}
+
+// CancelOperation implements ops.v1.OpsService.
+func (c *Console) CancelOperation(ctx context.Context, req *opsv1.CancelOperationRequest) (*opsv1.CancelOperationResponse, error) {
+	id, err := uuid.Parse(req.GetId())
+	if err == nil {
+		err = storable(req.GetReason())
+	}
+	why := note(ctx, req.GetReason())
+	if err != nil || why.Reason == "" {
+		return nil, connect.NewError(connect.CodeInvalidArgument, "id must be a UUID, and reason a text")
+	}
+	err = postgres.Transact(ctx, c.db, func(tx pgx.Tx) error {
+		if err := c.config.Operations.CancelFor(ctx, tx, id, why.Reason); err != nil {
+			return err
+		}
+		return ops.Record(ctx, tx, ops.Entry{Action: "cancel", Target: "operations/" + id.String(), Note: why})
+	})
+	return &opsv1.CancelOperationResponse{}, tell(err)
+}
+
+// ListRelays implements ops.v1.OpsService.
+func (c *Console) ListRelays(ctx context.Context, _ *opsv1.ListRelaysRequest) (*opsv1.ListRelaysResponse, error) {
+	shards, err := outbox.Status(ctx, c.db)
+	if err != nil {
+		return nil, tell(err)
+	}
+	relays, err := outbox.Relays(ctx, c.db)
+	if err != nil {
+		return nil, tell(err)
+	}
+	response := &opsv1.ListRelaysResponse{}
+	for _, one := range shards {
+		if !one.Drained {
+			response.Shards = append(response.Shards, &opsv1.Shard{
+				Shard: int32(one.Shard), Generation: int32(one.Generation), Retired: one.Retired, Owner: one.Owner, Epoch: one.Epoch,
+				Backlog: one.Backlog, Lag: one.Lag, Published: one.Published, Parked: one.Parked, MoveTime: timestamppb.New(one.MovedAt),
+			})
+		}
+	}
+	for _, one := range relays {
+		response.Relays = append(response.Relays, &opsv1.Relay{Owner: one.Owner, Problem: one.Problem})
+	}
+	return response, nil
+}

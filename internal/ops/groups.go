@@ -1,0 +1,125 @@
+package ops
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"example.com/orders/internal/deadletter"
+	"example.com/orders/internal/inbox"
+	"example.com/orders/internal/postgres"
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+)
+
+// Refusal is an error that an operator should read: what was asked for cannot be done, and nothing was.
+type Refusal struct{ error }
+
+func refuse(format string, args ...any) error { return Refusal{fmt.Errorf(format, args...)} }
+
+// checked says what is missing of a note.
+func checked(note deadletter.Note) error {
+	if strings.TrimSpace(note.Actor) == "" || strings.TrimSpace(note.Reason) == "" {
+		return refuse("who does this and why must be given: both are kept in the audit log")
+	}
+	return nil
+}
+
+// Desk acts on consumer groups, for the commands and the console alike.
+type Desk struct {
+	DB *pgxpool.Pool
+	// Groups are the consumer groups that there are.
+	Groups []string
+}
+
+// act runs fn in one transaction with its record in the audit log. What fn returns is the record's detail.
+func (d Desk) act(ctx context.Context, action, group, key string, note deadletter.Note, fn func(tx pgx.Tx) (detail string, err error)) error {
+	if err := checked(note); err != nil {
+		return err
+	}
+	if !slices.Contains(d.Groups, group) {
+		return refuse("there is no consumer group %q", group)
+	}
+	target := group
+	if key != "" {
+		target += "/" + key
+	}
+	return postgres.Transact(ctx, d.DB, func(tx pgx.Tx) error {
+		detail, err := fn(tx)
+		if err != nil {
+			return err
+		}
+		return Record(ctx, tx, Entry{Action: action, Target: target, Note: note, Detail: detail})
+	})
+}
+
+// Pause has a group take no more messages: what its consumers have taken they finish, the rest stays in the queue and in the retries.
+func (d Desk) Pause(ctx context.Context, group string, note deadletter.Note) error {
+	return d.act(ctx, "pause", group, "", note, func(tx pgx.Tx) (string, error) {
+		done, err := inbox.Pause(ctx, tx, group, note.Actor, note.Reason)
+		if err == nil && !done {
+			err = refuse("group %s is paused already", group)
+		}
+		return "", err
+	})
+}
+
+// Resume takes a pause back.
+func (d Desk) Resume(ctx context.Context, group string, note deadletter.Note) error {
+	return d.act(ctx, "resume", group, "", note, func(tx pgx.Tx) (string, error) {
+		done, err := inbox.Resume(ctx, tx, group)
+		if err == nil && !done {
+			err = refuse("group %s is not paused", group)
+		}
+		return "", err
+	})
+}
+
+// SkipHead moves the message that a key's others wait for to the dead letters, and returns its ID. To take it back, redrive the letter: the message
+// then comes last of its key.
+func (d Desk) SkipHead(ctx context.Context, group, key string, note deadletter.Note) (messageID string, err error) {
+	moved, err := d.bury(ctx, "skip", group, key, false, note)
+	if err != nil {
+		return "", err
+	}
+	return moved[0], nil
+}
+
+// ParkKey moves all that waits of a key to the dead letters, and returns how many messages. They are redriven in their order.
+func (d Desk) ParkKey(ctx context.Context, group, key string, note deadletter.Note) (int, error) {
+	moved, err := d.bury(ctx, "park", group, key, true, note)
+	return len(moved), err
+}
+
+func (d Desk) bury(ctx context.Context, action, group, key string, whole bool, note deadletter.Note) (moved []string, err error) {
+	err = d.act(ctx, action, group, key, note, func(tx pgx.Tx) (string, error) {
+		cause := fmt.Sprintf("skipped by operator %s: %s", note.Actor, note.Reason)
+		moved, err = inbox.Bury(ctx, tx, group, key, whole, cause)
+		switch {
+		case errors.Is(err, inbox.ErrBeingTried):
+			return "", Refusal{err}
+		case err == nil && len(moved) == 0:
+			return "", refuse("nothing waits on key %q of group %s", key, group)
+		case err != nil:
+			return "", err
+		case len(moved) == 1:
+			return "message " + moved[0], nil
+		}
+		return fmt.Sprintf("%d messages", len(moved)), nil
+	})
+	return moved, err
+}
+
+// Reopen takes back that a letter was discarded.
+func Reopen(ctx context.Context, db *pgxpool.Pool, id int64, note deadletter.Note) error {
+	if err := checked(note); err != nil {
+		return err
+	}
+	err := postgres.Transact(ctx, db, func(tx pgx.Tx) error { return deadletter.Reopen(ctx, tx, id, note) })
+	if errors.Is(err, deadletter.ErrNotDiscarded) {
+		return Refusal{err}
+	}
+	return err
+}
