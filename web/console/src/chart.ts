@@ -1,0 +1,114 @@
+// The last 15 minutes as lines.
+import uPlot from "uplot";
+import { h, setText } from "./dom.js";
+import { age, count, rate } from "./format.js";
+import { keepSeconds, names, type Series } from "./series.js";
+
+interface Line {
+  name: (typeof names)[number];
+  label: string;
+  color: string;
+}
+
+interface Chart {
+  title: string;
+  lines: Line[];
+  value: (n: number) => string;
+  /** The least that the scale spans, so that noise does not look like a storm. */
+  span: number;
+}
+
+const all: Chart[] = [
+  {
+    title: "Messages a second",
+    lines: [
+      { name: "inserted", label: "inserted", color: "--line-1" },
+      { name: "published", label: "published", color: "--line-2" },
+      { name: "applied", label: "applied", color: "--line-3" },
+    ],
+    value: rate,
+    span: 5,
+  },
+  {
+    title: "Messages that wait",
+    lines: [
+      { name: "backlog", label: "in the outbox", color: "--line-1" },
+      { name: "queued", label: "in queues", color: "--line-2" },
+      { name: "retrying", label: "for a retry", color: "--line-3" },
+      { name: "dead", label: "dead letters", color: "--line-4" },
+    ],
+    value: count,
+    span: 10,
+  },
+  { title: "Age of the oldest in the outbox", lines: [{ name: "lag", label: "oldest", color: "--line-1" }], value: age, span: 1 },
+];
+
+const height = 150;
+
+/** charts puts the charts into a box, and returns what draws them. */
+export function charts(box: HTMLElement, signal: AbortSignal): (series: Series) => void {
+  const dark = matchMedia("(prefers-color-scheme: dark)");
+  let made: { chart: Chart; plot: uPlot; values: HTMLElement[] }[] = [];
+  let last: Series | undefined;
+
+  const make = () => {
+    for (const one of made) one.plot.destroy();
+    box.replaceChildren();
+    made = all.map((chart) => {
+      const values = chart.lines.map(() => h("b"));
+      const keys = chart.lines.map((line, i) => h("span", { class: `key ${line.color.slice(2)}` }, line.label, " ", values[i]));
+      const canvas = h("div", { class: "plot" });
+      box.append(h("figure", {}, h("figcaption", {}, h("strong", {}, chart.title), h("span", { class: "keys" }, ...keys)), canvas));
+      return { chart, values, plot: new uPlot(options(chart, canvas.clientWidth), [[], ...chart.lines.map(() => [])], canvas) };
+    });
+    if (last) draw(last);
+  };
+
+  const draw = (series: Series) => {
+    last = series;
+    if (made.length === 0) make();
+    box.dataset["points"] = String(series.length);
+    for (const { chart, plot, values } of made) {
+      const columns = chart.lines.map((line) => series.columns[names.indexOf(line.name) + 1]!);
+      plot.setData([series.columns[0]!, ...columns]);
+      columns.forEach((column, i) => setText(values[i]!, chart.value(column[column.length - 1] ?? 0)));
+    }
+  };
+
+  const resize = new ResizeObserver(() => {
+    for (const { plot } of made) {
+      const width = (plot.root.parentElement as HTMLElement).clientWidth;
+      if (width > 0 && width !== plot.width) plot.setSize({ width, height });
+    }
+  });
+  resize.observe(box);
+  dark.addEventListener("change", make, { signal });
+  signal.addEventListener("abort", () => {
+    resize.disconnect();
+    for (const one of made) one.plot.destroy();
+  });
+  return draw;
+}
+
+function options(chart: Chart, width: number): uPlot.Options {
+  const style = getComputedStyle(document.documentElement);
+  const color = (name: string) => style.getPropertyValue(name).trim();
+  const axis = { stroke: color("--muted"), grid: { stroke: color("--grid"), width: 1 }, ticks: { show: false }, font: "11px system-ui, sans-serif" };
+  const two = (n: number) => String(n).padStart(2, "0");
+  return {
+    width: Math.max(width, 200),
+    height,
+    padding: [8, 8, 0, 0],
+    legend: { show: false },
+    cursor: { show: false },
+    scales: {
+      x: { time: true, range: (_, __, max) => [max - keepSeconds, max] },
+      y: { range: (_, __, max) => [0, Math.max(chart.span, (max ?? 0) * 1.1)] },
+    },
+    axes: [
+      { ...axis, space: 60, size: 24, values: (_, at) => at.map((t) => ((d) => `${two(d.getHours())}:${two(d.getMinutes())}`)(new Date(t * 1000))) },
+      { ...axis, size: 50, space: 32, values: (_, at) => at.map((n) => chart.value(n)) },
+    ],
+    series: [{}, ...chart.lines.map((line) => ({ stroke: color(line.color), width: 1.75, points: { show: false } }))],
+  };
+}

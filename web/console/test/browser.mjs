@@ -1,0 +1,254 @@
+// Uses the console as a person does, in a real Chromium, and fails with what is not as it should be. The test that starts it holds the stack: it is asked
+// to do something to that by a line on standard output, and answers when it is done.
+//
+//   node browser.mjs '{"url": ..., "key": ..., "chromium": ..., "screenshots": ...}'
+import { mkdirSync } from "node:fs";
+import { createInterface } from "node:readline";
+import { chromium } from "playwright-core";
+
+const { url, key, chromium: executablePath, screenshots } = JSON.parse(process.argv[2]);
+mkdirSync(screenshots, { recursive: true });
+const answers = createInterface({ input: process.stdin })[Symbol.asyncIterator]();
+
+/** ask has the test do something to the stack. */
+async function ask(what) {
+  console.log(`do ${what}`);
+  await answers.next();
+}
+
+const problems = [];
+function check(ok, what) {
+  if (!ok) problems.push(what);
+}
+
+const browser = await chromium.launch({ executablePath, args: ["--no-sandbox", "--disable-gpu", "--disable-background-networking"] });
+const context = await browser.newContext({ viewport: { width: 1280, height: 860 }, reducedMotion: "reduce" });
+const page = await context.newPage();
+page.setDefaultTimeout(20_000);
+page.on("request", (request) => check(request.url().startsWith(url) || request.url().startsWith("data:"), `a request goes to ${request.url()}`));
+page.on("pageerror", (error) => problems.push(`the page fails: ${error}`));
+page.on("dialog", (dialog) => (problems.push(`a dialog opens: ${dialog.message()}`), dialog.dismiss()));
+page.on("console", (message) => check(!message.text().includes("Content Security Policy"), message.text()));
+
+/** settled waits until a page has loaded what it shows. */
+async function settled() {
+  await page.waitForFunction(() => !document.querySelector("[aria-busy=true], .skeleton"));
+}
+
+/** show goes to a page, and checks what must hold on every page. */
+async function show(hash) {
+  await page.goto(`${url}/console/#/${hash}`);
+  await settled();
+  const found = await page.evaluate(() => ({
+    pwned: "pwned" in window,
+    elements: document.querySelectorAll("main script, main img, main iframe, main svg, main object, main [onerror], main [onload]").length,
+    links: [...document.querySelectorAll("a")].filter((a) => !a.getAttribute("href")?.startsWith("#")).length,
+  }));
+  check(!found.pwned && found.elements === 0 && found.links === 0, `${hash}: text of a message became part of the page: ${JSON.stringify(found)}`);
+}
+
+/** pictures takes the page at each size, light and dark. */
+async function pictures(name) {
+  for (const width of [1280, 390]) {
+    await page.setViewportSize({ width, height: width === 390 ? 844 : 860 });
+    const wide = await page.evaluate(() => document.documentElement.scrollWidth - innerWidth);
+    check(wide <= 0, `${name} is ${wide} px too wide at ${width}`);
+    for (const colorScheme of ["light", "dark"]) {
+      await page.emulateMedia({ colorScheme });
+      await page.screenshot({ path: `${screenshots}/${name}-${width}-${colorScheme}.png`, fullPage: width === 390 });
+    }
+  }
+  await page.emulateMedia({ colorScheme: "light" });
+  await page.setViewportSize({ width: 1280, height: 860 });
+}
+
+const station = (name, state) => page.locator(`.station[data-state=${state}]`, { has: page.locator(`.name[title="${name}"]`) });
+
+/** why fills in the dialog and confirms it. */
+async function why(verb) {
+  await page.locator("dialog textarea").fill("tried in a browser");
+  await page.locator("dialog button[type=submit]", { hasText: verb }).click();
+  await page.locator("dialog").waitFor({ state: "detached" });
+}
+
+async function signIn() {
+  await page.goto(`${url}/console/`);
+  await page.locator("input[name=credential]").fill("nobody.AAAA");
+  await page.keyboard.press("Enter");
+  await page.locator("text=This credential is not accepted").waitFor();
+  await page.screenshot({ path: `${screenshots}/sign-in.png` });
+  await page.locator("input[name=credential]").fill(key);
+  await page.keyboard.press("Enter");
+  await page.locator(".station").first().waitFor();
+  check((await context.cookies()).length === 0, "there is a cookie");
+}
+
+async function firstPaint() {
+  await page.reload();
+  await page.locator(".station").first().waitFor();
+  const paint = await page.evaluate(() => performance.getEntriesByName("first-contentful-paint")[0].startTime);
+  console.log(`first paint after ${Math.round(paint)} ms`);
+  check(paint < 1000, `first paint after ${paint} ms`);
+}
+
+async function flow() {
+  await page.locator(".headline[data-state=ok]", { hasText: "All stations work" }).waitFor();
+  await ask("orders");
+  await page.locator(".station.moves .name[title=shipping]").waitFor();
+  await pictures("flow");
+  await ask("break broker");
+  await station("RabbitMQ", "fault").waitFor();
+  await page.locator(".headline[data-state=fault]", { hasText: "The broker cannot be reached" }).waitFor();
+  await ask("orders");
+  await station("relay", "fault").waitFor();
+  await pictures("flow-broker-away");
+  await ask("mend broker");
+  await station("RabbitMQ", "ok").waitFor();
+  await page.locator(".headline[data-state=ok]").waitFor();
+}
+
+/** keyboard goes to a page with no mouse: over the link that skips, along the pages, and in. */
+async function keyboard() {
+  await page.goto(`${url}/console/#/flow`);
+  await page.evaluate(() => document.activeElement?.blur());
+  const names = [];
+  for (let i = 0; i < 12; i++) {
+    await page.keyboard.press("Tab");
+    names.push(await page.evaluate(() => document.activeElement?.textContent ?? ""));
+    if (names.at(-1) === "Relays") break;
+  }
+  check(names.join().includes("Flow") && names.at(-1) === "Relays", `Tab leads to ${names.join(", ")}`);
+  await page.keyboard.press("Enter");
+  await page.locator("h1", { hasText: "Relays" }).waitFor();
+}
+
+async function deadLetters() {
+  await ask("corpus");
+  await show("dead");
+  await pictures("dead-letters");
+  await show("dead?key=plain");
+  await page.locator("tbody a").first().click();
+  await page.locator(".payload", { hasText: "a plain text" }).waitFor();
+  await pictures("dead-letter");
+  await page.locator("button", { hasText: "Discard" }).click();
+  await page.keyboard.press("Escape");
+  await page.locator("dialog").waitFor({ state: "detached" });
+  await page.locator("button", { hasText: "Discard" }).click();
+  await why("Discard");
+  await page.locator("button", { hasText: "Reopen" }).click();
+  await why("Reopen");
+  await page.locator("button", { hasText: "Redrive" }).click();
+  await page.locator("dialog button", { hasText: "Dry run" }).click();
+  await page.locator("dialog", { hasText: "Would be: 1 redriven" }).waitFor();
+  await page.screenshot({ path: `${screenshots}/redrive.png` });
+  await why("Redrive");
+  await page.locator(".tag", { hasText: "redriven" }).waitFor();
+  const done = await page.locator(".timeline .where").allTextContents();
+  check(done.join() === "discarded,reopened,redriven", `the record says ${done}`);
+  await ask("effect of the letter");
+  await show("dead");
+  for (const letter of await page.locator("tbody td a").allTextContents()) await show(`dead/${letter}`);
+  await show("dead?cause=no_id");
+  await page.locator("button", { hasText: "Discard all" }).click();
+  await why("Discard");
+  await page.locator(".state", { hasText: "No dead letter matches" }).waitFor();
+}
+
+async function messages() {
+  await show("messages");
+  await pictures("messages");
+  await page.locator("input[name=key]").fill("customer-7");
+  await page.keyboard.press("Enter");
+  await page.waitForFunction(() => location.hash.includes("key=customer-7"));
+  await settled();
+  await page.locator("tbody a").first().click();
+  await page.locator(".timeline", { hasText: "applied" }).waitFor();
+  await pictures("journey");
+  await show("messages/nobody");
+  await page.locator(".state", { hasText: "could not be loaded" }).waitFor();
+}
+
+async function consumers() {
+  await show("consumers");
+  await pictures("consumers");
+  await page.locator("tr", { hasText: "blocked-key" }).locator("button", { hasText: "Skip" }).click();
+  await why("Skip");
+  await page.locator("tr", { hasText: "shipping/blocked-key" }).waitFor();
+  await page.locator("tr", { has: page.locator("strong", { hasText: "billing" }) }).locator("button").click();
+  await why("Pause");
+  await page.locator(".tag", { hasText: "paused by" }).waitFor();
+  await show("flow");
+  await station("billing", "attention").first().waitFor();
+  await pictures("flow-paused");
+  await show("consumers");
+  await page.locator("button", { hasText: "Resume" }).click();
+  await why("Resume");
+}
+
+async function others() {
+  await show("operations");
+  await pictures("operations");
+  await page.locator("button", { hasText: "Cancel" }).first().click();
+  await why("Cancel operation");
+  await page.locator(".tag", { hasText: "cancelled" }).waitFor();
+  await show("relays");
+  await pictures("relays");
+}
+
+/** hour shows an hour of samples within seconds, and checks that the page holds no more at its end than after a quarter of it. */
+async function hour() {
+  const start = Date.now() - 3600_000;
+  const sample = (i) => ({
+    point: { at: new Date(start + i * 1000).toISOString(), inserted: i % 50, published: i % 49, applied: i % 48, backlog: String(i % 7), lag: 0.1 },
+    stations: ["API", "OUTBOX", "RELAY"].map((kind) => ({ kind: `STATION_KIND_${kind}`, name: kind, state: `STATION_STATE_${i % 9 ? "OK" : "FAULT"}`, sentence: i % 9 ? "" : "x", rate: i })),
+  });
+  const frame = (flags, message) => {
+    const text = Buffer.from(JSON.stringify(message));
+    const head = Buffer.alloc(5);
+    head.writeUInt8(flags, 0);
+    head.writeUInt32BE(text.length, 1);
+    return Buffer.concat([head, text]);
+  };
+  let next = 0;
+  await page.route("**/ops.v1.OpsService/WatchFlow", (route) => {
+    const frames = [];
+    for (const end = next + 900; next < end; next++) frames.push(frame(0, sample(next)));
+    const body = Buffer.concat([...frames, frame(2, {})]);
+    if (next > 3600) return; // and stays open
+    return route.fulfill({ status: 200, contentType: "application/connect+json", body });
+  });
+  const debug = await context.newCDPSession(page);
+  const weigh = async (points) => {
+    await page.waitForFunction((n) => Number(document.querySelector(".charts")?.dataset.points) >= n, points);
+    await debug.send("HeapProfiler.collectGarbage");
+    const [heap, nodes, held] = await Promise.all([
+      debug.send("Runtime.getHeapUsage"),
+      debug.send("Memory.getDOMCounters"),
+      page.evaluate(() => Number(document.querySelector(".charts").dataset.points)),
+    ]);
+    return { heap: heap.usedSize, nodes: nodes.nodes, held };
+  };
+  await page.goto(`${url}/console/?hour#/flow`);
+  const first = await weigh(890);
+  while (next < 3600) await page.waitForTimeout(100);
+  await page.waitForTimeout(500);
+  const last = await weigh(890);
+  console.log(`an hour: ${JSON.stringify(first)} after 15 minutes, ${JSON.stringify(last)} after 60`);
+  check(last.held <= 900, `${last.held} points are held`);
+  check(last.nodes < first.nodes * 1.5 + 200, `${first.nodes} nodes became ${last.nodes}`);
+  check(last.heap < first.heap * 1.3 + 2e6, `${first.heap} bytes became ${last.heap}`);
+}
+
+try {
+  for (const step of [signIn, firstPaint, flow, keyboard, deadLetters, messages, consumers, others, hour]) {
+    const began = Date.now();
+    await step();
+    console.log(`${step.name}: ${((Date.now() - began) / 1000).toFixed(1)} s`);
+  }
+} catch (error) {
+  problems.push(String(error?.stack ?? error));
+  await page.screenshot({ path: `${screenshots}/failed.png` }).catch(() => {});
+}
+await browser.close();
+for (const problem of new Set(problems)) console.log(`problem ${problem}`);
+process.exit(problems.length > 0 ? 1 : 0);
