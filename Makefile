@@ -84,6 +84,9 @@ kubernetes: ## Check deploy/kubernetes against Kubernetes' own schemas
 vuln: ## Known vulnerabilities in what the programs really call
 	go tool -modfile=tools/go.mod govulncheck ./...
 
+console: ## Build the console of web/console into internal/console/dist
+	scripts/console.sh
+
 generate: ## Generate code from proto/
 	@scripts/packages.sh tools web
 	tools/node_modules/.bin/buf generate
@@ -93,7 +96,7 @@ $(STACK): FORCE
 	@go build -o $@ ./cmd/stack
 
 FORCE:
-.PHONY: help up down test fuzz lint ci docs build reproducible image image-release kubernetes vuln generate FORCE
+.PHONY: help up down test fuzz lint ci docs build reproducible image image-release kubernetes vuln console generate FORCE
 # example
 .PHONY: demo bench compose-test
 # /example

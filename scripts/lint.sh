@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All static checks: Go, protobuf, generated code, alert rules, docker-compose.yml. Runs every check, then names those that failed.
+# All static checks: Go, protobuf, generated code, the built console, alert rules, docker-compose.yml. Runs every check, then names those that failed.
 #
 #   scripts/lint.sh
 #
@@ -68,6 +68,14 @@ generated() {
   done
 }
 
+console_is_current() {
+  scripts/console.sh "$scratch/console" || return 1
+  if ! diff -r "$scratch/console" internal/console/dist; then
+    echo 'internal/console/dist is not what web/console gives: run make console'
+    return 1
+  fi
+}
+
 buf=tools/node_modules/.bin/buf
 scripts/packages.sh tools web
 scripts/need.sh promtool prometheus
@@ -90,6 +98,7 @@ check 'buf lint' "$buf" lint
 check 'buf format' "$buf" format --diff --exit-code
 check 'buf breaking, against main' breaking
 check 'generated code is current' generated
+check 'the built console is current' console_is_current
 check 'prometheus.yml and its alert rules' promtool check config deploy/prometheus/prometheus.yml
 check 'alert rules do what they say' promtool test rules deploy/prometheus/alerts_test.yml
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Starts the servers and the three processes of the service, and leaves them running. `make down` stops them.
+# Starts the servers and the four processes of the service, and leaves them running. `make down` stops them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 stack=.stack/bin/stack
-api=127.0.0.1:${API_PORT:-8080} relay=127.0.0.1:${RELAY_PORT:-8081} consumer=127.0.0.1:${CONSUMER_PORT:-8082}
+api=127.0.0.1:${API_PORT:-8080} relay=127.0.0.1:${RELAY_PORT:-8081} consumer=127.0.0.1:${CONSUMER_PORT:-8082} console=127.0.0.1:${CONSOLE_PORT:-8090}
 
 # as ROLE is the database's URL for a session that has the rights of a role, and no others.
 as() {
@@ -27,7 +27,8 @@ call_key=.stack/dev/call-key
 LISTEN=$api POSTGRES_URL=$(as app_api) API_KEYS_FILE=$keys CALL_KEYS=$(cat "$call_key") RPC_OVER_RABBITMQ=true $stack daemon api -- bin/orders api
 LISTEN=$relay POSTGRES_URL=$(as app_relay) $stack daemon relay -- bin/orders relay
 LISTEN=$consumer POSTGRES_URL=$(as app_consumer) CALL_KEYS=$(cat "$call_key") $stack daemon consumer -- bin/orders consumer
-for address in $api $relay $consumer; do
+LISTEN=$console POSTGRES_URL=$(as app_operator) API_KEYS_FILE=$keys $stack daemon console -- bin/orders console
+for address in $api $relay $consumer $console; do
   for try in $(seq 100); do
     if bin/orders healthcheck "http://$address/readyz" 2>/dev/null; then
       continue 2
@@ -40,9 +41,10 @@ done
 cat <<TEXT
 
 API        http://$api     (Connect, gRPC and gRPC-Web, without TLS; API key in $key_file)
-readiness  http://$api/readyz, http://$relay/readyz, http://$consumer/readyz
+console    http://$console/console/     (sign in with the key in $key_file)
+readiness  http://$api/readyz, http://$relay/readyz, http://$consumer/readyz, http://$console/readyz
 Postgres   $POSTGRES_URL
-RabbitMQ   $AMQP_URL   console: $RABBITMQ_MANAGEMENT_URL
+RabbitMQ   $AMQP_URL   management: $RABBITMQ_MANAGEMENT_URL
 logs       .stack/dev/log
 TEXT
 # example

@@ -81,7 +81,7 @@ func TestReadiness(t *testing.T) {
 		run         func(context.Context, Config) error
 		needsBroker bool
 	}{
-		"API": {RunAPI, false}, "Relay": {RunRelay, true}, "Consumer": {RunConsumer, true}, "All": {RunAll, true},
+		"API": {RunAPI, false}, "Relay": {RunRelay, true}, "Consumer": {RunConsumer, true}, "All": {RunAll, true}, "Console": {RunConsole, false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

@@ -38,7 +38,7 @@ func (c *Console) judge(r *reading, v *velocity) []*opsv1.Station {
 			depth = r.depths[i]
 		}
 		passed := v.applied[group.Name]
-		all = append(all, queue(r, group, depth, standing), crew(r, standing, depth, passed), effect(r, standing, passed))
+		all = append(all, queue(r, group, depth, standing, passed), crew(r, standing, depth, passed), effect(r, standing, passed))
 	}
 	return append(all, dead(r))
 }
@@ -72,7 +72,7 @@ func (c *Console) api(r *reading, v *velocity) *opsv1.Station {
 func log(r *reading, v *velocity) *opsv1.Station {
 	s := &opsv1.Station{Kind: opsv1.StationKind_STATION_KIND_OUTBOX, Name: "outbox", State: fine}
 	if r.database != nil {
-		return because(s, fault, "The database cannot be reached: %s", oneLine(r.database))
+		return because(s, fault, "The database cannot be reached: %s.", innermost(r.database))
 	}
 	var waiting int64
 	var lag float64
@@ -106,6 +106,9 @@ func relay(r *reading, v *velocity) *opsv1.Station {
 		}
 	}
 	for _, one := range r.relays {
+		if one.Problem != "" && r.broker != nil {
+			return because(s, attention, "It waits for the broker.")
+		}
 		if one.Problem != "" {
 			return because(s, fault, "It cannot publish: %s", one.Problem)
 		}
@@ -126,7 +129,7 @@ func waitsForOlder(shards []outbox.Shard, one outbox.Shard) bool {
 func exchange(r *reading, v *velocity) *opsv1.Station {
 	s := &opsv1.Station{Kind: opsv1.StationKind_STATION_KIND_EXCHANGE, Name: "RabbitMQ", State: fine}
 	if r.broker != nil {
-		return because(s, fault, "The broker cannot be reached: %s", oneLine(r.broker))
+		return because(s, fault, "The broker cannot be reached: %s.", innermost(r.broker))
 	}
 	if r.database == nil {
 		s.Rate = &v.published
@@ -134,7 +137,7 @@ func exchange(r *reading, v *velocity) *opsv1.Station {
 	return s
 }
 
-func queue(r *reading, group Group, depth rabbit.Depth, standing inbox.Standing) *opsv1.Station {
+func queue(r *reading, group Group, depth rabbit.Depth, standing inbox.Standing, passed float64) *opsv1.Station {
 	s := &opsv1.Station{Kind: opsv1.StationKind_STATION_KIND_QUEUE, Name: group.Queue, Group: group.Name, State: fine}
 	switch {
 	case r.broker != nil:
@@ -143,6 +146,9 @@ func queue(r *reading, group Group, depth rabbit.Depth, standing inbox.Standing)
 		return because(s, fault, "There is no queue %s: start a consumer, or declare the topology.", group.Queue)
 	}
 	s.Waiting = &depth.Ready
+	if r.database == nil {
+		s.Rate = &passed
+	}
 	if depth.Consumers == 0 && depth.Ready > 0 && standing.Paused == nil {
 		return because(s, attention, "%s, and nobody takes them.", wait(depth.Ready))
 	}
@@ -204,6 +210,12 @@ func some(n int64, one, many string) string {
 }
 
 func age(seconds float64) string { return (time.Duration(seconds) * time.Second).String() }
+
+// innermost is what an error comes down to: the end of its chain, which is the part that people know.
+func innermost(err error) string {
+	text := strings.Join(strings.Fields(err.Error()), " ")
+	return strings.Trim(text[strings.LastIndex(text, ": ")+1:], ` ".`)
+}
 
 // oneLine is an error in one line of bearable length.
 func oneLine(err error) string {

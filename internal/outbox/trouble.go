@@ -50,7 +50,7 @@ func (t *trouble) text(now time.Time) string {
 	defer t.mu.Unlock()
 	switch {
 	case t.cause != nil:
-		return strings.Join(strings.Fields(messaging.CleanText(t.cause.Error())), " ")
+		return strings.TrimPrefix(strings.Join(strings.Fields(messaging.CleanText(t.cause.Error())), " "), errBroker.Error()+": ")
 	case !t.silent.IsZero() && now.Sub(t.silent) > silentAfter:
 		return fmt.Sprintf("the broker has confirmed nothing for %s; it may have blocked publishers (memory or disk alarm)", now.Sub(t.silent).Round(time.Second))
 	}

@@ -98,7 +98,7 @@ function options(chart: Chart, width: number): uPlot.Options {
   return {
     width: Math.max(width, 200),
     height,
-    padding: [8, 8, 0, 0],
+    padding: [8, 18, 0, 0],
     legend: { show: false },
     cursor: { show: false },
     scales: {

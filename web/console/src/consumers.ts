@@ -80,7 +80,7 @@ function keys({ mayAct }: Context, all: BlockedKey[], renew: () => void): Node {
         { name: "Attempts", class: "number", cell: (k) => count(k.attempts) },
         { name: "Next try", class: "time", cell: (k) => clock(k.dueTime) },
         { name: "First message", class: "mono", cell: (k) => link(`${k.messageId.slice(0, 8)}…`, pageOf("messages", k.messageId)) },
-        { name: "Last error", class: "long", cell: (k) => h("span", { title: k.lastError }, k.lastError) },
+        { name: "Last error", class: "long", cell: (k) => k.lastError },
         ...(mayAct
           ? [{ name: "", class: "acts", cell: (k: BlockedKey) => h("span", {}, button("Skip", () => void bury(k, false)), button("Park", () => void bury(k, true))) }]
           : []),
@@ -103,7 +103,7 @@ function log(all: AuditEntry[]): Node | false {
         [
           { name: "When", class: "time", cell: (e) => clock(e.at) },
           { name: "Who", cell: (e) => e.actor },
-          { name: "What", cell: (e) => h("strong", {}, e.action) },
+          { name: "What", cell: (e) => h("strong", { class: "clip", title: e.action }, e.action) },
           { name: "To", class: "mono", cell: (e) => e.target },
           { name: "Why", class: "long", cell: (e) => e.reason },
           { name: "Effect", cell: (e) => e.detail },

@@ -30,6 +30,14 @@ interface Attributes {
   onsubmit?: (event: SubmitEvent) => void;
 }
 
+// What a reader would not see, or what would have him read other than it is: control characters, and those that turn the direction of text.
+const invisible = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]/g;
+
+/** visible shows such characters by their numbers. */
+function visible(text: string): string {
+  return text.replace(invisible, (character) => `\\u${character.charCodeAt(0).toString(16).padStart(4, "0")}`);
+}
+
 /** h makes an element. */
 export function h<K extends keyof HTMLElementTagNameMap>(tag: K, attributes: Attributes = {}, ...children: Child[]): HTMLElementTagNameMap[K] {
   const element = document.createElement(tag);
@@ -44,7 +52,9 @@ export function h<K extends keyof HTMLElementTagNameMap>(tag: K, attributes: Att
       element.setAttribute(name, String(value));
     }
   }
-  element.append(...children.filter((child) => child !== null && child !== undefined && child !== false).map((child) => (typeof child === "number" ? String(child) : child)));
+  for (const child of children) {
+    if (child !== null && child !== undefined && child !== false) element.append(child instanceof Node ? child : visible(String(child)));
+  }
   return element;
 }
 
@@ -55,5 +65,6 @@ export function fill(element: Element, ...children: Child[]): void {
 
 /** setText changes a text only if it is another: a page that changes each second should not lay itself out for nothing. */
 export function setText(element: Element, text: string): void {
-  if (element.textContent !== text) element.textContent = text;
+  const shown = visible(text);
+  if (element.textContent !== shown) element.textContent = shown;
 }

@@ -70,7 +70,7 @@ class Card {
     const byWaiting = station.kind === StationKind.QUEUE || station.kind === StationKind.DEAD_LETTERS;
     setText(this.big, byWaiting ? number(station.waiting) : station.rate === undefined ? "–" : rate(station.rate));
     setText(this.unit, byWaiting ? waitingName[station.kind]! : "/s");
-    setText(this.lines, describe(station, !byWaiting));
+    setText(this.lines, describe(station, byWaiting));
     setText(this.sentence, station.sentence);
   }
 }
@@ -79,9 +79,11 @@ function number(n: bigint | undefined): string {
   return n === undefined ? "–" : count(n);
 }
 
-function describe(station: Station, withWaiting: boolean): string {
+/** describe says what the large number does not. */
+function describe(station: Station, byWaiting: boolean): string {
   const parts: string[] = [];
-  if (withWaiting && station.waiting !== undefined) parts.push(`${count(station.waiting)} ${waitingName[station.kind] ?? "waiting"}`);
+  if (byWaiting && station.rate !== undefined) parts.push(`${rate(station.rate)}/s taken`);
+  if (!byWaiting && station.waiting !== undefined && (station.waiting > 0n || station.kind !== StationKind.GROUP)) parts.push(`${count(station.waiting)} ${waitingName[station.kind] ?? "waiting"}`);
   if (station.lag !== undefined && station.lag > 0) parts.push(`${age(station.lag)} ${lagName[station.kind] ?? ""}`);
   if (station.processes !== undefined) parts.push(plural(station.processes, "process", "processes"));
   return parts.join(" · ");
@@ -94,15 +96,21 @@ function headline(live: Live): Node[] {
   const applied = live.stations.filter((s) => s.kind === StationKind.EFFECT).reduce((sum, s) => sum + (s.rate ?? 0), 0);
   const moving = applied > 0 ? `${rate(applied)} effects a second.` : "Nothing is under way.";
   const title =
-    faults.length > 0
+    faults.length === 1
+      ? `${nameOf(faults[0]!)} does not work.`
+      : faults.length > 0
       ? plural(faults.length, "station does not work.", "stations do not work.")
       : wrong.length > 0
         ? `It works; ${plural(wrong.length, "station needs", "stations need")} a look.`
         : `All stations work. ${moving}`;
   const list = wrong.map((s) =>
-    h("li", { "data-state": states[s.state] }, h("a", { href: kinds[s.kind].page }, s.group && s.kind !== StationKind.QUEUE ? `group ${s.group}` : s.name), ` ${s.sentence}`),
+    h("li", { "data-state": states[s.state] }, h("a", { href: kinds[s.kind].page }, nameOf(s)), ` ${s.sentence}`),
   );
   return [h("h1", {}, title), ...(list.length > 0 ? [h("ul", {}, ...list)] : [])];
+}
+
+function nameOf(station: Station): string {
+  return station.kind === StationKind.GROUP ? `Group ${station.group}` : station.name.replace(/^[a-z]/, (letter) => letter.toUpperCase());
 }
 
 /** flow is the first page. */
@@ -156,8 +164,12 @@ function arrange(stations: Station[], cards: Map<string, Card>): Node[] {
   const groups = [...new Set(stations.map((s) => s.group).filter((g) => g))];
   const alone = stations.filter((s) => !s.group);
   return [
-    h("div", { class: "trunk" }, ...alone.filter((s) => s.kind !== StationKind.DEAD_LETTERS).map(card)),
+    h(
+      "div",
+      { class: "left" },
+      h("div", { class: "trunk" }, ...alone.filter((s) => s.kind !== StationKind.DEAD_LETTERS).map(card)),
+      h("div", { class: "aside" }, ...alone.filter((s) => s.kind === StationKind.DEAD_LETTERS).map(card)),
+    ),
     h("div", { class: "lanes" }, ...groups.map((g) => h("div", { class: "lane" }, ...stations.filter((s) => s.group === g).map(card)))),
-    h("div", { class: "aside" }, ...alone.filter((s) => s.kind === StationKind.DEAD_LETTERS).map(card)),
   ];
 }

@@ -15,7 +15,7 @@ export function plural(n: number | bigint, one: string, many = one + "s"): strin
 export function rate(n: number): string {
   if (n >= 10_000) return `${(n / 1000).toFixed(0)}k`;
   if (n >= 1000) return `${(n / 1000).toFixed(1)}k`;
-  return n >= 100 || n === 0 ? n.toFixed(0) : n.toFixed(1);
+  return n >= 100 || Number.isInteger(n) ? n.toFixed(0) : n.toFixed(1);
 }
 
 /** age is a time span in seconds. */

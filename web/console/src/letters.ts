@@ -28,7 +28,7 @@ function list(context: Context): Node {
   const any: [string, string] = ["", "any"];
   const form = h(
     "form",
-    { class: "filter", role: "search" },
+    { class: "filter four", role: "search" },
     field("Group", select("group", value("group"), [any, ["relay", "relay"], ...context.groups.map((g): [string, string] => [g, g])])),
     field("Cause", select("cause", value("cause"), [any, ...context.causes.map((c): [string, string] => [c, c])])),
     field("Type", h("input", { type: "search", name: "type", value: value("type"), placeholder: "full name", autocomplete: "off" })),
@@ -92,9 +92,9 @@ function results(context: Context, letters: DeadLetter[], next: bigint, total: b
         { name: "Died", class: "time", cell: (l: DeadLetter) => clock(l.deadTime) },
         { name: "Group", cell: (l: DeadLetter) => l.group },
         { name: "Cause", cell: (l: DeadLetter) => h("span", { class: "tag" }, l.cause) },
-        { name: "Type", cell: (l: DeadLetter) => h("span", { title: l.type }, shortType(l.type)) },
+        { name: "Type", cell: (l: DeadLetter) => h("span", { class: "clip", title: l.type }, shortType(l.type)) },
         { name: "Key", class: "mono", cell: (l: DeadLetter) => l.key },
-        { name: "Error", class: "long", cell: (l: DeadLetter) => h("span", { title: l.error }, l.error) },
+        { name: "Error", class: "long", cell: (l: DeadLetter) => l.error },
         { name: "State", cell: (l: DeadLetter) => h("span", { class: `tag ${l.resolution ? "" : "attention"}` }, l.resolution || "open") },
       ],
       letters,
@@ -134,8 +134,8 @@ export function resolve(filter: object, what: string, resolution: Resolution): P
   return ask({
     title: redrive ? "Redrive" : "Discard",
     text: redrive
-      ? `Sends ${what} on their way again. What had its effect already is found out and becomes a duplicate.`
-      : `Gives up ${what}. Each can be reopened later.`,
+      ? `To be sent again: ${what}. Where the effect is committed already, that is found out, and the letter becomes a duplicate.`
+      : `To be given up: ${what}. A discard can be taken back later.`,
     verb: redrive ? "Redrive" : "Discard",
     danger: !redrive,
     more: h(
@@ -176,7 +176,7 @@ function inspect(context: Context, id: bigint): Node {
     return h(
       "div",
       {},
-      h("div", { class: "bar" }, h("span", { class: `tag ${letter.resolution ? "" : "attention"}` }, letter.resolution || "open"), ...buttons),
+      h("div", { class: "bar below" }, h("span", { class: `tag ${letter.resolution ? "" : "attention"}` }, letter.resolution || "open"), ...buttons),
       h("p", { class: "error" }, letter.error),
       facts(
         ["Group", letter.group],

@@ -109,7 +109,11 @@ function route(who: GetSessionResponse, main: HTMLElement, links: HTMLElement[],
     fill(main, page.show(context));
     scrollTo(0, 0);
   };
-  addEventListener("hashchange", show, { signal });
+  const turn = () => {
+    show();
+    main.focus(); // so that the keyboard and a screen reader go on within the page
+  };
+  addEventListener("hashchange", turn, { signal });
   signal.addEventListener("abort", () => shown.abort());
   show();
 }

@@ -54,7 +54,7 @@ function results(found: Message[], next: bigint, query: URLSearchParams): Node {
       "Messages",
       [
         { name: "Inserted", class: "time", cell: (m) => clock(m.insertTime, true) },
-        { name: "Type", cell: (m) => h("span", { title: m.type }, shortType(m.type)) },
+        { name: "Type", cell: (m) => h("span", { class: "clip", title: m.type }, shortType(m.type)) },
         { name: "Key", class: "mono", cell: (m) => m.key },
         { name: "Message", class: "mono", cell: (m) => link(m.messageId, pageOf("messages", m.messageId)) },
         { name: "State", cell: (m) => h("span", { class: `tag ${m.delivered ? "ok" : "attention"}` }, m.delivered ? "delivered" : "waits") },

@@ -12,7 +12,7 @@ export function operations(context: Context): Node {
   const state = query.get("state") ?? "";
   const form = h(
     "form",
-    { class: "filter", role: "search" },
+    { class: "filter one", role: "search" },
     field("State", select("state", state, [["", "any"], ...Object.keys(tags).map((name): [string, string] => [name, name])])),
     h("button", { type: "submit", class: "primary" }, "Filter"),
   );
@@ -55,12 +55,12 @@ function results({ mayAct, query }: Context, all: Operation[], next: string, ren
       "Operations",
       [
         { name: "Taken", class: "time", cell: (o) => clock(o.createTime) },
-        { name: "Method", cell: (o) => h("span", { title: o.method }, o.method.slice(o.method.lastIndexOf(".") + 1)) },
+        { name: "Method", cell: (o) => h("span", { class: "clip", title: o.method }, o.method.slice(o.method.lastIndexOf(".") + 1)) },
         { name: "Caller", cell: (o) => o.caller },
         { name: "State", cell: (o) => h("span", { class: `tag ${tags[o.state] ?? ""}` }, o.state) },
         { name: "Attempts", class: "number", cell: (o) => count(o.attempts) },
         { name: "Ended", class: "time", cell: (o) => clock(o.endTime) },
-        { name: "Error", class: "long", cell: (o) => h("span", { title: o.error }, o.error) },
+        { name: "Error", class: "long", cell: (o) => o.error },
         { name: "Message", class: "mono", cell: (o) => link(`${o.id.slice(0, 8)}…`, pageOf("messages", o.id)) },
         ...(mayAct ? [{ name: "", class: "acts", cell: (o: Operation) => (o.state === "pending" ? button("Cancel", () => void cancel(o)) : "\u00a0") }] : []),
       ],

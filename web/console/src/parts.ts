@@ -67,11 +67,16 @@ export function table<T>(caption: string, columns: Column<T>[], rows: T[]): HTML
         "tbody",
         {},
         ...rows.map((row) =>
-          h("tr", {}, ...columns.map((column) => h("td", { class: column.class ?? "", "data-label": column.name }, column.cell(row) || "–"))),
+          h("tr", {}, ...columns.map((column) => h("td", { class: column.class ?? "", "data-label": column.name }, clip(column.cell(row))))),
         ),
       ),
     ),
   );
+}
+
+/** clip keeps a long text from taking the whole table: the whole of it is in its title, and on the page of the one thing. */
+function clip(cell: Node | string): Node {
+  return typeof cell === "string" ? h("span", { class: "clip", title: cell }, cell || "–") : cell;
 }
 
 /** facts is a list of names and values. */
@@ -108,7 +113,9 @@ export function search(page: string, form: HTMLFormElement): void {
 /** toast says what was done. */
 export function toast(text: string): void {
   const line = h("p", { class: "toast" }, text);
-  document.getElementById("toasts")!.append(line);
+  const all = document.getElementById("toasts")!;
+  all.append(line);
+  if (all.childElementCount > 2) all.firstElementChild!.remove();
   setTimeout(() => line.remove(), 6000);
 }
 

@@ -100,7 +100,7 @@ async function flow() {
   await station("RabbitMQ", "fault").waitFor();
   await page.locator(".headline[data-state=fault]", { hasText: "The broker cannot be reached" }).waitFor();
   await ask("orders");
-  await station("relay", "fault").waitFor();
+  await station("relay", "attention").waitFor();
   await pictures("flow-broker-away");
   await ask("mend broker");
   await station("RabbitMQ", "ok").waitFor();

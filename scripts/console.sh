@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Builds the console into the Go package that embeds it, or into another folder: for the check that what is committed is what the sources give.
+#
+#   scripts/console.sh [FOLDER]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+scripts/packages.sh web
+out=$(realpath -m "${1:-internal/console/dist}")
+web/node_modules/.bin/tsc -p web/console
+cd web
+node_modules/.bin/vite build --config console/vite.config.ts --outDir "$out" --emptyOutDir --logLevel warn
