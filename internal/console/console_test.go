@@ -346,7 +346,9 @@ func TestFaultsAreShownWhereTheyAre(t *testing.T) {
 		}
 		b.exec(t, one.undo)
 	}
-	b.broker = func() ([]rabbit.Depth, error) { return nil, errors.New("connect to rabbitmq: dial tcp: connection\nrefused") }
+	b.broker = func() ([]rabbit.Depth, error) {
+		return nil, errors.New("connect to rabbitmq: dial tcp: connection\nrefused")
+	}
 	if got := faults(); got != "RabbitMQ: The broker cannot be reached: connection refused.\ns.group: Not known while the broker is away." {
 		t.Errorf("broker away:\n%s", got)
 	}

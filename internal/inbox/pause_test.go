@@ -27,8 +27,9 @@ func TestAPausedGroupRunsNothing(t *testing.T) {
 	config := eager
 	config.PollInterval = 10 * time.Millisecond
 	box := b.inbox(config)
-	running, began := make(chan bool), make(chan struct{})
+	running := make(chan bool, 10)
 	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
 	ended := make(chan error, 1)
 	go func() {
 		ended <- box.WhileResumed(ctx, func(ctx context.Context) error {
@@ -37,12 +38,20 @@ func TestAPausedGroupRunsNothing(t *testing.T) {
 			running <- false
 			return nil
 		})
-		close(began)
 	}()
-	for round := range 2 {
-		if !<-running {
-			t.Fatalf("round %d: not begun", round)
+	runs := func(want bool) {
+		t.Helper()
+		select {
+		case got := <-running:
+			if got != want {
+				t.Fatalf("runs: %t, want %t", got, want)
+			}
+		case <-time.After(20 * time.Second):
+			t.Fatalf("never became %t", want)
 		}
+	}
+	for range 2 {
+		runs(true)
 		b.transact(t, func(tx pgx.Tx) error {
 			done, err := Pause(t.Context(), tx, "group", "ann", "why")
 			if err == nil && !done {
@@ -50,9 +59,7 @@ func TestAPausedGroupRunsNothing(t *testing.T) {
 			}
 			return err
 		})
-		if <-running {
-			t.Fatalf("round %d: begun twice", round)
-		}
+		runs(false)
 		b.transact(t, func(tx pgx.Tx) error {
 			if again, err := Pause(t.Context(), tx, "group", "bob", "why"); again || err != nil {
 				t.Errorf("paused twice: %t, %v", again, err)
@@ -66,13 +73,12 @@ func TestAPausedGroupRunsNothing(t *testing.T) {
 		}
 		b.transact(t, func(tx pgx.Tx) error { _, err := Resume(t.Context(), tx, "group"); return err })
 	}
-	<-running
+	runs(true)
 	stop()
-	<-running
+	runs(false)
 	if err := <-ended; err != nil {
 		t.Error(err)
 	}
-	<-began
 }
 
 // What waits behind the head of a key goes on when the head is skipped; and nothing is moved while a handler may be succeeding.

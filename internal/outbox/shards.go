@@ -100,7 +100,7 @@ type Shard struct {
 
 const statusSQL = `
 SELECT shard, generation, retired, drained, CASE WHEN lease_expires_at > clock_timestamp() THEN owner ELSE '' END, epoch, coalesce(messages, 0),
-    coalesce(extract(epoch FROM clock_timestamp() - oldest_at)::float8, 0), measured_at, published, parked, moved_at
+    coalesce(extract(epoch FROM measured_at - oldest_at)::float8, 0), measured_at, published, parked, moved_at
 FROM outbox_cursor LEFT JOIN outbox_backlog USING (shard)
 ORDER BY shard`
 

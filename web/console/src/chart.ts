@@ -32,9 +32,9 @@ const all: Chart[] = [
   {
     title: "Messages that wait",
     lines: [
-      { name: "backlog", label: "in the outbox", color: "--line-1" },
-      { name: "queued", label: "in queues", color: "--line-2" },
-      { name: "retrying", label: "for a retry", color: "--line-3" },
+      { name: "backlog", label: "outbox", color: "--line-1" },
+      { name: "queued", label: "queues", color: "--line-2" },
+      { name: "retrying", label: "retries", color: "--line-3" },
       { name: "dead", label: "dead letters", color: "--line-4" },
     ],
     value: count,
