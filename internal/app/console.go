@@ -39,7 +39,8 @@ func (p *process) startConsole(ctx context.Context) {
 func (p *process) newConsoleServer(desk *console.Console) *rpcserver.Server {
 	server := rpcserver.New(rpcserver.Config{
 		Addr: p.config.ConsoleAddr, Checks: []rpcserver.Check{{Name: "database", Ready: p.db.Ping}}, Interceptors: p.edge.interceptors,
-		MeterProvider: p.telemetry.Meter, TracerProvider: p.telemetry.Tracer, TLS: p.edge.tls, LocalNames: p.edge.NoAuth,
+		MeterProvider: p.telemetry.Meter, TracerProvider: p.telemetry.Tracer, TLS: p.edge.tls,
+		ReadMaxBytes: p.edge.ReadMaxBytes, MaxConns: p.edge.MaxConns, LocalNames: p.edge.NoAuth,
 	}, func(s *connect.Server) { opsv1connect.RegisterOpsServiceHandler(s, desk) })
 	server.Handle("GET "+console.Prefix, console.Pages())
 	server.Handle("GET /{$}", http.RedirectHandler(console.Prefix, http.StatusFound))

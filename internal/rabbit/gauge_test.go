@@ -1,0 +1,55 @@
+package rabbit
+
+import (
+	"context"
+	"testing"
+	"time"
+
+	"example.com/orders/internal/testenv"
+)
+
+// A gauge tells what is in the queues and which are missing, and is of use again as soon as the broker is.
+func TestGauge(t *testing.T) {
+	t.Parallel()
+	proxy, url := testenv.ProxyURL(t, testenv.AMQP(t))
+	topology := Topology{Exchange: "events", Queues: []Queue{{Name: "there", Types: []string{"t.T"}}}}
+	if err := topology.Declare(t.Context(), url); err != nil {
+		t.Fatal(err)
+	}
+	gauge := NewGauge(url, "test")
+	defer gauge.Close()
+	read := func() ([]Depth, error) {
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+		defer cancel()
+		return gauge.Read(ctx, []string{"missing", "there", "also missing", DeadQueue("there")})
+	}
+	check := func() {
+		t.Helper()
+		depths, err := read()
+		if err != nil || len(depths) != 4 {
+			t.Fatalf("got %v, %v", depths, err)
+		}
+		for i, missing := range []bool{true, false, true, false} {
+			if depths[i].Missing != missing {
+				t.Errorf("queue %s: missing %t", depths[i].Queue, depths[i].Missing)
+			}
+		}
+	}
+	check()
+	check()
+	proxy.Refuse(true)
+	proxy.Cut()
+	if depths, err := read(); err == nil {
+		t.Errorf("without a broker: %v", depths)
+	}
+	proxy.Refuse(false)
+	testenv.Eventually(t, 20*time.Second, func() error { _, err := read(); return err })
+	check()
+	proxy.Freeze(true)
+	ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+	defer cancel()
+	if depths, err := gauge.Read(ctx, []string{"there"}); err == nil {
+		t.Errorf("from a broker that does not answer: %v", depths)
+	}
+	proxy.Freeze(false)
+}
