@@ -109,8 +109,8 @@ async function flow() {
 
 /** keyboard goes to a page with no mouse: over the link that skips, along the pages, and in. */
 async function keyboard() {
-  await page.goto(`${url}/console/#/flow`);
-  await page.evaluate(() => document.activeElement?.blur());
+  await page.goto(`${url}/console/?keyboard#/flow`);
+  await page.locator(".station").first().waitFor();
   const names = [];
   for (let i = 0; i < 12; i++) {
     await page.keyboard.press("Tab");
