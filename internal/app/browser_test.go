@@ -2,6 +2,7 @@ package app
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -55,11 +56,7 @@ func TestConsoleInABrowser(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	install := exec.Command("bash", "-c", "scripts/need.sh chromium chromium && scripts/packages.sh web")
-	install.Dir = root
-	if output, err := install.CombinedOutput(); err != nil {
-		t.Fatalf("%v\n%s", err, output)
-	}
+	chromium := browser(t, root)
 	db := testenv.Postgres(t)
 	effectsIn(t, db)
 	broker, amqpURL := testenv.ProxyURL(t, testenv.AMQP(t))
@@ -78,7 +75,7 @@ func TestConsoleInABrowser(t *testing.T) {
 	awaitConsole(t, "http://"+address)
 	p := &person{t: t, db: db}
 	p.use(map[string]string{
-		"url": "http://" + address, "key": keys["operator"], "chromium": "/usr/bin/chromium", "screenshots": filepath.Join(root, ".stack", "screenshots"),
+		"url": "http://" + address, "key": keys["operator"], "chromium": chromium, "screenshots": filepath.Join(root, ".stack", "screenshots"),
 	}, map[string]func() error{
 		"orders":               p.orders,
 		"break broker":         func() error { broker.Refuse(true); broker.Cut(); return nil },
@@ -86,6 +83,33 @@ func TestConsoleInABrowser(t *testing.T) {
 		"corpus":               p.corpus,
 		"effect of the letter": func() error { return p.has("shipping a plain text") },
 	})
+}
+
+// browser returns the path of a Chromium, which is installed if there is none, with what drives it.
+func browser(t *testing.T, root string) (path string) {
+	t.Helper()
+	find := func() string {
+		for _, name := range []string{"chromium", "google-chrome", "chromium-browser"} {
+			if path, err := exec.LookPath(name); err == nil {
+				return path
+			}
+		}
+		return ""
+	}
+	path = find()
+	script := "scripts/packages.sh web"
+	if path == "" {
+		script += " && scripts/need.sh chromium chromium"
+	}
+	install := exec.Command("bash", "-c", script)
+	install.Dir = root
+	if output, err := install.CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, output)
+	}
+	if path = cmp.Or(path, find()); path == "" {
+		t.Fatal("there is no Chromium")
+	}
+	return path
 }
 
 // person is who uses the console, and what is done to the stack meanwhile.

@@ -92,6 +92,7 @@ function describe(station: Station, byWaiting: boolean): string {
 /** headline says in one sentence how all of it does, and lists what is wrong. */
 function headline(live: Live): Node[] {
   const wrong = live.stations.filter((s) => s.sentence && (s.state === StationState.FAULT || s.state === StationState.ATTENTION));
+  wrong.sort((a, b) => b.state - a.state); // faults first
   const faults = wrong.filter((s) => s.state === StationState.FAULT);
   const applied = live.stations.filter((s) => s.kind === StationKind.EFFECT).reduce((sum, s) => sum + (s.rate ?? 0), 0);
   const moving = applied > 0 ? `${rate(applied)} effects a second.` : "Nothing is under way.";
@@ -99,10 +100,10 @@ function headline(live: Live): Node[] {
     faults.length === 1
       ? `${nameOf(faults[0]!)} does not work.`
       : faults.length > 0
-      ? plural(faults.length, "station does not work.", "stations do not work.")
-      : wrong.length > 0
-        ? `It works; ${plural(wrong.length, "station needs", "stations need")} a look.`
-        : `All stations work. ${moving}`;
+        ? `${faults.length} stations do not work.`
+        : wrong.length > 0
+          ? `It works; ${plural(wrong.length, "station needs", "stations need")} a look.`
+          : `All stations work. ${moving}`;
   const list = wrong.map((s) =>
     h("li", { "data-state": states[s.state] }, h("a", { href: kinds[s.kind].page }, nameOf(s)), ` ${s.sentence}`),
   );
