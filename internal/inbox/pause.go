@@ -8,10 +8,8 @@ import (
 	"sync"
 	"time"
 
-	"example.com/orders/internal/postgres"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
-	"github.com/jackc/pgx/v5/pgxpool"
 )
 
 // WhileResumed runs part, and ends its context when operators have paused the group, to run it anew once they have resumed it; until ctx is done.
@@ -97,60 +95,4 @@ func Bury(ctx context.Context, tx pgx.Tx, consumer, key string, whole bool, caus
 		return nil, fmt.Errorf("bury messages: %w", err)
 	}
 	return messageIDs, nil
-}
-
-// Standing is how a consumer group stands.
-type Standing struct {
-	Consumer string
-	// Paused says who paused it and why; nil if nobody did.
-	Paused *PausedBy
-	// Processes is how many have it running; a paused one counts. Applied is what each has applied since it began, by its name.
-	Applied map[string]int64
-	// Lag is the age in seconds that the message had which was applied last, of all processes the largest; nil before the first.
-	Lag *float64
-	// Retrying are the messages in inbox_retry, Blocked the keys among them whose messages wait for the first, and Oldest the seconds that the
-	// oldest of the messages has waited.
-	Retrying, Blocked int64
-	Oldest            float64
-}
-
-// PausedBy is a pause.
-type PausedBy struct {
-	Actor, Reason string
-	At            time.Time
-}
-
-const standingsSQL = `
-SELECT name, pause.actor, pause.reason, pause.paused_at, coalesce(alive.applied, '{}'), alive.lag,
-    coalesce(retry.messages, 0), coalesce(retry.keys, 0), coalesce(retry.oldest, 0)
-FROM unnest($1::text[]) WITH ORDINALITY AS wanted (name, position)
-LEFT JOIN inbox_pause AS pause ON pause.consumer = name
-LEFT JOIN LATERAL (
-    SELECT jsonb_object_agg(owner, applied) AS applied, max(lag) AS lag
-    FROM inbox_consumer WHERE consumer = name AND expires_at > clock_timestamp()) AS alive ON true
-LEFT JOIN LATERAL (
-    SELECT count(*) AS messages, count(DISTINCT key) FILTER (WHERE key <> '') AS keys,
-        extract(epoch FROM clock_timestamp() - min(created_at))::float8 AS oldest
-    FROM inbox_retry WHERE consumer = name) AS retry ON true
-ORDER BY position`
-
-// Standings returns how consumer groups stand, in the order given.
-func Standings(ctx context.Context, db *pgxpool.Pool, groups []string) ([]Standing, error) {
-	rows, err := db.Query(ctx, standingsSQL, groups)
-	if err != nil {
-		return nil, fmt.Errorf("read consumer groups: %w", err)
-	}
-	found, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (s Standing, err error) {
-		var actor, reason *string
-		var at *time.Time
-		err = row.Scan(&s.Consumer, &actor, &reason, &at, &s.Applied, &s.Lag, &s.Retrying, &s.Blocked, &s.Oldest)
-		if at != nil {
-			s.Paused = &PausedBy{*actor, *reason, *at}
-		}
-		return s, err
-	})
-	if err != nil {
-		return nil, fmt.Errorf("read consumer groups: %w", postgres.Classify(err))
-	}
-	return found, nil
 }
