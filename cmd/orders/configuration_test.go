@@ -19,7 +19,7 @@ import (
 var update = flag.Bool("update", false, "write docs/configuration.md anew")
 
 // processes are the commands that run for ever.
-var processes = []string{"api", "relay", "consumer", "all"}
+var processes = []string{"api", "relay", "consumer", "console", "all"}
 
 const configurationHead = `# Configuration
 
@@ -57,6 +57,7 @@ type setting struct {
 
 func configurationPage(t *testing.T) string {
 	t.Helper()
+	edge := []string{"api", "console", "all"}
 	var out strings.Builder
 	out.WriteString(configurationHead)
 	model := newParser(new(cli)).Model
@@ -65,10 +66,12 @@ func configurationPage(t *testing.T) string {
 		title string
 		has   func(ofProcesses []string) bool
 	}{
-		{"Servers, and what several processes have in common", func(p []string) bool { return len(p) > 2 }},
+		{"Servers, and what several processes have in common", func(p []string) bool { return len(p) > 2 && !slices.Equal(p, edge) }},
+		{"Who may call API and console, and what that may cost", func(p []string) bool { return slices.Equal(p, edge) }},
 		{"API", func(p []string) bool { return slices.Equal(p, []string{"api", "all"}) }},
 		{"Relay", func(p []string) bool { return slices.Equal(p, []string{"relay", "all"}) }},
 		{"Consumer", func(p []string) bool { return slices.Equal(p, []string{"consumer", "all"}) }},
+		{"Console", func(p []string) bool { return slices.Equal(p, []string{"all"}) }},
 		{"Other commands", func(p []string) bool { return len(p) == 0 }},
 	} {
 		fmt.Fprintf(&out, "\n## %s\n\n| Variable | Flag | Default | Value | Meaning | Taken by |\n|---|---|---|---|---|---|\n", section.title)
@@ -109,6 +112,9 @@ func settingsOf(model *kong.Application) (all []*setting) {
 
 // commandOf is a command's words without the program's name.
 func commandOf(leaf *kong.Node) string {
+	if leaf.Parent.DefaultCmd == leaf { // what a command does if none of its own is given
+		leaf = leaf.Parent
+	}
 	_, words, _ := strings.Cut(leaf.FullPath(), " ")
 	return words
 }
@@ -214,7 +220,7 @@ func kindText(v *kong.Value) string {
 		return "place"
 	case postgresURL, amqpURL:
 		return "URL"
-	case listenAddress:
+	case listenAddress, optionalAddress:
 		return "HOST:PORT"
 	}
 	switch {
