@@ -29,7 +29,7 @@ test: $(STACK) ## Every test, with the race detector, on real servers
 
 FUZZTIME ?= 1m
 fuzz: $(STACK) ## Bad input for every procedure, for FUZZTIME each
-	FUZZTIME=$(FUZZTIME) $(STACK) --profile test -- go test -count=1 -timeout 0 -v -run '^TestBadInput$$' ./internal/app/
+	FUZZTIME=$(FUZZTIME) $(STACK) --profile test -- go test -count=1 -timeout 0 -v -run '^TestBadInput' ./internal/app/
 
 lint: ## Static checks, protobuf checks, and that generated code is current
 	scripts/lint.sh

@@ -276,6 +276,12 @@ func TestMessages(t *testing.T) {
 			t.Errorf("payload %q", text)
 		}
 	}
+	_, err = b.SearchMessages(t.Context(), &opsv1.SearchMessagesRequest{Since: &timestamppb.Timestamp{Seconds: 1 << 60}})
+	wantCode(t, err, connect.CodeInvalidArgument)
+	_, err = b.ListDeadLetters(t.Context(), &opsv1.ListDeadLettersRequest{PageToken: 1 << 62})
+	if err != nil {
+		t.Errorf("a place behind all: %v", err)
+	}
 	_, err = b.GetMessage(t.Context(), &opsv1.GetMessageRequest{MessageId: "nobody"})
 	wantCode(t, err, connect.CodeNotFound)
 }

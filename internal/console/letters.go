@@ -18,7 +18,7 @@ func filterOf(f *opsv1.DeadLetterFilter) (deadletter.Filter, error) {
 	return deadletter.Filter{
 		IDs: f.GetIds(), Consumer: f.GetGroup(), MessageID: f.GetMessageId(), Type: f.GetType(), Key: f.GetKey(), Reason: deadletter.Reason(f.GetCause()),
 		Since: moment(f.GetSince()), Until: moment(f.GetUntil()), Resolved: f.GetResolved(),
-	}, storable(f.GetGroup(), f.GetMessageId(), f.GetType(), f.GetKey(), f.GetCause())
+	}, cmp.Or(storable(f.GetGroup(), f.GetMessageId(), f.GetType(), f.GetKey(), f.GetCause()), dated(f.GetSince(), f.GetUntil()))
 }
 
 // ListDeadLetters implements ops.v1.OpsService.

@@ -1,6 +1,7 @@
 package console
 
 import (
+	"cmp"
 	"context"
 	"time"
 
@@ -16,7 +17,7 @@ const pageRows = 50
 
 // SearchMessages implements ops.v1.OpsService.
 func (c *Console) SearchMessages(ctx context.Context, req *opsv1.SearchMessagesRequest) (*opsv1.SearchMessagesResponse, error) {
-	if err := storable(req.GetType(), req.GetKey()); err != nil {
+	if err := cmp.Or(storable(req.GetType(), req.GetKey()), dated(req.GetSince(), req.GetUntil())); err != nil {
 		return nil, err
 	}
 	search := outbox.Search{Type: req.GetType(), Key: req.GetKey(), Since: moment(req.GetSince()), Until: moment(req.GetUntil())}
@@ -79,6 +80,16 @@ func stamp(at *time.Time) *timestamppb.Timestamp {
 		return nil
 	}
 	return timestamppb.New(*at)
+}
+
+// dated refuses times that are none: between the years 1 and 9999 Postgres knows them, too.
+func dated(times ...*timestamppb.Timestamp) error {
+	for _, at := range times {
+		if at != nil && !at.IsValid() {
+			return connect.NewError(connect.CodeInvalidArgument, "a time is not one between the years 1 and 9999")
+		}
+	}
+	return nil
 }
 
 // moment is a time that may be missing, as a zero.

@@ -81,7 +81,7 @@ func List(ctx context.Context, db *pgxpool.Pool, f Filter, after int64, limit in
 // Without what a list has no room for: a hundred payloads may be a hundred megabytes.
 const newestSQL = `
 SELECT id, consumer, message_id, type, key, ''::bytea, '{}'::jsonb, reason, left(error, 500), attempts, dead_at, coalesce(resolution, ''), resolved_at
-FROM dead_letter WHERE ($1 = 0 OR id < $1) AND ` + chosenSQL + ` ORDER BY id DESC LIMIT $11`
+FROM dead_letter WHERE ($1::bigint = 0 OR id < $1) AND ` + chosenSQL + ` ORDER BY id DESC LIMIT $11`
 
 // Newest returns letters whose ID is below before, or from the last one on if that is 0, the newest first and at most limit: without payload and
 // headers, and with the beginning of the error.

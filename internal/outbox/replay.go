@@ -204,7 +204,7 @@ const searchSQL = `
 SELECT message.* FROM outbox_cursor AS at, LATERAL (
     SELECT id, message_id, type, key, created_at, at.shard, xid, ` + deliveredSQL + `
     FROM (SELECT shard, id, xid, message_id, type, key, created_at FROM outbox
-          WHERE shard = at.shard AND ($1 = 0 OR id < $1) AND ($2 = '' OR type = $2) AND ($3 = '' OR key = $3)
+          WHERE shard = at.shard AND ($1::bigint = 0 OR id < $1) AND ($2 = '' OR type = $2) AND ($3 = '' OR key = $3)
             AND ($4::timestamptz IS NULL OR created_at >= $4) AND ($5::timestamptz IS NULL OR created_at < $5)
           ORDER BY id DESC LIMIT $6) AS found
     JOIN outbox_cursor USING (shard)) AS message

@@ -1,0 +1,83 @@
+package app
+
+import (
+	"cmp"
+	"context"
+	"net"
+	"os"
+	"strings"
+	"testing"
+	"time"
+
+	"connectrpc.com/connect/v2"
+	"example.com/orders/internal/changes"
+	"example.com/orders/internal/console"
+	"example.com/orders/internal/gen/ops/v1/opsv1connect"
+	"example.com/orders/internal/operations"
+	"example.com/orders/internal/ops"
+	"example.com/orders/internal/outbox"
+	"example.com/orders/internal/telemetry"
+	"example.com/orders/internal/testenv"
+)
+
+// startDesk serves ops.v1 on a database of its own, in which there is something to be found.
+func startDesk(t *testing.T) *api {
+	t.Helper()
+	edge, err := newEdge(Edge{NoAuth: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := &api{db: testenv.Postgres(t)}
+	if _, err := outbox.Status(t.Context(), a.db); err != nil { // from now on counting the backlog adds no row
+		t.Fatal(err)
+	}
+	_, err = a.db.Exec(t.Context(), `
+		INSERT INTO dead_letter (consumer, message_id, type, key, payload, headers, reason, error, attempts)
+		SELECT 'group', n::text, 't.T', 'k', '', '{}', 'permanent', 'broken', 1 FROM generate_series(1, 100) AS n;
+		INSERT INTO inbox_retry (consumer, message_id, type, key, payload, headers, attempts, due_at, last_error)
+		SELECT 'group', n::text, 't.T', 'k', '', '{}', 1, now(), '' FROM generate_series(1, 100) AS n`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	calls := operations.New(a.db, outbox.NewWriter(a.db, nil, nil), changes.New(changes.Config{}), operations.Config{})
+	desk := console.New(console.Config{DB: a.db, Operations: calls, Groups: []console.Group{{Group: ops.Group{Name: "group"}, Queue: "q"}}})
+	p := &process{edge: edge, telemetry: new(telemetry.Providers)}
+	a.server = p.newServer(func(s *connect.Server) { opsv1connect.RegisterOpsServiceHandler(s, desk) })
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	a.url = "http://" + listener.Addr().String()
+	ctx, stop := context.WithCancel(t.Context())
+	served := make(chan error, 1)
+	go func() { served <- a.server.Serve(ctx, listener) }()
+	t.Cleanup(func() {
+		stop()
+		if err := <-served; err != nil {
+			t.Error(err)
+		}
+	})
+	return a
+}
+
+// TestBadInput for what operators call.
+func TestBadInputToTheConsole(t *testing.T) {
+	t.Parallel()
+	duration, err := time.ParseDuration(cmp.Or(os.Getenv("FUZZTIME"), "500ms"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := startDesk(t)
+	var all []connect.Spec
+	for spec := range a.server.Specs() {
+		// Watching takes no input, and does not end.
+		if strings.HasPrefix(spec.Procedure, "/ops.") && spec.Procedure != opsv1connect.OpsServiceWatchFlowProcedure {
+			all = append(all, spec)
+		}
+	}
+	for _, spec := range all { // one after the other: whose row it is must be told
+		f := newFuzz(t, a, spec, all)
+		f.run(duration)
+		f.report()
+	}
+}
