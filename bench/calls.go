@@ -20,8 +20,7 @@ var callsRow = row{
 	title: "Durable calls",
 	how: fmt.Sprintf("Processes of the binary, called over HTTP. PlaceOrder and its submission (Prefer: respond-async): %d callers, each with one call after the other, and of the service "+
 		"only the API runs. Submit → result: all three processes run, with nothing else to do; one call after the other is submitted and waited for, 50 ms apart.", placeWorkers),
-	limit:      "Submission: as PlaceOrder, one commit. The result: five trips to the disk one after the other (submission, claim, queue, effect with result) and the doorbell back.",
-	shortTurns: 4,
+	limit: "Submission: as PlaceOrder, one commit. The result: five trips to the disk one after the other (submission, claim, queue, effect with result) and the doorbell back.",
 	contestants: []contestant{
 		{name: "place", run: calls([]string{"api"}, placeWorkers, 0, (*caller).place)},
 		{name: "submit", run: calls([]string{"api"}, placeWorkers, 0, (*caller).submitOnly)},

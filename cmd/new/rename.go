@@ -24,7 +24,7 @@ type shape struct {
 func shaped(pattern, becomes string) shape { return shape{regexp.MustCompile(pattern), becomes} }
 
 // commands are the program's own, and what stands for them in tests and documentation.
-const commands = `api|relay|consumer|all|migrate|topology|doctor|outbox|dead|trace|apikey|healthcheck|rpc|version|COMMAND`
+const commands = `api|relay|consumer|console|all|migrate|topology|doctor|outbox|dead|trace|apikey|healthcheck|rpc|version|COMMAND`
 
 var shapes = []shape{
 	shaped(`\bordersv1`, "NAMEv1"),                                                                    // Go packages of proto/orders/v1

@@ -77,7 +77,7 @@ func TestConsoleInABrowser(t *testing.T) {
 	p.use(map[string]string{
 		"url": "http://" + address, "key": keys["operator"], "chromium": chromium, "screenshots": filepath.Join(root, ".stack", "screenshots"),
 	}, map[string]func() error{
-		"orders":               p.orders,
+		"messages":             p.send,
 		"break broker":         func() error { broker.Refuse(true); broker.Cut(); return nil },
 		"mend broker":          func() error { broker.Refuse(false); return nil },
 		"corpus":               p.corpus,
@@ -152,8 +152,8 @@ func (p *person) use(config map[string]string, deeds map[string]func() error) {
 	}
 }
 
-// orders sends some messages over several seconds' worth of keys.
-func (p *person) orders() error {
+// send sends some messages over several seconds' worth of keys.
+func (p *person) send() error {
 	for i := range 300 {
 		if err := send(p.t.Context(), p.db, fmt.Sprintf("customer-%d", i%10), fmt.Sprintf("order %d", i)); err != nil {
 			return err

@@ -97,13 +97,13 @@ async function firstPaint() {
 
 async function flow() {
   await page.locator(".headline[data-state=ok]", { hasText: "All stations work" }).waitFor();
-  await ask("orders");
+  await ask("messages");
   await page.locator(".station.moves .name[title=shipping]").waitFor();
   await pictures("flow");
   await ask("break broker");
   await station("RabbitMQ", "fault").waitFor();
   await page.locator(".headline[data-state=fault]", { hasText: "The broker cannot be reached" }).waitFor();
-  await ask("orders");
+  await ask("messages");
   await station("relay", "attention").waitFor();
   await pictures("flow-broker-away");
   await ask("mend broker");
