@@ -285,7 +285,8 @@ CREATE TABLE outbox_backlog (
 CREATE FUNCTION outbox_measure(stale interval) RETURNS SETOF outbox_backlog
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp
     -- A session keeps the plan, and one that was made for an empty log would read all of it from then on.
-    SET enable_seqscan = off AS $$
+    -- What must be scanned all the same looks so dear then that it would be compiled, at each call.
+    SET enable_seqscan = off SET jit = off AS $$
 DECLARE
     cursor   record;
     waiting  bigint;

@@ -80,6 +80,7 @@ func Open(ctx context.Context, config Config) (*pgxpool.Pool, error) {
 	}
 	if config.GenericPlans && !isPooled(parsed.ConnConfig) {
 		params["plan_cache_mode"], params["enable_seqscan"] = "force_generic_plan", "off"
+		params["jit"] = "off" // what must be scanned all the same looks so dear that Postgres would compile it, each time
 	}
 	pool, err := pgxpool.NewWithConfig(ctx, parsed)
 	if err != nil {
