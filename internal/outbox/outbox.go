@@ -89,7 +89,8 @@ const (
 // It returns an error that wraps messaging.ErrInvalid, before anything is written, if one of them could never be published.
 //
 // In a transaction of Transact or of postgres.Transact they are written at its end, together with COMMIT, all in one call and with no round trip of
-// their own; until then they must not be changed. In any other they are written at once.
+// their own; until then they must not be changed. A savepoint of tx.Begin takes them with it when it is rolled back; one that is made by a statement
+// SAVEPOINT is not known here, and does not. In any other transaction they are written at once.
 //
 // It locks the messages' keys until the transaction ends; each key takes a place in Postgres' lock table, so tens of thousands of keys in one
 // transaction may fail for want of shared memory. A transaction that has written at once more than once, with different keys, can deadlock with
