@@ -90,6 +90,7 @@ console: ## Build the console of web/console into internal/console/dist
 generate: ## Generate code from proto/
 	@scripts/packages.sh tools web
 	tools/node_modules/.bin/buf generate
+	tools/node_modules/.bin/buf generate --template buf.gen.web.yaml
 
 # Always asked, never old: go build knows best.
 $(STACK): FORCE

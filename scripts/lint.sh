@@ -58,11 +58,13 @@ breaking() {
 }
 
 generated() {
-  "$buf" generate -o "$scratch/generated" || return 1
-  local out
-  for out in $(sed -n 's/.*out: *\([^,} ]*\).*/\1/p' buf.gen.yaml | sort -u); do
+  local template out
+  for template in buf.gen.yaml buf.gen.web.yaml; do
+    "$buf" generate --template "$template" -o "$scratch/generated" || return 1
+  done
+  for out in $(sed -n 's/.*out: *\([^,} ]*\).*/\1/p' buf.gen.yaml buf.gen.web.yaml | sort -u); do
     if ! diff -r "$scratch/generated/$out" "$out"; then
-      echo "$out is not what proto/ generates: run $buf generate"
+      echo "$out is not what proto/ generates: run make generate"
       return 1
     fi
   done

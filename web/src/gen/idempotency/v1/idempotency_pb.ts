@@ -13,7 +13,7 @@ import { file_google_protobuf_descriptor } from "@bufbuild/protobuf/wkt";
  * Describes the file idempotency/v1/idempotency.proto.
  */
 export const file_idempotency_v1_idempotency: GenFile = /*@__PURE__*/
-  fileDesc("CiBpZGVtcG90ZW5jeS92MS9pZGVtcG90ZW5jeS5wcm90bxIOaWRlbXBvdGVuY3kudjE6MgoDa2V5Eh4uZ29vZ2xlLnByb3RvYnVmLk1ldGhvZE9wdGlvbnMYwIwDIAEoCFIDa2V5Qr0BChJjb20uaWRlbXBvdGVuY3kudjFCEElkZW1wb3RlbmN5UHJvdG9QAVo8ZXhhbXBsZS5jb20vb3JkZXJzL2ludGVybmFsL2dlbi9pZGVtcG90ZW5jeS92MTtpZGVtcG90ZW5jeXYxogIDSVhYqgIOSWRlbXBvdGVuY3kuVjHKAg5JZGVtcG90ZW5jeVxWMeICGklkZW1wb3RlbmN5XFYxXEdQQk1ldGFkYXRh6gIPSWRlbXBvdGVuY3k6OlYxYgZwcm90bzM", [file_google_protobuf_descriptor]);
+  fileDesc("CiBpZGVtcG90ZW5jeS92MS9pZGVtcG90ZW5jeS5wcm90bxIOaWRlbXBvdGVuY3kudjE6MgoDa2V5Eh4uZ29vZ2xlLnByb3RvYnVmLk1ldGhvZE9wdGlvbnMYwIwDIAEoCFIDa2V5YgZwcm90bzM", [file_google_protobuf_descriptor]);
 
 /**
  * The unary method honours the header Idempotency-Key: option (idempotency.v1.key) = true. Its effects must be made in a transaction of

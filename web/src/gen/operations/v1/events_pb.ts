@@ -12,7 +12,7 @@ import type { Message } from "@bufbuild/protobuf";
  * Describes the file operations/v1/events.proto.
  */
 export const file_operations_v1_events: GenFile = /*@__PURE__*/
-  fileDesc("ChpvcGVyYXRpb25zL3YxL2V2ZW50cy5wcm90bxINb3BlcmF0aW9ucy52MSI6ChJPcGVyYXRpb25TdWJtaXR0ZWQSFAoMb3BlcmF0aW9uX2lkGAEgASgJEg4KBm1ldGhvZBgCIAEoCUKxAQoRY29tLm9wZXJhdGlvbnMudjFCC0V2ZW50c1Byb3RvUAFaOmV4YW1wbGUuY29tL29yZGVycy9pbnRlcm5hbC9nZW4vb3BlcmF0aW9ucy92MTtvcGVyYXRpb25zdjGiAgNPWFiqAg1PcGVyYXRpb25zLlYxygINT3BlcmF0aW9uc1xWMeICGU9wZXJhdGlvbnNcVjFcR1BCTWV0YWRhdGHqAg5PcGVyYXRpb25zOjpWMWIGcHJvdG8z");
+  fileDesc("ChpvcGVyYXRpb25zL3YxL2V2ZW50cy5wcm90bxINb3BlcmF0aW9ucy52MSI6ChJPcGVyYXRpb25TdWJtaXR0ZWQSFAoMb3BlcmF0aW9uX2lkGAEgASgJEg4KBm1ldGhvZBgCIAEoCWIGcHJvdG8z");
 
 /**
  * OperationSubmitted has a worker execute an operation. Its message ID is the operation's ID.
