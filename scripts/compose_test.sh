@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 
 orders=${SMOKE_ORDERS:-800}
 export COMPOSE_PROJECT_NAME=orders-smoke COMPOSE_PROFILES= COMPOSE_MENU=0
-export API_PORT=${API_PORT:-18080} POSTGRES_PORT=${POSTGRES_PORT:-15433} AMQP_PORT=${AMQP_PORT:-15674} RABBITMQ_MANAGEMENT_PORT=${RABBITMQ_MANAGEMENT_PORT:-15675}
+export API_PORT=${API_PORT:-18080} CONSOLE_PORT=${CONSOLE_PORT:-18090} POSTGRES_PORT=${POSTGRES_PORT:-15433} AMQP_PORT=${AMQP_PORT:-15674} RABBITMQ_MANAGEMENT_PORT=${RABBITMQ_MANAGEMENT_PORT:-15675}
 scratch=$(mktemp -d)
 files=(-f docker-compose.yml)
 replicas=(--scale relay=2 --scale consumer=3)
@@ -72,14 +72,14 @@ compose exec -T postgres postgres --version
 compose exec -T rabbitmq rabbitmqctl version
 
 say 'the processes run without rights'
-for process in api relay consumer; do
+for process in api relay consumer console; do
   mapfile -t ids < <(compose ps -q "$process")
   for id in "${ids[@]}"; do
     expect "$process" '65532:65532 true [ALL]' "$(docker inspect -f '{{.Config.User}} {{.HostConfig.ReadonlyRootfs}} {{.HostConfig.CapDrop}}' "$id")"
   done
 done
 expect 'replicas of relay and consumer' '2 3' "$(compose ps -q relay | wc -l) $(compose ps -q consumer | wc -l)"
-expect 'logins' 'app_api app_consumer app_relay' \
+expect 'logins' 'app_api app_consumer app_operator app_relay' \
   "$(query "SELECT string_agg(DISTINCT usename, ' ' ORDER BY usename) FROM pg_stat_activity WHERE application_name LIKE 'orders %'")"
 
 say "$orders orders, and all relays, consumers and the API killed meanwhile"
