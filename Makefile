@@ -17,14 +17,14 @@ demo: $(STACK) ## The main job: orders travel while relay and consumer are kille
 # /example
 
 up: $(STACK) build ## Start servers and service, and leave them running
-	@scripts/up.sh
+	@bash scripts/up.sh
 
 down: $(STACK) ## Stop what `make up` started
 	@$(STACK) down
 
 test: $(STACK) ## Every test, with the race detector, on real servers
-	@scripts/need.sh gcc gcc libc6-dev
-	@scripts/need.sh promtool prometheus
+	@bash scripts/need.sh gcc gcc libc6-dev
+	@bash scripts/need.sh promtool prometheus
 	$(STACK) --profile test -- go test -race -count=1 -timeout 10m ./...
 
 FUZZTIME ?= 1m
@@ -32,7 +32,7 @@ fuzz: $(STACK) ## Bad input for every procedure, for FUZZTIME each
 	FUZZTIME=$(FUZZTIME) $(STACK) --profile test -- go test -count=1 -timeout 0 -v -run '^TestBadInput' ./internal/app/
 
 lint: ## Static checks, protobuf checks, and that generated code is current
-	scripts/lint.sh
+	bash scripts/lint.sh
 
 # template
 new-test: ## Services made from this template, by the guide and by gonew, with their own tests
@@ -61,7 +61,7 @@ build: ## Build bin/orders
 	$(BUILD) -o bin/orders ./cmd/orders
 
 reproducible: ## Build this commit twice from nothing, and compare
-	scripts/reproducible.sh '$(VERSION)'
+	bash scripts/reproducible.sh '$(VERSION)'
 
 image: ## Build the container image orders:VERSION
 	docker build --build-arg VERSION=$(VERSION) --target orders -t orders:$(VERSION) .
@@ -75,20 +75,20 @@ image-release: ## Build the image for amd64 and arm64 with SBOM and provenance, 
 
 # example
 compose-test: ## The composed stack with whatever Docker is here: orders, kills, ledger
-	scripts/compose_test.sh
+	bash scripts/compose_test.sh
 # /example
 
 kubernetes: ## Check deploy/kubernetes against Kubernetes' own schemas
-	scripts/kubernetes.sh
+	bash scripts/kubernetes.sh
 
 vuln: ## Known vulnerabilities in what the programs really call
 	go tool -modfile=tools/go.mod govulncheck ./...
 
 console: ## Build the console of web/console into internal/console/dist
-	scripts/console.sh
+	bash scripts/console.sh
 
 generate: ## Generate code from proto/
-	@scripts/packages.sh tools web
+	@bash scripts/packages.sh tools web
 	tools/node_modules/.bin/buf generate
 	tools/node_modules/.bin/buf generate --template buf.gen.web.yaml
 

@@ -4,7 +4,7 @@
 #   scripts/console.sh [FOLDER]
 set -euo pipefail
 cd "$(dirname "$0")/.."
-scripts/packages.sh web
+bash scripts/packages.sh web
 out=$(realpath -m "${1:-internal/console/dist}")
 web/node_modules/.bin/tsc -p web/console
 cd web

@@ -71,7 +71,7 @@ generated() {
 }
 
 console_is_current() {
-  scripts/console.sh "$scratch/console" || return 1
+  bash scripts/console.sh "$scratch/console" || return 1
   if ! diff -r "$scratch/console" internal/console/dist; then
     echo 'internal/console/dist is not what web/console gives: run make console'
     return 1
@@ -79,8 +79,8 @@ console_is_current() {
 }
 
 buf=tools/node_modules/.bin/buf
-scripts/packages.sh tools web
-scripts/need.sh promtool prometheus
+bash scripts/packages.sh tools web
+bash scripts/need.sh promtool prometheus
 
 check 'gofmt' gofmt_clean
 check 'go vet' go vet ./...

@@ -5,7 +5,7 @@
 #   scripts/packages.sh FOLDER...
 set -euo pipefail
 cd "$(dirname "$0")/.."
-scripts/need.sh npm nodejs npm
+bash scripts/need.sh npm nodejs npm
 for folder in "$@"; do
   # The installed tree carries a copy of the lock file that it was made from.
   if ! cmp -s "$folder/package-lock.json" "$folder/node_modules/.made-from"; then

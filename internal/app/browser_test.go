@@ -97,9 +97,9 @@ func browser(t *testing.T, root string) (path string) {
 		return ""
 	}
 	path = find()
-	script := "scripts/packages.sh web"
+	script := "bash scripts/packages.sh web"
 	if path == "" {
-		script += " && scripts/need.sh chromium chromium"
+		script += " && bash scripts/need.sh chromium chromium"
 	}
 	install := exec.Command("bash", "-c", script)
 	install.Dir = root
