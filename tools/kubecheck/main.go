@@ -1,5 +1,5 @@
 // Command kubecheck renders a kustomization and holds every object of it to a schema: of Kubernetes itself, or of a custom resource. Fields that
-// the schema does not know are errors.
+// the schema does not know are errors, and so are pods that take no secret.
 //
 //	go -C tools run ./kubecheck OPENAPI_DIR CRD_DIR KUSTOMIZATION...
 //
@@ -13,6 +13,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/santhosh-tekuri/jsonschema/v6"
@@ -38,7 +39,7 @@ func main() {
 		for _, object := range rendered.Resources() {
 			content, err := object.Map()
 			if err == nil {
-				err = known.check(content)
+				err = errors.Join(known.check(content), checkLogin(content))
 			}
 			if err != nil {
 				wrong = true
@@ -55,6 +56,34 @@ func main() {
 func fail(err error) {
 	fmt.Fprintln(os.Stderr, "kubecheck:", err)
 	os.Exit(1)
+}
+
+// checkLogin wants a secret in each template of a pod: every process of ours logs in somewhere. A patch replaces a list such as envFrom as a whole, and
+// what it takes away no schema misses.
+func checkLogin(object map[string]any) error {
+	spec, _ := object["spec"].(map[string]any)
+	if template, ok := spec["template"]; ok && !has(template, "secretRef") && !has(template, "secretKeyRef") {
+		return errors.New("its pods take no secret")
+	}
+	return nil
+}
+
+// has says whether there is such a field anywhere below.
+func has(node any, field string) bool {
+	switch node := node.(type) {
+	case map[string]any:
+		if _, ok := node[field]; ok {
+			return true
+		}
+		for child := range maps.Values(node) {
+			if has(child, field) {
+				return true
+			}
+		}
+	case []any:
+		return slices.ContainsFunc(node, func(child any) bool { return has(child, field) })
+	}
+	return false
 }
 
 // schemas are the places of schemas, by apiVersion and kind.
