@@ -181,7 +181,7 @@ func TestBareTreeDoesNotNameTheExample(t *testing.T) {
 // With the example there are orders, but the service is not called so.
 func TestNameOfTheServiceIsRenamedEverywhere(t *testing.T) {
 	t.Parallel()
-	named := regexp.MustCompile("\\bordersv1|\\borders[./]v1|\\bORDERS_|[/`&*]orders\\b|\\borders-[a-z]|\\b(?:name|image): orders|orders (?:api|relay|doctor)\\b|example\\.com/orders|cmd/new|new-test")
+	named := regexp.MustCompile("\\bordersv1|\\borders[./]v1|\\bORDERS_|[/`&*]orders\\b|\\borders-[a-z]|\\b(?:name|image): orders|orders (?:api|relay|doctor)\\b|-n orders\\b|example\\.com/orders|cmd/new|new-test")
 	everyText(t, copied(t, "-example"), func(name, line string) {
 		if hinted(line) && named.MatchString(line) {
 			t.Errorf("%s: %s", name, line)

@@ -43,7 +43,7 @@ var shapes = []shape{
 	shaped(`(?m)(^# |### )orders( %s|$)`, "${1}NAME$2"),                                               // headings
 	shaped(`(?m)^package orders(_test)?$`, "package NAME$1"),                                          //
 	shaped(`\b(Package|Command|DATABASE|AS|target) orders\b`, "$1 NAME"),                              //
-	shaped(`(-[Ud],?|-audience) orders\b`, "$1 NAME"),                                                 // arguments of psql and pg_isready
+	shaped(`(-[Udn],?|-audience) orders\b`, "$1 NAME"),                                                // arguments of psql, pg_isready and kubectl
 	shaped(`\borders (`+commands+`)\b`, "NAME $1"),                                                    // the program, called
 	shaped(`\bORDERS_`, "UPPER_"),                                                                     // variables of docker-compose.yml
 }
