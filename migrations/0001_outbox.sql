@@ -29,18 +29,22 @@ END
 $$;
 -- +goose StatementEnd
 
--- The time slot that a new row falls into. Eight slots of four hours make a ring: a slot is emptied as a whole when every
--- row in it is delivered and past its retention, so the log never needs a DELETE and never bloats.
+-- The time slot that a new row falls into. Five slots of eight hours make a ring: a slot is emptied as a whole when every
+-- row in it is delivered and past its retention, so the log never needs a DELETE and never bloats. Five, because each read opens every slot.
+CREATE FUNCTION outbox_slots() RETURNS integer
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    RETURN 5;
+
 CREATE FUNCTION outbox_slot_length() RETURNS interval
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
-    RETURN interval '4 hours';
+    RETURN interval '8 hours';
 
 --
 -- The time is taken as an interval since the epoch, because extract() of a timestamptz is only STABLE: Postgres does not inline an immutable
 -- function that calls a stable one, and would plan this one anew for every insert, at a third of the insert's cost.
 CREATE FUNCTION outbox_slot(at timestamptz) RETURNS smallint
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
-    RETURN (floor(extract(epoch FROM at - timestamptz '1970-01-01 00:00:00+00') / extract(epoch FROM outbox_slot_length()))::bigint % 8)::smallint;
+    RETURN (floor(extract(epoch FROM at - timestamptz '1970-01-01 00:00:00+00') / extract(epoch FROM outbox_slot_length()))::bigint % outbox_slots())::smallint;
 
 -- The shard that a message belongs to: one for all, until outbox_set_shards says otherwise. The messages of a key are always in one.
 CREATE FUNCTION outbox_shard(key text, message_id uuid) RETURNS smallint
@@ -75,6 +79,30 @@ END
 $$;
 -- +goose StatementEnd
 
+-- Refuses a message that could never be published, and says why. The conditions are no CHECKs of the table, because Postgres reads and prepares the
+-- stored text of each CHECK anew for every INSERT: that took a fifth of what an insert costs. As one SQL expression they become part of what calls them,
+-- and nothing but the functions below writes to the tables. The name of what is violated is reported as that of a constraint.
+-- +goose StatementBegin
+CREATE FUNCTION outbox_refuse(name text, problem text) RETURNS boolean
+    LANGUAGE plpgsql AS $$
+BEGIN
+    RAISE check_violation USING MESSAGE = 'invalid message: ' OPERATOR(pg_catalog.||) problem, TABLE = 'outbox', CONSTRAINT = name;
+END
+$$;
+-- +goose StatementEnd
+CREATE FUNCTION outbox_accepts(id uuid, type text, key text, payload bytea, headers jsonb) RETURNS boolean
+    LANGUAGE sql
+    RETURN CASE
+        WHEN get_byte(uuid_send(id), 6) >> 4 <> 7 THEN outbox_refuse('outbox_message_id_is_uuidv7', 'the id is not a UUIDv7')
+        WHEN octet_length(type) > 255 OR type !~ '^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*$'
+            THEN outbox_refuse('outbox_type_is_protobuf_name', 'the type is not a protobuf full name of at most 255 bytes')
+        WHEN octet_length(key) > 255 THEN outbox_refuse('outbox_key_fits', 'the key has more than 255 bytes')
+        WHEN octet_length(payload) > 1048576 THEN outbox_refuse('outbox_payload_fits', 'the payload has more than 1048576 bytes')
+        WHEN coalesce(headers, '{}') <> '{}' AND NOT outbox_headers_valid(headers) THEN outbox_refuse('outbox_headers_are_valid',
+            'the headers are not at most 32 strings of at most 1024 bytes each, with names of a-z, 0-9 and dash that are neither x-... nor message-key')
+        ELSE true
+    END;
+
 CREATE TABLE outbox (
     slot       smallint    NOT NULL DEFAULT outbox_slot(clock_timestamp()),
     -- Stands before id so that the transaction has its xid before the id is drawn. The reader's page query relies on it for
@@ -89,18 +117,13 @@ CREATE TABLE outbox (
     headers    jsonb       NOT NULL DEFAULT '{}',
     created_at timestamptz NOT NULL DEFAULT clock_timestamp(),
     -- For the pages of a large batch, in the order of id.
-    CONSTRAINT outbox_pkey PRIMARY KEY (shard, id, slot),
-    CONSTRAINT outbox_message_id_is_uuidv7 CHECK (get_byte(uuid_send(message_id), 6) >> 4 = 7),
-    CONSTRAINT outbox_type_is_protobuf_name CHECK (octet_length(type) <= 255 AND type ~ '^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*$'),
-    CONSTRAINT outbox_key_fits CHECK (octet_length(key) <= 255),
-    CONSTRAINT outbox_payload_fits CHECK (octet_length(payload) <= 1048576),
-    CONSTRAINT outbox_headers_are_valid CHECK (headers = '{}' OR outbox_headers_valid(headers))
+    CONSTRAINT outbox_pkey PRIMARY KEY (shard, id, slot)
 ) PARTITION BY LIST (slot);
 
 -- +goose StatementBegin
 DO $$
 BEGIN
-    FOR slot IN 0..7 LOOP
+    FOR slot IN 0..outbox_slots() - 1 LOOP
         EXECUTE format('CREATE TABLE outbox_slot_%s PARTITION OF outbox FOR VALUES IN (%s)', slot, slot);
     END LOOP;
 END
@@ -129,6 +152,7 @@ BEGIN
     SELECT outbox_shard(coalesce(message.key, ''), message.id), message.id, message.type, coalesce(message.key, ''), message.payload,
         coalesce(message.headers, '{}')
     FROM unnest(ids, types, keys, payloads, headers) WITH ORDINALITY AS message (id, type, key, payload, headers, position)
+    WHERE outbox_accepts(message.id, message.type, message.key, message.payload, message.headers)
     ORDER BY message.position;
 END
 $$;
@@ -142,8 +166,9 @@ $$;
 CREATE FUNCTION outbox_insert(type text, key text, payload bytea, headers jsonb DEFAULT '{}', id uuid DEFAULT outbox_uuidv7()) RETURNS uuid
     LANGUAGE plpgsql SECURITY DEFINER AS $$
 BEGIN
-    IF key OPERATOR(pg_catalog.<>) '' THEN
-        PERFORM pg_catalog.pg_advisory_xact_lock(1869968482, pg_catalog.hashtext(key));
+    IF public.outbox_accepts(id, type, key, payload, headers) AND key OPERATOR(pg_catalog.<>) ''
+        AND pg_catalog.pg_advisory_xact_lock(1869968482, pg_catalog.hashtext(key)) IS NULL THEN
+        -- It never is: the lock is asked for in an expression, which PL/pgSQL evaluates itself, where PERFORM would be a query.
     END IF;
     INSERT INTO public.outbox (shard, message_id, type, key, payload, headers)
     VALUES (public.outbox_shard(coalesce(key, ''), id), id, type, coalesce(key, ''), payload, coalesce(headers, '{}'));
@@ -251,7 +276,7 @@ DECLARE
     part    text;
     emptied smallint[] := '{}';
 BEGIN
-    FOR age IN 1..7 LOOP
+    FOR age IN 1..outbox_slots() - 1 LOOP
         part := 'outbox_slot_' || outbox_slot(present - age * turn);
         BEGIN -- everything that may meet the lock of another sweep
             CONTINUE WHEN date_bin(turn, present, 'epoch') - (age - 1) * turn > present - retention
@@ -314,8 +339,8 @@ $$;
 -- +goose StatementEnd
 
 -- Messages that are to be inserted later: at a time, or, if only the latest of a key and type is wanted, when the time in which others may
--- replace it is over. The checks are the log's, so nothing can be accepted here and refused there.
-CREATE TABLE outbox_scheduled (LIKE outbox INCLUDING CONSTRAINTS INCLUDING DEFAULTS);
+-- replace it is over. What is accepted here is what the log accepts.
+CREATE TABLE outbox_scheduled (LIKE outbox INCLUDING DEFAULTS);
 ALTER TABLE outbox_scheduled
     DROP COLUMN slot, DROP COLUMN xid, DROP COLUMN id, DROP COLUMN shard,
     ADD COLUMN due_at timestamptz NOT NULL,
@@ -333,10 +358,11 @@ CREATE FUNCTION outbox_schedule(ids uuid[], types text[], keys text[], payloads 
 #variable_conflict use_column
 BEGIN
     INSERT INTO outbox_scheduled (message_id, type, key, payload, headers, due_at, latest)
-    SELECT id, type, key, payload, header, outbox_schedule.due_at, outbox_schedule.latest
+    SELECT id, type, coalesce(key, ''), payload, coalesce(header, '{}'), outbox_schedule.due_at, outbox_schedule.latest
     FROM (
         SELECT DISTINCT ON (CASE WHEN outbox_schedule.latest THEN type END, CASE WHEN outbox_schedule.latest THEN key ELSE id::text END) *
         FROM unnest(ids, types, keys, payloads, headers) WITH ORDINALITY AS message (id, type, key, payload, header, position)
+        WHERE outbox_accepts(id, type, key, payload, header)
         -- In one order, so that two calls cannot wait for each other; of several, the last.
         ORDER BY CASE WHEN outbox_schedule.latest THEN type END, CASE WHEN outbox_schedule.latest THEN key ELSE id::text END, position DESC) AS message
     ON CONFLICT (type, key) WHERE latest DO UPDATE
@@ -498,4 +524,4 @@ DROP TABLE dead_letter_audit, dead_letter, outbox_scheduled, outbox_backlog, out
 DROP FUNCTION dead_letter_guard;
 DROP FUNCTION outbox_insert(text, text, bytea, jsonb, uuid);
 DROP FUNCTION outbox_insert(uuid[], text[], text[], bytea[], jsonb[]);
-DROP FUNCTION outbox_headers_valid, outbox_uuidv7, outbox_redate, outbox_shard, outbox_slot, outbox_slot_length;
+DROP FUNCTION outbox_accepts, outbox_refuse, outbox_headers_valid, outbox_uuidv7, outbox_redate, outbox_shard, outbox_slot, outbox_slot_length, outbox_slots;

@@ -73,7 +73,7 @@ type relayFlags struct {
 	PageRows     int           `env:"RELAY_PAGE_ROWS" default:"1000" help:"Most messages of one page, 1 to 5000. A crash of the relay repeats at most two pages."`
 	Lease        time.Duration `env:"RELAY_LEASE" default:"5s" help:"How long a relay that went silent keeps its shard, 1s to 5m."`
 	PollInterval time.Duration `env:"RELAY_POLL_INTERVAL" default:"1s" help:"Longest time between two looks at the outbox when no doorbell rings, 10ms to 1m."`
-	Retention    time.Duration `env:"OUTBOX_RETENTION" default:"24h" help:"How long delivered messages are kept for replay at least, 1m to 28h."`
+	Retention    time.Duration `env:"OUTBOX_RETENTION" default:"24h" help:"How long delivered messages are kept for replay at least, 1m to 32h."`
 }
 
 type callFlags struct {

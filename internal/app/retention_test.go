@@ -22,7 +22,7 @@ func TestWhoWouldForgetTooEarlyRefusesToRun(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer db.Close()
-	if _, err := db.Exec(t.Context(), `CREATE OR REPLACE FUNCTION outbox_slot_length() RETURNS interval LANGUAGE sql IMMUTABLE RETURN interval '20 hours'`); err != nil {
+	if _, err := db.Exec(t.Context(), `CREATE OR REPLACE FUNCTION outbox_slot_length() RETURNS interval LANGUAGE sql IMMUTABLE RETURN interval '32 hours'`); err != nil {
 		t.Fatal(err)
 	}
 	for name, one := range map[string]struct {

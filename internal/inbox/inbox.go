@@ -266,7 +266,8 @@ func (b *Inbox) take(ctx context.Context, tx pgx.Tx, items []*item) ([]*item, er
 		at     time.Time
 	}
 	taken := make(map[uuid.UUID]record, len(items))
-	slots, ids, copies := make([]int16, len(items)), make([]uuid.UUID, len(items)), make([]int, len(items))
+	// Not uuid.UUIDs: pgx would take what they say to database/sql, texts, and parse them again.
+	slots, ids, copies := make([]int16, len(items)), make([][16]byte, len(items)), make([]int, len(items))
 	for i, one := range items {
 		slots[i], ids[i], copies[i] = one.slot, one.id, one.copies
 	}

@@ -11,6 +11,7 @@ import (
 
 	"github.com/google/uuid"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/reflect/protoreflect"
 )
 
 // Limits of one message. They are checked before the row is written, by the SQL function outbox_insert for writers in
@@ -66,10 +67,7 @@ func New(key string, body proto.Message) Message {
 // ErrInvalid is wrapped by every error of Validate: the message itself is wrong and no retry will mend it.
 var ErrInvalid = errors.New("invalid message")
 
-var (
-	typePattern   = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*$`)
-	headerPattern = regexp.MustCompile(`^[a-z0-9][a-z0-9-]{0,63}$`)
-)
+var headerPattern = regexp.MustCompile(`^[a-z0-9][a-z0-9-]{0,63}$`)
 
 // Validate reports what would keep the message from being published, as an error that wraps ErrInvalid.
 func (m Message) Validate() error {
@@ -78,7 +76,7 @@ func (m Message) Validate() error {
 		return fmt.Errorf("%w: %s: encode body: %w", ErrInvalid, m.Type, m.err)
 	case m.ID.Version() != 7:
 		return fmt.Errorf("%w: id %s is not a UUIDv7", ErrInvalid, m.ID)
-	case len(m.Type) > MaxType || !typePattern.MatchString(m.Type):
+	case len(m.Type) > MaxType || !protoreflect.FullName(m.Type).IsValid():
 		return fmt.Errorf("%w: type %.300q is not a protobuf full name of at most %d bytes", ErrInvalid, m.Type, MaxType)
 	case len(m.Key) > MaxKey || !ValidText(m.Key):
 		return fmt.Errorf("%w: key %.300q must be UTF-8 without NUL, at most %d bytes", ErrInvalid, m.Key, MaxKey)

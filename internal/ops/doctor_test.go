@@ -97,7 +97,7 @@ func TestDoctorFinds(t *testing.T) {
 			"backlog", Wrong, "1 message, the oldest 1h0m"},
 		"DoorbellNotHeard": {"", func(t *testing.T, c *clinic) { c.ListenURL = testenv.PostgresURL(t) }, "doorbell", Wrong, "not heard"},
 		"DoorbellAway":     {"", func(t *testing.T, c *clinic) { c.ListenURL = "postgres://u:hunter2@127.0.0.1:1/d" }, "doorbell", Wrong, "refused"},
-		"OutboxKeepsTooLong": {`CREATE OR REPLACE FUNCTION outbox_slot_length() RETURNS interval LANGUAGE sql IMMUTABLE RETURN interval '1 day'`, nil,
+		"OutboxKeepsTooLong": {`CREATE OR REPLACE FUNCTION outbox_slot_length() RETURNS interval LANGUAGE sql IMMUTABLE RETURN interval '2 days'`, nil,
 			"retention", Wrong, "8d, redelivery takes at most 12h, the inbox remembers 6d23h"},
 		"RedeliveryTakesTooLong": {"", func(_ *testing.T, c *clinic) { c.LongestRedelivery = 6 * 24 * time.Hour }, "retention", Wrong, "forgets too early"},
 		"OldTransaction": {`CREATE VIEW public.pg_stat_activity AS SELECT current_database() AS datname, 'report' AS application_name, '' AS backend_type, 0 AS pid,

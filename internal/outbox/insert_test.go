@@ -6,6 +6,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"example.com/orders/internal/messaging"
 	"example.com/orders/internal/postgres"
@@ -62,8 +63,8 @@ func TestInsertRefusesWhatCouldNeverBePublished(t *testing.T) {
 	})
 }
 
-// What Go refuses, the table refuses as well: nobody else can put into the log what the relay could not publish.
-func TestTableRefusesTheSame(t *testing.T) {
+// What Go refuses, Postgres refuses as well: nobody else can put into the log what the relay could not publish.
+func TestPostgresRefusesTheSame(t *testing.T) {
 	t.Parallel()
 	db := testenv.Postgres(t)
 	const good = `'probe.P', 'k', '', '{}', outbox_uuidv7()`
@@ -173,6 +174,17 @@ func TestWriterRingsAfterTheCommit(t *testing.T) {
 	if err != nil || len(bell) != 1 {
 		t.Fatalf("error %v, rings %d", err, len(bell))
 	}
+}
+
+func TestTheDoorbellRingsLessOftenWhileCommitsNeverCease(t *testing.T) {
+	t.Parallel()
+	var intervals []time.Duration
+	last := minNotifyInterval
+	for _, rungAgain := range []bool{true, true, true, true, false} {
+		last = nextInterval(last, rungAgain)
+		intervals = append(intervals, last/time.Millisecond)
+	}
+	equal(t, "intervals", intervals, []time.Duration{4, 8, 16, 16, 2})
 }
 
 func TestNotifyBellReachesAnotherProcess(t *testing.T) {

@@ -145,7 +145,8 @@ func statement(messages []messaging.Message) (sql string, args []any) {
 		return insertSQL, columnsOf(messages)
 	}
 	m := messages[0]
-	return insertOneSQL, []any{m.Type, m.Key, messaging.NotNil(m.Payload), m.Headers, m.ID}
+	// Not the ID as it is: pgx would take what uuid.UUID says to database/sql, a text, and parse it again.
+	return insertOneSQL, []any{m.Type, m.Key, messaging.NotNil(m.Payload), m.Headers, [16]byte(m.ID)}
 }
 
 // columnsOf returns messages as the arrays that the SQL functions take.

@@ -41,8 +41,8 @@ type Config struct {
 	TracerProvider trace.TracerProvider
 }
 
-// MaxRetention is the longest Retention: the ring of slots comes round after 32 hours, and one slot of four hours is being written.
-const MaxRetention = 28 * time.Hour
+// MaxRetention is the longest Retention: the ring of slots comes round after 40 hours, and one slot of eight hours is being written.
+const MaxRetention = 32 * time.Hour
 
 func (c Config) withDefaults() Config {
 	c.PageRows = cmp.Or(c.PageRows, 1000)

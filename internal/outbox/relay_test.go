@@ -7,11 +7,13 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"example.com/orders/internal/messaging"
 	"example.com/orders/internal/testenv"
+	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/wrapperspb"
@@ -470,6 +472,52 @@ func TestTheDoorbellIsHeardWhileTheBrokerIsSilent(t *testing.T) {
 	equal(t, "stored", b.stored, numbered(3))
 	_, published, _ := parked(t, db)
 	equal(t, "published", published, 3)
+}
+
+// reads counts the statements that look for messages.
+type reads struct{ atomic.Int32 }
+
+func (r *reads) TraceQueryStart(ctx context.Context, _ *pgx.Conn, data pgx.TraceQueryStartData) context.Context {
+	if strings.Contains(data.SQL, "fresh AS MATERIALIZED") {
+		r.Add(1)
+	}
+	return ctx
+}
+
+func (r *reads) TraceQueryEnd(context.Context, *pgx.Conn, pgx.TraceQueryEndData) {}
+
+// A message alone costs two looks at the log, one that finds it and one that finds nothing more: each goes through every slot.
+func TestTheLogIsNotReadInVain(t *testing.T) {
+	t.Parallel()
+	config, err := pgxpool.ParseConfig(testenv.PostgresURL(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var looks reads
+	config.ConnConfig.Tracer = &looks
+	db, err := pgxpool.NewWithConfig(t.Context(), config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close()
+	held, at, err := acquire(t.Context(), db, 0, "test", time.Minute)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := newBroker(0)
+	relay := NewRelay(db, nil, Config{})
+	r := (&tenure{relay: relay, publisher: b, wake: NewLocalBell(), pause: newPause(time.Second)}).newRun(held, at)
+	insert(t, db, "", "m000")
+	var done []string
+	for idle := false; !idle; {
+		if idle, err = r.step(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		done = append(done, fmt.Sprintf("%d stored, %d in flight, %d looks", len(b.stored), len(r.inFlight), looks.Load()))
+	}
+	equal(t, "steps", done, []string{"1 stored, 1 in flight, 1 looks", "1 stored, 0 in flight, 1 looks", "1 stored, 0 in flight, 2 looks"})
+	_, published, _ := parked(t, db)
+	equal(t, "published", published, 1)
 }
 
 func count(all []string, wanted string) (n int) {

@@ -20,7 +20,7 @@ import (
 const maxInFlight = 2
 
 // minPoll is how soon the log is looked at again after something was found; the pause doubles from there to the poll interval.
-const minPoll = 5 * time.Millisecond
+const minPoll = 2 * time.Millisecond
 
 // errBroker is wrapped by the failures that leave the lease and the position intact.
 var errBroker = errors.New("broker")
@@ -44,6 +44,8 @@ type run struct {
 	inFlight []flight // published, without verdict, oldest first
 	settled  progress // what is delivered and not yet recorded
 	dirty    bool     // settled has something to record
+	// caughtUp: all that there was has been read, and no doorbell has rung since. There is no use in looking for more before the broker has answered.
+	caughtUp bool
 	// alone is how many more messages are to be published one by one. The broker closed the channel over one of them without
 	// saying which; published alone, it gives itself away, and the others are repeated once and no more.
 	alone int
@@ -100,12 +102,12 @@ func (r *run) loop(ctx context.Context) error {
 // record. It returns true when there was nothing to do.
 func (r *run) step(ctx context.Context) (idle bool, err error) {
 	retired := r.ahead == nil && r.cursor.retired.Load() // known before the log is looked at
-	if len(r.inFlight) < r.room() {
+	if len(r.inFlight) < r.room() && (len(r.inFlight) == 0 || !r.caughtUp) {
 		found, at, err := r.read(ctx)
 		if err != nil {
 			return false, err
 		}
-		r.next = at
+		r.next, r.caughtUp = at, found == nil
 		if found != nil {
 			return false, r.publish(ctx, found)
 		}
@@ -117,7 +119,7 @@ func (r *run) step(ctx context.Context) (idle bool, err error) {
 		r.settled.delivered, r.dirty = r.next, true
 		fallthrough
 	case r.dirty:
-		return false, r.record(ctx, "")
+		return !retired, r.record(ctx, "")
 	case retired:
 		return false, r.cursor.drain(ctx)
 	}
@@ -205,7 +207,7 @@ func (r *run) publish(ctx context.Context, found *page) error {
 	r.meters.page.Record(ctx, int64(len(found.rows)))
 	r.inFlight = append(r.inFlight, one)
 	r.trouble.wrote(one.written)
-	r.next = found.end
+	r.next, r.caughtUp = found.end, found.end.batch == ""
 	r.readAhead(ctx)
 	return nil
 }
@@ -223,6 +225,7 @@ func (r *run) await(ctx context.Context, page flight) ([]error, bool) {
 		defer close(listening)
 		select {
 		case <-r.wake: // and the log is looked at next, whether or not the wait is over by itself
+			r.caughtUp = false
 			cancel()
 		case <-ctx.Done():
 		}

@@ -146,7 +146,7 @@ func IsNative(ctx context.Context, db *pgxpool.Pool) (native bool, err error) {
 
 // LongestRetention returns how long a delivered message may stay in the log at most: until its slot is about to be written again.
 func LongestRetention(ctx context.Context, db *pgxpool.Pool) (longest time.Duration, err error) {
-	if err = db.QueryRow(ctx, `SELECT 8 * outbox_slot_length()`).Scan(&longest); err != nil {
+	if err = db.QueryRow(ctx, `SELECT outbox_slots() * outbox_slot_length()`).Scan(&longest); err != nil {
 		return 0, fmt.Errorf("read length of slots: %w", err)
 	}
 	return longest, nil

@@ -32,7 +32,7 @@ func startCreate(ctx context.Context, messages []messaging.Message) (context.Con
 		trace.WithSpanKind(trace.SpanKindProducer), trace.WithAttributes(attributes...))
 }
 
-// withTrace returns a copy of headers with the W3C trace context of ctx. It is stored in the row because the relay publishes
+// withTrace returns headers with the W3C trace context of ctx, as a copy unless there is none. It is stored in the row because the relay publishes
 // much later, in a process that knows nothing of the request. A caller's trace must not be what makes a message invalid: its state, which
 // is the caller's to fill, is left out if it is long, and all of it if there is no room.
 func withTrace(ctx context.Context, headers map[string]string) map[string]string {
@@ -42,6 +42,9 @@ func withTrace(ctx context.Context, headers map[string]string) map[string]string
 	}
 	if len(carrier["tracestate"]) > messaging.MaxHeaderValue {
 		delete(carrier, "tracestate")
+	}
+	if len(carrier) == 0 {
+		return headers
 	}
 	maps.Copy(carrier, headers)
 	return carrier
