@@ -3,11 +3,9 @@ package outbox
 import (
 	"context"
 	"fmt"
-	"time"
 
 	"example.com/orders/internal/messaging"
 	"example.com/orders/internal/postgres"
-	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgtype"
 	"github.com/jackc/pgx/v5/pgxpool"
@@ -100,7 +98,7 @@ SELECT (SELECT pg_current_snapshot())::text, complete, id, message_id, type, key
 
 const messagesSQL = `
 FROM measured CROSS JOIN LATERAL (
-    SELECT message_id, type, key, payload, headers, created_at FROM outbox
+    SELECT message_id, type, key, payload, nullif(headers, '{}') AS headers, created_at FROM outbox
     WHERE slot = measured.slot AND ctid = measured.place OFFSET 0) AS message
 WHERE complete OR position = 1
 ORDER BY id`
@@ -147,7 +145,7 @@ WITH candidates AS MATERIALIZED (
 )
 SELECT '', true, id, message_id, type, key, payload, headers, created_at, NULL::tid, NULL::boolean
 FROM measured CROSS JOIN LATERAL (
-    SELECT message_id, type, key, payload, headers, created_at FROM outbox
+    SELECT message_id, type, key, payload, nullif(headers, '{}') AS headers, created_at FROM outbox
     WHERE slot = measured.slot AND ctid = measured.place OFFSET 0) AS message
 WHERE running <= $6 OR position = 1
 ORDER BY id`
@@ -211,11 +209,8 @@ func (l *eventLog) query(ctx context.Context, sql string, args ...any) (found op
 	err = postgres.TransactRows(ctx, l.db, sql, args, func(rows pgx.Rows) error {
 		found.rows, err = pgx.CollectRows(rows, func(r pgx.CollectableRow) (row, error) {
 			var one row
-			var id uuid.UUID
-			var created time.Time
 			m := &one.message
-			err := r.Scan(&found.snapshot, &found.complete, &one.id, &id, &m.Type, &m.Key, &m.Payload, &m.Headers, &created, &found.cursor, &found.retired)
-			m.ID, m.CreatedAt = id, created
+			err := r.Scan(&found.snapshot, &found.complete, &one.id, (*[16]byte)(&m.ID), &m.Type, &m.Key, &m.Payload, &m.Headers, &m.CreatedAt, &found.cursor, &found.retired)
 			return one, err
 		})
 		return err
