@@ -3,6 +3,7 @@ package outbox
 import (
 	"context"
 	"fmt"
+	"sync/atomic"
 	"time"
 
 	"example.com/orders/internal/postgres"
@@ -36,6 +37,7 @@ func (b LocalBell) Ring() {
 // a NOTIFY inside a transaction takes a lock over the whole cluster at commit and costs writers half of their throughput.
 type NotifyBell struct {
 	local LocalBell
+	rings atomic.Int64
 	url   string
 }
 
@@ -45,13 +47,17 @@ func NewNotifyBell(url string) *NotifyBell {
 }
 
 // Ring asks for a notification.
-func (b *NotifyBell) Ring() { b.local.Ring() }
+func (b *NotifyBell) Ring() {
+	b.rings.Add(1)
+	b.local.Ring()
+}
 
-// The least time between two notifications of one process, which commits within it share. It doubles while each of them is followed by another commit
-// at once: then the relay is busy, and looks at the log again every few milliseconds by itself (minPoll).
+// The least time between two notifications of one process, which commits within it share. It doubles while they come faster than one in
+// busyGap: then the relay is busy, and looks at the log again every few milliseconds by itself (minPoll).
 const (
 	minNotifyInterval = 2 * time.Millisecond
 	maxNotifyInterval = 16 * time.Millisecond
+	busyGap           = 3 * time.Millisecond
 )
 
 // A transaction that only notifies has written nothing that could be lost, so Postgres commits it without waiting for the disk. As a command by itself
@@ -68,18 +74,19 @@ func (b *NotifyBell) Run(ctx context.Context) {
 				return ctx.Err()
 			case <-b.local:
 			}
+			b.rings.Store(0)
 			if _, err := conn.Exec(ctx, notifySQL); err != nil {
 				b.Ring() // for the next connection
 				return err
 			}
 			wait(ctx, nil, interval)
-			interval = nextInterval(interval, len(b.local) > 0)
+			interval = nextInterval(interval, b.rings.Load())
 		}
 	})
 }
 
-func nextInterval(last time.Duration, rungAgain bool) time.Duration {
-	if !rungAgain {
+func nextInterval(last time.Duration, rings int64) time.Duration {
+	if time.Duration(rings)*busyGap < last {
 		return minNotifyInterval
 	}
 	return min(2*last, maxNotifyInterval)

@@ -6,7 +6,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	"example.com/orders/internal/messaging"
 	"example.com/orders/internal/postgres"
@@ -178,13 +177,17 @@ func TestWriterRingsAfterTheCommit(t *testing.T) {
 
 func TestTheDoorbellRingsLessOftenWhileCommitsNeverCease(t *testing.T) {
 	t.Parallel()
-	var intervals []time.Duration
-	last := minNotifyInterval
-	for _, rungAgain := range []bool{true, true, true, true, false} {
-		last = nextInterval(last, rungAgain)
-		intervals = append(intervals, last/time.Millisecond)
+	intervals := func(perSecond int64) (milliseconds []int64) {
+		last := minNotifyInterval
+		for range 5 {
+			last = nextInterval(last, perSecond*last.Milliseconds()/1000)
+			milliseconds = append(milliseconds, last.Milliseconds())
+		}
+		return milliseconds
 	}
-	equal(t, "intervals", intervals, []time.Duration{4, 8, 16, 16, 2})
+	equal(t, "at 1,000/s", intervals(1000), []int64{4, 8, 16, 16, 16})
+	equal(t, "at 200/s", intervals(200), []int64{2, 2, 2, 2, 2})
+	equal(t, "when it has become less", nextInterval(maxNotifyInterval, 200*16/1000), minNotifyInterval)
 }
 
 func TestNotifyBellReachesAnotherProcess(t *testing.T) {

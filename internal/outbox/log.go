@@ -72,34 +72,33 @@ type bounds struct {
 // since the oldest open transaction, for as long as that is open.)
 //
 // One row more than a page is read of each, to see whether all fits. What fits is sorted by id; what does not is a batch that
-// pageSQL walks through, and only its first row is returned, to carry the snapshot. Payloads are not touched before that
-// decision, and then fetched from the row's place (ctid), which cannot change within a statement; OFFSET 0 makes sure that they are
-// fetched row by row, whatever the planner believes of LIMIT's parameter.
+// pageSQL walks through, and only its first row is returned, to carry the snapshot. Payloads are carried along: what is large is stored
+// out of line, and fetched from there only for the rows that are returned.
 const openSQL = freshSQL + openedSQL + `, NULL::tid, NULL::boolean` + messagesSQL
 
 const freshSQL = `
-WITH fresh AS MATERIALIZED (
-    SELECT old.slot, old.place, old.id, old.size
+WITH fresh AS (
+    SELECT old.*
     FROM pg_snapshot_xip($2::pg_snapshot) AS under_way (xid) CROSS JOIN LATERAL (
-        SELECT slot, ctid AS place, id, octet_length(payload) AS size FROM outbox
+        SELECT ` + columns + ` FROM outbox
         WHERE shard = $1 AND outbox.xid = under_way.xid
         ORDER BY id LIMIT $3 + 1) AS old
     UNION ALL
-    (SELECT slot, ctid, id, octet_length(payload) FROM outbox
+    (SELECT ` + columns + ` FROM outbox
      WHERE shard = $1 AND xid >= pg_snapshot_xmax($2::pg_snapshot)
      ORDER BY xid LIMIT $3 + 1)
-), measured AS (
-    SELECT slot, place, id, count(*) OVER () <= $3 AND sum(size) OVER () <= $4 AS complete, row_number() OVER (ORDER BY id) AS position
+), measured AS MATERIALIZED (
+    SELECT *, count(*) OVER () <= $3 AND sum(octet_length(payload)) OVER () <= $4 AS complete, row_number() OVER (ORDER BY id) AS position
     FROM fresh
 )`
+
+const columns = `id, message_id, type, key, payload, nullif(headers, '{}') AS headers, created_at`
 
 const openedSQL = `
 SELECT (SELECT pg_current_snapshot())::text, complete, id, message_id, type, key, payload, headers, created_at`
 
 const messagesSQL = `
-FROM measured CROSS JOIN LATERAL (
-    SELECT message_id, type, key, payload, nullif(headers, '{}') AS headers, created_at FROM outbox
-    WHERE slot = measured.slot AND ctid = measured.place OFFSET 0) AS message
+FROM measured
 WHERE complete OR position = 1
 ORDER BY id`
 
@@ -126,27 +125,25 @@ WHERE shard = $1 AND xid >= pg_snapshot_xmax($2::pg_snapshot) AND xid < pg_snaps
 // transaction that was under way at the base, its next rows; for the later ones the next rows by id within the bounds, between which
 // nearly everything belongs to the batch. The cut by size keeps at least one row.
 const pageSQL = `
-WITH candidates AS MATERIALIZED (
-    SELECT old.slot, old.place, old.id, old.size
+WITH candidates AS (
+    SELECT old.*
     FROM pg_snapshot_xip($2::pg_snapshot) AS under_way (xid) CROSS JOIN LATERAL (
-        SELECT slot, ctid AS place, id, octet_length(payload) AS size FROM outbox
+        SELECT ` + columns + ` FROM outbox
         WHERE shard = $1 AND outbox.xid = under_way.xid AND id > $4
         ORDER BY id LIMIT $5) AS old
     WHERE pg_visible_in_snapshot(under_way.xid, $3::pg_snapshot)
     UNION ALL
-    (SELECT slot, ctid, id, octet_length(payload) FROM outbox
+    (SELECT ` + columns + ` FROM outbox
      WHERE shard = $1 AND id > $4 AND id BETWEEN $7 AND $8
        AND xid >= pg_snapshot_xmax($2::pg_snapshot) AND pg_visible_in_snapshot(xid, $3::pg_snapshot)
      ORDER BY id LIMIT $5)
 ), measured AS (
-    SELECT slot, place, id, sum(size) OVER (ORDER BY id) AS running, row_number() OVER (ORDER BY id) AS position
+    SELECT *, sum(octet_length(payload)) OVER (ORDER BY id ROWS UNBOUNDED PRECEDING) AS running, row_number() OVER (ORDER BY id) AS position
     FROM candidates
     ORDER BY id LIMIT $5
 )
 SELECT '', true, id, message_id, type, key, payload, headers, created_at, NULL::tid, NULL::boolean
-FROM measured CROSS JOIN LATERAL (
-    SELECT message_id, type, key, payload, nullif(headers, '{}') AS headers, created_at FROM outbox
-    WHERE slot = measured.slot AND ctid = measured.place OFFSET 0) AS message
+FROM measured
 WHERE running <= $6 OR position = 1
 ORDER BY id`
 

@@ -478,7 +478,7 @@ func TestTheDoorbellIsHeardWhileTheBrokerIsSilent(t *testing.T) {
 type reads struct{ atomic.Int32 }
 
 func (r *reads) TraceQueryStart(ctx context.Context, _ *pgx.Conn, data pgx.TraceQueryStartData) context.Context {
-	if strings.Contains(data.SQL, "fresh AS MATERIALIZED") {
+	if strings.Contains(data.SQL, "WITH fresh AS") {
 		r.Add(1)
 	}
 	return ctx
