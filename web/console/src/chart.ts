@@ -14,9 +14,14 @@ interface Chart {
   title: string;
   lines: Line[];
   value: (n: number) => string;
+  /** What of a few seconds one point shows: the mean of rates, the most of what waits. */
+  of: (values: number[]) => number;
   /** The least that the scale spans, so that noise does not look like a storm. */
   span: number;
 }
+
+const mean = (values: number[]) => values.reduce((sum, n) => sum + n, 0) / values.length;
+const most = (values: number[]) => Math.max(...values);
 
 const all: Chart[] = [
   {
@@ -27,6 +32,7 @@ const all: Chart[] = [
       { name: "applied", label: "applied", color: "--line-3" },
     ],
     value: rate,
+    of: mean,
     span: 5,
   },
   {
@@ -38,9 +44,10 @@ const all: Chart[] = [
       { name: "dead", label: "dead letters", color: "--line-4" },
     ],
     value: count,
+    of: most,
     span: 10,
   },
-  { title: "Age of the oldest in the outbox", lines: [{ name: "lag", label: "oldest", color: "--line-1" }], value: age, span: 1 },
+  { title: "Age of the oldest in the outbox", lines: [{ name: "lag", label: "oldest", color: "--line-1" }], value: age, of: most, span: 1 },
 ];
 
 const height = 150;
@@ -70,7 +77,7 @@ export function charts(box: HTMLElement, signal: AbortSignal): (series: Series) 
     box.dataset["points"] = String(series.length);
     for (const { chart, plot, values } of made) {
       const columns = chart.lines.map((line) => series.columns[names.indexOf(line.name) + 1]!);
-      plot.setData([series.columns[0]!, ...columns]);
+      plot.setData(condense(series.columns[0]!, columns, chart.of));
       columns.forEach((column, i) => setText(values[i]!, chart.value(column[column.length - 1] ?? 0)));
     }
   };
@@ -88,6 +95,22 @@ export function charts(box: HTMLElement, signal: AbortSignal): (series: Series) 
     for (const one of made) one.plot.destroy();
   });
   return draw;
+}
+
+const bucketSeconds = 5;
+
+/** condense makes one point of five seconds: 900 on 300 pixels are a hatching. The buckets are those of the clock, so a point stays what it is once it is complete. */
+function condense(times: number[], columns: number[][], of: Chart["of"]): uPlot.AlignedData {
+  const condensed: [number[], ...number[][]] = [[], ...columns.map(() => [])];
+  for (let from = 0; from < times.length; ) {
+    const bucket = Math.floor(times[from]! / bucketSeconds);
+    let to = from + 1;
+    while (to < times.length && Math.floor(times[to]! / bucketSeconds) === bucket) to++;
+    condensed[0].push(times[to - 1]!);
+    columns.forEach((column, i) => condensed[i + 1]!.push(of(column.slice(from, to))));
+    from = to;
+  }
+  return condensed;
 }
 
 function options(chart: Chart, width: number): uPlot.Options {
