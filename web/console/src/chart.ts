@@ -97,6 +97,8 @@ export function charts(box: HTMLElement, signal: AbortSignal): (series: Series) 
   return draw;
 }
 
+/** leastSeconds is the shortest time that is drawn. */
+const leastSeconds = 120;
 const bucketSeconds = 5;
 
 /** condense makes one point of five seconds: 900 on 300 pixels are a hatching. The buckets are those of the clock, so a point stays what it is once it is complete. */
@@ -125,7 +127,8 @@ function options(chart: Chart, width: number): uPlot.Options {
     legend: { show: false },
     cursor: { show: false },
     scales: {
-      x: { time: true, range: (_, __, max) => [max - keepSeconds, max] },
+      // It grows with what there is, so that somebody who has just started everything sees more than the right margin.
+      x: { time: true, range: (_, min, max) => [Math.max(Math.min(min, max - leastSeconds), max - keepSeconds), max] },
       y: { range: (_, __, max) => [0, Math.max(chart.span, (max ?? 0) * 1.1)] },
     },
     axes: [
