@@ -98,7 +98,7 @@ func TestDoctorFinds(t *testing.T) {
 		"DoorbellNotHeard": {"", func(t *testing.T, c *clinic) { c.ListenURL = testenv.PostgresURL(t) }, "doorbell", Wrong, "not heard"},
 		"DoorbellAway":     {"", func(t *testing.T, c *clinic) { c.ListenURL = "postgres://u:hunter2@127.0.0.1:1/d" }, "doorbell", Wrong, "refused"},
 		"OutboxKeepsTooLong": {`CREATE OR REPLACE FUNCTION outbox_slot_length() RETURNS interval LANGUAGE sql IMMUTABLE RETURN interval '2 days'`, nil,
-			"retention", Wrong, "8d, redelivery takes at most 12h, the inbox remembers 6d23h"},
+			"retention", Wrong, "10d, redelivery takes at most 12h, the inbox remembers 6d23h"},
 		"RedeliveryTakesTooLong": {"", func(_ *testing.T, c *clinic) { c.LongestRedelivery = 6 * 24 * time.Hour }, "retention", Wrong, "forgets too early"},
 		"OldTransaction": {`CREATE VIEW public.pg_stat_activity AS SELECT current_database() AS datname, 'report' AS application_name, '' AS backend_type, 0 AS pid,
 			pg_catalog.clock_timestamp() - interval '1 h' AS xact_start, '3'::xid AS backend_xmin, NULL::xid AS backend_xid;
