@@ -137,7 +137,8 @@ func (s *shell) run(script string) (output string) {
 	command.Stdout, command.Stderr = &out, &out
 	if err := command.Run(); err != nil {
 		text := regexp.MustCompile(`(?m)^time=.*\n`).ReplaceAllString(out.String(), "") // what services under test log
-		s.t.Fatalf("%s: %v\n%s", script, err, text[max(0, len(text)-20_000):])
+		failed := regexp.MustCompile(`(?m)^ *(--- FAIL|\w+_test\.go:\d+:).*\n`).FindAllString(text, 100) // in front of what may be very long
+		s.t.Fatalf("%s: %v\n%s\n%s", script, err, strings.Join(failed, ""), text[max(0, len(text)-10_000):])
 	}
 	s.t.Logf("%4.0f s  %s", time.Since(began).Seconds(), strings.TrimSpace(script))
 	if dir, err := os.ReadFile(where.Name()); err == nil {

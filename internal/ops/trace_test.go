@@ -104,14 +104,14 @@ func TestStepsOfOtherLetters(t *testing.T) {
 func TestCheckRetention(t *testing.T) {
 	t.Parallel()
 	d := newDesk(t)
-	const kept = 8 * 4
-	for hours, want := range map[int]string{0: "5d15h", 24: "4d15h", 167 - kept - 1: "1h"} {
+	const kept = 5 * 8
+	for hours, want := range map[int]string{0: "5d7h", 24: "4d7h", 167 - kept - 1: "1h"} {
 		detail, err := CheckRetention(t.Context(), d.Pool, hour(hours))
 		if err != nil || !strings.HasSuffix(detail, "be away for "+want) {
 			t.Errorf("%d hours: %q, %v", hours, detail, err)
 		}
 	}
-	if detail, err := CheckRetention(t.Context(), d.Pool, inbox.Retention-hour(kept)); err == nil || !strings.Contains(err.Error(), "1d8h") {
+	if detail, err := CheckRetention(t.Context(), d.Pool, inbox.Retention-hour(kept)); err == nil || !strings.Contains(err.Error(), "1d16h") {
 		t.Errorf("equal: %q, %v", detail, err)
 	}
 }
