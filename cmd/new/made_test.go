@@ -136,7 +136,7 @@ func (s *shell) run(script string) (output string) {
 	var out bytes.Buffer
 	command.Stdout, command.Stderr = &out, &out
 	if err := command.Run(); err != nil {
-		text := regexp.MustCompile(`(?m)^time=.*\n`).ReplaceAllString(out.String(), "") // what services under test log
+		text := regexp.MustCompile(`(?m)^time=.*\n`).ReplaceAllString(out.String(), "")                  // what services under test log
 		failed := regexp.MustCompile(`(?m)^ *(--- FAIL|\w+_test\.go:\d+:).*\n`).FindAllString(text, 100) // in front of what may be very long
 		s.t.Fatalf("%s: %v\n%s\n%s", script, err, strings.Join(failed, ""), text[max(0, len(text)-10_000):])
 	}
