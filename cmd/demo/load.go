@@ -2,7 +2,9 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"net/http"
 	"sync"
@@ -216,7 +218,7 @@ func unknown(err error) bool {
 	case connect.CodeUnavailable, connect.CodeDeadlineExceeded, connect.CodeCanceled, connect.CodeAborted, connect.CodeResourceExhausted:
 		return true
 	}
-	return false
+	return errors.Is(err, io.ErrUnexpectedEOF) // the server died in the middle of its answer, which connect calls internal
 }
 
 // traffic is what the load has done.
