@@ -85,19 +85,8 @@ func TestBombs(t *testing.T) {
 	if err := gzip.NewWriter(&empty).Close(); err != nil {
 		t.Fatal(err)
 	}
-	zeros := bomb(t, 200)
-	// What it costs to fall for it, on this machine at this moment: whoever does not is much cheaper.
-	began := cpu(t)
-	inflate, err := gzip.NewReader(bytes.NewReader(zeros))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if n, err := io.Copy(io.Discard, inflate); n != 200<<20 { // it has no end that could be checked
-		t.Fatal(n, err)
-	}
-	limit := (cpu(t) - began) / 2
 	for name, body := range map[string][]byte{
-		"200 MiB of zeros":      zeros,
+		"2000 MiB of zeros":     bomb(t, 2000), // which takes 9 s to inflate under the race detector
 		"4 MiB of empty gzips":  bytes.Repeat(empty.Bytes(), 4<<20/empty.Len()),
 		"JSON nested very deep": bytes.Repeat([]byte("["), 4<<20),
 	} {
@@ -117,8 +106,9 @@ func TestBombs(t *testing.T) {
 		if res.StatusCode/100 != 4 {
 			t.Errorf("%s: %s", name, res.Status)
 		}
-		if header != nil && used > limit || allocated > 64 { // JSON of the permitted size is read to where it is too deep, which costs what it costs
-			t.Errorf("%s: cost %s and %d MiB, limit %s and 64", name, used, allocated, limit)
+		// 20 ms and 16 MiB without the race detector, up to 0.7 s with it.
+		if used > 3*time.Second || allocated > 64 {
+			t.Errorf("%s: cost %s and %d MiB", name, used, allocated)
 		}
 	}
 }
