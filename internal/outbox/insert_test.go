@@ -83,6 +83,7 @@ func TestPostgresRefusesTheSame(t *testing.T) {
 		`'probe.P', 'k', '', '{"a": 1}'`:                                                            "outbox_headers_are_valid",
 		`'probe.P', 'k', '', jsonb_build_object('a', repeat('v', 1025))`:                            "outbox_headers_are_valid",
 		`'probe.P', 'k', '', (SELECT jsonb_object_agg('h' || i, '') FROM generate_series(1, 33) i)`: "outbox_headers_are_valid",
+		`ARRAY[outbox_uuidv7(), outbox_uuidv7()], '{probe.P,a.*}', '{k,k}', '{x,x}', '{"{}","{}"}'`: "outbox_type_is_protobuf_name",
 	} {
 		t.Run(arguments, func(t *testing.T) {
 			t.Parallel()
