@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"log/slog"
 	"net/http"
+	"slices"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -35,7 +37,7 @@ var placeRow = row{
 	name:  "place",
 	title: "PlaceOrder, price of the pattern",
 	how: fmt.Sprintf("%d callers at once, each with one order of two lines after the other. With: the service's own handler, doorbell included. Without: the same "+
-		"statement in the same kind of transaction, without the insert and the doorbell. Over HTTP: through the service's server and a Connect client, in one process; "+
+		"work and statement in the same kind of transaction, without the message, its insert and the doorbell. Over HTTP: through the service's server and a Connect client, in one process; "+
 		"handler: the method called directly.", placeWorkers),
 	limit:      "Processor time: each commit waits for the disk together with others, and the insert, which is sent with COMMIT, is one more row with three indexes beside the orders' six.",
 	shortTurns: 4,
@@ -49,7 +51,7 @@ var placeRow = row{
 		{label: "over HTTP, without the insert", contestant: "http, without", metric: rate, unit: "orders/s"},
 		{label: "over HTTP, with the insert", contestant: "http, with", metric: rate, unit: "orders/s", against: "http, without", least: 0.85},
 		{label: "handler, without the insert", contestant: "handler, without", metric: rate, unit: "orders/s"},
-		{label: "handler, with the insert", contestant: "handler, with", metric: rate, unit: "orders/s", against: "handler, without", least: 0.85},
+		{label: "handler, with the insert", contestant: "handler, with", metric: rate, unit: "orders/s", against: "handler, without"},
 	},
 }
 
@@ -143,7 +145,7 @@ func serve(ctx context.Context, group *errgroup.Group, service ordersv1connect.O
 	})
 }
 
-// bareService places orders without telling anybody.
+// bareService does what the service does, but tells nobody.
 type bareService struct {
 	ordersv1connect.OrderServiceHandler
 	db *pgxpool.Pool
@@ -160,20 +162,25 @@ WITH placed AS (
 SELECT placed_at FROM placed`
 
 func (s *bareService) PlaceOrder(ctx context.Context, req *ordersv1.PlaceOrderRequest) (*ordersv1.PlaceOrderResponse, error) {
+	id, err := uuid.Parse(req.GetOrderId())
+	if err != nil {
+		return nil, err
+	}
+	lines := slices.SortedFunc(slices.Values(req.GetLines()), func(a, b *ordersv1.Line) int { return strings.Compare(a.GetSku(), b.GetSku()) })
 	var names []string
 	var quantities []int32
-	for _, line := range req.GetLines() {
+	for _, line := range lines {
 		names, quantities = append(names, line.GetSku()), append(quantities, line.GetQuantity())
 	}
 	var placedAt time.Time
-	err := postgres.Transact(ctx, s.db, func(tx pgx.Tx) error {
-		return tx.QueryRow(ctx, barePlaceSQL, req.GetOrderId(), req.GetCustomerId(), names, quantities).Scan(&placedAt)
+	err = postgres.Transact(ctx, s.db, func(tx pgx.Tx) error {
+		return tx.QueryRow(ctx, barePlaceSQL, id.String(), req.GetCustomerId(), names, quantities).Scan(&placedAt)
 	})
 	if err != nil {
 		return nil, errors.Join(errors.New("place order"), err)
 	}
 	at := timestamppb.New(placedAt)
 	return &ordersv1.PlaceOrderResponse{Order: &ordersv1.Order{
-		Id: req.GetOrderId(), CustomerId: req.GetCustomerId(), Lines: req.GetLines(), Status: ordersv1.OrderStatus_ORDER_STATUS_PLACED, PlacedAt: at, UpdatedAt: at,
+		Id: id.String(), CustomerId: req.GetCustomerId(), Lines: lines, Status: ordersv1.OrderStatus_ORDER_STATUS_PLACED, PlacedAt: at, UpdatedAt: at,
 	}}, nil
 }
