@@ -88,8 +88,8 @@ async function firstPaint() {
   let best = Infinity;
   for (let i = 0; i < 5 && best > 500; i++) {
     await page.reload();
-    await page.locator(".station").first().waitFor();
-    best = Math.min(best, await page.evaluate(() => performance.getEntriesByName("first-contentful-paint")[0].startTime));
+    const painted = await page.waitForFunction(() => performance.getEntriesByName("first-contentful-paint")[0]?.startTime);
+    best = Math.min(best, await painted.jsonValue());
   }
   console.log(`first paint after ${Math.round(best)} ms`);
   check(best < 1000, `first paint after ${best} ms`);
