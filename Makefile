@@ -19,6 +19,12 @@ demo: $(STACK) ## The main job: orders travel while relay and consumer are kille
 up: $(STACK) build ## Start servers and service, and leave them running
 	@bash scripts/up.sh
 
+# example
+load: $(STACK) ## Orders for what `make up` started, then their ledger
+	@test -s .stack/dev/api-key || { echo 'make up comes first' >&2; exit 1; }
+	@$(STACK) -- go run ./cmd/demo --attach=http://127.0.0.1:$${API_PORT:-8080} --api-key="$$(cat .stack/dev/api-key)"
+# /example
+
 down: $(STACK) ## Stop what `make up` started
 	@$(STACK) down
 
@@ -99,5 +105,5 @@ $(STACK): FORCE
 FORCE:
 .PHONY: help up down test fuzz lint ci docs build reproducible image image-release kubernetes vuln console generate FORCE
 # example
-.PHONY: demo bench compose-test
+.PHONY: demo load bench compose-test
 # /example

@@ -40,8 +40,9 @@ done
 
 cat <<TEXT
 
-API        http://$api     (Connect, gRPC and gRPC-Web, without TLS; API key in $key_file)
-console    http://$console/console/     (sign in with the key in $key_file)
+API        http://$api     (Connect, gRPC and gRPC-Web, without TLS)
+console    http://$console/console/
+API key    $(cat "$key_file")     (for both; kept in $key_file)
 readiness  http://$api/readyz, http://$relay/readyz, http://$consumer/readyz, http://$console/readyz
 Postgres   $POSTGRES_URL
 RabbitMQ   $AMQP_URL   management: $RABBITMQ_MANAGEMENT_URL
@@ -56,6 +57,8 @@ Try it:
   curl -d '{"sku":"apple","total":10}' -H "\$key" -H "\$json" http://$api/orders.v1.OrderService/SetStock
   curl -d '{"orderId":"0190c0de-0000-7000-8000-000000000001","customerId":"ann","lines":[{"sku":"apple","quantity":2}]}' -H "\$key" -H "\$json" http://$api/orders.v1.OrderService/PlaceOrder
   curl -d '{"orderId":"0190c0de-0000-7000-8000-000000000001"}' -H "\$key" -H "\$json" http://$api/orders.v1.OrderService/GetOrder
+
+make load places 2,400 orders, for the console to show.
 TEXT
 # /example
 cat <<TEXT
