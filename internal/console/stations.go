@@ -209,7 +209,9 @@ func some(n int64, one, many string) string {
 	return fmt.Sprintf("%d %s", n, many)
 }
 
-func age(seconds float64) string { return time.Duration(seconds * float64(time.Second)).Round(time.Second).String() }
+func age(seconds float64) string {
+	return time.Duration(seconds * float64(time.Second)).Round(time.Second).String()
+}
 
 // innermost is what an error comes down to: the end of its chain, which is the part that people know.
 func innermost(err error) string {
