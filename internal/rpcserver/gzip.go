@@ -10,6 +10,10 @@ import (
 	"connectrpc.com/connect/v2/connectgzip"
 )
 
+// compressMinBytes is the least message in bytes that is compressed. What fits into one packet arrives no sooner for being smaller, and gzip spends more
+// processor time on it than many a call on everything else.
+const compressMinBytes = 1 << 10
+
 // boundedGzip inflates no more than a message may have, and one gzip member only. Connect bounds what comes out, but not what it costs:
 // 4 MiB hold 200,000 members that are empty, and each takes the time of a header and a checksum.
 type boundedGzip struct {

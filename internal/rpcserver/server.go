@@ -104,7 +104,8 @@ type Server struct {
 //	rpcserver.New(config, func(s *connect.Server) { ordersv1connect.RegisterOrderServiceHandler(s, service) })
 //
 // It adds grpc.health.v1.Health, gRPC reflection, GET /healthz (the process lives) and GET /readyz (it can do its work).
-// Reflection shows every proto file that is linked in; put it behind an interceptor if yours are secret.
+// Reflection shows every proto file that is linked in; put it behind an interceptor if yours are secret. Answers of 1 KiB and more are
+// compressed, if the caller takes them so.
 func New(config Config, register ...func(*connect.Server)) *Server {
 	config = config.withDefaults()
 	all := append([]connect.ServerInterceptor{Telemetry(config.MeterProvider, config.TracerProvider)}, Interceptors(config.Log, config.Interceptors...)...)
@@ -120,7 +121,8 @@ func New(config Config, register ...func(*connect.Server)) *Server {
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
 	mux.HandleFunc("GET /readyz", health.readyz)
 	connecthttp.Mount(newGuard(mux, config, rpc), rpc,
-		connecthttp.WithReadMaxBytes(config.ReadMaxBytes), connecthttp.WithCompressors(newBoundedGzip(config.ReadMaxBytes)))
+		connecthttp.WithReadMaxBytes(config.ReadMaxBytes), connecthttp.WithCompressors(newBoundedGzip(config.ReadMaxBytes)),
+		connecthttp.WithCompressMinBytes(compressMinBytes))
 	return &Server{config: config, rpc: rpc, mux: mux, handler: newEdge(mux, config)}
 }
 

@@ -88,6 +88,28 @@ func TestOnePortServesEveryProtocol(t *testing.T) {
 	})
 }
 
+func TestOnlyLongAnswersAreCompressed(t *testing.T) {
+	t.Parallel()
+	server := serve(t, rpcserver.Config{}, unary(echo))
+	for length, want := range map[int]string{100: "", 2000: "gzip"} {
+		body := `"` + strings.Repeat("x", length) + `"`
+		req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, server.url+unarySpec.Procedure, strings.NewReader(body))
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Header.Set("Content-Type", "application/json")
+		req.Header.Set("Accept-Encoding", "gzip") // so the client leaves it as it comes
+		res, err := httpClient(t, false).Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = res.Body.Close()
+		if got := res.Header.Get("Content-Encoding"); res.StatusCode != 200 || got != want {
+			t.Errorf("%d bytes: %s, encoding %q", length, res.Status, got)
+		}
+	}
+}
+
 func TestErrorsAreMappedForCallers(t *testing.T) {
 	t.Parallel()
 	const secret = "secret: relation orders, host db-1"
