@@ -14,7 +14,7 @@ import (
 	"google.golang.org/protobuf/reflect/protoreflect"
 )
 
-// Limits of one message. They are checked before the row is written, by the SQL function outbox_insert for writers in
+// Limits of one message. They are checked before the row is written, by the view outbox_message for writers in
 // other languages, and once more by the relay: what the broker would refuse must never enter the log.
 const (
 	// MaxPayload is the largest payload in bytes. RabbitMQ's own limit is 16 MiB by default since 4.0 (128 MiB before);

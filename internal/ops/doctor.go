@@ -146,6 +146,7 @@ func none(found []string, err error, verdict Verdict, otherwise string) (Finding
 // What migrations grant, as far as the core's tables and functions go: the domain's are its own.
 const grantsSQL = `
 SELECT format('%s may not %s %s', role, lower(privilege), object) FROM (VALUES
+    ('app_api', 'outbox_message', '{INSERT}'), ('app_consumer', 'outbox_message', '{INSERT}'), ('app_operator', 'outbox_message', '{INSERT}'),
     ('app_relay', 'outbox', '{SELECT}'), ('app_relay', 'outbox_cursor', '{SELECT,UPDATE}'),
     ('app_relay', 'outbox_relay', '{SELECT,INSERT,UPDATE,DELETE}'), ('app_relay', 'dead_letter', '{INSERT}'),
     ('app_consumer', 'inbox', '{SELECT,INSERT,UPDATE}'), ('app_consumer', 'inbox_retry', '{SELECT,INSERT,UPDATE,DELETE}'),

@@ -136,7 +136,7 @@ func TestOneTraceFromCallToEffect(t *testing.T) {
 		{caller, trace.SpanKindClient, "orders.v1.OrderService/PlaceOrder", false},
 		{api, trace.SpanKindServer, "orders.v1.OrderService/PlaceOrder", false},
 		{api, trace.SpanKindClient, "INSERT INTO orders", true},
-		{api, trace.SpanKindClient, "outbox_insert", true}, // with COMMIT
+		{api, trace.SpanKindClient, "outbox_message", true}, // with COMMIT
 		{api, trace.SpanKindProducer, "create orders.v1.OrderPlaced", false},
 		{relay, trace.SpanKindProducer, "publish orders.v1.OrderPlaced", false},
 		{consumer, trace.SpanKindConsumer, "process orders.v1.OrderPlaced", false},

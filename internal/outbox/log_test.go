@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"example.com/orders/internal/messaging"
+	"example.com/orders/internal/postgres"
 	"example.com/orders/internal/testenv"
 	"github.com/google/go-cmp/cmp"
 	"github.com/jackc/pgx/v5"
@@ -362,26 +363,56 @@ func ofKey(all []string, key string) []string {
 	return found
 }
 
-// TestInsertMatchesTheSQLFunction: a writer in another language gets what Go gets.
-func TestInsertMatchesTheSQLFunction(t *testing.T) {
+// TestAllWaysInAreOne: a writer in another language gets what Go gets, and so does Go when nothing is prepared, or of several messages each.
+func TestAllWaysInAreOne(t *testing.T) {
 	t.Parallel()
 	db := testenv.Postgres(t)
 	m := probe("k", "same")
 	m.Headers = map[string]string{"tenant": "a"}
 	inTx(t, db, func(tx pgx.Tx) error { return Insert(t.Context(), tx, m) })
-	if _, err := db.Exec(t.Context(), `SELECT outbox_insert($1, $2, $3, $4)`, m.Type, m.Key, m.Payload, m.Headers); err != nil {
+	inTx(t, db, func(tx pgx.Tx) error { return Insert(t.Context(), tx, m, m) })
+	prepares, err := postgres.Open(t.Context(), postgres.Config{URL: db.Config().ConnString()})
+	if err != nil {
 		t.Fatal(err)
 	}
-	rows, _ := newReader(db).rawPage(t)
-	if len(rows) != 2 {
-		t.Fatalf("%d rows", len(rows))
+	defer prepares.Close()
+	inTx(t, prepares, func(tx pgx.Tx) error { return Insert(t.Context(), tx, m) })
+	for _, sql := range []string{`SELECT outbox_insert($1, $2, $3, $4)`, `INSERT INTO outbox_message (type, key, payload, headers) VALUES ($1, $2, $3, $4)`} {
+		if _, err := db.Exec(t.Context(), sql, m.Type, m.Key, m.Payload, m.Headers); err != nil {
+			t.Fatalf("%s: %v", sql, err)
+		}
 	}
+	rows, _ := newReader(db).rawPage(t)
+	equal(t, "messages", len(rows), 6)
 	for _, one := range rows {
 		if err := one.message.Validate(); err != nil {
 			t.Error(err)
 		}
+		one.message.ID, one.message.CreatedAt = m.ID, m.CreatedAt
+		equal(t, "message", fmt.Sprint(one.message), fmt.Sprint(m))
 	}
-	a, b := rows[0].message, rows[1].message
-	b.ID, b.CreatedAt = a.ID, a.CreatedAt
-	equal(t, "messages", fmt.Sprint(a), fmt.Sprint(b))
+}
+
+// A rule puts what the caller gives for a column wherever it names the column. What is checked, locked and stored is one value all the same.
+func TestWhatIsInsertedIsEvaluatedOnce(t *testing.T) {
+	t.Parallel()
+	db := testenv.Postgres(t)
+	for _, sql := range []string{
+		`CREATE SEQUENCE turns`,
+		`CREATE FUNCTION turn(ids uuid[]) RETURNS uuid LANGUAGE sql VOLATILE RETURN ids[nextval('turns')]`,
+		// The second is no UUIDv7, and must never be looked at.
+		`INSERT INTO outbox_message (id, type, key, payload) VALUES (turn(ARRAY[outbox_uuidv7(), gen_random_uuid(), gen_random_uuid()]), 't.T', 'k', '')`,
+		`INSERT INTO outbox_message (type, key, payload) SELECT 't.T', nextval('turns')::text, '' FROM generate_series(1, 10)`,
+		`INSERT INTO outbox_message (type, key, payload) SELECT 't.T', nextval('turns')::text, '' FROM generate_series(1, 10) ORDER BY random()`,
+	} {
+		if _, err := db.Exec(t.Context(), sql); err != nil {
+			t.Fatalf("%s: %v", sql, err)
+		}
+	}
+	var messages, turns int
+	if err := db.QueryRow(t.Context(), `SELECT count(*), (SELECT last_value FROM turns) FROM outbox`).Scan(&messages, &turns); err != nil {
+		t.Fatal(err)
+	}
+	equal(t, "messages", messages, 21)
+	equal(t, "evaluations", turns, 21)
 }

@@ -82,7 +82,9 @@ func (w *Writer) Transact(ctx context.Context, fn func(tx pgx.Tx) error) error {
 
 const (
 	insertSQL    = `SELECT outbox_insert($1::uuid[], $2::text[], $3::text[], $4::bytea[], $5::jsonb[])`
-	insertOneSQL = `SELECT outbox_insert($1::text, $2::text, $3::bytea, $4::jsonb, $5::uuid)`
+	insertOneSQL = `INSERT INTO outbox_message (type, key, payload, headers, id) VALUES ($1, $2, $3, $4, $5)`
+	// callOneSQL does the same where insertOneSQL would be planned each time.
+	callOneSQL = `SELECT outbox_insert($1::text, $2::text, $3::bytea, $4::jsonb, $5::uuid)`
 )
 
 // Insert writes messages into the log, in their order, as part of tx. The trace of ctx travels with them.
@@ -117,7 +119,7 @@ func write(ctx context.Context, tx pgx.Tx, messages []messaging.Message) error {
 	if atCommit.Add(tx, messages...) {
 		return nil
 	}
-	sql, args := statement(messages)
+	sql, args := statement(tx.Conn(), messages)
 	_, err = tx.Exec(ctx, sql, args...)
 	return err
 }
@@ -134,19 +136,23 @@ func traced(ctx context.Context, messages []messaging.Message) ([]messaging.Mess
 	return messages, nil
 }
 
-var atCommit = postgres.Deferred[messaging.Message]{Queue: func(batch *pgx.Batch, messages []messaging.Message) {
-	sql, args := statement(messages)
+var atCommit = postgres.Deferred[messaging.Message]{Queue: func(conn *pgx.Conn, batch *pgx.Batch, messages []messaging.Message) {
+	sql, args := statement(conn, messages)
 	batch.Queue(sql, args...)
 }}
 
 // statement writes messages. One message is by far the most frequent case, and arrays of one would cost both sides more than the row does.
-func statement(messages []messaging.Message) (sql string, args []any) {
+func statement(conn *pgx.Conn, messages []messaging.Message) (sql string, args []any) {
 	if len(messages) > 1 {
 		return insertSQL, columnsOf(messages)
 	}
+	sql = callOneSQL
+	if postgres.Prepares(conn) {
+		sql = insertOneSQL
+	}
 	m := messages[0]
 	// Not the ID as it is: pgx would take what uuid.UUID says to database/sql, a text, and parse it again.
-	return insertOneSQL, []any{m.Type, m.Key, messaging.NotNil(m.Payload), m.Headers, [16]byte(m.ID)}
+	return sql, []any{m.Type, m.Key, messaging.NotNil(m.Payload), m.Headers, [16]byte(m.ID)}
 }
 
 // columnsOf returns messages as the arrays that the SQL functions take.

@@ -10,8 +10,9 @@ import (
 // Deferred makes statements of values that were added in the course of a transaction, and sends them together with its COMMIT: they cost no round
 // trip of their own, and the locks that they take are held for the shortest time there is.
 type Deferred[T any] struct {
-	// Queue is called right before COMMIT with all that was added, in its order. It must not fail: what it queues may, and then nothing is committed.
-	Queue func(batch *pgx.Batch, values []T)
+	// Queue is called right before COMMIT on conn with all that was added, in its order. It must not fail: what it queues may, and then nothing is
+	// committed.
+	Queue func(conn *pgx.Conn, batch *pgx.Batch, values []T)
 }
 
 // Add adds values to tx, unless tx does not come from Transact, when it returns false. If tx is a savepoint that is rolled back, they are forgotten.
@@ -26,19 +27,19 @@ func (d *Deferred[T]) Add(tx pgx.Tx, values ...T) bool {
 	return true
 }
 
-func (d *Deferred[T]) queue(batch *pgx.Batch, all []deferredValue) {
+func (d *Deferred[T]) queue(conn *pgx.Conn, batch *pgx.Batch, all []deferredValue) {
 	values := make([]T, 0, len(all))
 	for _, one := range all {
 		if one.of == d {
 			values = append(values, one.value.(T))
 		}
 	}
-	d.Queue(batch, values)
+	d.Queue(conn, batch, values)
 }
 
 type deferredValue struct {
 	of interface {
-		queue(batch *pgx.Batch, all []deferredValue)
+		queue(conn *pgx.Conn, batch *pgx.Batch, all []deferredValue)
 	}
 	value any
 }
@@ -68,8 +69,11 @@ func (t *transaction) Commit(ctx context.Context) error {
 		t.outer.deferred = append(t.outer.deferred, t.deferred...)
 		return nil
 	}
-	conn := t.Conn().PgConn()
-	if len(t.deferred) == 0 || conn.TxStatus() == 'E' { // failed, and fn swallowed the error: pgx knows what to say
+	if len(t.deferred) == 0 {
+		return t.Tx.Commit(ctx)
+	}
+	conn := t.Conn()
+	if conn.PgConn().TxStatus() != 'T' { // failed, and fn swallowed the error: pgx knows what to say
 		return t.Tx.Commit(ctx)
 	}
 	var batch pgx.Batch
@@ -77,7 +81,7 @@ func (t *transaction) Commit(ctx context.Context) error {
 	for _, one := range t.deferred {
 		if !queued[one.of] {
 			queued[one.of] = true
-			one.of.queue(&batch, t.deferred)
+			one.of.queue(conn, &batch, t.deferred)
 		}
 	}
 	// If a statement fails, Postgres skips what follows it in the batch, and with it COMMIT.
@@ -87,8 +91,8 @@ func (t *transaction) Commit(ctx context.Context) error {
 		}
 		return nil
 	})
-	err := t.Conn().SendBatch(ctx, &batch).Close()
-	if err != nil && conn.TxStatus() == 'E' {
+	err := conn.SendBatch(ctx, &batch).Close()
+	if err != nil && conn.PgConn().TxStatus() == 'E' {
 		_ = t.Tx.Rollback(ctx) // fails only if the connection is gone, and the transaction with it
 	}
 	return err

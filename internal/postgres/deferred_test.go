@@ -11,7 +11,7 @@ import (
 )
 
 // numbers are inserted into t, all in one statement. Those below zero are refused.
-var numbers = Deferred[int]{Queue: func(batch *pgx.Batch, values []int) {
+var numbers = Deferred[int]{Queue: func(_ *pgx.Conn, batch *pgx.Batch, values []int) {
 	batch.Queue(`INSERT INTO t SELECT sqrt(n) * sqrt(n) FROM unnest($1::int[]) AS n`, values)
 }}
 

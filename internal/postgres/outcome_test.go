@@ -100,7 +100,7 @@ func TestNoteCancelledSyncWait(t *testing.T) {
 		{Code: "00000", Routine: "SyncRepWaitForLSN"},
 	} {
 		noteCancelledSyncWait(raw, &other)
-		if len(raw.CustomData()) != 0 {
+		if _, noted := raw.CustomData()[syncWaitCancelled]; noted {
 			t.Errorf("took %+v for it", other)
 		}
 	}

@@ -65,20 +65,23 @@ func Open(ctx context.Context, config Config) (*pgxpool.Pool, error) {
 		params["application_name"] = config.ApplicationName
 	}
 	idle := strconv.FormatInt(cmp.Or(config.IdleInTransaction, time.Minute).Milliseconds(), 10)
-	switch _, given := params[idleTimeoutParam]; {
-	case given:
-	case isPooled(parsed.ConnConfig):
-		parsed.AfterConnect = func(_ context.Context, conn *pgx.Conn) error {
-			conn.PgConn().CustomData()[beginSQL] = "begin; set local " + idleTimeoutParam + " = " + idle
-			return nil
-		}
-	default:
+	_, given := params[idleTimeoutParam]
+	pooled := isPooled(parsed.ConnConfig)
+	if !given && !pooled {
 		params[idleTimeoutParam] = idle
+	}
+	parsed.AfterConnect = func(_ context.Context, conn *pgx.Conn) error {
+		notes := conn.PgConn().CustomData()
+		notes[prepares] = !pooled
+		if !given && pooled {
+			notes[settingSQL] = "set local " + idleTimeoutParam + " = " + idle
+		}
+		return nil
 	}
 	if parsed.ConnConfig.TLSConfig != nil {
 		parsed.BeforeConnect = reloadTLS(config.URL, parsed.ConnConfig)
 	}
-	if config.GenericPlans && !isPooled(parsed.ConnConfig) {
+	if config.GenericPlans && !pooled {
 		params["plan_cache_mode"], params["enable_seqscan"] = "force_generic_plan", "off"
 		params["jit"] = "off" // what must be scanned all the same looks so dear that Postgres would compile it, each time
 	}
@@ -120,6 +123,10 @@ func isPooled(config *pgx.ConnConfig) bool {
 	return config.DefaultQueryExecMode != pgx.QueryExecModeCacheStatement
 }
 
+// Prepares tells whether conn prepares each statement once and keeps its plan, as those of Open do that go to no pooler. Elsewhere a statement
+// is planned each time, which can cost more than to run it.
+func Prepares(conn *pgx.Conn) bool { return conn.PgConn().CustomData()[prepares] == true }
+
 // Connect makes one connection outside of any pool.
 func Connect(ctx context.Context, url string) (*pgx.Conn, error) {
 	parsed, err := pgx.ParseConfig(url)
@@ -148,8 +155,11 @@ func dial(ctx context.Context, network, address string) (net.Conn, error) {
 
 const idleTimeoutParam = "idle_in_transaction_session_timeout"
 
-// beginSQL is the key under which a connection through a pooler knows how its transactions begin.
-const beginSQL = "begin"
+// settingSQL is the key under which a connection through a pooler knows what its transactions set first.
+const settingSQL = "setting"
+
+// prepares is the key under which a connection knows the answer to Prepares.
+const prepares = "prepares"
 
 // syncWaitCancelled is the key under which a connection remembers that a COMMIT gave up waiting for its standby.
 const syncWaitCancelled = "sync_wait_cancelled"

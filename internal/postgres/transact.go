@@ -32,11 +32,12 @@ const (
 
 // Transact runs fn in one READ COMMITTED transaction and commits it. When Postgres chooses the transaction as the victim
 // of a deadlock or a serialization failure, it runs fn again, up to three times: fn must not keep state of its own between runs.
+// BEGIN is sent with fn's first statement, and what is Deferred with COMMIT.
 //
 // Its errors are those of fn, the end of ctx, Postgres' refusal of COMMIT (a *pgconn.PgError, as for a deferred constraint), or wrap
 // ErrUnavailable; with all of these nothing was written. Or they wrap ErrOutcomeUnknown. If ctx comes of Join, the transaction is part of another.
 //
-// Once fn has returned, ctx ends nothing any more. What is Deferred runs with COMMIT: if it waits for a lock for longer than 10 s, the outcome is unknown.
+// Once fn has returned, ctx ends nothing any more. If what is Deferred waits for a lock for longer than 10 s, the outcome is unknown.
 func Transact(ctx context.Context, db *pgxpool.Pool, fn func(tx pgx.Tx) error) error {
 	once := transactOnce
 	if joined(ctx, db) != nil {
@@ -56,18 +57,13 @@ func Transact(ctx context.Context, db *pgxpool.Pool, fn func(tx pgx.Tx) error) e
 }
 
 func transactOnce(ctx context.Context, db *pgxpool.Pool, fn func(tx pgx.Tx) error) error {
-	// Not db.Begin, whose Commit gives the connection away: commit reads from it afterwards.
+	// Not db.Begin, whose Commit gives the connection away: committing reads from it afterwards.
 	conn, err := db.Acquire(ctx)
 	if err != nil {
 		return Classify(fmt.Errorf("acquire connection: %w", err))
 	}
 	defer conn.Release()
-	begin, _ := conn.Conn().PgConn().CustomData()[beginSQL].(string)
-	begun, err := conn.BeginTx(ctx, pgx.TxOptions{BeginQuery: begin})
-	if err != nil {
-		return Classify(fmt.Errorf("begin: %w", err))
-	}
-	tx := &transaction{Tx: begun}
+	tx := &transaction{Tx: &beginning{conn: conn.Conn(), ctx: ctx}}
 	settle, decided := collectAfterCommit(conn.Conn().PgConn()), false
 	defer func() {
 		if decided {
@@ -86,13 +82,9 @@ func transactOnce(ctx context.Context, db *pgxpool.Pool, fn func(tx pgx.Tx) erro
 		return err // the caller has left: better nothing than an effect that nobody hears of
 	}
 	decided = true
-	err = commit(ctx, tx)
+	err = committing(ctx, conn.Conn(), tx.Commit)
 	settle(err == nil || errors.Is(err, ErrOutcomeUnknown))
 	return err
-}
-
-func commit(ctx context.Context, tx pgx.Tx) error {
-	return committing(ctx, tx.Conn(), tx.Commit)
 }
 
 // TransactRow runs a statement that is a transaction by itself, in one round trip, and scans the row that it returns. Its errors are those of
@@ -146,11 +138,14 @@ func committing(ctx context.Context, conn *pgx.Conn, fn func(ctx context.Context
 // certainlyNotCommitted tells an error of COMMIT that is the server's refusal from one that says nothing.
 func certainlyNotCommitted(err error) bool {
 	var refused *pgconn.PgError
-	if errors.As(err, &refused) {
+	switch {
+	case errors.Is(err, pgx.ErrTxCommitRollback), errors.Is(err, pgx.ErrNoRows):
+		return true
+	case errors.As(err, &refused):
 		// 08 connection exception and 57P0x shutdown can come after the commit record was written.
 		return !strings.HasPrefix(refused.Code, "08") && !strings.HasPrefix(refused.Code, "57P")
 	}
-	return errors.Is(err, pgx.ErrTxCommitRollback) || errors.Is(err, pgx.ErrNoRows)
+	return false
 }
 
 func isConflict(err error) bool {
