@@ -2,6 +2,7 @@ package outbox
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 
 	"example.com/orders/internal/messaging"
@@ -31,6 +32,30 @@ type page struct {
 type row struct {
 	id      int64
 	message messaging.Message
+	headers storedHeaders
+}
+
+// validate reports what keeps the row from being published. It was checked when it was inserted, unless somebody claimed to have checked it, or was
+// a superuser.
+func (r *row) validate() error {
+	if r.headers.malformed != nil {
+		return fmt.Errorf("%w: headers are not an object of strings: %w", messaging.ErrInvalid, r.headers.malformed)
+	}
+	return r.message.Validate()
+}
+
+// storedHeaders are the headers of a row. What is none fails the row, and not the reading of the log, which would end there for ever.
+type storedHeaders struct {
+	of        map[string]string
+	malformed error
+}
+
+// ScanBytes implements pgtype.BytesScanner.
+func (h *storedHeaders) ScanBytes(stored []byte) error {
+	if stored != nil {
+		h.malformed = json.Unmarshal(stored, &h.of)
+	}
+	return nil
 }
 
 // before returns the position before the i-th row: everything up to the row in front of it is done.
@@ -207,7 +232,8 @@ func (l *eventLog) query(ctx context.Context, sql string, args ...any) (found op
 		found.rows, err = pgx.CollectRows(rows, func(r pgx.CollectableRow) (row, error) {
 			var one row
 			m := &one.message
-			err := r.Scan(&found.snapshot, &found.complete, &one.id, (*[16]byte)(&m.ID), &m.Type, &m.Key, &m.Payload, &m.Headers, &m.CreatedAt, &found.cursor, &found.retired)
+			err := r.Scan(&found.snapshot, &found.complete, &one.id, (*[16]byte)(&m.ID), &m.Type, &m.Key, &m.Payload, &one.headers, &m.CreatedAt, &found.cursor, &found.retired)
+			m.Headers = one.headers.of
 			return one, err
 		})
 		return err

@@ -195,6 +195,37 @@ func TestRelay(t *testing.T) {
 		equal(t, "stored", len(b.stored), 18)
 	})
 
+	t.Run("ParksWhatWasNotChecked", func(t *testing.T) {
+		t.Parallel()
+		db := testenv.Postgres(t)
+		const sql = `INSERT INTO outbox_message (type, payload, key, headers, id, checked) VALUES ('probe.P', '', 'k', '{}', outbox_uuidv7(), true)`
+		bad := []string{
+			strings.Replace(sql, `{}`, `[]`, 1), strings.Replace(sql, `{}`, `{"a": 1}`, 1), strings.Replace(sql, `{}`, `{"CC": "elsewhere"}`, 1),
+			strings.Replace(sql, `outbox_uuidv7()`, `gen_random_uuid()`, 1), strings.Replace(sql, `probe.P`, `a.*`, 1),
+			strings.Replace(sql, `'k'`, `repeat('k', 256)`, 1), strings.Replace(sql, `''`, `decode(repeat('00', 1048577), 'hex')`, 1),
+		}
+		insert(t, db, "k", "m000")
+		for _, sql := range bad {
+			exec(t, db, sql)
+		}
+		insert(t, db, "k", "m001")
+		b := newBroker(2)
+		stop := start(t, db, b, Config{})
+		await(t, "the others", b.complete)
+		stop()
+		equal(t, "stored", b.stored, numbered(2))
+		var inCursor, malformed int
+		err := db.QueryRow(t.Context(), `SELECT parked, (SELECT count(*) FROM dead_letter WHERE reason = 'malformed') FROM outbox_cursor`).Scan(&inCursor, &malformed)
+		if err != nil {
+			t.Fatal(err)
+		}
+		equal(t, "parked and malformed", []int{inCursor, malformed}, []int{len(bad), len(bad)})
+		again := newBroker(0)
+		published, leftOut := replay(t, db, again, ReplayFilter{})
+		equal(t, "replayed", again.stored, numbered(2))
+		equal(t, "replayed and left out", []int{published, leftOut}, []int{2, len(bad)})
+	})
+
 	t.Run("FindsWhatTheBrokerRefusesAndRepeatsTheRestOnce", func(t *testing.T) {
 		t.Parallel()
 		db := testenv.Postgres(t)

@@ -55,7 +55,8 @@ type Replayed struct {
 
 // Replay publishes delivered messages again, with the same IDs and in the order of the log, at most perSecond of them a second. Those who have
 // applied a message absorb its copy. Between what is replayed and what is published meanwhile there is no order. With a nil
-// publisher it only counts. Failures of database and broker are waited out; unroutable messages are logged and counted, and left out.
+// publisher it only counts. Failures of database and broker are waited out; unroutable messages are logged and counted, and left out, and so are
+// malformed ones.
 //
 // It calls progress, unless that is nil, after each page. Whatever ends it, it returns how far it came: given as filter.After, the place has
 // another replay go on from there.
@@ -70,13 +71,13 @@ func Replay(
 	pause := newPause(time.Second)
 	for len(shards) > 0 && err == nil {
 		var rows []row
-		returned := 0
+		leftOut := 0
 		rows, err = replayRows(ctx, db, shards[0], done.Last, filter, page)
 		if err == nil && publisher != nil && len(rows) > 0 {
 			if err := pace.WaitN(ctx, len(rows)); err != nil {
 				return done, err
 			}
-			returned, err = publishAgain(ctx, publisher, rows)
+			leftOut, err = publishAgain(ctx, publisher, rows)
 		}
 		switch {
 		case ctx.Err() != nil:
@@ -92,7 +93,7 @@ func Replay(
 		}
 		pause.Reset()
 		if n := len(rows); n > 0 {
-			done.Published, done.Unroutable = done.Published+n-returned, done.Unroutable+returned
+			done.Published, done.Unroutable = done.Published+n-leftOut, done.Unroutable+leftOut
 			done.Last, done.LastAt = Place{shards[0], rows[n-1].id}, rows[n-1].message.CreatedAt
 			if progress != nil {
 				progress(done)
@@ -148,7 +149,8 @@ func replayRows(ctx context.Context, db *pgxpool.Pool, shard int16, last Place, 
 	}
 	rows, err := pgx.CollectRows(found, func(r pgx.CollectableRow) (one row, err error) {
 		m := &one.message
-		err = r.Scan(&one.id, &m.ID, &m.Type, &m.Key, &m.Payload, &m.Headers, &m.CreatedAt)
+		err = r.Scan(&one.id, &m.ID, &m.Type, &m.Key, &m.Payload, &one.headers, &m.CreatedAt)
+		m.Headers = one.headers.of
 		return one, err
 	})
 	if err != nil {
@@ -157,11 +159,16 @@ func replayRows(ctx context.Context, db *pgxpool.Pool, shard int16, last Place, 
 	return rows, nil
 }
 
-// publishAgain publishes a page and waits for the verdicts. It returns how many messages no queue wanted.
-func publishAgain(ctx context.Context, publisher messaging.Publisher, rows []row) (returned int, err error) {
-	messages := make([]messaging.Message, len(rows))
-	for i, row := range rows {
-		messages[i] = row.message
+// publishAgain publishes a page and waits for the verdicts. It returns how many messages are left out, since no queue wanted them or they are malformed.
+func publishAgain(ctx context.Context, publisher messaging.Publisher, rows []row) (leftOut int, err error) {
+	messages := make([]messaging.Message, 0, len(rows))
+	for _, row := range rows {
+		if err := row.validate(); err != nil {
+			leftOut++
+			slog.WarnContext(ctx, "message is not replayed", "message_id", row.message.ID, "error", err)
+			continue
+		}
+		messages = append(messages, row.message)
 	}
 	receipt, err := publisher.Publish(ctx, messages)
 	if err != nil {
@@ -170,14 +177,14 @@ func publishAgain(ctx context.Context, publisher messaging.Publisher, rows []row
 	for i, verdict := range receipt.Wait(ctx) {
 		switch {
 		case errors.Is(verdict, messaging.ErrReturned):
-			returned++
+			leftOut++
 			slog.WarnContext(ctx, "replayed message is unroutable", "message_id", messages[i].ID, "type", messages[i].Type)
 		case verdict != nil:
 			_ = publisher.Close() // it is broken, or will be of no further use
 			return 0, fmt.Errorf("%w: replay message %s: %w", errBroker, messages[i].ID, verdict)
 		}
 	}
-	return returned, nil
+	return leftOut, nil
 }
 
 // Entry is a message as it stands in the log.
@@ -252,7 +259,9 @@ func Find(ctx context.Context, db *pgxpool.Pool, id uuid.UUID) ([]Entry, error) 
 			return nil, fmt.Errorf("find message: %w", err)
 		}
 		entries, err := pgx.CollectRows(rows, func(r pgx.CollectableRow) (one Entry, err error) {
-			err = r.Scan(&one.ID, &one.Type, &one.Key, &one.Payload, &one.Headers, &one.CreatedAt, &one.Shard, &one.TransactionID, &one.Delivered)
+			var headers storedHeaders
+			err = r.Scan(&one.ID, &one.Type, &one.Key, &one.Payload, &headers, &one.CreatedAt, &one.Shard, &one.TransactionID, &one.Delivered)
+			one.Headers = headers.of
 			return one, err
 		})
 		if err != nil || len(entries) > 0 {

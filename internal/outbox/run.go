@@ -192,7 +192,7 @@ func (r *run) publish(ctx context.Context, found *page) error {
 	one := flight{page: found, invalid: make([]error, len(found.rows))}
 	var messages []messaging.Message
 	for i, row := range found.rows {
-		if one.invalid[i] = row.message.Validate(); one.invalid[i] == nil {
+		if one.invalid[i] = row.validate(); one.invalid[i] == nil {
 			messages, one.sent = append(messages, row.message), append(one.sent, i)
 		}
 	}
