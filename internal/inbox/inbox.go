@@ -187,16 +187,12 @@ func (b *Inbox) apply(ctx context.Context, items []*item, known *failure) error 
 	ran := false
 	err := postgres.Transact(ctx, b.db, func(tx pgx.Tx) error {
 		done, ran = outcome{}, false
-		fresh, err := b.take(ctx, tx, items)
+		fresh, waiting, err := b.take(ctx, tx, items)
 		if err != nil {
 			return err
 		}
 		done.copies = copiesIn(items) - len(fresh)
 		failpoint.Hit("consumer.taken")
-		waiting, err := b.waitingKeys(ctx, tx, fresh)
-		if err != nil {
-			return err
-		}
 		for _, one := range fresh {
 			switch {
 			case one.forgettable:
@@ -259,33 +255,35 @@ RETURNING message_id, copies, clock_timestamp()`
 
 var errForgettable = &rejection{deadletter.OutsideWindow, errors.New("the message was held back for so long that copies of it may be forgotten")}
 
-// take records items as taken, and returns those that were not taken before, in their order.
-func (b *Inbox) take(ctx context.Context, tx pgx.Tx, items []*item) ([]*item, error) {
+// take records items as taken, and returns those that were not taken before, in their order, and which of the keys have messages in inbox_retry.
+func (b *Inbox) take(ctx context.Context, tx pgx.Tx, items []*item) (fresh []*item, waiting map[string]bool, err error) {
 	type record struct {
 		copies int
 		at     time.Time
 	}
 	taken := make(map[uuid.UUID]record, len(items))
 	// Not uuid.UUIDs: pgx would take what they say to database/sql, texts, and parse them again.
-	slots, ids, copies := make([]int16, len(items)), make([][16]byte, len(items)), make([]int, len(items))
+	slots, ids, copies, keys := make([]int16, len(items)), make([][16]byte, len(items)), make([]int, len(items)), make([]string, len(items))
 	for i, one := range items {
-		slots[i], ids[i], copies[i] = one.slot, one.id, one.copies
+		slots[i], ids[i], copies[i], keys[i] = one.slot, one.id, one.copies, one.Key
 	}
-	rows, err := tx.Query(ctx, takeSQL, b.group.name, slots, ids, copies)
-	if err != nil {
-		return nil, fmt.Errorf("take messages: %w", err)
-	}
-	var id uuid.UUID
-	var found record
-	_, err = pgx.ForEachRow(rows, []any{&id, &found.copies, &found.at}, func() error {
-		taken[id] = found
-		return nil
+	var batch pgx.Batch
+	batch.Queue(takeSQL, b.group.name, slots, ids, copies).Query(func(rows pgx.Rows) error {
+		var id uuid.UUID
+		var found record
+		_, err := pgx.ForEachRow(rows, []any{&id, &found.copies, &found.at}, func() error {
+			taken[id] = found
+			return nil
+		})
+		return err
 	})
-	if err != nil {
-		return nil, fmt.Errorf("take messages: %w", err)
+	waiting = queueWaitingKeys(&batch, b.group.name, keys)
+	if err := tx.SendBatch(ctx, &batch).Close(); err != nil {
+		return nil, nil, fmt.Errorf("take messages: %w", err)
 	}
-	return slices.DeleteFunc(slices.Clone(items), func(one *item) bool {
+	fresh = slices.DeleteFunc(slices.Clone(items), func(one *item) bool {
 		one.forgettable = one.slot != foreignSlot && taken[one.id].at.Sub(one.born()) > b.ring.memory()
 		return taken[one.id].copies != one.copies // more copies than these: it was there
-	}), nil
+	})
+	return fresh, waiting, nil
 }

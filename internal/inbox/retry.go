@@ -24,27 +24,19 @@ var waitingTurn = &failure{errors.New("waits its turn")}
 
 const waitingSQL = `SELECT DISTINCT key FROM inbox_retry WHERE consumer = $1 AND key = ANY ($2) AND key <> ''`
 
-// waitingKeys tells which keys of items have messages in inbox_retry: whatever comes later on those keys queues behind them. A message
-// that is being retried at this moment counts, until its effect is committed.
-func (b *Inbox) waitingKeys(ctx context.Context, tx pgx.Tx, items []*item) (map[string]bool, error) {
-	keys := make([]string, 0, len(items))
-	for _, one := range items {
-		keys = append(keys, one.Key)
-	}
-	rows, err := tx.Query(ctx, waitingSQL, b.group.name, keys)
-	if err != nil {
-		return nil, fmt.Errorf("look for waiting keys: %w", err)
-	}
-	waiting := map[string]bool{}
-	var key string
-	_, err = pgx.ForEachRow(rows, []any{&key}, func() error {
-		waiting[key] = true
-		return nil
+// queueWaitingKeys asks which keys have messages in inbox_retry: whatever comes later on those keys queues behind them. A message that is being
+// retried at this moment counts, until its effect is committed. What it returns is filled when the batch is closed.
+func queueWaitingKeys(batch *pgx.Batch, consumer string, keys []string) (waiting map[string]bool) {
+	waiting = map[string]bool{}
+	batch.Queue(waitingSQL, consumer, keys).Query(func(rows pgx.Rows) error {
+		var key string
+		_, err := pgx.ForEachRow(rows, []any{&key}, func() error {
+			waiting[key] = true
+			return nil
+		})
+		return err
 	})
-	if err != nil {
-		return nil, fmt.Errorf("look for waiting keys: %w", err)
-	}
-	return waiting, nil
+	return waiting
 }
 
 // setAside keeps a message whose handler failed: for a retry, or as a dead letter if no retry can help.

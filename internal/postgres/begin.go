@@ -9,8 +9,8 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 )
 
-// beginning is a transaction whose BEGIN goes to Postgres in one batch with its first statement, so that it costs no round trip of its own. Before
-// what cannot be part of a batch it begins by itself, and it never begins if nothing is asked of it.
+// beginning is a transaction whose BEGIN goes to Postgres in one batch with its first statement or batch, so that it costs no round trip of its own.
+// Before what cannot be part of a batch it begins by itself, and it never begins if nothing is asked of it.
 type beginning struct {
 	pgx.Tx // nil until it has begun
 	conn   *pgx.Conn
@@ -20,18 +20,15 @@ type beginning struct {
 	failed error
 }
 
-// send begins the transaction and runs the statement, if sql is not empty. The results that it returns are those of the statement alone, and must be
-// closed by done.
-func (t *beginning) send(ctx context.Context, sql string, args ...any) pgx.BatchResults {
+// send begins the transaction and sends statements along. The results that it returns are those of the statements alone, and must be closed by done.
+func (t *beginning) send(ctx context.Context, statements ...*pgx.QueuedQuery) pgx.BatchResults {
 	var batch pgx.Batch
 	batch.BeginTx(pgx.TxOptions{})
 	if setting, ok := t.conn.PgConn().CustomData()[settingSQL].(string); ok {
 		batch.Queue(setting)
 	}
 	ours := batch.Len()
-	if sql != "" {
-		batch.Queue(sql, args...)
-	}
+	batch.QueuedQueries = append(batch.QueuedQueries, statements...)
 	results := t.conn.SendBatch(ctx, &batch)
 	t.Tx = results.Tx()
 	for range ours {
@@ -53,7 +50,7 @@ func (t *beginning) done(results pgx.BatchResults) error {
 // begun begins the transaction, unless it has begun.
 func (t *beginning) begun(ctx context.Context) (pgx.Tx, error) {
 	if t.Tx == nil {
-		_ = t.done(t.send(ctx, ""))
+		_ = t.done(t.send(ctx))
 	}
 	return t.Tx, t.failed
 }
@@ -83,7 +80,7 @@ func (t *beginning) isFirst(sql string, args []any) bool {
 // Exec implements pgx.Tx.
 func (t *beginning) Exec(ctx context.Context, sql string, args ...any) (pgconn.CommandTag, error) {
 	if t.isFirst(sql, args) && len(args) > 0 { // without arguments it may be several statements, which only Exec can send
-		results := t.send(ctx, sql, args...)
+		results := t.send(ctx, &pgx.QueuedQuery{SQL: sql, Arguments: args})
 		tag, err := results.Exec()
 		if closed := t.done(results); err == nil {
 			err = closed
@@ -100,7 +97,7 @@ func (t *beginning) Exec(ctx context.Context, sql string, args ...any) (pgconn.C
 // Query implements pgx.Tx.
 func (t *beginning) Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error) {
 	if t.isFirst(sql, args) {
-		results := t.send(ctx, sql, args...)
+		results := t.send(ctx, &pgx.QueuedQuery{SQL: sql, Arguments: args})
 		rows, err := results.Query()
 		if err != nil {
 			_ = t.done(results)
@@ -119,7 +116,7 @@ func (t *beginning) Query(ctx context.Context, sql string, args ...any) (pgx.Row
 // QueryRow implements pgx.Tx.
 func (t *beginning) QueryRow(ctx context.Context, sql string, args ...any) pgx.Row {
 	if t.isFirst(sql, args) {
-		results := t.send(ctx, sql, args...)
+		results := t.send(ctx, &pgx.QueuedQuery{SQL: sql, Arguments: args})
 		return &firstRow{Row: results.QueryRow(), done: func() error { return t.done(results) }}
 	}
 	tx, err := t.begun(ctx)
@@ -131,6 +128,10 @@ func (t *beginning) QueryRow(ctx context.Context, sql string, args ...any) pgx.R
 
 // SendBatch implements pgx.Tx.
 func (t *beginning) SendBatch(ctx context.Context, batch *pgx.Batch) pgx.BatchResults {
+	if t.Tx == nil && batch.Len() > 0 {
+		results := t.send(ctx, batch.QueuedQueries...)
+		return &firstResults{BatchResults: results, done: func() error { return t.done(results) }}
+	}
 	tx, err := t.begun(ctx)
 	if err != nil {
 		return pgx.FailedBatchResults(batch, err)
@@ -201,6 +202,15 @@ func (t *beginning) Rollback(ctx context.Context) error {
 	}
 	return t.Tx.Rollback(ctx)
 }
+
+// firstResults are those of a batch that was sent with BEGIN.
+type firstResults struct {
+	pgx.BatchResults
+	done func() error
+}
+
+// Close implements pgx.BatchResults.
+func (r *firstResults) Close() error { return r.done() }
 
 // firstRows are the answer to a statement that was sent with BEGIN. The batch ends with them.
 type firstRows struct {

@@ -72,6 +72,15 @@ var firsts = map[string]func(ctx context.Context, tx pgx.Tx) error{
 		batch.Queue(`INSERT INTO t VALUES ($1)`, 1)
 		return tx.SendBatch(ctx, &batch).Close()
 	},
+	"SendBatchAndRead": func(ctx context.Context, tx pgx.Tx) error {
+		var batch pgx.Batch
+		batch.Queue(`INSERT INTO t VALUES ($1) RETURNING n`, 1).QueryRow(func(row pgx.Row) error { return row.Scan(new(int)) })
+		batch.Queue(`SELECT n FROM t WHERE n = $1`, 1)
+		results := tx.SendBatch(ctx, &batch)
+		var n int
+		err := errors.Join(results.QueryRow().Scan(&n), results.QueryRow().Scan(&n))
+		return errors.Join(err, results.Close())
+	},
 	"CopyFrom": func(ctx context.Context, tx pgx.Tx) error {
 		_, err := tx.CopyFrom(ctx, pgx.Identifier{"t"}, []string{"n"}, pgx.CopyFromRows([][]any{{1}}))
 		return err
@@ -182,6 +191,7 @@ func TestBeginAndDeferredCostNoRoundTrip(t *testing.T) {
 		"nothing":   {func(pgx.Tx) error { return nil }, 0},
 		"statement": {func(tx pgx.Tx) error { return insert(t, 1)(tx) }, 2},
 		"deferred":  {func(tx pgx.Tx) error { return errors.Join(insert(t, 1)(tx), deferring(2)(tx)) }, 2},
+		"batch":     {func(tx pgx.Tx) error { return firsts["SendBatch"](t.Context(), tx) }, 2},
 		"two":       {func(tx pgx.Tx) error { return errors.Join(insert(t, 1)(tx), insert(t, 2)(tx)) }, 3},
 	} {
 		for _, prepared := range []bool{false, true} {
@@ -215,6 +225,18 @@ func TestTransactionsThatDoNotBegin(t *testing.T) {
 		"query not prepared": func(ctx context.Context, tx pgx.Tx) error {
 			_, err := tx.Query(ctx, `SELECT FROM nowhere`)
 			return err
+		},
+		"batch not prepared": func(ctx context.Context, tx pgx.Tx) error {
+			var batch pgx.Batch
+			batch.Queue(`INSERT INTO t VALUES ($1)`, 1)
+			batch.Queue(`SELECT FROM nowhere`)
+			return tx.SendBatch(ctx, &batch).Close()
+		},
+		"batch refused": func(ctx context.Context, tx pgx.Tx) error {
+			var batch pgx.Batch
+			batch.Queue(`INSERT INTO t VALUES ($1)`, 1)
+			batch.Queue(`INSERT INTO t VALUES ($1)`, 7)
+			return tx.SendBatch(ctx, &batch).Close()
 		},
 		"not encoded": func(ctx context.Context, tx pgx.Tx) error {
 			return tx.QueryRow(ctx, `INSERT INTO t VALUES ($1) RETURNING n`, struct{}{}).Scan(new(int))
