@@ -148,8 +148,8 @@ CREATE INDEX outbox_xid_idx ON outbox (shard, xid, id);
 CREATE INDEX outbox_created_at_idx ON outbox USING brin (created_at);
 
 -- The way into the log, for Go and for every other language: INSERT INTO outbox_message. Nothing can be read through it. Inserting into the table would
--- miss the key locks, and with them the order per key, so nobody may: the rule runs with its owner's rights to the table. All names in it were resolved
--- when it was made, so the caller's search_path decides nothing.
+-- miss the key locks, and with them the order per key, so nobody may: the rule has its owner's rights to the table, and only to that. All names in it were
+-- resolved when it was made, so the caller's search_path decides nothing. An INSERT of several rows locks their keys in the order of the rows.
 --
 -- It is a rule and not a function because it becomes part of the caller's statement, and is prepared and planned with it, once a connection. A function
 -- runs a statement of its own within another, which takes half as much of the server's processor time again (measured).
@@ -157,13 +157,14 @@ CREATE INDEX outbox_created_at_idx ON outbox USING brin (created_at);
 -- Who has checked a message already, as outbox.Insert has, says so by a literal true in the column checked: then the plan is without the check, which
 -- takes as long as the row. The relay checks every message again before it publishes it, and parks what it could not publish.
 CREATE VIEW outbox_message AS SELECT message_id AS id, type, key, payload, headers, false AS checked FROM outbox WHERE false;
-ALTER VIEW outbox_message ALTER COLUMN id SET DEFAULT outbox_uuidv7(), ALTER COLUMN checked SET DEFAULT false;
+-- There is no default for id: of an INSERT with several rows it might be evaluated once for all of them.
+ALTER VIEW outbox_message ALTER COLUMN checked SET DEFAULT false;
 
 CREATE RULE outbox_message_insert AS ON INSERT TO outbox_message DO INSTEAD
     INSERT INTO outbox (shard, message_id, type, key, payload, headers)
     SELECT outbox_shard(coalesce(key, ''), id), id, type, coalesce(key, ''), payload, coalesce(headers, '{}')
-    -- In a subquery, so that what the caller gives for a column is evaluated once.
-    FROM (SELECT NEW.id, NEW.type, NEW.key, NEW.payload, NEW.headers) AS message (id, type, key, payload, headers)
+    -- What the caller gives for a column is evaluated once: OFFSET keeps Postgres from taking the subquery apart.
+    FROM (SELECT NEW.id, NEW.type, NEW.key, NEW.payload, NEW.headers OFFSET 0) AS message (id, type, key, payload, headers)
     WHERE (NEW.checked OR outbox_accepts(id, type, key, payload, headers) OR outbox_refuse(id, type, key, payload, headers))
         -- Held to the end of the transaction: whoever writes the same key next draws its id after this commit is visible. WHERE comes before the
         -- defaults are computed, and among them the id. 1869968482 is 'outb' in ASCII, a class of our own among advisory locks. Two keys with one

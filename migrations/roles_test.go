@@ -12,7 +12,7 @@ import (
 )
 
 const (
-	insertOne  = `INSERT INTO outbox_message (type, key, payload) VALUES ('t.T', 'k', '')`
+	insertOne  = `INSERT INTO outbox_message (id, type, key, payload) VALUES (outbox_uuidv7(), 't.T', 'k', '')`
 	insertCall = `SELECT outbox_insert('t.T', 'k', '')`
 	insertMany = `SELECT outbox_insert(ARRAY[outbox_uuidv7()], '{t.T}', '{k}', '{x}', '{"{}"}')`
 )
@@ -143,7 +143,7 @@ func TestTheCallersSearchPathDecidesNothing(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, sql := range []string{
-		`INSERT INTO public.outbox_message (type, key, payload, headers) VALUES ('t.T', 'k', '', '{"a": "b"}')`,
+		`INSERT INTO public.outbox_message (id, type, key, payload, headers) VALUES (public.outbox_uuidv7(), 't.T', 'k', '', '{"a": "b"}')`,
 		`SELECT public.outbox_insert('t.T', 'k', '', '{"a": "b"}')`,
 		`SELECT public.outbox_insert(ARRAY[public.outbox_uuidv7()], '{t.T}', '{k}', '{x}', ARRAY['{"a": "b"}'::jsonb])`,
 	} {

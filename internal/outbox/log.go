@@ -1,8 +1,10 @@
 package outbox
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 
 	"example.com/orders/internal/messaging"
@@ -52,8 +54,21 @@ type storedHeaders struct {
 
 // ScanBytes implements pgtype.BytesScanner.
 func (h *storedHeaders) ScanBytes(stored []byte) error {
-	if stored != nil {
-		h.malformed = json.Unmarshal(stored, &h.of)
+	var all map[string]*string // which tells null from ""
+	if stored == nil {
+		return nil
+	}
+	err := json.Unmarshal(stored, &all)
+	h.of = make(map[string]string, len(all))
+	for name, value := range all {
+		if value == nil {
+			err = errors.Join(err, fmt.Errorf("%.100q is null", name))
+			break
+		}
+		h.of[name] = *value
+	}
+	if err != nil || all == nil {
+		h.of, h.malformed = nil, fmt.Errorf("%.300s: %w", stored, cmp.Or(err, errors.New("null")))
 	}
 	return nil
 }

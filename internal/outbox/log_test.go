@@ -377,7 +377,7 @@ func TestAllWaysInAreOne(t *testing.T) {
 	}
 	defer prepares.Close()
 	inTx(t, prepares, func(tx pgx.Tx) error { return Insert(t.Context(), tx, m) })
-	for _, sql := range []string{`SELECT outbox_insert($1, $2, $3, $4)`, `INSERT INTO outbox_message (type, key, payload, headers) VALUES ($1, $2, $3, $4)`} {
+	for _, sql := range []string{`SELECT outbox_insert($1, $2, $3, $4)`, `INSERT INTO outbox_message (id, type, key, payload, headers) VALUES (outbox_uuidv7(), $1, $2, $3, $4)`} {
 		if _, err := db.Exec(t.Context(), sql, m.Type, m.Key, m.Payload, m.Headers); err != nil {
 			t.Fatalf("%s: %v", sql, err)
 		}
@@ -402,17 +402,21 @@ func TestWhatIsInsertedIsEvaluatedOnce(t *testing.T) {
 		`CREATE FUNCTION turn(ids uuid[]) RETURNS uuid LANGUAGE sql VOLATILE RETURN ids[nextval('turns')]`,
 		// The second is no UUIDv7, and must never be looked at.
 		`INSERT INTO outbox_message (id, type, key, payload) VALUES (turn(ARRAY[outbox_uuidv7(), gen_random_uuid(), gen_random_uuid()]), 't.T', 'k', '')`,
-		`INSERT INTO outbox_message (type, key, payload) SELECT 't.T', nextval('turns')::text, '' FROM generate_series(1, 10)`,
-		`INSERT INTO outbox_message (type, key, payload) SELECT 't.T', nextval('turns')::text, '' FROM generate_series(1, 10) ORDER BY random()`,
+		`INSERT INTO outbox_message (id, type, key, payload) SELECT outbox_uuidv7(), 't.T', nextval('turns')::text, '' FROM generate_series(1, 10)`,
+		`INSERT INTO outbox_message (id, type, payload) SELECT outbox_uuidv7(), 't.T', '' FROM generate_series(1, 10)`,
+		`INSERT INTO outbox_message (id, type, key, payload) SELECT outbox_uuidv7(), 't.T', nextval('turns')::text, '' FROM generate_series(1, 10) ORDER BY random()`,
+		// One that lies about its volatility.
+		`CREATE FUNCTION liar() RETURNS text LANGUAGE plpgsql STABLE AS $$ BEGIN RETURN nextval('turns'); END $$`,
+		`INSERT INTO outbox_message (id, type, key, payload) VALUES (outbox_uuidv7(), 't.T', liar(), '')`,
 	} {
 		if _, err := db.Exec(t.Context(), sql); err != nil {
 			t.Fatalf("%s: %v", sql, err)
 		}
 	}
 	var messages, turns int
-	if err := db.QueryRow(t.Context(), `SELECT count(*), (SELECT last_value FROM turns) FROM outbox`).Scan(&messages, &turns); err != nil {
+	if err := db.QueryRow(t.Context(), `SELECT count(DISTINCT message_id), (SELECT last_value FROM turns) FROM outbox`).Scan(&messages, &turns); err != nil {
 		t.Fatal(err)
 	}
-	equal(t, "messages", messages, 21)
-	equal(t, "evaluations", turns, 21)
+	equal(t, "messages", messages, 32)
+	equal(t, "evaluations", turns, 22)
 }

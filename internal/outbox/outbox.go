@@ -83,7 +83,7 @@ func (w *Writer) Transact(ctx context.Context, fn func(tx pgx.Tx) error) error {
 const (
 	insertSQL    = `SELECT outbox_insert($1::uuid[], $2::text[], $3::text[], $4::bytea[], $5::jsonb[])`
 	insertOneSQL = `INSERT INTO outbox_message (type, key, payload, headers, id, checked) VALUES ($1, $2, $3, $4, $5, true)`
-	// callOneSQL does the same where insertOneSQL would be planned each time.
+	// callOneSQL does the same, and checks once more, where insertOneSQL would be planned each time.
 	callOneSQL = `SELECT outbox_insert($1::text, $2::text, $3::bytea, $4::jsonb, $5::uuid)`
 )
 

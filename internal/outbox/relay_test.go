@@ -200,7 +200,7 @@ func TestRelay(t *testing.T) {
 		db := testenv.Postgres(t)
 		const sql = `INSERT INTO outbox_message (type, payload, key, headers, id, checked) VALUES ('probe.P', '', 'k', '{}', outbox_uuidv7(), true)`
 		bad := []string{
-			strings.Replace(sql, `{}`, `[]`, 1), strings.Replace(sql, `{}`, `{"a": 1}`, 1), strings.Replace(sql, `{}`, `{"CC": "elsewhere"}`, 1),
+			strings.Replace(sql, `{}`, `[]`, 1), strings.Replace(sql, `{}`, `{"a": 1, "b": "x"}`, 1), strings.Replace(sql, `{}`, `{"a": null}`, 1), strings.Replace(sql, `{}`, `null`, 1), strings.Replace(sql, `{}`, `{"CC": "elsewhere"}`, 1),
 			strings.Replace(sql, `outbox_uuidv7()`, `gen_random_uuid()`, 1), strings.Replace(sql, `probe.P`, `a.*`, 1),
 			strings.Replace(sql, `'k'`, `repeat('k', 256)`, 1), strings.Replace(sql, `''`, `decode(repeat('00', 1048577), 'hex')`, 1),
 		}

@@ -47,7 +47,9 @@ type Place struct {
 
 // Replayed says what a replay has done so far.
 type Replayed struct {
-	Published, Unroutable int
+	Published int
+	// Unroutable are those that were left out: no queue wanted them, or they are malformed.
+	Unroutable int
 	// Last is the place of the last message, and LastAt when it was inserted.
 	Last   Place
 	LastAt time.Time

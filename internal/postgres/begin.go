@@ -18,6 +18,10 @@ type beginning struct {
 	ctx context.Context
 	// failed is why it has not begun. As after any statement that fails, nothing can be done in it any more.
 	failed error
+	// unbegun is what the answer to BEGIN was, if no success.
+	unbegun error
+	// over: committed or rolled back. Somebody else has the connection now, or soon.
+	over bool
 }
 
 // send begins the transaction and sends statements along. The results that it returns are those of the statements alone, and must be closed by done.
@@ -31,8 +35,10 @@ func (t *beginning) send(ctx context.Context, statements ...*pgx.QueuedQuery) pg
 	batch.QueuedQueries = append(batch.QueuedQueries, statements...)
 	results := t.conn.SendBatch(ctx, &batch)
 	t.Tx = results.Tx()
-	for range ours {
-		_, _ = results.Exec() // an error is that of everything that follows
+	for i := range ours {
+		if _, err := results.Exec(); i == 0 { // an error is that of everything that follows
+			t.unbegun = err
+		}
 	}
 	return results
 }
@@ -40,9 +46,9 @@ func (t *beginning) send(ctx context.Context, statements ...*pgx.QueuedQuery) pg
 // done ends what send has begun.
 func (t *beginning) done(results pgx.BatchResults) error {
 	err := results.Close()
-	if t.failed == nil && t.conn.PgConn().TxStatus() == 'I' {
+	if t.unbegun != nil {
 		// BEGIN failed; or nothing was sent, since Postgres could not prepare the statement, or pgx not encode its arguments.
-		t.failed = fmt.Errorf("the transaction has not begun: %w", err)
+		t.failed = fmt.Errorf("the transaction has not begun: %w", t.unbegun)
 	}
 	return err
 }
@@ -50,13 +56,16 @@ func (t *beginning) done(results pgx.BatchResults) error {
 // begun begins the transaction, unless it has begun.
 func (t *beginning) begun(ctx context.Context) (pgx.Tx, error) {
 	if t.Tx == nil {
-		_ = t.done(t.send(ctx))
+		if err := t.done(t.send(ctx)); err != nil && t.failed == nil {
+			return nil, fmt.Errorf("begin: %w", err)
+		}
 	}
 	return t.Tx, t.failed
 }
 
-// ended makes of a transaction that has not begun one that never will.
+// ended closes a transaction that has not begun, or whose COMMIT went past pgx' own.
 func (t *beginning) ended() {
+	t.over = true
 	var batch pgx.Batch
 	batch.BeginTx(pgx.TxOptions{})
 	t.Tx = pgx.FailedBatchResults(&batch, pgx.ErrTxClosed).Tx()
@@ -174,7 +183,7 @@ func (t *beginning) LargeObjects() pgx.LargeObjects {
 
 // Conn implements pgx.Tx. What is done past the transaction is part of it all the same, so it begins.
 func (t *beginning) Conn() *pgx.Conn {
-	if _, err := t.begun(t.ctx); err != nil && t.conn.PgConn().TxStatus() == 'I' {
+	if _, err := t.begun(t.ctx); err != nil && !t.over && t.conn.PgConn().TxStatus() == 'I' {
 		_ = t.conn.Close(t.ctx) // what is done with it now would stay
 	}
 	return t.conn
@@ -182,6 +191,7 @@ func (t *beginning) Conn() *pgx.Conn {
 
 // Commit implements pgx.Tx.
 func (t *beginning) Commit(ctx context.Context) error {
+	defer func() { t.over = true }()
 	switch {
 	case t.Tx == nil:
 		t.ended()
@@ -189,13 +199,14 @@ func (t *beginning) Commit(ctx context.Context) error {
 	case t.failed != nil:
 		return fmt.Errorf("%w: %w", pgx.ErrTxCommitRollback, t.failed)
 	case t.conn.PgConn().TxStatus() == 'I' && !t.conn.IsClosed():
-		return errors.New("a statement of the function has ended the transaction, which is not its own")
+		return errors.New("a statement of the function has ended the transaction, which is not its own, or its answer was not read")
 	}
 	return t.Tx.Commit(ctx)
 }
 
 // Rollback implements pgx.Tx.
 func (t *beginning) Rollback(ctx context.Context) error {
+	defer func() { t.over = true }()
 	if t.Tx == nil {
 		t.ended()
 		return nil
@@ -211,6 +222,9 @@ type firstResults struct {
 
 // Close implements pgx.BatchResults.
 func (r *firstResults) Close() error { return r.done() }
+
+// Tx implements pgx.BatchResults: the caller's batch begins none.
+func (r *firstResults) Tx() pgx.Tx { return nil }
 
 // firstRows are the answer to a statement that was sent with BEGIN. The batch ends with them.
 type firstRows struct {

@@ -292,6 +292,7 @@ func TestTransactionsEndOnce(t *testing.T) {
 		"nothing":   func(pgx.Tx) error { return nil },
 		"statement": insert(t, 1),
 		"undone":    func(pgx.Tx) error { return errProbe },
+		"deferred":  func(tx pgx.Tx) error { return errors.Join(insert(t, 1)(tx), deferring(2)(tx)) },
 		"failed":    func(tx pgx.Tx) error { _, err := tx.Exec(t.Context(), `SELECT $1::int FROM nowhere`, 1); return err },
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -299,6 +300,7 @@ func TestTransactionsEndOnce(t *testing.T) {
 			db := setup(t)
 			var left pgx.Tx
 			_ = Transact(t.Context(), db, func(tx pgx.Tx) error { left = tx; return fn(tx) })
+			exec(t, db, `TRUNCATE t`)
 			for first, use := range firsts {
 				if first != "Deferred" && first != "Conn" { // neither asks pgx' transaction
 					if err := use(t.Context(), left); err == nil {
@@ -306,19 +308,29 @@ func TestTransactionsEndOnce(t *testing.T) {
 					}
 				}
 			}
-			wantRows(t, db, map[string]int{"statement": 1}[name])
+			wantRows(t, db, 0)
 		})
 	}
-	t.Run("by a statement", func(t *testing.T) {
-		t.Parallel()
-		db := setup(t)
-		err := Transact(t.Context(), db, func(tx pgx.Tx) error {
+	for name, end := range map[string]func(tx pgx.Tx) error{
+		"by a statement": func(tx pgx.Tx) error {
 			_, err := tx.Exec(t.Context(), `INSERT INTO t VALUES (1); COMMIT`)
-			return errors.Join(err, deferring(2)(tx))
+			return err
+		},
+		"by a batch": func(tx pgx.Tx) error {
+			var batch pgx.Batch
+			batch.Queue(`INSERT INTO t VALUES ($1)`, 1)
+			batch.Queue(`COMMIT`)
+			return tx.SendBatch(t.Context(), &batch).Close()
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			db := setup(t)
+			err := Transact(t.Context(), db, func(tx pgx.Tx) error { return errors.Join(end(tx), deferring(2)(tx)) })
+			if !errors.Is(err, ErrOutcomeUnknown) {
+				t.Errorf("got error %v", err)
+			}
+			wantRows(t, db, 1)
 		})
-		if !errors.Is(err, ErrOutcomeUnknown) {
-			t.Errorf("got error %v", err)
-		}
-		wantRows(t, db, 1)
-	})
+	}
 }

@@ -72,6 +72,10 @@ func (t *transaction) Commit(ctx context.Context) error {
 	if len(t.deferred) == 0 {
 		return t.Tx.Commit(ctx)
 	}
+	begun, first := t.Tx.(*beginning)
+	if first {
+		_, _ = begun.begun(ctx) // if nothing else has; an error is Commit's below
+	}
 	conn := t.Conn()
 	if conn.PgConn().TxStatus() != 'T' { // failed, and fn swallowed the error: pgx knows what to say
 		return t.Tx.Commit(ctx)
@@ -92,8 +96,11 @@ func (t *transaction) Commit(ctx context.Context) error {
 		return nil
 	})
 	err := conn.SendBatch(ctx, &batch).Close()
-	if err != nil && conn.PgConn().TxStatus() == 'E' {
+	switch {
+	case err != nil && conn.PgConn().TxStatus() == 'E':
 		_ = t.Tx.Rollback(ctx) // fails only if the connection is gone, and the transaction with it
+	case first:
+		begun.ended()
 	}
 	return err
 }
