@@ -18,13 +18,11 @@ type beginning struct {
 	ctx context.Context
 	// failed is why it has not begun. As after any statement that fails, nothing can be done in it any more.
 	failed error
-	// unbegun is what the answer to BEGIN was, if no success.
-	unbegun error
 	// over: committed or rolled back. Somebody else has the connection now, or soon.
 	over bool
 }
 
-// send begins the transaction and sends statements along. The results that it returns are those of the statements alone, and must be closed by done.
+// send begins the transaction and sends statements along. The results that it returns are those of the statements alone, and must be closed.
 func (t *beginning) send(ctx context.Context, statements ...*pgx.QueuedQuery) pgx.BatchResults {
 	var batch pgx.Batch
 	batch.BeginTx(pgx.TxOptions{})
@@ -36,27 +34,18 @@ func (t *beginning) send(ctx context.Context, statements ...*pgx.QueuedQuery) pg
 	results := t.conn.SendBatch(ctx, &batch)
 	t.Tx = results.Tx()
 	for i := range ours {
-		if _, err := results.Exec(); i == 0 { // an error is that of everything that follows
-			t.unbegun = err
+		if _, err := results.Exec(); err != nil && i == 0 { // an error is that of everything that follows
+			// BEGIN failed; or nothing was sent, since Postgres could not prepare the statement, or pgx not encode its arguments.
+			t.failed = fmt.Errorf("the transaction has not begun: %w", err)
 		}
 	}
 	return results
 }
 
-// done ends what send has begun.
-func (t *beginning) done(results pgx.BatchResults) error {
-	err := results.Close()
-	if t.unbegun != nil {
-		// BEGIN failed; or nothing was sent, since Postgres could not prepare the statement, or pgx not encode its arguments.
-		t.failed = fmt.Errorf("the transaction has not begun: %w", t.unbegun)
-	}
-	return err
-}
-
 // begun begins the transaction, unless it has begun.
 func (t *beginning) begun(ctx context.Context) (pgx.Tx, error) {
 	if t.Tx == nil {
-		if err := t.done(t.send(ctx)); err != nil && t.failed == nil {
+		if err := t.send(ctx).Close(); err != nil && t.failed == nil {
 			return nil, fmt.Errorf("begin: %w", err)
 		}
 	}
@@ -91,7 +80,7 @@ func (t *beginning) Exec(ctx context.Context, sql string, args ...any) (pgconn.C
 	if t.isFirst(sql, args) && len(args) > 0 { // without arguments it may be several statements, which only Exec can send
 		results := t.send(ctx, &pgx.QueuedQuery{SQL: sql, Arguments: args})
 		tag, err := results.Exec()
-		if closed := t.done(results); err == nil {
+		if closed := results.Close(); err == nil {
 			err = closed
 		}
 		return tag, err
@@ -109,10 +98,10 @@ func (t *beginning) Query(ctx context.Context, sql string, args ...any) (pgx.Row
 		results := t.send(ctx, &pgx.QueuedQuery{SQL: sql, Arguments: args})
 		rows, err := results.Query()
 		if err != nil {
-			_ = t.done(results)
+			_ = results.Close()
 			return rows, err
 		}
-		return &firstRows{Rows: rows, done: func() error { return t.done(results) }}, nil
+		return &firstRows{Rows: rows, results: results}, nil
 	}
 	tx, err := t.begun(ctx)
 	if err != nil {
@@ -126,7 +115,7 @@ func (t *beginning) Query(ctx context.Context, sql string, args ...any) (pgx.Row
 func (t *beginning) QueryRow(ctx context.Context, sql string, args ...any) pgx.Row {
 	if t.isFirst(sql, args) {
 		results := t.send(ctx, &pgx.QueuedQuery{SQL: sql, Arguments: args})
-		return &firstRow{Row: results.QueryRow(), done: func() error { return t.done(results) }}
+		return &firstRow{Row: results.QueryRow(), results: results}
 	}
 	tx, err := t.begun(ctx)
 	if err != nil {
@@ -138,8 +127,7 @@ func (t *beginning) QueryRow(ctx context.Context, sql string, args ...any) pgx.R
 // SendBatch implements pgx.Tx.
 func (t *beginning) SendBatch(ctx context.Context, batch *pgx.Batch) pgx.BatchResults {
 	if t.Tx == nil && batch.Len() > 0 {
-		results := t.send(ctx, batch.QueuedQueries...)
-		return &firstResults{BatchResults: results, done: func() error { return t.done(results) }}
+		return firstResults{t.send(ctx, batch.QueuedQueries...)}
 	}
 	tx, err := t.begun(ctx)
 	if err != nil {
@@ -215,22 +203,16 @@ func (t *beginning) Rollback(ctx context.Context) error {
 }
 
 // firstResults are those of a batch that was sent with BEGIN.
-type firstResults struct {
-	pgx.BatchResults
-	done func() error
-}
-
-// Close implements pgx.BatchResults.
-func (r *firstResults) Close() error { return r.done() }
+type firstResults struct{ pgx.BatchResults }
 
 // Tx implements pgx.BatchResults: the caller's batch begins none.
-func (r *firstResults) Tx() pgx.Tx { return nil }
+func (r firstResults) Tx() pgx.Tx { return nil }
 
 // firstRows are the answer to a statement that was sent with BEGIN. The batch ends with them.
 type firstRows struct {
 	pgx.Rows
-	done func() error
-	err  error
+	results pgx.BatchResults
+	err     error // of the batch
 }
 
 // Next implements pgx.Rows.
@@ -245,9 +227,7 @@ func (r *firstRows) Next() bool {
 // Close implements pgx.Rows.
 func (r *firstRows) Close() {
 	r.Rows.Close()
-	if r.done != nil {
-		r.err, r.done = r.done(), nil
-	}
+	r.err = r.results.Close() // more often than once it does nothing
 }
 
 // Err implements pgx.Rows.
@@ -261,13 +241,13 @@ func (r *firstRows) Err() error {
 // firstRow is the only one.
 type firstRow struct {
 	pgx.Row
-	done func() error
+	results pgx.BatchResults
 }
 
 // Scan implements pgx.Row.
 func (r *firstRow) Scan(dest ...any) error {
 	err := r.Row.Scan(dest...)
-	if closed := r.done(); err == nil {
+	if closed := r.results.Close(); err == nil {
 		err = closed
 	}
 	return err
