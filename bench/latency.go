@@ -200,10 +200,9 @@ func (p *parts) run(ctx context.Context, consumers bool, fn func(ctx context.Con
 func (p *parts) startConsumers(ctx context.Context, group *errgroup.Group, db *pgxpool.Pool) {
 	bell := outbox.NewNotifyBell(p.url)
 	group.Go(func() error { bell.Run(ctx); return nil })
-	lanes := map[string]int{"notifications": 2} // as in internal/app/domain.go
 	for _, one := range []*inbox.Group{p.service.Fulfillment(), p.service.Notifications()} {
 		box := inbox.New(db, one, inbox.Config{AfterCommit: bell.Ring})
-		config := rabbit.ConsumerConfig{URL: p.AMQPURL, Topology: p.topology, Queue: "bench." + one.Name(), Prefetch: prefetch, Lanes: lanes[one.Name()]}
+		config := rabbit.ConsumerConfig{URL: p.AMQPURL, Topology: p.topology, Queue: "bench." + one.Name(), Prefetch: prefetch}
 		handle := watching(box.Process, p.sawEffects)
 		if p.throttle != nil {
 			handle = p.throttle(handle)

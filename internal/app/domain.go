@@ -19,8 +19,8 @@ type domain struct {
 	groups   []group
 }
 
-// group is a consumer group, and how many of its batches may be handled at once. Handlers that lock rows which many keys share, as
-// stock is, want one lane: more would wait for each other in the database, or deadlock and start again.
+// group is a consumer group, and how many of its batches may be handled at once: more than one where one does not keep up. Handlers that lock rows
+// which many keys share, as stock is, want one lane: more would wait for each other in the database, or deadlock and start again.
 type group struct {
 	*inbox.Group
 	lanes int
@@ -32,7 +32,7 @@ func newDomain(db *pgxpool.Pool, out *outbox.Writer, hub *changes.Hub) domain {
 		register: func(s *connect.Server) { ordersv1connect.RegisterOrderServiceHandler(s, service) },
 		groups: []group{
 			{service.Fulfillment(), 1},
-			{service.Notifications(), 2},
+			{service.Notifications(), 1},
 		},
 	}
 }

@@ -30,8 +30,8 @@ func (c *Consumer) dispatch(ctx context.Context, channel *amqp.Channel, source <
 	defer cancel()
 
 	ending := ctx.Done()
-	var quiet <-chan time.Time
-	var held []amqp.Delivery
+	var quiet, ackTime <-chan time.Time
+	var handled acks
 	for stopping, unfinished, over := false, 0, false; !over; {
 		select {
 		case delivery, open := <-source:
@@ -42,9 +42,17 @@ func (c *Consumer) dispatch(ctx context.Context, channel *amqp.Channel, source <
 			c.hand(work, lanes, delivery)
 		case batch := <-lanes.handled:
 			unfinished -= len(batch)
-			if stopping {
-				held = append(held, batch...)
-			} else if err := c.ack(batch); err != nil {
+			for i := range batch {
+				handled.add(batch[i].DeliveryTag)
+			}
+			if !stopping && handled.waiting() >= c.config.Prefetch/4 { // or the broker might have to wait before it may send more
+				if err := ack(channel, &handled, false); err != nil {
+					return err
+				}
+			}
+		case <-ackTime:
+			ackTime = nil
+			if err := ack(channel, &handled, false); err != nil {
 				return err
 			}
 		case <-ending:
@@ -52,22 +60,27 @@ func (c *Consumer) dispatch(ctx context.Context, channel *amqp.Channel, source <
 			expiry := time.AfterFunc(c.config.DrainTimeout, cancel)
 			defer expiry.Stop()
 		case <-work.Done():
-			return c.ack(held)
+			return ack(channel, &handled, true)
 		case <-quiet:
 			over = true
 		}
-		quiet = nil
+		switch quiet = nil; {
+		case stopping:
+			ackTime = nil
+		case ackTime == nil && handled.waiting() > 0:
+			ackTime = time.After(ackInterval)
+		}
 		if stopping && unfinished == 0 {
-			over = over || len(held) >= c.config.Prefetch
+			over = over || handled.waiting() >= c.config.Prefetch
 			quiet = time.After(quietTime)
 		}
 	}
-	if len(held) >= c.config.Prefetch {
+	if handled.waiting() >= c.config.Prefetch {
 		// The broker could send nothing more, so nothing is under way that would be cut off. With the acks it would send again, to be
 		// handed out a second time after the end of the connection.
 		_ = channel.Cancel(consumerTag, true) // fails only if the connection is gone, and then so does the ack
 	}
-	return c.ack(held)
+	return ack(channel, &handled, true)
 }
 
 // laneOf keeps the deliveries of one key together, and spreads those without a key.
@@ -79,17 +92,19 @@ func (c *Consumer) laneOf(d *amqp.Delivery) int {
 	return int(hash(cmp.Or(key, d.MessageId)) % uint32(c.config.Lanes))
 }
 
-// ack settles a batch. With one lane everything before its last delivery is done, and one frame says so.
-func (c *Consumer) ack(batch []amqp.Delivery) error {
-	single := c.config.Lanes == 1 && !c.config.Unordered
-	if single && len(batch) > 0 {
-		batch = batch[len(batch)-1:]
+// ack sends the acks that are due, or all of them.
+func ack(channel *amqp.Channel, handled *acks, all bool) error {
+	upTo, single := handled.next(all)
+	var err error
+	if upTo > 0 {
+		err = channel.Ack(upTo, true)
 	}
-	for i := range batch {
-		if err := batch[i].Ack(single); err != nil {
-			// The connection is gone. All copies that come again are duplicates to the inbox.
-			return fmt.Errorf("ack: %w", err)
-		}
+	for _, tag := range single {
+		err = cmp.Or(err, channel.Ack(tag, false))
+	}
+	if err != nil {
+		// The connection is gone. All copies that come again are duplicates to the inbox.
+		return fmt.Errorf("ack: %w", err)
 	}
 	return nil
 }
