@@ -56,7 +56,7 @@ func (b *NotifyBell) Ring() {
 // busyGap: then the relay is busy, and looks at the log again every few milliseconds by itself (minPoll).
 const (
 	minNotifyInterval = 2 * time.Millisecond
-	maxNotifyInterval = 16 * time.Millisecond
+	maxNotifyInterval = 32 * time.Millisecond
 	busyGap           = 3 * time.Millisecond
 )
 

@@ -186,9 +186,9 @@ func TestTheDoorbellRingsLessOftenWhileCommitsNeverCease(t *testing.T) {
 		}
 		return milliseconds
 	}
-	equal(t, "at 1,000/s", intervals(1000), []int64{4, 8, 16, 16, 16})
+	equal(t, "at 1,000/s", intervals(1000), []int64{4, 8, 16, 32, 32})
 	equal(t, "at 200/s", intervals(200), []int64{2, 2, 2, 2, 2})
-	equal(t, "when it has become less", nextInterval(maxNotifyInterval, 200*16/1000), minNotifyInterval)
+	equal(t, "when it has become less", nextInterval(maxNotifyInterval, 200*maxNotifyInterval.Milliseconds()/1000), minNotifyInterval)
 }
 
 func TestNotifyBellReachesAnotherProcess(t *testing.T) {
