@@ -29,7 +29,7 @@ import (
 
 const (
 	placeWorkers  = 8
-	placeDuration = time.Second
+	placeDuration = 2 * time.Second
 	placeWarmUp   = 500 * time.Millisecond
 )
 

@@ -21,7 +21,8 @@ var relayRow = row{
 	title: "Relay vs. raw confirms",
 	how: fmt.Sprintf("%d messages of %d bytes. Raw: the client library publishing from memory on one channel, with %d pipelined confirms, as many as the relay has in "+
 		"flight. Relay: a process of its own drains an outbox with as many messages, from its first claim to its last recorded delivery.", relayMessages, payloadBytes, window),
-	limit: "RabbitMQ, which writes every message to its log; the relay gives back in fewer system calls most of what reading and claiming costs it.",
+	limit:      "RabbitMQ, which writes every message to its log; the relay gives back in fewer system calls most of what reading and claiming costs it.",
+	shortTurns: 4,
 	contestants: []contestant{
 		{name: "raw", run: runRaw},
 		{name: "relay, 1 shard", run: drain(relayMessages, 1)},
