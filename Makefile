@@ -48,7 +48,7 @@ new-test: ## Services made from this template, by the guide and by gonew, with t
 ci: lint test ## What CI runs
 
 # example
-bench: $(STACK) build ## Against RabbitMQ's own ceiling and against peers, 15 minutes; ROWS="relay idle" for some of it
+bench: $(STACK) build ## Against RabbitMQ's own ceiling and against peers, 25 minutes; ROWS="relay idle" for some of it
 	go build -C bench -o ../.stack/bin/bench .
 	$(STACK) -- .stack/bin/bench $(if $(ROWS),$(ROWS),--out docs/benchmarks.md)
 	@$(if $(ROWS),,$(QUOTE))
