@@ -32,7 +32,7 @@ type ConsumerConfig struct {
 	Batch int
 	// Lanes is how many batches are handled at once. Deliveries of one key share a lane, so their order holds. Default 1.
 	Lanes int
-	// Unordered says that the queue is: each delivery is handled by itself and as soon as it comes, so Prefetch is how many at once. Batch and Lanes
+	// Unordered says that the queue is: each delivery is handled by itself and as soon as it comes, so Prefetch is how many at once at most. Batch and Lanes
 	// mean nothing then.
 	Unordered bool
 	// DrainTimeout bounds how long Run, once its context is done, still works on what it has. Default 10 s.

@@ -36,7 +36,7 @@ func (c *Consumer) dispatch(ctx context.Context, channel *amqp.Channel, source <
 		select {
 		case delivery, open := <-source:
 			if !open {
-				return errDeliveriesEnded // and with them the acks: what is not begun is delivered again
+				return errDeliveriesEnded // and with them the acks: what is not acked is delivered again
 			}
 			unfinished++
 			c.hand(work, lanes, delivery)
@@ -45,14 +45,14 @@ func (c *Consumer) dispatch(ctx context.Context, channel *amqp.Channel, source <
 			for i := range batch {
 				handled.add(batch[i].DeliveryTag)
 			}
-			if !stopping && handled.waiting() >= c.config.Prefetch/4 { // or the broker might have to wait before it may send more
-				if err := ack(channel, &handled, false); err != nil {
+			if !stopping && len(handled.waiting) >= c.ackSize(unfinished) {
+				if err := sendAcks(channel, &handled); err != nil {
 					return err
 				}
 			}
 		case <-ackTime:
 			ackTime = nil
-			if err := ack(channel, &handled, false); err != nil {
+			if err := sendAcks(channel, &handled); err != nil {
 				return err
 			}
 		case <-ending:
@@ -60,27 +60,27 @@ func (c *Consumer) dispatch(ctx context.Context, channel *amqp.Channel, source <
 			expiry := time.AfterFunc(c.config.DrainTimeout, cancel)
 			defer expiry.Stop()
 		case <-work.Done():
-			return ack(channel, &handled, true)
+			return sendAcks(channel, &handled)
 		case <-quiet:
 			over = true
 		}
 		switch quiet = nil; {
 		case stopping:
 			ackTime = nil
-		case ackTime == nil && handled.waiting() > 0:
+		case ackTime == nil && len(handled.waiting) > 0:
 			ackTime = time.After(ackInterval)
 		}
 		if stopping && unfinished == 0 {
-			over = over || handled.waiting() >= c.config.Prefetch
+			over = over || len(handled.waiting) >= c.config.Prefetch
 			quiet = time.After(quietTime)
 		}
 	}
-	if handled.waiting() >= c.config.Prefetch {
+	if len(handled.waiting) >= c.config.Prefetch {
 		// The broker could send nothing more, so nothing is under way that would be cut off. With the acks it would send again, to be
 		// handed out a second time after the end of the connection.
 		_ = channel.Cancel(consumerTag, true) // fails only if the connection is gone, and then so does the ack
 	}
-	return ack(channel, &handled, true)
+	return sendAcks(channel, &handled)
 }
 
 // laneOf keeps the deliveries of one key together, and spreads those without a key.
@@ -92,9 +92,19 @@ func (c *Consumer) laneOf(d *amqp.Delivery) int {
 	return int(hash(cmp.Or(key, d.MessageId)) % uint32(c.config.Lanes))
 }
 
-// ack sends the acks that are due, or all of them.
-func ack(channel *amqp.Channel, handled *acks, all bool) error {
-	upTo, single := handled.next(all)
+// ackSize is how many acks are not gathered any longer, so that the broker does not run out of what it may send. With one lane, that is a quarter of
+// all it may. Otherwise some of the unfinished deliveries may be stuck, and it has to do with the rest.
+func (c *Consumer) ackSize(unfinished int) int {
+	moving := c.config.Prefetch
+	if c.config.Lanes > 1 || c.config.Unordered {
+		moving -= unfinished
+	}
+	return moving / 4
+}
+
+// sendAcks acks all that is handled.
+func sendAcks(channel *amqp.Channel, handled *acks) error {
+	upTo, single := handled.next()
 	var err error
 	if upTo > 0 {
 		err = channel.Ack(upTo, true)

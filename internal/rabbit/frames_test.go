@@ -2,11 +2,13 @@ package rabbit
 
 import (
 	"bufio"
+	"bytes"
 	"encoding/binary"
 	"io"
 	"net"
 	"net/url"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -17,6 +19,8 @@ var (
 	blockedFrame   = []byte{1, 0, 0, 0, 0, 0, 8, 0, 10, 0, 60, 3, 'l', 'o', 'w', 0xCE}
 	unblockedFrame = []byte{1, 0, 0, 0, 0, 0, 4, 0, 10, 0, 61, 0xCE}
 	heartbeatFrame = []byte{8, 0, 0, 0, 0, 0, 0, 0xCE}
+	// ackFrame is how basic.ack (class 60, method 80) begins, behind type and channel. A tag and a flag follow.
+	ackFrame = []byte{0, 0, 0, 13, 0, 60, 0, 80}
 )
 
 // alarm is a proxy for one connection that shows a client what it sees of a broker which is short of memory. A real alarm would hit
@@ -25,6 +29,7 @@ type alarm struct {
 	mu     sync.Mutex // of writes to the client, so that frames stay whole
 	client net.Conn
 	gate   chan struct{} // taken while nothing is read from the client
+	acks   atomic.Int64  // sent by the client
 }
 
 func newAlarm(t *testing.T, rawURL string) (*alarm, string) {
@@ -70,6 +75,7 @@ func (a *alarm) upstream(server, client net.Conn) {
 	buffer := make([]byte, 32<<10)
 	for {
 		n, err := client.Read(buffer)
+		a.acks.Add(int64(bytes.Count(buffer[:n], ackFrame)))
 		a.gate <- struct{}{}
 		_, failure := server.Write(buffer[:n])
 		<-a.gate
