@@ -10,6 +10,7 @@ import (
 	"embed"
 	"fmt"
 
+	"example.com/orders/internal/session"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/stdlib"
 	"github.com/pressly/goose/v3"
@@ -27,6 +28,12 @@ func Up(ctx context.Context, url string) (applied []string, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("parse postgres url: %w", err)
 	}
+	if err := check(ctx, config); err != nil {
+		return nil, err
+	}
+	if _, err := session.Pin(config, session.Options{}); err != nil {
+		return nil, err
+	}
 	db := stdlib.OpenDB(*config)
 	defer db.Close()
 	provider, err := newProvider(db)
@@ -41,6 +48,30 @@ func Up(ctx context.Context, url string) (applied []string, err error) {
 		applied = append(applied, result.Source.Path)
 	}
 	return applied, nil
+}
+
+// check refuses a database in which the service could not work. It looks at a session as others get it, psql and those
+// behind a pooler among them, and not at one that is set up by us.
+func check(ctx context.Context, config *pgx.ConnConfig) error {
+	conn, err := pgx.ConnectConfig(ctx, config)
+	if err != nil {
+		return err
+	}
+	defer conn.Close(context.WithoutCancel(ctx)) // bounded by pgx itself
+	var encoding, path, schema string
+	err = conn.QueryRow(ctx, `SELECT current_setting('server_encoding'), current_setting('search_path'), coalesce(current_schema(), '')`).
+		Scan(&encoding, &path, &schema)
+	switch {
+	case err != nil:
+		return fmt.Errorf("look at the session: %w", err)
+	case encoding != "UTF8":
+		return fmt.Errorf("the encoding of database %s is %s, and messages may hold any text: create it with ENCODING 'UTF8'",
+			conn.Config().Database, encoding)
+	case schema != "public":
+		return fmt.Errorf("search_path is %q, by which tables would be made in schema %q, and this service works in public: "+
+			"RESET search_path for the database and role %s", path, schema, conn.Config().User)
+	}
+	return nil
 }
 
 // Pending tells whether the database at url lacks migrations that this binary holds.

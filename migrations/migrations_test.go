@@ -1,12 +1,15 @@
 package migrations_test
 
 import (
+	neturl "net/url"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 
 	"example.com/orders/internal/testenv"
 	"example.com/orders/migrations"
+	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/jackc/pgx/v5/stdlib"
 	"github.com/pressly/goose/v3"
@@ -73,5 +76,45 @@ func empty(t *testing.T, db *pgxpool.Pool) {
 	t.Helper()
 	if _, err := db.Exec(t.Context(), `DROP SCHEMA public CASCADE; CREATE SCHEMA public`); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// A database in which the service could not work is refused before anything is written.
+func TestUpRefusesWhatItCannotWorkIn(t *testing.T) {
+	t.Parallel()
+	db := testenv.Postgres(t)
+	empty(t, db)
+	url, name := db.Config().ConnString(), db.Config().ConnConfig.Database
+	exec := func(sql string) {
+		t.Helper()
+		if _, err := db.Exec(t.Context(), sql); err != nil {
+			t.Fatal(err)
+		}
+	}
+	wantRefused := func(url, because string) {
+		t.Helper()
+		_, err := migrations.Up(t.Context(), url)
+		if err == nil || !strings.Contains(err.Error(), because) || strings.Contains(err.Error(), "\n") {
+			t.Errorf("got error %v, want one line with %q", err, because)
+		}
+	}
+	exec(`CREATE SCHEMA app`)
+	exec(`ALTER DATABASE ` + pgx.Identifier{name}.Sanitize() + ` SET search_path = app, public`)
+	wantRefused(url, `search_path is "app, public"`)
+	wantRefused(url+"&search_path=nowhere", `search_path is "nowhere"`)
+	exec(`ALTER DATABASE ` + pgx.Identifier{name}.Sanitize() + ` RESET search_path`)
+
+	latin := name[:min(len(name), 50)] + "_latin1"
+	exec(`CREATE DATABASE ` + pgx.Identifier{latin}.Sanitize() + ` ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0`)
+	defer exec(`DROP DATABASE ` + pgx.Identifier{latin}.Sanitize() + ` WITH (FORCE)`)
+	parsed, err := neturl.Parse(url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	parsed.Path = "/" + latin
+	wantRefused(parsed.String(), `is LATIN1`)
+
+	if applied, err := migrations.Up(t.Context(), url); err != nil || len(applied) == 0 {
+		t.Errorf("afterwards: applied %v, %v", applied, err)
 	}
 }

@@ -58,7 +58,9 @@ var arrows = map[string][]string{
 	"internal/auth":          {"internal/gen/auth/v1", "internal/reload"},
 	"internal/reload":        {},
 	"internal/rpcserver":     {"internal/auth", "internal/outbox", "internal/postgres", "internal/reload"},
-	"internal/testenv":       {"internal/localstack", "migrations"},
+	"internal/testenv":       {"internal/localstack", "internal/session", "migrations"},
+	"migrations":             {"internal/session"},
+	"internal/postgres":      {"internal/session"},
 	"internal/chaos/victim":  {"internal/changes", "internal/inbox", "internal/messaging", "internal/operations", "internal/outbox", "internal/postgres", "internal/probe", "internal/rabbit", "internal/rpcserver"},
 	"internal/chaos":         {},
 	"internal/gen/auth/v1":   {},
@@ -211,5 +213,45 @@ func TestEachTableIsNamedByOnePackage(t *testing.T) {
 		if len(packages) > 1 {
 			t.Errorf("table %s is named by %v, want one package at most", table, slices.Sorted(maps.Keys(packages)))
 		}
+	}
+}
+
+// opens finds what makes a session on the database. Only those who set it up first may do so.
+var opens = regexp.MustCompile(`^(pgx\.Connect\w*|pgxpool\.New\w*|stdlib\.OpenDB|pgconn\.Connect\w*)$`)
+
+func TestSessionsAreSetUp(t *testing.T) {
+	mayOpen := []string{
+		"internal/postgres", "internal/testenv", "migrations", // through internal/session
+		"internal/localstack", "cmd/demo", // which only look, or ask whether the server is there
+	}
+	for _, f := range files(t) {
+		if f.test || slices.Contains(mayOpen, f.dir) {
+			continue
+		}
+		ast.Inspect(f.syntax, func(n ast.Node) bool {
+			selector, ok := n.(*ast.SelectorExpr)
+			if !ok {
+				return true
+			}
+			if pkg, ok := selector.X.(*ast.Ident); ok && opens.MatchString(pkg.Name+"."+selector.Sel.Name) {
+				t.Errorf("%s/%s calls %s.%s: open sessions by internal/postgres, which sets them up", f.dir, f.name, pkg.Name, selector.Sel.Name)
+			}
+			return true
+		})
+	}
+}
+
+// One package knows what an error of Postgres means.
+func TestOnePackageJudgesErrors(t *testing.T) {
+	for _, f := range files(t) {
+		if f.test || f.dir == "internal/postgres" || f.dir == "internal/telemetry" { // which takes values out of texts
+			continue
+		}
+		ast.Inspect(f.syntax, func(n ast.Node) bool {
+			if selector, ok := n.(*ast.SelectorExpr); ok && (selector.Sel.Name == "PgError" || selector.Sel.Name == "ConnectError") {
+				t.Errorf("%s/%s looks at %s: ask internal/postgres (Classify, Blame, IsAway, IsLocked)", f.dir, f.name, selector.Sel.Name)
+			}
+			return true
+		})
 	}
 }

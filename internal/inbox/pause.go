@@ -8,8 +8,8 @@ import (
 	"sync"
 	"time"
 
+	"example.com/orders/internal/postgres"
 	"github.com/jackc/pgx/v5"
-	"github.com/jackc/pgx/v5/pgconn"
 )
 
 // WhileResumed runs part, and ends its context when operators have paused the group, to run it anew once they have resumed it; until ctx is done.
@@ -87,9 +87,8 @@ var ErrBeingTried = errors.New("the message is being tried at this moment; try a
 // first goes on then.
 func Bury(ctx context.Context, tx pgx.Tx, consumer, key string, whole bool, cause string) (messageIDs []string, err error) {
 	err = tx.QueryRow(ctx, `SELECT inbox_bury($1, $2, $3, $4)`, consumer, key, whole, cause).Scan(&messageIDs)
-	var refused *pgconn.PgError
 	switch {
-	case errors.As(err, &refused) && refused.Code == "55P03": // lock_not_available
+	case postgres.IsLocked(err):
 		return nil, ErrBeingTried
 	case err != nil:
 		return nil, fmt.Errorf("bury messages: %w", err)

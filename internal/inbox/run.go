@@ -10,7 +10,6 @@ import (
 	"example.com/orders/internal/messaging"
 	"example.com/orders/internal/postgres"
 	"github.com/jackc/pgx/v5"
-	"github.com/jackc/pgx/v5/pgconn"
 )
 
 // failure is what a handler failed with; any other error is the database's.
@@ -30,51 +29,34 @@ func (b *Inbox) run(ctx context.Context, tx pgx.Tx, delivery messaging.Delivery)
 		return committable(tx)
 	case limited.Err() != nil:
 		return &failure{fmt.Errorf("handler ran longer than %s: %w", b.config.HandlerTimeout, err)}
-	case isDatabaseAway(tx, err):
+	}
+	// A database that is away is waited for. An error that only looks like it is the handler's failure, and so is a
+	// database that is busy: waiting for either might never end.
+	if postgres.IsAway(tx, err) {
 		return err
 	}
 	return &failure{err}
 }
 
-// isDatabaseAway tells whether err comes of this database being away, or unable to write at all. An error that only looks like it is the
-// handler's: the io.EOF of one that parses a file, a failure of another database, or locks without number. Waiting for the database to come back would
-// be for ever.
-func isDatabaseAway(tx pgx.Tx, err error) bool {
-	if tx.Conn().IsClosed() {
-		return errors.Is(postgres.Classify(err), postgres.ErrUnavailable)
-	}
-	return tx.Conn().PgConn().TxStatus() == 'E' && cannotWrite(err) // else the error came over another connection
-}
-
-// cannotWrite tells whether Postgres is read-only or its disk full.
-func cannotWrite(err error) bool {
-	var refused *pgconn.PgError
-	return errors.As(err, &refused) && (refused.Code == "25006" || refused.Code == "53100")
-}
-
-// blameHandlers makes the handlers' failure of what Postgres refuses at COMMIT although they ran to their end, as it does when a deferred
-// constraint does not hold.
+// blameHandlers makes the handlers' failure of what Postgres refuses at COMMIT although they ran to their end, as it does
+// when a deferred constraint does not hold.
 func blameHandlers(err error, ran bool) error {
-	var refused *pgconn.PgError
-	if !ran || !errors.As(err, &refused) || errors.Is(err, postgres.ErrOutcomeUnknown) || cannotWrite(err) {
+	for _, other := range []error{postgres.ErrOutcomeUnknown, postgres.ErrUnavailable, context.Canceled, context.DeadlineExceeded} {
+		if errors.Is(err, other) {
+			return err
+		}
+	}
+	if err == nil || !ran {
 		return err
 	}
 	return &failure{err}
 }
 
-// committable returns a *failure if the handler returned nil but left a transaction that cannot be committed. COMMIT would fail each
-// time, and the batch be handed in again for ever.
+// committable returns a *failure if the handler returned nil but left a transaction that cannot be committed. COMMIT would
+// fail each time, and the batch be handed in again and again.
 func committable(tx pgx.Tx) error {
-	conn := tx.Conn().PgConn()
-	switch {
-	case conn.IsClosed():
-		return &failure{errors.New("the handler returned nil although its connection was closed, as by a deadline of its own on a statement")}
-	case conn.IsBusy():
-		return &failure{errors.New("the handler returned nil without closing the rows of a query")}
-	case conn.TxStatus() == 'E':
-		return &failure{errors.New("the handler returned nil although a statement of its transaction failed")}
-	case conn.TxStatus() != 'T':
-		return &failure{errors.New("the handler returned nil but had ended the transaction, which is not its own")}
+	if err := postgres.Committable(tx); err != nil {
+		return &failure{fmt.Errorf("the handler returned nil, but its transaction cannot be committed: %w", err)}
 	}
 	return nil
 }

@@ -10,6 +10,7 @@ import (
 	"connectrpc.com/connect/v2"
 	"connectrpc.com/connect/v2/connectproto"
 	operationsv1 "example.com/orders/internal/gen/operations/v1"
+	"example.com/orders/internal/messaging"
 	"example.com/orders/internal/outbox"
 	"example.com/orders/internal/postgres"
 	"example.com/orders/internal/probe"
@@ -224,6 +225,15 @@ func TestAnErrorIsAResult(t *testing.T) {
 				return nil
 			})
 		}, "internal: internal error"},
+		"behind a transaction": {func(ctx context.Context, out *outbox.Writer) error {
+			err := out.Transact(ctx, func(tx pgx.Tx) error {
+				if _, err := tx.Exec(ctx, `INSERT INTO effects (text) VALUES ('undone')`); err != nil {
+					return err
+				}
+				return outbox.Insert(ctx, tx, messaging.New("k", wrapperspb.String("undone")))
+			})
+			return errors.Join(err, connect.NewError(connect.CodeFailedPrecondition, "no"))
+		}, "failed_precondition: no"},
 		"resource": {fails(connect.NewError(connect.CodeResourceExhausted, "yours")), "resource_exhausted: yours"},
 	} {
 		b.on(text, one.act)
@@ -241,6 +251,9 @@ func TestAnErrorIsAResult(t *testing.T) {
 		}
 	}
 	b.wantEffects(t)
+	if n := b.count(t, `SELECT count(*) FROM outbox WHERE type = 'google.protobuf.StringValue'`); n != 0 {
+		t.Errorf("a call that failed has sent %d messages", n)
+	}
 }
 
 func TestWhatMayEndOtherwiseIsTriedAgain(t *testing.T) {

@@ -31,13 +31,18 @@ const columns = `id, method, state, attempts, response, error, created_at, start
 
 const getSQL = `SELECT ` + columns + ` FROM operation WHERE id = $1 AND caller = $2`
 
+// querier is a pool or a transaction.
+type querier interface {
+	Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error)
+}
+
 // find returns an operation of the caller. Another's does not exist for it.
-func (o *Operations) find(ctx context.Context, name string) (*operationsv1.Operation, error) {
+func (o *Operations) find(ctx context.Context, in querier, name string) (*operationsv1.Operation, error) {
 	id, err := parseName(name)
 	if err != nil {
 		return nil, err
 	}
-	rows, _ := o.db.Query(ctx, getSQL, id, o.config.Identity.Caller(ctx))
+	rows, _ := in.Query(ctx, getSQL, id, o.config.Identity.Caller(ctx))
 	found, err := pgx.CollectExactlyOneRow(rows, scan)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return nil, errNotFound(name)
@@ -66,7 +71,7 @@ func (o *Operations) read(ctx context.Context, ids []string) (map[string]*operat
 
 // GetOperation implements operations.v1.OperationService.
 func (o *Operations) GetOperation(ctx context.Context, req *operationsv1.GetOperationRequest) (*operationsv1.GetOperationResponse, error) {
-	found, err := o.find(ctx, req.GetName())
+	found, err := o.find(ctx, o.db, req.GetName())
 	if err != nil {
 		return nil, err
 	}
@@ -83,7 +88,7 @@ func (o *Operations) WaitOperation(ctx context.Context, req *operationsv1.WaitOp
 	if req.GetTimeout() != nil {
 		timeout = req.GetTimeout().AsDuration()
 	}
-	last, err := o.find(ctx, req.GetName())
+	last, err := o.find(ctx, o.db, req.GetName())
 	if err != nil {
 		return nil, err
 	}
@@ -99,7 +104,7 @@ func (o *Operations) WaitOperation(ctx context.Context, req *operationsv1.WaitOp
 // WatchOperation implements operations.v1.OperationService.
 func (o *Operations) WatchOperation(ctx context.Context, req *operationsv1.WatchOperationRequest,
 	stream operationsv1connect.OperationServiceWatchOperationServerStream) error {
-	first, err := o.find(ctx, req.GetName())
+	first, err := o.find(ctx, o.db, req.GetName())
 	if err != nil {
 		return err
 	}
@@ -270,23 +275,32 @@ func (o *Operations) CancelOperation(ctx context.Context, req *operationsv1.Canc
 	}
 	var done *operationsv1.Operation
 	err = postgres.Transact(ctx, o.db, func(tx pgx.Tx) error {
+		postgres.ConfirmReads(tx) // it may be cancelled already
 		rows, _ := tx.Query(ctx, cancelSQL, id, o.config.Identity.Caller(ctx), encode(cancelled))
 		done, err = pgx.CollectExactlyOneRow(rows, scan)
+		if errors.Is(err, pgx.ErrNoRows) {
+			done, err = o.cancelledBefore(ctx, tx, req.GetName())
+			return err
+		}
 		if err == nil {
 			o.topic.Touch(tx, id.String())
 		}
 		return err
 	})
-	if errors.Is(err, pgx.ErrNoRows) { // it does not exist, or is no longer pending
-		done, err = o.find(ctx, req.GetName())
-		if err == nil && done.GetState() != operationsv1.OperationState_OPERATION_STATE_CANCELLED {
-			err = connect.Errorf(connect.CodeFailedPrecondition, "operation %s is %s: only what has not begun can be cancelled", req.GetName(), stateText(done.GetState()))
-		}
-	}
 	if err != nil {
 		return nil, err
 	}
 	return &operationsv1.CancelOperationResponse{Operation: done}, nil
+}
+
+// cancelledBefore returns an operation that is no longer pending if it is because somebody has cancelled it.
+func (o *Operations) cancelledBefore(ctx context.Context, tx pgx.Tx, name string) (*operationsv1.Operation, error) {
+	found, err := o.find(ctx, tx, name)
+	if err == nil && found.GetState() != operationsv1.OperationState_OPERATION_STATE_CANCELLED {
+		err = connect.Errorf(connect.CodeFailedPrecondition, "operation %s is %s: only what has not begun can be cancelled",
+			name, stateText(found.GetState()))
+	}
+	return found, err
 }
 
 func scan(row pgx.CollectableRow) (*operationsv1.Operation, error) {

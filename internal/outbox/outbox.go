@@ -66,12 +66,20 @@ func NewWriter(db *pgxpool.Pool, bell Bell, gate *Gate) *Writer {
 }
 
 // Transact is postgres.Transact, and rings the relay's doorbell after the commit. A process that dies in between costs the
-// message up to one poll interval, never the message. It returns ErrBacklogFull, before anything is done, if the gate is closed.
+// message up to one poll interval, never the message. It returns ErrBacklogFull, before anything is done, if the gate is
+// closed.
+//
+// Its COMMIT waits for the synchronous standby even if fn only read (postgres.ConfirmReads): a handler may answer "this was
+// done before" on the strength of a row, and no failover takes the row back.
 func (w *Writer) Transact(ctx context.Context, fn func(tx pgx.Tx) error) error {
 	if err := w.gate.Check(); err != nil {
 		return err
 	}
-	if err := postgres.Transact(ctx, w.db, fn); err != nil {
+	err := postgres.Transact(ctx, w.db, func(tx pgx.Tx) error {
+		postgres.ConfirmReads(tx)
+		return fn(tx)
+	})
+	if err != nil {
 		return err
 	}
 	if w.bell != nil {
@@ -92,7 +100,8 @@ const (
 //
 // In a transaction of Transact or of postgres.Transact they are written at its end, together with COMMIT, all in one call and with no round trip of
 // their own; until then they must not be changed. A savepoint of tx.Begin takes them with it when it is rolled back; one that is made by a statement
-// SAVEPOINT is not known here, and does not. In any other transaction they are written at once.
+// SAVEPOINT is not known here, and does not. In any other transaction they are written at once. A transaction or savepoint
+// that has ended returns pgx.ErrTxClosed.
 //
 // It locks the messages' keys until the transaction ends; each key takes a place in Postgres' lock table, so tens of thousands of keys in one
 // transaction may fail for want of shared memory. A transaction that has written at once more than once, with different keys, can deadlock with
@@ -116,8 +125,8 @@ func write(ctx context.Context, tx pgx.Tx, messages []messaging.Message) error {
 	if err != nil {
 		return err
 	}
-	if atCommit.Add(tx, messages...) {
-		return nil
+	if added, err := atCommit.Add(tx, messages...); added || err != nil {
+		return err
 	}
 	sql, args := statement(tx.Conn(), messages)
 	_, err = tx.Exec(ctx, sql, args...)

@@ -8,7 +8,6 @@ import (
 
 	"example.com/orders/internal/postgres"
 	"github.com/jackc/pgx/v5"
-	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
@@ -34,9 +33,8 @@ func SetShards(ctx context.Context, db *pgxpool.Pool, n int) error {
 			_, err := tx.Exec(ctx, `SELECT outbox_set_shards($1)`, n)
 			return err
 		})
-		var refused *pgconn.PgError
 		switch {
-		case errors.As(err, &refused) && refused.Code == "55P03": // lock_not_available
+		case postgres.IsLocked(err):
 			busy = fmt.Errorf("%w: some transaction that has inserted stays open: %w", ErrBusy, err)
 			wait(ctx, nil, 2*time.Second)
 		case err == nil, busy == nil, ctx.Err() == nil, errors.Is(err, postgres.ErrOutcomeUnknown):

@@ -1,37 +1,16 @@
 package postgres
 
-import (
-	"github.com/jackc/pgx/v5"
-	"github.com/jackc/pgx/v5/pgconn"
-)
+import "github.com/jackc/pgx/v5"
 
-// afterCommit is the key under which a connection keeps what to call when its transaction is committed.
-const afterCommit = "after_commit"
-
-// AfterCommit has fn called once tx is committed, or may be: when nobody knows the outcome. It is not called after a rollback, and not if the
-// process dies at the commit. So it is for hints, a doorbell, and never for what must happen. fn must not block: the caller of Transact waits for it.
+// AfterCommit has fn called once tx is committed, or may be: when nobody knows the outcome. It is not called after a
+// rollback, of tx or of a savepoint around it, and not if the process dies at the commit. So it is for hints, a doorbell,
+// and never for what must happen. fn must not block: the caller of Transact waits for it.
 //
-// It panics if tx was not begun by Transact: fn would never be called.
+// It panics if tx was not begun by Transact, or has ended: fn would never be called.
 func AfterCommit(tx pgx.Tx, fn func()) {
-	calls, ok := tx.Conn().PgConn().CustomData()[afterCommit].(*[]func())
-	if !ok {
-		panic("postgres: AfterCommit wants a transaction of Transact")
+	t, ok := tx.(*transaction)
+	if !ok || !t.open() {
+		panic("postgres: AfterCommit wants an open transaction of Transact")
 	}
-	*calls = append(*calls, fn)
-}
-
-// collectAfterCommit prepares a connection for the calls of AfterCommit in one transaction. What it returns makes them, if the transaction
-// is or may be committed, and forgets them.
-func collectAfterCommit(conn *pgconn.PgConn) (settle func(committed bool)) {
-	calls := new([]func())
-	conn.CustomData()[afterCommit] = calls
-	return func(committed bool) {
-		delete(conn.CustomData(), afterCommit)
-		if !committed {
-			return
-		}
-		for _, fn := range *calls {
-			fn()
-		}
-	}
+	t.pending.after = append(t.pending.after, fn)
 }

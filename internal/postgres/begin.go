@@ -2,7 +2,6 @@ package postgres
 
 import (
 	"context"
-	"errors"
 	"fmt"
 
 	"github.com/jackc/pgx/v5"
@@ -25,8 +24,8 @@ type beginning struct {
 // send begins the transaction and sends statements along. The results that it returns are those of the statements alone, and must be closed.
 func (t *beginning) send(ctx context.Context, statements ...*pgx.QueuedQuery) pgx.BatchResults {
 	var batch pgx.Batch
-	batch.BeginTx(pgx.TxOptions{})
-	if setting, ok := t.conn.PgConn().CustomData()[settingSQL].(string); ok {
+	batch.BeginTx(pgx.TxOptions{IsoLevel: pgx.ReadCommitted})
+	if setting, _ := t.conn.PgConn().CustomData()[settingSQL].(string); setting != "" {
 		batch.Queue(setting)
 	}
 	ours := batch.Len()
@@ -186,8 +185,6 @@ func (t *beginning) Commit(ctx context.Context) error {
 		return nil
 	case t.failed != nil:
 		return fmt.Errorf("%w: %w", pgx.ErrTxCommitRollback, t.failed)
-	case t.conn.PgConn().TxStatus() == 'I' && !t.conn.IsClosed():
-		return errors.New("a statement of the function has ended the transaction, which is not its own, or its answer was not read")
 	}
 	return t.Tx.Commit(ctx)
 }

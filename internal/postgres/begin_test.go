@@ -113,8 +113,7 @@ var firsts = map[string]func(ctx context.Context, tx pgx.Tx) error{
 		return err
 	},
 	"Deferred": func(_ context.Context, tx pgx.Tx) error {
-		numbers.Add(tx, 1)
-		return nil
+		return deferring(1)(tx)
 	},
 }
 
@@ -143,7 +142,7 @@ func TestHoweverATransactionBegins(t *testing.T) {
 							t.Errorf("it is said of its connection that it prepares: %t", got)
 						}
 						var timeout string
-						if err := tx.QueryRow(t.Context(), `SELECT current_setting($1)`, idleTimeoutParam).Scan(&timeout); err != nil || timeout != "1min" {
+						if err := tx.QueryRow(t.Context(), `SELECT current_setting($1)`, "idle_in_transaction_session_timeout").Scan(&timeout); err != nil || timeout != "1min" {
 							t.Errorf("%s: it may stand still for %q (%v)", name, timeout, err)
 						}
 						return nil
@@ -302,7 +301,7 @@ func TestTransactionsEndOnce(t *testing.T) {
 			_ = Transact(t.Context(), db, func(tx pgx.Tx) error { left = tx; return fn(tx) })
 			exec(t, db, `TRUNCATE t`)
 			for first, use := range firsts {
-				if first != "Deferred" && first != "Conn" { // neither asks pgx' transaction
+				if first != "Conn" { // which does not ask pgx' transaction
 					if err := use(t.Context(), left); err == nil {
 						t.Errorf("%s: used afterwards", first)
 					}

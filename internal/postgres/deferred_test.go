@@ -17,10 +17,11 @@ var numbers = Deferred[int]{Queue: func(_ *pgx.Conn, batch *pgx.Batch, values []
 
 func deferring(values ...int) func(tx pgx.Tx) error {
 	return func(tx pgx.Tx) error {
-		if !numbers.Add(tx, values...) {
-			return errors.New("not a transaction of Transact")
+		added, err := numbers.Add(tx, values...)
+		if err == nil && !added {
+			err = errors.New("not a transaction of Transact")
 		}
-		return nil
+		return err
 	}
 }
 

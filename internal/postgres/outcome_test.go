@@ -1,10 +1,8 @@
 package postgres
 
 import (
-	"context"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"testing"
 	"time"
@@ -184,38 +182,13 @@ func wantUnavailable(t *testing.T, db *pgxpool.Pool, fn func(tx pgx.Tx) error) {
 	}
 }
 
-func TestClassify(t *testing.T) {
-	t.Parallel()
-	code := func(code string) error { return fmt.Errorf("query: %w", &pgconn.PgError{Code: code}) }
-	for _, away := range []error{
-		code("53300"), code("57P01"), code("57P02"), code("57P03"), code("25006"), code("53100"), code("53200"), code("08006"),
-		io.EOF, io.ErrUnexpectedEOF, pgconn.ErrConnClosed, &net.OpError{Op: "read", Err: errProbe},
-	} {
-		err := Classify(away)
-		if !errors.Is(err, ErrUnavailable) || !errors.Is(err, away) {
-			t.Errorf("%v became %v", away, err)
-		}
-		if again := Classify(err); again != err {
-			t.Errorf("twice it became %v", again)
-		}
-	}
-	for _, other := range []error{
-		nil, errProbe, code("23505"), code("40001"), code("57014"), context.Canceled, context.DeadlineExceeded, pgx.ErrNoRows,
-		fmt.Errorf("commit: %w: %w", ErrOutcomeUnknown, io.EOF),
-	} {
-		if err := Classify(other); err != other {
-			t.Errorf("%v became %v", other, err)
-		}
-	}
-}
-
 func TestOpen(t *testing.T) {
 	t.Parallel()
 	if _, err := Open(t.Context(), Config{URL: "postgres://[", MaxConns: 1}); err == nil {
 		t.Error("opened what is no URL")
 	}
 	db := open(t, Config{URL: testenv.PostgresURL(t), ApplicationName: "probe"})
-	for setting, want := range map[string]string{"application_name": "probe", idleTimeoutParam: "1min"} {
+	for setting, want := range map[string]string{"application_name": "probe", "idle_in_transaction_session_timeout": "1min"} {
 		var got string
 		if err := db.QueryRow(t.Context(), `SELECT current_setting($1)`, setting).Scan(&got); err != nil || got != want {
 			t.Errorf("%s is %q, %v, want %q", setting, got, err, want)

@@ -11,10 +11,10 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
-	"strconv"
 	"sync/atomic"
 	"time"
 
+	"example.com/orders/internal/session"
 	"github.com/exaring/otelpgx"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
@@ -38,8 +38,7 @@ type Config struct {
 	GenericPlans bool
 	// ConnectTimeout bounds one attempt to connect. Default 5 s: a black hole must not look like a slow query.
 	ConnectTimeout time.Duration
-	// IdleInTransaction is how long Postgres lets a transaction stand still before it ends it: a process that was frozen in the middle of one
-	// would hold up everyone else, by its locks on keys and inbox rows, for as long as it is. Default 1 min.
+	// IdleInTransaction is how long Postgres lets a transaction stand still before it ends it. Default 1 min.
 	IdleInTransaction time.Duration
 	// TracerProvider takes a span of each statement that runs within a trace: its text, which our statements keep their values out of, and
 	// never its arguments. Default: none.
@@ -64,26 +63,22 @@ func Open(ctx context.Context, config Config) (*pgxpool.Pool, error) {
 	if config.ApplicationName != "" {
 		params["application_name"] = config.ApplicationName
 	}
-	idle := strconv.FormatInt(cmp.Or(config.IdleInTransaction, time.Minute).Milliseconds(), 10)
-	_, given := params[idleTimeoutParam]
 	pooled := isPooled(parsed.ConnConfig)
-	if !given && !pooled {
-		params[idleTimeoutParam] = idle
+	if config.GenericPlans && !pooled {
+		params["plan_cache_mode"], params["enable_seqscan"] = "force_generic_plan", "off"
+		params["jit"] = "off" // what must be scanned all the same looks so dear that Postgres would compile it, each time
+	}
+	local, err := session.Pin(parsed.ConnConfig, session.Options{Pooled: pooled, IdleInTransaction: config.IdleInTransaction})
+	if err != nil {
+		return nil, err
 	}
 	parsed.AfterConnect = func(_ context.Context, conn *pgx.Conn) error {
 		notes := conn.PgConn().CustomData()
-		notes[prepares] = !pooled
-		if !given && pooled {
-			notes[settingSQL] = "set local " + idleTimeoutParam + " = " + idle
-		}
+		notes[prepares], notes[settingSQL] = !pooled, local
 		return nil
 	}
 	if parsed.ConnConfig.TLSConfig != nil {
 		parsed.BeforeConnect = reloadTLS(config.URL, parsed.ConnConfig)
-	}
-	if config.GenericPlans && !pooled {
-		params["plan_cache_mode"], params["enable_seqscan"] = "force_generic_plan", "off"
-		params["jit"] = "off" // what must be scanned all the same looks so dear that Postgres would compile it, each time
 	}
 	pool, err := pgxpool.NewWithConfig(ctx, parsed)
 	if err != nil {
@@ -133,6 +128,9 @@ func Connect(ctx context.Context, url string) (*pgx.Conn, error) {
 	if err != nil {
 		return nil, fmt.Errorf("parse postgres url: %w", err)
 	}
+	if _, err := session.Pin(parsed, session.Options{Pooled: isPooled(parsed)}); err != nil {
+		return nil, err
+	}
 	parsed.ConnectTimeout = connectTimeout
 	parsed.DialFunc = dial
 	return pgx.ConnectConfig(ctx, parsed)
@@ -152,8 +150,6 @@ func dial(ctx context.Context, network, address string) (net.Conn, error) {
 	}
 	return dialer.DialContext(ctx, network, address)
 }
-
-const idleTimeoutParam = "idle_in_transaction_session_timeout"
 
 // settingSQL is the key under which a connection through a pooler knows what its transactions set first.
 const settingSQL = "setting"

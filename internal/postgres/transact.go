@@ -4,22 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"math/rand/v2"
-	"net"
-	"strings"
 	"time"
 
 	"github.com/jackc/pgx/v5"
-	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
-)
-
-var (
-	// ErrUnavailable means that the database could not be reached or would not take work, and that nothing was written.
-	ErrUnavailable = errors.New("database unavailable")
-	// ErrOutcomeUnknown means that the transaction may or may not be committed.
-	ErrOutcomeUnknown = errors.New("outcome of the commit is unknown")
 )
 
 const (
@@ -31,13 +20,15 @@ const (
 )
 
 // Transact runs fn in one READ COMMITTED transaction and commits it. When Postgres chooses the transaction as the victim
-// of a deadlock or a serialization failure, it runs fn again, up to three times: fn must not keep state of its own between runs.
+// of a deadlock or a serialization failure, it runs fn again, up to three times: fn must not keep state between runs.
 // BEGIN is sent with fn's first statement, and what is Deferred with COMMIT.
 //
-// Its errors are those of fn, the end of ctx, Postgres' refusal of COMMIT (a *pgconn.PgError, as for a deferred constraint), or wrap
-// ErrUnavailable; with all of these nothing was written. Or they wrap ErrOutcomeUnknown. If ctx comes of Join, the transaction is part of another.
+// With every error but ErrOutcomeUnknown nothing was written. The error is fn's own, the end of ctx, or Postgres' refusal
+// of COMMIT (a *pgconn.PgError, as for a deferred constraint); or it wraps ErrUnavailable or ErrBusy if the database is to
+// blame, as seen on the transaction's own connection. If ctx comes from Join, the transaction is part of another.
 //
-// Once fn has returned, ctx ends nothing any more. If what is Deferred waits for a lock for longer than 10 s, the outcome is unknown.
+// Once fn has returned, ctx ends nothing any more. COMMIT and what is sent with it may take 10 s; then the outcome is
+// unknown.
 func Transact(ctx context.Context, db *pgxpool.Pool, fn func(tx pgx.Tx) error) error {
 	once := transactOnce
 	if joined(ctx, db) != nil {
@@ -63,40 +54,55 @@ func transactOnce(ctx context.Context, db *pgxpool.Pool, fn func(tx pgx.Tx) erro
 		return Classify(fmt.Errorf("acquire connection: %w", err))
 	}
 	defer conn.Release()
-	tx := &transaction{Tx: &beginning{conn: conn.Conn(), ctx: ctx}}
-	settle, decided := collectAfterCommit(conn.Conn().PgConn()), false
+	tx := &transaction{Tx: &beginning{conn: conn.Conn(), ctx: ctx}, pending: new(pending)}
+	if err := runIn(ctx, tx, fn); err != nil {
+		return err
+	}
+	err = committing(ctx, conn.Conn(), tx.Commit)
+	if err == nil || errors.Is(err, ErrOutcomeUnknown) {
+		for _, after := range tx.pending.after {
+			after()
+		}
+	}
+	return err
+}
+
+// runIn runs fn in tx, a transaction or a savepoint, and rolls it back if it fails or panics, or cannot be committed.
+func runIn(ctx context.Context, tx *transaction, fn func(tx pgx.Tx) error) error {
+	succeeded := false
 	defer func() {
-		if decided {
+		if succeeded {
 			return
 		}
-		// Also reached when fn panics. The context may be done; the connection goes back to the pool clean or not at all.
+		// The context may be done; the connection goes back to the pool clean or not at all.
 		rollbackCtx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
 		defer cancel()
 		_ = tx.Rollback(rollbackCtx)
-		settle(false)
 	}()
 	if err := fn(tx); err != nil {
-		return Classify(err)
+		return Blame(tx, err)
 	}
 	if err := ctx.Err(); err != nil {
 		return err // the caller has left: better nothing than an effect that nobody hears of
 	}
-	decided = true
-	err = committing(ctx, conn.Conn(), tx.Commit)
-	settle(err == nil || errors.Is(err, ErrOutcomeUnknown))
-	return err
+	if err := Committable(tx); err != nil {
+		return err
+	}
+	succeeded = true
+	return nil
 }
 
-// TransactRow runs a statement that is a transaction by itself, in one round trip, and scans the row that it returns. Its errors are those of
-// Transact, and pgx.ErrNoRows.
+// TransactRow runs a statement that is a transaction by itself, in one round trip, and scans the row that it returns. Its
+// errors are those of Transact, and pgx.ErrNoRows.
 func TransactRow(ctx context.Context, db *pgxpool.Pool, sql string, args []any, dest ...any) error {
-	return alone(ctx, db, func(ctx context.Context, conn *pgx.Conn) error { return conn.QueryRow(ctx, sql, args...).Scan(dest...) })
+	return alone(ctx, db, func(ctx context.Context, on querier) error { return on.QueryRow(ctx, sql, args...).Scan(dest...) })
 }
 
-// TransactRows is TransactRow for a statement that returns any number of rows, none included. What fn collects counts only if there is no error.
+// TransactRows is TransactRow for a statement that returns any number of rows, none included. What fn collects counts only
+// if there is no error.
 func TransactRows(ctx context.Context, db *pgxpool.Pool, sql string, args []any, fn func(rows pgx.Rows) error) error {
-	return alone(ctx, db, func(ctx context.Context, conn *pgx.Conn) error {
-		rows, err := conn.Query(ctx, sql, args...)
+	return alone(ctx, db, func(ctx context.Context, on querier) error {
+		rows, err := on.Query(ctx, sql, args...)
 		if err != nil {
 			return err
 		}
@@ -109,11 +115,22 @@ func TransactRows(ctx context.Context, db *pgxpool.Pool, sql string, args []any,
 	})
 }
 
-// alone runs fn, which runs one statement that commits by itself.
-func alone(ctx context.Context, db *pgxpool.Pool, fn func(ctx context.Context, conn *pgx.Conn) error) error {
+// querier is a connection or a transaction.
+type querier interface {
+	Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error)
+	QueryRow(ctx context.Context, sql string, args ...any) pgx.Row
+}
+
+// alone runs fn, which runs one statement. On a session that is set up it commits by itself; through a pooler it needs a
+// transaction that sets it up.
+func alone(ctx context.Context, db *pgxpool.Pool, fn func(ctx context.Context, on querier) error) error {
 	conn, err := db.Acquire(ctx)
 	if err != nil {
 		return Classify(fmt.Errorf("acquire connection: %w", err))
+	}
+	if local, _ := conn.Conn().PgConn().CustomData()[settingSQL].(string); local != "" {
+		conn.Release()
+		return Transact(ctx, db, func(tx pgx.Tx) error { return fn(ctx, tx) })
 	}
 	defer conn.Release()
 	return committing(ctx, conn.Conn(), func(ctx context.Context) error { return fn(ctx, conn.Conn()) })
@@ -129,58 +146,5 @@ func committing(ctx context.Context, conn *pgx.Conn, fn func(ctx context.Context
 	if err == nil && notes[syncWaitCancelled] == true {
 		return fmt.Errorf("commit: wait for the standby was cancelled: %w", ErrOutcomeUnknown)
 	}
-	if err == nil || certainlyNotCommitted(err) {
-		return Classify(err)
-	}
-	return fmt.Errorf("commit: %w: %w", ErrOutcomeUnknown, err)
-}
-
-// certainlyNotCommitted tells an error of COMMIT that is the server's refusal from one that says nothing.
-func certainlyNotCommitted(err error) bool {
-	var refused *pgconn.PgError
-	switch {
-	case errors.Is(err, pgx.ErrTxCommitRollback), errors.Is(err, pgx.ErrNoRows):
-		return true
-	case errors.As(err, &refused):
-		// 08 connection exception and 57P0x shutdown can come after the commit record was written.
-		return !strings.HasPrefix(refused.Code, "08") && !strings.HasPrefix(refused.Code, "57P")
-	}
-	return false
-}
-
-func isConflict(err error) bool {
-	var refused *pgconn.PgError
-	return errors.As(err, &refused) && (refused.Code == "40001" || refused.Code == "40P01")
-}
-
-// Classify wraps err in ErrUnavailable if it says that the database is away, shutting down, starting up, read-only or
-// out of connections; every other error is returned as it is. It is for errors before COMMIT, when nothing is written yet.
-func Classify(err error) error {
-	if err == nil || errors.Is(err, ErrUnavailable) || errors.Is(err, ErrOutcomeUnknown) || !isUnavailable(err) {
-		return err
-	}
-	return fmt.Errorf("%w: %w", ErrUnavailable, err)
-}
-
-func isUnavailable(err error) bool {
-	var refused *pgconn.PgError
-	if errors.As(err, &refused) {
-		switch refused.Code {
-		case "53300", // too many connections
-			"57P01", "57P02", "57P03", // shutting down, crashed, starting up
-			"25006",          // read-only: a standby, or a primary that was demoted
-			"53100", "53200": // disk full, out of memory
-			return true
-		}
-		return strings.HasPrefix(refused.Code, "08")
-	}
-	var dial *pgconn.ConnectError
-	var network net.Error
-	switch {
-	case errors.As(err, &dial):
-		return true
-	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
-		return false // the caller's own deadline: the database may be well
-	}
-	return errors.As(err, &network) || errors.Is(err, pgconn.ErrConnClosed) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF)
+	return classifyCommit(err)
 }

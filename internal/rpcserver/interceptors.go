@@ -23,9 +23,9 @@ import (
 // before validation all the same.
 //
 // What a caller may see of an error is decided here and nowhere else. A *connect.Error that a handler returns is meant for
-// the caller and passes, unless it is another server's. postgres.ErrUnavailable and postgres.ErrOutcomeUnknown become
-// unavailable, the second with a text that says so; outbox.ErrBacklogFull becomes resource_exhausted; the end of the call's context becomes canceled or deadline_exceeded. Anything
-// else is logged and becomes internal with a fixed text.
+// the caller and passes, unless it is another server's. postgres.ErrUnavailable, ErrBusy and ErrOutcomeUnknown become
+// unavailable, each with a text of its own; outbox.ErrBacklogFull becomes resource_exhausted; the end of the call's context
+// becomes canceled or deadline_exceeded. Anything else is logged and becomes internal with a fixed text.
 func Interceptors(log *slog.Logger, inner ...connect.ServerInterceptor) []connect.ServerInterceptor {
 	return append([]connect.ServerInterceptor{nameRequest, logAccess(log), answerErrors(log), validate.NewServerInterceptor()}, inner...)
 }
@@ -118,6 +118,8 @@ func public(ctx context.Context, err error) (*connect.Error, slog.Level) {
 		return connect.NewError(connect.CodeResourceExhausted, "too much is waiting to be processed; nothing was done, try again later"), slog.LevelWarn
 	case errors.Is(err, postgres.ErrUnavailable):
 		return connect.NewError(connect.CodeUnavailable, "database is unavailable, try again"), slog.LevelWarn
+	case errors.Is(err, postgres.ErrBusy):
+		return connect.NewError(connect.CodeUnavailable, "others are in the way; nothing was done, try again"), slog.LevelWarn
 	}
 	return errInternal, slog.LevelError
 }

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"example.com/orders/internal/localstack"
+	"example.com/orders/internal/session"
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
@@ -29,6 +30,9 @@ func Postgres(t testing.TB) *pgxpool.Pool {
 		t.Fatalf("parse url: %v", err)
 	}
 	config.MaxConns = maxConns
+	if _, err := session.Pin(config.ConnConfig, session.Options{}); err != nil {
+		t.Fatalf("set up session: %v", err)
+	}
 	pool, err := pgxpool.NewWithConfig(t.Context(), config)
 	if err != nil {
 		t.Fatalf("open pool: %v", err)
