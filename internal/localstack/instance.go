@@ -36,6 +36,8 @@ type instance struct {
 	log     io.Writer
 	// alone leaves RabbitMQ out.
 	alone bool
+	// primary is the URL of the server that the Postgres is a standby of; empty if it is none.
+	primary string
 
 	mu    sync.Mutex // guards the ports while both servers start
 	state state      // as of the last time that start.lock was held

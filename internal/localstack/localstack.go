@@ -25,10 +25,8 @@ package localstack
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"os"
-	"path/filepath"
 	"time"
 )
 
@@ -86,26 +84,6 @@ func Join(ctx context.Context, config Config) (stack *Stack, release func(), err
 		return nil, nil, err
 	}
 	return m.stack, m.release, nil
-}
-
-// Cluster starts a Postgres by itself in a folder of its own, whatever the environment names: for tests that restore a database into another
-// cluster. It returns a superuser's URL, the folder of the server's programs, and what stops it.
-func Cluster(ctx context.Context, config Config) (url, programs string, release func(), err error) {
-	inst, err := newInstance(config)
-	if err != nil {
-		return "", "", nil, err
-	}
-	inst.alone = true
-	use, err := inst.enter(ctx, false, 0)
-	if err != nil {
-		return "", "", nil, err
-	}
-	server, err := filepath.EvalSymlinks(findPrograms().postgres()) // the others lie beside the file, and not always beside its links
-	if err != nil {
-		inst.leave(use)
-		return "", "", nil, fmt.Errorf("find postgres' programs: %w", err)
-	}
-	return inst.stack().PostgresURL, filepath.Dir(server), func() { inst.leave(use) }, nil
 }
 
 // Up starts the servers, or joins those that run, and keeps them until [Down].

@@ -77,6 +77,9 @@ func (p *postgres) initialise(ctx context.Context) error {
 		return fmt.Errorf("make data folder: %w", err)
 	}
 	argv := []string{p.programs.initdb(), "-D", building, "-U", postgresUser, "-A", "trust", "-E", "UTF8", "--locale=C"}
+	if p.primary != "" {
+		argv = []string{p.programs.basebackup(), "-D", building, "-d", p.primary, "-R", "-c", "fast"}
+	}
 	if p.profile.throwaway {
 		argv = append(argv, "--no-sync")
 	}

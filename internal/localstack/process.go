@@ -38,19 +38,71 @@ func (p process) signal(signal syscall.Signal) error {
 	if !p.alive() {
 		return os.ErrProcessDone
 	}
-	if signal == syscall.SIGKILL {
-		// The last resort takes the whole session along: what the process started
-		// has nobody left to stop it. A group is never empty while its leader lives,
-		// so its number cannot be a stranger's.
-		return syscall.Kill(-p.PID, signal)
-	}
 	return handle.Signal(signal)
+}
+
+// signalAll signals the process and then everything that it started. Postgres gives each of its processes a session
+// of its own, so that a group is not enough. A process that ended meanwhile is no error.
+func (p process) signalAll(signal syscall.Signal, started []process) error {
+	for _, one := range append([]process{p}, started...) {
+		if err := one.signal(signal); err != nil && !errors.Is(err, os.ErrProcessDone) {
+			return fmt.Errorf("signal process %d: %w", one.PID, err)
+		}
+	}
+	return nil
+}
+
+// freeze suspends the process and everything that it started, and returns the latter. The process is suspended first:
+// it starts nothing more while the others are looked for.
+func (p process) freeze() (started []process, err error) {
+	if err := p.signal(syscall.SIGSTOP); err != nil {
+		return nil, err
+	}
+	if started, err = descendants(p.PID); err != nil {
+		return nil, err
+	}
+	return started, p.signalAll(syscall.SIGSTOP, started)
+}
+
+// thaw undoes freeze.
+func (p process) thaw() error {
+	started, err := descendants(p.PID)
+	if err != nil {
+		return err
+	}
+	return p.signalAll(syscall.SIGCONT, started)
+}
+
+// kill ends the process and everything that it started, which has nobody left to stop it. It waits for the latter.
+func (p process) kill() error {
+	started, err := p.freeze()
+	if err != nil {
+		return err
+	}
+	// The group holds what outlived its parent. It is never empty while its leader lives, so its number cannot be a
+	// stranger's.
+	if err := syscall.Kill(-p.PID, syscall.SIGKILL); err != nil {
+		return err
+	}
+	for _, one := range started {
+		if err := one.signal(syscall.SIGKILL); err != nil && !errors.Is(err, os.ErrProcessDone) {
+			return fmt.Errorf("signal process %d: %w", one.PID, err)
+		}
+		if !waitGone(one, killAfter) {
+			return fmt.Errorf("process %d survived SIGKILL", one.PID)
+		}
+	}
+	return nil
 }
 
 // stop signals the process, more and more firmly, until it is gone.
 func (p process) stop(steps []stopStep) error {
 	for _, step := range steps {
-		if err := p.signal(step.signal); errors.Is(err, os.ErrProcessDone) {
+		send := func() error { return p.signal(step.signal) }
+		if step.signal == syscall.SIGKILL {
+			send = p.kill
+		}
+		if err := send(); errors.Is(err, os.ErrProcessDone) {
 			return nil
 		} else if err != nil {
 			return fmt.Errorf("signal process %d: %w", p.PID, err)
@@ -74,6 +126,18 @@ func waitGone(p process, patient time.Duration) bool {
 		}
 	}
 	return !p.alive()
+}
+
+// findDescendants returns the processes below pid in a table of parents, parents before their children.
+func findDescendants(pid int, children map[int][]int) []process {
+	var found []process
+	for _, child := range children[pid] {
+		if started, ok := startTime(child); ok {
+			found = append(found, process{PID: child, Started: started})
+			found = append(found, findDescendants(child, children)...)
+		}
+	}
+	return found
 }
 
 // command is a background process to start.

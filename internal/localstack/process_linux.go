@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"fmt"
 	"os"
+	"path/filepath"
+	"strconv"
 	"strings"
 )
 
@@ -11,15 +13,8 @@ import (
 // and the clock ticks from boot to the start of the process (field 22 of
 // /proc/PID/stat, see proc(5)). ok is false if there is none, or only a zombie.
 func startTime(pid int) (started string, ok bool) {
-	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
-		return "", false
-	}
-	// The second field is the program's name in parentheses, and may contain both
-	// spaces and parentheses. Field 3, the state, follows the last one.
-	_, rest, found := bytes.Cut(stat[bytes.LastIndexByte(stat, ')'):], []byte(" "))
-	fields := strings.Fields(string(rest))
-	if !found || len(fields) < 20 || fields[0] == "Z" || fields[0] == "X" {
+	fields := statFields(pid)
+	if len(fields) < 20 || fields[0] == "Z" || fields[0] == "X" {
 		return "", false
 	}
 	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
@@ -27,4 +22,39 @@ func startTime(pid int) (started string, ok bool) {
 		return "", false
 	}
 	return strings.TrimSpace(string(boot)) + "/" + fields[19], true
+}
+
+// descendants returns everything that a process started and that still runs, whatever its session.
+func descendants(pid int) ([]process, error) {
+	entries, err := filepath.Glob("/proc/[0-9]*")
+	if err != nil {
+		return nil, err
+	}
+	children := map[int][]int{}
+	for _, entry := range entries {
+		child, err := strconv.Atoi(filepath.Base(entry))
+		if err != nil {
+			continue
+		}
+		if fields := statFields(child); len(fields) > 1 {
+			parent, err := strconv.Atoi(fields[1])
+			if err != nil {
+				return nil, fmt.Errorf("parse parent of process %d: %w", child, err)
+			}
+			children[parent] = append(children[parent], child)
+		}
+	}
+	return findDescendants(pid, children), nil
+}
+
+// statFields returns the fields of /proc/PID/stat from the third on, or nothing if there is no such process.
+func statFields(pid int) []string {
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return nil
+	}
+	// The second field is the program's name in parentheses, and may contain both
+	// spaces and parentheses. Field 3, the state, follows the last one.
+	_, rest, _ := bytes.Cut(stat[bytes.LastIndexByte(stat, ')'):], []byte(" "))
+	return strings.Fields(string(rest))
 }

@@ -3,6 +3,7 @@
 package localstack
 
 import (
+	"fmt"
 	"os/exec"
 	"strconv"
 	"strings"
@@ -17,4 +18,21 @@ func startTime(pid int) (started string, ok bool) {
 	}
 	state, started, found := strings.Cut(strings.TrimSpace(string(out)), " ")
 	return strings.TrimSpace(started), found && !strings.HasPrefix(state, "Z")
+}
+
+// descendants returns everything that a process started and that still runs, whatever its session.
+func descendants(pid int) ([]process, error) {
+	out, err := exec.Command("ps", "-A", "-o", "pid=,ppid=").Output()
+	if err != nil {
+		return nil, fmt.Errorf("list processes: %w", err)
+	}
+	children := map[int][]int{}
+	for line := range strings.Lines(string(out)) {
+		var child, parent int
+		if _, err := fmt.Sscan(line, &child, &parent); err != nil {
+			return nil, fmt.Errorf("parse list of processes: %w", err)
+		}
+		children[parent] = append(children[parent], child)
+	}
+	return findDescendants(pid, children), nil
 }

@@ -23,6 +23,17 @@ type programs struct {
 func (p programs) postgres() string { return filepath.Join(p.postgresBin, "postgres") }
 func (p programs) initdb() string   { return filepath.Join(p.postgresBin, "initdb") }
 
+// basebackup lies beside the server's file, and not always beside the links to it.
+func (p programs) basebackup() string { return filepath.Join(p.postgresTools(), "pg_basebackup") }
+
+// postgresTools is the folder that also holds pg_dump and the other tools.
+func (p programs) postgresTools() string {
+	if server, err := filepath.EvalSymlinks(p.postgres()); err == nil {
+		return filepath.Dir(server)
+	}
+	return p.postgresBin
+}
+
 // missing returns the names that the packages to install have on Debian.
 func (p programs) missing() []string {
 	var packages []string

@@ -9,7 +9,6 @@ import (
 	"testing"
 	"time"
 
-	"example.com/orders/internal/localstack"
 	"example.com/orders/internal/session"
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
@@ -39,21 +38,6 @@ func Postgres(t testing.TB) *pgxpool.Pool {
 	}
 	t.Cleanup(func() { closePool(t, pool) })
 	return pool
-}
-
-// Cluster starts a Postgres that is the test's own and holds an empty database. It returns a superuser's URL of that, and
-// the folder of the server's programs, pg_dump among them.
-func Cluster(t testing.TB) (url, programs string) {
-	t.Helper()
-	shared(t) // for its watchdog
-	ctx, cancel := context.WithTimeout(t.Context(), startPatience)
-	defer cancel()
-	url, programs, release, err := localstack.Cluster(ctx, localstack.Config{Dir: t.TempDir(), Profile: "test"})
-	if err != nil {
-		t.Fatalf("start another cluster: %v", err)
-	}
-	t.Cleanup(release)
-	return url, programs
 }
 
 // closePool waits for connections to be given back, but not for ever: a leaked one
