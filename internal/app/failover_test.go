@@ -1,0 +1,129 @@
+package app
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"strings"
+	"testing"
+
+	"connectrpc.com/connect/v2"
+	"connectrpc.com/connect/v2/connecthttp"
+	"example.com/orders/internal/changes"
+	operationsv1 "example.com/orders/internal/gen/operations/v1"
+	"example.com/orders/internal/gen/operations/v1/operationsv1connect"
+	"example.com/orders/internal/outbox"
+	"example.com/orders/internal/probe"
+	"example.com/orders/internal/testenv"
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+	"golang.org/x/sync/errgroup"
+)
+
+// written is probed with a method that writes its text down, or finds that it stands there.
+func written(config Config) Config {
+	config = probed(config)
+	config.domain = func(_ *pgxpool.Pool, out *outbox.Writer, _ *changes.Hub) domain {
+		return domain{register: func(server *connect.Server) {
+			probe.Handle(server, probe.Mutate, func(ctx context.Context, text string) (answer string, err error) {
+				err = out.Transact(ctx, func(tx pgx.Tx) error {
+					tag, err := tx.Exec(ctx, `INSERT INTO effects (effect) VALUES ($1) ON CONFLICT DO NOTHING`, text)
+					answer = fmt.Sprintf("%s, %d now", text, tag.RowsAffected())
+					return err
+				})
+				return answer, err
+			})
+		}}
+	}
+	return config
+}
+
+// withHeader makes a context whose calls carry headers.
+func withHeader(ctx context.Context, pairs ...string) context.Context {
+	ctx, info := connect.NewClientContext(ctx)
+	for i := 0; i < len(pairs); i += 2 {
+		info.RequestHeader().Set(pairs[i], pairs[i+1])
+	}
+	return ctx
+}
+
+// A call that finds what it wants done already says so only if no failover can take that back. Here the standby has gone:
+// the first call is committed on the primary, and its caller is told that the outcome is unknown. A repeat finds the row,
+// and must not be told more.
+func TestDoneAlreadySurvivesAFailover(t *testing.T) {
+	t.Parallel()
+	primary, standby := testenv.Replicated(t)
+	owner, err := pgx.Connect(t.Context(), primary.URL())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer owner.Close(context.WithoutCancel(t.Context()))
+	if _, err := owner.Exec(t.Context(), `CREATE TABLE effects (effect text PRIMARY KEY); GRANT ALL ON effects TO app_api`); err != nil {
+		t.Fatal(err)
+	}
+	client := func(url string) *connect.Client {
+		config := Config{PostgresURL: testenv.As(t, url, "app_api"), Edge: Edge{NoAuth: true}}
+		served, _ := start(t, RunAPI, written(config))
+		await(t, "API", func() int {
+			response, err := web.Get(served + "/readyz")
+			if err != nil {
+				return 0
+			}
+			defer response.Body.Close()
+			return response.StatusCode
+		}, http.StatusOK)
+		return connect.NewClient(connecthttp.NewTransport(web, served))
+	}
+	before := client(primary.URL())
+	ctx, info := connect.NewClientContext(t.Context())
+	info.RequestHeader().Set("Prefer", "respond-async")
+	if _, err := probe.Call(ctx, before, probe.Mutate, "to be cancelled"); err != nil {
+		t.Fatal(err)
+	}
+	operation := info.ResponseHeader().Get("Operation")
+	calls := map[string]func(client *connect.Client) error{
+		"a row": func(client *connect.Client) error {
+			_, err := probe.Call(t.Context(), client, probe.Mutate, "row")
+			return err
+		},
+		"a key": func(client *connect.Client) error {
+			_, err := probe.Call(withHeader(t.Context(), "Idempotency-Key", "key"), client, probe.Mutate, "key")
+			return err
+		},
+		"a durable call": func(client *connect.Client) error {
+			_, err := probe.Call(withHeader(t.Context(), "Idempotency-Key", "durable", "Prefer", "respond-async"), client, probe.Mutate, "durable")
+			return err
+		},
+		"a durable call that is cancelled": func(client *connect.Client) error {
+			_, err := operationsv1connect.NewOperationServiceClient(client).
+				CancelOperation(t.Context(), &operationsv1.CancelOperationRequest{Name: operation})
+			return err
+		},
+	}
+	standby.Stop()
+	for _, which := range []string{"first", "repeated"} {
+		var all errgroup.Group
+		for name, call := range calls {
+			all.Go(func() error {
+				var answer *connect.Error
+				if err := call(before); !errors.As(err, &answer) || !strings.Contains(answer.Message(), "outcome is unknown") {
+					t.Errorf("%s, %s: %v, want an unknown outcome", name, which, err)
+				}
+				return nil
+			})
+		}
+		_ = all.Wait()
+	}
+	var rows int
+	if err := owner.QueryRow(t.Context(), `SELECT count(*) FROM effects`).Scan(&rows); err != nil || rows != 2 {
+		t.Errorf("%d rows on the primary, %v: the repeats had nothing to find", rows, err)
+	}
+	primary.Kill()
+	after := client(standby.Promote())
+	for name, call := range calls {
+		if err := call(after); err != nil {
+			t.Errorf("%s, after the failover: %v", name, err)
+		}
+	}
+}
