@@ -33,6 +33,10 @@ test: $(STACK) ## Every test, with the race detector, on real servers
 	@bash scripts/need.sh promtool prometheus
 	$(STACK) --profile test -- go test -race -count=1 -timeout 10m ./...
 
+test-settings: $(STACK) ## Tests on a Postgres with other settings; SETTINGS="lock_timeout=1s" for one of them
+	@bash scripts/need.sh psql postgresql-client
+	@$(STACK) --profile test -- bash scripts/test_settings.sh $(SETTINGS)
+
 FUZZTIME ?= 1m
 fuzz: $(STACK) ## Bad input for every procedure, for FUZZTIME each
 	FUZZTIME=$(FUZZTIME) $(STACK) --profile test -- go test -count=1 -timeout 0 -v -run '^TestBadInput' ./internal/app/
@@ -103,7 +107,7 @@ $(STACK): FORCE
 	@go build -o $@ ./cmd/stack
 
 FORCE:
-.PHONY: help up down test fuzz lint ci docs build reproducible image image-release kubernetes vuln console generate FORCE
+.PHONY: help up down test test-settings fuzz lint ci docs build reproducible image image-release kubernetes vuln console generate FORCE
 # example
 .PHONY: demo load bench compose-test
 # /example

@@ -10,7 +10,7 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-// Server is a Postgres of its user's own, to be broken as the user likes. Its methods are not for use at the same time.
+// Server is a Postgres of its user's own, to be broken as the user likes. Call one method at a time.
 type Server struct {
 	instance *instance
 	use      *fileLock
@@ -22,8 +22,8 @@ func Cluster(ctx context.Context, config Config) (*Server, error) {
 	return startServer(ctx, config, "")
 }
 
-// Standby starts a hot standby of a running server from a base backup of it, in a folder of its own. It streams from the
-// server under the application name, which synchronous_standby_names may list. The caller calls Release in the end.
+// Standby starts a hot standby of a running server from a base backup of it, in a folder of its own. It streams from
+// the server under the application name, which synchronous_standby_names may list. The caller calls Release in the end.
 func Standby(ctx context.Context, config Config, primary *Server, applicationName string) (*Server, error) {
 	named := primary.URL() + "&application_name=" + url.QueryEscape(applicationName)
 	return startServer(ctx, config, named)

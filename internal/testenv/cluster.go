@@ -11,8 +11,8 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-// Cluster starts a Postgres that is the test's own and holds an empty database. It returns a superuser's URL of that, and
-// the folder of the server's programs, pg_dump among them.
+// Cluster starts a Postgres that is the test's own and holds an empty database. It returns a superuser's URL of that,
+// and the folder of the server's programs, pg_dump among them.
 func Cluster(t testing.TB) (url, programs string) {
 	t.Helper()
 	server := newServer(t, "cluster", localstack.Cluster)
@@ -30,9 +30,9 @@ type Server struct {
 // until the standby has it on disk. [As] gives URLs for the service's roles, on either server. It takes some seconds.
 //
 // For a failover kill the primary, then promote the standby. While the standby is stopped, killed or frozen, a COMMIT
-// waits without end. It is committed on the primary nevertheless: it can be read there as soon as the wait is cancelled.
-// It is certain to be missing after the failover if the standby was stopped or killed before the COMMIT. Messages to a
-// frozen standby lie in its socket; it takes them up when it is thawed.
+// waits without end. When that wait is cancelled, by pgx at a deadline for instance, the transaction is committed on
+// the primary and can be read there, with a warning. A failover is certain to lose it if the standby was stopped or
+// killed before the COMMIT. To a frozen standby it lies in a socket, and arrives when that is thawed.
 func Replicated(t testing.TB) (primary, standby *Server) {
 	t.Helper()
 	primary = newServer(t, "primary", localstack.Cluster)
@@ -47,7 +47,9 @@ func Replicated(t testing.TB) (primary, standby *Server) {
 	return primary, standby
 }
 
-func newServer(t testing.TB, name string, start func(context.Context, localstack.Config) (*localstack.Server, error)) *Server {
+func newServer(
+	t testing.TB, name string, start func(context.Context, localstack.Config) (*localstack.Server, error),
+) *Server {
 	t.Helper()
 	shared(t) // for its watchdog
 	ctx, cancel := context.WithTimeout(t.Context(), startPatience)
