@@ -221,7 +221,7 @@ func TestSetShardsWaitsForWhoHasInserted(t *testing.T) {
 	db := testenv.Postgres(t)
 	tx := openTx(t, db)
 	insertIn(t, tx, "k", "m000")
-	ctx, cancel := context.WithTimeout(t.Context(), 1500*time.Millisecond)
+	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Second) // 1 s of it is the lock's, the rest is for a connection
 	defer cancel()
 	if err := SetShards(ctx, db, 2); !errors.Is(err, ErrBusy) {
 		t.Fatalf("error is %v", err)

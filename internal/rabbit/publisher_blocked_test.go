@@ -12,7 +12,7 @@ import (
 
 func TestPublishDuringAnAlarmOfTheBroker(t *testing.T) {
 	t.Parallel()
-	const confirmTimeout = 250 * time.Millisecond
+	const confirmTimeout = time.Second // confirms come within it when nothing is wrong, also on a busy machine
 
 	// setUp raises the alarm on a publisher that is connected.
 	setUp := func(t *testing.T) (p *Publisher, lower func()) {

@@ -54,6 +54,7 @@ func TestPublishWhenTheBrokerRefuses(t *testing.T) {
 
 func TestPublishWhenTheConnectionFails(t *testing.T) {
 	t.Parallel()
+	const confirmTimeout = time.Second // confirms come within it when nothing is wrong, also on a busy machine
 
 	t.Run("CutBeforeThePageArrivesItIsUnknown", func(t *testing.T) {
 		t.Parallel()
@@ -116,11 +117,11 @@ func TestPublishWhenTheConnectionFails(t *testing.T) {
 
 	t.Run("ABlackHoleEndsAtTheConfirmTimeout", func(t *testing.T) {
 		t.Parallel()
-		proxy, p := proxied(t, 300*time.Millisecond)
+		proxy, p := proxied(t, confirmTimeout)
 		proxy.Freeze(true)
 		receipt, started := publish(t, p, texts(0, 10)...), time.Now()
 		wantUnknown(t, wait(t, receipt), 10)
-		if took := time.Since(started); took < 300*time.Millisecond || took > 5*time.Second {
+		if took := time.Since(started); took < confirmTimeout || took > 10*time.Second {
 			t.Errorf("took %s", took)
 		}
 		proxy.Freeze(false)
@@ -129,7 +130,7 @@ func TestPublishWhenTheConnectionFails(t *testing.T) {
 
 	t.Run("WaitsThatAreBrokenOffDoNotPutTheConfirmTimeoutOff", func(t *testing.T) {
 		t.Parallel()
-		proxy, p := proxied(t, 300*time.Millisecond)
+		proxy, p := proxied(t, confirmTimeout)
 		proxy.Freeze(true)
 		receipt, started := publish(t, p, texts(0, 10)...), time.Now()
 		for {

@@ -342,18 +342,35 @@ func conformServerDies(t *testing.T, b *bed) {
 	b.wantLost(t, receive(t, done))
 }
 
+// expiring is a context whose deadline passes when the test says so: then it covers nothing but what the test is about.
+type expiring struct {
+	context.Context
+	done chan struct{}
+}
+
+func (e *expiring) Done() <-chan struct{} { return e.done }
+
+func (e *expiring) Err() error {
+	select {
+	case <-e.done:
+		return context.DeadlineExceeded
+	default:
+		return nil
+	}
+}
+
 // The network swallows the answer without a word.
 func conformReplyLost(t *testing.T, b *bed) {
+	ctx := &expiring{Context: t.Context(), done: make(chan struct{})}
 	b.serve(register(once, func(_ context.Context, in string) (string, error) {
 		if in == "lost" {
 			b.proxy.Freeze(true)
+			close(ctx.done)
 		}
 		return in, nil
 	}))
 	client := b.client()
 	b.wantEcho(t, client, "connected")
-	ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
-	defer cancel()
 	_, err := call(ctx, client, once, "lost")
 	wantError(t, err, connect.CodeDeadlineExceeded, "")
 	b.proxy.Freeze(false)

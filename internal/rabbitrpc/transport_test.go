@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -92,11 +93,21 @@ func TestCallsWithoutDeadlineGetOne(t *testing.T) {
 	b := &bed{t: t, direct: testenv.AMQP(t)}
 	asked := make(chan *amqp.Delivery, 1)
 	b.answerWith(t, func(_ *amqp.Channel, request *amqp.Delivery) { asked <- request })
-	client := connect.NewClient(newTransport(t, rabbitrpc.TransportConfig{URL: b.direct, Timeout: 300 * time.Millisecond}))
+	const timeout = time.Second
+	client := connect.NewClient(newTransport(t, rabbitrpc.TransportConfig{URL: b.direct, Timeout: timeout}))
+	// A first call with a deadline of its own connects: the timeout is not to cover that.
+	connected, leave := context.WithTimeout(t.Context(), patience)
+	var first pending
+	first.call(connected, client, once, "")
+	receive(t, asked)
+	leave()
+	first.wait()
 	_, err := call(t.Context(), client, once, "")
 	wantError(t, err, connect.CodeDeadlineExceeded, "")
-	if request := receive(t, asked); len(request.CorrelationId) != 32 || len(request.Expiration) != 3 || request.Expiration > "300" {
-		t.Errorf("correlation %q, expiration %q", request.CorrelationId, request.Expiration)
+	request := receive(t, asked)
+	left, err := strconv.Atoi(request.Expiration)
+	if len(request.CorrelationId) != 32 || err != nil || left < 1 || left > int(timeout.Milliseconds()) {
+		t.Errorf("correlation %q, expiration %q (%v)", request.CorrelationId, request.Expiration, err)
 	}
 }
 

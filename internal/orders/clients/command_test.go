@@ -8,13 +8,18 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"os/exec"
 	"strings"
 	"testing"
 
 	"buf.build/gen/go/bufbuild/protovalidate/protocolbuffers/go/buf/validate"
+	ordersv1 "example.com/orders/internal/gen/orders/v1"
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/reflect/protodesc"
+	"google.golang.org/protobuf/reflect/protoreflect"
+	"google.golang.org/protobuf/types/descriptorpb"
 )
 
 func (c call) json(t *testing.T) string {
@@ -134,12 +139,15 @@ func callCurl(t *testing.T, addr string, c call) outcome {
 	return o
 }
 
-// callBuf calls as `buf curl` does, which asks the service for its schema first.
+// callBuf calls as `buf curl` does, which asks the service for its schema first. Its timeout would cover that question,
+// too, so a call with one brings the schema along.
 func callBuf(protocol string) func(t *testing.T, addr string, c call) outcome {
 	return func(t *testing.T, addr string, c call) outcome {
-		args := append([]string{"curl", "--protocol", protocol, "--http2-prior-knowledge", "--reflect-header", "*", "-d", "@-"}, headerArgs("-H")...)
+		args := append([]string{"curl", "--protocol", protocol, "--http2-prior-knowledge", "-d", "@-"}, headerArgs("-H")...)
 		if c.timeout > 0 {
-			args = append(args, "--timeout", c.timeout.String())
+			args = append(args, "--timeout", c.timeout.String(), "--schema", schema(t))
+		} else {
+			args = append(args, "--reflect-header", "*")
 		}
 		stdout, stderr := c.run(t, c.json(t), "tools/node_modules/.bin/buf", append(args, "http://"+addr+c.procedure())...)
 		o := outcome{Code: "ok"}
@@ -157,6 +165,41 @@ func callBuf(protocol string) func(t *testing.T, addr string, c call) outcome {
 		}
 		return o
 	}
+}
+
+// schema writes the descriptors of the service, as reflection would give them, and returns the file.
+func schema(t *testing.T) string {
+	t.Helper()
+	var set descriptorpb.FileDescriptorSet
+	added := map[string]bool{}
+	var add func(file protoreflect.FileDescriptor)
+	add = func(file protoreflect.FileDescriptor) {
+		if added[file.Path()] {
+			return
+		}
+		added[file.Path()] = true
+		for i := range file.Imports().Len() {
+			add(file.Imports().Get(i).FileDescriptor)
+		}
+		set.File = append(set.File, protodesc.ToFileDescriptorProto(file))
+	}
+	add(ordersv1.File_orders_v1_orders_proto)
+	content, err := proto.Marshal(&set)
+	if err != nil {
+		t.Fatal(err)
+	}
+	file, err := os.CreateTemp("", "schema-*.binpb") // buf takes a comma for the end of a path, and t.TempDir may have one
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.Remove(file.Name()) })
+	if _, err := file.Write(content); err != nil {
+		t.Fatal(err)
+	}
+	if err := file.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return file.Name()
 }
 
 // callNode calls through the TypeScript client.
