@@ -12,32 +12,36 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-const scheduleSQL = `SELECT outbox_schedule($1::uuid[], $2::text[], $3::text[], $4::bytea[], $5::jsonb[], $6, $7)`
+const (
+	scheduleSQL = `SELECT outbox_schedule($1::uuid[], $2::text[], $3::text[], $4::bytea[], $5::jsonb[], $6, false)`
+	latestSQL   = `SELECT outbox_schedule($1::uuid[], $2::text[], $3::text[], $4::bytea[], $5::jsonb[], clock_timestamp() + $6::interval, true)`
+)
 
 // Schedule writes messages, as part of tx, that are inserted into the log at the time due by the database's clock, or soon after; until then
 // they are kept apart from it. They are published with the random part of their IDs, and the time of that moment in it.
 func Schedule(ctx context.Context, tx pgx.Tx, due time.Time, messages ...messaging.Message) error {
-	return schedule(ctx, tx, due, false, messages)
+	return schedule(ctx, tx, scheduleSQL, due, messages)
 }
 
 // InsertLatest writes messages, as part of tx, of which only the latest of each type and key matters: within the time given, one takes
-// the place of another. What was committed last is always published, and nothing waits longer than that time after the first.
+// the place of another. What was committed last is always published, and nothing waits longer than that time, by the database's clock, after the first.
 func InsertLatest(ctx context.Context, tx pgx.Tx, within time.Duration, messages ...messaging.Message) error {
 	for _, message := range messages {
 		if message.Key == "" {
 			return fmt.Errorf("insert into outbox: %w: only the latest of a key can be wanted, and message %s has no key", messaging.ErrInvalid, message.ID)
 		}
 	}
-	return schedule(ctx, tx, time.Now().Add(within), true, messages)
+	return schedule(ctx, tx, latestSQL, within, messages)
 }
 
-func schedule(ctx context.Context, tx pgx.Tx, due time.Time, latest bool, messages []messaging.Message) error {
+// schedule takes when as sql does: a time.Time or, from now on, a time.Duration.
+func schedule(ctx context.Context, tx pgx.Tx, sql string, when any, messages []messaging.Message) error {
 	if len(messages) == 0 {
 		return nil
 	}
 	messages, err := traced(ctx, messages)
 	if err == nil {
-		_, err = tx.Exec(ctx, scheduleSQL, append(columnsOf(messages), due, latest)...)
+		_, err = tx.Exec(ctx, sql, append(columnsOf(messages), when)...)
 	}
 	if err != nil {
 		return fmt.Errorf("schedule in outbox: %w", err)

@@ -214,3 +214,18 @@ func TestInsertLatest(t *testing.T) {
 		}
 	})
 }
+
+// The time of which only the latest of a key matters counts by the database's clock, as the time at which it is due does.
+func TestInsertLatestCountsByTheDatabasesClock(t *testing.T) {
+	t.Parallel()
+	db := testenv.Postgres(t)
+	testenv.ShiftClock(t, db, time.Hour)
+	latest(t, db, time.Minute, probe("k", "m"))
+	var waits time.Duration
+	if err := db.QueryRow(t.Context(), `SELECT due_at - clock_timestamp() FROM outbox_scheduled`).Scan(&waits); err != nil {
+		t.Fatal(err)
+	}
+	if waits > time.Minute || waits < 30*time.Second {
+		t.Errorf("it waits for %s", waits)
+	}
+}
