@@ -29,6 +29,20 @@ END
 $$;
 -- +goose StatementEnd
 
+-- Fails unless each statement of the transaction sees what was committed before it. Functions that wait for a lock and then look again rely on that:
+-- under REPEATABLE READ they would look at the past, and drop or forget what was committed meanwhile. Each of them calls this first.
+-- +goose StatementBegin
+CREATE FUNCTION needs_read_committed() RETURNS void
+    LANGUAGE plpgsql SET search_path = pg_catalog AS $$
+BEGIN
+    IF current_setting('transaction_isolation') NOT IN ('read committed', 'read uncommitted') THEN
+        RAISE invalid_transaction_state USING MESSAGE = format('the transaction is %s, and this works under READ COMMITTED only',
+            upper(current_setting('transaction_isolation'))), HINT = 'BEGIN ISOLATION LEVEL READ COMMITTED';
+    END IF;
+END
+$$;
+-- +goose StatementEnd
+
 -- The time slot that a new row falls into. Five slots of eight hours make a ring: a slot is emptied as a whole when every
 -- row in it is delivered and past its retention, so the log never needs a DELETE and never bloats. Five, because each read opens every slot.
 CREATE FUNCTION outbox_slots() RETURNS integer
@@ -255,6 +269,7 @@ CREATE FUNCTION outbox_set_shards(shards integer) RETURNS void
 DECLARE
     first integer;
 BEGIN
+    PERFORM needs_read_committed();
     IF shards IS NULL OR shards NOT BETWEEN 1 AND 64 THEN
         RAISE EXCEPTION 'the outbox can have 1 to 64 shards, not %', shards USING ERRCODE = 'invalid_parameter_value';
     END IF;
@@ -300,6 +315,7 @@ DECLARE
     part    text;
     emptied smallint[] := '{}';
 BEGIN
+    PERFORM needs_read_committed();
     FOR age IN 1..outbox_slots() - 1 LOOP
         part := 'outbox_slot_' || outbox_slot(present - age * turn);
         BEGIN -- everything that may meet the lock of another sweep
@@ -341,6 +357,7 @@ DECLARE
     waiting  bigint;
     first_id bigint;
 BEGIN
+    PERFORM needs_read_committed();
     -- 1869968483 follows the class of the key locks.
     IF NOT EXISTS (SELECT FROM outbox_backlog WHERE measured_at > clock_timestamp() - stale) AND pg_try_advisory_xact_lock(1869968483, 0) THEN
         FOR cursor IN SELECT shard, delivered, batch, last_id FROM outbox_cursor WHERE NOT drained LOOP
@@ -412,6 +429,7 @@ $$;
 CREATE FUNCTION outbox_move_due(most integer, OUT moved bigint, OUT next_due_at timestamptz)
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
 BEGIN
+    PERFORM needs_read_committed();
     moved := 0;
     IF pg_try_advisory_xact_lock(1869968483, 1) THEN
         WITH due AS (
@@ -448,6 +466,7 @@ DECLARE
     me     CONSTANT xid8 := pg_current_xact_id();
     kept   bigint;
 BEGIN
+    PERFORM needs_read_committed();
     LOCK TABLE outbox IN SHARE ROW EXCLUSIVE MODE;
     PERFORM FROM outbox_cursor FOR UPDATE;
     IF NOT EXISTS (SELECT FROM outbox_cursor WHERE system_identifier <> here) THEN
@@ -550,4 +569,5 @@ DROP TABLE dead_letter_audit, dead_letter, outbox_scheduled, outbox_backlog, out
 DROP FUNCTION dead_letter_guard;
 DROP FUNCTION outbox_insert(text, text, bytea, jsonb, uuid);
 DROP FUNCTION outbox_insert(uuid[], text[], text[], bytea[], jsonb[]);
-DROP FUNCTION outbox_accepts, outbox_refuse, outbox_headers_valid, outbox_uuidv7, outbox_redate, outbox_shard, outbox_slot, outbox_slot_length, outbox_slots;
+DROP FUNCTION outbox_accepts, outbox_refuse, outbox_headers_valid, outbox_uuidv7, outbox_redate, outbox_shard, outbox_slot, outbox_slot_length, outbox_slots,
+    needs_read_committed;

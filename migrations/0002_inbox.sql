@@ -43,6 +43,7 @@ DECLARE
     kept    boolean;
     emptied smallint[] := '{}';
 BEGIN
+    PERFORM needs_read_committed();
     LOOP
         DELETE FROM inbox_slot_foreign WHERE ctid = ANY (ARRAY(SELECT ctid FROM inbox_slot_foreign WHERE received_at < oldest LIMIT 10000));
         EXIT WHEN NOT FOUND OR clock_timestamp() > oldest + remember + interval '10 s';
@@ -122,6 +123,7 @@ DECLARE
         ORDER BY seq LIMIT CASE WHEN whole THEN NULL ELSE 1 END FOR UPDATE NOWAIT);
     moved  CONSTANT text[] := ARRAY(SELECT message_id FROM inbox_retry WHERE seq = ANY (chosen) ORDER BY seq);
 BEGIN
+    PERFORM needs_read_committed();
     INSERT INTO dead_letter (consumer, message_id, type, key, payload, headers, reason, error, attempts)
     SELECT consumer, message_id, type, key, payload, headers, 'skipped', cause || '; last error: ' || last_error, attempts
     FROM inbox_retry WHERE seq = ANY (chosen) ORDER BY seq;

@@ -65,6 +65,7 @@ DECLARE
     batch   bigint;
     deleted bigint := 0;
 BEGIN
+    PERFORM needs_read_committed();
     LOOP
         DELETE FROM operation WHERE id = ANY (ARRAY(
             SELECT id FROM operation WHERE ended_at < began - retention ORDER BY ended_at LIMIT 5000 FOR UPDATE SKIP LOCKED));
@@ -86,6 +87,7 @@ DECLARE
     batch   bigint;
     deleted bigint := 0;
 BEGIN
+    PERFORM needs_read_committed();
     LOOP
         DELETE FROM idempotency_key WHERE ctid = ANY (ARRAY(
             SELECT ctid FROM idempotency_key WHERE created_at < began - retention ORDER BY created_at LIMIT 5000 FOR UPDATE SKIP LOCKED));

@@ -230,7 +230,10 @@ func (k *Keys) sweep(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	var forgotten int
-	if err := k.db.QueryRow(ctx, `SELECT idempotency_key_sweep($1)`, k.config.Retention).Scan(&forgotten); err != nil {
+	err := postgres.Transact(ctx, k.db, func(tx pgx.Tx) error { // for its isolation level
+		return tx.QueryRow(ctx, `SELECT idempotency_key_sweep($1)`, k.config.Retention).Scan(&forgotten)
+	})
+	if err != nil {
 		return fmt.Errorf("sweep idempotency keys: %w", err)
 	}
 	if forgotten > 0 {

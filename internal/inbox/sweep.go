@@ -6,6 +6,9 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"time"
+
+	"example.com/orders/internal/postgres"
+	"github.com/jackc/pgx/v5"
 )
 
 // Retention is how long the inbox remembers a message. A copy that comes later goes to the dead letters, so it must be longer
@@ -48,7 +51,10 @@ func (b *Inbox) sweepNowAndThen(ctx context.Context) {
 func (b *Inbox) sweep(ctx context.Context) (emptied []int16, err error) {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
-	if err := b.db.QueryRow(ctx, `SELECT inbox_sweep($1)`, b.ring.memory()).Scan(&emptied); err != nil {
+	err = postgres.Transact(ctx, b.db, func(tx pgx.Tx) error { // for its isolation level
+		return tx.QueryRow(ctx, `SELECT inbox_sweep($1)`, b.ring.memory()).Scan(&emptied)
+	})
+	if err != nil {
 		return nil, fmt.Errorf("sweep inbox: %w", err)
 	}
 	return emptied, nil

@@ -14,6 +14,7 @@ import (
 	operationsv1 "example.com/orders/internal/gen/operations/v1"
 	"example.com/orders/internal/inbox"
 	"example.com/orders/internal/messaging"
+	"example.com/orders/internal/postgres"
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
@@ -154,7 +155,10 @@ func (w *Worker) sweep(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	var forgotten int
-	if err := w.db.QueryRow(ctx, `SELECT operation_sweep($1)`, w.config.Retention).Scan(&forgotten); err != nil {
+	err := postgres.Transact(ctx, w.db, func(tx pgx.Tx) error { // for its isolation level
+		return tx.QueryRow(ctx, `SELECT operation_sweep($1)`, w.config.Retention).Scan(&forgotten)
+	})
+	if err != nil {
 		return fmt.Errorf("sweep operations: %w", err)
 	}
 	if forgotten > 0 {

@@ -300,6 +300,8 @@ func (r *Relay) sweepNowAndThen(ctx context.Context) {
 func Sweep(ctx context.Context, db *pgxpool.Pool, retention time.Duration) (slots []int16, err error) {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
-	err = db.QueryRow(ctx, `SELECT outbox_sweep($1)`, retention).Scan(&slots)
+	err = postgres.Transact(ctx, db, func(tx pgx.Tx) error { // for its isolation level
+		return tx.QueryRow(ctx, `SELECT outbox_sweep($1)`, retention).Scan(&slots)
+	})
 	return slots, err
 }
