@@ -29,6 +29,25 @@ END
 $$;
 -- +goose StatementEnd
 
+-- Clocks step. So a stored time is believed only as far as it can be true, and never further in the future than its own interval: one that was
+-- written before the clock was set back would stand in the way until the clock comes there again. Everything that compares a stored time with
+-- now does so through these functions; internal/house holds the list of exceptions.
+
+-- Whether a lease, or another sign of life, holds that was given until expires_at for so long.
+CREATE FUNCTION clock_holds(expires_at timestamptz, lease interval) RETURNS boolean
+    LANGUAGE sql VOLATILE PARALLEL SAFE
+    RETURN expires_at > clock_timestamp() AND expires_at <= clock_timestamp() + lease;
+
+-- Whether something happened within the interval, and not further ahead than that.
+CREATE FUNCTION clock_within(happened_at timestamptz, span interval) RETURNS boolean
+    LANGUAGE sql VOLATILE PARALLEL SAFE
+    RETURN happened_at > clock_timestamp() - span AND happened_at < clock_timestamp() + span;
+
+-- How long ago something happened: never less than nothing.
+CREATE FUNCTION clock_age(happened_at timestamptz) RETURNS interval
+    LANGUAGE sql VOLATILE PARALLEL SAFE
+    RETURN greatest(clock_timestamp() - happened_at, interval '0');
+
 -- Fails unless each statement of the transaction sees what was committed before it. Functions that wait for a lock and then look again rely on that:
 -- under REPEATABLE READ they would look at the past, and drop or forget what was committed meanwhile. Each of them calls this first.
 -- +goose StatementBegin
@@ -78,6 +97,22 @@ CREATE FUNCTION outbox_uuidv7() RETURNS uuid
     LANGUAGE sql VOLATILE PARALLEL SAFE
     RETURN outbox_redate(gen_random_uuid());
 
+-- Whether the time in a UUIDv7 is right enough by this database's clock: not so far ahead that the writer's clock must be wrong, and not so old that an
+-- inbox may have forgotten its copies. What is accepted here, consumers take, with time to spare at both ends: see inbox.ring. An ID is compared as the
+-- bytes that it begins with, the milliseconds since 1970.
+CREATE FUNCTION outbox_most_ahead() RETURNS interval
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    RETURN interval '10 minutes';
+
+CREATE FUNCTION outbox_oldest() RETURNS interval
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    RETURN interval '6 days';
+
+CREATE FUNCTION outbox_timely(id uuid) RETURNS boolean
+    LANGUAGE sql VOLATILE PARALLEL SAFE
+    RETURN uuid_send(id) < int8send((date_part('epoch', clock_timestamp() + outbox_most_ahead()) * 1000)::bigint << 16)
+        AND uuid_send(id) > int8send((date_part('epoch', clock_timestamp() - outbox_oldest()) * 1000)::bigint << 16);
+
 -- Header names must not be able to become AMQP properties or RabbitMQ's own headers (CC, x-*): see internal/messaging.
 -- +goose StatementBegin
 CREATE FUNCTION outbox_headers_valid(headers jsonb) RETURNS boolean
@@ -110,6 +145,7 @@ CREATE FUNCTION outbox_accepts(id uuid, type text, key text, payload bytea, head
 CREATE FUNCTION outbox_refuse(id uuid, type text, key text, payload bytea, headers jsonb) RETURNS boolean
     LANGUAGE plpgsql SET search_path = pg_catalog AS $$
 DECLARE
+    made_at CONSTANT timestamptz := to_timestamp(('x' || encode(substring(uuid_send(id) FOR 6), 'hex'))::bit(48)::bigint / 1000.0);
     problem text[] := CASE
         WHEN get_byte(uuid_send(id), 6) >> 4 <> 7 THEN '{message_id_is_uuidv7,the id is not a UUIDv7}'
         WHEN octet_length(key) > 255 THEN '{key_fits,the key has more than 255 bytes}'
@@ -120,6 +156,11 @@ DECLARE
             THEN '{type_is_protobuf_name,the type is not a protobuf full name of at most 255 bytes}'
     END;
 BEGIN
+    IF problem IS NULL AND NOT public.outbox_timely(id) THEN -- not the message is wrong, but a clock
+        RAISE object_not_in_prerequisite_state USING TABLE = 'outbox', CONSTRAINT = 'outbox_message_id_is_timely', MESSAGE = format(
+            'message %s was dated %s by its writer, and it is %s by Postgres'' clock: consumers could not tell its copies; set the clock that is wrong',
+            id, to_char(made_at AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS'), to_char(clock_timestamp() AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS'));
+    END IF;
     IF problem IS NULL THEN
         RETURN true; -- something is NULL, which the table will refuse
     END IF;
@@ -169,8 +210,9 @@ CREATE INDEX outbox_created_at_idx ON outbox USING brin (created_at);
 -- runs a statement of its own within another, which takes half as much of the server's processor time again (measured).
 --
 -- Who has checked a message already, as outbox.Insert has, says so by a literal true in the column checked: then the plan is without the check, which
--- takes as long as the row. The relay checks every message again before it publishes it, and parks what it could not publish.
-CREATE VIEW outbox_message AS SELECT message_id AS id, type, key, payload, headers, false AS checked FROM outbox WHERE false;
+-- takes as long as the row. It gives the time in the ID as made_at, which is compared with this database's clock: only the database can. The relay
+-- checks every message again before it publishes it, and parks what it could not publish.
+CREATE VIEW outbox_message AS SELECT message_id AS id, type, key, payload, headers, false AS checked, created_at AS made_at FROM outbox WHERE false;
 -- There is no default for id: of an INSERT with several rows it might be evaluated once for all of them.
 ALTER VIEW outbox_message ALTER COLUMN checked SET DEFAULT false;
 
@@ -178,8 +220,9 @@ CREATE RULE outbox_message_insert AS ON INSERT TO outbox_message DO INSTEAD
     INSERT INTO outbox (shard, message_id, type, key, payload, headers)
     SELECT outbox_shard(coalesce(key, ''), id), id, type, coalesce(key, ''), payload, coalesce(headers, '{}')
     -- What the caller gives for a column is evaluated once: OFFSET keeps Postgres from taking the subquery apart.
-    FROM (SELECT NEW.id, NEW.type, NEW.key, NEW.payload, NEW.headers OFFSET 0) AS message (id, type, key, payload, headers)
-    WHERE (NEW.checked OR outbox_accepts(id, type, key, payload, headers) OR outbox_refuse(id, type, key, payload, headers))
+    FROM (SELECT NEW.id, NEW.type, NEW.key, NEW.payload, NEW.headers, NEW.made_at OFFSET 0) AS message (id, type, key, payload, headers, made_at)
+    WHERE (CASE WHEN NEW.checked THEN made_at < clock_timestamp() + outbox_most_ahead() AND made_at > clock_timestamp() - outbox_oldest()
+                ELSE outbox_accepts(id, type, key, payload, headers) AND outbox_timely(id) END OR outbox_refuse(id, type, key, payload, headers))
         -- Held to the end of the transaction: whoever writes the same key next draws its id after this commit is visible. WHERE comes before the
         -- defaults are computed, and among them the id. 1869968482 is 'outb' in ASCII, a class of our own among advisory locks. Two keys with one
         -- hash only wait for each other.
@@ -200,6 +243,9 @@ $$;
 -- +goose StatementBegin
 CREATE FUNCTION outbox_insert(ids uuid[], types text[], keys text[], payloads bytea[], headers jsonb[]) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+DECLARE -- once for all; see outbox_timely
+    oldest CONSTANT bytea := int8send((date_part('epoch', clock_timestamp() - outbox_oldest()) * 1000)::bigint << 16);
+    newest CONSTANT bytea := int8send((date_part('epoch', clock_timestamp() + outbox_most_ahead()) * 1000)::bigint << 16);
 BEGIN
     PERFORM pg_advisory_xact_lock(1869968482, lock.hash)
     FROM (SELECT DISTINCT hashtext(key) AS hash FROM unnest(keys) AS key WHERE key <> '' ORDER BY hash) AS lock;
@@ -208,7 +254,7 @@ BEGIN
     SELECT outbox_shard(coalesce(message.key, ''), message.id), message.id, message.type, coalesce(message.key, ''), message.payload,
         coalesce(message.headers, '{}')
     FROM unnest(ids, types, keys, payloads, headers) WITH ORDINALITY AS message (id, type, key, payload, headers, position)
-    WHERE outbox_accepts(message.id, message.type, message.key, message.payload, message.headers)
+    WHERE outbox_accepts(message.id, message.type, message.key, message.payload, message.headers) AND uuid_send(message.id) BETWEEN oldest AND newest
         OR outbox_refuse(message.id, message.type, message.key, message.payload, message.headers)
     ORDER BY message.position;
 END
@@ -237,10 +283,11 @@ CREATE TABLE outbox_cursor (
     -- Messages published and confirmed so far, and messages parked.
     published        bigint      NOT NULL DEFAULT 0,
     parked           bigint      NOT NULL DEFAULT 0,
-    -- The lease: who may move this cursor, and until when by this database's clock. Each new holder raises the epoch.
+    -- The lease: who may move this cursor, until when by this database's clock, and for how long it was given. Each new holder raises the epoch.
     owner            text        NOT NULL DEFAULT '',
     epoch            bigint      NOT NULL DEFAULT 0,
     lease_expires_at timestamptz NOT NULL DEFAULT '-infinity',
+    lease            interval    NOT NULL DEFAULT '0',
     -- Counts the moves, so that a holder notices when the row is not as it left it: after a failover that lost some.
     moves            bigint      NOT NULL DEFAULT 0,
     moved_at         timestamptz NOT NULL DEFAULT clock_timestamp()
@@ -254,6 +301,7 @@ SELECT 0, system_identifier, '1:1:' FROM pg_control_system();
 CREATE TABLE outbox_relay (
     owner      text        NOT NULL CONSTRAINT outbox_relay_pkey PRIMARY KEY,
     expires_at timestamptz NOT NULL,
+    lease      interval    NOT NULL,
     -- What keeps it from publishing, for people; '' if nothing does.
     problem    text        NOT NULL DEFAULT ''
 );
@@ -306,6 +354,9 @@ $$;
 -- A slot's turn ends when its time is over; what came last then still has its whole retention before it. Whether all of it is delivered is
 -- looked up without a lock first, since that may take long, and then again under the lock, which waits for transactions that wrote in the
 -- slot's time and are open still. The lock is asked for briefly: everyone else would queue behind it.
+--
+-- A clock that was set back makes a slot look older than its rows are, so these are asked, too. A clock that was set forward, or is behind rows
+-- by more than the ring is long, shortens the time for which delivered rows can be replayed; nothing undelivered goes for any clock.
 -- +goose StatementBegin
 CREATE FUNCTION outbox_sweep(retention interval) RETURNS smallint[]
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp SET lock_timeout = '100ms' AS $$
@@ -314,6 +365,7 @@ DECLARE
     present CONSTANT timestamptz := clock_timestamp();
     part    text;
     emptied smallint[] := '{}';
+    young   boolean;
 BEGIN
     PERFORM needs_read_committed();
     FOR age IN 1..outbox_slots() - 1 LOOP
@@ -321,6 +373,9 @@ BEGIN
         BEGIN -- everything that may meet the lock of another sweep
             CONTINUE WHEN date_bin(turn, present, 'epoch') - (age - 1) * turn > present - retention
                 OR pg_relation_size(part::regclass) = 0 OR NOT outbox_slot_delivered(part);
+            EXECUTE format('SELECT EXISTS (SELECT FROM %I WHERE created_at > $1 AND created_at < $2)', part) INTO young
+                USING present - retention, present + outbox_slots() * turn;
+            CONTINUE WHEN young;
             EXECUTE format('LOCK TABLE ONLY %I IN ACCESS EXCLUSIVE MODE', part);
             IF outbox_slot_delivered(part) THEN
                 EXECUTE format('TRUNCATE ONLY %I', part);
@@ -359,7 +414,7 @@ DECLARE
 BEGIN
     PERFORM needs_read_committed();
     -- 1869968483 follows the class of the key locks.
-    IF NOT EXISTS (SELECT FROM outbox_backlog WHERE measured_at > clock_timestamp() - stale) AND pg_try_advisory_xact_lock(1869968483, 0) THEN
+    IF NOT EXISTS (SELECT FROM outbox_backlog WHERE clock_within(measured_at, stale)) AND pg_try_advisory_xact_lock(1869968483, 0) THEN
         FOR cursor IN SELECT shard, delivered, batch, last_id FROM outbox_cursor WHERE NOT drained LOOP
             SELECT count(*), min(id) INTO waiting, first_id
             FROM (
@@ -569,5 +624,5 @@ DROP TABLE dead_letter_audit, dead_letter, outbox_scheduled, outbox_backlog, out
 DROP FUNCTION dead_letter_guard;
 DROP FUNCTION outbox_insert(text, text, bytea, jsonb, uuid);
 DROP FUNCTION outbox_insert(uuid[], text[], text[], bytea[], jsonb[]);
-DROP FUNCTION outbox_accepts, outbox_refuse, outbox_headers_valid, outbox_uuidv7, outbox_redate, outbox_shard, outbox_slot, outbox_slot_length, outbox_slots,
-    needs_read_committed;
+DROP FUNCTION outbox_accepts, outbox_refuse, outbox_headers_valid, outbox_timely, outbox_most_ahead, outbox_oldest, outbox_uuidv7, outbox_redate,
+    outbox_shard, outbox_slot, outbox_slot_length, outbox_slots, needs_read_committed, clock_age, clock_within, clock_holds;

@@ -109,6 +109,7 @@ CREATE TABLE inbox_consumer (
     -- How old the message was that was applied last, at that time; NULL before the first.
     lag        double precision,
     expires_at timestamptz      NOT NULL,
+    lease      interval         NOT NULL,
     CONSTRAINT inbox_consumer_pkey PRIMARY KEY (consumer, owner)
 );
 

@@ -20,7 +20,7 @@ import (
 func TestOutboxStatus(t *testing.T) {
 	o := newOffice(t)
 	o.insert(3)
-	o.exec(`UPDATE outbox_cursor SET owner = 'relay one', epoch = 7, lease_expires_at = 'infinity', published = 42, parked = 5`)
+	o.exec(`UPDATE outbox_cursor SET owner = 'relay one', epoch = 7, lease_expires_at = clock_timestamp() + interval '1 h', lease = '1 h', published = 42, parked = 5`)
 	o.says(0, "outbox status", `SHARD +RELAY +EPOCH`, `0 +relay one +7 +3 +\S+ +42 +5 +20\d\d-`, `3 messages wait to be published, the oldest for`)
 	var status outboxStatus
 	o.json(0, "outbox status", &status)

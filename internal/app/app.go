@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"slices"
 	"sync"
 
 	"connectrpc.com/connect/v2"
@@ -144,7 +145,11 @@ func run(ctx context.Context, config Config, name string, parts ...part) error {
 	p.newCalls(writer)
 	p.remembered = whenRemembered(ctx, p.db)
 	defer p.ring(ctx)()
-	p.checks = []rpcserver.Check{{Name: "database", Ready: p.db.Ping}}
+	p.checks = []rpcserver.Check{
+		{Name: "database", Ready: p.db.Ping},
+		// Before its messages are refused for the time in their IDs.
+		{Name: "clock", Ready: func(ctx context.Context) error { return outbox.CheckClock(ctx, p.db) }},
+	}
 	for _, start := range parts {
 		start(p, ctx)
 	}
@@ -211,7 +216,7 @@ func (p *process) connectionName(part string) string {
 
 // needBroker makes readiness depend on the broker.
 func (p *process) needBroker() {
-	if len(p.checks) == 1 {
+	if !slices.ContainsFunc(p.checks, func(one rpcserver.Check) bool { return one.Name == "broker" }) {
 		p.checks = append(p.checks, rpcserver.Check{
 			Name:  "broker",
 			Ready: func(ctx context.Context) error { return rabbit.Check(ctx, p.config.AMQPURL) },

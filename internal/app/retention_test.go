@@ -46,6 +46,19 @@ func TestWhoWouldForgetTooEarlyRefusesToRun(t *testing.T) {
 	})
 }
 
+// A process whose clock differs from the database's says that it is not ready, before its messages are refused.
+func TestAWrongClockIsNotReady(t *testing.T) {
+	t.Parallel()
+	config := probed(Config{PostgresURL: testenv.PostgresURL(t), Addr: "127.0.0.1:0"})
+	db, err := postgres.Open(t.Context(), postgres.Config{URL: config.PostgresURL})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close()
+	testenv.ShiftClock(t, db, -11*time.Minute)
+	await(t, "API", serve(t, RunAPI, config), 503)
+}
+
 func TestLongestRedelivery(t *testing.T) {
 	t.Parallel()
 	if longest := longestRedelivery(); longest < 10*time.Hour+45*time.Minute || longest > 12*time.Hour {

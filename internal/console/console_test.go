@@ -317,9 +317,9 @@ func TestFaultsAreShownWhereTheyAre(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
 	healthy := `
-		INSERT INTO outbox_relay (owner, expires_at) VALUES ('r', now() + interval '1 hour');
-		UPDATE outbox_cursor SET owner = 'r', lease_expires_at = now() + interval '1 hour';
-		INSERT INTO inbox_consumer (consumer, owner, applied, lag, expires_at) VALUES ('group', 'c', 5, 0.01, now() + interval '1 hour')`
+		INSERT INTO outbox_relay (owner, expires_at, lease) VALUES ('r', now() + interval '1 hour', '1 hour');
+		UPDATE outbox_cursor SET owner = 'r', lease_expires_at = now() + interval '1 hour', lease = '1 hour';
+		INSERT INTO inbox_consumer (consumer, owner, applied, lag, expires_at, lease) VALUES ('group', 'c', 5, 0.01, now() + interval '1 hour', '1 hour')`
 	b.exec(t, healthy)
 	api, err := postgres.Connect(t.Context(), b.owner.Config().ConnString())
 	if err != nil {
@@ -342,8 +342,8 @@ func TestFaultsAreShownWhereTheyAre(t *testing.T) {
 		t.Fatalf("at first:\n%s", got)
 	}
 	for name, one := range map[string]struct{ do, undo, want string }{
-		"NoRelay":      {`DELETE FROM outbox_relay`, `INSERT INTO outbox_relay (owner, expires_at) VALUES ('r', now() + interval '1 hour')`, "relay: No relay is running."},
-		"NoLease":      {`UPDATE outbox_cursor SET lease_expires_at = now()`, `UPDATE outbox_cursor SET lease_expires_at = now() + interval '1 hour'`, "relay: No relay holds the lease of shard 0."},
+		"NoRelay":      {`DELETE FROM outbox_relay`, `INSERT INTO outbox_relay (owner, expires_at, lease) VALUES ('r', now() + interval '1 hour', '1 hour')`, "relay: No relay is running."},
+		"NoLease":      {`UPDATE outbox_cursor SET lease_expires_at = now()`, `UPDATE outbox_cursor SET lease_expires_at = now() + interval '1 hour', lease = '1 hour'`, "relay: No relay holds the lease of shard 0."},
 		"RelayBlocked": {`UPDATE outbox_relay SET problem = 'blocked'`, `UPDATE outbox_relay SET problem = ''`, "relay: It cannot publish: blocked"},
 		"NoConsumer":   {`DELETE FROM inbox_consumer`, healthy[strings.LastIndex(healthy, "INSERT"):], "group: No process runs this group."},
 		"Paused":       {`INSERT INTO inbox_pause (consumer, actor, reason) VALUES ('group', 'ann', 'why')`, `DELETE FROM inbox_pause`, "group: Paused by ann: why"},
@@ -399,7 +399,7 @@ func TestRatesSurviveARestart(t *testing.T) {
 			owner = "second"
 		}
 		b.exec(t, `DELETE FROM inbox_consumer`)
-		b.exec(t, `INSERT INTO inbox_consumer (consumer, owner, applied, expires_at) VALUES ('group', $1, $2, now() + interval '1 hour')`, owner, applied)
+		b.exec(t, `INSERT INTO inbox_consumer (consumer, owner, applied, expires_at, lease) VALUES ('group', $1, $2, now() + interval '1 hour', '1 hour')`, owner, applied)
 		last = s.measure(at.Add(time.Duration(i)*time.Second), s.read(t.Context()))
 	}
 	if got := last.applied["group"]; got != 35.0/4 {

@@ -42,8 +42,11 @@ func (p *progress) read() (applied int64, lag *float64) {
 }
 
 const aliveSQL = `
-INSERT INTO inbox_consumer (consumer, owner, applied, lag, expires_at) VALUES ($1, $2, $3, $4, clock_timestamp() + $5)
-ON CONFLICT (consumer, owner) DO UPDATE SET applied = excluded.applied, lag = excluded.lag, expires_at = excluded.expires_at`
+INSERT INTO inbox_consumer (consumer, owner, applied, lag, expires_at, lease) VALUES ($1, $2, $3, $4, clock_timestamp() + $5, $5)
+ON CONFLICT (consumer, owner) DO UPDATE
+SET applied = excluded.applied, lag = excluded.lag, expires_at = excluded.expires_at, lease = excluded.lease`
+
+const goneSQL = `DELETE FROM inbox_consumer WHERE consumer = $1 AND (owner = $2 OR NOT clock_within(expires_at, interval '1 hour'))`
 
 // showLife tells operators that this consumer is at work and what it has done, until ctx is done.
 func (b *Inbox) showLife(ctx context.Context) {
@@ -62,7 +65,7 @@ func (b *Inbox) showLife(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
 	defer cancel()
 	// With those that left nobody to do this for them.
-	_, err := b.db.Exec(ctx, `DELETE FROM inbox_consumer WHERE consumer = $1 AND (owner = $2 OR expires_at < clock_timestamp() - interval '1 hour')`, b.group.name, owner)
+	_, err := b.db.Exec(ctx, goneSQL, b.group.name, owner)
 	if err != nil {
 		slog.DebugContext(ctx, "consumer stays listed for some seconds", "consumer", b.group.name, "error", err)
 	}

@@ -1,6 +1,7 @@
 package inbox
 
 import (
+	"context"
 	"crypto/sha256"
 	"errors"
 	"fmt"
@@ -10,6 +11,7 @@ import (
 	"example.com/orders/internal/deadletter"
 	"example.com/orders/internal/messaging"
 	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5"
 )
 
 const (
@@ -49,8 +51,8 @@ func wellFormed(d messaging.Delivery) error {
 	return nil
 }
 
-// identify finds out what a message is known by. What is older than the window may have been applied and forgotten: it is refused, not
-// guessed at. So is what claims to come from the future, since its slot will be emptied before its time.
+// identify finds out what a message is known by. It refuses an ID that is so far ahead of this process's clock that it would keep its slot from being
+// emptied in time. That is a coarse sieve, twice as wide as the skew, because this clock may be wrong; judge is exact.
 func (r ring) identify(id string, now time.Time) (identity, error) {
 	if id == "" {
 		return identity{}, &rejection{deadletter.NoID, errNoID}
@@ -59,11 +61,34 @@ func (r ring) identify(id string, now time.Time) (identity, error) {
 	if who.slot == foreignSlot {
 		return who, nil
 	}
-	if age := now.Sub(who.born()); age > r.window() || age < -r.skew() {
-		return identity{}, &rejection{deadletter.OutsideWindow, fmt.Errorf(
-			"the message ID was made at %s; the inbox can only tell copies of messages between %s old and %s ahead", who.born(), r.window(), r.skew())}
+	if now.Sub(who.born()) < -2*r.skew() {
+		return identity{}, r.outside(who)
 	}
 	return who, nil
+}
+
+// judge refuses a message outside of the window, by the database's clock at the time when it was taken. What is older may have been applied and forgotten: it
+// is not guessed at. What is too far ahead would keep its slot from being emptied in time.
+func (r ring) judge(who identity, now time.Time) error {
+	if who.slot == foreignSlot {
+		return nil
+	}
+	if age := now.Sub(who.born()); age > r.window() || age < -r.skew() {
+		return r.outside(who)
+	}
+	return nil
+}
+
+func (r ring) outside(who identity) error {
+	return &rejection{deadletter.OutsideWindow, fmt.Errorf(
+		"the message ID was made at %s; the inbox can only tell copies of messages between %s old and %s ahead", who.born(), r.window(), r.skew())}
+}
+
+// refuse makes a dead letter of a message that was taken and must not be applied. No attempt was made.
+func (b *Inbox) refuse(ctx context.Context, tx pgx.Tx, one *item, done *outcome) error {
+	letter := b.letter(ctx, one.Delivery, 0, &failure{one.outside})
+	done.dead = append(done.dead, letter)
+	return b.bury(ctx, tx, letter)
 }
 
 // identityOf finds the slot of a message ID. A UUIDv7 carries its time of birth, so all copies of a message come to the same slot, where

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"example.com/orders/internal/deadletter"
+	"example.com/orders/internal/testenv"
 	"github.com/google/uuid"
 	"pgregory.net/rapid"
 )
@@ -38,13 +39,30 @@ func TestIdentify(t *testing.T) {
 			now.Sub(time.UnixMilli(0)):       deadletter.OutsideWindow,
 			now.Sub(time.UnixMilli(1 << 40)): deadletter.OutsideWindow,
 		} {
-			_, err := days.identify(bornAt(now.Add(-age)), now)
+			who, err := days.identify(bornAt(now.Add(-age)), now)
+			if err == nil {
+				err = days.judge(who, now)
+			}
 			if got := reasonOf(err); got != reason {
 				t.Errorf("age %s: got %v, want %q", age, err, reason)
 			}
 		}
 		if _, err := days.identify("ffffffff-ffff-7fff-bfff-ffffffffffff", now); reasonOf(err) != deadletter.OutsideWindow {
 			t.Errorf("largest time: got %v", err)
+		}
+	})
+
+	// The process's own clock may be wrong, and decides only what would do harm if it were taken.
+	t.Run("LetsTheDatabaseDecide", func(t *testing.T) {
+		t.Parallel()
+		for age, reason := range map[time.Duration]deadletter.Reason{
+			20 * 365 * 24 * time.Hour:         "",
+			-2 * days.skew():                  "",
+			-2*days.skew() - time.Millisecond: deadletter.OutsideWindow,
+		} {
+			if _, err := days.identify(bornAt(now.Add(-age)), now); reasonOf(err) != reason {
+				t.Errorf("age %s: got %v, want %q", age, err, reason)
+			}
 		}
 	})
 
@@ -119,9 +137,52 @@ func reasonOf(err error) deadletter.Reason {
 	return ""
 }
 
+// Of two consumers one has a clock that is wrong. What the outbox has accepted by the database's clock, both apply.
+func TestAConsumersWrongClockRefusesNothing(t *testing.T) {
+	t.Parallel()
+	for _, by := range []time.Duration{-3 * time.Hour, -11 * time.Minute, 11 * time.Minute, 3 * time.Hour} {
+		t.Run(by.String(), func(t *testing.T) {
+			t.Parallel()
+			b := setup(t)
+			testenv.ShiftClock(t, b.db, by)
+			m := probe("k", "good")
+			m.ID = bornAt(time.Now().Add(by))
+			process(t, b.inbox(Config{}), m, m)
+			b.wantEffects(t, "good")
+			b.wantDead(t)
+		})
+	}
+}
+
+// The outbox lets in what is ten minutes ahead; then the database's clock is set back by half an hour.
+func TestAClockThatIsSetBackRefusesNothing(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	m := probe("k", "good")
+	m.ID = bornAt(time.Now().Add(40 * time.Minute))
+	process(t, b.inbox(Config{}), m, m)
+	b.wantEffects(t, "good")
+	b.wantDead(t)
+}
+
+// What the outbox accepts, consumers take, with time to spare for what comes in between.
+func TestWhatTheOutboxAcceptsConsumersTake(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	var ahead, oldest time.Duration
+	if err := b.db.QueryRow(t.Context(), `SELECT outbox_most_ahead(), outbox_oldest()`).Scan(&ahead, &oldest); err != nil {
+		t.Fatal(err)
+	}
+	if days.skew() < ahead+time.Hour || days.window() < oldest+12*time.Hour {
+		t.Errorf("the outbox accepts what is %s ahead to %s old, consumers %s to %s", ahead, oldest, days.skew(), days.window())
+	}
+}
+
 func TestOutsideTheWindowNothingIsApplied(t *testing.T) {
 	t.Parallel()
-	for name, at := range map[string]time.Duration{"TooOld": -days.window() - time.Second, "FromTheFuture": days.skew() + time.Minute} {
+	for name, at := range map[string]time.Duration{
+		"TooOld": -days.window() - time.Second, "FromTheFuture": days.skew() + time.Minute, "FromFarAhead": 3 * days.skew(),
+	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			b := setup(t)

@@ -106,8 +106,8 @@ type item struct {
 	messaging.Delivery
 	identity
 	copies int
-	// forgettable: by the database's clock it is so old that the inbox may have forgotten it.
-	forgettable bool
+	// outside is why the message must not be applied: by the database's clock it is outside of the window. Known when it is taken.
+	outside error
 }
 
 // maxBreaks is how many deliveries of a message may have ended without an ack before it is set aside unhandled.
@@ -195,8 +195,8 @@ func (b *Inbox) apply(ctx context.Context, items []*item, known *failure) error 
 		failpoint.Hit("consumer.taken")
 		for _, one := range fresh {
 			switch {
-			case one.forgettable:
-				err = b.setAside(ctx, tx, one, &failure{errForgettable}, &done)
+			case one.outside != nil:
+				err = b.refuse(ctx, tx, one, &done)
 			case known != nil:
 				err = b.setAside(ctx, tx, one, known, &done)
 			case waiting[one.Key], one.Count >= maxBreaks:
@@ -253,8 +253,6 @@ ORDER BY slot, message_id
 ON CONFLICT (slot, consumer, message_id) DO UPDATE SET copies = inbox.copies + excluded.copies
 RETURNING message_id, copies, clock_timestamp()`
 
-var errForgettable = &rejection{deadletter.OutsideWindow, errors.New("the message was held back for so long that copies of it may be forgotten")}
-
 // take records items as taken, and returns those that were not taken before, in their order, and which of the keys have messages in inbox_retry.
 func (b *Inbox) take(ctx context.Context, tx pgx.Tx, items []*item) (fresh []*item, waiting map[string]bool, err error) {
 	type record struct {
@@ -282,7 +280,7 @@ func (b *Inbox) take(ctx context.Context, tx pgx.Tx, items []*item) (fresh []*it
 		return nil, nil, fmt.Errorf("take messages: %w", err)
 	}
 	fresh = slices.DeleteFunc(slices.Clone(items), func(one *item) bool {
-		one.forgettable = one.slot != foreignSlot && taken[one.id].at.Sub(one.born()) > b.ring.memory()
+		one.outside = b.ring.judge(one.identity, taken[one.id].at)
 		return taken[one.id].copies != one.copies // more copies than these: it was there
 	})
 	return fresh, waiting, nil

@@ -38,10 +38,10 @@ FROM unnest($1::text[]) WITH ORDINALITY AS wanted (name, position)
 LEFT JOIN inbox_pause AS pause ON pause.consumer = name
 LEFT JOIN LATERAL (
     SELECT jsonb_object_agg(owner, applied) AS applied, max(lag) AS lag
-    FROM inbox_consumer WHERE consumer = name AND expires_at > clock_timestamp()) AS alive ON true
+    FROM inbox_consumer WHERE consumer = name AND clock_holds(expires_at, lease)) AS alive ON true
 LEFT JOIN LATERAL (
     SELECT count(*) AS messages, count(DISTINCT key) FILTER (WHERE key <> '') AS keys,
-        extract(epoch FROM clock_timestamp() - min(created_at))::float8 AS oldest
+        extract(epoch FROM clock_age(min(created_at)))::float8 AS oldest
     FROM inbox_retry WHERE consumer = name) AS retry ON true
 ORDER BY position`
 

@@ -13,20 +13,23 @@ import (
 
 // Retention is how long the inbox remembers a message. A copy that comes later goes to the dead letters, so it must be longer
 // than the outbox keeps messages for replay and the longest that a delivery may take, together.
-const Retention = (slots-1)*slotLength - slotLength/24
+const Retention = (slots-1)*slotLength - slotLength/8
 
 // ring is the table of slots, seen as time. A slot is used again after all the others, so what it holds must be forgotten before an ID of its
-// next turn may come; the margins between window, memory and skew are for clocks that differ.
+// next turn may come. All times are the database's, and the margins are for steps of its clock: half an hour between window and memory, so that a
+// message is not taken for new after a sweep by a clock that was up to that much fast; and as much between memory and skew, to sweep in. A clock
+// that is fast by more, and set back after a sweep, has forgotten what is within the window again.
 type ring struct{ slot time.Duration }
 
-// window is how old a message may be, by this process's clock.
-func (r ring) window() time.Duration { return (slots-1)*r.slot - r.slot/24 }
+// window is how old a message may be.
+func (r ring) window() time.Duration { return (slots-1)*r.slot - r.slot/8 }
 
-// memory is how long the database remembers, by its own clock.
-func (r ring) memory() time.Duration { return (slots-1)*r.slot - r.slot/48 }
+// memory is how long the database remembers.
+func (r ring) memory() time.Duration { return (slots-1)*r.slot - r.slot*5/48 }
 
-// skew is how far in the future the time in an ID may lie: the sender's clock against ours. Ten minutes for slots of a day.
-func (r ring) skew() time.Duration { return r.slot / 144 }
+// skew is how far in the future the time in an ID may lie: two hours for slots of a day. The outbox inserts nothing that is more than ten minutes ahead; what
+// remains is for a clock of the database that is set back while messages are under way, and for clocks of other senders.
+func (r ring) skew() time.Duration { return r.slot / 12 }
 
 // sweepInterval lets several sweeps fall into the half hour that there is for it each day.
 const sweepInterval = 5 * time.Minute

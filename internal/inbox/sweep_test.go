@@ -146,7 +146,7 @@ func TestNothingForgottenIsAppliedAgain(t *testing.T) {
 		t.Fatal(err)
 	}
 	b.wantEffects(t, "remembered", "fresh")
-	b.wantDead(t, "outside_window 1")
+	b.wantDead(t, "outside_window 0")
 }
 
 // Many turns of the ring, with copies of everything and sweeps in between: no effect is doubled, and in the end nothing is left.

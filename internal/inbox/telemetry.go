@@ -58,7 +58,7 @@ var reasons = []deadletter.Reason{
 
 const waitingCountSQL = `
 SELECT count(*), count(DISTINCT key) FILTER (WHERE key <> ''),
-    coalesce(extract(epoch FROM clock_timestamp() - min(created_at) FILTER (WHERE key <> '')), 0)::float8
+    coalesce(extract(epoch FROM clock_age(min(created_at) FILTER (WHERE key <> ''))), 0)::float8
 FROM inbox_retry WHERE consumer = $1`
 
 // waiting is what stands in inbox_retry.

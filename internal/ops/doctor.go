@@ -59,7 +59,7 @@ func Doctor(ctx context.Context, p Patient) []Finding {
 		{"grants", checkGrants, "Run the command migrate as the owner of the tables."},
 		{"indexes", checkIndexes, "REINDEX CONCURRENTLY the invalid ones; run the command migrate for the missing ones."},
 		{"durability", checkDurability, "Set synchronous_commit to on (or stricter) for the database and its roles, and fsync to on."},
-		{"clock", checkClock, "Synchronise the clocks of this machine and of Postgres' (NTP)."},
+		{"clock", checkClock, "Synchronise the clocks of this machine and of Postgres' (NTP), by slewing and not by steps."},
 		{"cluster", checkCluster, "Run the command outbox repair once, then start the relay."},
 		{"relay", checkRelay, "Start a relay, and look at its log."},
 		{"backlog", checkBacklog, "See whether the broker is reachable and takes messages, and look at the relay's log."},
@@ -201,22 +201,6 @@ WHERE 'synchronous_commit=off' = ANY (setconfig) AND setdatabase IN (0, (SELECT 
 func checkDurability(ctx context.Context, p Patient) (Finding, error) {
 	found, err := names(ctx, p, durabilitySQL)
 	return none(found, err, Wrong, "commits reach the disk")
-}
-
-// maxClockDifference is well within what the inbox allows for, so that there is time to act.
-const maxClockDifference = 5 * time.Second
-
-func checkClock(ctx context.Context, p Patient) (Finding, error) {
-	var there time.Time
-	before := time.Now()
-	if err := p.DB.QueryRow(ctx, `SELECT clock_timestamp()`).Scan(&there); err != nil {
-		return Finding{}, err
-	}
-	skew := there.Sub(before.Add(time.Since(before) / 2)).Round(time.Millisecond)
-	if skew.Abs() > maxClockDifference {
-		return Finding{Verdict: Wrong, Detail: fmt.Sprintf("Postgres' clock differs by %s", skew)}, nil
-	}
-	return Finding{Detail: fmt.Sprintf("differs by %s", skew)}, nil
 }
 
 func checkCluster(ctx context.Context, p Patient) (Finding, error) {

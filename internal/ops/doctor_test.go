@@ -23,7 +23,7 @@ type clinic struct {
 const shadowSQL = `
 CREATE VIEW public.pg_settings AS SELECT name, CASE name WHEN 'fsync' THEN 'on' ELSE setting END AS setting FROM pg_catalog.pg_settings;
 GRANT SELECT ON public.pg_settings TO PUBLIC;
-UPDATE outbox_cursor SET owner = 'relay', lease_expires_at = 'infinity';
+UPDATE outbox_cursor SET owner = 'relay', lease_expires_at = clock_timestamp() + interval '1 h', lease = '1 h';
 DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET search_path = public, pg_catalog', current_database()); END $$`
 
 func newClinic(t *testing.T) *clinic {
@@ -91,6 +91,10 @@ func TestDoctorFinds(t *testing.T) {
 		"NoFsync": {`DROP VIEW public.pg_settings`, nil, "durability", Wrong, "fsync is off"},
 		"ClockSkew": {`CREATE FUNCTION public.clock_timestamp() RETURNS timestamptz LANGUAGE sql RETURN pg_catalog.clock_timestamp() + interval '10 s'`, nil,
 			"clock", Wrong, "differs by 1"},
+		"ClockSetBack": {`UPDATE outbox_cursor SET moved_at = clock_timestamp() + interval '30 min'`, nil,
+			"clock", Wrong, "Postgres' clock was set back: the last move of shard 0 is 00:2"},
+		"ClockSetBackForConsumers": {`INSERT INTO inbox_consumer (consumer, owner, applied, expires_at, lease)
+			VALUES ('group', 'c', 1, clock_timestamp() + interval '30 min', '3 s')`, nil, "clock", Wrong, "the sign of life of c (group) is 00:2"},
 		"ForeignCluster": {`UPDATE outbox_cursor SET system_identifier = 1`, nil, "cluster", Wrong, "another Postgres cluster"},
 		"NoRelay":        {`UPDATE outbox_cursor SET lease_expires_at = '-infinity'`, nil, "relay", Wrong, "no relay holds shard 0"},
 		"Backlog": {`SELECT outbox_insert('type', 'k', ''); UPDATE outbox SET created_at = now() - interval '1 h'`, nil,
@@ -98,7 +102,7 @@ func TestDoctorFinds(t *testing.T) {
 		"DoorbellNotHeard": {"", func(t *testing.T, c *clinic) { c.ListenURL = testenv.PostgresURL(t) }, "doorbell", Wrong, "not heard"},
 		"DoorbellAway":     {"", func(t *testing.T, c *clinic) { c.ListenURL = "postgres://u:hunter2@127.0.0.1:1/d" }, "doorbell", Wrong, "refused"},
 		"OutboxKeepsTooLong": {`CREATE OR REPLACE FUNCTION outbox_slot_length() RETURNS interval LANGUAGE sql IMMUTABLE RETURN interval '2 days'`, nil,
-			"retention", Wrong, "10d, redelivery takes at most 12h, the inbox remembers 6d23h"},
+			"retention", Wrong, "10d, redelivery takes at most 12h, the inbox remembers 6d21h"},
 		"RedeliveryTakesTooLong": {"", func(_ *testing.T, c *clinic) { c.LongestRedelivery = 6 * 24 * time.Hour }, "retention", Wrong, "forgets too early"},
 		"OldTransaction": {`CREATE VIEW public.pg_stat_activity AS SELECT current_database() AS datname, 'report' AS application_name, '' AS backend_type, 0 AS pid,
 			pg_catalog.clock_timestamp() - interval '1 h' AS xact_start, '3'::xid AS backend_xmin, NULL::xid AS backend_xid;

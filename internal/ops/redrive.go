@@ -160,7 +160,7 @@ func (o Order) republish(ctx context.Context, tx pgx.Tx, letter deadletter.Store
 		return "", "", fmt.Errorf("message ID: %w", err)
 	}
 	detail := ""
-	if age := time.Since(time.Unix(id.Time().UnixTime())); age > inbox.Retention-time.Hour {
+	if age := time.Since(time.Unix(id.Time().UnixTime())); age > outbox.MaxAge-time.Hour {
 		if !o.Force {
 			return "", "", fmt.Errorf("the message ID is %s old, and consumers would refuse it; force it to be published under a new ID", age.Round(time.Hour))
 		}

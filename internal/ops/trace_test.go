@@ -105,7 +105,7 @@ func TestCheckRetention(t *testing.T) {
 	t.Parallel()
 	d := newDesk(t)
 	const kept = 5 * 8
-	for hours, want := range map[int]string{0: "5d7h", 24: "4d7h", 167 - kept - 1: "1h"} {
+	for hours, want := range map[int]string{0: "5d5h", 24: "4d5h", 165 - kept - 1: "1h"} {
 		detail, err := CheckRetention(t.Context(), d.Pool, hour(hours))
 		if err != nil || !strings.HasSuffix(detail, "be away for "+want) {
 			t.Errorf("%d hours: %q, %v", hours, detail, err)

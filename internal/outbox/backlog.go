@@ -24,7 +24,7 @@ type Backlog struct {
 }
 
 const measureSQL = `
-SELECT shard, messages, coalesce(clock_timestamp() - oldest_at, interval '0') FROM outbox_measure($1)`
+SELECT shard, messages, coalesce(clock_age(oldest_at), interval '0') FROM outbox_measure($1)`
 
 // Measure returns the backlog of each shard as it was counted within the time stale, and counts it if nobody has.
 func Measure(ctx context.Context, db *pgxpool.Pool, stale time.Duration) ([]Backlog, error) {

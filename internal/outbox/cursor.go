@@ -49,9 +49,9 @@ type cursor struct {
 
 const acquireSQL = `
 UPDATE outbox_cursor
-SET owner = $2, epoch = epoch + 1, lease_expires_at = clock_timestamp() + $3
+SET owner = $2, epoch = epoch + 1, lease_expires_at = clock_timestamp() + $3, lease = $3
 FROM (SELECT owner AS previous FROM outbox_cursor WHERE shard = $1 FOR UPDATE) AS old
-WHERE shard = $1 AND (lease_expires_at < clock_timestamp() OR owner = $2) AND ` + readableSQL + `
+WHERE shard = $1 AND (NOT clock_holds(lease_expires_at, lease) OR owner = $2) AND ` + readableSQL + `
   AND ` + nativeSQL + `
 RETURNING epoch, previous NOT IN ('', $2), moves, retired, ` + timelineSQL + `, ctid, delivered::text, coalesce(batch::text, ''), last_id`
 
@@ -140,7 +140,7 @@ func (c *cursor) find(p progress, query func(args []any) error) error {
 }
 
 const renewSQL = `
-UPDATE outbox_cursor SET lease_expires_at = clock_timestamp() + $3
+UPDATE outbox_cursor SET lease_expires_at = clock_timestamp() + $3, lease = $3
 WHERE shard = $1 AND epoch = $2 AND ` + timelineSQL + ` = $4
 RETURNING retired`
 

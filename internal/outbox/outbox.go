@@ -44,6 +44,7 @@ import (
 	"context"
 	"fmt"
 	"slices"
+	"time"
 
 	"example.com/orders/internal/messaging"
 	"example.com/orders/internal/postgres"
@@ -80,7 +81,7 @@ func (w *Writer) Transact(ctx context.Context, fn func(tx pgx.Tx) error) error {
 		return fn(tx)
 	})
 	if err != nil {
-		return err
+		return blameClock(err)
 	}
 	if w.bell != nil {
 		w.bell.Ring()
@@ -90,7 +91,7 @@ func (w *Writer) Transact(ctx context.Context, fn func(tx pgx.Tx) error) error {
 
 const (
 	insertSQL    = `SELECT outbox_insert($1::uuid[], $2::text[], $3::text[], $4::bytea[], $5::jsonb[])`
-	insertOneSQL = `INSERT INTO outbox_message (type, key, payload, headers, id, checked) VALUES ($1, $2, $3, $4, $5, true)`
+	insertOneSQL = `INSERT INTO outbox_message (type, key, payload, headers, id, made_at, checked) VALUES ($1, $2, $3, $4, $5, $6, true)`
 	// callOneSQL does the same, and checks once more, where insertOneSQL would be planned each time.
 	callOneSQL = `SELECT outbox_insert($1::text, $2::text, $3::bytea, $4::jsonb, $5::uuid)`
 )
@@ -155,13 +156,13 @@ func statement(conn *pgx.Conn, messages []messaging.Message) (sql string, args [
 	if len(messages) > 1 {
 		return insertSQL, columnsOf(messages)
 	}
-	sql = callOneSQL
-	if postgres.Prepares(conn) {
-		sql = insertOneSQL
-	}
 	m := messages[0]
 	// Not the ID as it is: pgx would take what uuid.UUID says to database/sql, a text, and parse it again.
-	return sql, []any{m.Type, m.Key, messaging.NotNil(m.Payload), m.Headers, [16]byte(m.ID)}
+	args = []any{m.Type, m.Key, messaging.NotNil(m.Payload), m.Headers, [16]byte(m.ID)}
+	if postgres.Prepares(conn) {
+		return insertOneSQL, append(args, time.Unix(m.ID.Time().UnixTime()))
+	}
+	return callOneSQL, args
 }
 
 // columnsOf returns messages as the arrays that the SQL functions take.

@@ -149,12 +149,12 @@ func newPause(first time.Duration) *backoff.ExponentialBackOff {
 const databaseTimeout = 10 * time.Second
 
 const aliveSQL = `
-INSERT INTO outbox_relay (owner, expires_at, problem) VALUES ($1, clock_timestamp() + $2, $3)
-ON CONFLICT (owner) DO UPDATE SET expires_at = excluded.expires_at, problem = excluded.problem`
+INSERT INTO outbox_relay (owner, expires_at, lease, problem) VALUES ($1, clock_timestamp() + $2, $2, $3)
+ON CONFLICT (owner) DO UPDATE SET expires_at = excluded.expires_at, lease = excluded.lease, problem = excluded.problem`
 
 const viewSQL = `
-SELECT shard, ` + nativeSQL + `, CASE WHEN lease_expires_at < clock_timestamp() THEN '' ELSE owner END AS holder,
-    (SELECT array_agg(owner) FROM outbox_relay WHERE expires_at > clock_timestamp()) AS relays
+SELECT shard, ` + nativeSQL + `, CASE WHEN clock_holds(lease_expires_at, lease) THEN owner ELSE '' END AS holder,
+    (SELECT array_agg(owner) FROM outbox_relay WHERE clock_holds(expires_at, lease)) AS relays
 FROM outbox_cursor WHERE ` + readableSQL + `
 ORDER BY shard`
 
@@ -202,7 +202,7 @@ func (r *Relay) attend(ctx, work context.Context) error {
 // leave takes this relay from the list of those alive.
 func (r *Relay) leave(ctx context.Context) {
 	err := shortly(ctx, func(ctx context.Context) error {
-		_, err := r.db.Exec(ctx, `DELETE FROM outbox_relay WHERE owner = $1 OR expires_at < clock_timestamp() - interval '1 day'`, r.owner)
+		_, err := r.db.Exec(ctx, `DELETE FROM outbox_relay WHERE owner = $1 OR NOT clock_within(expires_at, interval '1 day')`, r.owner)
 		return err
 	})
 	if err != nil {

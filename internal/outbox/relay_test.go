@@ -198,7 +198,8 @@ func TestRelay(t *testing.T) {
 	t.Run("ParksWhatWasNotChecked", func(t *testing.T) {
 		t.Parallel()
 		db := testenv.Postgres(t)
-		const sql = `INSERT INTO outbox_message (type, payload, key, headers, id, checked) VALUES ('probe.P', '', 'k', '{}', outbox_uuidv7(), true)`
+		const sql = `INSERT INTO outbox_message (type, payload, key, headers, id, checked, made_at)
+			VALUES ('probe.P', '', 'k', '{}', outbox_uuidv7(), true, clock_timestamp())`
 		bad := []string{
 			strings.Replace(sql, `{}`, `[]`, 1), strings.Replace(sql, `{}`, `{"a": 1, "b": "x"}`, 1), strings.Replace(sql, `{}`, `{"a": null}`, 1), strings.Replace(sql, `{}`, `null`, 1), strings.Replace(sql, `{}`, `{"CC": "elsewhere"}`, 1),
 			strings.Replace(sql, `outbox_uuidv7()`, `gen_random_uuid()`, 1), strings.Replace(sql, `probe.P`, `a.*`, 1),

@@ -97,8 +97,8 @@ type Shard struct {
 }
 
 const statusSQL = `
-SELECT shard, generation, retired, drained, CASE WHEN lease_expires_at > clock_timestamp() THEN owner ELSE '' END, epoch, coalesce(messages, 0),
-    coalesce(extract(epoch FROM measured_at - oldest_at)::float8, 0), measured_at, published, parked, moved_at
+SELECT shard, generation, retired, drained, CASE WHEN clock_holds(lease_expires_at, lease) THEN owner ELSE '' END, epoch, coalesce(messages, 0),
+    greatest(coalesce(extract(epoch FROM measured_at - oldest_at)::float8, 0), 0), measured_at, published, parked, moved_at
 FROM outbox_cursor LEFT JOIN outbox_backlog USING (shard)
 ORDER BY shard`
 
@@ -127,7 +127,7 @@ type Alive struct {
 
 // Relays returns the relays alive.
 func Relays(ctx context.Context, db *pgxpool.Pool) ([]Alive, error) {
-	rows, err := db.Query(ctx, `SELECT owner, problem FROM outbox_relay WHERE expires_at > clock_timestamp() ORDER BY owner`)
+	rows, err := db.Query(ctx, `SELECT owner, problem FROM outbox_relay WHERE clock_holds(expires_at, lease) ORDER BY owner`)
 	if err != nil {
 		return nil, fmt.Errorf("read relays: %w", err)
 	}

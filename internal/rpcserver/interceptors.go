@@ -116,6 +116,8 @@ func public(ctx context.Context, err error) (*connect.Error, slog.Level) {
 		return connect.NewError(connect.CodeCanceled, "canceled"), slog.LevelDebug
 	case errors.Is(err, outbox.ErrBacklogFull):
 		return connect.NewError(connect.CodeResourceExhausted, "too much is waiting to be processed; nothing was done, try again later"), slog.LevelWarn
+	case errors.Is(err, outbox.ErrClock): // which another process may not have
+		return connect.NewError(connect.CodeUnavailable, "this server's clock is wrong; nothing was done, try again"), slog.LevelError
 	case errors.Is(err, postgres.ErrUnavailable):
 		return connect.NewError(connect.CodeUnavailable, "database is unavailable, try again"), slog.LevelWarn
 	case errors.Is(err, postgres.ErrBusy):

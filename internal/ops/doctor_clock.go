@@ -1,0 +1,38 @@
+package ops
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"example.com/orders/internal/inbox"
+	"example.com/orders/internal/outbox"
+)
+
+// maxClockDifference is well within what the outbox allows for, so that there is time to act.
+const maxClockDifference = 5 * time.Second
+
+// checkClock compares Postgres' clock with this machine's, and with the times that it has written itself: those in the future say that it was set back.
+func checkClock(ctx context.Context, p Patient) (Finding, error) {
+	skew, err := outbox.Skew(ctx, p.DB)
+	if err != nil {
+		return Finding{}, err
+	}
+	if skew.Abs() > maxClockDifference {
+		return Finding{Verdict: Wrong, Detail: fmt.Sprintf("Postgres' clock differs by %s", skew)}, nil
+	}
+	ahead, err := outbox.Ahead(ctx, p.DB, maxClockDifference)
+	if err != nil {
+		return Finding{}, err
+	}
+	more, err := inbox.Ahead(ctx, p.DB, maxClockDifference)
+	ahead = append(ahead, more...)
+	if len(ahead) > 5 {
+		ahead = append(ahead[:5], fmt.Sprintf("and %d more", len(ahead)-5))
+	}
+	finding, err := none(ahead, err, Wrong, fmt.Sprintf("differs by %s", skew))
+	if finding.Verdict == Wrong {
+		finding.Detail = "Postgres' clock was set back: " + finding.Detail
+	}
+	return finding, err
+}

@@ -1,0 +1,242 @@
+package outbox
+
+import (
+	"encoding/binary"
+	"errors"
+	"strings"
+	"testing"
+	"time"
+
+	"example.com/orders/internal/messaging"
+	"example.com/orders/internal/testenv"
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+)
+
+// setBack makes rows look as they do after the database's clock was set back by half an hour.
+func setBack(t testing.TB, db *pgxpool.Pool) {
+	t.Helper()
+	exec(t, db, `UPDATE outbox SET created_at = created_at + interval '30 min'`)
+	exec(t, db, `UPDATE outbox_cursor SET lease_expires_at = lease_expires_at + interval '30 min', moved_at = moved_at + interval '30 min'`)
+	exec(t, db, `UPDATE outbox_relay SET expires_at = expires_at + interval '30 min'`)
+	exec(t, db, `UPDATE outbox_backlog SET measured_at = measured_at + interval '30 min', oldest_at = oldest_at + interval '30 min'`)
+}
+
+func TestClockThatIsSetBack(t *testing.T) {
+	t.Parallel()
+
+	// The gate had closed, and the backlog is gone since.
+	t.Run("DoesNotKeepTheGateClosed", func(t *testing.T) {
+		t.Parallel()
+		db := testenv.Postgres(t)
+		gate := NewGate(db, GateConfig{MaxMessages: 5})
+		fillProbes(t, db, 10)
+		if _, err := Measure(t.Context(), db, 0); err != nil {
+			t.Fatal(err)
+		}
+		setBack(t, db)
+		deliver(t, db)
+		found, err := Measure(t.Context(), db, gateStale)
+		if err != nil {
+			t.Fatal(err)
+		}
+		gate.judge(t.Context(), found)
+		if err := gate.Check(); err != nil {
+			t.Error(err)
+		}
+	})
+
+	t.Run("MakesNoNegativeAge", func(t *testing.T) {
+		t.Parallel()
+		db := testenv.Postgres(t)
+		insert(t, db, "", "m000")
+		setBack(t, db)
+		found, err := Measure(t.Context(), db, 0)
+		if err != nil || len(found) != 1 {
+			t.Fatalf("%v, %v", found, err)
+		}
+		equal(t, "backlog", found[0], Backlog{Messages: 1})
+		shards, err := Status(t.Context(), db)
+		if err != nil || shards[0].Lag < 0 {
+			t.Errorf("%+v, %v", shards, err)
+		}
+	})
+
+	t.Run("LetsADeadRelaysShardBeTaken", func(t *testing.T) {
+		t.Parallel()
+		db := testenv.Postgres(t)
+		dead := NewRelay(db, func() messaging.Publisher { return newBroker(0) }, Config{})
+		if err := dead.attend(t.Context(), t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		testenv.Eventually(t, 10*time.Second, func() error { // it leads, and is never heard of again
+			shards, err := Status(t.Context(), db)
+			if err == nil && shards[0].Owner == "" {
+				err = errors.New("nobody leads")
+			}
+			return err
+		})
+		dead.tenures[0].end()
+		<-dead.tenures[0].over
+		exec(t, db, `UPDATE outbox_cursor SET owner = $1, lease_expires_at = clock_timestamp() + lease`, dead.owner)
+		setBack(t, db)
+		alive, err := Relays(t.Context(), db)
+		if err != nil || len(alive) != 0 {
+			t.Errorf("alive: %v, %v", alive, err)
+		}
+		insert(t, db, "", "m000")
+		b := newBroker(1)
+		start(t, db, b, Config{})
+		await(t, "the message", b.complete)
+	})
+
+	t.Run("IsNoticed", func(t *testing.T) {
+		t.Parallel()
+		db := testenv.Postgres(t)
+		insert(t, db, "", "m000")
+		if _, _, err := acquire(t.Context(), db, 0, "relay", time.Hour); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := Measure(t.Context(), db, 0); err != nil {
+			t.Fatal(err)
+		}
+		ahead := func() string {
+			found, err := Ahead(t.Context(), db, 5*time.Second)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return strings.Join(found, "; ")
+		}
+		equal(t, "ahead", ahead(), "")
+		setBack(t, db)
+		for _, what := range []string{"last move of shard 0", "lease of shard 0", "count of shard 0", "oldest message of shard 0", "newest message of shard 0"} {
+			if found := ahead(); !strings.Contains(found, what+" is 00:2") {
+				t.Errorf("%s is not named: %s", what, found)
+			}
+		}
+	})
+
+	// What was delivered a moment ago seems to lie in a slot that is almost a turn of the ring old.
+	t.Run("MakesNoSweepForgetTooEarly", func(t *testing.T) {
+		t.Parallel()
+		db := testenv.Postgres(t)
+		const ahead = `clock_timestamp() + outbox_slot_length()`
+		exec(t, db, `INSERT INTO outbox (slot, shard, message_id, type, payload, created_at) VALUES (outbox_slot(`+ahead+`), 0, outbox_uuidv7(), 't.T', '', `+ahead+`)`)
+		deliver(t, db)
+		equal(t, "swept", len(sweep(t, db, time.Hour)), 0)
+		exec(t, db, `UPDATE outbox SET created_at = clock_timestamp() - interval '25 h'`)
+		equal(t, "swept when it is old", len(sweep(t, db, 24*time.Hour)), 1)
+	})
+
+	// Nothing further ahead than the ring is long is believed, or the log would never be emptied again.
+	t.Run("LeavesNothingForGood", func(t *testing.T) {
+		t.Parallel()
+		db := testenv.Postgres(t)
+		exec(t, db, `INSERT INTO outbox (slot, shard, message_id, type, payload, created_at)
+			VALUES (outbox_slot(clock_timestamp() + outbox_slot_length()), 0, outbox_uuidv7(), 't.T', '', '2999-01-01')`)
+		deliver(t, db)
+		equal(t, "swept", len(sweep(t, db, time.Hour)), 1)
+	})
+}
+
+func TestMaxAgeIsThatOfPostgres(t *testing.T) {
+	t.Parallel()
+	var oldest time.Duration
+	if err := testenv.Postgres(t).QueryRow(t.Context(), `SELECT outbox_oldest()`).Scan(&oldest); err != nil || oldest != MaxAge {
+		t.Errorf("Postgres says %s, %v", oldest, err)
+	}
+}
+
+// dated gives a message an ID that was made so long ago; negative for one of the future.
+func dated(m messaging.Message, age time.Duration) messaging.Message {
+	var millis [8]byte
+	binary.BigEndian.PutUint64(millis[:], uint64(time.Now().Add(-age).UnixMilli()))
+	copy(m.ID[:6], millis[2:])
+	return m
+}
+
+// Each way into the log refuses the time of a clock that is wrong, whatever the caller says it has checked.
+func TestWhatAWrongClockDatedIsRefused(t *testing.T) {
+	t.Parallel()
+	for name, one := range map[string]struct {
+		age     time.Duration
+		refused bool
+	}{
+		"Now":          {0, false},
+		"AlmostAhead":  {-9 * time.Minute, false},
+		"Ahead":        {-11 * time.Minute, true},
+		"FarAhead":     {-200 * 24 * time.Hour, true},
+		"OldLetter":    {6*24*time.Hour - time.Minute, false},
+		"TooOld":       {6*24*time.Hour + time.Minute, true},
+		"OfTheFifties": {50 * 365 * 24 * time.Hour, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			db := testenv.Postgres(t)
+			pooled := pooledPool(t, db)
+			m := dated(probe("k", "m"), one.age)
+			for way, insert := range map[string]func() error{
+				"Insert": func() error {
+					return NewWriter(db, nil, nil).Transact(t.Context(), func(tx pgx.Tx) error { return Insert(t.Context(), tx, m) })
+				},
+				"InsertMany": func() error {
+					return NewWriter(db, nil, nil).Transact(t.Context(), func(tx pgx.Tx) error { return Insert(t.Context(), tx, m, probe("k", "innocent")) })
+				},
+				"InsertUnprepared": func() error {
+					return NewWriter(pooled, nil, nil).Transact(t.Context(), func(tx pgx.Tx) error { return Insert(t.Context(), tx, m) })
+				},
+				"View": func() error {
+					_, err := db.Exec(t.Context(), `INSERT INTO outbox_message (id, type, payload) VALUES ($1, 't.T', '')`, m.ID.String())
+					return blameClock(err)
+				},
+				"ViewWithoutTheTime": func() error {
+					_, err := db.Exec(t.Context(), `INSERT INTO outbox_message (id, type, payload, checked) VALUES ($1, 't.T', '', true)`, m.ID.String())
+					return blameClock(err)
+				},
+				"Function": func() error {
+					_, err := db.Exec(t.Context(), `SELECT outbox_insert('t.T', 'k', ''::bytea, '{}'::jsonb, $1::uuid)`, m.ID.String())
+					return blameClock(err)
+				},
+			} {
+				before := rowsOf(t, db)
+				err := insert()
+				if errors.Is(err, ErrClock) != one.refused || !one.refused && err != nil {
+					t.Errorf("%s: %v", way, err)
+				}
+				if wrote := rowsOf(t, db) > before; wrote == one.refused {
+					t.Errorf("%s: written: %t", way, wrote)
+				}
+				if one.refused && err != nil && !strings.Contains(err.Error(), "clock") {
+					t.Errorf("%s: the error names no clock: %v", way, err)
+				}
+			}
+		})
+	}
+}
+
+// pooledPool is a pool whose statements are not prepared, as through a pooler.
+func pooledPool(t testing.TB, db *pgxpool.Pool) *pgxpool.Pool {
+	t.Helper()
+	config := db.Config()
+	config.ConnConfig.DefaultQueryExecMode = pgx.QueryExecModeCacheDescribe
+	pooled, err := pgxpool.NewWithConfig(t.Context(), config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(pooled.Close)
+	return pooled
+}
+
+func TestCheckClock(t *testing.T) {
+	t.Parallel()
+	for shift, wrong := range map[time.Duration]bool{0: false, 4 * time.Minute: false, -4 * time.Minute: false, 6 * time.Minute: true, -6 * time.Minute: true} {
+		t.Run(shift.String(), func(t *testing.T) {
+			t.Parallel()
+			db := testenv.Postgres(t)
+			testenv.ShiftClock(t, db, shift)
+			if err := CheckClock(t.Context(), db); errors.Is(err, ErrClock) != wrong {
+				t.Errorf("error is %v", err)
+			}
+		})
+	}
+}
