@@ -62,6 +62,42 @@ END
 $$;
 -- +goose StatementEnd
 
+-- Names the columns of the schema whose sequence is behind: the last number drawn is less than the largest in use, so numbers will be drawn twice.
+-- A backup takes sequences with it, and so does a physical standby; logical replication and a copy of the rows do not. Found in the catalog, so that a
+-- new table is looked after by itself. The numbers in use are read before the sequence is: what is inserted meanwhile does no harm.
+-- +goose StatementBegin
+CREATE FUNCTION sequences_behind() RETURNS TABLE (col text, owner regclass, seq regclass, drawn bigint, used bigint)
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+DECLARE
+    one record;
+BEGIN
+    FOR one IN
+        SELECT attrelid::regclass AS of, attname, seqrelid::regclass AS sequence, seqstart
+        FROM pg_depend
+        JOIN pg_sequence ON seqrelid = objid
+        JOIN pg_attribute ON attrelid = refobjid AND attnum = refobjsubid
+        JOIN pg_class ON pg_class.oid = attrelid
+        WHERE classid = 'pg_class'::regclass AND refclassid = 'pg_class'::regclass AND deptype IN ('a', 'i')
+            AND relnamespace = 'public'::regnamespace AND seqincrement > 0
+        ORDER BY attrelid::regclass::text, attname
+    LOOP
+        IF one.of = 'outbox'::regclass THEN -- by its index, and with what was delivered and forgotten
+            SELECT greatest(max(top_id), max((SELECT max(id) FROM outbox WHERE outbox.shard = outbox_cursor.shard))) INTO used FROM outbox_cursor;
+        ELSE
+            EXECUTE format('SELECT max(%I)::bigint FROM %s', one.attname, one.of) INTO used;
+        END IF;
+        drawn := coalesce(pg_sequence_last_value(one.sequence), one.seqstart - 1);
+        IF drawn < used THEN
+            col := one.of || '.' || one.attname;
+            owner := one.of;
+            seq := one.sequence;
+            RETURN NEXT;
+        END IF;
+    END LOOP;
+END
+$$;
+-- +goose StatementEnd
+
 -- The time slot that a new row falls into. Five slots of eight hours make a ring: a slot is emptied as a whole when every
 -- row in it is delivered and past its retention, so the log never needs a DELETE and never bloats. Five, because each read opens every slot.
 CREATE FUNCTION outbox_slots() RETURNS integer
@@ -328,10 +364,31 @@ BEGIN
     INSERT INTO outbox_cursor (shard, generation, system_identifier, delivered)
     SELECT first + n, (SELECT max(generation) + 1 FROM outbox_cursor), system_identifier, pg_current_snapshot()
     FROM generate_series(0, shards - 1) AS n, pg_control_system();
+    PERFORM outbox_spread(first, shards);
+END
+$$;
+-- +goose StatementEnd
+
+-- Makes the function that spreads messages over so many shards, from the first one on.
+-- +goose StatementBegin
+CREATE FUNCTION outbox_spread(first integer, shards integer) RETURNS void
+    LANGUAGE plpgsql AS $$
+BEGIN
     EXECUTE format('CREATE OR REPLACE FUNCTION outbox_shard(key text, message_id uuid) RETURNS smallint LANGUAGE sql IMMUTABLE PARALLEL SAFE '
         'RETURN (%s + (hashtext(CASE key WHEN '''' THEN message_id::text ELSE key END) & 2147483647) %% %s)::smallint', first, shards);
 END
 $$;
+-- +goose StatementEnd
+
+-- Names the shards that new messages are put into and nobody will read. The function that spreads them is part of the schema and the cursors are
+-- rows, so that one may be moved without the other. A hundred keys meet each of 64 shards or, if the function is of another generation, a wrong one.
+-- +goose StatementBegin
+CREATE FUNCTION outbox_stray_shards() RETURNS SETOF smallint
+    LANGUAGE sql STABLE SECURITY DEFINER SET search_path = public, pg_temp
+BEGIN ATOMIC
+    SELECT DISTINCT shard FROM generate_series(1, 100) AS n, outbox_shard(n::text, gen_random_uuid()) AS shard
+    WHERE shard NOT IN (SELECT outbox_cursor.shard FROM outbox_cursor WHERE NOT retired);
+END;
 -- +goose StatementEnd
 
 -- Whether nothing in a slot is left to deliver. What is below the xmin of a cursor is delivered, so of each shard only the rest is looked at:
@@ -507,35 +564,72 @@ END
 $$;
 -- +goose StatementEnd
 
--- After the database was restored into another cluster, gives the rows and the cursor transaction ids that mean something here. What the cursor
--- knows as delivered stays so; everything else, all that was written since the restore included, is published, maybe again.
+-- After the database was moved into another cluster, makes the log and its cursors mean something there, and returns how many messages are to be
+-- published. What the cursors know as delivered stays so; everything else, all that was written since the move included, is published, maybe again. Returns
+-- NULL if nothing is amiss.
 --
--- The snapshots of the cursor still say of restored rows which were delivered, but not of rows written since, whose ids are above all of those.
--- Lower than any real xid is 3, the first of them; delivered rows get that one. What is left gets this transaction's, and as a cursor
--- a snapshot that sees all below it: the lock makes sure that nobody else is writing.
+-- What does not travel with the rows is put right first: sequences, if they stayed behind, and the function that spreads messages over the shards. Then
+-- the snapshots. They still say of moved rows which were delivered, but not of rows written since: these have ids above all that was delivered, or,
+-- if the sequence began anew, ids up to the last one drawn; and they are younger than the last move of the cursor. What is not known to be delivered by all
+-- of these signs is published.
+--
+-- Lower than any real xid is 3, the first of them; delivered rows get that one. What is left gets this transaction's, and as a cursor a snapshot that
+-- sees all below it: the lock makes sure that nobody else is writing. If ids were drawn twice, they are drawn once more, in the order of time.
 -- +goose StatementBegin
 CREATE FUNCTION outbox_repair() RETURNS bigint
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
 DECLARE
-    here   CONSTANT bigint := (SELECT system_identifier FROM pg_control_system());
-    me     CONSTANT xid8 := pg_current_xact_id();
-    kept   bigint;
+    here    CONSTANT bigint := (SELECT system_identifier FROM pg_control_system());
+    me      CONSTANT xid8 := pg_current_xact_id();
+    one     record;
+    again   bigint; -- ids up to this one were drawn twice
+    amiss   boolean := false;
+    problem text;
+    kept    bigint;
 BEGIN
     PERFORM needs_read_committed();
+    -- The outbox last, as every writer locks it.
+    FOR one IN SELECT * FROM sequences_behind() ORDER BY owner = 'outbox'::regclass LOOP
+        EXECUTE format('LOCK TABLE %s IN SHARE ROW EXCLUSIVE MODE', one.owner);
+        SELECT CASE col WHEN 'outbox.id' THEN drawn END INTO again FROM sequences_behind() WHERE seq = one.seq;
+        PERFORM setval(seq, used) FROM sequences_behind() WHERE seq = one.seq;
+        amiss := true;
+    END LOOP;
     LOCK TABLE outbox IN SHARE ROW EXCLUSIVE MODE;
     PERFORM FROM outbox_cursor FOR UPDATE;
-    IF NOT EXISTS (SELECT FROM outbox_cursor WHERE system_identifier <> here) THEN
+    SELECT CASE
+        WHEN count(*) FILTER (WHERE NOT retired) = 0 THEN 'outbox_cursor has no shard that is written to: copy its rows, too, and try again'
+        WHEN max(moved_at) FILTER (WHERE system_identifier <> here) > clock_timestamp() THEN format(
+            'the cursor was moved at %s, which is yet to come by this cluster''s clock, so that what was written since cannot be told from what '
+            'was delivered before: set the clock, or try again after that', max(moved_at))
+    END INTO problem FROM outbox_cursor;
+    IF problem IS NOT NULL THEN
+        RAISE object_not_in_prerequisite_state USING MESSAGE = problem;
+    END IF;
+    IF EXISTS (SELECT FROM outbox_stray_shards()) THEN
+        PERFORM outbox_spread(min(shard), count(*)::integer) FROM outbox_cursor WHERE NOT retired;
+        amiss := true;
+    END IF;
+    IF NOT amiss AND NOT EXISTS (SELECT FROM outbox_cursor WHERE system_identifier <> here) THEN
         RETURN NULL;
     END IF;
     UPDATE outbox SET xid = CASE WHEN EXISTS (
             SELECT FROM outbox_cursor AS at
-            WHERE at.shard = outbox.shard AND NOT drained AND NOT (id <= top_id AND (
-                pg_visible_in_snapshot(xid, delivered) OR batch IS NOT NULL AND id <= last_id AND pg_visible_in_snapshot(xid, batch)))
-        ) THEN me ELSE '3' END;
+            WHERE at.shard = outbox.shard
+                AND (drained OR pg_visible_in_snapshot(xid, delivered) OR batch IS NOT NULL AND id <= last_id AND pg_visible_in_snapshot(xid, batch))
+                AND (system_identifier = here AND NOT drained OR id <= top_id AND id > coalesce(again, 0) AND created_at <= moved_at)
+        ) THEN '3' ELSE me END;
+    WITH taken AS (
+        DELETE FROM outbox WHERE xid = me RETURNING *
+    )
+    INSERT INTO outbox (slot, shard, message_id, type, key, payload, headers, created_at)
+    SELECT slot, CASE WHEN shard IN (SELECT at.shard FROM outbox_cursor AS at WHERE NOT drained) THEN shard ELSE outbox_shard(key, message_id) END,
+        message_id, type, key, payload, headers, created_at
+    FROM taken ORDER BY CASE WHEN again IS NULL THEN id END, created_at, id;
+    GET DIAGNOSTICS kept = ROW_COUNT;
     UPDATE outbox_cursor
     SET system_identifier = here, delivered = format('%s:%s:', me, me)::pg_snapshot, batch = NULL, last_id = 0, claimed = NULL,
         owner = '', epoch = epoch + 1, lease_expires_at = '-infinity', moves = moves + 1, moved_at = clock_timestamp();
-    SELECT count(*) INTO kept FROM outbox WHERE xid = me;
     RETURN kept;
 END
 $$;
@@ -599,7 +693,8 @@ CREATE TRIGGER dead_letter_audit_guard_table BEFORE TRUNCATE ON dead_letter_audi
 -- read what others sent.
 REVOKE EXECUTE ON FUNCTION
     outbox_insert(uuid[], text[], text[], bytea[], jsonb[]), outbox_schedule, outbox_unschedule,
-    outbox_measure, outbox_sweep, outbox_move_due, outbox_set_shards, outbox_repair FROM PUBLIC;
+    outbox_measure, outbox_sweep, outbox_move_due, outbox_set_shards, outbox_repair, sequences_behind, outbox_stray_shards
+    FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION
     outbox_insert(uuid[], text[], text[], bytea[], jsonb[]), outbox_schedule, outbox_unschedule
     TO app_api, app_consumer, app_operator;
@@ -607,6 +702,7 @@ GRANT INSERT ON outbox_message TO app_api, app_consumer, app_operator;
 GRANT EXECUTE ON FUNCTION outbox_measure TO app_api, app_relay, app_operator;
 GRANT EXECUTE ON FUNCTION outbox_sweep, outbox_move_due TO app_relay;
 GRANT EXECUTE ON FUNCTION outbox_set_shards, outbox_repair TO app_operator;
+GRANT EXECUTE ON FUNCTION sequences_behind, outbox_stray_shards TO app_relay, app_consumer, app_operator;
 
 GRANT SELECT ON outbox TO app_relay;
 GRANT SELECT, UPDATE ON outbox_cursor TO app_relay;
@@ -618,11 +714,12 @@ GRANT UPDATE (resolution, resolved_at) ON dead_letter TO app_operator;
 GRANT INSERT ON dead_letter_audit TO app_operator;
 
 -- +goose Down
-DROP FUNCTION outbox_repair, outbox_unschedule, outbox_move_due, outbox_schedule, outbox_measure, outbox_sweep, outbox_slot_delivered, outbox_set_shards;
+DROP FUNCTION outbox_repair, outbox_unschedule, outbox_move_due, outbox_schedule, outbox_measure, outbox_sweep, outbox_slot_delivered, outbox_set_shards,
+    outbox_stray_shards, outbox_spread;
 DROP VIEW outbox_message;
 DROP TABLE dead_letter_audit, dead_letter, outbox_scheduled, outbox_backlog, outbox_relay, outbox_cursor, outbox;
 DROP FUNCTION dead_letter_guard;
 DROP FUNCTION outbox_insert(text, text, bytea, jsonb, uuid);
 DROP FUNCTION outbox_insert(uuid[], text[], text[], bytea[], jsonb[]);
 DROP FUNCTION outbox_accepts, outbox_refuse, outbox_headers_valid, outbox_timely, outbox_most_ahead, outbox_oldest, outbox_uuidv7, outbox_redate,
-    outbox_shard, outbox_slot, outbox_slot_length, outbox_slots, needs_read_committed, clock_age, clock_within, clock_holds;
+    outbox_shard, outbox_slot, outbox_slot_length, outbox_slots, sequences_behind, needs_read_committed, clock_age, clock_within, clock_holds;

@@ -82,7 +82,7 @@ func (c *outboxRepairCommand) Run(ctx context.Context) error {
 		case c.JSON:
 			return printJSON(map[string]any{"repaired": !intact, "to_publish": waiting})
 		case intact:
-			fmt.Println("nothing to repair: the outbox's cursor belongs to this cluster")
+			fmt.Println("nothing to repair: the outbox's cursor belongs to this cluster, and no sequence is behind")
 		default:
 			fmt.Printf("repaired: %s to be published, some of them maybe again; start the relay\n", count(waiting, "message is", "messages are"))
 		}

@@ -9,6 +9,7 @@ import (
 
 	"example.com/orders/internal/inbox"
 	"example.com/orders/internal/ops"
+	"example.com/orders/internal/outbox"
 	"example.com/orders/internal/postgres"
 	"example.com/orders/internal/testenv"
 )
@@ -44,6 +45,37 @@ func TestWhoWouldForgetTooEarlyRefusesToRun(t *testing.T) {
 	t.Run("API", func(t *testing.T) { // which needs neither
 		await(t, "API", serve(t, RunAPI, config), 200)
 	})
+}
+
+// Rows that were moved without the sequences that number them: a relay and a consumer refuse to run before the repair.
+func TestMovedRowsWithoutTheirSequences(t *testing.T) {
+	t.Parallel()
+	config := probed(Config{PostgresURL: testenv.PostgresURL(t), AMQPURL: testenv.AMQP(t), Addr: "127.0.0.1:0"})
+	db, err := postgres.Open(t.Context(), postgres.Config{URL: config.PostgresURL})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close()
+	if _, err := db.Exec(t.Context(), `INSERT INTO inbox_retry (consumer, message_id, type, key, payload, headers, attempts, due_at, last_error)
+		SELECT 'c', n, '', 'k', '', '{}', 1, 'infinity', '' FROM generate_series(1, 3) AS n;
+		ALTER SEQUENCE inbox_retry_seq_seq RESTART`); err != nil {
+		t.Fatal(err)
+	}
+	for role, run := range map[string]func(context.Context, Config) error{"app_relay": RunRelay, "app_consumer": RunConsumer} {
+		config := config
+		config.PostgresURL = testenv.As(t, config.PostgresURL, role)
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+		err := run(ctx, config)
+		cancel()
+		if !errors.Is(err, ops.ErrBehind) || !strings.Contains(err.Error(), "inbox_retry.seq goes on from 0, and 3 is in use") {
+			t.Errorf("%s: %v", role, err)
+		}
+	}
+	if _, err := outbox.Repair(t.Context(), db); err != nil {
+		t.Fatal(err)
+	}
+	config.PostgresURL = testenv.As(t, config.PostgresURL, "app_consumer")
+	await(t, "consumer", serve(t, RunConsumer, config), 200)
 }
 
 // A process whose clock differs from the database's says that it is not ready, before its messages are refused.

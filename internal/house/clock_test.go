@@ -23,6 +23,7 @@ var byHand = []struct{ place, why string }{
 	{"began CONSTANT timestamptz := clock_timestamp();", "operation_sweep, idempotency_key_sweep: what is dated ahead is kept for longer by as much"},
 	{"OR clock_timestamp() > oldest + remember + interval '10 s'", "the end of a loop; after a step it ends early, or when nothing is left"},
 	{"OR clock_timestamp() > began + interval '10 s'", "the same"},
+	{"> clock_timestamp() THEN format( 'the cursor was moved", "outbox_repair: refuses what is ahead"},
 	{"WHERE written_at > clock_timestamp() + $1", "outbox.Ahead, inbox.Ahead: look for what is ahead"},
 	{"written_at - clock_timestamp()", "the same"},
 	{"SELECT moved, next_due_at - clock_timestamp() FROM", "outbox.Relay.moveDue: waits for PollInterval at most"},

@@ -61,6 +61,7 @@ func Doctor(ctx context.Context, p Patient) []Finding {
 		{"durability", checkDurability, "Set synchronous_commit to on (or stricter) for the database and its roles, and fsync to on."},
 		{"clock", checkClock, "Synchronise the clocks of this machine and of Postgres' (NTP), by slewing and not by steps."},
 		{"cluster", checkCluster, "Run the command outbox repair once, then start the relay."},
+		{"sequences", checkSequences, "Run the command outbox repair once."},
 		{"relay", checkRelay, "Start a relay, and look at its log."},
 		{"backlog", checkBacklog, "See whether the broker is reachable and takes messages, and look at the relay's log."},
 		{"doorbell", checkDoorbell, "Give a direct connection as POSTGRES_LISTEN_URL; a transaction-mode pooler drops LISTEN."},
@@ -163,6 +164,7 @@ SELECT 'app_operator may not resolve dead_letter' WHERE NOT has_column_privilege
 UNION ALL
 SELECT format('%s may not call %s', role, oid::regprocedure) FROM (VALUES
     ('{app_api,app_consumer,app_operator}', '{outbox_insert,outbox_schedule,outbox_unschedule}'),
+    ('{app_relay,app_consumer,app_operator}', '{sequences_behind,outbox_stray_shards}'),
     ('{app_api,app_relay,app_operator}', '{outbox_measure}'), ('{app_relay}', '{outbox_sweep,outbox_move_due}'),
     ('{app_operator}', '{outbox_set_shards,outbox_repair,inbox_bury,operation_cancel}'), ('{app_consumer}', '{inbox_sweep}')
 ) AS wanted (roles, functions), unnest(roles::text[]) AS role, unnest(functions::text[]) AS function JOIN pg_proc ON proname = function

@@ -61,7 +61,7 @@ func TestDoctorFindsNothingWrongWithTheHealthy(t *testing.T) {
 			t.Errorf("%+v", one)
 		}
 	}
-	if len(findings) != 15 || Worst(findings) == Wrong {
+	if len(findings) != 16 || Worst(findings) == Wrong {
 		t.Errorf("%d findings, the worst %s", len(findings), Worst(findings))
 	}
 }
@@ -95,6 +95,12 @@ func TestDoctorFinds(t *testing.T) {
 			"clock", Wrong, "Postgres' clock was set back: the last move of shard 0 is 00:2"},
 		"ClockSetBackForConsumers": {`INSERT INTO inbox_consumer (consumer, owner, applied, expires_at, lease)
 			VALUES ('group', 'c', 1, clock_timestamp() + interval '30 min', '3 s')`, nil, "clock", Wrong, "the sign of life of c (group) is 00:2"},
+		"SequenceBehind": {`INSERT INTO operator_audit (action, target, reason, actor) VALUES ('a', 't', 'r', 'a'), ('a', 't', 'r', 'a');
+			SELECT setval(pg_get_serial_sequence('operator_audit', 'id'), 1)`, nil, "sequences", Wrong, "operator_audit.id goes on from 1, and 2 is in use"},
+		"SequenceNeverUsed": {`UPDATE outbox_cursor SET top_id = 8`, nil, "sequences", Wrong, "outbox.id goes on from 0, and 8 is in use"},
+		"SequenceOfTheDomain": {`CREATE TABLE of_the_domain (id serial); INSERT INTO of_the_domain VALUES (7)`, nil,
+			"sequences", Wrong, "of_the_domain.id goes on from 0, and 7 is in use"},
+		"StrayShard":     {`SELECT outbox_spread(5, 1)`, nil, "sequences", Wrong, "new messages are put into shard 5, which nobody reads"},
 		"ForeignCluster": {`UPDATE outbox_cursor SET system_identifier = 1`, nil, "cluster", Wrong, "another Postgres cluster"},
 		"NoRelay":        {`UPDATE outbox_cursor SET lease_expires_at = '-infinity'`, nil, "relay", Wrong, "no relay holds shard 0"},
 		"Backlog": {`SELECT outbox_insert('type', 'k', ''); UPDATE outbox SET created_at = now() - interval '1 h'`, nil,

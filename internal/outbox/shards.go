@@ -58,8 +58,9 @@ func EnsureShards(ctx context.Context, db *pgxpool.Pool, n int) (changed bool, e
 	return true, SetShards(ctx, db, n)
 }
 
-// Repair makes the outbox usable after the database was restored into another cluster, and returns how many messages are to be published,
-// some of them maybe again. Nothing that was not delivered is skipped. It returns ErrNoRepairNeeded if the cursor belongs to this cluster.
+// Repair makes the outbox usable after the database was moved into another cluster, by a dump or by a copy of its rows, and returns how many messages
+// are to be published, some of them maybe again. Nothing that was not delivered is skipped. Sequences that stayed behind are moved forward, those of the
+// other tables, too. It returns ErrNoRepairNeeded if nothing is amiss, and an error that says how to go on where it cannot tell what was delivered.
 func Repair(ctx context.Context, db *pgxpool.Pool) (undelivered int, err error) {
 	var found *int
 	err = postgres.Transact(ctx, db, func(tx pgx.Tx) error {
@@ -74,8 +75,8 @@ func Repair(ctx context.Context, db *pgxpool.Pool) (undelivered int, err error) 
 	return *found, nil
 }
 
-// ErrNoRepairNeeded means that the cursor belongs to this cluster.
-var ErrNoRepairNeeded = errors.New("the outbox cursor belongs to this cluster, there is nothing to repair")
+// ErrNoRepairNeeded means that the cursor belongs to this cluster, and that no sequence is behind.
+var ErrNoRepairNeeded = errors.New("the outbox cursor belongs to this cluster and no sequence is behind, there is nothing to repair")
 
 // Shard is what an operator wants to know of one.
 type Shard struct {
