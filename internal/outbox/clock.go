@@ -6,8 +6,8 @@ import (
 	"fmt"
 	"time"
 
+	"example.com/orders/internal/postgres"
 	"github.com/jackc/pgx/v5"
-	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
@@ -24,8 +24,7 @@ const clockConstraint = "outbox_message_id_is_timely"
 
 // blameClock makes ErrClock of what Postgres refused for the time in an ID.
 func blameClock(err error) error {
-	var refused *pgconn.PgError
-	if errors.As(err, &refused) && refused.ConstraintName == clockConstraint {
+	if postgres.Violates(err, clockConstraint) {
 		return fmt.Errorf("%w: %w", ErrClock, err)
 	}
 	return err

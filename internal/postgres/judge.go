@@ -211,3 +211,9 @@ func IsLocked(err error) bool {
 	var refused *pgconn.PgError
 	return errors.As(err, &refused) && refused.Code == "55P03"
 }
+
+// Violates tells whether a statement was refused in the name of a constraint.
+func Violates(err error, constraint string) bool {
+	var refused *pgconn.PgError
+	return errors.As(err, &refused) && refused.ConstraintName == constraint
+}
