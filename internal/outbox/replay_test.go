@@ -2,6 +2,7 @@ package outbox
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"math"
@@ -183,9 +184,9 @@ func TestFind(t *testing.T) {
 	t.Parallel()
 	db := testenv.Postgres(t)
 	fresh, old := probe("k", "m000"), probe("k", "m001")
-	for i := range 6 {
-		old.ID[i] = 1 // as of a message that was redriven
-	}
+	var made [8]byte // as of a message that was redriven
+	binary.BigEndian.PutUint64(made[:], uint64(time.Now().Add(-MaxAge+time.Hour).UnixMilli()))
+	copy(old.ID[:6], made[2:])
 	in(t, db, func(ctx context.Context, tx pgx.Tx) error { return Insert(ctx, tx, fresh, old) })
 	for _, message := range []messaging.Message{fresh, old} {
 		for _, delivered := range []bool{false, true} {
