@@ -150,6 +150,49 @@ func TestNothingLeavesSilently(t *testing.T) {
 	}
 }
 
+// Two drains may be handed the copies of one message at the same time: the second sees what the first has kept.
+func TestInsertOnceByTwoAtOnce(t *testing.T) {
+	t.Parallel()
+	db := testenv.Postgres(t)
+	begin := func() pgx.Tx {
+		t.Helper()
+		tx, err := db.Begin(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return tx
+	}
+	letter := Letter{Consumer: "group", MessageID: "id", Headers: map[string]string{}, Reason: Undelivered}
+	first, second := begin(), begin()
+	if err := InsertOnce(t.Context(), first, letter); err != nil {
+		t.Fatal(err)
+	}
+	inserted := make(chan error, 1)
+	pid := second.Conn().PgConn().PID()
+	go func() { inserted <- InsertOnce(t.Context(), second, letter) }()
+	testenv.Eventually(t, 10*time.Second, func() error {
+		var waits bool
+		const sql = `SELECT EXISTS (SELECT FROM pg_locks WHERE pid = $1 AND NOT granted)`
+		err := db.QueryRow(t.Context(), sql, pid).Scan(&waits)
+		if err == nil && !waits {
+			err = errors.New("the second does not wait")
+		}
+		return err
+	})
+	for _, step := range []func() error{
+		func() error { return first.Commit(t.Context()) },
+		func() error { return <-inserted },
+		func() error { return second.Commit(t.Context()) },
+	} {
+		if err := step(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got := len(read(t, db)); got != 1 {
+		t.Errorf("%d letters of one message", got)
+	}
+}
+
 func TestList(t *testing.T) {
 	t.Parallel()
 	db := testenv.Postgres(t)

@@ -192,17 +192,24 @@ func Audit(ctx context.Context, db *pgxpool.Pool, id int64) ([]Record, error) {
 	return pgx.CollectRows(rows, pgx.RowToStructByPos[Record])
 }
 
-// Undelivered letters come from the broker, which may hand one over twice. One caller at a time looks and inserts; 1869968483 is the class of the
-// outbox's locks for chores.
-const knownSQL = `
-SELECT EXISTS (SELECT FROM dead_letter WHERE message_id = $1 AND consumer = $2 AND reason = $3 AND resolution IS NULL)
-FROM pg_advisory_xact_lock(1869968483, 2)`
+// Undelivered letters come from the broker, which may hand one over twice. One caller at a time looks and inserts;
+// 1869968483 is the class of the outbox's locks for chores. To look is a statement of its own: the lock's own
+// snapshot is older than what the holder before committed.
+const (
+	lockUndeliveredSQL = `SELECT pg_advisory_xact_lock(1869968483, 2)`
+	knownSQL           = `
+SELECT EXISTS (SELECT FROM dead_letter WHERE message_id = $1 AND consumer = $2 AND reason = $3 AND resolution IS NULL)`
+)
 
 // InsertOnce is Insert for a letter of which copies may come: while one is open, further ones are absorbed.
 func InsertOnce(ctx context.Context, tx pgx.Tx, letter Letter) error {
 	if letter.MessageID != "" {
 		var known bool
-		if err := tx.QueryRow(ctx, knownSQL, messaging.CleanText(letter.MessageID), letter.Consumer, letter.Reason).Scan(&known); err != nil {
+		var batch pgx.Batch
+		batch.Queue(lockUndeliveredSQL)
+		batch.Queue(knownSQL, messaging.CleanText(letter.MessageID), letter.Consumer, letter.Reason).
+			QueryRow(func(row pgx.Row) error { return row.Scan(&known) })
+		if err := tx.SendBatch(ctx, &batch).Close(); err != nil {
 			return fmt.Errorf("look for dead letter: %w", err)
 		}
 		if known {
