@@ -70,7 +70,7 @@ $$;
 -- +goose StatementEnd
 
 CREATE TABLE inbox_retry (
-    -- The order in which the messages of one key came.
+    -- The order in which the messages of one key came. The head of a key is the first of them.
     seq        bigint      NOT NULL GENERATED ALWAYS AS IDENTITY CONSTRAINT inbox_retry_pkey PRIMARY KEY,
     consumer   text        NOT NULL,
     message_id text        NOT NULL,
@@ -80,17 +80,71 @@ CREATE TABLE inbox_retry (
     headers    jsonb       NOT NULL,
     -- Runs of the handler that failed.
     attempts   integer     NOT NULL,
-    -- Runs that were started, counted before the handler runs: those that neither failed nor ended took the process with them.
-    starts     integer     NOT NULL DEFAULT 0,
-    due_at     timestamptz NOT NULL,
+    -- Runs that processes claimed since the last failure and told nothing of. A process that lives takes its own run
+    -- back, so each one that stays took its process with it. The last one holds the claim.
+    runs       uuid[]      NOT NULL DEFAULT '{}',
+    -- NULL behind the head of its key.
+    due_at     timestamptz CONSTRAINT inbox_retry_due_unless_behind CHECK (due_at IS NOT NULL OR key <> ''),
     last_error text        NOT NULL,
     created_at timestamptz NOT NULL DEFAULT clock_timestamp()
 );
 
--- For "does anything of this key wait?", asked for every batch, and for "is this the first of its key?".
+-- "What comes next on this key?", and how many wait.
 CREATE INDEX inbox_retry_key_idx ON inbox_retry (consumer, key, seq) WHERE key <> '';
--- For "what is due?".
-CREATE INDEX inbox_retry_due_idx ON inbox_retry (consumer, due_at);
+-- "Does anything of these keys wait?", asked for every batch. A key has one head.
+CREATE UNIQUE INDEX inbox_retry_head_idx ON inbox_retry (consumer, key) WHERE key <> '' AND due_at IS NOT NULL;
+-- "What is due?"
+CREATE INDEX inbox_retry_due_idx ON inbox_retry (consumer, due_at) WHERE due_at IS NOT NULL;
+-- "Where is this message?" It waits once.
+CREATE UNIQUE INDEX inbox_retry_message_id_idx ON inbox_retry (consumer, message_id) WHERE message_id <> '';
+
+-- A key whose messages wait has a head, whoever inserts and deletes: else nothing would ever try them. Both triggers
+-- take the lock of the key, until the end of their transaction, and look behind it in a statement of its own, which
+-- sees what the holder before them committed.
+
+-- A message joins its key at the end, or becomes its head. The place is taken behind the lock, so places are in the
+-- order of commits. 1768841848 is 'inbx' in ASCII, a class of our own among advisory locks. Two keys with one hash
+-- wait for each other in vain.
+-- +goose StatementBegin
+CREATE FUNCTION inbox_retry_join() RETURNS trigger
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp
+    -- What the planner guesses of how many messages a key has may be wrong by any factor.
+    SET enable_seqscan = off SET enable_bitmapscan = off AS $$
+BEGIN
+    PERFORM pg_advisory_xact_lock(1768841848, hashtext(NEW.consumer || ' ' || NEW.key));
+    NEW.seq := nextval('inbox_retry_seq_seq');
+    NEW.due_at := CASE WHEN NOT EXISTS (
+        SELECT FROM inbox_retry WHERE consumer = NEW.consumer AND key = NEW.key AND key <> '')
+        THEN coalesce(NEW.due_at, clock_timestamp()) END;
+    RETURN NEW;
+END
+$$;
+-- +goose StatementEnd
+CREATE TRIGGER inbox_retry_join BEFORE INSERT ON inbox_retry
+    FOR EACH ROW WHEN (NEW.key <> '') EXECUTE FUNCTION inbox_retry_join();
+
+-- When a head is gone, the message behind it becomes the head, due at once. This runs at COMMIT: a retry deletes its
+-- row before its handler runs, and nobody who joins the key shall wait for the handler.
+-- +goose StatementBegin
+CREATE FUNCTION inbox_retry_promote() RETURNS trigger
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp
+    SET enable_seqscan = off SET enable_bitmapscan = off SET enable_sort = off AS $$
+BEGIN
+    PERFORM pg_advisory_xact_lock(1768841848, hashtext(OLD.consumer || ' ' || OLD.key));
+    -- The next entry of inbox_retry_key_idx, and no other index has this order. In front of the old head lie the entries
+    -- of all heads before, until they are vacuumed.
+    UPDATE inbox_retry AS head SET due_at = clock_timestamp()
+    FROM (
+        SELECT seq, consumer, key FROM inbox_retry
+        WHERE key <> '' AND (consumer, key, seq) > (OLD.consumer, OLD.key, OLD.seq)
+        ORDER BY consumer, key, seq LIMIT 1) AS next
+    WHERE head.seq = next.seq AND next.consumer = OLD.consumer AND next.key = OLD.key AND head.due_at IS NULL;
+    RETURN NULL;
+END
+$$;
+-- +goose StatementEnd
+CREATE CONSTRAINT TRIGGER inbox_retry_promote AFTER DELETE ON inbox_retry DEFERRABLE INITIALLY DEFERRED
+    FOR EACH ROW WHEN (OLD.key <> '' AND OLD.due_at IS NOT NULL) EXECUTE FUNCTION inbox_retry_promote();
 
 -- The groups that operators have paused: their consumers look here every second.
 CREATE TABLE inbox_pause (
@@ -117,14 +171,19 @@ CREATE TABLE inbox_consumer (
 -- handler runs at this moment is locked by it: then nothing is moved (lock_not_available), since it may just be succeeding.
 -- +goose StatementBegin
 CREATE FUNCTION inbox_bury(of_consumer text, of_key text, whole boolean, cause text) RETURNS text[]
-    LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+    LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp SET enable_seqscan = off AS $$
 DECLARE
-    chosen CONSTANT bigint[] := ARRAY(
-        SELECT seq FROM inbox_retry WHERE consumer = of_consumer AND key = of_key AND key <> ''
-        ORDER BY seq LIMIT CASE WHEN whole THEN NULL ELSE 1 END FOR UPDATE NOWAIT);
-    moved  CONSTANT text[] := ARRAY(SELECT message_id FROM inbox_retry WHERE seq = ANY (chosen) ORDER BY seq);
+    chosen bigint[] := ARRAY(
+        SELECT seq FROM inbox_retry WHERE consumer = of_consumer AND key = of_key AND key <> '' AND due_at IS NOT NULL
+        FOR UPDATE NOWAIT);
+    moved  text[];
 BEGIN
     PERFORM needs_read_committed();
+    IF whole THEN
+        chosen := ARRAY(
+            SELECT seq FROM inbox_retry WHERE consumer = of_consumer AND key = of_key AND key <> '' FOR UPDATE NOWAIT);
+    END IF;
+    moved := ARRAY(SELECT message_id FROM inbox_retry WHERE seq = ANY (chosen) ORDER BY seq);
     INSERT INTO dead_letter (consumer, message_id, type, key, payload, headers, reason, error, attempts)
     SELECT consumer, message_id, type, key, payload, headers, 'skipped', cause || '; last error: ' || last_error, attempts
     FROM inbox_retry WHERE seq = ANY (chosen) ORDER BY seq;
@@ -148,7 +207,7 @@ CREATE TABLE operator_audit (
 CREATE TRIGGER operator_audit_guard_rows BEFORE UPDATE OR DELETE ON operator_audit FOR EACH ROW EXECUTE FUNCTION dead_letter_guard();
 CREATE TRIGGER operator_audit_guard_table BEFORE TRUNCATE ON operator_audit FOR EACH STATEMENT EXECUTE FUNCTION dead_letter_guard();
 
-REVOKE EXECUTE ON FUNCTION inbox_sweep, inbox_bury FROM PUBLIC;
+REVOKE EXECUTE ON FUNCTION inbox_sweep, inbox_bury, inbox_retry_join, inbox_retry_promote FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION inbox_sweep TO app_consumer;
 GRANT EXECUTE ON FUNCTION inbox_bury TO app_operator;
 GRANT SELECT, INSERT, UPDATE ON inbox TO app_consumer;
@@ -159,5 +218,5 @@ GRANT SELECT ON inbox_consumer TO app_operator;
 GRANT SELECT, INSERT, DELETE ON inbox_pause TO app_operator;
 
 -- +goose Down
-DROP FUNCTION inbox_bury, inbox_sweep;
 DROP TABLE operator_audit, inbox_consumer, inbox_pause, inbox_retry, inbox;
+DROP FUNCTION inbox_bury, inbox_sweep, inbox_retry_join, inbox_retry_promote;

@@ -165,6 +165,7 @@ func TestCrashedRuns(t *testing.T) {
 				wantAway(t, err)
 				proxy.Refuse(false)
 				b.wantWaiting(t, want, "behind 0/0")
+				p = New(p.db, b.group, p.config) // the process is gone, and with it what it knew
 				if retryOne(t, p) {
 					t.Error("claimed again while the claim holds")
 				}
@@ -187,12 +188,12 @@ func TestClaimThatRanOut(t *testing.T) {
 	b.on("one", fails)
 	p := b.inbox(eager)
 	process(t, p, probe("k", "one"))
-	b.on("one", nil)
-	frozen := retry{Delivery: probe("k", "one"), attempts: 1, starts: 2}
-	if err := b.db.QueryRow(t.Context(), `UPDATE inbox_retry SET starts = starts + 1 RETURNING seq`).Scan(&frozen.seq); err != nil {
+	frozen, err := p.claim(t.Context())
+	if err != nil {
 		t.Fatal(err)
 	}
 	b.on("one", fails)
+	b.makeDue(t)
 	retryOne(t, p) // another claims it and fails: the counts start anew
 	b.wantWaiting(t, "one 2/2")
 	for name, late := range map[string]func() error{
@@ -202,15 +203,13 @@ func TestClaimThatRanOut(t *testing.T) {
 		"Give up": func() error {
 			return p.retryFailed(t.Context(), frozen, &failure{messaging.Permanent(errProbe)})
 		},
+		"Put off": func() error { return p.retryFailed(t.Context(), frozen, &failure{errProbe}) },
 	} {
 		if err := late(); !errors.Is(err, errStolen) {
 			t.Errorf("%s: got error %v", name, err)
 		}
 	}
-	p.giveBack(t.Context(), frozen)
-	if err := p.retryFailed(t.Context(), frozen, &failure{errProbe}); err != nil {
-		t.Errorf("put off: %v", err)
-	}
+	p.disown(t.Context(), frozen)
 	b.wantWaiting(t, "one 2/2")
 	b.wantDead(t)
 }

@@ -10,8 +10,9 @@
 // The messages of one key are applied in the order in which they are handed in, also when one of them fails: those behind it
 // wait in inbox_retry until it is applied or dead, while other keys go on.
 //
-// One bad message harms no other. A handler's error rolls the batch back and runs it message by message. A message whose delivery was broken
-// off twice may be killing the process: it is set aside unhandled, and from there it is tried alone, each start counted before it begins.
+// One bad message harms no other. A handler's error rolls the batch back and runs it message by message. A message
+// whose delivery was broken off twice may be killing the process: it is set aside unhandled, and from there it is
+// tried alone, each run noted before it begins and taken back by a process that outlives it.
 //
 // It does not promise anything about effects outside of this database, nor about messages older than the window: those could be copies
 // of something forgotten, and go to dead_letter. A database that is away costs no attempts.
@@ -69,6 +70,7 @@ type Inbox struct {
 	tracer trace.Tracer
 
 	progress progress
+	untold   untold
 }
 
 func (c Config) withDefaults() Config {
@@ -200,7 +202,7 @@ func (b *Inbox) apply(ctx context.Context, items []*item, known *failure) error 
 			case known != nil:
 				err = b.setAside(ctx, tx, one, known, &done)
 			case waiting[one.Key], one.Count >= maxBreaks:
-				err = b.queue(ctx, tx, one, waitingTurn)
+				done.aside = append(done.aside, aside{one.Delivery, waitingTurn})
 				if !waiting[one.Key] {
 					done.broken++
 				}
@@ -212,6 +214,9 @@ func (b *Inbox) apply(ctx context.Context, items []*item, known *failure) error 
 			if err != nil {
 				return err
 			}
+		}
+		if err := b.queue(ctx, tx, done.aside); err != nil {
+			return err
 		}
 		failpoint.Hit("consumer.handled")
 		ran = done.applied > 0
@@ -239,6 +244,7 @@ func copiesIn(items []*item) (n int) {
 type outcome struct {
 	applied, copies, retries, broken int
 	dead                             []deadletter.Letter
+	aside                            []aside
 }
 
 // In the order of the primary key, so that two transactions that take the same messages cannot wait for each other. A copy that

@@ -7,13 +7,14 @@ import (
 	"testing"
 
 	"example.com/orders/internal/messaging"
+	"example.com/orders/internal/postgres"
 	"github.com/jackc/pgx/v5"
 	"pgregory.net/rapid"
 )
 
-// TestAnyScheduleAppliesEachMessageOnceInOrder lets rapid choose what the broker delivers again, which handlers fail how often, when
-// a batch is broken off, and when retries run. At the end each message is applied exactly once or dead, and the
-// effects of a key are in the order in which its messages first came.
+// TestAnyScheduleAppliesEachMessageOnceInOrder lets rapid choose what the broker delivers again, which handlers fail
+// how often, when a batch is broken off, what operators bury, and when retries run. At the end each message is
+// applied exactly once or dead, and the effects of a key are in the order in which its messages first came.
 func TestAnyScheduleAppliesEachMessageOnceInOrder(t *testing.T) {
 	t.Parallel()
 	db, schedules := setup(t).db, 0
@@ -26,6 +27,8 @@ func TestAnyScheduleAppliesEachMessageOnceInOrder(t *testing.T) {
 			"break off": m.breakOff,
 			"retry":     func(*rapid.T) { retryOne(r, m.box) },
 			"restart":   func(*rapid.T) { m.box = m.bundle.inbox(eager) },
+			"bury":      m.bury,
+			"":          func(r *rapid.T) { m.bundle.wantHeads(r) },
 		})
 		m.finish(r)
 		m.check(r)
@@ -42,6 +45,7 @@ type model struct {
 	queue  []messaging.Delivery
 	fate   []int // how often the handler fails on each; -1: permanently
 	next   int   // the first that was never delivered
+	buried []string
 }
 
 func newModel(r *rapid.T, b *bundle) *model {
@@ -102,6 +106,19 @@ func (m *model) breakOff(r *rapid.T) {
 	}
 }
 
+// bury moves the head of a key to the dead letters, or all that waits of it.
+func (m *model) bury(r *rapid.T) {
+	key, whole := rapid.SampledFrom([]string{"a", "b"}).Draw(r, "key"), rapid.Bool().Draw(r, "whole")
+	err := postgres.Transact(r.Context(), m.bundle.db, func(tx pgx.Tx) error {
+		ids, err := Bury(r.Context(), tx, m.bundle.group.name, key, whole, "probe")
+		m.buried = append(m.buried, ids...)
+		return err
+	})
+	if err != nil {
+		r.Fatalf("bury: %v", err)
+	}
+}
+
 func (m *model) finish(r *rapid.T) {
 	process(r, m.box, m.queue[m.next:]...)
 	retryAll(r, m.box)
@@ -117,6 +134,12 @@ func (m *model) check(r *rapid.T) {
 		applied, died := slices.Contains(effects, text), slices.Contains(dead, text)
 		if applied == died {
 			r.Errorf("message %s: applied %t, dead %t", text, applied, died)
+		}
+		if slices.Contains(m.buried, d.ID) {
+			if !died {
+				r.Errorf("message %s is buried and not dead", text)
+			}
+			continue
 		}
 		if (m.fate[i] == 0 && died) || ((m.fate[i] < 0 || m.fate[i] == forever) && applied) {
 			r.Errorf("message %s that fails %d times: applied %t", text, m.fate[i], applied)

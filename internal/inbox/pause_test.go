@@ -88,7 +88,8 @@ func TestBury(t *testing.T) {
 	box := b.inbox(eager)
 	b.on("head", fails)
 	key := []messaging.Delivery{probe("k", "head"), probe("k", "second"), probe("k", "third")}
-	other := probe("l", "head")
+	b.on("other", fails)
+	other := probe("l", "other")
 	if err := box.Process(t.Context(), append(key, other)); err != nil {
 		t.Fatal(err)
 	}

@@ -41,8 +41,8 @@ const requeueTakeSQL = `INSERT INTO inbox (slot, consumer, message_id) VALUES ($
 
 const requeueSQL = `
 INSERT INTO inbox_retry (consumer, message_id, type, key, payload, headers, attempts, due_at, last_error)
-SELECT $1, $2, $3, $4, $5, $6, 0, clock_timestamp(), 'redriven'
-WHERE $2 = '' OR NOT EXISTS (SELECT FROM inbox_retry WHERE consumer = $1 AND message_id = $2)`
+VALUES ($1, $2, $3, $4, $5, $6, 0, clock_timestamp(), 'redriven')
+ON CONFLICT (consumer, message_id) WHERE message_id <> '' DO NOTHING`
 
 // Requeue has a group try a dead message again, as part of tx, behind whatever waits of its key. Owned says that the letter is of a message
 // that the inbox had taken and never applied; without it, Requeue returns ErrTaken if the inbox has taken the message.

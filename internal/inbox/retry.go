@@ -12,61 +12,14 @@ import (
 	"example.com/orders/internal/deadletter"
 	"example.com/orders/internal/messaging"
 	"example.com/orders/internal/postgres"
+	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
 )
 
-// maxCrashes is how many runs of a retried message may have been started and never ended. A handler that takes the process
-// with it (out of memory, a fatal error) reaches this number and no other message does: retries run one at a time.
+// maxCrashes is how many runs of a retried message may have ended with their process, without a word. A handler that
+// takes the process with it (out of memory, a fatal error) reaches this number, and hardly another message: a process
+// has one retry at a time, and takes back what it lives on from.
 const maxCrashes = 3
-
-// waitingTurn is the error text of a message that has not failed itself.
-var waitingTurn = &failure{errors.New("waits its turn")}
-
-const waitingSQL = `SELECT DISTINCT key FROM inbox_retry WHERE consumer = $1 AND key = ANY ($2) AND key <> ''`
-
-// queueWaitingKeys asks which keys have messages in inbox_retry: whatever comes later on those keys queues behind them. A message that is being
-// retried at this moment counts, until its effect is committed. What it returns is filled when the batch is closed.
-func queueWaitingKeys(batch *pgx.Batch, consumer string, keys []string) (waiting map[string]bool) {
-	waiting = map[string]bool{}
-	batch.Queue(waitingSQL, consumer, keys).Query(func(rows pgx.Rows) error {
-		var key string
-		_, err := pgx.ForEachRow(rows, []any{&key}, func() error {
-			waiting[key] = true
-			return nil
-		})
-		return err
-	})
-	return waiting
-}
-
-// setAside keeps a message whose handler failed: for a retry, or as a dead letter if no retry can help.
-func (b *Inbox) setAside(ctx context.Context, tx pgx.Tx, one *item, cause *failure, done *outcome) error {
-	if final(cause) || b.config.MaxAttempts <= 1 {
-		letter := b.letter(ctx, one.Delivery, 1, cause)
-		done.dead = append(done.dead, letter)
-		return b.bury(ctx, tx, letter)
-	}
-	done.retries++
-	return b.queue(ctx, tx, one, cause)
-}
-
-const queueSQL = `
-INSERT INTO inbox_retry (consumer, message_id, type, key, payload, headers, attempts, starts, due_at, last_error)
-VALUES ($1, $2, $3, $4, $5, $6, $7, $7, clock_timestamp() + $8, $9)`
-
-// queue puts a message behind those of its key that wait already.
-func (b *Inbox) queue(ctx context.Context, tx pgx.Tx, one *item, cause *failure) error {
-	attempts, pause := 0, time.Duration(0)
-	if cause != waitingTurn {
-		attempts, pause = 1, b.pause(1)
-		slog.WarnContext(traceOf(ctx, one.Headers), "message will be retried", "consumer", b.group.name, "message_id", one.ID, "attempt", 1, "error", cause, "retry_in", pause)
-	}
-	_, err := tx.Exec(ctx, queueSQL, b.group.name, one.ID, one.Type, one.Key, messaging.NotNil(one.Payload), headersOf(one.Delivery), attempts, pause, messaging.CleanText(cause.Error()))
-	if err != nil {
-		return fmt.Errorf("queue retry: %w", err)
-	}
-	return nil
-}
 
 // Run retries what is due and forgets what is old, until ctx is done. Any number of processes may do so.
 func (b *Inbox) Run(ctx context.Context) error {
@@ -75,6 +28,7 @@ func (b *Inbox) Run(ctx context.Context) error {
 	chores.Go(func() { b.sweepNowAndThen(ctx) })
 	chores.Go(func() { b.showLife(ctx) })
 	defer b.observeRetries(0)()
+	defer b.leave(ctx)
 	return b.WhileResumed(ctx, b.retryDue)
 }
 
@@ -93,51 +47,83 @@ func (b *Inbox) retryDue(ctx context.Context) error {
 	return nil
 }
 
-// retry is a row of inbox_retry.
+// retry is a row of inbox_retry that this process has claimed.
 type retry struct {
 	messaging.Delivery
 	seq      int64
 	attempts int
-	starts   int
+	run      uuid.UUID
+	// unended is how many runs there are of which nothing is known, this one included.
+	unended int
 }
 
-// The start is counted in a transaction of its own, before the handler runs: if the handler takes the process with it, the count
-// stays. Meanwhile the row is not due for as long as a handler may take. Only the first message of a key is a candidate.
+// The run is noted in a transaction of its own, before the handler runs: if the handler takes the process with it,
+// the note stays. Meanwhile the row is not due for as long as a handler may take. Heads of keys have a due time, and
+// nothing else of a key.
+//
+// The commit does not wait for the disk or a standby. Losing it takes the claim off a handler whose own connection is
+// lost with it; and a crash of Postgres together with a crash of the handler goes unseen once.
 const claimSQL = `
-UPDATE inbox_retry SET starts = starts + 1, due_at = clock_timestamp() + $2
+WITH hasty AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
+UPDATE inbox_retry SET runs = runs || $3::uuid, due_at = clock_timestamp() + $2
+FROM hasty
 WHERE seq = (
-    SELECT seq FROM inbox_retry AS candidate
-    WHERE consumer = $1 AND due_at <= clock_timestamp()
-      AND (key = '' OR NOT EXISTS (
-          SELECT FROM inbox_retry AS earlier
-          WHERE earlier.consumer = candidate.consumer AND earlier.key = candidate.key AND earlier.seq < candidate.seq))
+    SELECT seq FROM inbox_retry
+    WHERE consumer = $1 AND due_at <= statement_timestamp() -- not clock_timestamp(), which no index can look for
     ORDER BY due_at LIMIT 1
     FOR UPDATE SKIP LOCKED)
-RETURNING seq, attempts, starts, message_id, type, key, payload, headers`
+RETURNING seq, attempts, cardinality(runs), message_id, type, key, payload, headers`
 
 // RetryNext runs the handler on the message that has been due longest. It returns false if none is due.
 func (b *Inbox) RetryNext(ctx context.Context) (found bool, err error) {
-	var one retry
-	err = postgres.Transact(ctx, b.db, func(tx pgx.Tx) error {
-		return tx.QueryRow(ctx, claimSQL, b.group.name, b.config.claim()).
-			Scan(&one.seq, &one.attempts, &one.starts, &one.ID, &one.Type, &one.Key, &one.Payload, &one.Headers)
-	})
+	// First, so that this process has one run at most that it has told nothing of, but for those whose row is
+	// another's at this moment.
+	if err := b.takeBack(ctx); err != nil {
+		return false, err
+	}
+	one, err := b.claim(ctx)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return false, nil
 	}
-	if err != nil {
-		return false, fmt.Errorf("claim retry: %w", err)
+	if err == nil {
+		err = b.retry(ctx, one)
 	}
-	if one.starts-one.attempts > maxCrashes {
-		crashed := fmt.Errorf("the handler was started %d times without coming to an end", one.starts-one.attempts-1)
-		return true, b.retryFailed(ctx, one, &failure{&rejection{deadletter.Crashed, crashed}})
+	if err != nil {
+		b.disown(ctx, one)
+	}
+	if errors.Is(err, errStolen) {
+		return true, nil
+	}
+	return err == nil, err
+}
+
+// claim takes the message that has been due longest. Its error is pgx.ErrNoRows if there is none. After any other
+// error the claim may stand.
+func (b *Inbox) claim(ctx context.Context) (one retry, err error) {
+	one.run = uuid.New()
+	err = postgres.Transact(ctx, b.db, func(tx pgx.Tx) error {
+		return tx.QueryRow(ctx, claimSQL, b.group.name, b.config.claim(), one.run).
+			Scan(&one.seq, &one.attempts, &one.unended, &one.ID, &one.Type, &one.Key, &one.Payload, &one.Headers)
+	})
+	if err != nil && !errors.Is(err, pgx.ErrNoRows) {
+		err = fmt.Errorf("claim retry: %w", err)
+	}
+	return one, err
+}
+
+// retry runs the handler of a message that is claimed, and settles what came of it. After an error the claim stands,
+// unless it is another's.
+func (b *Inbox) retry(ctx context.Context, one retry) error {
+	if one.unended > maxCrashes {
+		crashed := fmt.Errorf("the handler was started %d times without coming to an end", one.unended-1)
+		return b.retryFailed(ctx, one, &failure{&rejection{deadletter.Crashed, crashed}})
 	}
 	ran := false
-	err = postgres.Transact(ctx, b.db, func(tx pgx.Tx) error {
+	err := postgres.Transact(ctx, b.db, func(tx pgx.Tx) error {
 		ran = false
 		err := b.remove(ctx, tx, one)
 		if err == nil {
-			err = b.run(ctx, tx, one.Delivery)
+			err = b.run(context.WithValue(ctx, attemptKey{}, one.attempts+1), tx, one.Delivery)
 		}
 		ran = err == nil
 		return err
@@ -145,34 +131,25 @@ func (b *Inbox) RetryNext(ctx context.Context) (found bool, err error) {
 	err = blameHandlers(err, ran)
 	var failed *failure
 	if errors.As(err, &failed) {
-		err = b.retryFailed(ctx, one, failed)
-	} else if err == nil {
+		return b.retryFailed(ctx, one, failed)
+	}
+	if err == nil {
 		b.meters.applied.Add(ctx, 1, b.meters.group)
 		b.progress.note(1, identityOf(one.ID, slotLength))
 		b.config.AfterCommit()
 	}
-	if errors.Is(err, errStolen) {
-		return true, nil
-	}
-	if err != nil {
-		b.giveBack(ctx, one)
-	}
-	return true, err
+	return err
 }
 
-const giveBackSQL = `
-UPDATE inbox_retry SET starts = starts - 1, due_at = clock_timestamp()
-WHERE seq = $1 AND starts = $2 AND attempts = $3`
+type attemptKey struct{}
 
-// giveBack takes back the start of a run that the database or the end of the process broke off: it was not the message's fault.
-// If that fails too, the start stays counted; only several of them in a row do harm.
-func (b *Inbox) giveBack(ctx context.Context, one retry) {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
-	defer cancel()
-	_, err := b.db.Exec(ctx, giveBackSQL, one.seq, one.starts, one.attempts)
-	if err != nil {
-		slog.WarnContext(ctx, "retry not given back", "consumer", b.group.name, "message_id", one.ID, "error", err)
+// Attempt returns which attempt at its message a handler is, given the handler's context: 1, and one more for each
+// run that failed. Runs that were broken off, by the end of the process or since the database was away, do not count.
+func Attempt(ctx context.Context) int {
+	if attempt, ok := ctx.Value(attemptKey{}).(int); ok {
+		return attempt
 	}
+	return 1
 }
 
 // errStolen: the claim ran out, and another process has the row or is done with it.
@@ -180,7 +157,7 @@ var errStolen = errors.New("retry was taken over by another process")
 
 // remove deletes the row that was claimed, if the claim still holds.
 func (b *Inbox) remove(ctx context.Context, tx pgx.Tx, one retry) error {
-	tag, err := tx.Exec(ctx, `DELETE FROM inbox_retry WHERE seq = $1 AND starts = $2 AND attempts = $3`, one.seq, one.starts, one.attempts)
+	tag, err := tx.Exec(ctx, `DELETE FROM inbox_retry WHERE seq = $1 AND runs[cardinality(runs)] = $2`, one.seq, one.run)
 	if err == nil && tag.RowsAffected() == 0 {
 		return errStolen
 	}
@@ -188,8 +165,8 @@ func (b *Inbox) remove(ctx context.Context, tx pgx.Tx, one retry) error {
 }
 
 const postponeSQL = `
-UPDATE inbox_retry SET attempts = attempts + 1, starts = attempts + 1, due_at = clock_timestamp() + $4, last_error = $5
-WHERE seq = $1 AND starts = $2 AND attempts = $3`
+UPDATE inbox_retry SET attempts = attempts + 1, runs = '{}', due_at = clock_timestamp() + $3, last_error = $4
+WHERE seq = $1 AND runs[cardinality(runs)] = $2`
 
 // retryFailed puts a message off once more, or gives it up.
 func (b *Inbox) retryFailed(ctx context.Context, one retry, cause *failure) error {
@@ -208,15 +185,24 @@ func (b *Inbox) retryFailed(ctx context.Context, one retry, cause *failure) erro
 		return err
 	}
 	pause := b.pause(attempts)
-	slog.WarnContext(traceOf(ctx, one.Headers), "message will be retried", "consumer", b.group.name, "message_id", one.ID, "attempt", attempts, "error", cause, "retry_in", pause)
+	b.warn(ctx, one.Delivery, attempts, cause, pause)
 	err := postgres.Transact(ctx, b.db, func(tx pgx.Tx) error {
-		_, err := tx.Exec(ctx, postponeSQL, one.seq, one.starts, one.attempts, pause, messaging.CleanText(cause.Error()))
+		tag, err := tx.Exec(ctx, postponeSQL, one.seq, one.run, pause, messaging.CleanText(cause.Error()))
+		if err == nil && tag.RowsAffected() == 0 {
+			return errStolen
+		}
 		return err
 	})
 	if err == nil {
 		b.meters.retries.Add(ctx, 1, b.meters.group)
 	}
 	return err
+}
+
+// warn logs a failure that is not the last.
+func (b *Inbox) warn(ctx context.Context, d messaging.Delivery, attempt int, cause *failure, pause time.Duration) {
+	slog.WarnContext(traceOf(ctx, d.Headers), "message will be retried", "consumer", b.group.name, "message_id", d.ID,
+		"attempt", attempt, "error", cause, "retry_in", pause)
 }
 
 // pause is exponential, with jitter so that what failed together does not come back together.
@@ -277,12 +263,4 @@ func (b *Inbox) bury(ctx context.Context, tx pgx.Tx, letters ...deadletter.Lette
 		}
 	}
 	return deadletter.Insert(ctx, tx, letters...)
-}
-
-// headersOf keeps a delivery without headers from becoming NULL.
-func headersOf(d messaging.Delivery) map[string]string {
-	if d.Headers == nil {
-		return map[string]string{}
-	}
-	return d.Headers
 }

@@ -47,7 +47,11 @@ type bundle struct {
 
 func setup(t testing.TB) *bundle {
 	t.Helper()
-	db := testenv.Postgres(t)
+	return setupOn(t, testenv.Postgres(t))
+}
+
+func setupOn(t testing.TB, db *pgxpool.Pool) *bundle {
+	t.Helper()
 	exec(t, db, `
 		CREATE TABLE effects (
 			consumer text, name text, n integer NOT NULL, seq bigint GENERATED ALWAYS AS IDENTITY, PRIMARY KEY (consumer, name))`)
@@ -175,12 +179,29 @@ func (b *bundle) wantEffects(t tester, want ...string) {
 	}
 }
 
-// wantWaiting checks what stands in inbox_retry, as "text attempts/starts" in the order of arrival.
+// wantWaiting checks what stands in inbox_retry, as "text attempts/starts" in the order of arrival. A start is an
+// attempt, or a run of which nothing is known. It also checks that each key has one head, its first message: else the
+// others would wait without end.
 func (b *bundle) wantWaiting(t tester, want ...string) {
 	t.Helper()
-	got := b.list(t, `SELECT format('%s %s/%s', headers ->> 'probe', attempts, starts) FROM inbox_retry WHERE consumer = $1 ORDER BY seq`)
+	got := b.list(t, `
+		SELECT format('%s %s/%s', headers ->> 'probe', attempts, attempts + cardinality(runs))
+		FROM inbox_retry WHERE consumer = $1 ORDER BY seq`)
 	if !slices.Equal(got, want) {
 		t.Errorf("waiting are %q, want %q", got, want)
+	}
+	b.wantHeads(t)
+}
+
+// wantHeads checks that the first message of each key that waits is its head, and no other.
+func (b *bundle) wantHeads(t tester) {
+	t.Helper()
+	wrong := b.list(t, `
+		SELECT format('%s of key %s', headers ->> 'probe', key)
+		FROM (SELECT *, min(seq) OVER (PARTITION BY key) AS first FROM inbox_retry WHERE consumer = $1 AND key <> '') AS one
+		WHERE (due_at IS NULL) = (seq = first)`)
+	if len(wrong) > 0 {
+		t.Errorf("the heads of the keys are wrong: %q", wrong)
 	}
 }
 

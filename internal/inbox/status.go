@@ -15,7 +15,8 @@ type Passage struct {
 	ReceivedAt time.Time `json:"received_at"`
 	// Copies is how many deliveries came, the absorbed ones included.
 	Copies int `json:"copies"`
-	// Waits: the message is in inbox_retry, for its own sake or behind another of its key. The rest is 0 if not.
+	// Waits: the message is in inbox_retry, for its own sake or behind another of its key, when it has no DueAt. The
+	// rest is 0 if not.
 	Waits     bool       `json:"waits"`
 	Attempts  int        `json:"attempts"`
 	DueAt     *time.Time `json:"due_at,omitempty"`
@@ -50,18 +51,19 @@ type BlockedKey struct {
 	LastError string    `json:"last_error"`
 }
 
+// The heads tell all but how many wait: to count those reads an index entry for each, of the keys that are returned.
 const blockedSQL = `
-SELECT DISTINCT ON (consumer, key) consumer, key, count(*) OVER one, min(created_at) OVER one, message_id, attempts, due_at, last_error
-FROM inbox_retry
-WHERE key <> ''
-WINDOW one AS (PARTITION BY consumer, key)
-ORDER BY consumer, key, seq`
-
-const longestBlockedSQL = `SELECT * FROM (` + blockedSQL + `) AS blocked ORDER BY 4 LIMIT $1`
+SELECT head.consumer, head.key, waiting.messages, created_at, message_id, attempts, due_at, last_error
+FROM (
+    SELECT * FROM inbox_retry WHERE key <> '' AND due_at IS NOT NULL ORDER BY created_at LIMIT $1) AS head
+CROSS JOIN LATERAL (
+    SELECT count(*) AS messages FROM inbox_retry AS one
+    WHERE one.consumer = head.consumer AND one.key = head.key AND one.key <> '') AS waiting
+ORDER BY created_at`
 
 // Blocked returns the keys of all consumer groups that wait for a message to be retried, at most so many, those that have waited longest first.
 func Blocked(ctx context.Context, db *pgxpool.Pool, most int) ([]BlockedKey, error) {
-	rows, err := db.Query(ctx, longestBlockedSQL, most)
+	rows, err := db.Query(ctx, blockedSQL, most)
 	if err != nil {
 		return nil, fmt.Errorf("read retries: %w", err)
 	}

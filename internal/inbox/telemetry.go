@@ -56,10 +56,14 @@ var reasons = []deadletter.Reason{
 	deadletter.Crashed, deadletter.Undelivered,
 }
 
+// For what it costs to count them, see standingsSQL. It is done once in some seconds, whatever is scraped.
 const waitingCountSQL = `
-SELECT count(*), count(DISTINCT key) FILTER (WHERE key <> ''),
-    coalesce(extract(epoch FROM clock_age(min(created_at) FILTER (WHERE key <> ''))), 0)::float8
-FROM inbox_retry WHERE consumer = $1`
+SELECT heads.keyless + keyed.messages, heads.keys, coalesce(heads.oldest, 0)
+FROM (
+    SELECT count(*) FILTER (WHERE key = '') AS keyless, count(*) FILTER (WHERE key <> '') AS keys,
+        extract(epoch FROM clock_age(min(created_at) FILTER (WHERE key <> '')))::float8 AS oldest
+    FROM inbox_retry WHERE consumer = $1 AND due_at IS NOT NULL) AS heads
+CROSS JOIN (SELECT count(*) AS messages FROM inbox_retry WHERE consumer = $1 AND key <> '') AS keyed`
 
 // waiting is what stands in inbox_retry.
 type waiting struct {

@@ -10,6 +10,7 @@ import (
 	"connectrpc.com/connect/v2"
 	"connectrpc.com/connect/v2/connectproto"
 	operationsv1 "example.com/orders/internal/gen/operations/v1"
+	"example.com/orders/internal/inbox"
 	"example.com/orders/internal/messaging"
 	"example.com/orders/internal/outbox"
 	"example.com/orders/internal/postgres"
@@ -59,10 +60,13 @@ func (w *Worker) execute(ctx context.Context, tx pgx.Tx, message *operationsv1.O
 	return w.end(ctx, tx, one, "succeeded", encode(result), nil)
 }
 
-// Committed by itself, so that it is seen while the call runs, and without waiting for the disk: the worst that can be lost is the look of it.
+// Committed by itself, so that it is seen while the call runs, and without waiting for the disk: the worst that can
+// be lost is the look of it. It may also be committed in vain, when its answer is lost and the call does not run: so
+// it sets the attempt, which the inbox knows, and counts nothing.
 const beginSQL = `
 WITH hasty AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
-UPDATE operation SET state = 'running', attempts = attempts + 1, started_at = coalesce(started_at, clock_timestamp())
+UPDATE operation
+SET state = 'running', attempts = greatest(attempts, $2), started_at = coalesce(started_at, clock_timestamp())
 FROM hasty WHERE id = $1 AND state IN ('pending', 'running')
 RETURNING id, caller, method, request, identity, signature`
 
@@ -80,7 +84,8 @@ func (w *Worker) begin(ctx context.Context, text string) (one signed, err error)
 	}
 	err = postgres.Transact(ctx, w.db, func(tx pgx.Tx) error {
 		w.operations.topic.Touch(tx, id.String())
-		return tx.QueryRow(ctx, beginSQL, id).Scan(&one.id, &one.caller, &one.method, &one.request, &one.identity, &one.signature)
+		return tx.QueryRow(ctx, beginSQL, id, inbox.Attempt(ctx)).
+			Scan(&one.id, &one.caller, &one.method, &one.request, &one.identity, &one.signature)
 	})
 	if err != nil && !errors.Is(err, pgx.ErrNoRows) {
 		err = fmt.Errorf("begin operation: %w", err)

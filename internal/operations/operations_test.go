@@ -277,6 +277,33 @@ func TestWhatMayEndOtherwiseIsTriedAgain(t *testing.T) {
 	}
 }
 
+// A worker may begin a call and not hear of it: the call does not run, and is no attempt.
+func TestABeginWithoutAnAnswerIsNoAttempt(t *testing.T) {
+	t.Parallel()
+	b := setup(t, WorkerConfig{})
+	b.on("call", fails(connect.NewError(connect.CodeUnavailable, "later")), fails(nil))
+	name := b.submit(t, "call")
+	lose := func() {
+		for range 3 {
+			if _, err := b.worker.begin(t.Context(), strings.TrimPrefix(name, namePrefix)); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	lose()
+	if err := b.worker.Process(t.Context(), b.messages(t)); err != nil {
+		t.Fatal(err)
+	}
+	lose()
+	if got := b.get(t, name).GetAttempts(); got != 1 {
+		t.Errorf("%d attempts, want 1", got)
+	}
+	b.deliver(t)
+	if got := b.wantState(t, name, succeeded, "did call").GetAttempts(); got != 2 {
+		t.Errorf("%d attempts, want 2", got)
+	}
+}
+
 func TestWhatIsGivenUpHasAResult(t *testing.T) {
 	t.Parallel()
 	b := setup(t, WorkerConfig{})
@@ -293,7 +320,7 @@ func TestWhatIsGivenUpHasAResult(t *testing.T) {
 	if err := b.worker.Process(t.Context(), killer); err != nil {
 		t.Fatal(err)
 	}
-	b.exec(t, `UPDATE inbox_retry SET starts = 9`)
+	b.exec(t, `UPDATE inbox_retry SET runs = array_fill(gen_random_uuid(), '{9}')`)
 	b.deliver(t)
 	b.wantState(t, crashed, failed, "internal: given up: it did not come to an end")
 

@@ -184,6 +184,7 @@ func checkIndexes(ctx context.Context, p Patient) (Finding, error) {
 	found, err := names(ctx, p, indexesSQL, []string{
 		"outbox_pkey", "outbox_xid_idx", "outbox_created_at_idx", "outbox_cursor_pkey", "outbox_scheduled_pkey", "outbox_scheduled_due_idx",
 		"outbox_scheduled_latest_idx", "inbox_pkey", "inbox_slot_foreign_received_at_idx", "inbox_retry_pkey", "inbox_retry_key_idx", "inbox_retry_due_idx",
+		"inbox_retry_head_idx", "inbox_retry_message_id_idx",
 		"dead_letter_pkey", "dead_letter_open_idx", "dead_letter_message_id_idx", "dead_letter_audit_letter_id_idx",
 		"inbox_pause_pkey", "inbox_consumer_pkey", "operator_audit_pkey",
 	})

@@ -114,7 +114,7 @@ func (j Journey) state(passage inbox.Passage) []Step {
 		copies = fmt.Sprintf("; %d copies came, %d absorbed", passage.Copies, passage.Copies-1)
 	}
 	switch {
-	case passage.Waits && passage.Attempts == 0:
+	case passage.Waits && (passage.Attempts == 0 || passage.DueAt == nil):
 		return []Step{now(passage.Consumer, "waits for its turn"+copies)}
 	case passage.Waits:
 		return []Step{now(passage.Consumer, fmt.Sprintf("waits for a retry, due %s; %d %s failed, the last one with: %s%s",

@@ -67,7 +67,7 @@ export type Operation = Message<"operations.v1.Operation"> & {
   endTime?: Timestamp | undefined;
 
   /**
-   * How often it was begun.
+   * Which attempt runs, or ran last. One that its worker or the database broke off is made again under its number.
    *
    * @generated from field: int32 attempts = 7;
    */

@@ -1571,7 +1571,7 @@ export type Operation = Message$1<"ops.v1.Operation"> & {
   state: string;
 
   /**
-   * How often it was begun.
+   * Which attempt runs, or ran last. One that its worker or the database broke off is made again under its number.
    *
    * @generated from field: int32 attempts = 5;
    */

@@ -1,0 +1,270 @@
+package inbox
+
+import (
+	"context"
+	"errors"
+	"net"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"example.com/orders/internal/postgres"
+	"example.com/orders/internal/testenv"
+	"example.com/orders/migrations"
+	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5"
+)
+
+// flaky is a way to the database that loses the answer of the next COMMIT, and from then on everything, until it is
+// mended.
+type flaky struct {
+	*Inbox
+	cut  atomic.Int32
+	away atomic.Bool
+}
+
+func newFlaky(t *testing.T, b *bundle, config Config) *flaky {
+	t.Helper()
+	f := &flaky{}
+	f.Inbox = New(openVia(t, b, func(ctx context.Context, network, address string) (net.Conn, error) {
+		if f.away.Load() {
+			return nil, errProbe
+		}
+		conn, err := new(net.Dialer).DialContext(ctx, network, address)
+		return &commitCutter{Conn: conn, left: &f.cut}, err
+	}), b.group, config)
+	return f
+}
+
+// loseClaim has the process claim what is due, and not hear of it.
+func (f *flaky) loseClaim(t *testing.T, away bool) {
+	t.Helper()
+	if err := f.db.Ping(t.Context()); err != nil { // for the pool to have a connection
+		t.Fatal(err)
+	}
+	f.cut.Store(1)
+	f.away.Store(away)
+	if _, err := f.RetryNext(t.Context()); !errors.Is(err, postgres.ErrOutcomeUnknown) {
+		t.Errorf("got error %v, want one that wraps ErrOutcomeUnknown", err)
+	}
+}
+
+func (f *flaky) mend() { f.away.Store(false) }
+
+// A claim may stand although its process does not know it and runs nothing. It charges the message with nothing,
+// however often that happens.
+func TestARunThatDidNotStartIsNotCharged(t *testing.T) {
+	t.Parallel()
+	db := setup(t).db
+	// begin makes a message that has failed once.
+	begin := func(t *testing.T) *bundle {
+		t.Helper()
+		b := newBundle(db, t.Name())
+		b.on("one", fails)
+		process(t, b.inbox(eager), probe("k", "one"))
+		return b
+	}
+	// end wants that the handler has not run since, and that the message is well.
+	end := func(t *testing.T, b *bundle, f *flaky) {
+		t.Helper()
+		b.wantWaiting(t, "one 1/1")
+		ran := b.ran("one")
+		b.on("one", nil)
+		b.makeDue(t)
+		retryAll(t, f.Inbox)
+		b.wantEffects(t, "one")
+		b.wantDead(t)
+		if again := b.ran("one") - ran; again != 1 {
+			t.Errorf("the handler ran %d times at last, want once", again)
+		}
+	}
+
+	t.Run("TheAnswerIsLost", func(t *testing.T) {
+		t.Parallel()
+		b := begin(t)
+		f := newFlaky(t, b, eager)
+		for range 2 * maxCrashes {
+			f.loseClaim(t, false)
+			b.wantWaiting(t, "one 1/1")
+		}
+		end(t, b, f)
+	})
+
+	t.Run("TheAnswerIsLostAndTheDatabaseIsAwayForLong", func(t *testing.T) {
+		t.Parallel()
+		b := begin(t)
+		f := newFlaky(t, b, eager)
+		for range 2 * maxCrashes {
+			f.loseClaim(t, true)
+			b.wantWaiting(t, "one 1/2") // nobody can know yet
+			_, err := f.RetryNext(t.Context())
+			wantAway(t, err)
+			f.mend()
+			b.makeDue(t) // the claim runs out
+		}
+		if err := f.takeBack(t.Context()); err != nil {
+			t.Error(err)
+		}
+		end(t, b, f)
+	})
+
+	t.Run("ManyProcessesAreCutOff", func(t *testing.T) {
+		t.Parallel()
+		b := begin(t)
+		var all []*flaky
+		for range maxCrashes {
+			all = append(all, newFlaky(t, b, eager))
+			all[len(all)-1].loseClaim(t, true)
+			b.makeDue(t)
+		}
+		b.wantWaiting(t, "one 1/4")
+		for _, f := range all { // each tells what it knows, the first one after others had the claim
+			f.mend()
+			if err := f.takeBack(t.Context()); err != nil {
+				t.Error(err)
+			}
+		}
+		end(t, b, all[0])
+	})
+
+	t.Run("TheProcessStopsWhileTheHandlerRuns", func(t *testing.T) {
+		t.Parallel()
+		b := begin(t)
+		f := newFlaky(t, b, eager)
+		for range 2 * maxCrashes {
+			ctx, cancel := context.WithCancel(t.Context())
+			b.on("one", func(ctx context.Context, tx pgx.Tx) error {
+				pid := tx.Conn().PgConn().PID()
+				go func() {
+					defer cancel()
+					awaitSleep(t, b, pid)
+				}()
+				_, err := tx.Exec(ctx, `SELECT pg_sleep(60)`) // its connection is closed under it
+				return err
+			})
+			if _, err := f.RetryNext(ctx); !errors.Is(err, context.Canceled) {
+				t.Errorf("got error %v", err)
+			}
+			b.wantWaiting(t, "one 1/1")
+		}
+		end(t, b, f)
+	})
+
+	t.Run("TheProcessIsToldToStop", func(t *testing.T) {
+		t.Parallel()
+		b := begin(t)
+		f := newFlaky(t, b, eager)
+		f.loseClaim(t, true)
+		f.mend()
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		if err := f.Run(ctx); err != nil {
+			t.Error(err)
+		}
+		end(t, b, f)
+	})
+
+	// The answer of the COMMIT is given up before Postgres has decided on it, as when the network stands still.
+	t.Run("TheCommitIsStillUnderWay", func(t *testing.T) {
+		t.Parallel()
+		b := begin(t)
+		f := newFlaky(t, b, eager)
+		one := retry{run: uuid.New()}
+		tx, err := db.Begin(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		err = tx.QueryRow(t.Context(), claimSQL, b.group.name, time.Hour, one.run).
+			Scan(&one.seq, &one.attempts, &one.unended, &one.ID, &one.Type, &one.Key, &one.Payload, &one.Headers)
+		if err != nil {
+			t.Fatal(err)
+		}
+		f.disown(t.Context(), one)
+		if retryOne(t, f.Inbox) {
+			t.Error("a message was found that is being claimed")
+		}
+		if err := tx.Commit(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		b.wantWaiting(t, "one 1/2")
+		if err := f.takeBack(t.Context()); err != nil || len(f.untold.all()) > 0 {
+			t.Errorf("%d runs are left, %v", len(f.untold.all()), err)
+		}
+		end(t, b, f)
+	})
+
+	// The run that is to be taken back belongs to a row on which another's handler runs: others need not wait for that.
+	t.Run("AnotherHasTheMessage", func(t *testing.T) {
+		t.Parallel()
+		b := begin(t)
+		f := newFlaky(t, b, eager)
+		f.loseClaim(t, true)
+		f.mend()
+		b.makeDue(t)
+		b.on("one", func(ctx context.Context, _ pgx.Tx) error {
+			b.on("other", fails)
+			process(t, f.Inbox, probe("", "other"))
+			b.on("other", nil)
+			if !retryOne(t, f.Inbox) {
+				t.Error("the other message was not found")
+			}
+			if left := len(f.untold.all()); left != 1 {
+				t.Errorf("%d runs are to be told of, want 1", left)
+			}
+			return errProbe
+		})
+		retryOne(t, b.inbox(eager))
+		b.wantWaiting(t, "one 2/2")
+		if err := f.takeBack(t.Context()); err != nil || len(f.untold.all()) > 0 {
+			t.Errorf("%d runs are left, %v", len(f.untold.all()), err)
+		}
+	})
+}
+
+// awaitSleep returns when a session is in pg_sleep.
+func awaitSleep(t *testing.T, b *bundle, pid uint32) {
+	testenv.Eventually(t, 10*time.Second, func() error {
+		var sleeps bool
+		const sql = `SELECT EXISTS (SELECT FROM pg_stat_activity WHERE pid = $1 AND wait_event = 'PgSleep')`
+		err := b.db.QueryRow(t.Context(), sql, pid).Scan(&sleeps)
+		if err == nil && !sleeps {
+			err = errors.New("it does not sleep")
+		}
+		return err
+	})
+}
+
+// A standby that does not answer holds up every COMMIT that waits for it. The claim does not, so a handler that may
+// run does run.
+func TestAClaimDoesNotWaitForAStandby(t *testing.T) {
+	t.Parallel()
+	url, _ := testenv.Cluster(t)
+	if _, err := migrations.Up(t.Context(), url); err != nil {
+		t.Fatal(err)
+	}
+	db, err := postgres.Open(t.Context(), postgres.Config{URL: url})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(db.Close)
+	b := setupOn(t, db)
+	b.on("one", fails)
+	process(t, b.inbox(eager), probe("k", "one"))
+	wait := func(standbys string) {
+		t.Helper()
+		exec(t, b.db, `ALTER SYSTEM SET synchronous_standby_names = '`+standbys+`'`)
+		exec(t, b.db, `SELECT pg_reload_conf()`)
+	}
+	wait("nobody")
+	testenv.Eventually(t, 10*time.Second, func() error {
+		var names string
+		err := b.db.QueryRow(t.Context(), `SHOW synchronous_standby_names`).Scan(&names)
+		if err == nil && names != "nobody" {
+			err = errors.New("not reloaded")
+		}
+		return err
+	})
+	b.on("one", func(context.Context, pgx.Tx) error { wait(""); return nil })
+	retryOne(t, b.inbox(eager))
+	b.wantEffects(t, "one")
+}
