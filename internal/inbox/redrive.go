@@ -18,6 +18,8 @@ func (b *Inbox) Drain(ctx context.Context, deliveries []messaging.Delivery) erro
 		letters = append(letters, b.letter(ctx, d, int(d.Count), &failure{&rejection{deadletter.Undelivered, fmt.Errorf("the broker gave it up: %s", d.Death)}}))
 	}
 	err := postgres.Transact(ctx, b.db, func(tx pgx.Tx) error {
+		// A letter that is there already proves nothing before it is on the standby, and the broker forgets the message.
+		postgres.ConfirmReads(tx)
 		for _, letter := range letters {
 			if err := b.config.OnDead(ctx, tx, letter); err != nil {
 				return fmt.Errorf("on dead letter: %w", err)

@@ -1,0 +1,35 @@
+package inbox
+
+import (
+	"errors"
+	"testing"
+
+	"example.com/orders/internal/messaging"
+	"example.com/orders/internal/postgres"
+	"example.com/orders/internal/testenv"
+)
+
+// The broker forgets what is acked. So nothing is acked on the strength of a row that a failover could take back: neither
+// a message nor a copy of it, neither what was delivered nor what the broker gave up.
+func TestNothingIsAckedThatAFailoverTakesBack(t *testing.T) {
+	t.Parallel()
+	primary, standby := testenv.Replicated(t)
+	db, err := postgres.Open(t.Context(), postgres.Config{URL: primary.URL()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(db.Close)
+	box := New(db, NewGroup("probes"), Config{})
+	delivered, undelivered := probe("", "delivered"), probe("", "undelivered")
+	standby.Stop()
+	for _, which := range []string{"first", "copy"} {
+		for how, settle := range map[string]func() error{
+			"delivered":   func() error { return box.Process(t.Context(), []messaging.Delivery{delivered}) },
+			"undelivered": func() error { return box.Drain(t.Context(), []messaging.Delivery{undelivered}) },
+		} {
+			if err := settle(); !errors.Is(err, postgres.ErrOutcomeUnknown) {
+				t.Errorf("%s, %s: %v, want an unknown outcome", how, which, err)
+			}
+		}
+	}
+}
