@@ -9,6 +9,8 @@ import (
 	"io"
 	"net/http"
 	"net/url"
+	"slices"
+	"strings"
 )
 
 // management speaks to the HTTP API of RabbitMQ's management plugin.
@@ -75,6 +77,34 @@ func (m *management) call(ctx context.Context, method string, body, result any, 
 		return fmt.Errorf("decode answer: %w", err)
 	}
 	return nil
+}
+
+// deleteVhost deletes a vhost, its queues first. A queue that is deleted ends its
+// consumers and, in a quorum queue that dead-letters at least once, the process that
+// does so. With the vhost gone beneath it that process crashes instead, and RabbitMQ
+// allows only one crash in 5 s: at the second it ends the supervisor of all of them,
+// and queues of other tests break. A queue is deleted before the one that it
+// dead-letters to, which has a longer name.
+func (m *management) deleteVhost(ctx context.Context, vhost string) error {
+	var queues []Queue
+	if err := m.call(ctx, http.MethodGet, nil, &queues, "queues", vhost); err != nil {
+		return err
+	}
+	slices.SortFunc(queues, func(a, b Queue) int { return strings.Compare(a.Name, b.Name) })
+	for _, queue := range queues {
+		err := m.call(ctx, http.MethodDelete, nil, nil, "queues", vhost, queue.Name)
+		if err != nil && !isGone(err) {
+			return err
+		}
+	}
+	return m.call(ctx, http.MethodDelete, nil, nil, "vhosts", vhost)
+}
+
+// isGone: the queue went on its own, or is going to: it is the exclusive one of a
+// connection, which ends with the vhost.
+func isGone(err error) bool {
+	var status *statusError
+	return errors.As(err, &status) && (status.code == http.StatusNotFound || status.code == http.StatusBadRequest || status.code == http.StatusMethodNotAllowed)
 }
 
 func (m *management) url(path []string) string {

@@ -10,7 +10,7 @@ import (
 )
 
 // AMQP returns the URL of a new RabbitMQ vhost that is the test's own. It is
-// deleted when the test ends, with all that is in it and all its connections.
+// deleted when the test ends, after its queues and with all its connections.
 func AMQP(t testing.TB) string {
 	t.Helper()
 	e := shared(t)
@@ -23,7 +23,7 @@ func AMQP(t testing.TB) string {
 	t.Cleanup(func() {
 		ctx, cancel := cleanupContext()
 		defer cancel()
-		if err := e.management.call(ctx, http.MethodDelete, nil, nil, "vhosts", vhost); err != nil {
+		if err := e.management.deleteVhost(ctx, vhost); err != nil {
 			t.Errorf("delete vhost: %v", err)
 		}
 	})
@@ -167,6 +167,20 @@ func (c *ManagementClient) DeleteExchange(name string) {
 	c.t.Helper()
 	c.must("delete exchange", c.try(http.MethodDelete, nil, nil, "exchanges", c.vhost, name))
 }
+
+// Policy makes a policy for the queues whose names match an expression, or with operator given an operator policy.
+func (c *ManagementClient) Policy(name, pattern string, definition map[string]any, operator bool) {
+	c.t.Helper()
+	kind := "policies"
+	if operator {
+		kind = "operator-policies"
+	}
+	policy := map[string]any{"pattern": pattern, "definition": definition, "apply-to": "queues"}
+	c.must("make policy", c.try(http.MethodPut, policy, nil, kind, c.vhost, name))
+}
+
+// URL returns the API's URL, with credentials.
+func (c *ManagementClient) URL() string { return c.api.base.String() }
 
 func (c *ManagementClient) must(what string, err error) {
 	c.t.Helper()
