@@ -6,6 +6,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"example.com/orders/internal/messaging"
 	"example.com/orders/internal/postgres"
@@ -54,6 +55,20 @@ func TestInsertRefusesWhatCouldNeverBePublished(t *testing.T) {
 			}
 		})
 	}
+	t.Run("one ID twice", func(t *testing.T) {
+		t.Parallel()
+		one, other := probe("", "one"), probe("", "other")
+		other.ID = one.ID
+		for name, insert := range map[string]func(tx pgx.Tx) error{
+			"Insert":   func(tx pgx.Tx) error { return Insert(t.Context(), tx, one, probe("", "innocent"), other) },
+			"Schedule": func(tx pgx.Tx) error { return Schedule(t.Context(), tx, time.Now().Add(time.Hour), one, other) },
+		} {
+			err := postgres.Transact(t.Context(), db, insert)
+			if !errors.Is(err, messaging.ErrInvalid) || !strings.Contains(err.Error(), one.ID.String()) {
+				t.Errorf("%s: error is %v", name, err)
+			}
+		}
+	})
 	t.Cleanup(func() {
 		var n int
 		if err := db.QueryRow(context.Background(), `SELECT count(*) FROM outbox`).Scan(&n); err != nil || n != 0 {

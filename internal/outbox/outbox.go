@@ -48,6 +48,7 @@ import (
 
 	"example.com/orders/internal/messaging"
 	"example.com/orders/internal/postgres"
+	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"go.opentelemetry.io/otel/codes"
@@ -97,7 +98,8 @@ const (
 )
 
 // Insert writes messages into the log, in their order, as part of tx. The trace of ctx travels with them.
-// It returns an error that wraps messaging.ErrInvalid, before anything is written, if one of them could never be published.
+// It returns an error that wraps messaging.ErrInvalid, before anything is written, if one of them could never be published, or
+// two of them have one ID. Across calls nobody looks: two messages with one ID are one message, and consumers apply the first that comes.
 //
 // In a transaction of Transact or of postgres.Transact they are written at its end, together with COMMIT, all in one call and with no round trip of
 // their own; until then they must not be changed. A savepoint of tx.Begin takes them with it when it is rolled back; one that is made by a statement
@@ -134,7 +136,7 @@ func write(ctx context.Context, tx pgx.Tx, messages []messaging.Message) error {
 	return err
 }
 
-// traced returns valid messages with the trace of ctx.
+// traced returns valid messages with the trace of ctx. No two of them have one ID.
 func traced(ctx context.Context, messages []messaging.Message) ([]messaging.Message, error) {
 	messages = slices.Clone(messages)
 	for i := range messages {
@@ -143,7 +145,22 @@ func traced(ctx context.Context, messages []messaging.Message) ([]messaging.Mess
 			return nil, err
 		}
 	}
-	return messages, nil
+	return messages, distinct(messages)
+}
+
+// distinct refuses two messages with one ID: consumers would take the second for a copy of the first.
+func distinct(messages []messaging.Message) error {
+	if len(messages) < 2 {
+		return nil
+	}
+	seen := make(map[uuid.UUID]struct{}, len(messages))
+	for _, m := range messages {
+		if _, again := seen[m.ID]; again {
+			return fmt.Errorf("%w: two messages have the id %s", messaging.ErrInvalid, m.ID)
+		}
+		seen[m.ID] = struct{}{}
+	}
+	return nil
 }
 
 var atCommit = postgres.Deferred[messaging.Message]{Queue: func(conn *pgx.Conn, batch *pgx.Batch, messages []messaging.Message) {

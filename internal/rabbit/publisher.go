@@ -55,12 +55,12 @@ type link struct {
 	returns  chan amqp.Return
 	closed   chan *amqp.Error
 	blocked  chan amqp.Blocking
-	returned map[string]amqp.Return // by message ID: arrived, and not yet joined to a receipt
-	waiting  int                    // publishings without verdict
-	writing  chan struct{}          // closed when nothing is being written
-	stopped  bool                   // the broker has blocked the connection
-	reason   *amqp.Error            // why the channel ended, once that has been heard
-	broken   bool                   // a receipt has told that something is unknown
+	returned map[string][]amqp.Return // by message ID: arrived, and not yet joined to a receipt
+	waiting  int                      // publishings without verdict
+	writing  chan struct{}            // closed when nothing is being written
+	stopped  bool                     // the broker has blocked the connection
+	reason   *amqp.Error              // why the channel ended, once that has been heard
+	broken   bool                     // a receipt has told that something is unknown
 }
 
 // Publish implements messaging.Publisher.
@@ -124,7 +124,7 @@ func (p *Publisher) connect(ctx context.Context) error {
 	idle := make(chan struct{})
 	close(idle)
 	p.link = &link{
-		conn: conn, channel: channel, meters: &p.meters, writing: idle, returned: map[string]amqp.Return{},
+		conn: conn, channel: channel, meters: &p.meters, writing: idle, returned: map[string][]amqp.Return{},
 		returns: channel.NotifyReturn(make(chan amqp.Return, p.config.Window)),
 		closed:  channel.NotifyClose(make(chan *amqp.Error, 1)),
 		blocked: conn.NotifyBlocked(make(chan amqp.Blocking, 64)),
@@ -236,9 +236,7 @@ func (r *receipt) await(ctx context.Context, done <-chan struct{}) error {
 // and then an ack, and the library hands them on in that order: once the confirm is here, the return is in the buffer.
 func (r *receipt) verdict(i int) error {
 	r.link.drainReturns()
-	id := r.messages[i].ID.String()
-	if returned, ok := r.link.returned[id]; ok {
-		delete(r.link.returned, id)
+	if returned, ok := r.link.takeReturn(&r.messages[i]); ok {
 		return fmt.Errorf("%w: %d %s", messaging.ErrReturned, returned.ReplyCode, returned.ReplyText)
 	}
 	switch {
@@ -263,20 +261,6 @@ func (l *link) setStopped(stopped bool) {
 	if stopped != l.stopped {
 		l.stopped = stopped
 		l.meters.change(l.meters.blocked, stopped)
-	}
-}
-
-func (l *link) drainReturns() {
-	for {
-		select {
-		case returned, open := <-l.returns:
-			if !open {
-				return
-			}
-			l.returned[returned.MessageId] = returned
-		default:
-			return
-		}
 	}
 }
 

@@ -3,6 +3,8 @@ package rabbit
 import (
 	"context"
 	"errors"
+	"fmt"
+	"slices"
 	"testing"
 
 	"example.com/orders/internal/messaging"
@@ -66,6 +68,35 @@ func TestPublish(t *testing.T) {
 		}
 		if got := len(take(t, url, queue)); got != 666 {
 			t.Errorf("%d messages in the queue, want 666", got)
+		}
+	})
+
+	t.Run("JoinsReturnsToTheRightOneOfTwoMessagesWithOneID", func(t *testing.T) {
+		t.Parallel()
+		url, p := setUp(t)
+		var messages []messaging.Message
+		for i := range 50 {
+			routable, unroutable := text("k", fmt.Sprint(i)), number(int64(i))
+			unroutable.ID = routable.ID
+			pair := []messaging.Message{routable, unroutable}
+			if i%2 == 1 {
+				slices.Reverse(pair)
+			}
+			messages = append(messages, pair...)
+		}
+		// All are written before the first verdict is asked for, so the returns of later messages may be there.
+		first, second := publish(t, p, messages[:51]...), publish(t, p, messages[51:]...)
+		for i, verdict := range append(wait(t, first), wait(t, second)...) {
+			unroutable := messages[i].Type != topology.Queues[0].Types[0]
+			if returned := errors.Is(verdict, messaging.ErrReturned); returned != unroutable || !returned && verdict != nil {
+				t.Errorf("message %d of type %s: %v", i, messages[i].Type, verdict)
+			}
+		}
+		if got := len(take(t, url, queue)); got != 50 {
+			t.Errorf("%d messages in the queue, want 50", got)
+		}
+		if waiting := len(p.link.returned); waiting != 0 {
+			t.Errorf("%d returns belong to no message", waiting)
 		}
 	})
 
