@@ -177,6 +177,8 @@ func TestUnfitDeliveriesAreKept(t *testing.T) {
 		"NULInHeader":           {func(d *messaging.Delivery) { d.Headers["a"] = "\x00" }, deadletter.Malformed},
 		"InvalidHeader":         {func(d *messaging.Delivery) { d.Headers["a"] = "\xff" }, deadletter.Malformed},
 		"InvalidHeaderName":     {func(d *messaging.Delivery) { d.Headers["\xff"] = "a" }, deadletter.Malformed},
+		"KeyThatIsNoText":       {func(d *messaging.Delivery) { d.Key, d.Flaw = "", "header message-key is a list" }, deadletter.Malformed},
+		"KeyThatIsNoTextNoID":   {func(d *messaging.Delivery) { d.Key, d.ID, d.Flaw = "", "", "header message-key is a list" }, deadletter.Malformed},
 		"NULAndBytesInPayload":  {func(d *messaging.Delivery) { d.ID, d.Payload = "", []byte("\x00\xff\x00") }, deadletter.NoID},
 		"NoPayloadAndNoHeaders": {func(d *messaging.Delivery) { d.ID, d.Payload, d.Headers = "", nil, nil }, deadletter.NoID},
 	} {
@@ -190,6 +192,29 @@ func TestUnfitDeliveriesAreKept(t *testing.T) {
 			b.wantKept(t, test.reason, unfit.Payload)
 			b.wantWaiting(t)
 		})
+	}
+}
+
+// The letter of a message that cannot be decoded says how its sender labelled the payload, and keeps it.
+func TestLettersNameTheEncodingOfTheSender(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	zipped := probe("k", "unfit")
+	zipped.Payload = []byte("\x1f\x8b\x08\x00")
+	zipped.Headers = map[string]string{messaging.ContentTypeHeader: "application/json", messaging.ContentEncodingHeader: "gzip"}
+	process(t, b.inbox(Config{}), zipped)
+	b.wantDead(t, string(deadletter.Undecodable)+" 1")
+	var text string
+	var headers map[string]string
+	err := b.db.QueryRow(t.Context(), `SELECT error, headers FROM dead_letter WHERE consumer = $1`, b.group.Name()).Scan(&text, &headers)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(text, `sent with content-type "application/json", sent with content-encoding "gzip"`) {
+		t.Errorf("the letter says %q", text)
+	}
+	if headers[messaging.ContentTypeHeader] != "application/json" || headers[messaging.ContentEncodingHeader] != "gzip" {
+		t.Errorf("the letter keeps %v", headers)
 	}
 }
 

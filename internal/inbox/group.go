@@ -20,7 +20,7 @@ type Group struct {
 }
 
 // handler decodes the payload of a message and runs on it.
-type handler func(ctx context.Context, tx pgx.Tx, payload []byte) error
+type handler func(ctx context.Context, tx pgx.Tx, delivery messaging.Delivery) error
 
 // NewGroup makes a Group without handlers.
 func NewGroup(name string) *Group {
@@ -46,10 +46,10 @@ func Handle[M proto.Message](g *Group, fn func(ctx context.Context, tx pgx.Tx, m
 	if _, taken := g.handlers[name]; taken {
 		panic(fmt.Sprintf("inbox: group %s has two handlers for %s", g.name, name))
 	}
-	g.handlers[name] = func(ctx context.Context, tx pgx.Tx, payload []byte) error {
+	g.handlers[name] = func(ctx context.Context, tx pgx.Tx, delivery messaging.Delivery) error {
 		message := kind.New().Interface().(M)
-		if err := proto.Unmarshal(payload, message); err != nil {
-			return &rejection{deadletter.Undecodable, fmt.Errorf("decode %s: %w", name, err)}
+		if err := proto.Unmarshal(delivery.Payload, message); err != nil {
+			return &rejection{deadletter.Undecodable, fmt.Errorf("decode %s%s: %w", name, declared(delivery.Headers), err)}
 		}
 		return fn(ctx, tx, message)
 	}
@@ -61,7 +61,17 @@ func (g *Group) handle(ctx context.Context, tx pgx.Tx, delivery messaging.Delive
 	if !ok {
 		return &rejection{deadletter.UnknownType, fmt.Errorf("group %s has no handler for type %q", g.name, delivery.Type)}
 	}
-	return handler(ctx, tx, delivery.Payload)
+	return handler(ctx, tx, delivery)
+}
+
+// declared is what the sender says of the payload, if it says anything.
+func declared(headers map[string]string) (text string) {
+	for _, name := range []string{messaging.ContentTypeHeader, messaging.ContentEncodingHeader} {
+		if value, given := headers[name]; given {
+			text += fmt.Sprintf(", sent with %s %q", name, value)
+		}
+	}
+	return text
 }
 
 // rejection is an error that no retry mends, with its reason.

@@ -36,8 +36,11 @@ var foreignIDs = uuid.MustParse("5d0f6b5e-7a53-4a8e-9d0b-6f3a1c2e8b47")
 
 var errNoID = errors.New("the delivery has no message_id, so its copies cannot be told from new messages")
 
-// wellFormed refuses what Postgres cannot store, before it can fail a whole batch.
+// wellFormed refuses what cannot be read, and what Postgres cannot store before it can fail a whole batch.
 func wellFormed(d messaging.Delivery) error {
+	if d.Flaw != "" {
+		return &rejection{deadletter.Malformed, errors.New(d.Flaw)}
+	}
 	texts := []string{d.ID, d.Type, d.Key}
 	for name, value := range d.Headers {
 		texts = append(texts, name, value)

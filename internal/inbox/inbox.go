@@ -164,9 +164,10 @@ func (b *Inbox) admit(ctx context.Context, deliveries []messaging.Delivery) (ite
 	now := time.Now()
 	known := make(map[identity]*item, len(deliveries))
 	for _, delivery := range deliveries {
-		who, err := b.ring.identify(delivery.ID, now)
+		err := wellFormed(delivery) // at first: what is malformed cannot be redriven, whatever else is wrong with it
+		var who identity
 		if err == nil {
-			err = wellFormed(delivery)
+			who, err = b.ring.identify(delivery.ID, now)
 		}
 		if err != nil {
 			letters = append(letters, b.letter(ctx, delivery, 0, &failure{err}))

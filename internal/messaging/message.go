@@ -33,6 +33,12 @@ const (
 // KeyHeader is the header in which the key travels; a message's own headers may not use its name.
 const KeyHeader = "message-key"
 
+// Headers in which a delivery keeps the AMQP properties content_type, unless it is application/protobuf, and content_encoding.
+const (
+	ContentTypeHeader     = "content-type"
+	ContentEncodingHeader = "content-encoding"
+)
+
 // Message is one fact to be published. Make one with New; the outbox carries it from there.
 type Message struct {
 	// ID is a UUIDv7 and the one identity a message has: outbox row, AMQP message_id, inbox key.

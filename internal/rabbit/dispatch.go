@@ -88,7 +88,7 @@ func (c *Consumer) laneOf(d *amqp.Delivery) int {
 	if c.config.Lanes == 1 {
 		return 0
 	}
-	key, _ := d.Headers[keyHeader].(string)
+	key, _ := keyOf(d)
 	return int(hash(cmp.Or(key, d.MessageId)) % uint32(c.config.Lanes))
 }
 

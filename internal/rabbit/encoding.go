@@ -1,6 +1,7 @@
 package rabbit
 
 import (
+	"cmp"
 	"fmt"
 	"strings"
 
@@ -33,24 +34,41 @@ func encode(m messaging.Message) amqp.Publishing {
 	}
 }
 
-// decode takes a delivery as it comes; the inbox judges it.
+// decode takes a delivery as it comes; the inbox judges it. Nothing that a sender says is dropped but what is the broker's: headers x-….
 func decode(d *amqp.Delivery) messaging.Delivery {
 	headers := make(map[string]string, len(d.Headers))
 	for name, value := range d.Headers {
-		if text, ok := value.(string); ok && name != keyHeader && !strings.HasPrefix(name, "x-") {
-			headers[name] = text
+		if name != keyHeader && !strings.HasPrefix(name, "x-") {
+			headers[name] = toText(value)
 		}
 	}
-	key, _ := d.Headers[keyHeader].(string)
+	if d.ContentType != "" && d.ContentType != contentType {
+		headers[messaging.ContentTypeHeader] = d.ContentType
+	}
+	if d.ContentEncoding != "" {
+		headers[messaging.ContentEncodingHeader] = d.ContentEncoding
+	}
+	key, flaw := keyOf(d)
 	var count int64
 	if d.Redelivered { // else the sender set the header
 		count, _ = d.Headers["x-delivery-count"].(int64)
 	}
-	kind := d.Type
-	if kind == "" {
-		kind = d.RoutingKey
+	return messaging.Delivery{
+		ID: d.MessageId, Type: cmp.Or(d.Type, d.RoutingKey), Key: key, Flaw: flaw, Payload: d.Body, Headers: headers, Count: count, Death: deathOf(d.Headers),
 	}
-	return messaging.Delivery{ID: d.MessageId, Type: kind, Key: key, Payload: d.Body, Headers: headers, Count: count, Death: deathOf(d.Headers)}
+}
+
+// keyOf returns the key of a delivery, or a flaw if there is one that is no key. It must not pass for none: then the order would be lost.
+func keyOf(d *amqp.Delivery) (key, flaw string) {
+	value, given := d.Headers[keyHeader]
+	if key, ok := value.(string); ok || !given { // as from our own relay
+		return key, ""
+	}
+	key, ok := plainText(value)
+	if !ok {
+		return "", fmt.Sprintf("header %s is %s and cannot be a key: send a string, an integer, a boolean, or bytes that are UTF-8", keyHeader, kindOf(value))
+	}
+	return key, ""
 }
 
 // deathOf puts in words what the broker notes when it moves a message to another queue.

@@ -1,0 +1,115 @@
+package docs
+
+import (
+	"context"
+	"io"
+	"net/http"
+	"net/url"
+	"os"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"example.com/orders/internal/inbox"
+	"example.com/orders/internal/messaging"
+	"example.com/orders/internal/rabbit"
+	"example.com/orders/internal/testenv"
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+	"google.golang.org/protobuf/types/known/wrapperspb"
+)
+
+// message is a request to the management API, and what the page says becomes of it.
+var message = regexp.MustCompile("(?ms)^```json message\n(.*?)^```$\n\n```text\n(.*?)\n```$")
+
+// What docs/foreign-publishers.md says becomes of its messages is what becomes of them.
+func TestTheExamplesForForeignPublishers(t *testing.T) {
+	t.Parallel()
+	text, err := os.ReadFile("foreign-publishers.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	amqpURL := testenv.AMQP(t)
+	outcomes := startGroup(t, testenv.Postgres(t), amqpURL)
+	examples := message.FindAllStringSubmatch(string(text), -1)
+	for _, one := range examples {
+		publish(t, amqpURL, one[1])
+		select {
+		case got := <-outcomes:
+			if !strings.HasPrefix(got, one[2]) {
+				t.Errorf("%sbecomes\n%s\nand not\n%s", one[1], got, one[2])
+			}
+		case <-time.After(30 * time.Second):
+			t.Fatalf("nothing becomes of\n%s", one[1])
+		}
+	}
+	if len(examples) < 6 {
+		t.Errorf("only %d examples found", len(examples))
+	}
+}
+
+// startGroup runs a consumer group for texts until the test ends. It tells what becomes of each message.
+func startGroup(t *testing.T, db *pgxpool.Pool, amqpURL string) (outcomes chan string) {
+	t.Helper()
+	outcomes = make(chan string, 100)
+	outcome, letters := "", 0
+	group := inbox.NewGroup("foreign")
+	inbox.Handle(group, func(context.Context, pgx.Tx, *wrapperspb.StringValue) error {
+		outcome = "applied"
+		return nil
+	})
+	box := inbox.New(db, group, inbox.Config{})
+	topology := rabbit.Topology{Exchange: "events", Queues: []rabbit.Queue{{Name: "foreign", Types: group.Types()}}}
+	if err := topology.Declare(t.Context(), amqpURL); err != nil {
+		t.Fatal(err)
+	}
+	consumer := rabbit.NewConsumer(rabbit.ConsumerConfig{URL: amqpURL, Topology: topology, Queue: "foreign", Batch: 1}, func(ctx context.Context, batch []messaging.Delivery) error {
+		outcome = "absorbed"
+		if err := box.Process(ctx, batch); err != nil {
+			return err
+		}
+		var kept int
+		var text string
+		err := db.QueryRow(ctx, `SELECT count(*), coalesce((array_agg(reason || ': ' || error ORDER BY id DESC))[1], '') FROM dead_letter`).Scan(&kept, &text)
+		if err == nil && kept > letters {
+			outcome, letters = text, kept
+		}
+		outcomes <- outcome
+		return err
+	})
+	ctx, stop := context.WithCancel(t.Context())
+	ended := make(chan error)
+	go func() { ended <- consumer.Run(ctx) }()
+	t.Cleanup(func() {
+		stop()
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+	})
+	return outcomes
+}
+
+// publish has the management API publish what the page shows, as the page says.
+func publish(t *testing.T, amqpURL, body string) {
+	t.Helper()
+	broker, err := url.Parse(amqpURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	address := testenv.Management(t, amqpURL).URL() + "/api/exchanges" + broker.Path + "/events/publish"
+	request, err := http.NewRequestWithContext(t.Context(), http.MethodPost, address, strings.NewReader(body))
+	if err != nil {
+		t.Fatal(err)
+	}
+	request.Close = true
+	response, err := http.DefaultClient.Do(request)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer response.Body.Close()
+	answer, err := io.ReadAll(response.Body)
+	if err != nil || !strings.Contains(string(answer), `"routed":true`) {
+		t.Fatalf("%s\nis answered %s, %s (%v)", body, response.Status, answer, err)
+	}
+}
