@@ -326,6 +326,9 @@ func judgeBroker(version string) Finding {
 
 func checkQueues(ctx context.Context, p Patient) (Finding, error) {
 	missing, err := p.Topology.Compare(ctx, p.AMQPURL)
+	if finding, broken := brokenQueue(err); broken {
+		return finding, nil
+	}
 	if err != nil {
 		return Finding{}, err
 	}

@@ -87,7 +87,7 @@ func (c *Consumer) consume(ctx context.Context) error {
 	}
 	defer conn.HangUp()
 	stop := context.AfterFunc(ctx, conn.Cut)
-	channel, source, err := c.subscribe(conn)
+	channel, source, err := c.subscribe(ctx, conn)
 	if !stop() {
 		return ctx.Err()
 	}
@@ -113,20 +113,20 @@ func (c *Consumer) consume(ctx context.Context) error {
 const consumerTag = "group"
 
 // subscribe starts the deliveries.
-func (c *Consumer) subscribe(conn *Connection) (*amqp.Channel, <-chan amqp.Delivery, error) {
+func (c *Consumer) subscribe(ctx context.Context, conn *Connection) (*amqp.Channel, <-chan amqp.Delivery, error) {
+	if err := c.config.Topology.ensure(ctx, conn); err != nil {
+		return nil, nil, err
+	}
 	channel, err := conn.Channel()
 	if err != nil {
 		return nil, nil, fmt.Errorf("open channel: %w", err)
-	}
-	if err := c.config.Topology.declare(channel); err != nil {
-		return nil, nil, err
 	}
 	if err := channel.Qos(c.config.Prefetch, 0, false); err != nil {
 		return nil, nil, fmt.Errorf("set prefetch: %w", err)
 	}
 	source, err := channel.Consume(c.config.Queue, consumerTag, false, false, false, false, nil)
 	if err != nil {
-		return nil, nil, fmt.Errorf("consume %s: %w", c.config.Queue, err)
+		return nil, nil, fmt.Errorf("consume %s: %w", c.config.Queue, brokenOr(c.config.Queue, err))
 	}
 	return channel, source, nil
 }

@@ -111,7 +111,7 @@ func standBy(t *testing.T, url string) <-chan amqp.Delivery {
 	}
 	t.Cleanup(conn.HangUp)
 	config := ConsumerConfig{Topology: topology, Queue: queue}
-	_, source, err := NewConsumer(config, nil).subscribe(conn)
+	_, source, err := NewConsumer(config, nil).subscribe(t.Context(), conn)
 	if err != nil {
 		t.Fatal(err)
 	}

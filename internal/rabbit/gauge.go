@@ -2,7 +2,6 @@ package rabbit
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"sync"
 
@@ -62,14 +61,13 @@ func (g *Gauge) read(queues []string) (depths []Depth, err error) {
 			}
 		}
 		found, err := channel.QueueDeclarePassive(name, true, false, false, false, nil)
-		var refused *amqp.Error
 		switch {
-		case errors.As(err, &refused) && refused.Code == amqp.NotFound: // which has closed the channel
+		case refused(err, amqp.NotFound): // which has closed the channel
 			channel = nil
 			depths = append(depths, Depth{Queue: name, Missing: true})
 			continue
 		case err != nil:
-			return nil, fmt.Errorf("look at queue %s: %w", name, err)
+			return nil, fmt.Errorf("look at queue %s: %w", name, brokenOr(name, err))
 		}
 		depths = append(depths, Depth{Queue: name, Ready: int64(found.Messages), Consumers: found.Consumers})
 	}

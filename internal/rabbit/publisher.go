@@ -113,7 +113,7 @@ func (p *Publisher) connect(ctx context.Context) error {
 		return err
 	}
 	stop := context.AfterFunc(ctx, conn.Cut)
-	channel, err := p.open(conn)
+	channel, err := p.open(ctx, conn)
 	if !stop() {
 		err = ctx.Err()
 	}
@@ -132,15 +132,15 @@ func (p *Publisher) connect(ctx context.Context) error {
 	return nil
 }
 
-func (p *Publisher) open(conn *Connection) (*amqp.Channel, error) {
+func (p *Publisher) open(ctx context.Context, conn *Connection) (*amqp.Channel, error) {
+	// Everything that might receive is declared before anything is sent: at the very first start the relay may be quicker than the
+	// consumers, and what no queue wants is parked.
+	if err := p.config.Topology.ensure(ctx, conn); err != nil {
+		return nil, err
+	}
 	channel, err := conn.Channel()
 	if err != nil {
 		return nil, fmt.Errorf("open channel: %w", err)
-	}
-	// Everything that might receive is declared before anything is sent: at the very first start the relay may be quicker than the
-	// consumers, and what no queue wants is parked.
-	if err := p.config.Topology.declare(channel); err != nil {
-		return nil, err
 	}
 	if err := channel.Confirm(false); err != nil {
 		return nil, fmt.Errorf("switch confirms on: %w", err)

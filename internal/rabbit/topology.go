@@ -2,7 +2,6 @@ package rabbit
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"slices"
 	"time"
@@ -63,17 +62,19 @@ func queueArguments(queue Queue) amqp.Table {
 	return arguments
 }
 
-// deadQueueArguments: nothing leaves a dead queue but by an ack.
-var deadQueueArguments = amqp.Table{"x-queue-type": "quorum", "x-delivery-limit": 1_000_000, "x-overflow": "reject-publish"}
+// deadDeliveryLimit is as good as none, which not every version has.
+const deadDeliveryLimit = 1_000_000
+
+// deadQueueArguments: nothing leaves a dead queue but by an ack, unless a policy says otherwise.
+var deadQueueArguments = amqp.Table{"x-queue-type": "quorum", "x-delivery-limit": deadDeliveryLimit, "x-overflow": "reject-publish"}
 
 // declare makes the topology on ch. All of it is idempotent. A queue that exists with other arguments is an error that says so:
 // deleting and making it anew is a decision about its messages, and not ours.
+//
+// The exchange comes after the queues: at a first start, one that is there tells that all queues are.
 func (t Topology) declare(ch *amqp.Channel) error {
 	if t.Given {
 		return t.expect(ch)
-	}
-	if err := ch.ExchangeDeclare(t.Exchange, amqp.ExchangeTopic, true, false, false, false, nil); err != nil {
-		return fmt.Errorf("declare exchange %s: %w", t.Exchange, err)
 	}
 	for _, queue := range t.Queues {
 		if err := declareQueue(ch, DeadQueue(queue.Name), deadQueueArguments); err != nil {
@@ -82,6 +83,11 @@ func (t Topology) declare(ch *amqp.Channel) error {
 		if err := declareQueue(ch, queue.Name, queueArguments(queue)); err != nil {
 			return err
 		}
+	}
+	if err := ch.ExchangeDeclare(t.Exchange, amqp.ExchangeTopic, true, false, false, false, nil); err != nil {
+		return fmt.Errorf("declare exchange %s: %w", t.Exchange, err)
+	}
+	for _, queue := range t.Queues {
 		for _, key := range queue.Types {
 			if err := ch.QueueBind(queue.Name, key, t.Exchange, false, nil); err != nil {
 				return fmt.Errorf("bind queue %s to %s: %w", queue.Name, key, err)
@@ -93,44 +99,25 @@ func (t Topology) declare(ch *amqp.Channel) error {
 
 // expect looks for the topology on ch. It takes no permissions.
 func (t Topology) expect(ch *amqp.Channel) error {
-	const cure = "is not there; declare the topology (command topology --declare), or let the processes do so"
 	if err := ch.ExchangeDeclarePassive(t.Exchange, amqp.ExchangeTopic, true, false, false, false, nil); err != nil {
-		return fmt.Errorf("exchange %s %s: %w", t.Exchange, cure, err)
+		return unexpected("exchange "+t.Exchange, err)
 	}
 	for _, queue := range t.Queues {
 		for _, name := range []string{queue.Name, DeadQueue(queue.Name)} {
 			if _, err := ch.QueueDeclarePassive(name, true, false, false, false, nil); err != nil {
-				return fmt.Errorf("queue %s %s: %w", name, cure, err)
+				return unexpected("queue "+name, brokenOr(name, err))
 			}
 		}
 	}
 	return nil
 }
 
-// Declare makes the topology, for processes that may not.
-func (t Topology) Declare(ctx context.Context, url string) error {
-	conn, err := Dial(ctx, url, "topology")
-	if err != nil {
-		return err
+// unexpected says of something that cannot be looked at what to do about it.
+func unexpected(what string, err error) error {
+	if refused(err, amqp.NotFound) {
+		return fmt.Errorf("%s is not there; declare the topology (command topology --declare), or let the processes do so: %w", what, err)
 	}
-	defer conn.HangUp()
-	channel, err := conn.Channel()
-	if err != nil {
-		return fmt.Errorf("open channel: %w", err)
-	}
-	return t.declare(channel)
-}
-
-func declareQueue(ch *amqp.Channel, name string, arguments amqp.Table) error {
-	_, err := ch.QueueDeclare(name, true, false, false, false, arguments)
-	var refused *amqp.Error
-	if errors.As(err, &refused) && refused.Code == amqp.PreconditionFailed {
-		return fmt.Errorf("queue %s exists with other arguments; empty and delete it, or give this one another name: %w", name, err)
-	}
-	if err != nil {
-		return fmt.Errorf("declare queue %s: %w", name, err)
-	}
-	return nil
+	return fmt.Errorf("look at %s: %w", what, err)
 }
 
 // Compare looks at the broker without changing anything, and returns what of the topology is missing there. A queue whose arguments differ
@@ -148,8 +135,7 @@ func (t Topology) Compare(ctx context.Context, url string) (missing []string, er
 				return nil, fmt.Errorf("open channel: %w", err)
 			}
 			_, err = channel.QueueDeclarePassive(name, true, false, false, false, nil)
-			var refused *amqp.Error
-			if errors.As(err, &refused) && refused.Code == amqp.NotFound {
+			if refused(err, amqp.NotFound) {
 				missing = append(missing, "there is no queue "+name)
 				continue
 			}
@@ -157,7 +143,7 @@ func (t Topology) Compare(ctx context.Context, url string) (missing []string, er
 				err = declareQueue(channel, name, arguments)
 			}
 			if err != nil {
-				return nil, err
+				return nil, brokenOr(name, err)
 			}
 		}
 	}

@@ -1,0 +1,22 @@
+package ops
+
+import (
+	"fmt"
+	"strings"
+	"testing"
+
+	"example.com/orders/internal/rabbit"
+)
+
+func TestDoctorNamesTheRepairOfABrokenQueue(t *testing.T) {
+	t.Parallel()
+	finding, broken := brokenQueue(fmt.Errorf("declare queue group: %w", rabbit.ErrQueueBroken))
+	if !broken || finding.Verdict != Wrong || !strings.Contains(finding.Detail, "queue group") || !strings.Contains(finding.Cure, "restart") || !strings.Contains(finding.Cure, "replay") {
+		t.Errorf("got %+v, %t", finding, broken)
+	}
+	for _, other := range []error{nil, rabbit.Check(t.Context(), "amqp://127.0.0.1:1/")} {
+		if _, broken := brokenQueue(other); broken {
+			t.Errorf("%v is taken for a broken queue", other)
+		}
+	}
+}
