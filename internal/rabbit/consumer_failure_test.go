@@ -2,6 +2,7 @@ package rabbit
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"strings"
 	"testing"
@@ -66,6 +67,48 @@ func TestConsumeWhenTheConnectionFails(t *testing.T) {
 		mustPublish(t, p, texts(1, 1)...)
 		got.next(t, 1)
 	})
+}
+
+// A message that the library cannot read ends each connection that it is sent to. It is given up after its deliveries,
+// and no other is for its sake.
+func TestAMessageThatCannotBeReadTakesNoOtherWithIt(t *testing.T) {
+	t.Parallel()
+	url, p := setUp(t)
+	const others = 20
+	mustPublish(t, p, texts(0, others/2)...)
+	ch := raw(t, url)
+	long := make([]any, 9000)
+	for i := range long {
+		long[i] = ""
+	}
+	if err := ch.Confirm(false); err != nil {
+		t.Fatal(err)
+	}
+	confirm, err := ch.PublishWithDeferredConfirm("", queue, true, false, amqp.Publishing{Headers: amqp.Table{"x": long}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if acked, err := confirm.WaitContext(t.Context()); err != nil || !acked {
+		t.Fatalf("acked %t, %v", acked, err)
+	}
+	mustPublish(t, p, texts(others/2, others/2)...)
+	got := make(chan messaging.Delivery, 100*others)
+	consume(t, ConsumerConfig{URL: url}, func(_ context.Context, batch []messaging.Delivery) error {
+		for _, one := range batch {
+			got <- one
+		}
+		return nil
+	})
+	seen := map[string]bool{}
+	for len(seen) < others {
+		one := receive(t, got)
+		seen[textOf(t, one.Payload)] = true
+		if one.Count > 2 {
+			t.Errorf("%s was handed out %d times before", textOf(t, one.Payload), one.Count)
+		}
+	}
+	ready(t, url, 0)
+	awaitCount(t, url, DeadQueue(queue), 1)
 }
 
 func TestConsumeWhatOthersSend(t *testing.T) {

@@ -92,11 +92,17 @@ func setUp(t *testing.T) (url string, p *Publisher) {
 // ready waits until so many messages are left in the queue that are not handed out.
 func ready(t *testing.T, url string, want int) {
 	t.Helper()
+	awaitCount(t, url, queue, want)
+}
+
+// awaitCount waits until so many messages are ready in a queue.
+func awaitCount(t *testing.T, url, queue string, n int) {
+	t.Helper()
 	ch := raw(t, url)
 	testenv.Eventually(t, patience, func() error {
 		state, err := ch.QueueDeclarePassive(queue, true, false, false, false, nil)
-		if err == nil && state.Messages != want {
-			err = fmt.Errorf("%d messages are ready, want %d", state.Messages, want)
+		if err == nil && state.Messages != n {
+			err = fmt.Errorf("queue %s has %d messages, want %d", queue, state.Messages, n)
 		}
 		return err
 	})
@@ -111,7 +117,8 @@ func standBy(t *testing.T, url string) <-chan amqp.Delivery {
 	}
 	t.Cleanup(conn.HangUp)
 	config := ConsumerConfig{Topology: topology, Queue: queue}
-	_, source, err := NewConsumer(config, nil).subscribe(t.Context(), conn)
+	consumer := NewConsumer(config, nil)
+	_, source, err := consumer.subscribe(t.Context(), conn, consumer.config.Prefetch)
 	if err != nil {
 		t.Fatal(err)
 	}
