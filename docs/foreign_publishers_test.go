@@ -49,6 +49,9 @@ func TestTheExamplesForForeignPublishers(t *testing.T) {
 	}
 }
 
+const lettersSQL = `
+SELECT count(*), coalesce((array_agg(reason || ': ' || error ORDER BY id DESC))[1], '') FROM dead_letter`
+
 // startGroup runs a consumer group for texts until the test ends. It tells what becomes of each message.
 func startGroup(t *testing.T, db *pgxpool.Pool, amqpURL string) (outcomes chan string) {
 	t.Helper()
@@ -64,14 +67,15 @@ func startGroup(t *testing.T, db *pgxpool.Pool, amqpURL string) (outcomes chan s
 	if err := topology.Declare(t.Context(), amqpURL); err != nil {
 		t.Fatal(err)
 	}
-	consumer := rabbit.NewConsumer(rabbit.ConsumerConfig{URL: amqpURL, Topology: topology, Queue: "foreign", Batch: 1}, func(ctx context.Context, batch []messaging.Delivery) error {
+	config := rabbit.ConsumerConfig{URL: amqpURL, Topology: topology, Queue: "foreign", Batch: 1}
+	consumer := rabbit.NewConsumer(config, func(ctx context.Context, batch []messaging.Delivery) error {
 		outcome = "absorbed"
 		if err := box.Process(ctx, batch); err != nil {
 			return err
 		}
 		var kept int
 		var text string
-		err := db.QueryRow(ctx, `SELECT count(*), coalesce((array_agg(reason || ': ' || error ORDER BY id DESC))[1], '') FROM dead_letter`).Scan(&kept, &text)
+		err := db.QueryRow(ctx, lettersSQL).Scan(&kept, &text)
 		if err == nil && kept > letters {
 			outcome, letters = text, kept
 		}

@@ -62,6 +62,7 @@ func configurationPage(t *testing.T) string {
 	out.WriteString(configurationHead)
 	model := newParser(new(cli)).Model
 	settings := settingsOf(model)
+	listed := 0
 	for _, section := range []struct {
 		title string
 		has   func(ofProcesses []string) bool
@@ -71,17 +72,23 @@ func configurationPage(t *testing.T) string {
 		{"API", func(p []string) bool { return slices.Equal(p, []string{"api", "all"}) }},
 		{"Relay", func(p []string) bool { return slices.Equal(p, []string{"relay", "all"}) }},
 		{"Consumer", func(p []string) bool { return slices.Equal(p, []string{"consumer", "all"}) }},
-		{"Console", func(p []string) bool { return slices.Equal(p, []string{"all"}) }},
+		{"Console", func(p []string) bool {
+			return slices.Equal(p, []string{"all"}) || slices.Equal(p, []string{"console", "all"})
+		}},
 		{"Other commands", func(p []string) bool { return len(p) == 0 }},
 	} {
 		fmt.Fprintf(&out, "\n## %s\n\n| Variable | Flag | Default | Value | Meaning | Taken by |\n|---|---|---|---|---|---|\n", section.title)
 		for _, one := range settings {
 			if section.has(slices.DeleteFunc(slices.Clone(one.takers), func(taker string) bool { return !slices.Contains(processes, taker) })) {
+				listed++
 				usual := one.usual()
 				fmt.Fprintf(&out, "| `%s` | `--%s` | %s | %s | %s | %s |\n",
 					usual.Envs[0], usual.Name, one.defaultText(), valueText(usual.Value), meaning(usual.Help), one.takersText(model))
 			}
 		}
+	}
+	if listed != len(settings) {
+		t.Errorf("%d of %d settings are in a section", listed, len(settings))
 	}
 	out.WriteString("\n## Commands\n\nWhat they take besides the variables above; a command that is not here takes nothing. `[…]` may be left out, `…` repeated.\n")
 	for _, leaf := range model.Leaves(true) {
@@ -218,7 +225,7 @@ func kindText(v *kong.Value) string {
 		return "time"
 	case place:
 		return "place"
-	case postgresURL, amqpURL:
+	case postgresURL, amqpURL, managementURL:
 		return "URL"
 	case listenAddress, optionalAddress:
 		return "HOST:PORT"

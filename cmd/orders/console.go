@@ -11,10 +11,11 @@ type consoleCommand struct {
 	databaseFlags
 	brokerFlags
 	edgeFlags
+	managementFlags
 }
 
 func (c *consoleCommand) Run(ctx context.Context) error {
 	config := appConfig(c.Listen, c.databaseFlags, apiFlags{}, c.brokerFlags, relayFlags{}, consumerFlags{})
-	config.Edge = c.edgeFlags.config()
+	config.Edge, config.ManagementURL = c.edgeFlags.config(), string(c.ManagementURL)
 	return app.RunConsole(ctx, config)
 }

@@ -13,6 +13,7 @@ import (
 type doctorCommand struct {
 	deskFlags
 	brokerFlags
+	managementFlags
 	ListenURL postgresURL `name:"postgres-listen-url" env:"POSTGRES_LISTEN_URL" help:"Direct connection to the same database, as the relay has it."`
 }
 
@@ -21,6 +22,7 @@ func (c *doctorCommand) Validate() error { return c.brokerFlags.check() }
 func (c *doctorCommand) Run(ctx context.Context) error {
 	database := databaseFlags{PostgresURL: c.PostgresURL, ListenURL: c.ListenURL}
 	config := appConfig("", database, apiFlags{}, c.brokerFlags, relayFlags{}, consumerFlags{})
+	config.ManagementURL = string(c.ManagementURL)
 	return atDesk(ctx, config, func(desk *app.Desk) error {
 		findings := ops.Doctor(ctx, desk.Patient())
 		var err error

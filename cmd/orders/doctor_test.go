@@ -23,7 +23,7 @@ func TestDoctor(t *testing.T) {
 		Findings []ops.Finding
 	}
 	o.json(1, "doctor", &answer)
-	if answer.Verdict != ops.Wrong || len(answer.Findings) != 15 {
+	if answer.Verdict != ops.Wrong || len(answer.Findings) != 16 {
 		t.Errorf("got %+v", answer)
 	}
 	o.says(1, "doctor", `relay +wrong +no relay holds shard 0\n +→ Start a relay`, `orders: 1 check has found something wrong\n$`)

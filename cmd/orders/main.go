@@ -64,6 +64,11 @@ type brokerFlags struct {
 	Topology string  `env:"TOPOLOGY" default:"declare" enum:"declare,given" help:"Whether the process declares exchange and queues, or expects them to be given (${enum})."`
 }
 
+// managementFlags are for those who look at more of the broker than AMQP shows.
+type managementFlags struct {
+	ManagementURL managementURL `name:"management-url" env:"RABBITMQ_MANAGEMENT_URL" help:"RabbitMQ's management API, to look for policies that lose messages. Its user needs the tag management."`
+}
+
 type apiFlags struct {
 	MaxBacklog    int64         `env:"MAX_BACKLOG" default:"1000000" help:"Messages waiting for the broker from which on the API answers resource_exhausted, before it writes; 0 for no limit."`
 	MaxBacklogAge time.Duration `env:"MAX_BACKLOG_AGE" default:"0s" help:"Age of the oldest message waiting for the broker, likewise; 0s for no limit."`
@@ -148,6 +153,7 @@ type allCommand struct {
 	consumerFlags
 	rpcFlags
 	callFlags
+	managementFlags
 }
 
 func (c *apiCommand) Run(ctx context.Context) error {
@@ -171,7 +177,7 @@ func (c *allCommand) Run(ctx context.Context) error {
 	config := appConfig(c.Listen, c.databaseFlags, c.apiFlags, c.brokerFlags, c.relayFlags, c.consumerFlags)
 	config.Edge, config.Calls.Keys = c.edgeFlags.config(), c.keys()
 	c.rpcFlags.set(&config)
-	config.ConsoleAddr = string(c.ConsoleAddr)
+	config.ConsoleAddr, config.ManagementURL = string(c.ConsoleAddr), string(c.ManagementURL)
 	return app.RunAll(ctx, config)
 }
 
@@ -324,7 +330,7 @@ func fail(status int, text string) {
 
 // withoutSecrets keeps the values of variables that hold passwords out of error texts: kong quotes the value that it could not use.
 func withoutSecrets(text string) string {
-	for _, name := range []string{"POSTGRES_URL", "POSTGRES_LISTEN_URL", "AMQP_URL", "API_KEYS", "CALL_KEYS"} {
+	for _, name := range []string{"POSTGRES_URL", "POSTGRES_LISTEN_URL", "AMQP_URL", "RABBITMQ_MANAGEMENT_URL", "API_KEYS", "CALL_KEYS"} {
 		if value := os.Getenv(name); value != "" {
 			text = strings.ReplaceAll(text, fmt.Sprintf("%q", value), "…")
 			text = strings.ReplaceAll(text, value, "…")
@@ -363,5 +369,16 @@ func (u *amqpURL) UnmarshalText(text []byte) error {
 		return errors.New("not an AMQP URL, such as amqp://user:password@host:5672/vhost")
 	}
 	*u = amqpURL(text)
+	return nil
+}
+
+// managementURL is the URL of RabbitMQ's management API; its error does not show it.
+type managementURL string
+
+func (u *managementURL) UnmarshalText(text []byte) error {
+	if err := rabbit.ValidateManagementURL(string(text)); err != nil && len(text) > 0 {
+		return errors.New("not the URL of RabbitMQ's management API, such as http://host:15672")
+	}
+	*u = managementURL(text)
 	return nil
 }

@@ -119,6 +119,7 @@ func TestWrongSettingsAreNamedInOneLine(t *testing.T) {
 		"trace of nothing":        {"", "trace", "<message-id>"},
 		"doctor's exchange":       {"EXCHANGE=amq.fanout", "doctor", "--exchange"},
 		"doctor's listen url":     {"POSTGRES_LISTEN_URL=mysql://u:hunter2@h", "doctor", "--postgres-listen-url"},
+		"doctor's management url": {"RABBITMQ_MANAGEMENT_URL=ftp://u:hunter2@h", "doctor", "--management-url"},
 		"nobody could call":       {"API_KEYS=", "api", "--insecure-no-auth"},
 		"nobody could call it":    {"API_KEYS=", "console", "--insecure-no-auth"},
 		"console address":         {"CONSOLE_ADDR=nowhere", "all", "--console-addr"},

@@ -32,6 +32,8 @@ type Config struct {
 	// goes to such a pooler, as postgres.Config says; then the relay polls.
 	ListenURL string
 	AMQPURL   string
+	// ManagementURL is RabbitMQ's management API, for the doctor and the console; "" if nothing is to be asked of it.
+	ManagementURL string
 	// Exchange is the topic exchange that events go to.
 	Exchange string
 	// TopologyGiven says that exchange and queues are declared by somebody else, and the processes need no permission to do so.

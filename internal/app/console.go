@@ -27,12 +27,20 @@ func (p *process) startConsole(ctx context.Context) {
 	}
 	gauge := rabbit.NewGauge(p.config.AMQPURL, p.connectionName("console"))
 	desk := console.New(console.Config{
-		DB: p.db, Operations: p.calls, Groups: p.consoleGroups(), Depths: gauge.Read,
+		DB: p.db, Operations: p.calls, Groups: p.consoleGroups(), Depths: gauge.Read, Dangers: p.dangers,
 		APIs: []string{ServiceName + " api", ServiceName + " all"}, Service: ServiceName, Version: p.config.Version,
 	})
 	server := p.newConsoleServer(desk)
 	p.group.Go(func() error { defer gauge.Close(); return desk.Run(ctx) })
 	p.group.Go(func() error { return server.Run(ctx) })
+}
+
+// dangers are the policies of the broker that are dangerous to the queues; none if nobody may be asked.
+func (p *process) dangers(ctx context.Context) ([]rabbit.Danger, error) {
+	if p.config.ManagementURL == "" {
+		return nil, nil
+	}
+	return p.topology().Policies(ctx, p.config.ManagementURL, p.config.AMQPURL)
 }
 
 // newConsoleServer makes the console's server. It lets in whom the API lets in, but no page of another origin, whatever the API allows.

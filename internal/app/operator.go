@@ -70,7 +70,7 @@ func (d *Desk) CheckBroker(ctx context.Context) error { return rabbit.Check(ctx,
 func (d *Desk) Patient() ops.Patient {
 	return ops.Patient{
 		DB: d.DB, PostgresURL: d.config.notifyURL(), ListenURL: d.config.listenURL(), AMQPURL: d.config.AMQPURL,
-		Topology: d.topology(), LongestRedelivery: longestRedelivery(),
+		ManagementURL: d.config.ManagementURL, Topology: d.topology(), LongestRedelivery: longestRedelivery(),
 	}
 }
 

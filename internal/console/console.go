@@ -32,6 +32,9 @@ type Config struct {
 	Groups []Group
 	// Depths asks the broker how full queues are.
 	Depths func(ctx context.Context, queues []string) ([]rabbit.Depth, error)
+	// Dangers asks which policies of the broker are dangerous to the queues. It is asked twice a minute; its failure is
+	// nobody's fault.
+	Dangers func(ctx context.Context) ([]rabbit.Danger, error)
 	// APIs are the names under which the processes that take calls are known to the database.
 	APIs             []string
 	Service, Version string

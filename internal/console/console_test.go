@@ -32,6 +32,8 @@ type bundle struct {
 	*Console
 	owner  *pgxpool.Pool
 	broker func() ([]rabbit.Depth, error)
+	// dangers are those of policies.
+	dangers []rabbit.Danger
 }
 
 func setup(t *testing.T) *bundle {
@@ -46,8 +48,9 @@ func setup(t *testing.T) *bundle {
 	hub := changes.New(changes.Config{})
 	b.Console = New(Config{
 		DB: db, Operations: operations.New(db, outbox.NewWriter(db, nil, nil), hub, operations.Config{}), APIs: []string{"s api"},
-		Groups: []Group{{Group: ops.Group{Name: "group", Types: []string{"google.protobuf.StringValue"}}, Queue: "s.group"}},
-		Depths: func(context.Context, []string) ([]rabbit.Depth, error) { return b.broker() },
+		Groups:  []Group{{Group: ops.Group{Name: "group", Types: []string{"google.protobuf.StringValue"}}, Queue: "s.group"}},
+		Depths:  func(context.Context, []string) ([]rabbit.Depth, error) { return b.broker() },
+		Dangers: func(context.Context) ([]rabbit.Danger, error) { return b.dangers, nil },
 	})
 	return b
 }
@@ -355,6 +358,13 @@ func TestFaultsAreShownWhereTheyAre(t *testing.T) {
 			t.Errorf("%s:\n%s", name, got)
 		}
 		b.exec(t, one.undo)
+	}
+	b.dangers = []rabbit.Danger{
+		{Queue: "other.dead", Policy: "limits", Setting: "expires=1", Loses: true}, {Queue: "s.group", Policy: "limits", Setting: "max-length=9"},
+		{Queue: "s.group.dead", Policy: "limits", Setting: "message-ttl=60000", Effect: "what waits longer is lost", Loses: true},
+	}
+	if got := faults(); got != "s.group: Messages can be lost: policy limits sets message-ttl=60000 on queue s.group.dead: what waits longer is lost." {
+		t.Errorf("policy:\n%s", got)
 	}
 	b.broker = func() ([]rabbit.Depth, error) {
 		return nil, errors.New("connect to rabbitmq: dial tcp: connection\nrefused")

@@ -26,8 +26,9 @@ type reading struct {
 	dead      int64
 	database  error
 
-	depths []rabbit.Depth
-	broker error
+	depths  []rabbit.Depth
+	broker  error
+	dangers []rabbit.Danger
 }
 
 // velocity is how fast messages pass, a second.
@@ -41,14 +42,17 @@ type sampler struct {
 	console *Console
 	queues  []string
 	// dead is read less often: with 100,000 open letters it is the one thing here that takes time.
-	dead   postgres.Sample[int64]
-	owners map[string]map[string]int64 // what each process had applied, by group
-	recent []totals
+	dead postgres.Sample[int64]
+	// dangers are read less often, too: they change when somebody changes them.
+	dangers postgres.Sample[[]rabbit.Danger]
+	owners  map[string]map[string]int64 // what each process had applied, by group
+	recent  []totals
 }
 
 func newSampler(c *Console) *sampler {
 	s := &sampler{console: c, owners: map[string]map[string]int64{}}
 	s.dead.Read = func(ctx context.Context) (int64, error) { return deadletter.Count(ctx, c.db, deadletter.Filter{}) }
+	s.dangers.Read, s.dangers.MaxAge = c.config.Dangers, 30*time.Second
 	for _, group := range c.config.Groups {
 		s.queues = append(s.queues, group.Queue)
 	}
@@ -71,6 +75,9 @@ func (s *sampler) read(ctx context.Context) *reading {
 	var both sync.WaitGroup
 	both.Go(func() { r.database = s.readDatabase(ctx, r) })
 	both.Go(func() { r.depths, r.broker = s.console.config.Depths(ctx, s.queues) })
+	if s.console.config.Dangers != nil {
+		both.Go(func() { r.dangers, _ = s.dangers.Get(ctx) })
+	}
 	both.Wait()
 	return r
 }

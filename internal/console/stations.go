@@ -152,6 +152,11 @@ func queue(r *reading, group Group, depth rabbit.Depth, standing inbox.Standing,
 	if depth.Consumers == 0 && depth.Ready > 0 && standing.Paused == nil {
 		return because(s, attention, "%s, and nobody takes them.", wait(depth.Ready))
 	}
+	for _, one := range r.dangers {
+		if one.Loses && (one.Queue == group.Queue || one.Queue == rabbit.DeadQueue(group.Queue)) {
+			return because(s, attention, "Messages can be lost: %s.", one)
+		}
+	}
 	return s
 }
 

@@ -9,11 +9,12 @@ type Delivery struct {
 	Type string
 	// Key is the ordering key, "" for none.
 	Key string
-	// Flaw says what of the delivery cannot be read, "" if all of it can. Such a delivery is not applied but kept as a malformed dead letter.
+	// Flaw says what of the delivery cannot be read, "" if all of it can. Such a delivery is not applied but kept as a
+	// malformed dead letter.
 	Flaw    string
 	Payload []byte
-	// Headers are the sender's, as text whatever type they had. ContentTypeHeader and ContentEncodingHeader are among them if the sender says that the
-	// payload is something else than plain protobuf.
+	// Headers are the sender's, as text whatever type they had. ContentTypeHeader and ContentEncodingHeader are among them
+	// if the sender says that the payload is something else than plain protobuf.
 	Headers map[string]string
 	// Count is how often the broker handed this copy out before without getting an ack: 0 the first time.
 	Count int64

@@ -33,7 +33,8 @@ const (
 // KeyHeader is the header in which the key travels; a message's own headers may not use its name.
 const KeyHeader = "message-key"
 
-// Headers in which a delivery keeps the AMQP properties content_type, unless it is application/protobuf, and content_encoding.
+// Headers in which a delivery keeps the AMQP properties content_type, unless it is application/protobuf, and
+// content_encoding.
 const (
 	ContentTypeHeader     = "content-type"
 	ContentEncodingHeader = "content-encoding"

@@ -42,7 +42,9 @@ type Patient struct {
 	// ListenURL is where the relay listens, "" if it polls; PostgresURL is where writers ring.
 	PostgresURL, ListenURL string
 	AMQPURL                string
-	Topology               rabbit.Topology
+	// ManagementURL is RabbitMQ's management API, "" if nothing is asked of it.
+	ManagementURL string
+	Topology      rabbit.Topology
 	// LongestRedelivery is how long a message may be under way from its last publishing to its effect.
 	LongestRedelivery time.Duration
 }
@@ -70,6 +72,7 @@ func Doctor(ctx context.Context, p Patient) []Finding {
 		{"retries", checkRetries, "See the message's last error; mend the handler or what it needs."},
 		{"broker", checkBroker, "Check AMQP_URL, and that RabbitMQ is running and reachable."},
 		{"queues", checkQueues, "Empty and delete the queue that differs, or give the new one another name."},
+		{"policies", checkPolicies, "Except our queues from the policy (its pattern), or take the setting out of it."},
 	}
 	var findings []Finding
 	for _, one := range checks {

@@ -6,8 +6,9 @@ import (
 	"example.com/orders/internal/rabbit"
 )
 
-const repairOfQueue = "Look again in a minute. If it stays, restart the broker's node that leads the queue. If that does not help either, delete the queue " +
-	"(rabbitmqctl delete_queue), have it declared (command topology --declare), and replay what stood in it (command outbox replay)."
+const repairOfQueue = "Look again in a minute. If it stays, restart the broker's node that leads the queue. " +
+	"If that does not help either, delete the queue (rabbitmqctl delete_queue), have it declared (command topology --declare), " +
+	"and replay what stood in it (command outbox replay)."
 
 // brokenQueue makes the finding of a queue that answers INTERNAL_ERROR, if err says so.
 func brokenQueue(err error) (finding Finding, broken bool) {

@@ -38,6 +38,7 @@ func newClinic(t *testing.T) *clinic {
 	if err := c.Topology.Declare(t.Context(), c.AMQPURL); err != nil {
 		t.Fatal(err)
 	}
+	c.ManagementURL = testenv.Management(t, c.AMQPURL).URL()
 	return c
 }
 
@@ -118,6 +119,12 @@ func TestDoctorFinds(t *testing.T) {
 		"BrokerAway": {"", func(_ *testing.T, c *clinic) { c.AMQPURL = "amqp://u:hunter2@127.0.0.1:1/" }, "broker", Wrong, "refused"},
 		"QueueMissing": {"", func(t *testing.T, c *clinic) { testenv.Management(t, c.AMQPURL).DeleteQueue("group.dead") }, "queues", Attention,
 			"no queue group.dead"},
+		"PolicyThatLoses": {"", func(t *testing.T, c *clinic) { c.policy(t, "message-ttl", 60_000) }, "policies", Wrong,
+			"policy limits sets message-ttl=60000 on queue group.dead: what waits longer is lost"},
+		"PolicyThatHinders": {"", func(t *testing.T, c *clinic) { c.policy(t, "max-length", 1000) }, "policies", Attention,
+			"policy limits sets max-length=1000 on queue group: it refuses what is more"},
+		"PoliciesNotToBeSeen": {"", func(_ *testing.T, c *clinic) { c.ManagementURL = "http://u:hunter2@127.0.0.1:1" },
+			"policies", Attention, "refused"},
 		"QueueDiffers": {"", func(t *testing.T, c *clinic) { redeclare(t, c.AMQPURL, "group") }, "queues", Wrong, "group exists with other arguments"},
 	} {
 		t.Run(name, func(t *testing.T) {

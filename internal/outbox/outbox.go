@@ -98,8 +98,9 @@ const (
 )
 
 // Insert writes messages into the log, in their order, as part of tx. The trace of ctx travels with them.
-// It returns an error that wraps messaging.ErrInvalid, before anything is written, if one of them could never be published, or
-// two of them have one ID. Across calls nobody looks: two messages with one ID are one message, and consumers apply the first that comes.
+// It returns an error that wraps messaging.ErrInvalid, before anything is written, if one of them could never be
+// published, or two of them have one ID. Across calls nobody looks: two messages with one ID are one message, and
+// consumers apply the first that comes.
 //
 // In a transaction of Transact or of postgres.Transact they are written at its end, together with COMMIT, all in one call and with no round trip of
 // their own; until then they must not be changed. A savepoint of tx.Begin takes them with it when it is rolled back; one that is made by a statement

@@ -10,12 +10,14 @@ import (
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 
-// ErrQueueBroken means that the broker answers INTERNAL_ERROR for a queue. While a quorum queue is being made that passes. If it does not, the queue
-// has a name and no members that work, and somebody has to delete it or to restart the broker.
+// ErrQueueBroken means that the broker answers INTERNAL_ERROR for a queue. While a quorum queue is being made that
+// passes. If it does not, the queue has a name and no members that work, and somebody has to delete it or to restart
+// the broker.
 var ErrQueueBroken = errors.New("the broker answers INTERNAL_ERROR")
 
 const (
-	// declarePatience is how long one process waits for another that is declaring. Its connection is cut then, and it tries again.
+	// declarePatience is how long one process waits for another that is declaring. Its connection is cut then, and it
+	// tries again.
 	declarePatience = 30 * time.Second
 	// declarePause is the longest pause between two looks at what the other has done.
 	declarePause = 250 * time.Millisecond
@@ -23,8 +25,9 @@ const (
 	declareTries = 5
 )
 
-// ensure makes sure that the topology is there. If something is missing, one process at a time declares, and the others wait: RabbitMQ records a quorum
-// queue before it starts the members, so a second declaration meanwhile finds a queue that does not work yet.
+// ensure makes sure that the topology is there. If something is missing, one process at a time declares, and the others
+// wait: RabbitMQ records a quorum queue before it starts the members, so a second declaration meanwhile finds a queue
+// that does not work yet.
 func (t Topology) ensure(ctx context.Context, conn *Connection) error {
 	if t.Given {
 		return onChannel(conn, t.expect)
@@ -63,8 +66,8 @@ func (t Topology) isComplete(conn *Connection) (bool, error) {
 	return err == nil, err
 }
 
-// lock makes sure that nobody else declares this topology, until unlock is called or the connection ends: an exclusive queue is one connection's. A user
-// who may configure nothing but the topology goes without.
+// lock makes sure that nobody else declares this topology, until unlock is called or the connection ends: an exclusive
+// queue is one connection's. A user who may configure nothing but the topology goes without.
 func (t Topology) lock(conn *Connection) (unlock func(), err error) {
 	name := t.Exchange + ".declaring"
 	channel, err := conn.Channel()
@@ -127,7 +130,8 @@ func declareQueue(ch *amqp.Channel, name string, arguments amqp.Table) error {
 	_, err := ch.QueueDeclare(name, true, false, false, false, arguments)
 	switch {
 	case refused(err, amqp.PreconditionFailed):
-		return fmt.Errorf("queue %s exists with other arguments; empty and delete it, or give this one another name: %w", name, err)
+		const cure = "empty and delete it, or give this one another name"
+		return fmt.Errorf("queue %s exists with other arguments; %s: %w", name, cure, err)
 	case err != nil:
 		return fmt.Errorf("declare queue %s: %w", name, brokenOr(name, err))
 	}

@@ -30,7 +30,8 @@ func dial(t *testing.T, url string) *Connection {
 	return conn
 }
 
-// Twenty processes that start at one moment on an empty broker make queues that work, and so do those of each further deployment.
+// Twenty processes that start at one moment on an empty broker make queues that work, and so do those of each further
+// deployment.
 func TestManyProcessesStartAtOnce(t *testing.T) {
 	t.Parallel()
 	const processes, rounds = 20, 3
@@ -153,7 +154,8 @@ func TestAQueueThatAnswersInternalError(t *testing.T) {
 	})
 }
 
-// sick is a proxy that answers INTERNAL_ERROR when a queue is declared, as RabbitMQ does for a quorum queue without members that work.
+// sick is a proxy that answers INTERNAL_ERROR when a queue is declared, as RabbitMQ does for a quorum queue without
+// members that work.
 type sick struct {
 	url  string
 	left atomic.Int64 // refusals, and then below zero

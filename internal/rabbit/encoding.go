@@ -34,7 +34,8 @@ func encode(m messaging.Message) amqp.Publishing {
 	}
 }
 
-// decode takes a delivery as it comes; the inbox judges it. Nothing that a sender says is dropped but what is the broker's: headers x-….
+// decode takes a delivery as it comes; the inbox judges it. Nothing that a sender says is dropped but what is the
+// broker's: headers x-….
 func decode(d *amqp.Delivery) messaging.Delivery {
 	headers := make(map[string]string, len(d.Headers))
 	for name, value := range d.Headers {
@@ -54,11 +55,13 @@ func decode(d *amqp.Delivery) messaging.Delivery {
 		count, _ = d.Headers["x-delivery-count"].(int64)
 	}
 	return messaging.Delivery{
-		ID: d.MessageId, Type: cmp.Or(d.Type, d.RoutingKey), Key: key, Flaw: flaw, Payload: d.Body, Headers: headers, Count: count, Death: deathOf(d.Headers),
+		ID: d.MessageId, Type: cmp.Or(d.Type, d.RoutingKey), Key: key, Flaw: flaw, Payload: d.Body, Headers: headers,
+		Count: count, Death: deathOf(d.Headers),
 	}
 }
 
-// keyOf returns the key of a delivery, or a flaw if there is one that is no key. It must not pass for none: then the order would be lost.
+// keyOf returns the key of a delivery, or a flaw if there is one that is no key. It must not pass for none: then the
+// order would be lost.
 func keyOf(d *amqp.Delivery) (key, flaw string) {
 	value, given := d.Headers[keyHeader]
 	if key, ok := value.(string); ok || !given { // as from our own relay
@@ -66,7 +69,8 @@ func keyOf(d *amqp.Delivery) (key, flaw string) {
 	}
 	key, ok := plainText(value)
 	if !ok {
-		return "", fmt.Sprintf("header %s is %s and cannot be a key: send a string, an integer, a boolean, or bytes that are UTF-8", keyHeader, kindOf(value))
+		const cure = "send a string, an integer, a boolean, or bytes that are UTF-8"
+		return "", fmt.Sprintf("header %s is %s and cannot be a key: %s", keyHeader, kindOf(value), cure)
 	}
 	return key, ""
 }

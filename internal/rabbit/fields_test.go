@@ -10,7 +10,8 @@ import (
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 
-// fieldsOfAMQP has a value of each type that a header may have on the wire. (RabbitMQ refuses a float that is not a number.) Of each it says what a message is given for it, and whether it is a key.
+// fieldsOfAMQP has a value of each type that a header may have on the wire. (RabbitMQ refuses a float that is not a
+// number.) Of each it says what a message is given for it, and whether it is a key.
 var fieldsOfAMQP = map[string]struct {
 	value any
 	text  string
@@ -38,7 +39,8 @@ var fieldsOfAMQP = map[string]struct {
 	"table":         {amqp.Table{"a": true}, `{"a":true}`, false},
 }
 
-// What foreign publishers send arrives through a real broker, which passes every type on. No key is silently no key, and no header is lost.
+// What foreign publishers send arrives through a real broker, which passes every type on. No key is silently no key,
+// and no header is lost.
 func TestHeadersOfEveryTypeArrive(t *testing.T) {
 	t.Parallel()
 	url, _ := setUp(t)

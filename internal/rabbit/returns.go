@@ -25,8 +25,9 @@ func (l *link) drainReturns() {
 
 // takeReturn finds the return of a message whose confirm has arrived, and takes it out of those that wait.
 //
-// A return carries nothing that was not published, and one ID may be in flight twice. So the whole message is compared. Two messages that agree in ID,
-// type, key and payload are copies of one, and it does not matter which of them is parked.
+// A return carries nothing that was not published, and one ID may be in flight twice. So the whole message is compared.
+// Two messages that agree in ID, type, key and payload are copies of one, and it does not matter which of them is
+// parked.
 func (l *link) takeReturn(m *messaging.Message) (amqp.Return, bool) {
 	if len(l.returned) == 0 { // the usual case
 		return amqp.Return{}, false

@@ -115,7 +115,8 @@ func (t Topology) expect(ch *amqp.Channel) error {
 // unexpected says of something that cannot be looked at what to do about it.
 func unexpected(what string, err error) error {
 	if refused(err, amqp.NotFound) {
-		return fmt.Errorf("%s is not there; declare the topology (command topology --declare), or let the processes do so: %w", what, err)
+		const cure = "declare the topology (command topology --declare), or let the processes do so"
+		return fmt.Errorf("%s is not there; %s: %w", what, cure, err)
 	}
 	return fmt.Errorf("look at %s: %w", what, err)
 }

@@ -104,7 +104,8 @@ func (m *management) deleteVhost(ctx context.Context, vhost string) error {
 // connection, which ends with the vhost.
 func isGone(err error) bool {
 	var status *statusError
-	return errors.As(err, &status) && (status.code == http.StatusNotFound || status.code == http.StatusBadRequest || status.code == http.StatusMethodNotAllowed)
+	return errors.As(err, &status) &&
+		slices.Contains([]int{http.StatusNotFound, http.StatusBadRequest, http.StatusMethodNotAllowed}, status.code)
 }
 
 func (m *management) url(path []string) string {

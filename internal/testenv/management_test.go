@@ -8,8 +8,8 @@ import (
 	"testing"
 )
 
-// With its vhost gone beneath it, what dead-letters for a quorum queue crashes, and takes the queues of other tests with it. So queues go first, each
-// before the one that it dead-letters to.
+// With its vhost gone beneath it, what dead-letters for a quorum queue crashes, and takes the queues of other tests
+// with it. So queues go first, each before the one that it dead-letters to.
 func TestQueuesGoBeforeTheirVhost(t *testing.T) {
 	t.Parallel()
 	for name, test := range map[string]struct {
