@@ -7,6 +7,8 @@
 // transaction, or none of them. A repeat with the same request gets the stored response; one with another request, or of another method,
 // is already_exists; repeats while the first one runs wait for its end.
 //
+// A repeat is answered although the backlog gate is closed (outbox.Gate), because it writes nothing.
+//
 // A call that fails leaves nothing, its key included: a repeat is executed anew. An unknown outcome becomes known by repeating the call.
 //
 // It does not promise anything about effects outside of this database, nor about headers of the response, which are not stored. After the retention
@@ -139,13 +141,21 @@ func (k *Keys) once(ctx context.Context, one call, next connect.ServerFunc) (res
 		return nil, false, err
 	}
 	defer k.room.Release(1)
-	err = k.out.Transact(ctx, func(tx pgx.Tx) error {
+	// A repeat writes nothing, so a full backlog is no reason to refuse it.
+	repeat := func(tx pgx.Tx) (bool, error) {
+		response, replayed, err = find(ctx, tx, one, hash)
+		return replayed, err
+	}
+	err = k.out.TransactOnce(ctx, repeat, func(tx pgx.Tx) error {
 		taken, err := take(ctx, tx, one, hash)
 		if err != nil {
 			return err
 		}
 		if replayed = !taken; replayed {
-			response, err = recall(ctx, tx, one, hash)
+			var found bool
+			if response, found, err = find(ctx, tx, one, hash); err == nil && !found { // forgotten this very moment
+				err = connect.NewError(connect.CodeAborted, "the idempotency key has just expired; nothing was done, try again")
+			}
 			return err
 		}
 		stream := &unary.Stream{Request: one.request}
@@ -172,26 +182,26 @@ func take(ctx context.Context, tx pgx.Tx, one call, hash []byte) (taken bool, er
 	return tag.RowsAffected() == 1, nil
 }
 
-const recallSQL = `SELECT method, request_hash, response FROM idempotency_key WHERE caller = $1 AND key = $2`
+const findSQL = `SELECT method, request_hash, response FROM idempotency_key WHERE caller = $1 AND key = $2`
 
-// recall returns the stored response, if it is to the same call.
-func recall(ctx context.Context, tx pgx.Tx, one call, hash []byte) (proto.Message, error) {
+// find returns the stored response to a call, if there is one. It is an error if the key stands for another call.
+func find(ctx context.Context, tx pgx.Tx, one call, hash []byte) (response proto.Message, found bool, err error) {
 	var method string
 	var storedHash, stored []byte
-	err := tx.QueryRow(ctx, recallSQL, one.caller, one.key).Scan(&method, &storedHash, &stored)
+	err = tx.QueryRow(ctx, findSQL, one.caller, one.key).Scan(&method, &storedHash, &stored)
 	switch {
-	case errors.Is(err, pgx.ErrNoRows): // forgotten this very moment
-		return nil, connect.NewError(connect.CodeAborted, "the idempotency key has just expired; nothing was done, try again")
+	case errors.Is(err, pgx.ErrNoRows):
+		return nil, false, nil
 	case err != nil:
-		return nil, fmt.Errorf("read idempotency key: %w", err)
+		return nil, false, fmt.Errorf("read idempotency key: %w", err)
 	case method != one.spec.Procedure || !bytes.Equal(storedHash, hash):
-		return nil, connect.NewError(connect.CodeAlreadyExists, "the idempotency key was used for another request")
+		return nil, false, connect.NewError(connect.CodeAlreadyExists, "the idempotency key was used for another request")
 	}
-	response := unary.New(one.method.Output())
+	response = unary.New(one.method.Output())
 	if err := proto.Unmarshal(stored, response); err != nil {
-		return nil, fmt.Errorf("decode stored response: %w", err)
+		return nil, false, fmt.Errorf("decode stored response: %w", err)
 	}
-	return response, nil
+	return response, true, nil
 }
 
 // keep stores the response.

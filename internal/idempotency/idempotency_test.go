@@ -127,6 +127,21 @@ func TestARepeatGetsTheStoredResponse(t *testing.T) {
 	b.wantEffects(t, 3)
 }
 
+// A closed gate refuses what would be executed, and nothing else.
+func TestARepeatIsAnsweredWhileTheBacklogIsFull(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	b.want(t, probe.Mutate, "text", "key", "alice", "text in run 1", false)
+	b.client = b.serve(t, New(b.db, outbox.NewWriter(b.db, nil, closedGate(t, b.db)), b.keys.config))
+	b.want(t, probe.Mutate, "text", "key", "alice", "text in run 1", true)
+	b.wantCode(t, probe.Mutate, "other text", "key", connect.CodeAlreadyExists)
+	b.wantCode(t, probe.Mutate, "text", "other key", connect.CodeResourceExhausted)
+	if _, _, err := send(t.Context(), b.client, probe.Mutate, "text", "key", "bob"); connect.CodeOf(err) != connect.CodeResourceExhausted {
+		t.Errorf("another caller's key: %v", err)
+	}
+	b.wantEffects(t, 1)
+}
+
 func TestAnotherRequestIsRefused(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -267,4 +282,24 @@ func TestSweepForgetsOldKeys(t *testing.T) {
 	}
 	b.want(t, probe.Mutate, "text", "young", "alice", "text in run 2", true)
 	b.want(t, probe.Mutate, "text", "old", "alice", "text in run 3", false)
+}
+
+// closedGate is a gate that is closed, because nobody takes what is in the outbox.
+func closedGate(t *testing.T, db *pgxpool.Pool) *outbox.Gate {
+	t.Helper()
+	if _, err := db.Exec(t.Context(), `SELECT outbox_insert('type', 'key', '')`); err != nil {
+		t.Fatal(err)
+	}
+	gate := outbox.NewGate(db, outbox.GateConfig{MaxMessages: 1})
+	ctx, cancel := context.WithCancel(t.Context())
+	var running sync.WaitGroup
+	running.Go(func() { gate.Run(ctx) })
+	t.Cleanup(func() { cancel(); running.Wait() })
+	testenv.Eventually(t, 20*time.Second, func() error {
+		if gate.Check() == nil {
+			return errors.New("the gate is open")
+		}
+		return nil
+	})
+	return gate
 }

@@ -61,7 +61,11 @@ func (o *Operations) answer(ctx context.Context, spec connect.Spec, info *connec
 		return err
 	}
 	var name string
-	err := o.out.Transact(ctx, func(tx pgx.Tx) (err error) {
+	repeat := func(tx pgx.Tx) (found bool, err error) {
+		name, found, err = o.Submitted(ctx, tx, call)
+		return found, err
+	}
+	err := o.out.TransactOnce(ctx, repeat, func(tx pgx.Tx) (err error) {
 		name, err = o.Submit(ctx, tx, call)
 		return err
 	})

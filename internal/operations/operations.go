@@ -89,51 +89,80 @@ ON CONFLICT (caller, idempotency_key) WHERE idempotency_key <> '' DO NOTHING`
 // It returns a Connect error that may be shown: failed_precondition if the method is not declared IDEMPOTENT, already_exists if the key was used for
 // another call.
 func (o *Operations) Submit(ctx context.Context, tx pgx.Tx, call Call) (name string, err error) {
-	if err := submittable(call); err != nil {
-		return "", err
-	}
-	one := ticket{method: methodName(call.Procedure)}
-	if one.id, err = uuid.NewV7(); err != nil {
-		return "", fmt.Errorf("make operation id: %w", err)
-	}
-	if one.request, err = proto.Marshal(call.Request); err != nil {
-		return "", fmt.Errorf("encode request: %w", err)
-	}
-	hash, err := unary.Hash(call.Request)
+	one, err := o.stage(ctx, call)
 	if err != nil {
 		return "", err
 	}
-	if one.caller, one.identity, err = o.config.Identity.capture(ctx); err != nil {
-		return "", err
-	}
-	tag, err := tx.Exec(ctx, submitSQL, one.id, one.caller, call.Key, one.method, messaging.NotNil(one.request), hash,
-		messaging.NotNil(one.identity), messaging.NotNil(o.config.sign(one)))
+	tag, err := tx.Exec(ctx, submitSQL, one.id, one.caller, one.key, one.method, messaging.NotNil(one.request), one.hash,
+		messaging.NotNil(one.identity), messaging.NotNil(o.config.sign(one.ticket)))
 	if err != nil {
 		return "", fmt.Errorf("insert operation: %w", err)
 	}
 	if tag.RowsAffected() == 0 {
-		return sameCall(ctx, tx, one, call.Key, hash)
+		name, found, err := one.submitted(ctx, tx)
+		if err == nil && !found { // forgotten this very moment
+			err = connect.NewError(connect.CodeAborted, "the idempotency key has just expired; nothing was done, try again")
+		}
+		return name, err
 	}
 	message := messaging.New("", &operationsv1.OperationSubmitted{OperationId: one.id.String(), Method: one.method})
 	message.ID = one.id
 	return nameOf(one.id), outbox.Insert(ctx, tx, message)
 }
 
-// sameCall returns the operation that has the key, if it is this call.
-func sameCall(ctx context.Context, tx pgx.Tx, one ticket, key string, hash []byte) (string, error) {
+// Submitted returns the name of the operation that an earlier Submit has made of the same call, if the call has a key
+// and there is one. It writes nothing. It returns already_exists if the key was used for another call.
+func (o *Operations) Submitted(ctx context.Context, tx pgx.Tx, call Call) (name string, found bool, err error) {
+	one, err := o.stage(ctx, call)
+	if err != nil || call.Key == "" {
+		return "", false, err
+	}
+	return one.submitted(ctx, tx)
+}
+
+// staged is a call that is ready to be submitted.
+type staged struct {
+	ticket
+	key  string
+	hash []byte
+}
+
+// stage makes a new operation of a call.
+func (o *Operations) stage(ctx context.Context, call Call) (one staged, err error) {
+	if err := submittable(call); err != nil {
+		return one, err
+	}
+	one.method, one.key = methodName(call.Procedure), call.Key
+	if one.id, err = uuid.NewV7(); err != nil {
+		return one, fmt.Errorf("make operation id: %w", err)
+	}
+	if one.request, err = proto.Marshal(call.Request); err != nil {
+		return one, fmt.Errorf("encode request: %w", err)
+	}
+	if one.hash, err = unary.Hash(call.Request); err != nil {
+		return one, err
+	}
+	one.caller, one.identity, err = o.config.Identity.capture(ctx)
+	return one, err
+}
+
+const submittedSQL = `
+SELECT id, method = $3 AND request_hash = $4 FROM operation WHERE caller = $1 AND idempotency_key = $2`
+
+// submitted returns the operation that has the key, if there is one. It is an error if that is of another call.
+func (s staged) submitted(ctx context.Context, tx pgx.Tx) (name string, found bool, err error) {
 	var id uuid.UUID
 	var same bool
-	err := tx.QueryRow(ctx, `SELECT id, method = $3 AND request_hash = $4 FROM operation WHERE caller = $1 AND idempotency_key = $2`,
-		one.caller, key, one.method, hash).Scan(&id, &same)
+	err = tx.QueryRow(ctx, submittedSQL, s.caller, s.key, s.method, s.hash).Scan(&id, &same)
 	switch {
-	case errors.Is(err, pgx.ErrNoRows): // forgotten this very moment
-		return "", connect.NewError(connect.CodeAborted, "the idempotency key has just expired; nothing was done, try again")
+	case errors.Is(err, pgx.ErrNoRows):
+		return "", false, nil
 	case err != nil:
-		return "", fmt.Errorf("read operation of key: %w", err)
+		return "", false, fmt.Errorf("read operation of key: %w", err)
 	case !same:
-		return "", connect.NewError(connect.CodeAlreadyExists, "the idempotency key was used for another call")
+		return "", false, connect.NewError(connect.CodeAlreadyExists, "the idempotency key was used for another call")
 	}
-	return nameOf(id), nil
+	return nameOf(id), true, nil
 }
 
 // maxKey is the longest idempotency key in bytes.

@@ -132,6 +132,26 @@ func TestAKeyStandsForOneOperation(t *testing.T) {
 	b.wantEffects(t, "text", "text", "text")
 }
 
+// A closed gate refuses what would be submitted, and nothing else.
+func TestARepeatedSubmitIsAnsweredWhileTheBacklogIsFull(t *testing.T) {
+	t.Parallel()
+	b := setup(t, WorkerConfig{})
+	first := b.submit(t, "text", keyHeader, "key")
+	b.calls.out = outbox.NewWriter(b.db, nil, closedGate(t, b.db))
+	if again := b.submit(t, "text", keyHeader, "key"); again != first {
+		t.Errorf("the same call became %s, and %s before", again, first)
+	}
+	_, err := submit(t.Context(), b.client, probe.Mutate, "other", keyHeader, "key")
+	wantCode(t, err, connect.CodeAlreadyExists)
+	_, err = submit(t.Context(), b.client, probe.Mutate, "text", keyHeader, "other key")
+	wantCode(t, err, connect.CodeResourceExhausted)
+	_, err = submit(t.Context(), b.client, probe.Mutate, "text")
+	wantCode(t, err, connect.CodeResourceExhausted)
+	if n := b.count(t, `SELECT count(*) FROM operation`); n != 1 {
+		t.Errorf("there are %d operations", n)
+	}
+}
+
 func TestConcurrentSubmitsOfOneKeyAreOneOperation(t *testing.T) {
 	t.Parallel()
 	b := setup(t, WorkerConfig{})

@@ -292,3 +292,23 @@ func wantCode(t *testing.T, err error, want connect.Code) {
 		t.Errorf("got error %v, want %s", err, want)
 	}
 }
+
+// closedGate is a gate that is closed, because nobody takes what is in the outbox.
+func closedGate(t *testing.T, db *pgxpool.Pool) *outbox.Gate {
+	t.Helper()
+	if _, err := db.Exec(t.Context(), `SELECT outbox_insert('type', 'key', '')`); err != nil {
+		t.Fatal(err)
+	}
+	gate := outbox.NewGate(db, outbox.GateConfig{MaxMessages: 1})
+	ctx, cancel := context.WithCancel(t.Context())
+	var running sync.WaitGroup
+	running.Go(func() { gate.Run(ctx) })
+	t.Cleanup(func() { cancel(); running.Wait() })
+	testenv.Eventually(t, 20*time.Second, func() error {
+		if gate.Check() == nil {
+			return errors.New("the gate is open")
+		}
+		return nil
+	})
+	return gate
+}

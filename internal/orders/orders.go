@@ -64,7 +64,14 @@ func (s *Service) PlaceOrder(ctx context.Context, req *ordersv1.PlaceOrderReques
 	}
 	lines, skus, quantities := sortLines(req.GetLines())
 	var order *ordersv1.Order
-	err = s.out.Transact(ctx, func(tx pgx.Tx) error {
+	repeat := func(tx pgx.Tx) (found bool, err error) {
+		order, err = samePlaced(ctx, tx, id, req.GetCustomerId(), lines)
+		if connect.CodeOf(err) == connect.CodeNotFound {
+			return false, nil
+		}
+		return true, err
+	}
+	err = s.out.TransactOnce(ctx, repeat, func(tx pgx.Tx) error {
 		var placedAt time.Time
 		err := tx.QueryRow(ctx, placeSQL, id, req.GetCustomerId(), skus, quantities).Scan(&placedAt)
 		if errors.Is(err, pgx.ErrNoRows) {
@@ -126,7 +133,11 @@ func (s *Service) CancelOrder(ctx context.Context, req *ordersv1.CancelOrderRequ
 		return nil, err
 	}
 	var order *ordersv1.Order
-	err = s.out.Transact(ctx, func(tx pgx.Tx) error {
+	repeat := func(tx pgx.Tx) (cancelled bool, err error) {
+		order, err = read(ctx, tx, id)
+		return order.GetStatus() == ordersv1.OrderStatus_ORDER_STATUS_CANCELLED, err
+	}
+	err = s.out.TransactOnce(ctx, repeat, func(tx pgx.Tx) error {
 		changed, err := tx.Exec(ctx, cancelSQL, id)
 		if err != nil {
 			return fmt.Errorf("cancel order: %w", err)

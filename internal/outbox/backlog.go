@@ -94,7 +94,7 @@ func NewGate(db *pgxpool.Pool, config GateConfig) *Gate {
 	_, errs[1] = meter.Int64ObservableGauge("outbox.gate.refusing", metric.WithDescription("1 while the backlog is above the high-water mark, else 0."),
 		metric.WithInt64Callback(func(_ context.Context, o metric.Int64Observer) error {
 			var refusing int64
-			if g.why.Load() != nil {
+			if g.closed() {
 				refusing = 1
 			}
 			o.Observe(refusing)
@@ -117,6 +117,9 @@ func (g *Gate) Check() error {
 	}
 	return nil
 }
+
+// closed tells whether Check would refuse, and counts nothing.
+func (g *Gate) closed() bool { return g != nil && g.why.Load() != nil }
 
 // gateStale is how old the relay's count may be before the gate counts itself: when no relay runs, the backlog grows all the more.
 const gateStale = 5 * time.Second
@@ -149,7 +152,7 @@ func (g *Gate) judge(ctx context.Context, found []Backlog) {
 	case g.config.MaxAge > 0 && age >= g.config.MaxAge:
 		why = fmt.Sprintf("messages wait for the broker since %s, the limit is %s", age.Round(time.Second), g.config.MaxAge)
 	}
-	was := g.why.Load() != nil
+	was := g.closed()
 	if why == "" {
 		g.why.Store(nil)
 	} else {

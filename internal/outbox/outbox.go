@@ -69,7 +69,7 @@ func NewWriter(db *pgxpool.Pool, bell Bell, gate *Gate) *Writer {
 
 // Transact is postgres.Transact, and rings the relay's doorbell after the commit. A process that dies in between costs the
 // message up to one poll interval, never the message. It returns ErrBacklogFull, before anything is done, if the gate is
-// closed.
+// closed: a call that may be a repeat uses TransactOnce.
 //
 // Its COMMIT waits for the synchronous standby even if fn only read (postgres.ConfirmReads): a handler may answer "this was
 // done before" on the strength of a row, and no failover takes the row back.
@@ -77,6 +77,32 @@ func (w *Writer) Transact(ctx context.Context, fn func(tx pgx.Tx) error) error {
 	if err := w.gate.Check(); err != nil {
 		return err
 	}
+	return w.transact(ctx, fn)
+}
+
+// TransactOnce is Transact for a call that may be a repeat. While the gate is closed it runs repeat instead of fn, in a
+// transaction of its own. repeat must write nothing. It looks for what an earlier call has left, and returns true if that
+// answers this one; else TransactOnce returns ErrBacklogFull, as Transact does. While the gate is open it does not call
+// repeat: fn finds an earlier call by itself.
+func (w *Writer) TransactOnce(
+	ctx context.Context, repeat func(tx pgx.Tx) (answered bool, err error), fn func(tx pgx.Tx) error,
+) error {
+	if !w.gate.closed() {
+		return w.Transact(ctx, fn)
+	}
+	answered := false
+	err := w.transact(ctx, func(tx pgx.Tx) (err error) {
+		answered, err = repeat(tx)
+		return err
+	})
+	if err != nil || answered {
+		return err
+	}
+	return w.Transact(ctx, fn) // refuses, unless the gate has opened meanwhile
+}
+
+// transact is Transact whatever the gate says.
+func (w *Writer) transact(ctx context.Context, fn func(tx pgx.Tx) error) error {
 	err := postgres.Transact(ctx, w.db, func(tx pgx.Tx) error {
 		postgres.ConfirmReads(tx)
 		return fn(tx)
