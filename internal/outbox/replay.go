@@ -31,7 +31,7 @@ const deliveredSQL = `(drained OR pg_visible_in_snapshot(xid, delivered) OR (bat
 const replaySQL = `
 SELECT id, message_id, type, key, payload, headers, created_at
 FROM outbox JOIN outbox_cursor USING (shard)
-WHERE shard = $1 AND id > $2 AND ` + deliveredSQL + `
+WHERE shard = $1 AND id > $2 AND id <= $9 AND ` + deliveredSQL + `
   AND ($3::timestamptz IS NULL OR created_at >= $3) AND ($4::timestamptz IS NULL OR created_at < $4)
   AND (cardinality($5::text[]) = 0 OR type = ANY ($5)) AND (cardinality($6::text[]) = 0 OR key = ANY ($6))
   AND (cardinality($7::uuid[]) = 0 OR message_id = ANY ($7))
@@ -55,13 +55,14 @@ type Replayed struct {
 	LastAt time.Time
 }
 
-// Replay publishes delivered messages again, with the same IDs and in the order of the log, at most perSecond of them a second. Those who have
-// applied a message absorb its copy. Between what is replayed and what is published meanwhile there is no order. With a nil
-// publisher it only counts. Failures of database and broker are waited out; unroutable messages are logged and counted, and left out, and so are
-// malformed ones.
+// Replay publishes delivered messages again, with the same IDs and in the order of the log, at most perSecond of them a
+// second. Those who have applied a message absorb its copy. What is inserted after the beginning is left out, so that a
+// replay that is slower than the service ends. Between what is replayed and what is published meanwhile there is no
+// order. With a nil publisher it only counts. Failures of database and broker are waited out; unroutable messages are
+// logged and counted, and left out, and so are malformed ones.
 //
-// It calls progress, unless that is nil, after each page. Whatever ends it, it returns how far it came: given as filter.After, the place has
-// another replay go on from there.
+// It calls progress, unless that is nil, after each page. Whatever ends it, it returns how far it came: given as
+// filter.After, the place has another replay go on from there.
 func Replay(
 	ctx context.Context, db *pgxpool.Pool, publisher messaging.Publisher, filter ReplayFilter, perSecond float64, progress func(Replayed),
 ) (Replayed, error) {
@@ -96,7 +97,7 @@ func Replay(
 		pause.Reset()
 		if n := len(rows); n > 0 {
 			done.Published, done.Unroutable = done.Published+n-leftOut, done.Unroutable+leftOut
-			done.Last, done.LastAt = Place{shards[0], rows[n-1].id}, rows[n-1].message.CreatedAt
+			done.Last, done.LastAt = Place{shards[0].Shard, rows[n-1].id}, rows[n-1].message.CreatedAt
 			if progress != nil {
 				progress(done)
 			}
@@ -113,29 +114,38 @@ func passing(err error) bool {
 	return !errors.Is(err, messaging.ErrRefused) && (errors.Is(err, postgres.ErrUnavailable) || errors.Is(err, errBroker))
 }
 
-// replayShards returns the shards in their order, from that of the place on.
-func replayShards(ctx context.Context, db *pgxpool.Pool, after Place) (shards []int16, err error) {
-	err = db.QueryRow(ctx, `SELECT array_agg(shard ORDER BY generation, shard) FROM outbox_cursor`).Scan(&shards)
+// The newest message of each shard, in the order of the shards.
+const replayShardsSQL = `
+SELECT shard, coalesce((SELECT max(id) FROM outbox WHERE outbox.shard = outbox_cursor.shard), 0)
+FROM outbox_cursor ORDER BY generation, shard`
+
+// replayShards returns the ends of the shards as they are now, in the order of the shards, from that of the place on.
+func replayShards(ctx context.Context, db *pgxpool.Pool, after Place) ([]Place, error) {
+	rows, err := db.Query(ctx, replayShardsSQL)
+	if err != nil {
+		return nil, fmt.Errorf("read shards: %w", err)
+	}
+	ends, err := pgx.CollectRows(rows, pgx.RowToStructByPos[Place])
 	if err != nil {
 		return nil, fmt.Errorf("read shards: %w", err)
 	}
 	if after == (Place{}) {
-		return shards, nil
+		return ends, nil
 	}
-	i := slices.Index(shards, after.Shard)
+	i := slices.IndexFunc(ends, func(end Place) bool { return end.Shard == after.Shard })
 	if i < 0 {
 		return nil, fmt.Errorf("%w %d", ErrNoShard, after.Shard)
 	}
-	return shards[i:], nil
+	return ends[i:], nil
 }
 
 // ErrNoShard means that a place names a shard that is not there.
 var ErrNoShard = errors.New("the outbox has no shard")
 
-// replayRows reads a page of a shard. A place in another shard is before it.
-func replayRows(ctx context.Context, db *pgxpool.Pool, shard int16, last Place, f ReplayFilter, limit int) ([]row, error) {
+// replayRows reads a page of a shard, up to its end. A place in another shard is before it.
+func replayRows(ctx context.Context, db *pgxpool.Pool, end, last Place, f ReplayFilter, limit int) ([]row, error) {
 	after := int64(0)
-	if last.Shard == shard {
+	if last.Shard == end.Shard {
 		after = last.ID
 	}
 	optional := func(at time.Time) *time.Time {
@@ -144,8 +154,8 @@ func replayRows(ctx context.Context, db *pgxpool.Pool, shard int16, last Place, 
 		}
 		return &at
 	}
-	found, err := db.Query(ctx, replaySQL, shard, after, optional(f.Since), optional(f.Until),
-		append([]string{}, f.Types...), append([]string{}, f.Keys...), append([]uuid.UUID{}, f.IDs...), limit)
+	found, err := db.Query(ctx, replaySQL, end.Shard, after, optional(f.Since), optional(f.Until),
+		append([]string{}, f.Types...), append([]string{}, f.Keys...), append([]uuid.UUID{}, f.IDs...), limit, end.ID)
 	if err != nil {
 		return nil, fmt.Errorf("read outbox: %w", postgres.Classify(err))
 	}

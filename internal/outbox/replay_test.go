@@ -75,6 +75,24 @@ func TestReplay(t *testing.T) {
 		equal(t, "replayed", b.stored, numbered(1))
 	})
 
+	t.Run("LeavesOutWhatComesMeanwhile", func(t *testing.T) {
+		t.Parallel()
+		db := testenv.Postgres(t)
+		fillProbes(t, db, replayPage)
+		deliver(t, db)
+		b := newBroker(0)
+		pages := 0
+		b.onPage = func([]string) error { // as fast as it is replayed
+			if pages++; pages < 5 {
+				fillProbes(t, db, replayPage)
+				deliver(t, db)
+			}
+			return nil
+		}
+		published, _ := replay(t, db, b, ReplayFilter{})
+		equal(t, "published", published, replayPage)
+	})
+
 	t.Run("GoesOnThroughFailuresInOrder", func(t *testing.T) {
 		t.Parallel()
 		db := testenv.Postgres(t)
