@@ -155,15 +155,15 @@ type deadShowCommand struct {
 
 func (c *deadShowCommand) Run(ctx context.Context) error {
 	return c.work(ctx, func(desk *app.Desk) error {
-		found, err := deadletter.List(ctx, desk.DB, deadletter.Filter{IDs: []int64{c.ID}, Resolved: true}, 0, 1)
+		letter, found, err := deadletter.Get(ctx, desk.DB, c.ID)
 		if err != nil {
 			return err
 		}
-		if len(found) == 0 {
+		if !found {
 			return fmt.Errorf("there is no dead letter %d", c.ID)
 		}
-		view := viewOf(found[0])
-		view.Headers, view.Payload = found[0].Headers, found[0].Payload
+		view := viewOf(letter)
+		view.Headers, view.Payload = letter.Headers, letter.Payload
 		if view.Audit, err = deadletter.Audit(ctx, desk.DB, c.ID); err != nil {
 			return err
 		}
@@ -239,12 +239,12 @@ func (f *resolveFlags) checkAs(actor string) error {
 	return f.letterFilter.check()
 }
 
-func (f *resolveFlags) order(groups []ops.Group) ops.Order {
-	order := ops.Order{Filter: f.filter(), Note: deadletter.Note{Actor: f.Actor, Reason: f.Reason}, PerSecond: f.Rate, DryRun: f.DryRun}
-	for _, one := range groups {
-		order.Groups = append(order.Groups, one.Name)
+func (f *resolveFlags) order(desk *app.Desk, tell *teller) ops.Order {
+	return ops.Order{
+		Filter: f.filter(), Note: deadletter.Note{Actor: f.Actor, Reason: f.Reason},
+		PerSecond: f.Rate, DryRun: f.DryRun, Groups: desk.Acts().Groups,
+		Begin: func(total int64) { tell.left = int(total) },
 	}
-	return order
 }
 
 type deadRedriveCommand struct {
@@ -257,9 +257,9 @@ func (c *deadRedriveCommand) Validate() error { return c.resolveFlags.check() }
 
 func (c *deadRedriveCommand) Run(ctx context.Context) error {
 	return c.work(ctx, func(desk *app.Desk) error {
-		order := c.order(desk.Groups())
+		tell := newTeller(c.JSON, c.DryRun)
+		order := c.order(desk, tell)
 		order.Force = c.Force
-		tell := teller{json: c.JSON, dryRun: c.DryRun, counts: map[deadletter.Resolution]int{}}
 		return tell.summary(ops.Redrive(ctx, desk.DB, order, tell.letter), deadletter.Redriven, deadletter.Duplicate)
 	})
 }
@@ -273,8 +273,8 @@ func (c *deadDiscardCommand) Validate() error { return c.resolveFlags.check() }
 
 func (c *deadDiscardCommand) Run(ctx context.Context) error {
 	return c.work(ctx, func(desk *app.Desk) error {
-		tell := teller{json: c.JSON, dryRun: c.DryRun, counts: map[deadletter.Resolution]int{}}
-		return tell.summary(ops.Discard(ctx, desk.DB, c.order(desk.Groups()), tell.letter), deadletter.Discarded)
+		tell := newTeller(c.JSON, c.DryRun)
+		return tell.summary(ops.Discard(ctx, desk.DB, c.order(desk, tell), tell.letter), deadletter.Discarded)
 	})
 }
 
@@ -298,9 +298,15 @@ type teller struct {
 	json, dryRun bool
 	counts       map[deadletter.Resolution]int
 	unresolved   int
+	left         int // of those that were there at the beginning; others may resolve some, too
+}
+
+func newTeller(json, dryRun bool) *teller {
+	return &teller{json: json, dryRun: dryRun, counts: map[deadletter.Resolution]int{}}
 }
 
 func (t *teller) letter(o ops.Outcome) {
+	t.left--
 	if o.Err != nil {
 		t.unresolved++
 	} else {
@@ -338,30 +344,43 @@ func (t *teller) letter(o ops.Outcome) {
 
 // summary prints the counts, and returns an error if not all was done.
 func (t *teller) summary(err error, kinds ...deadletter.Resolution) error {
-	if t.json {
-		counts := map[string]any{"dry_run": t.dryRun, "unresolved": t.unresolved}
-		for _, kind := range kinds {
-			counts[string(kind)] = t.counts[kind]
-		}
-		if failed := printJSON(map[string]any{"summary": counts}); err == nil {
-			err = failed
-		}
-	} else {
-		parts := []string{}
-		for _, kind := range kinds {
-			parts = append(parts, fmt.Sprintf("%d %s", t.counts[kind], kind))
-		}
-		text := strings.Join(append(parts, fmt.Sprintf("%d not resolved", t.unresolved)), ", ")
-		if t.dryRun {
-			text += " (dry run: nothing was changed)"
-		}
-		fmt.Println(text)
+	left := 0
+	if err != nil {
+		left = max(0, t.left)
+	}
+	if failed := t.print(left, kinds); failed != nil && err == nil {
+		err = failed
 	}
 	switch {
 	case errors.Is(err, context.Canceled):
-		return errors.New("broken off; what is resolved stays so, and the same command goes on with the rest")
+		return fmt.Errorf("broken off with %s to go; what is resolved stays so, and the same command goes on with the rest",
+			count(left, "letter", "letters"))
 	case err == nil && t.unresolved > 0:
 		return fmt.Errorf("%s not resolved", count(t.unresolved, "letter was", "letters were"))
 	}
+	return err
+}
+
+func (t *teller) print(left int, kinds []deadletter.Resolution) error {
+	if t.json {
+		counts := map[string]any{"dry_run": t.dryRun, "unresolved": t.unresolved, "left": left}
+		for _, kind := range kinds {
+			counts[string(kind)] = t.counts[kind]
+		}
+		return printJSON(map[string]any{"summary": counts})
+	}
+	parts := []string{}
+	for _, kind := range kinds {
+		parts = append(parts, fmt.Sprintf("%d %s", t.counts[kind], kind))
+	}
+	parts = append(parts, fmt.Sprintf("%d not resolved", t.unresolved))
+	if left > 0 {
+		parts = append(parts, fmt.Sprintf("%d left", left))
+	}
+	text := strings.Join(parts, ", ")
+	if t.dryRun {
+		text += " (dry run: nothing was changed)"
+	}
+	_, err := fmt.Println(text)
 	return err
 }

@@ -1,8 +1,15 @@
 package main
 
 import (
+	"bufio"
+	"errors"
 	"fmt"
+	"os/exec"
+	"strings"
+	"syscall"
 	"testing"
+
+	"example.com/orders/internal/operations"
 )
 
 func TestDeadListAndShow(t *testing.T) {
@@ -82,4 +89,70 @@ func TestDeadRedriveAndDiscard(t *testing.T) {
 	o.want("redriven, redriven, redriven, discarded", states)
 	o.says(1, "dead discard --id=99 --reason=x", `letter 99: not resolved: dead letter is not open`)
 	o.says(0, "dead discard --all --reason=x", `^0 discarded, 0 not resolved\n$`)
+}
+
+// Ctrl-C is an error, and what the command says it has done is what it has done.
+func TestRedriveIsBrokenOff(t *testing.T) {
+	for name, test := range map[string]struct {
+		args   []string
+		signal syscall.Signal
+		sum    string // of how many were resolved, and how many are left
+		what   string
+	}{
+		"interrupted": {[]string{"redrive"}, syscall.SIGINT, "%d redriven, 0 duplicate, 0 not resolved, %d left\n", "redriven"},
+		"terminated":  {[]string{"discard"}, syscall.SIGTERM, "%d discarded, 0 not resolved, %d left\n", "discarded"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			o := newOffice(t)
+			const n = 250
+			for range n {
+				o.letter("", newID(), "unroutable")
+			}
+			command := exec.CommandContext(t.Context(), binary(), append([]string{"dead"}, append(test.args, "--all", "--reason=why", "--rate=20")...)...)
+			var stderr strings.Builder
+			command.Env, command.Stderr = o.environment, &stderr
+			stdout, err := command.StdoutPipe()
+			if err == nil {
+				err = command.Start()
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			var last string
+			lines := 0
+			for scanner := bufio.NewScanner(stdout); scanner.Scan(); {
+				last = scanner.Text() + "\n"
+				if lines++; lines == 3 {
+					if err := command.Process.Signal(test.signal); err != nil {
+						t.Fatal(err)
+					}
+				}
+			}
+			var exit *exec.ExitError
+			if err := command.Wait(); !errors.As(err, &exit) || exit.ExitCode() != 1 {
+				t.Errorf("ended with %v", err)
+			}
+			done := lines - 1
+			if want := fmt.Sprintf(test.sum, done, n-done); last != want {
+				t.Errorf("it says %q, and has printed %d letters", last, done)
+			}
+			o.want(fmt.Sprint(done), `SELECT count(*)::text FROM dead_letter WHERE resolution = '`+test.what+`'`)
+			if !strings.Contains(stderr.String(), fmt.Sprintf("broken off with %d letters to go", n-done)) {
+				t.Errorf("error: %s", stderr.String())
+			}
+		})
+	}
+}
+
+// A durable call that has ended has told its caller so: its message is not sent again in vain.
+func TestDeadLettersOfDurableCalls(t *testing.T) {
+	o := newOffice(t)
+	id := newID()
+	o.exec(`INSERT INTO operation (id, caller, idempotency_key, method, request, request_hash, identity, signature, state, error, ended_at)
+		VALUES ($1, 'ann', 'key', 'm', '', '', '', '', 'failed', '', now())`, id)
+	o.exec(`INSERT INTO dead_letter (consumer, message_id, type, key, payload, headers, reason, error, attempts)
+		VALUES ('operations', $1, $2, '', '', '{}', 'exhausted', 'broken', 10)`, id, operations.MessageType)
+	o.says(1, "dead redrive --id=1 --reason=why", `letter 1 of operations, .*: not resolved: its durable call has ended as failed, and its caller was told so: `+
+		`only the caller can submit it again`, `0 redriven, 0 duplicate, 1 not resolved\n`)
+	o.says(0, "dead discard --id=1 --reason=why", `1 discarded, 0 not resolved`)
 }

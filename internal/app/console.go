@@ -64,6 +64,6 @@ func (p *process) consoleGroups() (groups []console.Group) {
 		groups = append(groups, console.Group{Group: ops.Group{Name: g.Name(), Types: g.Types()}, Queue: queueName(g)})
 	}
 	return append(groups, console.Group{
-		Group: ops.Group{Name: operations.Consumer, Types: callsQueue.Types}, Queue: callsQueue.Name, Final: true,
+		Group: ops.Group{Name: operations.Consumer, Types: callsQueue.Types}, Queue: callsQueue.Name,
 	})
 }

@@ -44,8 +44,6 @@ type Config struct {
 type Group struct {
 	ops.Group
 	Queue string
-	// Final says that what died of the group cannot be redriven.
-	Final bool
 }
 
 // Console implements ops.v1.OpsService.

@@ -40,7 +40,7 @@ func (c *Console) ListDeadLetters(ctx context.Context, req *opsv1.ListDeadLetter
 		response.Letters = append(response.Letters, letterOf(one))
 	}
 	if req.GetCount() {
-		response.Count, err = deadletter.Count(ctx, c.db, filter)
+		response.Count, _, err = deadletter.Count(ctx, c.db, filter)
 	}
 	return response, tell(err)
 }
@@ -54,11 +54,11 @@ func letterOf(l deadletter.Stored) *opsv1.DeadLetter {
 
 // GetDeadLetter implements ops.v1.OpsService.
 func (c *Console) GetDeadLetter(ctx context.Context, req *opsv1.GetDeadLetterRequest) (*opsv1.GetDeadLetterResponse, error) {
-	found, err := deadletter.List(ctx, c.db, deadletter.Filter{IDs: []int64{req.GetId()}, Resolved: true}, 0, 1)
+	letter, found, err := deadletter.Get(ctx, c.db, req.GetId())
 	switch {
 	case err != nil:
 		return nil, tell(err)
-	case len(found) == 0:
+	case !found:
 		return nil, connect.Errorf(connect.CodeNotFound, "there is no dead letter %d", req.GetId())
 	}
 	records, err := deadletter.Audit(ctx, c.db, req.GetId())
@@ -66,7 +66,7 @@ func (c *Console) GetDeadLetter(ctx context.Context, req *opsv1.GetDeadLetterReq
 		return nil, tell(err)
 	}
 	response := &opsv1.GetDeadLetterResponse{
-		Letter: letterOf(found[0]), Payload: show(found[0].Type, found[0].Payload), Headers: found[0].Headers,
+		Letter: letterOf(letter), Payload: show(letter.Type, letter.Payload), Headers: letter.Headers,
 	}
 	for _, one := range records {
 		response.Audit = append(response.Audit, &opsv1.AuditEntry{
@@ -90,39 +90,29 @@ func (c *Console) ResolveDeadLetters(ctx context.Context, req *opsv1.ResolveDead
 }
 
 func (c *Console) resolve(ctx context.Context, req *opsv1.ResolveDeadLettersRequest, send func(*opsv1.ResolveDeadLettersResponse) error) error {
-	filter, err := filterOf(req.GetFilter())
-	if err == nil {
-		err = storable(req.GetReason())
-	}
+	order, err := c.orderOf(ctx, req)
 	if err != nil {
 		return err
 	}
-	filter.Resolved = false
-	if len(filter.IDs) == 0 && filter.Until.IsZero() {
-		filter.Until = time.Now() // what is redriven and dies again is another letter, and not to be redriven for ever
-	}
-	progress := &opsv1.ResolveDeadLettersResponse{}
-	if progress.Total, err = deadletter.Count(ctx, c.db, filter); err != nil {
-		return tell(err)
-	}
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
-	told, broken := time.Now(), send(progress)
-	each := func(o ops.Outcome) {
-		count(progress, o)
-		if broken == nil && time.Since(told) > tellEvery {
-			told, broken = time.Now(), send(progress)
-		}
-		if broken != nil {
+	progress := &opsv1.ResolveDeadLettersResponse{}
+	var sent time.Time
+	var broken error
+	report := func() {
+		if sent, broken = time.Now(), send(progress); broken != nil {
 			stop()
 		}
 	}
-	order := ops.Order{Filter: filter, Note: note(ctx, req.GetReason()), DryRun: req.GetDryRun(), Force: req.GetForce(), PerSecond: pace, Groups: c.redrivable()}
-	if order.Note.Reason == "" {
-		return connect.NewError(connect.CodeInvalidArgument, "reason: is empty; it is kept in the audit log")
+	order.Begin = func(total int64) {
+		progress.Total = total
+		report()
 	}
-	if order.DryRun {
-		order.PerSecond = dryPace
+	each := func(o ops.Outcome) {
+		count(progress, o)
+		if broken == nil && time.Since(sent) > tellEvery {
+			report()
+		}
 	}
 	do := ops.Discard
 	if req.GetResolution() == opsv1.Resolution_RESOLUTION_REDRIVE {
@@ -135,14 +125,24 @@ func (c *Console) resolve(ctx context.Context, req *opsv1.ResolveDeadLettersRequ
 	return send(progress)
 }
 
-// redrivable are the groups whose messages can be tried again. An operation whose message died has failed, and its caller was told so.
-func (c *Console) redrivable() (names []string) {
-	for _, group := range c.config.Groups {
-		if !group.Final {
-			names = append(names, group.Name)
-		}
+// orderOf is what a request asks for.
+func (c *Console) orderOf(ctx context.Context, req *opsv1.ResolveDeadLettersRequest) (ops.Order, error) {
+	filter, err := filterOf(req.GetFilter())
+	if err == nil {
+		err = storable(req.GetReason())
 	}
-	return names
+	filter.Resolved = false
+	order := ops.Order{
+		Filter: filter, Note: note(ctx, req.GetReason()), DryRun: req.GetDryRun(), Force: req.GetForce(),
+		PerSecond: pace, Groups: c.desk.Groups,
+	}
+	if err == nil && order.Note.Reason == "" {
+		err = connect.NewError(connect.CodeInvalidArgument, "reason: is empty; it is kept in the audit log")
+	}
+	if order.DryRun {
+		order.PerSecond = dryPace
+	}
+	return order, err
 }
 
 func count(p *opsv1.ResolveDeadLettersResponse, o ops.Outcome) {

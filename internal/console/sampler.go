@@ -51,7 +51,10 @@ type sampler struct {
 
 func newSampler(c *Console) *sampler {
 	s := &sampler{console: c, owners: map[string]map[string]int64{}}
-	s.dead.Read = func(ctx context.Context) (int64, error) { return deadletter.Count(ctx, c.db, deadletter.Filter{}) }
+	s.dead.Read = func(ctx context.Context) (int64, error) {
+		n, _, err := deadletter.Count(ctx, c.db, deadletter.Filter{})
+		return n, err
+	}
 	s.dangers.Read, s.dangers.MaxAge = c.config.Dangers, 30*time.Second
 	for _, group := range c.config.Groups {
 		s.queues = append(s.queues, group.Queue)

@@ -71,22 +71,33 @@ func (f Filter) args(first any) []any {
 	}
 }
 
-const listSQL = `SELECT ` + columns + ` FROM dead_letter WHERE id > $1 AND ` + chosenSQL + ` ORDER BY id LIMIT $11`
+// Without what a list has no room for: a hundred payloads may be a hundred megabytes.
+const listSQL = `
+SELECT id, consumer, message_id, type, key, ''::bytea, '{}'::jsonb, reason, error, attempts, dead_at, coalesce(resolution, ''), resolved_at
+FROM dead_letter WHERE id > $1 AND ` + chosenSQL + ` ORDER BY id LIMIT $11`
 
-// List returns letters whose ID is above after, in that order, at most limit.
+// List returns letters whose ID is above after, in that order, at most limit, and without payload and headers.
 func List(ctx context.Context, db *pgxpool.Pool, f Filter, after int64, limit int) ([]Stored, error) {
 	return list(ctx, db, listSQL, append(f.args(after), limit))
 }
 
-// Without what a list has no room for: a hundred payloads may be a hundred megabytes.
 const newestSQL = `
 SELECT id, consumer, message_id, type, key, ''::bytea, '{}'::jsonb, reason, left(error, 500), attempts, dead_at, coalesce(resolution, ''), resolved_at
 FROM dead_letter WHERE ($1::bigint = 0 OR id < $1) AND ` + chosenSQL + ` ORDER BY id DESC LIMIT $11`
 
-// Newest returns letters whose ID is below before, or from the last one on if that is 0, the newest first and at most limit: without payload and
-// headers, and with the beginning of the error.
+// Newest returns letters whose ID is below before, or from the last one on if that is 0, the newest first and at most
+// limit: as List does, and with the beginning of the error only.
 func Newest(ctx context.Context, db *pgxpool.Pool, f Filter, before int64, limit int) ([]Stored, error) {
 	return list(ctx, db, newestSQL, append(f.args(before), limit))
+}
+
+// Get returns all of a letter, resolved or not, if there is one with the ID.
+func Get(ctx context.Context, db *pgxpool.Pool, id int64) (letter Stored, found bool, err error) {
+	letters, err := list(ctx, db, `SELECT `+columns+` FROM dead_letter WHERE id = $1`, []any{id})
+	if err != nil || len(letters) == 0 {
+		return Stored{}, false, err
+	}
+	return letters[0], true, nil
 }
 
 func list(ctx context.Context, db *pgxpool.Pool, sql string, args []any) ([]Stored, error) {
@@ -101,12 +112,16 @@ func list(ctx context.Context, db *pgxpool.Pool, sql string, args []any) ([]Stor
 	return letters, nil
 }
 
-// Count returns how many letters a filter chooses.
-func Count(ctx context.Context, db *pgxpool.Pool, f Filter) (n int64, err error) {
-	if err := db.QueryRow(ctx, `SELECT count(*) FROM dead_letter WHERE id > $1 AND `+chosenSQL, f.args(int64(0))...).Scan(&n); err != nil {
-		return 0, fmt.Errorf("count dead letters: %w", err)
+const countSQL = `SELECT count(*), coalesce(max(id), 0) FROM dead_letter WHERE id > $1 AND ` + chosenSQL
+
+// Count returns how many letters a filter chooses, and the highest ID among them, 0 if there are none. Whoever works
+// through letters stops there: what dies meanwhile gets a higher ID, even if it is a message that was redriven a moment
+// before.
+func Count(ctx context.Context, db *pgxpool.Pool, f Filter) (n, last int64, err error) {
+	if err := db.QueryRow(ctx, countSQL, f.args(int64(0))...).Scan(&n, &last); err != nil {
+		return 0, 0, fmt.Errorf("count dead letters: %w", err)
 	}
-	return n, nil
+	return n, last, nil
 }
 
 func scan(row pgx.CollectableRow) (s Stored, err error) {

@@ -48,7 +48,8 @@ var arrows = map[string][]string{
 	"internal/outbox":     {"internal/deadletter", "internal/failpoint", "internal/messaging", "internal/postgres"},
 	"internal/inbox":      {"internal/deadletter", "internal/failpoint", "internal/messaging", "internal/postgres"},
 	"internal/deadletter": {"internal/messaging", "internal/postgres"},
-	"internal/ops":        {"internal/deadletter", "internal/inbox", "internal/messaging", "internal/outbox", "internal/postgres", "internal/rabbit", "internal/session", "migrations"},
+	"internal/ops": {"internal/deadletter", "internal/gen/operations/v1", "internal/inbox", "internal/messaging", "internal/operations",
+		"internal/outbox", "internal/postgres", "internal/rabbit", "internal/session", "migrations"},
 	"internal/console": {
 		"internal/auth", "internal/deadletter", "internal/gen/operations/v1", "internal/gen/ops/v1", "internal/gen/ops/v1/opsv1connect", "internal/inbox",
 		"internal/messaging", "internal/operations", "internal/ops", "internal/outbox", "internal/postgres", "internal/rabbit",

@@ -3,6 +3,7 @@
 package ops
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -11,8 +12,10 @@ import (
 	"time"
 
 	"example.com/orders/internal/deadletter"
+	operationsv1 "example.com/orders/internal/gen/operations/v1"
 	"example.com/orders/internal/inbox"
 	"example.com/orders/internal/messaging"
+	"example.com/orders/internal/operations"
 	"example.com/orders/internal/outbox"
 	"example.com/orders/internal/postgres"
 	"github.com/google/uuid"
@@ -31,8 +34,10 @@ type Order struct {
 	DryRun bool
 	// Force redrives also what may have had its effect already, because its copies can no longer be told from it.
 	Force bool
-	// Groups are the consumer groups that there are.
+	// Groups are the consumer groups that there are, that of durable calls among them.
 	Groups []string
+	// Begin, unless it is nil, is called before the first letter with how many there are to resolve.
+	Begin func(total int64)
 }
 
 // Outcome is what became of one letter: a resolution, or why there is none.
@@ -43,14 +48,19 @@ type Outcome struct {
 	Err        error
 }
 
-// Redrive sends the messages of letters on their way again: those of the relay into the outbox, those of a consumer group to its retries. It knows
-// which effects are committed: such a letter is resolved as a duplicate, and nothing is applied twice. Each is called for every letter, and for those
-// that the filter names by ID and that are not open or not among the others it asks for.
+// Redrive sends the messages of letters on their way again: those of the relay into the outbox, those of a consumer
+// group to its retries. It knows which effects are committed: such a letter is resolved as a duplicate, and nothing is
+// applied twice.
+//
+// It takes the letters that were there when it began. A message that dies again is another letter, and left alone: else
+// a redrive of what cannot be published yet would never end. Each is called for every letter, and for those that the
+// filter names by ID and that are not open or not among the others it asks for. When ctx ends, the letter that is under
+// way is resolved, Each is told of it, and the error is that of ctx.
 func Redrive(ctx context.Context, db *pgxpool.Pool, order Order, each func(Outcome)) error {
 	return resolve(ctx, db, order, each, order.redrive)
 }
 
-// Discard gives letters up.
+// Discard gives letters up, and is like Redrive in all else.
 func Discard(ctx context.Context, db *pgxpool.Pool, order Order, each func(Outcome)) error {
 	return resolve(ctx, db, order, each, func(context.Context, pgx.Tx, deadletter.Stored) (deadletter.Resolution, string, error) {
 		return deadletter.Discarded, "", nil
@@ -64,35 +74,25 @@ var errDryRun = errors.New("dry run")
 type decide func(ctx context.Context, tx pgx.Tx, letter deadletter.Stored) (resolution deadletter.Resolution, detail string, err error)
 
 func resolve(ctx context.Context, db *pgxpool.Pool, order Order, each func(Outcome), how decide) error {
-	if strings.TrimSpace(order.Note.Actor) == "" || strings.TrimSpace(order.Note.Reason) == "" {
-		return errors.New("who does this and why must be given: both are kept in the audit log")
+	if err := checked(order.Note); err != nil {
+		return err
 	}
-	if order.PerSecond <= 0 {
-		order.PerSecond = 100
-	}
-	pace := rate.NewLimiter(rate.Limit(order.PerSecond), 1)
+	pace := rate.NewLimiter(rate.Limit(cmp.Or(order.PerSecond, 100)), 1)
 	missing := slices.Clone(order.Filter.IDs)
-	const page = 100
-	for after := int64(0); ; {
-		letters, err := deadletter.List(ctx, db, order.Filter, after, page)
-		if err != nil {
+	err := letters(ctx, db, order, func(letter deadletter.Stored) error {
+		if err := pace.Wait(ctx); err != nil {
 			return err
 		}
-		for _, letter := range letters {
-			after = letter.ID
-			if err := pace.Wait(ctx); err != nil {
-				return err
-			}
-			outcome := resolveOne(ctx, db, order, letter, how)
-			if errors.Is(outcome.Err, postgres.ErrUnavailable) || errors.Is(outcome.Err, postgres.ErrOutcomeUnknown) || ctx.Err() != nil {
-				return outcome.Err
-			}
-			each(outcome)
-			missing = slices.DeleteFunc(missing, func(id int64) bool { return id == letter.ID })
+		outcome := resolveOne(ctx, db, order, letter, how)
+		if undecided(outcome.Err) {
+			return fmt.Errorf("letter %d: %w", letter.ID, outcome.Err)
 		}
-		if len(letters) < page {
-			break
-		}
+		each(outcome)
+		missing = slices.DeleteFunc(missing, func(id int64) bool { return id == letter.ID })
+		return nil
+	})
+	if err != nil {
+		return err
 	}
 	for _, id := range missing {
 		each(Outcome{Letter: deadletter.Stored{ID: id}, Err: deadletter.ErrNotOpen})
@@ -100,8 +100,57 @@ func resolve(ctx context.Context, db *pgxpool.Pool, order Order, each func(Outco
 	return nil
 }
 
+// undecided tells an error that says nothing of the letter: the next one would meet it, too.
+func undecided(err error) bool {
+	return errors.Is(err, postgres.ErrUnavailable) || errors.Is(err, postgres.ErrOutcomeUnknown) ||
+		errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)
+}
+
+// letters calls do for each letter that an order chooses and that is there now, in the order of their IDs, until do
+// returns an error.
+func letters(ctx context.Context, db *pgxpool.Pool, order Order, do func(deadletter.Stored) error) error {
+	const page = 100
+	total, last, err := deadletter.Count(ctx, db, order.Filter)
+	if err != nil {
+		return err
+	}
+	if order.Begin != nil {
+		order.Begin(total)
+	}
+	for after := int64(0); after < last; {
+		found, err := deadletter.List(ctx, db, order.Filter, after, page)
+		if err != nil {
+			return err
+		}
+		for _, letter := range found {
+			if after = letter.ID; after > last {
+				return nil
+			}
+			if err := do(letter); err != nil {
+				return err
+			}
+		}
+		if len(found) < page {
+			return nil
+		}
+	}
+	return nil
+}
+
+// grace is how long a letter that is under way may still take when the operator breaks off.
+const grace = 5 * time.Second
+
+// lasting returns a context that ends some time after ctx, so that what is under way comes to an end that is known.
+func lasting(ctx context.Context) (context.Context, context.CancelFunc) {
+	longer, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	stop := context.AfterFunc(ctx, func() { time.AfterFunc(grace, cancel) })
+	return longer, func() { stop(); cancel() }
+}
+
 func resolveOne(ctx context.Context, db *pgxpool.Pool, order Order, letter deadletter.Stored, how decide) Outcome {
 	outcome := Outcome{Letter: letter}
+	ctx, done := lasting(ctx)
+	defer done()
 	outcome.Err = postgres.Transact(ctx, db, func(tx pgx.Tx) error {
 		locked, err := deadletter.Lock(ctx, tx, letter.ID)
 		if err != nil {
@@ -133,6 +182,11 @@ var owned = []deadletter.Reason{deadletter.Exhausted, deadletter.Permanent, dead
 	deadletter.Skipped}
 
 func (o Order) redrive(ctx context.Context, tx pgx.Tx, letter deadletter.Stored) (deadletter.Resolution, string, error) {
+	if letter.Type == operations.MessageType {
+		if resolution, detail, err := durable(ctx, tx, letter); err != nil || resolution != "" {
+			return resolution, detail, err
+		}
+	}
 	if letter.Consumer == "" {
 		return o.republish(ctx, tx, letter)
 	}
@@ -151,6 +205,26 @@ func (o Order) redrive(ctx context.Context, tx pgx.Tx, letter deadletter.Stored)
 		return deadletter.Duplicate, err.Error(), nil
 	}
 	return deadletter.Redriven, "", err
+}
+
+// durable decides about the message of a durable call that has ended: to execute it once more would change nothing,
+// since its caller has the result and the request is erased. It returns "" if the call has not ended, so that its
+// message may go on.
+func durable(ctx context.Context, tx pgx.Tx, letter deadletter.Stored) (deadletter.Resolution, string, error) {
+	state, err := operations.StateOf(ctx, tx, letter.MessageID)
+	switch {
+	case err != nil:
+		return "", "", err
+	case state == operationsv1.OperationState_OPERATION_STATE_UNSPECIFIED:
+		return "", "", errors.New("its durable call is not known, or not any more; discard it")
+	case state == operationsv1.OperationState_OPERATION_STATE_SUCCEEDED:
+		return deadletter.Duplicate, "its durable call has succeeded", nil
+	case state == operationsv1.OperationState_OPERATION_STATE_FAILED,
+		state == operationsv1.OperationState_OPERATION_STATE_CANCELLED:
+		return "", "", fmt.Errorf("its durable call has ended as %s, and its caller was told so: "+
+			"only the caller can submit it again, without the old idempotency key; discard it", strings.ToLower(strings.TrimPrefix(state.String(), "OPERATION_STATE_")))
+	}
+	return "", "", nil
 }
 
 // republish puts what the relay parked into the log again, under its own ID. Is that too old to be known by, it takes another.
