@@ -2,9 +2,10 @@ package main
 
 import (
 	"context"
-	"fmt"
+	"errors"
 	"io"
 	"os"
+	"strings"
 
 	"example.com/orders/internal/app"
 	"example.com/orders/internal/ops"
@@ -31,17 +32,39 @@ func (c *doctorCommand) Run(ctx context.Context) error {
 		} else {
 			err = printFindings(os.Stdout, findings)
 		}
-		wrong := 0
-		for _, one := range findings {
-			if one.Verdict == ops.Wrong {
-				wrong++
-			}
+		switch {
+		case err != nil:
+			return err
+		case ctx.Err() != nil:
+			return errors.New("broken off: the other checks were not made")
 		}
-		if err == nil && wrong > 0 {
-			err = fmt.Errorf("%s something wrong", count(wrong, "check has found", "checks have found"))
-		}
-		return err
+		return verdict(findings)
 	})
+}
+
+// verdict is an error unless every check was made and has found nothing wrong.
+func verdict(findings []ops.Finding) error {
+	wrong, unknown := 0, 0
+	for _, one := range findings {
+		switch one.Verdict {
+		case ops.Wrong:
+			wrong++
+		case ops.Unknown:
+			unknown++
+		}
+		unknown += len(one.Skipped)
+	}
+	var parts []string
+	if wrong > 0 {
+		parts = append(parts, count(wrong, "check has found", "checks have found")+" something wrong")
+	}
+	if unknown > 0 {
+		parts = append(parts, count(unknown, "check", "checks")+" could not be made")
+	}
+	if parts == nil {
+		return nil
+	}
+	return errors.New(strings.Join(parts, ", "))
 }
 
 func printFindings(out io.Writer, findings []ops.Finding) error {
@@ -50,6 +73,9 @@ func printFindings(out io.Writer, findings []ops.Finding) error {
 		t.row(one.Check, one.Verdict, one.Detail)
 		if one.Cure != "" {
 			t.row(" ", " ", "→ "+one.Cure)
+		}
+		if len(one.Skipped) > 0 {
+			t.row(" ", " ", "not made for the same reason: "+strings.Join(one.Skipped, ", "))
 		}
 	}
 	return t.Flush()

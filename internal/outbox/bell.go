@@ -2,6 +2,7 @@ package outbox
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"sync/atomic"
 	"time"
@@ -95,10 +96,15 @@ func nextInterval(last time.Duration, rings int64) time.Duration {
 // leaseNews is the payload of a notification that a shard has become free.
 const leaseNews = "lease"
 
-// TryDoorbell rings at one URL as writers do, and returns after what time it was heard at the other, where relays listen.
+// ErrNotHeard means that the doorbell was rung at one URL and not heard at the other.
+var ErrNotHeard = errors.New("the doorbell is not heard")
+
+// bellPatience is how long TryDoorbell waits for the ring.
+const bellPatience = 3 * time.Second
+
+// TryDoorbell rings at one URL as writers do, and returns after what time it was heard at the other, where relays
+// listen. It returns ErrNotHeard if both can be reached and the ring does not come.
 func TryDoorbell(ctx context.Context, ringURL, listenURL string) (time.Duration, error) {
-	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
-	defer cancel()
 	var took time.Duration
 	err := postgres.WithConnection(ctx, listenURL, func(ears *pgx.Conn) error {
 		if _, err := ears.Exec(ctx, "LISTEN "+channel); err != nil {
@@ -109,13 +115,18 @@ func TryDoorbell(ctx context.Context, ringURL, listenURL string) (time.Duration,
 			if _, err := hand.Exec(ctx, notifySQL); err != nil {
 				return err
 			}
-			_, err := ears.WaitForNotification(ctx)
+			limited, cancel := context.WithTimeout(ctx, bellPatience)
+			defer cancel()
+			_, err := ears.WaitForNotification(limited)
 			took = time.Since(began)
+			if err != nil && limited.Err() != nil && ctx.Err() == nil {
+				return fmt.Errorf("%w within %s", ErrNotHeard, bellPatience)
+			}
 			return err
 		})
 	})
 	if err != nil {
-		return 0, fmt.Errorf("the doorbell is not heard: %w", err)
+		return 0, fmt.Errorf("try doorbell: %w", err)
 	}
 	return took, nil
 }

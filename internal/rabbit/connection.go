@@ -11,6 +11,7 @@ package rabbit
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"time"
@@ -33,6 +34,10 @@ type Connection struct {
 	network *gatheringConn
 }
 
+// ErrNotConnected means that there is no connection to the broker: it cannot be reached, or refuses the user or the
+// vhost.
+var ErrNotConnected = errors.New("connect to rabbitmq")
+
 // Dial connects, and gives up when ctx ends. The name is shown to the broker's operators.
 func Dial(ctx context.Context, url, name string) (*Connection, error) {
 	properties := amqp.NewConnectionProperties()
@@ -54,7 +59,7 @@ func Dial(ctx context.Context, url, name string) (*Connection, error) {
 	})
 	stop()
 	if err != nil {
-		return nil, fmt.Errorf("connect to rabbitmq: %w", err)
+		return nil, fmt.Errorf("%w: %w", ErrNotConnected, err)
 	}
 	return &Connection{Connection: conn, network: network}, nil
 }

@@ -78,7 +78,7 @@ func TestOneProcessDeclaresAtATime(t *testing.T) {
 	if err := topology.ensure(short, second); !errors.Is(err, context.DeadlineExceeded) {
 		t.Fatalf("while another declares: %v", err)
 	}
-	if missing, err := topology.Compare(t.Context(), url); err != nil || len(missing) != 2 {
+	if missing, _, err := topology.Compare(t.Context(), url); err != nil || len(missing) != 2 {
 		t.Fatalf("declared while another declares: missing %q, %v", missing, err)
 	}
 	waiting := make(chan error)
@@ -142,7 +142,7 @@ func TestAQueueThatAnswersInternalError(t *testing.T) {
 		given := topology
 		given.Given = true
 		_, read := NewGauge(sick.url, "test").Read(t.Context(), []string{queue})
-		_, compared := topology.Compare(t.Context(), sick.url)
+		_, _, compared := topology.Compare(t.Context(), sick.url)
 		_, published := newPublisher(t, PublisherConfig{URL: sick.url, Topology: given}).Publish(t.Context(), texts(0, 1))
 		for name, err := range map[string]error{
 			"Declare": topology.Declare(t.Context(), sick.url), "Read": read, "Compare": compared, "Publish": published,

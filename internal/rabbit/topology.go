@@ -121,19 +121,19 @@ func unexpected(what string, err error) error {
 	return fmt.Errorf("look at %s: %w", what, err)
 }
 
-// Compare looks at the broker without changing anything, and returns what of the topology is missing there. A queue whose arguments differ
-// is an error.
-func (t Topology) Compare(ctx context.Context, url string) (missing []string, err error) {
+// Compare looks at the broker without changing anything, and returns what of the topology is missing there, and which
+// queues are there with other arguments.
+func (t Topology) Compare(ctx context.Context, url string) (missing, differing []string, err error) {
 	conn, err := Dial(ctx, url, "doctor")
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	defer conn.HangUp()
 	for _, queue := range t.Queues {
 		for name, arguments := range map[string]amqp.Table{queue.Name: queueArguments(queue), DeadQueue(queue.Name): deadQueueArguments} {
 			channel, err := conn.Channel() // a failure closes it
 			if err != nil {
-				return nil, fmt.Errorf("open channel: %w", err)
+				return nil, nil, fmt.Errorf("open channel: %w", err)
 			}
 			_, err = channel.QueueDeclarePassive(name, true, false, false, false, nil)
 			if refused(err, amqp.NotFound) {
@@ -143,13 +143,18 @@ func (t Topology) Compare(ctx context.Context, url string) (missing []string, er
 			if err == nil {
 				err = declareQueue(channel, name, arguments)
 			}
+			if refused(err, amqp.PreconditionFailed) {
+				differing = append(differing, err.Error())
+				continue
+			}
 			if err != nil {
-				return nil, brokenOr(name, err)
+				return nil, nil, brokenOr(name, err)
 			}
 		}
 	}
 	slices.Sort(missing)
-	return missing, nil
+	slices.Sort(differing)
+	return missing, differing, nil
 }
 
 // Version returns the broker's name and version, such as RabbitMQ 4.1.0.

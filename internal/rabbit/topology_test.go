@@ -93,21 +93,23 @@ func TestDeclare(t *testing.T) {
 		t.Parallel()
 		url := testenv.AMQP(t)
 		for range 2 {
-			missing, err := topology.Compare(t.Context(), url)
-			if want := []string{"there is no queue " + queue, "there is no queue " + DeadQueue(queue)}; err != nil || !slices.Equal(missing, want) {
-				t.Fatalf("nothing declared: %q, %v", missing, err)
+			missing, differing, err := topology.Compare(t.Context(), url)
+			want := []string{"there is no queue " + queue, "there is no queue " + DeadQueue(queue)}
+			if err != nil || !slices.Equal(missing, want) || differing != nil {
+				t.Fatalf("nothing declared: %q, %q, %v", missing, differing, err)
 			}
 		}
 		if err := topology.declare(raw(t, url)); err != nil {
 			t.Fatal(err)
 		}
-		if missing, err := topology.Compare(t.Context(), url); err != nil || len(missing) != 0 {
-			t.Errorf("all declared: %q, %v", missing, err)
+		if missing, differing, err := topology.Compare(t.Context(), url); err != nil || len(missing)+len(differing) != 0 {
+			t.Errorf("all declared: %q, %q, %v", missing, differing, err)
 		}
 		url = testenv.AMQP(t)
 		declareFull(t, raw(t, url), 5)
-		if _, err := topology.Compare(t.Context(), url); err == nil || !strings.Contains(err.Error(), "exists with other arguments") {
-			t.Errorf("other arguments: %v", err)
+		_, differing, err := topology.Compare(t.Context(), url)
+		if err != nil || len(differing) != 1 || !strings.Contains(differing[0], "exists with other arguments") {
+			t.Errorf("other arguments: %q, %v", differing, err)
 		}
 		if version, err := Version(t.Context(), url); err != nil || !strings.HasPrefix(version, "RabbitMQ ") {
 			t.Errorf("version is %q, %v", version, err)

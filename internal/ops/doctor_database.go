@@ -1,0 +1,247 @@
+package ops
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"example.com/orders/internal/inbox"
+	"example.com/orders/internal/outbox"
+	"example.com/orders/internal/postgres"
+	"example.com/orders/migrations"
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/stdlib"
+)
+
+func checkDatabase(ctx context.Context, p Patient) (Finding, error) {
+	var version string
+	var number int
+	var standby bool
+	err := p.DB.QueryRow(ctx, `SELECT current_setting('server_version'), current_setting('server_version_num')::integer, pg_is_in_recovery()`).
+		Scan(&version, &number, &standby)
+	switch {
+	case err != nil:
+		return Finding{}, err
+	case standby:
+		return Finding{
+			Verdict: Wrong, Detail: "this is a standby, which takes no writes", Cure: "Add target_session_attrs=read-write and all hosts to POSTGRES_URL.",
+			cause: cause{whole: true},
+		}, nil
+	case number < oldestPostgres*10_000:
+		return Finding{
+			Verdict: Wrong, Detail: "PostgreSQL " + version, Cure: fmt.Sprintf("Use PostgreSQL %d or newer.", oldestPostgres), cause: cause{whole: true},
+		}, nil
+	}
+	return Finding{Detail: "PostgreSQL " + version}, nil
+}
+
+// oldestPostgres is the oldest major version that the schema works with.
+const oldestPostgres = 15
+
+func checkSchema(ctx context.Context, p Patient) (Finding, error) {
+	var never bool
+	if err := p.DB.QueryRow(ctx, `SELECT to_regclass('goose_db_version') IS NULL`).Scan(&never); err != nil {
+		return Finding{}, err
+	}
+	if never {
+		return Finding{
+			Verdict: Wrong, Detail: "there is no schema in this database", cause: cause{kind: noSchema, whole: true},
+			Cure: "Run the command migrate, if POSTGRES_URL names the right database.",
+		}, nil
+	}
+	db := stdlib.OpenDBFromPool(p.DB)
+	defer db.Close()
+	pending, err := migrations.Pending(ctx, db)
+	if err != nil {
+		return Finding{}, err
+	}
+	if pending {
+		return Finding{Verdict: Wrong, Detail: "migrations of this binary are not applied", cause: cause{kind: noSchema}}, nil
+	}
+	return Finding{Detail: "up to date"}, nil
+}
+
+// names runs a query that finds what is wrong, one text a row.
+func names(ctx context.Context, p Patient, sql string, args ...any) ([]string, error) {
+	rows, err := p.DB.Query(ctx, sql, args...)
+	if err != nil {
+		return nil, err
+	}
+	return pgx.CollectRows(rows, pgx.RowTo[string])
+}
+
+// none makes the finding of a check that looks for what is wrong.
+func none(found []string, err error, verdict Verdict, otherwise string) (Finding, error) {
+	if err != nil || len(found) == 0 {
+		return Finding{Detail: otherwise}, err
+	}
+	return Finding{Verdict: verdict, Detail: strings.Join(found, "; ")}, nil
+}
+
+// What migrations grant, as far as the core's tables and functions go: the domain's are its own.
+const grantsSQL = `
+SELECT format('%s may not %s %s', role, lower(privilege), object) FROM (VALUES
+    ('app_api', 'outbox_message', '{INSERT}'), ('app_consumer', 'outbox_message', '{INSERT}'), ('app_operator', 'outbox_message', '{INSERT}'),
+    ('app_relay', 'outbox', '{SELECT}'), ('app_relay', 'outbox_cursor', '{SELECT,UPDATE}'),
+    ('app_relay', 'outbox_relay', '{SELECT,INSERT,UPDATE,DELETE}'), ('app_relay', 'dead_letter', '{INSERT}'),
+    ('app_consumer', 'inbox', '{SELECT,INSERT,UPDATE}'), ('app_consumer', 'inbox_retry', '{SELECT,INSERT,UPDATE,DELETE}'),
+    ('app_consumer', 'dead_letter', '{SELECT,INSERT}'),
+    ('app_operator', 'outbox', '{SELECT}'), ('app_operator', 'outbox_cursor', '{SELECT}'), ('app_operator', 'outbox_backlog', '{SELECT}'),
+    ('app_consumer', 'inbox_consumer', '{SELECT,INSERT,UPDATE,DELETE}'), ('app_consumer', 'inbox_pause', '{SELECT}'),
+    ('app_operator', 'inbox', '{SELECT,INSERT}'), ('app_operator', 'inbox_retry', '{SELECT,INSERT}'), ('app_operator', 'inbox_consumer', '{SELECT}'),
+    ('app_operator', 'inbox_pause', '{SELECT,INSERT,DELETE}'), ('app_operator', 'operator_audit', '{SELECT,INSERT}'),
+    ('app_operator', 'dead_letter', '{SELECT}'), ('app_operator', 'dead_letter_audit', '{SELECT,INSERT}')
+) AS wanted (role, object, privileges), unnest(privileges::text[]) AS privilege
+WHERE NOT has_table_privilege(role, object, privilege)
+UNION ALL
+SELECT 'app_operator may not resolve dead_letter' WHERE NOT has_column_privilege('app_operator', 'dead_letter', 'resolution', 'UPDATE')
+UNION ALL
+SELECT format('%s may not call %s', role, oid::regprocedure) FROM (VALUES
+    ('{app_api,app_consumer,app_operator}', '{outbox_insert,outbox_schedule,outbox_unschedule}'),
+    ('{app_relay,app_consumer,app_operator}', '{sequences_behind,outbox_stray_shards}'),
+    ('{app_api,app_relay,app_operator}', '{outbox_measure}'), ('{app_relay}', '{outbox_sweep,outbox_move_due}'),
+    ('{app_operator}', '{outbox_set_shards,outbox_repair,inbox_bury,operation_cancel}'), ('{app_consumer}', '{inbox_sweep}')
+) AS wanted (roles, functions), unnest(roles::text[]) AS role, unnest(functions::text[]) AS function JOIN pg_proc ON proname = function
+WHERE pg_function_is_visible(oid) AND NOT has_function_privilege(role, oid, 'EXECUTE')`
+
+func checkGrants(ctx context.Context, p Patient) (Finding, error) {
+	found, err := names(ctx, p, grantsSQL)
+	return none(found, err, Wrong, "roles have what they need")
+}
+
+const indexesSQL = `
+SELECT 'missing: ' || wanted FROM unnest($1::text[]) AS wanted WHERE to_regclass(wanted) IS NULL
+UNION ALL
+SELECT 'invalid: ' || indexrelid::regclass FROM pg_index WHERE NOT indisvalid AND indrelid::regclass::text ~ '^(outbox|inbox|dead_letter)'`
+
+func checkIndexes(ctx context.Context, p Patient) (Finding, error) {
+	found, err := names(ctx, p, indexesSQL, []string{
+		"outbox_pkey", "outbox_xid_idx", "outbox_created_at_idx", "outbox_cursor_pkey", "outbox_scheduled_pkey", "outbox_scheduled_due_idx",
+		"outbox_scheduled_latest_idx", "inbox_pkey", "inbox_slot_foreign_received_at_idx", "inbox_retry_pkey", "inbox_retry_key_idx", "inbox_retry_due_idx",
+		"inbox_retry_head_idx", "inbox_retry_message_id_idx",
+		"dead_letter_pkey", "dead_letter_open_idx", "dead_letter_message_id_idx", "dead_letter_audit_letter_id_idx",
+		"inbox_pause_pkey", "inbox_consumer_pkey", "operator_audit_pkey",
+	})
+	return none(found, err, Wrong, "present and valid")
+}
+
+const durabilitySQL = `
+SELECT 'synchronous_commit is ' || setting FROM pg_settings WHERE name = 'synchronous_commit' AND setting = 'off'
+UNION ALL
+SELECT 'fsync is off' FROM pg_settings WHERE name = 'fsync' AND setting = 'off'
+UNION ALL
+SELECT format('synchronous_commit is off for %s', CASE setrole WHEN 0 THEN 'the database' ELSE setrole::regrole::text END)
+FROM pg_db_role_setting
+WHERE 'synchronous_commit=off' = ANY (setconfig) AND setdatabase IN (0, (SELECT oid FROM pg_database WHERE datname = current_database()))
+  AND (setrole IN (0, session_user::regrole) OR setrole::regrole::text LIKE 'app\_%')`
+
+func checkDurability(ctx context.Context, p Patient) (Finding, error) {
+	found, err := names(ctx, p, durabilitySQL)
+	return none(found, err, Wrong, "commits reach the disk")
+}
+
+func checkCluster(ctx context.Context, p Patient) (Finding, error) {
+	native, err := outbox.IsNative(ctx, p.DB)
+	if err == nil && !native {
+		return Finding{Verdict: Wrong, Detail: outbox.ErrForeignCluster.Error()}, nil
+	}
+	return Finding{Detail: "the cursor belongs to it"}, err
+}
+
+func checkRelay(ctx context.Context, p Patient) (Finding, error) {
+	shards, err := outbox.Status(ctx, p.DB)
+	if err != nil {
+		return Finding{}, err
+	}
+	held, free := 0, []string{}
+	for _, one := range shards {
+		switch {
+		case one.Drained:
+		case one.Owner == "":
+			free = append(free, fmt.Sprintf("no relay holds shard %d", one.Shard))
+		default:
+			held++
+		}
+	}
+	return none(free, nil, Wrong, fmt.Sprintf("%d %s held", held, plural(held, "shard is", "shards are")))
+}
+
+// maxLag is the age at which an undelivered message is a reason to look.
+const maxLag = time.Minute
+
+func checkBacklog(ctx context.Context, p Patient) (Finding, error) {
+	backlog, err := outbox.Measure(ctx, p.DB, 2*time.Second)
+	if err != nil {
+		return Finding{}, err
+	}
+	var messages int64
+	var age time.Duration
+	for _, one := range backlog {
+		messages, age = messages+one.Messages, max(age, one.Age)
+	}
+	finding := Finding{Detail: fmt.Sprintf("%d %s, the oldest %s old", messages, plural(int(messages), "message", "messages"), age.Round(time.Second))}
+	if age > maxLag {
+		finding.Verdict = Wrong
+	}
+	return finding, nil
+}
+
+func checkDoorbell(ctx context.Context, p Patient) (Finding, error) {
+	if p.ListenURL == "" {
+		return Finding{Detail: "none: the relay polls"}, nil
+	}
+	took, err := outbox.TryDoorbell(ctx, p.PostgresURL, p.ListenURL)
+	switch {
+	case errors.Is(err, outbox.ErrNotHeard):
+		return Finding{Verdict: Wrong, Detail: err.Error()}, nil
+	case err != nil && p.ListenURL != p.PostgresURL:
+		return Finding{}, elsewhere{"POSTGRES_LISTEN_URL", err}
+	case err != nil:
+		return Finding{}, err
+	}
+	return Finding{Detail: fmt.Sprintf("heard after %s", took.Round(10*time.Microsecond))}, nil
+}
+
+func checkRetention(ctx context.Context, p Patient) (Finding, error) {
+	detail, err := CheckRetention(ctx, p.DB, p.LongestRedelivery)
+	if errors.Is(err, ErrForgetful) {
+		return Finding{Verdict: Wrong, Detail: err.Error()}, nil
+	}
+	return Finding{Detail: detail}, err
+}
+
+// maxHold is how long something may hold back vacuum before somebody should look.
+const maxHold = 10 * time.Minute
+
+func checkVacuum(ctx context.Context, p Patient) (Finding, error) {
+	holders, err := postgres.Holders(ctx, p.DB)
+	if err != nil {
+		return Finding{}, err
+	}
+	var old []string
+	for _, one := range holders {
+		if one.Seconds > maxHold.Seconds() || one.Kind == "slot" && one.Transactions > 10_000_000 {
+			old = append(old, fmt.Sprintf("%s %s holds it back for %s and %d transactions", one.Kind, one.Name, time.Duration(one.Seconds)*time.Second, one.Transactions))
+		}
+	}
+	return none(old, nil, Attention, "nothing holds it back")
+}
+
+// maxBlocked is how many keys the doctor looks at, those that have waited longest.
+const maxBlocked = 1000
+
+func checkRetries(ctx context.Context, p Patient) (Finding, error) {
+	blocked, err := inbox.Blocked(ctx, p.DB, maxBlocked)
+	if err != nil {
+		return Finding{}, err
+	}
+	var old []string
+	for _, one := range blocked {
+		if waits := time.Since(one.Since); waits > maxHold {
+			old = append(old, fmt.Sprintf("key %q of %s waits for %s", one.Key, one.Consumer, waits.Round(time.Minute)))
+		}
+	}
+	return none(old[:min(len(old), 5)], nil, Attention, fmt.Sprintf("%d %s for a retry", len(blocked), plural(len(blocked), "key waits", "keys wait")))
+}
