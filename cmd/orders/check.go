@@ -133,7 +133,7 @@ func firstOf(flags ...interface{ check() error }) error {
 }
 
 func between[N int | int32 | int64 | float64 | time.Duration](flag string, value, least, most N) error {
-	if value < least || value > most {
+	if !(value >= least && value <= most) { // NaN is neither
 		return fmt.Errorf("%s: %v is not between %v and %v", flag, value, least, most)
 	}
 	return nil

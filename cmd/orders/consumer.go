@@ -104,7 +104,11 @@ func printGroups(out io.Writer, groups []groupView, keys []inbox.BlockedKey) err
 	for _, one := range keys {
 		t.row(one.Consumer, one.Key, one.Waiting, time.Since(one.Since).Round(time.Second), one.Attempts, one.MessageID, short(one.LastError, 60))
 	}
-	return t.Flush()
+	if err := t.Flush(); err != nil || len(keys) < mostKeys {
+		return err
+	}
+	_, err := fmt.Fprintf(out, "\nno more than %d keys are listed, those that have been blocked longest\n", mostKeys)
+	return err
 }
 
 type consumerPauseCommand struct {

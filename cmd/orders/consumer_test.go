@@ -41,3 +41,11 @@ func TestConsumerCommands(t *testing.T) {
 	o.says(1, "dead reopen 1 --reason=mistake", "not discarded")
 	o.want("discarded why, reopened mistake", `SELECT resolution || ' ' || reason FROM dead_letter_audit ORDER BY id`)
 }
+
+// A list that is cut says so.
+func TestConsumerLsOfManyKeys(t *testing.T) {
+	o := newOffice(t)
+	o.exec(`INSERT INTO inbox_retry (consumer, message_id, type, key, payload, headers, attempts, due_at, last_error)
+		SELECT $1, n::text, 't.T', 'key-' || n, '', '{}', 1, now(), 'broken' FROM generate_series(1, $2::integer) AS n`, o.group.Name, mostKeys+1)
+	o.says(0, "consumer ls", fmt.Sprintf(` %d\n`, mostKeys+1), `key-1 `, `no more than 100 keys are listed, those that have been blocked longest\n$`)
+}

@@ -45,7 +45,7 @@ type cli struct {
 	Outbox      outboxCommand      `cmd:"" help:"Look after the outbox."`
 	Dead        deadCommand        `cmd:"" help:"Look after dead letters: messages that could not be published or applied."`
 	Trace       traceCommand       `cmd:"" help:"Follow one message."`
-	Doctor      doctorCommand      `cmd:"" help:"Check the database, the broker and the service; exit 1 if something is wrong."`
+	Doctor      doctorCommand      `cmd:"" help:"Check the database, the broker and the service; exit 1 if something is wrong, or a check could not be made."`
 	APIKey      apiKeyCommand      `cmd:"" name:"apikey" help:"Make an API key."`
 	Healthcheck healthcheckCommand `cmd:"" help:"Ask a running process whether it is ready; exit 1 if not."`
 	RPC         rpcCommands        `cmd:"" name:"rpc" help:"Call services, and see who serves them over RabbitMQ."`

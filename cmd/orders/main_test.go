@@ -113,6 +113,8 @@ func TestWrongSettingsAreNamedInOneLine(t *testing.T) {
 		"redrive of everything":   {"", "dead redrive --reason=x", "--all"},
 		"redrive of all and some": {"", "dead redrive --reason=x --all --key=k", "--all"},
 		"redrive rate":            {"", "dead redrive --reason=x --all --rate=0", "--rate"},
+		"redrive rate of nothing": {"", "dead redrive --reason=x --all --rate=NaN", "--rate"},
+		"replay rate of nothing":  {"", "outbox replay --rate=NaN", "--rate"},
 		"discard without reason":  {"", "dead discard --id=1", "--reason"},
 		"discard of everything":   {"", "dead discard --reason=x", "--all"},
 		"discard by force":        {"", "dead discard --reason=x --id=1 --force", "--force"},
@@ -143,6 +145,7 @@ func TestWrongSettingsAreNamedInOneLine(t *testing.T) {
 		"rpc call":                {"", "rpc call orders.v1.OrderService", "SERVICE/METHOD"},
 		"rpc call both ways":      {"", "rpc call a.B/C --amqp --http=http://127.0.0.1:1", "--amqp"},
 		"rpc ls without broker":   {"AMQP_URL=http://x", "rpc ls", "--amqp-url"},
+		"rpc ls for hours":        {"", "rpc ls --rate=1h", "--rate"},
 		"health check timeout":    {"", "healthcheck --timeout=soon", "--timeout"},
 	} {
 		t.Run(name, func(t *testing.T) {

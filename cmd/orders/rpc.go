@@ -33,8 +33,12 @@ type rpcCommands struct {
 type rpcLsCommand struct {
 	Services []string      `arg:"" optional:"" help:"Full names of services, such as orders.v1.OrderService. AMQP cannot list them; default are those of this program."`
 	AMQPURL  amqpURL       `name:"amqp-url" env:"AMQP_URL" required:"" help:"RabbitMQ and vhost to look at."`
-	Rate     time.Duration `help:"Also count the requests that come in, for so long, such as 2s. The broker sends copies of them here meanwhile; a request to a service whose last replica leaves just then waits for its deadline."`
+	Rate     time.Duration `help:"Also count the requests that come in, for so long, such as 2s, at most 1m. The broker sends copies of them here meanwhile; a request to a service whose last replica leaves just then waits for its deadline."`
 }
+
+// Validate is called by kong. While the copies are counted, requests to a service that has gone wait: see
+// rabbitrpc.Rates.
+func (c *rpcLsCommand) Validate() error { return between("--rate", c.Rate, 0, time.Minute) }
 
 func (c *rpcLsCommand) Run(ctx context.Context) error {
 	names := c.Services
