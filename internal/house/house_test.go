@@ -218,7 +218,7 @@ func TestEachTableIsNamedByOnePackage(t *testing.T) {
 }
 
 // opens finds what makes a session on the database. Only those who set it up first may do so.
-var opens = regexp.MustCompile(`^(pgx\.Connect\w*|pgxpool\.New\w*|stdlib\.OpenDB|pgconn\.Connect\w*)$`)
+var opens = regexp.MustCompile(`^(pgx\.Connect(Config|WithOptions)?|pgxpool\.New\w*|stdlib\.OpenDB|pgconn\.Connect(Config)?)$`)
 
 func TestSessionsAreSetUp(t *testing.T) {
 	mayOpen := []string{
