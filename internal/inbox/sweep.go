@@ -44,11 +44,32 @@ func (b *Inbox) sweepNowAndThen(ctx context.Context) {
 		if len(emptied) > 0 {
 			slog.InfoContext(ctx, "inbox swept", "slots", emptied)
 		}
+		if err := b.hasten(ctx); err != nil && ctx.Err() == nil {
+			slog.WarnContext(ctx, "retries that are due too late not looked for", "consumer", b.group.name, "error", err)
+		}
 		select {
 		case <-ctx.Done():
 		case <-time.After(sweepInterval + rand.N(time.Minute)):
 		}
 	}
+}
+
+// A time that is further ahead than any retry can be was written before the database's clock was set back. The handler of
+// a row that is locked is running.
+const hastenSQL = `
+UPDATE inbox_retry SET due_at = clock_timestamp()
+WHERE seq = ANY (ARRAY(
+    SELECT seq FROM inbox_retry WHERE consumer = $1 AND due_at > clock_timestamp() + $2 FOR UPDATE SKIP LOCKED))`
+
+// hasten makes retries due that a clock set back has put off. Otherwise their keys would wait until the clock comes there
+// again.
+func (b *Inbox) hasten(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	return postgres.Transact(ctx, b.db, func(tx pgx.Tx) error {
+		_, err := tx.Exec(ctx, hastenSQL, b.group.name, max(b.config.RetryMax*5/4, b.config.claim()))
+		return err
+	})
 }
 
 func (b *Inbox) sweep(ctx context.Context) (emptied []int16, err error) {

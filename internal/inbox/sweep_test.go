@@ -269,3 +269,26 @@ func TestStatus(t *testing.T) {
 		t.Errorf("blocked: %+v", k)
 	}
 }
+
+// The database's clock was set back by half an hour after retries were put off: they are due within the time that they
+// would have been, and no claim of a running handler is broken.
+func TestRetriesAreNotPutOffByAClockThatIsSetBack(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	b.on("late", fails)
+	b.on("soon", fails)
+	p := b.inbox(Config{RetryBase: time.Minute, RetryMax: 10 * time.Minute})
+	process(t, p, probe("late", "late"), probe("soon", "soon"))
+	setBack := `UPDATE inbox_retry SET due_at = due_at + interval '30 min' WHERE key = 'late'`
+	if _, err := b.db.Exec(t.Context(), setBack); err != nil {
+		t.Fatal(err)
+	}
+	if err := p.hasten(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	b.on("late", nil)
+	if !retryOne(t, p) || retryOne(t, p) {
+		t.Error("want one retry: the one that was put off by the clock")
+	}
+	b.wantEffects(t, "late")
+}
