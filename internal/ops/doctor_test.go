@@ -18,12 +18,11 @@ type clinic struct {
 }
 
 // Tests run without fsync, and with clocks and sessions that nobody may change. What a database finds in its own schema before it looks
-// at pg_catalog takes their place; connections find it because the database says so.
+// at pg_catalog takes their place; the doctor's connections look there first.
 const shadowSQL = `
 CREATE VIEW public.pg_settings AS SELECT name, CASE name WHEN 'fsync' THEN 'on' ELSE setting END AS setting FROM pg_catalog.pg_settings;
 GRANT SELECT ON public.pg_settings TO PUBLIC;
-UPDATE outbox_cursor SET owner = 'relay', lease_expires_at = clock_timestamp() + interval '1 h', lease = '1 h';
-DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET search_path = public, pg_catalog', current_database()); END $$`
+UPDATE outbox_cursor SET owner = 'relay', lease_expires_at = clock_timestamp() + interval '1 h', lease = '1 h'`
 
 func newClinic(t *testing.T) *clinic {
 	t.Helper()
@@ -44,7 +43,12 @@ func newClinic(t *testing.T) *clinic {
 // open returns a pool as operators have it.
 func open(t *testing.T, url string) *pgxpool.Pool {
 	t.Helper()
-	db, err := pgxpool.New(t.Context(), testenv.As(t, url, "app_operator"))
+	config, err := pgxpool.ParseConfig(testenv.As(t, url, "app_operator"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	config.ConnConfig.RuntimeParams["search_path"] = "public, pg_catalog"
+	db, err := pgxpool.NewWithConfig(t.Context(), config)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -89,8 +93,12 @@ func TestDoctorFinds(t *testing.T) {
 		"AsynchronousCommitsOfARole": {`DO $$ BEGIN EXECUTE format('ALTER ROLE app_api IN DATABASE %I SET synchronous_commit = off', current_database()); END $$`, nil,
 			"durability", Wrong, "off for app_api"},
 		"NoFsync": {`DROP VIEW public.pg_settings`, nil, "durability", Wrong, "fsync is off"},
+		"SettingOfARole": {`DO $$ BEGIN EXECUTE format('ALTER ROLE app_relay IN DATABASE %I SET search_path = app', current_database()); END $$`, nil,
+			"settings", Attention, "role app_relay sets search_path to app, and the service to public"},
+		"SettingOfTheDatabase": {`DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET default_transaction_isolation = serializable', current_database()); END $$`,
+			nil, "settings", Attention, "the database sets default_transaction_isolation to serializable"},
 		"ClockSkew": {`CREATE FUNCTION public.clock_timestamp() RETURNS timestamptz LANGUAGE sql RETURN pg_catalog.clock_timestamp() + interval '10 s'`, nil,
-			"clock", Wrong, "differs by 1"},
+			"clock", Wrong, "differs by"},
 		"ClockSetBack": {`UPDATE outbox_cursor SET moved_at = clock_timestamp() + interval '30 min'`, nil,
 			"clock", Wrong, "Postgres' clock was set back: the last move of shard 0 is 00:2"},
 		"ClockSetBackForConsumers": {`INSERT INTO inbox_consumer (consumer, owner, applied, expires_at, lease)
