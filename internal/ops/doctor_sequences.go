@@ -18,8 +18,8 @@ SELECT format('new messages are put into shard %s, which nobody reads', shard), 
 // leftBehind is something that did not travel with the rows of a database that was moved.
 type leftBehind struct {
 	Text string
-	// Orders: the order of messages depends on it.
-	Orders bool
+	// Ordering: the order of messages depends on it.
+	Ordering bool
 }
 
 func findBehind(ctx context.Context, db *pgxpool.Pool) ([]leftBehind, error) {
@@ -60,7 +60,7 @@ func CheckSequences(ctx context.Context, db *pgxpool.Pool) error {
 	}
 	var texts []string
 	for _, one := range all {
-		if one.Orders {
+		if one.Ordering {
 			texts = append(texts, one.Text)
 		}
 	}
