@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -134,10 +135,9 @@ func TestARunThatDidNotStartIsNotCharged(t *testing.T) {
 		for range 2 * maxCrashes {
 			ctx, cancel := context.WithCancel(t.Context())
 			b.on("one", func(ctx context.Context, tx pgx.Tx) error {
-				pid := tx.Conn().PgConn().PID()
 				go func() {
 					defer cancel()
-					awaitSleep(t, b, pid)
+					awaitEvent(t, b, "PgSleep")
 				}()
 				_, err := tx.Exec(ctx, `SELECT pg_sleep(60)`) // its connection is closed under it
 				return err
@@ -221,14 +221,15 @@ func TestARunThatDidNotStartIsNotCharged(t *testing.T) {
 	})
 }
 
-// awaitSleep returns when a session is in pg_sleep.
-func awaitSleep(t *testing.T, b *bundle, pid uint32) {
+// awaitEvent returns when a session of the database waits for that.
+func awaitEvent(t *testing.T, b *bundle, event string) {
 	testenv.Eventually(t, 10*time.Second, func() error {
-		var sleeps bool
-		const sql = `SELECT EXISTS (SELECT FROM pg_stat_activity WHERE pid = $1 AND wait_event = 'PgSleep')`
-		err := b.db.QueryRow(t.Context(), sql, pid).Scan(&sleeps)
-		if err == nil && !sleeps {
-			err = errors.New("it does not sleep")
+		var waits bool
+		const sql = `
+			SELECT EXISTS (SELECT FROM pg_stat_activity WHERE datname = current_database() AND wait_event = $1)`
+		err := b.db.QueryRow(t.Context(), sql, event).Scan(&waits)
+		if err == nil && !waits {
+			err = errors.New("nobody waits for " + event)
 		}
 		return err
 	})
@@ -255,15 +256,18 @@ func TestAClaimDoesNotWaitForAStandby(t *testing.T) {
 		exec(t, b.db, `ALTER SYSTEM SET synchronous_standby_names = '`+standbys+`'`)
 		exec(t, b.db, `SELECT pg_reload_conf()`)
 	}
+	// Commits go on until one waits: only that shows that Postgres has heard of it.
+	ctx, stop := context.WithCancel(t.Context())
+	var others sync.WaitGroup
+	defer others.Wait()
+	defer stop()
 	wait("nobody")
-	testenv.Eventually(t, 10*time.Second, func() error {
-		var names string
-		err := b.db.QueryRow(t.Context(), `SHOW synchronous_standby_names`).Scan(&names)
-		if err == nil && names != "nobody" {
-			err = errors.New("not reloaded")
+	others.Go(func() {
+		for ctx.Err() == nil {
+			_, _ = b.db.Exec(ctx, `SELECT pg_logical_emit_message(true, '', '')`)
 		}
-		return err
 	})
+	awaitEvent(t, b, "SyncRep")
 	b.on("one", func(context.Context, pgx.Tx) error { wait(""); return nil })
 	retryOne(t, b.inbox(eager))
 	b.wantEffects(t, "one")
