@@ -60,7 +60,7 @@ func TestDoctorWithoutServers(t *testing.T) {
 		`broker +(ok|attention) `, `orders: \d+ checks could not be made\n$`)
 	o.environment = append(good, goodAMQP)
 	o.says(1, "doctor", `broker +unknown +could not look: .*refused`, `→ Check host and port in AMQP_URL`, `not made for the same reason: queues, policies\n`, `relay +wrong`,
-		`orders: \d checks? ha(s|ve) found something wrong, 2 checks could not be made\n$`)
+		`orders: \d checks? ha(s|ve) found something wrong, 3 checks could not be made\n$`)
 	var answer struct {
 		Verdict  ops.Verdict
 		Findings []ops.Finding

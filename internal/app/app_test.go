@@ -156,8 +156,12 @@ func TestUndeliveredMessagesAreKept(t *testing.T) {
 		if err == nil && len(letters) != 1 {
 			err = fmt.Errorf("there are %d letters", len(letters))
 		}
-		if err == nil && (string(letters[0].Payload) != "\x00\xff" || !strings.Contains(letters[0].Error, "delivery_limit")) {
-			t.Errorf("got %+v", letters[0])
+		if err != nil {
+			return err
+		}
+		letter, _, err := deadletter.Get(t.Context(), db, letters[0].ID)
+		if err == nil && (string(letter.Payload) != "\x00\xff" || !strings.Contains(letter.Error, "delivery_limit")) {
+			t.Errorf("got %+v", letter)
 		}
 		return err
 	})
