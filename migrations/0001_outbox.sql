@@ -29,9 +29,10 @@ END
 $$;
 -- +goose StatementEnd
 
--- Clocks step. So a stored time is believed only as far as it can be true, and never further in the future than its own interval: one that was
--- written before the clock was set back would stand in the way until the clock comes there again. Everything that compares a stored time with
--- now does so through these functions; internal/house holds the list of exceptions.
+-- Clocks step. So a stored time is believed only as far as it can be true, and never further in the future than its own
+-- interval: one that was written before the clock was set back would stand in the way until the clock comes there
+-- again. Everything that compares a stored time with now does so through these functions; internal/house holds the list
+-- of exceptions.
 
 -- Whether a lease, or another sign of life, holds that was given until expires_at for so long.
 CREATE FUNCTION clock_holds(expires_at timestamptz, lease interval) RETURNS boolean
@@ -48,8 +49,9 @@ CREATE FUNCTION clock_age(happened_at timestamptz) RETURNS interval
     LANGUAGE sql VOLATILE PARALLEL SAFE
     RETURN greatest(clock_timestamp() - happened_at, interval '0');
 
--- Fails unless each statement of the transaction sees what was committed before it. Functions that wait for a lock and then look again rely on that:
--- under REPEATABLE READ they would look at the past, and drop or forget what was committed meanwhile. Each of them calls this first.
+-- Fails unless each statement of the transaction sees what was committed before it. Functions that wait for a lock and
+-- then look again rely on that: under REPEATABLE READ they would look at the past, and drop or forget what was
+-- committed meanwhile. Each of them calls this first.
 -- +goose StatementBegin
 CREATE FUNCTION needs_read_committed() RETURNS void
     LANGUAGE plpgsql SET search_path = pg_catalog AS $$
@@ -62,9 +64,10 @@ END
 $$;
 -- +goose StatementEnd
 
--- Names the columns of the schema whose sequence is behind: the last number drawn is less than the largest in use, so numbers will be drawn twice.
--- A backup takes sequences with it, and so does a physical standby; logical replication and a copy of the rows do not. Found in the catalog, so that a
--- new table is looked after by itself. The numbers in use are read before the sequence is: what is inserted meanwhile does no harm.
+-- Names the columns of the schema whose sequence is behind: the last number drawn is less than the largest in use, so
+-- numbers will be drawn twice. A backup takes sequences with it, and so does a physical standby; logical replication
+-- and a copy of the rows do not. Found in the catalog, so that a new table is looked after by itself. The numbers in
+-- use are read before the sequence is: what is inserted meanwhile does no harm.
 -- +goose StatementBegin
 CREATE FUNCTION sequences_behind() RETURNS TABLE (col text, owner regclass, seq regclass, drawn bigint, used bigint)
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
@@ -133,9 +136,10 @@ CREATE FUNCTION outbox_uuidv7() RETURNS uuid
     LANGUAGE sql VOLATILE PARALLEL SAFE
     RETURN outbox_redate(gen_random_uuid());
 
--- Whether the time in a UUIDv7 is right enough by this database's clock: not so far ahead that the writer's clock must be wrong, and not so old that an
--- inbox may have forgotten its copies. What is accepted here, consumers take, with time to spare at both ends: see inbox.ring. An ID is compared as the
--- bytes that it begins with, the milliseconds since 1970.
+-- Whether the time in a UUIDv7 is right enough by this database's clock: not so far ahead that the writer's clock must
+-- be wrong, and not so old that an inbox may have forgotten its copies. What is accepted here, consumers take, with
+-- time to spare at both ends: see inbox.ring. An ID is compared as the bytes that it begins with, the milliseconds
+-- since 1970.
 CREATE FUNCTION outbox_most_ahead() RETURNS interval
     LANGUAGE sql IMMUTABLE PARALLEL SAFE
     RETURN interval '10 minutes';
@@ -245,9 +249,10 @@ CREATE INDEX outbox_created_at_idx ON outbox USING brin (created_at);
 -- It is a rule and not a function because it becomes part of the caller's statement, and is prepared and planned with it, once a connection. A function
 -- runs a statement of its own within another, which takes half as much of the server's processor time again (measured).
 --
--- Who has checked a message already, as outbox.Insert has, says so by a literal true in the column checked: then the plan is without the check, which
--- takes as long as the row. It gives the time in the ID as made_at, which is compared with this database's clock: only the database can. The relay
--- checks every message again before it publishes it, and parks what it could not publish.
+-- Who has checked a message already, as outbox.Insert has, says so by a literal true in the column checked: then the
+-- plan is without the check, which takes as long as the row. It gives the time in the ID as made_at, which is compared
+-- with this database's clock: only the database can. The relay checks every message again before it publishes it, and
+-- parks what it could not publish.
 CREATE VIEW outbox_message AS SELECT message_id AS id, type, key, payload, headers, false AS checked, created_at AS made_at FROM outbox WHERE false;
 -- There is no default for id: of an INSERT with several rows it might be evaluated once for all of them.
 ALTER VIEW outbox_message ALTER COLUMN checked SET DEFAULT false;
@@ -319,7 +324,8 @@ CREATE TABLE outbox_cursor (
     -- Messages published and confirmed so far, and messages parked.
     published        bigint      NOT NULL DEFAULT 0,
     parked           bigint      NOT NULL DEFAULT 0,
-    -- The lease: who may move this cursor, until when by this database's clock, and for how long it was given. Each new holder raises the epoch.
+    -- The lease: who may move this cursor, until when by this database's clock, and for how long it was given. Each new
+    -- holder raises the epoch.
     owner            text        NOT NULL DEFAULT '',
     epoch            bigint      NOT NULL DEFAULT 0,
     lease_expires_at timestamptz NOT NULL DEFAULT '-infinity',
@@ -380,8 +386,9 @@ END
 $$;
 -- +goose StatementEnd
 
--- Names the shards that new messages are put into and nobody will read. The function that spreads them is part of the schema and the cursors are
--- rows, so that one may be moved without the other. A hundred keys meet each of 64 shards or, if the function is of another generation, a wrong one.
+-- Names the shards that new messages are put into and nobody will read. The function that spreads them is part of the
+-- schema and the cursors are rows, so that one may be moved without the other. A hundred keys meet each of 64 shards
+-- or, if the function is of another generation, a wrong one.
 -- +goose StatementBegin
 CREATE FUNCTION outbox_stray_shards() RETURNS SETOF smallint
     LANGUAGE sql STABLE SECURITY DEFINER SET search_path = public, pg_temp
@@ -412,8 +419,9 @@ $$;
 -- looked up without a lock first, since that may take long, and then again under the lock, which waits for transactions that wrote in the
 -- slot's time and are open still. The lock is asked for briefly: everyone else would queue behind it.
 --
--- A clock that was set back makes a slot look older than its rows are, so these are asked, too. A clock that was set forward, or is behind rows
--- by more than the ring is long, shortens the time for which delivered rows can be replayed; nothing undelivered goes for any clock.
+-- A clock that was set back makes a slot look older than its rows are, so these are asked, too. A clock that was set
+-- forward, or is behind rows by more than the ring is long, shortens the time for which delivered rows can be replayed;
+-- nothing undelivered goes for any clock.
 -- +goose StatementBegin
 CREATE FUNCTION outbox_sweep(retention interval) RETURNS smallint[]
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp SET lock_timeout = '100ms' AS $$
@@ -564,17 +572,19 @@ END
 $$;
 -- +goose StatementEnd
 
--- After the database was moved into another cluster, makes the log and its cursors mean something there, and returns how many messages are to be
--- published. What the cursors know as delivered stays so; everything else, all that was written since the move included, is published, maybe again. Returns
--- NULL if nothing is amiss.
+-- After the database was moved into another cluster, makes the log and its cursors mean something there, and returns
+-- how many messages are to be published. What the cursors know as delivered stays so; everything else, all that was
+-- written since the move included, is published, maybe again. Returns NULL if nothing is amiss.
 --
--- What does not travel with the rows is put right first: sequences, if they stayed behind, and the function that spreads messages over the shards. Then
--- the snapshots. They still say of moved rows which were delivered, but not of rows written since: these have ids above all that was delivered, or,
--- if the sequence began anew, ids up to the last one drawn; and they are younger than the last move of the cursor. What is not known to be delivered by all
--- of these signs is published.
+-- What does not travel with the rows is put right first: sequences, if they stayed behind, and the function that
+-- spreads messages over the shards. Then the snapshots. They still say of moved rows which were delivered, but not of
+-- rows written since: these have ids above all that was delivered, or, if the sequence began anew, ids up to the last
+-- one drawn; and they are younger than the last move of the cursor. What is not known to be delivered by all of these
+-- signs is published.
 --
--- Lower than any real xid is 3, the first of them; delivered rows get that one. What is left gets this transaction's, and as a cursor a snapshot that
--- sees all below it: the lock makes sure that nobody else is writing. If ids were drawn twice, they are drawn once more, in the order of time.
+-- Lower than any real xid is 3, the first of them; delivered rows get that one. What is left gets this transaction's,
+-- and as a cursor a snapshot that sees all below it: the lock makes sure that nobody else is writing. If ids were drawn
+-- twice, they are drawn once more, in the order of time.
 -- +goose StatementBegin
 CREATE FUNCTION outbox_repair() RETURNS bigint
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$

@@ -111,6 +111,7 @@ CREATE FUNCTION inbox_retry_join() RETURNS trigger
     -- What the planner guesses of how many messages a key has may be wrong by any factor.
     SET enable_seqscan = off SET enable_bitmapscan = off AS $$
 BEGIN
+    PERFORM needs_read_committed();
     PERFORM pg_advisory_xact_lock(1768841848, hashtext(NEW.consumer || ' ' || NEW.key));
     NEW.seq := nextval('inbox_retry_seq_seq');
     NEW.due_at := CASE WHEN NOT EXISTS (
@@ -130,9 +131,10 @@ CREATE FUNCTION inbox_retry_promote() RETURNS trigger
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp
     SET enable_seqscan = off SET enable_bitmapscan = off SET enable_sort = off AS $$
 BEGIN
+    PERFORM needs_read_committed();
     PERFORM pg_advisory_xact_lock(1768841848, hashtext(OLD.consumer || ' ' || OLD.key));
-    -- The next entry of inbox_retry_key_idx, and no other index has this order. In front of the old head lie the entries
-    -- of all heads before, until they are vacuumed.
+    -- The next entry of inbox_retry_key_idx, and no other index has this order. In front of the old head lie the
+    -- entries of all heads before, until they are vacuumed.
     UPDATE inbox_retry AS head SET due_at = clock_timestamp()
     FROM (
         SELECT seq, consumer, key FROM inbox_retry

@@ -15,8 +15,8 @@ var lockAndLookAtNothing = map[string]string{
 	"outbox_insert": "locks keys, and inserts; what others have written does not matter to it",
 }
 
-// A function that waits for a lock and then looks again must see what was committed meanwhile. The functions are found by their source, so the next one
-// is held to it, too.
+// A function that waits for a lock and then looks again must see what was committed meanwhile. The functions are found
+// by their source, so the next one is held to it, too.
 func TestFunctionsThatLockNeedReadCommitted(t *testing.T) {
 	t.Parallel()
 	db := testenv.Postgres(t)

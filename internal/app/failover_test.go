@@ -48,9 +48,9 @@ func withHeader(ctx context.Context, pairs ...string) context.Context {
 	return ctx
 }
 
-// A call that finds what it wants done already says so only if no failover can take that back. Here the standby has gone:
-// the first call is committed on the primary, and its caller is told that the outcome is unknown. A repeat finds the row,
-// and must not be told more.
+// A call that finds what it wants done already says so only if no failover can take that back. Here the standby has
+// gone: the first call is committed on the primary, and its caller is told that the outcome is unknown. A repeat finds
+// the row, and must not be told more.
 func TestDoneAlreadySurvivesAFailover(t *testing.T) {
 	t.Parallel()
 	primary, standby := testenv.Replicated(t)

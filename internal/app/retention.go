@@ -14,10 +14,10 @@ import (
 // retentionPause is the time between two attempts to ask a database that is away, or that is not migrated yet.
 const retentionPause = time.Second
 
-// whenRemembered returns a function that runs a part of a process once it is known that the inbox remembers for longer than copies of a message may come,
-// and refuses if it does not: a relay would keep for replay what nobody may apply, and a consumer would bury what is new to it. It refuses as well while
-// the numbers that order messages would be drawn twice.
-// The database is asked once a process; while it is away, parts wait for it, as they would anyway.
+// whenRemembered returns a function that runs a part of a process once it is known that the inbox remembers for longer
+// than copies of a message may come, and refuses if it does not: a relay would keep for replay what nobody may apply,
+// and a consumer would bury what is new to it. It refuses as well while the numbers that order messages would be drawn
+// twice. The database is asked once a process; while it is away, parts wait for it, as they would anyway.
 func whenRemembered(ctx context.Context, db *pgxpool.Pool) func(part func(context.Context) error) error {
 	remembered := sync.OnceValue(func() error {
 		for warned := false; ; warned = true {

@@ -9,8 +9,9 @@ import (
 	"testing"
 )
 
-// byHand are the places that compare a time with the database's clock by themselves, each with the reason why the time may be believed as it is. All
-// others ask clock_holds, clock_within or clock_age, which believe nothing that is further in the future than it can be.
+// byHand are the places that compare a time with the database's clock by themselves, each with the reason why the time
+// may be believed as it is. All others ask clock_holds, clock_within or clock_age, which believe nothing that is
+// further in the future than it can be.
 var byHand = []struct{ place, why string }{
 	{"RETURN expires_at > clock_timestamp() AND expires_at <= clock_timestamp() + lease", "clock_holds itself"},
 	{"RETURN happened_at > clock_timestamp() - span AND happened_at < clock_timestamp() + span", "clock_within itself"},
@@ -37,7 +38,8 @@ const present = `(\b(clock|statement|transaction)_timestamp\(\)|\bnow\(\)|\bcurr
 
 var compared = regexp.MustCompile(`(?i)([<>]=?|-|BETWEEN|:=)\s*` + present + `|` + present + `\s*([<>]=?|-|BETWEEN)`)
 
-// The next column that holds a time must not be believed without a thought: a clock that is set back made the API refuse every write for half an hour.
+// The next column that holds a time must not be believed without a thought: a clock that is set back made the API
+// refuse every write for half an hour.
 func TestTimesAreComparedByTheClockFunctions(t *testing.T) {
 	t.Parallel()
 	texts := []string{schema(t)}

@@ -37,8 +37,8 @@ func (u *untold) drop(one retry) {
 	u.runs = slices.DeleteFunc(u.runs, func(other retry) bool { return other.run == one.run })
 }
 
-// A row that is locked by another says nothing yet: a handler runs on it, which is not to be waited for; or the COMMIT of
-// the claim itself is still under way. Once the row is locked here, no claim of it is open. The update then sees the
+// A row that is locked by another says nothing yet: a handler runs on it, which is not to be waited for; or the COMMIT
+// of the claim itself is still under way. Once the row is locked here, no claim of it is open. The update then sees the
 // newest version of the row, also if that is younger than its snapshot. All of this may be repeated, whatever became of
 // an answer, and need not be durable, like the claim.
 const takeBackSQL = `
@@ -73,9 +73,9 @@ func (b *Inbox) disown(ctx context.Context, one retry) {
 	b.leave(ctx)
 }
 
-// leave takes back what is left, also when ctx is done. It waits for a moment for rows that are locked: this process may
-// have broken off the run itself, and Postgres not noticed yet. A run that cannot be taken back before its process ends
-// is taken for a crash.
+// leave takes back what is left, also when ctx is done. It waits for a moment for rows that are locked: this process
+// may have broken off the run itself, and Postgres not noticed yet. A run that cannot be taken back before its process
+// ends is taken for a crash.
 func (b *Inbox) leave(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
 	defer cancel()

@@ -18,7 +18,8 @@ FROM (
 WHERE written_at > clock_timestamp() + $1
 ORDER BY written_at DESC`
 
-// Ahead names the times in the inbox that are by more than the tolerance in the future: the database's clock was set back since.
+// Ahead names the times in the inbox that are by more than the tolerance in the future: the database's clock was set
+// back since.
 func Ahead(ctx context.Context, db *pgxpool.Pool, tolerance time.Duration) ([]string, error) {
 	rows, err := db.Query(ctx, aheadSQL, tolerance)
 	if err != nil {

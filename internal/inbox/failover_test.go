@@ -9,8 +9,8 @@ import (
 	"example.com/orders/internal/testenv"
 )
 
-// The broker forgets what is acked. So nothing is acked on the strength of a row that a failover could take back: neither
-// a message nor a copy of it, neither what was delivered nor what the broker gave up.
+// The broker forgets what is acked. So nothing is acked on the strength of a row that a failover could take back:
+// neither a message nor a copy of it, neither what was delivered nor what the broker gave up.
 func TestNothingIsAckedThatAFailoverTakesBack(t *testing.T) {
 	t.Parallel()
 	primary, standby := testenv.Replicated(t)

@@ -54,8 +54,9 @@ func wellFormed(d messaging.Delivery) error {
 	return nil
 }
 
-// identify finds out what a message is known by. It refuses an ID that is so far ahead of this process's clock that it would keep its slot from being
-// emptied in time. That is a coarse sieve, twice as wide as the skew, because this clock may be wrong; judge is exact.
+// identify finds out what a message is known by. It refuses an ID that is so far ahead of this process's clock that it
+// would keep its slot from being emptied in time. That is a coarse sieve, twice as wide as the skew, because this clock
+// may be wrong; judge is exact.
 func (r ring) identify(id string, now time.Time) (identity, error) {
 	if id == "" {
 		return identity{}, &rejection{deadletter.NoID, errNoID}
@@ -70,8 +71,9 @@ func (r ring) identify(id string, now time.Time) (identity, error) {
 	return who, nil
 }
 
-// judge refuses a message outside of the window, by the database's clock at the time when it was taken. What is older may have been applied and forgotten: it
-// is not guessed at. What is too far ahead would keep its slot from being emptied in time.
+// judge refuses a message outside of the window, by the database's clock at the time when it was taken. What is older
+// may have been applied and forgotten: it is not guessed at. What is too far ahead would keep its slot from being
+// emptied in time.
 func (r ring) judge(who identity, now time.Time) error {
 	if who.slot == foreignSlot {
 		return nil

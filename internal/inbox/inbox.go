@@ -108,7 +108,8 @@ type item struct {
 	messaging.Delivery
 	identity
 	copies int
-	// outside is why the message must not be applied: by the database's clock it is outside of the window. Known when it is taken.
+	// outside is why the message must not be applied: by the database's clock it is outside of the window. Known when
+	// it is taken.
 	outside error
 }
 

@@ -38,8 +38,8 @@ func (b *Inbox) run(ctx context.Context, tx pgx.Tx, delivery messaging.Delivery)
 	return &failure{err}
 }
 
-// blameHandlers makes the handlers' failure of what Postgres refuses at COMMIT although they ran to their end, as it does
-// when a deferred constraint does not hold.
+// blameHandlers makes the handlers' failure of what Postgres refuses at COMMIT although they ran to their end, as it
+// does when a deferred constraint does not hold.
 func blameHandlers(err error, ran bool) error {
 	for _, other := range []error{postgres.ErrOutcomeUnknown, postgres.ErrUnavailable, context.Canceled, context.DeadlineExceeded} {
 		if errors.Is(err, other) {
@@ -52,8 +52,8 @@ func blameHandlers(err error, ran bool) error {
 	return &failure{err}
 }
 
-// committable returns a *failure if the handler returned nil but left a transaction that cannot be committed. COMMIT would
-// fail each time, and the batch be handed in again and again.
+// committable returns a *failure if the handler returned nil but left a transaction that cannot be committed. COMMIT
+// would fail each time, and the batch be handed in again and again.
 func committable(tx pgx.Tx) error {
 	if err := postgres.Committable(tx); err != nil {
 		return &failure{fmt.Errorf("the handler returned nil, but its transaction cannot be committed: %w", err)}

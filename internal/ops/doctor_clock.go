@@ -12,7 +12,8 @@ import (
 // maxClockDifference is well within what the outbox allows for, so that there is time to act.
 const maxClockDifference = 5 * time.Second
 
-// checkClock compares Postgres' clock with this machine's, and with the times that it has written itself: those in the future say that it was set back.
+// checkClock compares Postgres' clock with this machine's, and with the times that it has written itself: those in the
+// future say that it was set back.
 func checkClock(ctx context.Context, p Patient) (Finding, error) {
 	skew, err := outbox.Skew(ctx, p.DB)
 	if err != nil {

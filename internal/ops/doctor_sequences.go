@@ -33,7 +33,8 @@ func findBehind(ctx context.Context, db *pgxpool.Pool) ([]leftBehind, error) {
 	return nil, fmt.Errorf("look at sequences: %w", err)
 }
 
-// checkSequences finds the columns whose sequence is behind the numbers in use, as after logical replication, and shards that nobody reads.
+// checkSequences finds the columns whose sequence is behind the numbers in use, as after logical replication, and
+// shards that nobody reads.
 func checkSequences(ctx context.Context, p Patient) (Finding, error) {
 	all, err := findBehind(ctx, p.DB)
 	var texts []string
@@ -43,16 +44,18 @@ func checkSequences(ctx context.Context, p Patient) (Finding, error) {
 	return none(texts, err, Wrong, "each is ahead of the numbers in use")
 }
 
-// ErrBehind means that rows were moved into this database without the sequences that number them. What is numbered then comes before what is older:
-// a message overtakes those of its key.
+// ErrBehind means that rows were moved into this database without the sequences that number them. What is numbered then
+// comes before what is older: a message overtakes those of its key.
 var ErrBehind = errors.New("sequences did not move with the rows, and the order of messages would be lost; run the command `outbox repair` once")
 
-// CheckSequences returns ErrBehind, with the names, if a sequence is behind on which the order of messages depends. A process looks when it starts.
+// CheckSequences returns ErrBehind, with the names, if a sequence is behind on which the order of messages depends. A
+// process looks when it starts.
 //
-// While it is so, inserts go on: the log is read by snapshots, so that nothing in it is skipped for its id, and the repair gives new ids to what was
-// inserted. Nor does a relay stop that runs already: in the same cluster, rows restored by hand included, all it risks is that of two undelivered messages
-// of a key the younger comes first. A relay and a consumer that start do not take that risk; for a consumer it is the larger one, since inbox_retry
-// is ordered by nothing else.
+// While it is so, inserts go on: the log is read by snapshots, so that nothing in it is skipped for its id, and the
+// repair gives new ids to what was inserted. Nor does a relay stop that runs already: in the same cluster, rows
+// restored by hand included, all it risks is that of two undelivered messages of a key the younger comes first. A relay
+// and a consumer that start do not take that risk; for a consumer it is the larger one, since inbox_retry is ordered by
+// nothing else.
 func CheckSequences(ctx context.Context, db *pgxpool.Pool) error {
 	all, err := findBehind(ctx, db)
 	if err != nil {

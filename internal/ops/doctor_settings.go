@@ -18,8 +18,8 @@ WHERE setdatabase IN (0, (SELECT oid FROM pg_database WHERE datname = current_da
   AND (setrole IN (0, session_user::regrole) OR setrole::regrole::text LIKE 'app\_%')
 ORDER BY 1, 2`
 
-// checkSettings names what the database or a role sets that the service sets otherwise for its own sessions. Sessions of
-// others, psql among them, follow the database.
+// checkSettings names what the database or a role sets that the service sets otherwise for its own sessions. Sessions
+// of others, psql among them, follow the database.
 func checkSettings(ctx context.Context, p Patient) (Finding, error) {
 	rows, err := p.DB.Query(ctx, settingsSQL)
 	if err != nil {

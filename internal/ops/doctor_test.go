@@ -43,7 +43,12 @@ func newClinic(t *testing.T) *clinic {
 // open returns a pool as operators have it.
 func open(t *testing.T, url string) *pgxpool.Pool {
 	t.Helper()
-	config, err := pgxpool.ParseConfig(testenv.As(t, url, "app_operator"))
+	return openAt(t, testenv.As(t, url, "app_operator"))
+}
+
+func openAt(t *testing.T, url string) *pgxpool.Pool {
+	t.Helper()
+	config, err := pgxpool.ParseConfig(url)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -11,12 +11,13 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// ErrClock means that a message was not inserted because of the time in its ID: by the database's clock it lies more than ten minutes ahead, or six days
-// back. As a rule the message is right and the clock of this machine is not, and a process on another machine can write it. Nothing was written.
+// ErrClock means that a message was not inserted because of the time in its ID: by the database's clock it lies more
+// than ten minutes ahead, or six days back. As a rule the message is right and the clock of this machine is not, and a
+// process on another machine can write it. Nothing was written.
 var ErrClock = errors.New("this machine's clock and Postgres' differ")
 
-// MaxAge is how old the ID of a message may be when it is inserted; outbox_oldest is the same in SQL. Consumers take a message for almost a day longer, as much as
-// it may be under way.
+// MaxAge is how old the ID of a message may be when it is inserted; outbox_oldest is the same in SQL. Consumers take a
+// message for almost a day longer, as much as it may be under way.
 const MaxAge = 6 * 24 * time.Hour
 
 // clockConstraint is the name under which Postgres refuses such a message.
@@ -30,11 +31,12 @@ func blameClock(err error) error {
 	return err
 }
 
-// MaxSkew is how far this machine's clock may be ahead of the database's, or behind it, before CheckClock complains: half of what is accepted of an ID, so
-// that a process says it is not ready before its messages are refused.
+// MaxSkew is how far this machine's clock may be ahead of the database's, or behind it, before CheckClock complains:
+// half of what is accepted of an ID, so that a process says it is not ready before its messages are refused.
 const MaxSkew = 5 * time.Minute
 
-// CheckClock returns ErrClock if this machine's clock differs from the database's by more than MaxSkew. It returns nil if the database does not answer.
+// CheckClock returns ErrClock if this machine's clock differs from the database's by more than MaxSkew. It returns nil
+// if the database does not answer.
 func CheckClock(ctx context.Context, db *pgxpool.Pool) error {
 	skew, err := Skew(ctx, db)
 	if err == nil && skew.Abs() > MaxSkew {
@@ -43,7 +45,8 @@ func CheckClock(ctx context.Context, db *pgxpool.Pool) error {
 	return nil
 }
 
-// Skew returns by how much the database's clock is ahead of this machine's; negative if it is behind. It is exact to half a round trip.
+// Skew returns by how much the database's clock is ahead of this machine's; negative if it is behind. It is exact to
+// half a round trip.
 func Skew(ctx context.Context, db *pgxpool.Pool) (ahead time.Duration, err error) {
 	var there time.Time
 	before := time.Now()
@@ -67,7 +70,8 @@ FROM (
 WHERE written_at > clock_timestamp() + $1
 ORDER BY written_at DESC`
 
-// Ahead names the times in the outbox that are by more than the tolerance in the future: the database's clock was set back since.
+// Ahead names the times in the outbox that are by more than the tolerance in the future: the database's clock was set
+// back since.
 func Ahead(ctx context.Context, db *pgxpool.Pool, tolerance time.Duration) ([]string, error) {
 	rows, err := db.Query(ctx, aheadSQL, tolerance)
 	if err != nil {

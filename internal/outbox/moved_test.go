@@ -22,9 +22,9 @@ func published(t *testing.T, db *pgxpool.Pool, wanted int) []string {
 	return b.stored
 }
 
-// moveRows makes a database look like one into which the rows of another cluster were copied, and neither its sequences nor its functions: as by logical
-// replication, where the schema comes from migrations. The other cluster has seen a million transactions more, so that by its snapshots all that is written
-// here was visible.
+// moveRows makes a database look like one into which the rows of another cluster were copied, and neither its sequences
+// nor its functions: as by logical replication, where the schema comes from migrations. The other cluster has seen a
+// million transactions more, so that by its snapshots all that is written here was visible.
 func moveRows(t testing.TB, db *pgxpool.Pool) {
 	t.Helper()
 	leaveBehind(t, db)
@@ -34,8 +34,8 @@ func moveRows(t testing.TB, db *pgxpool.Pool) {
 		(SELECT string_agg((xip::text::bigint + 1000000)::text, ',') FROM pg_snapshot_xip(delivered) AS xip))::pg_snapshot`)
 }
 
-// leaveBehind restarts what does not travel with rows: sequences, and the function that spreads messages. The rows that were copied are in another slot than
-// new ones, as they are after some hours.
+// leaveBehind restarts what does not travel with rows: sequences, and the function that spreads messages. The rows that
+// were copied are in another slot than new ones, as they are after some hours.
 func leaveBehind(t testing.TB, db *pgxpool.Pool) {
 	t.Helper()
 	exec(t, db, `UPDATE outbox SET slot = (slot + 1) % outbox_slots()`)
@@ -199,7 +199,8 @@ func TestRepairOfMovedRows(t *testing.T) {
 		}
 	})
 
-	// Rows that were restored by hand, in the cluster in which they were written: snapshots are right, and only the sequence is not.
+	// Rows that were restored by hand, in the cluster in which they were written: snapshots are right, and only the
+	// sequence is not.
 	t.Run("InTheSameClusterRepeatsNothing", func(t *testing.T) {
 		t.Parallel()
 		db := testenv.Postgres(t)
@@ -235,7 +236,8 @@ func TestRepairRefusesWhatItCannotTell(t *testing.T) {
 	}
 }
 
-// What an open transaction commits while the repair waits for it is published. Under another isolation level the repair would not see it.
+// What an open transaction commits while the repair waits for it is published. Under another isolation level the repair
+// would not see it.
 func TestRepairSeesWhatItWaitedFor(t *testing.T) {
 	t.Parallel()
 	db := testenv.Postgres(t)

@@ -67,12 +67,12 @@ func NewWriter(db *pgxpool.Pool, bell Bell, gate *Gate) *Writer {
 	return &Writer{db: db, bell: bell, gate: gate}
 }
 
-// Transact is postgres.Transact, and rings the relay's doorbell after the commit. A process that dies in between costs the
-// message up to one poll interval, never the message. It returns ErrBacklogFull, before anything is done, if the gate is
-// closed: a call that may be a repeat uses TransactOnce.
+// Transact is postgres.Transact, and rings the relay's doorbell after the commit. A process that dies in between costs
+// the message up to one poll interval, never the message. It returns ErrBacklogFull, before anything is done, if the
+// gate is closed: a call that may be a repeat uses TransactOnce.
 //
-// Its COMMIT waits for the synchronous standby even if fn only read (postgres.ConfirmReads): a handler may answer "this was
-// done before" on the strength of a row, and no failover takes the row back.
+// Its COMMIT waits for the synchronous standby even if fn only read (postgres.ConfirmReads): a handler may answer "this
+// was done before" on the strength of a row, and no failover takes the row back.
 func (w *Writer) Transact(ctx context.Context, fn func(tx pgx.Tx) error) error {
 	if err := w.gate.Check(); err != nil {
 		return err
@@ -81,9 +81,9 @@ func (w *Writer) Transact(ctx context.Context, fn func(tx pgx.Tx) error) error {
 }
 
 // TransactOnce is Transact for a call that may be a repeat. While the gate is closed it runs repeat instead of fn, in a
-// transaction of its own. repeat must write nothing. It looks for what an earlier call has left, and returns true if that
-// answers this one; else TransactOnce returns ErrBacklogFull, as Transact does. While the gate is open it does not call
-// repeat: fn finds an earlier call by itself.
+// transaction of its own. repeat must write nothing. It looks for what an earlier call has left, and returns true if
+// that answers this one; else TransactOnce returns ErrBacklogFull, as Transact does. While the gate is open it does not
+// call repeat: fn finds an earlier call by itself.
 func (w *Writer) TransactOnce(
 	ctx context.Context, repeat func(tx pgx.Tx) (answered bool, err error), fn func(tx pgx.Tx) error,
 ) error {
@@ -128,10 +128,10 @@ const (
 // published, or two of them have one ID. Across calls nobody looks: two messages with one ID are one message, and
 // consumers apply the first that comes.
 //
-// In a transaction of Transact or of postgres.Transact they are written at its end, together with COMMIT, all in one call and with no round trip of
-// their own; until then they must not be changed. A savepoint of tx.Begin takes them with it when it is rolled back; one that is made by a statement
-// SAVEPOINT is not known here, and does not. In any other transaction they are written at once. A transaction or savepoint
-// that has ended returns pgx.ErrTxClosed.
+// In a transaction of Transact or of postgres.Transact they are written at its end, together with COMMIT, all in one
+// call and with no round trip of their own; until then they must not be changed. A savepoint of tx.Begin takes them
+// with it when it is rolled back; one that is made by a statement SAVEPOINT is not known here, and does not. In any
+// other transaction they are written at once. A transaction or savepoint that has ended returns pgx.ErrTxClosed.
 //
 // It locks the messages' keys until the transaction ends; each key takes a place in Postgres' lock table, so tens of thousands of keys in one
 // transaction may fail for want of shared memory. A transaction that has written at once more than once, with different keys, can deadlock with

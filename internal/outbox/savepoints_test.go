@@ -52,8 +52,8 @@ func actions(t *rapid.T, depth int) []action {
 	return all
 }
 
-// world runs actions. There are two: in one everything is written at once, and Postgres decides what stays; in the other
-// messages and functions wait for the commit.
+// world runs actions. There are two: in one everything is written at once, and Postgres decides what stays; in the
+// other messages and functions wait for the commit.
 type world struct {
 	begin func(ctx context.Context, tx pgx.Tx, fn func(ctx context.Context, tx pgx.Tx) error) error
 	after func(ctx context.Context, tx pgx.Tx, touch bool, n int) error
@@ -216,8 +216,8 @@ func leavings(t *testing.T, db *pgxpool.Pool) map[string][]string {
 	return left
 }
 
-// A message that Insert accepts is in the log once its transaction has committed. So a transaction that has ended accepts
-// none, like a statement.
+// A message that Insert accepts is in the log once its transaction has committed. So a transaction that has ended
+// accepts none, like a statement.
 func TestInsertIntoAnEndedTransaction(t *testing.T) {
 	t.Parallel()
 	db := testenv.Postgres(t)

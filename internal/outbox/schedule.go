@@ -23,8 +23,9 @@ func Schedule(ctx context.Context, tx pgx.Tx, due time.Time, messages ...messagi
 	return schedule(ctx, tx, scheduleSQL, due, messages)
 }
 
-// InsertLatest writes messages, as part of tx, of which only the latest of each type and key matters: within the time given, one takes
-// the place of another. What was committed last is always published, and nothing waits longer than that time, by the database's clock, after the first.
+// InsertLatest writes messages, as part of tx, of which only the latest of each type and key matters: within the time
+// given, one takes the place of another. What was committed last is always published, and nothing waits longer than
+// that time, by the database's clock, after the first.
 func InsertLatest(ctx context.Context, tx pgx.Tx, within time.Duration, messages ...messaging.Message) error {
 	for _, message := range messages {
 		if message.Key == "" {

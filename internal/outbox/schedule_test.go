@@ -215,7 +215,8 @@ func TestInsertLatest(t *testing.T) {
 	})
 }
 
-// The time of which only the latest of a key matters counts by the database's clock, as the time at which it is due does.
+// The time of which only the latest of a key matters counts by the database's clock, as the time at which it is due
+// does.
 func TestInsertLatestCountsByTheDatabasesClock(t *testing.T) {
 	t.Parallel()
 	db := testenv.Postgres(t)

@@ -58,9 +58,10 @@ func EnsureShards(ctx context.Context, db *pgxpool.Pool, n int) (changed bool, e
 	return true, SetShards(ctx, db, n)
 }
 
-// Repair makes the outbox usable after the database was moved into another cluster, by a dump or by a copy of its rows, and returns how many messages
-// are to be published, some of them maybe again. Nothing that was not delivered is skipped. Sequences that stayed behind are moved forward, those of the
-// other tables, too. It returns ErrNoRepairNeeded if nothing is amiss, and an error that says how to go on where it cannot tell what was delivered.
+// Repair makes the outbox usable after the database was moved into another cluster, by a dump or by a copy of its rows,
+// and returns how many messages are to be published, some of them maybe again. Nothing that was not delivered is
+// skipped. Sequences that stayed behind are moved forward, those of the other tables, too. It returns ErrNoRepairNeeded
+// if nothing is amiss, and an error that says how to go on where it cannot tell what was delivered.
 func Repair(ctx context.Context, db *pgxpool.Pool) (undelivered int, err error) {
 	var found *int
 	err = postgres.Transact(ctx, db, func(tx pgx.Tx) error {

@@ -14,8 +14,8 @@ type joinKey struct{ db *pgxpool.Pool }
 // Transact: what it writes is committed with tx or not at all, and if it fails, only what it wrote itself is undone. So
 // what stands around a handler can commit something of its own together with the handler's effect.
 //
-// Transact then returns before anything is committed: what is read past its tx does not show what it wrote. A handler must
-// not call Transact from several goroutines at once, since they would share a connection.
+// Transact then returns before anything is committed: what is read past its tx does not show what it wrote. A handler
+// must not call Transact from several goroutines at once, since they would share a connection.
 func Join(ctx context.Context, db *pgxpool.Pool, tx pgx.Tx) context.Context {
 	return context.WithValue(ctx, joinKey{db}, tx.(*transaction))
 }

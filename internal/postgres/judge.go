@@ -103,9 +103,9 @@ func isStalePlan(refused *pgconn.PgError) bool {
 	return refused.Code == "0A000" && refused.Routine == "RevalidateCachedQuery"
 }
 
-// Classify wraps an error of a call to the database in ErrUnavailable or ErrBusy if it means that, and returns every other
-// error as it is. It is for errors before COMMIT, when nothing is written yet. Of an error that a function returned which
-// may have called others as well, ask Blame.
+// Classify wraps an error of a call to the database in ErrUnavailable or ErrBusy if it means that, and returns every
+// other error as it is. It is for errors before COMMIT, when nothing is written yet. Of an error that a function
+// returned which may have called others as well, ask Blame.
 func Classify(err error) error {
 	if err == nil || errors.Is(err, ErrUnavailable) || errors.Is(err, ErrBusy) || errors.Is(err, ErrOutcomeUnknown) {
 		return err
@@ -119,9 +119,9 @@ func Classify(err error) error {
 	return err
 }
 
-// Blame classifies an error that a function returned which ran in tx, a transaction of Transact. An error that only looks
-// like the database's stays as it is: the io.EOF of a decoder, a refused HTTP call, another database that is away. Only
-// tx's own connection tells them apart.
+// Blame classifies an error that a function returned which ran in tx, a transaction of Transact. An error that only
+// looks like the database's stays as it is: the io.EOF of a decoder, a refused HTTP call, another database that is
+// away. Only tx's own connection tells them apart.
 func Blame(tx pgx.Tx, err error) error {
 	// A savepoint may have been rolled back since, and the connection be well: a conflict is one all the same.
 	if stateOf(tx).broken() || judge(err) == busy {
@@ -183,9 +183,9 @@ func stateOn(conn *pgx.Conn, s state) state {
 	return s
 }
 
-// classifyCommit judges an error of COMMIT, or of a statement that commits by itself. Only the server's refusal by an ERROR
-// proves that nothing was committed. FATAL, PANIC, the loss of the connection and a shutdown can come after the commit
-// record was written, and so can what a pooler says of its own.
+// classifyCommit judges an error of COMMIT, or of a statement that commits by itself. Only the server's refusal by an
+// ERROR proves that nothing was committed. FATAL, PANIC, the loss of the connection and a shutdown can come after the
+// commit record was written, and so can what a pooler says of its own.
 func classifyCommit(err error) error {
 	var refused *pgconn.PgError
 	definite := err == nil || errors.Is(err, pgx.ErrTxCommitRollback) || errors.Is(err, pgx.ErrNoRows)

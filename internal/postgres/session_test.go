@@ -16,8 +16,8 @@ var hostile = map[string]string{
 	"plan_cache_mode": "force_generic_plan",
 }
 
-// A session has the settings that the core relies on, whatever the database says: also in a transaction through a pooler,
-// which has no sessions.
+// A session has the settings that the core relies on, whatever the database says: also in a transaction through a
+// pooler, which has no sessions.
 func TestSessionsAreOurs(t *testing.T) {
 	t.Parallel()
 	url := testenv.PostgresURL(t)

@@ -23,9 +23,10 @@ const (
 // of a deadlock or a serialization failure, it runs fn again, up to three times: fn must not keep state between runs.
 // BEGIN is sent with fn's first statement, and what is Deferred with COMMIT.
 //
-// With every error but ErrOutcomeUnknown nothing was written. The error is fn's own, the end of ctx, or Postgres' refusal
-// of COMMIT (a *pgconn.PgError, as for a deferred constraint); or it wraps ErrUnavailable or ErrBusy if the database is to
-// blame, as seen on the transaction's own connection. If ctx comes from Join, the transaction is part of another.
+// With every error but ErrOutcomeUnknown nothing was written. The error is fn's own, the end of ctx, or Postgres'
+// refusal of COMMIT (a *pgconn.PgError, as for a deferred constraint); or it wraps ErrUnavailable or ErrBusy if the
+// database is to blame, as seen on the transaction's own connection. If ctx comes from Join, the transaction is part of
+// another.
 //
 // Once fn has returned, ctx ends nothing any more. COMMIT and what is sent with it may take 10 s; then the outcome is
 // unknown.
@@ -92,14 +93,14 @@ func runIn(ctx context.Context, tx *transaction, fn func(tx pgx.Tx) error) error
 	return nil
 }
 
-// TransactRow runs a statement that is a transaction by itself, in one round trip, and scans the row that it returns. Its
-// errors are those of Transact, and pgx.ErrNoRows.
+// TransactRow runs a statement that is a transaction by itself, in one round trip, and scans the row that it returns.
+// Its errors are those of Transact, and pgx.ErrNoRows.
 func TransactRow(ctx context.Context, db *pgxpool.Pool, sql string, args []any, dest ...any) error {
 	return alone(ctx, db, func(ctx context.Context, on querier) error { return on.QueryRow(ctx, sql, args...).Scan(dest...) })
 }
 
-// TransactRows is TransactRow for a statement that returns any number of rows, none included. What fn collects counts only
-// if there is no error.
+// TransactRows is TransactRow for a statement that returns any number of rows, none included. What fn collects counts
+// only if there is no error.
 func TransactRows(ctx context.Context, db *pgxpool.Pool, sql string, args []any, fn func(rows pgx.Rows) error) error {
 	return alone(ctx, db, func(ctx context.Context, on querier) error {
 		rows, err := on.Query(ctx, sql, args...)
@@ -121,8 +122,8 @@ type querier interface {
 	QueryRow(ctx context.Context, sql string, args ...any) pgx.Row
 }
 
-// alone runs fn, which runs one statement. On a session that is set up it commits by itself; through a pooler it needs a
-// transaction that sets it up.
+// alone runs fn, which runs one statement. On a session that is set up it commits by itself; through a pooler it needs
+// a transaction that sets it up.
 func alone(ctx context.Context, db *pgxpool.Pool, fn func(ctx context.Context, on querier) error) error {
 	conn, err := db.Acquire(ctx)
 	if err != nil {

@@ -59,9 +59,9 @@ type Options struct {
 	IdleInTransaction time.Duration
 }
 
-// Pin puts the settings into config, except for those that its URL gives. It returns an error that names a fixed setting
-// to which the URL gives another value. A pooler would refuse most settings; for a connection through one, Pin returns
-// the statement that sets them for one transaction, else "".
+// Pin puts the settings into config, except for those that its URL gives. It returns an error that names a fixed
+// setting to which the URL gives another value. A pooler would refuse most settings; for a connection through one, Pin
+// returns the statement that sets them for one transaction, else "".
 func Pin(config *pgx.ConnConfig, options Options) (local string, err error) {
 	var calls []string
 	for _, one := range Pinned {
