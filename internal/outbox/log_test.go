@@ -370,7 +370,9 @@ func TestAllWaysInAreOne(t *testing.T) {
 	m := probe("k", "same")
 	m.Headers = map[string]string{"tenant": "a"}
 	inTx(t, db, func(tx pgx.Tx) error { return Insert(t.Context(), tx, m) })
-	inTx(t, db, func(tx pgx.Tx) error { return Insert(t.Context(), tx, m, m) })
+	another := probe("k", "same")
+	another.Headers = m.Headers
+	inTx(t, db, func(tx pgx.Tx) error { return Insert(t.Context(), tx, m, another) })
 	prepares, err := postgres.Open(t.Context(), postgres.Config{URL: db.Config().ConnString()})
 	if err != nil {
 		t.Fatal(err)
