@@ -23,7 +23,7 @@ import (
 // message is a request to the management API, and what the page says becomes of it.
 var message = regexp.MustCompile("(?ms)^```json message\n(.*?)^```$\n\n```text\n(.*?)\n```$")
 
-// What docs/foreign-publishers.md says becomes of its messages is what becomes of them.
+// The examples of docs/foreign-publishers.md end as the page says.
 func TestTheExamplesForForeignPublishers(t *testing.T) {
 	t.Parallel()
 	text, err := os.ReadFile("foreign-publishers.md")

@@ -165,7 +165,7 @@ func TestAClockThatIsSetBackRefusesNothing(t *testing.T) {
 	b.wantDead(t)
 }
 
-// What the outbox accepts, consumers take, with time to spare for what comes in between.
+// Consumers take every message that the outbox accepts, with time to spare for what comes in between.
 func TestWhatTheOutboxAcceptsConsumersTake(t *testing.T) {
 	t.Parallel()
 	b := setup(t)

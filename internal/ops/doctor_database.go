@@ -80,7 +80,7 @@ func none(found []string, err error, verdict Verdict, otherwise string) (Finding
 	return Finding{Verdict: verdict, Detail: strings.Join(found, "; ")}, nil
 }
 
-// What migrations grant, as far as the core's tables and functions go: the domain's are its own.
+// The grants of the core's tables and functions, as migrations make them. Those of the domain are its own.
 const grantsSQL = `
 SELECT format('%s may not %s %s', role, lower(privilege), object) FROM (VALUES
     ('app_api', 'outbox_message', '{INSERT}'), ('app_consumer', 'outbox_message', '{INSERT}'), ('app_operator', 'outbox_message', '{INSERT}'),

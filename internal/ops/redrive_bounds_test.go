@@ -27,8 +27,7 @@ func (d *desk) park(t testing.TB, n int) {
 		SELECT '', id, 'type', 'k', '', '{}', 'unroutable', '312', 1 FROM unnest($1::uuid[]) AS id`, ids)
 }
 
-// What is redriven may come back as a newer letter, as fast as it is redriven. That is left alone, on every way of
-// resolving letters.
+// A redriven message may come back as a newer letter, as fast as it is redriven. Every command leaves such letters alone.
 func TestLettersThatComeMeanwhileAreLeftAlone(t *testing.T) {
 	t.Parallel()
 	rehearsal := order
@@ -76,7 +75,7 @@ func TestLettersThatComeMeanwhileAreLeftAlone(t *testing.T) {
 	})
 }
 
-// Whoever breaks off learns of every letter that was resolved, the one under way included.
+// An operator who breaks off sees every letter that was resolved, the one under way included.
 func TestBreakingOffCountsWhatWasDone(t *testing.T) {
 	t.Parallel()
 	t.Run("BetweenLetters", func(t *testing.T) {
