@@ -99,12 +99,12 @@ func TestBreakingOffCountsWhatWasDone(t *testing.T) {
 		t.Parallel()
 		d := newDesk(t)
 		d.park(t, 2)
-		holder, err := d.Begin(t.Context()) // of the key's lock, for which the redrive waits
+		holder, err := d.Begin(t.Context()) // of a lock for which the redrive waits before its COMMIT, which nothing breaks off
 		if err != nil {
 			t.Fatal(err)
 		}
 		defer holder.Rollback(t.Context())
-		if _, err := holder.Exec(t.Context(), `SELECT outbox_insert('type', 'k', '')`); err != nil {
+		if _, err := holder.Exec(t.Context(), `LOCK TABLE dead_letter_audit IN SHARE MODE`); err != nil {
 			t.Fatal(err)
 		}
 		ctx, breakOff := context.WithCancel(t.Context())
