@@ -2,6 +2,8 @@ package postgres
 
 import (
 	"fmt"
+	"maps"
+	"slices"
 	"testing"
 
 	"example.com/orders/internal/session"
@@ -9,37 +11,43 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-// hostile are settings of a database under which the core would break its promises.
-var hostile = map[string]string{
-	"default_transaction_isolation": "'repeatable read'", "client_encoding": "LATIN1", "search_path": "elsewhere, public",
-	"client_min_messages": "error", "lock_timeout": "1", "idle_in_transaction_session_timeout": "1", "statement_timeout": "1",
-	"plan_cache_mode": "force_generic_plan",
+// pinned has for each setting a value of the database under which the core would break its promises, and the one that
+// sessions must have.
+var pinned = map[string]struct{ hostile, want string }{
+	"default_transaction_isolation":       {"'repeatable read'", "read committed"},
+	"client_encoding":                     {"LATIN1", "UTF8"},
+	"search_path":                         {"elsewhere, public", "public"},
+	"client_min_messages":                 {"error", "warning"},
+	"lock_timeout":                        {"'7 s'", "5000"},
+	"idle_in_transaction_session_timeout": {"'7 s'", "60000"},
+	"statement_timeout":                   {"'7 s'", "0"},
+	"plan_cache_mode":                     {"force_generic_plan", "auto"},
 }
 
-// A session has the settings that the core relies on, whatever the database says: also in a transaction through a
-// pooler, which has no sessions.
+// A session has the settings that the core relies on, whatever the database says: also in a transaction through a pooler,
+// which has no sessions.
 func TestSessionsAreOurs(t *testing.T) {
 	t.Parallel()
-	url := testenv.PostgresURL(t)
-	db := open(t, Config{URL: url})
-	pooler := testenv.PgBouncer(t, url)
-	exec(t, db, `CREATE SCHEMA elsewhere`)
 	for _, one := range session.Pinned {
-		if hostile[one.Name] == "" {
+		if pinned[one.Name].hostile == "" {
 			t.Errorf("no hostile value for %s", one.Name)
 		}
 	}
+	url := testenv.PostgresURL(t)
+	db := open(t, Config{URL: url})
+	exec(t, db, `CREATE SCHEMA elsewhere`)
 	var name string
 	if err := db.QueryRow(t.Context(), `SELECT current_database()`).Scan(&name); err != nil {
 		t.Fatal(err)
 	}
-	for setting, value := range hostile {
-		exec(t, db, fmt.Sprintf(`ALTER DATABASE %s SET %s = %s`, pgx.Identifier{name}.Sanitize(), setting, value))
+	for setting, one := range pinned {
+		exec(t, db, fmt.Sprintf(`ALTER DATABASE %s SET %s = %s`, pgx.Identifier{name}.Sanitize(), setting, one.hostile))
 	}
+	pooler := testenv.PgBouncer(t, url) // whose connections are as the database says
 	const sql = `SELECT name, setting FROM pg_settings WHERE name = ANY ($1)
 		UNION ALL SELECT 'isolation', current_setting('transaction_isolation')`
 	read := func(tx pgx.Tx) (map[string]string, error) {
-		rows, err := tx.Query(t.Context(), sql, settingNames())
+		rows, err := tx.Query(t.Context(), sql, slices.Collect(maps.Keys(pinned)))
 		if err != nil {
 			return nil, err
 		}
@@ -58,10 +66,10 @@ func TestSessionsAreOurs(t *testing.T) {
 		if err != nil {
 			t.Errorf("%s: %v", how, err)
 		}
-		var level string
-		err = TransactRow(t.Context(), pool, `SELECT current_setting('transaction_isolation')`, nil, &level)
-		if err != nil || level != "read committed" {
-			t.Errorf("%s, a statement by itself: %q, %v", how, level, err)
+		var level, foreign string
+		err = TransactRow(t.Context(), pool, `SELECT current_setting('transaction_isolation'), $1::text`, []any{"日本"}, &level, &foreign)
+		if err != nil || level != "read committed" || foreign != "日本" {
+			t.Errorf("%s, a statement by itself: %q, %q, %v", how, level, foreign, err)
 		}
 	}
 	conn, err := Connect(t.Context(), url)
@@ -79,21 +87,14 @@ func TestSessionsAreOurs(t *testing.T) {
 	}
 }
 
-func settingNames() (names []string) {
-	for _, one := range session.Pinned {
-		names = append(names, one.Name)
-	}
-	return names
-}
-
 func wantPinned(t *testing.T, how string, got map[string]string, pooled bool) {
 	t.Helper()
-	for _, one := range session.Pinned {
-		if one.Name == "default_transaction_isolation" && pooled {
+	for name, one := range pinned {
+		if name == "default_transaction_isolation" && pooled {
 			continue // BEGIN says it
 		}
-		if got[one.Name] != one.Value {
-			t.Errorf("%s: %s is %q, want %q", how, one.Name, got[one.Name], one.Value)
+		if got[name] != one.want {
+			t.Errorf("%s: %s is %q, want %q", how, name, got[name], one.want)
 		}
 	}
 	if got["isolation"] != "read committed" {
