@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"example.com/orders/internal/messaging"
+	"example.com/orders/internal/postgres"
 	"example.com/orders/internal/testenv"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
@@ -175,10 +176,15 @@ func TestWhatAWrongClockDatedIsRefused(t *testing.T) {
 			t.Parallel()
 			db := testenv.Postgres(t)
 			pooled := pooledPool(t, db)
+			prepares, err := postgres.Open(t.Context(), postgres.Config{URL: db.Config().ConnString()})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer prepares.Close()
 			m := dated(probe("k", "m"), one.age)
 			for way, insert := range map[string]func() error{
-				"Insert": func() error {
-					return NewWriter(db, nil, nil).Transact(t.Context(), func(tx pgx.Tx) error { return Insert(t.Context(), tx, m) })
+				"Insert": func() error { // by the statement that says that the message is checked
+					return NewWriter(prepares, nil, nil).Transact(t.Context(), func(tx pgx.Tx) error { return Insert(t.Context(), tx, m) })
 				},
 				"InsertMany": func() error {
 					return NewWriter(db, nil, nil).Transact(t.Context(), func(tx pgx.Tx) error { return Insert(t.Context(), tx, m, probe("k", "innocent")) })
