@@ -118,7 +118,7 @@ func TestClockThatIsSetBack(t *testing.T) {
 		}
 	})
 
-	// What was delivered a moment ago seems to lie in a slot that is almost a turn of the ring old.
+	// A message delivered a moment ago seems to lie in a slot that is almost a turn of the ring old.
 	t.Run("MakesNoSweepForgetTooEarly", func(t *testing.T) {
 		t.Parallel()
 		db := testenv.Postgres(t)

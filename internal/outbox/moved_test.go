@@ -236,7 +236,7 @@ func TestRepairRefusesWhatItCannotTell(t *testing.T) {
 	}
 }
 
-// What an open transaction commits while the repair waits for it is published. Under another isolation level the repair
+// The repair waits for open transactions, and their messages are published. Under another isolation level the repair
 // would not see it.
 func TestRepairSeesWhatItWaitedFor(t *testing.T) {
 	t.Parallel()

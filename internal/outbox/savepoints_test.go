@@ -118,7 +118,7 @@ func (w *world) do(ctx context.Context, tx pgx.Tx, one action) error {
 	})
 }
 
-// What a transaction leaves is what it would have left had it written everything at once, whatever its savepoints.
+// A transaction leaves what it would have left had it written everything at once, whatever its savepoints.
 func TestDeferredMessagesFollowSavepoints(t *testing.T) {
 	t.Parallel()
 	db := testenv.Postgres(t)

@@ -87,7 +87,7 @@ func TestOneProcessDeclaresAtATime(t *testing.T) {
 	if err := <-waiting; err != nil {
 		t.Fatal(err)
 	}
-	// What is there is found without the lock: a process that restarts waits for nobody.
+	// A complete topology is found without the lock: a process that restarts waits for nobody.
 	if unlock, err = topology.lock(first); err != nil {
 		t.Fatal(err)
 	}

@@ -39,7 +39,7 @@ var fieldsOfAMQP = map[string]struct {
 	"table":         {amqp.Table{"a": true}, `{"a":true}`, false},
 }
 
-// What foreign publishers send arrives through a real broker, which passes every type on. No key is silently no key,
+// Messages of foreign publishers arrive through a real broker, which passes every type on. No key is silently no key,
 // and no header is lost.
 func TestHeadersOfEveryTypeArrive(t *testing.T) {
 	t.Parallel()

@@ -22,7 +22,7 @@ import (
 // A request is checked when it is received, which is in the handler or in a given interceptor that reads it: so authentication, which does not, comes
 // before validation all the same.
 //
-// What a caller may see of an error is decided here and nowhere else. A *connect.Error that a handler returns is meant
+// This is the only place that decides what a caller may see of an error. A *connect.Error that a handler returns is meant
 // for the caller and passes, unless it is another server's. postgres.ErrUnavailable, ErrBusy and ErrOutcomeUnknown
 // become unavailable, each with a text of its own; outbox.ErrBacklogFull becomes resource_exhausted; the end of the
 // call's context becomes canceled or deadline_exceeded. Anything else is logged and becomes internal with a fixed text.
