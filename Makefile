@@ -31,7 +31,7 @@ down: $(STACK) ## Stop what `make up` started
 test: $(STACK) ## Every test, with the race detector, on real servers
 	@bash scripts/need.sh gcc gcc libc6-dev
 	@bash scripts/need.sh promtool prometheus
-	$(STACK) --profile test -- go test -race -count=1 -timeout 10m ./...
+	$(STACK) --profile test -- go test -race -count=1 -timeout 20m ./...
 
 test-settings: $(STACK) ## Tests on a Postgres with other settings; SETTINGS="lock_timeout=1s" for one of them
 	@bash scripts/need.sh psql postgresql-client
