@@ -109,6 +109,51 @@ func TestReadiness(t *testing.T) {
 	}
 }
 
+// A message whose headers the client library cannot read ends as a dead letter that says so, and others are applied.
+func TestUnreadableMessagesAreKept(t *testing.T) {
+	t.Parallel()
+	db := testenv.Postgres(t)
+	config := probed(Config{PostgresURL: db.Config().ConnString(), AMQPURL: testenv.AMQP(t)})
+	effects := effectsIn(t, db)
+	await(t, "consumer", serve(t, RunConsumer, config), http.StatusOK)
+	await(t, "relay", serve(t, RunRelay, config), http.StatusOK)
+	conn, err := amqp.Dial(config.AMQPURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	channel, err := conn.Channel()
+	if err != nil {
+		t.Fatal(err)
+	}
+	long := make([]any, 9000)
+	for i := range long {
+		long[i] = ""
+	}
+	for i := range 10 {
+		if err := send(t.Context(), db, "key", fmt.Sprint(i)); err != nil {
+			t.Fatal(err)
+		}
+		unreadable := amqp.Publishing{MessageId: fmt.Sprint("unreadable ", i), Body: []byte("kept"), Headers: amqp.Table{"x": long}}
+		if err := channel.Publish(config.Exchange, "google.protobuf.StringValue", true, false, unreadable); err != nil {
+			t.Fatal(err)
+		}
+	}
+	effects(10)
+	testenv.Eventually(t, 20*time.Second, func() error {
+		var n int
+		err := db.QueryRow(t.Context(), `
+			SELECT count(*) FROM dead_letter WHERE reason = 'malformed' AND payload = 'kept' AND error LIKE '%more than 8192 elements%'`).Scan(&n)
+		if err == nil && n != 10 {
+			err = fmt.Errorf("%d letters, want 10", n)
+		}
+		return err
+	})
+	if state, ok := testenv.Management(t, config.AMQPURL).Queue(rabbit.DeadQueue(probeQueue)); !ok || state.Messages > 0 {
+		t.Errorf("the dead queue has %+v", state)
+	}
+}
+
 // What the broker gave up ends as a dead letter, where operators look.
 func TestUndeliveredMessagesAreKept(t *testing.T) {
 	t.Parallel()

@@ -3,9 +3,9 @@ package console
 import (
 	"encoding/hex"
 
+	"example.com/orders/internal/bounds"
 	opsv1 "example.com/orders/internal/gen/ops/v1"
 	"google.golang.org/protobuf/encoding/protojson"
-	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protoreflect"
 	"google.golang.org/protobuf/reflect/protoregistry"
 )
@@ -37,7 +37,7 @@ func decode(typeName string, payload []byte) (string, bool) {
 		return "", false
 	}
 	message := kind.New().Interface()
-	if err := proto.Unmarshal(payload, message); err != nil {
+	if err := bounds.Unmarshal(payload, message); err != nil {
 		return "", false
 	}
 	text, err := protojson.MarshalOptions{Multiline: true}.Marshal(message)

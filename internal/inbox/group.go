@@ -6,6 +6,7 @@ import (
 	"maps"
 	"slices"
 
+	"example.com/orders/internal/bounds"
 	"example.com/orders/internal/deadletter"
 	"example.com/orders/internal/messaging"
 	"github.com/jackc/pgx/v5"
@@ -48,7 +49,7 @@ func Handle[M proto.Message](g *Group, fn func(ctx context.Context, tx pgx.Tx, m
 	}
 	g.handlers[name] = func(ctx context.Context, tx pgx.Tx, delivery messaging.Delivery) error {
 		message := kind.New().Interface().(M)
-		if err := proto.Unmarshal(delivery.Payload, message); err != nil {
+		if err := bounds.Unmarshal(delivery.Payload, message); err != nil {
 			return &rejection{deadletter.Undecodable, fmt.Errorf("decode %s%s: %w", name, declared(delivery.Headers), err)}
 		}
 		return fn(ctx, tx, message)

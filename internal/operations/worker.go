@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"connectrpc.com/connect/v2"
+	"example.com/orders/internal/bounds"
 	"example.com/orders/internal/deadletter"
 	operationsv1 "example.com/orders/internal/gen/operations/v1"
 	"example.com/orders/internal/inbox"
@@ -19,7 +20,6 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"golang.org/x/sync/semaphore"
-	"google.golang.org/protobuf/proto"
 )
 
 // WorkerConfig sets up a Worker.
@@ -84,7 +84,7 @@ type admitted struct{}
 func (w *Worker) Process(ctx context.Context, deliveries []messaging.Delivery) error {
 	for _, one := range deliveries {
 		message := &operationsv1.OperationSubmitted{}
-		_ = proto.Unmarshal(one.Payload, message) // what cannot be decoded has no method, and is the inbox's to judge
+		_ = bounds.Unmarshal(one.Payload, message) // what cannot be decoded has no method, and is the inbox's to judge
 		leave, err := w.enter(ctx, message.GetMethod())
 		if err != nil {
 			return err

@@ -42,19 +42,32 @@ var ErrNotConnected = errors.New("connect to rabbitmq")
 func Dial(ctx context.Context, url, name string) (*Connection, error) {
 	properties := amqp.NewConnectionProperties()
 	properties.SetClientConnectionName(cmp.Or(name, "unnamed"))
+	uri, err := amqp.ParseURI(url)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrNotConnected, err)
+	}
 	var network *gatheringConn
 	stop := func() bool { return true }
-	conn, err := amqp.DialConfig(url, amqp.Config{
+	// The library would put TLS around our connection, and hide the frames from it.
+	conn, err := amqp.DialConfig(unencrypted(url), amqp.Config{
 		Heartbeat: heartbeat, Properties: properties, Locale: "en_US",
-		Dial: func(kind, address string) (net.Conn, error) {
-			conn, err := (&net.Dialer{Timeout: handshakeTimeout}).DialContext(ctx, kind, address)
+		Dial: func(kind, _ string) (net.Conn, error) {
+			conn, err := (&net.Dialer{Timeout: handshakeTimeout}).DialContext(ctx, kind, address(uri))
 			if err != nil {
 				return nil, err
 			}
-			network = &gatheringConn{Conn: conn}
-			stop = context.AfterFunc(ctx, network.cut)
-			// For the handshake only: the library takes it off again.
-			return network, conn.SetDeadline(time.Now().Add(handshakeTimeout))
+			stop = context.AfterFunc(ctx, func() { _ = conn.Close() })
+			// For the handshakes only: the library takes it off again.
+			if err := conn.SetDeadline(time.Now().Add(handshakeTimeout)); err != nil {
+				return nil, err
+			}
+			secured, err := secure(ctx, conn, uri)
+			if err != nil {
+				_ = conn.Close()
+				return nil, err
+			}
+			network = &gatheringConn{Conn: newReadableConn(secured), network: conn}
+			return network, nil
 		},
 	})
 	stop()

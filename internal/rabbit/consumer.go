@@ -3,10 +3,8 @@ package rabbit
 import (
 	"cmp"
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
-	"strings"
 	"time"
 
 	"example.com/orders/internal/messaging"
@@ -64,19 +62,13 @@ func (c *Consumer) Run(ctx context.Context) error {
 	pause := backoff.NewExponentialBackOff()
 	pause.InitialInterval = 100 * time.Millisecond
 	pause.MaxInterval = 10 * time.Second
-	for unreadable := 0; ctx.Err() == nil; {
+	for ctx.Err() == nil {
 		started := time.Now()
-		err := c.consume(ctx, unreadable > 0)
+		err := c.consume(ctx)
 		if ctx.Err() != nil {
 			return nil
 		}
-		if unreadable++; !isUnreadable(err) {
-			unreadable = 0
-		}
-		if err == nil { // the end of careful consumption
-			continue
-		}
-		if time.Since(started) > pause.MaxInterval || unreadable > 0 && unreadable <= deliveryLimit+1 {
+		if time.Since(started) > pause.MaxInterval {
 			pause.Reset()
 		}
 		retryIn := pause.NextBackOff()
@@ -86,27 +78,8 @@ func (c *Consumer) Run(ctx context.Context) error {
 	return nil
 }
 
-// carefulTime is how long deliveries are taken one by one after one that cannot be read.
-const carefulTime = 30 * time.Second
-
-// isUnreadable tells whether the connection ended because the library cannot read what the broker has sent, such as a
-// header that is a list of more than 8,192 elements. The broker counts that as a delivery of everything that it has
-// sent and that is not acked. So from then on it may send one message at a time, and only the one that cannot be read
-// reaches its limit and is moved to the dead queue.
-func isUnreadable(err error) bool {
-	var reason *amqp.Error
-	return errors.As(err, &reason) && strings.Contains(reason.Reason, amqp.ErrSyntax.Reason)
-}
-
-// consume takes deliveries over one connection until that ends or ctx is done, or for a while if it is careful and
-// takes them one by one.
-func (c *Consumer) consume(ctx context.Context, careful bool) error {
-	prefetch := c.config.Prefetch
-	if careful {
-		limited, cancel := context.WithTimeout(ctx, carefulTime)
-		defer cancel()
-		ctx, prefetch = limited, 1
-	}
+// consume takes deliveries over one connection until that ends or ctx is done.
+func (c *Consumer) consume(ctx context.Context) error {
 	conn, err := Dial(ctx, c.config.URL, c.config.Name)
 	c.meters.connected(ctx, err)
 	if err != nil {
@@ -114,7 +87,7 @@ func (c *Consumer) consume(ctx context.Context, careful bool) error {
 	}
 	defer conn.HangUp()
 	stop := context.AfterFunc(ctx, conn.Cut)
-	channel, source, err := c.subscribe(ctx, conn, prefetch)
+	channel, source, err := c.subscribe(ctx, conn)
 	if !stop() {
 		return ctx.Err()
 	}
@@ -140,9 +113,7 @@ func (c *Consumer) consume(ctx context.Context, careful bool) error {
 const consumerTag = "group"
 
 // subscribe starts the deliveries.
-func (c *Consumer) subscribe(
-	ctx context.Context, conn *Connection, prefetch int,
-) (*amqp.Channel, <-chan amqp.Delivery, error) {
+func (c *Consumer) subscribe(ctx context.Context, conn *Connection) (*amqp.Channel, <-chan amqp.Delivery, error) {
 	if err := c.config.Topology.ensure(ctx, conn); err != nil {
 		return nil, nil, err
 	}
@@ -150,7 +121,7 @@ func (c *Consumer) subscribe(
 	if err != nil {
 		return nil, nil, fmt.Errorf("open channel: %w", err)
 	}
-	if err := channel.Qos(prefetch, 0, false); err != nil {
+	if err := channel.Qos(c.config.Prefetch, 0, false); err != nil {
 		return nil, nil, fmt.Errorf("set prefetch: %w", err)
 	}
 	source, err := channel.Consume(c.config.Queue, consumerTag, false, false, false, false, nil)

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -69,46 +70,72 @@ func TestConsumeWhenTheConnectionFails(t *testing.T) {
 	})
 }
 
-// A message that the library cannot read ends each connection that it is sent to. It is given up after its deliveries,
-// and no other is for its sake.
-func TestAMessageThatCannotBeReadTakesNoOtherWithIt(t *testing.T) {
+// A message with headers that the library cannot read arrives with a flaw in its place, and disturbs no other.
+func TestAMessageThatCannotBeReadHarmsNoOther(t *testing.T) {
 	t.Parallel()
 	url, p := setUp(t)
-	const others = 20
-	mustPublish(t, p, texts(0, others/2)...)
+	mustPublish(t, p, texts(0, 10)...)
 	ch := raw(t, url)
-	long := make([]any, 9000)
-	for i := range long {
-		long[i] = ""
-	}
 	if err := ch.Confirm(false); err != nil {
 		t.Fatal(err)
 	}
-	confirm, err := ch.PublishWithDeferredConfirm("", queue, true, false, amqp.Publishing{Headers: amqp.Table{"x": long}})
-	if err != nil {
-		t.Fatal(err)
+	list := func(n int) []any {
+		long := make([]any, n)
+		for i := range long {
+			long[i] = ""
+		}
+		return long
 	}
-	if acked, err := confirm.WaitContext(t.Context()); err != nil || !acked {
-		t.Fatalf("acked %t, %v", acked, err)
+	var deep any = "end"
+	for range maxDepth + 1 {
+		deep = []any{deep}
 	}
-	mustPublish(t, p, texts(others/2, others/2)...)
-	got := make(chan messaging.Delivery, 100*others)
+	wide := amqp.Table{}
+	for i := range maxElements + 1 {
+		wide[strconv.Itoa(i)] = nil
+	}
+	unreadable := []amqp.Table{{"x": list(maxElements + 1)}, {"x": deep}, wide, {"x": amqp.Table{"y": list(9000)}}}
+	readable := []amqp.Table{{"x": list(maxElements)}, {"x": deep.([]any)[0]}}
+	for _, headers := range append(unreadable, readable...) {
+		confirm, err := ch.PublishWithDeferredConfirm("", queue, true, false, amqp.Publishing{
+			Headers: headers, ContentType: "text/plain", ContentEncoding: "plain", MessageId: "foreign", Type: "some.Type", Body: []byte("kept"),
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if acked, err := confirm.WaitContext(t.Context()); err != nil || !acked {
+			t.Fatalf("acked %t, %v", acked, err)
+		}
+	}
+	mustPublish(t, p, texts(10, 10)...)
+	got := make(chan messaging.Delivery, 100)
 	consume(t, ConsumerConfig{URL: url}, func(_ context.Context, batch []messaging.Delivery) error {
 		for _, one := range batch {
 			got <- one
 		}
 		return nil
 	})
-	seen := map[string]bool{}
-	for len(seen) < others {
+	flawed := 0
+	for range 20 + len(unreadable) + len(readable) {
 		one := receive(t, got)
-		seen[textOf(t, one.Payload)] = true
-		if one.Count > 2 {
-			t.Errorf("%s was handed out %d times before", textOf(t, one.Payload), one.Count)
+		if one.Count > 0 {
+			t.Errorf("%s was handed out %d times before", one.ID, one.Count)
+		}
+		if one.ID != "foreign" {
+			continue
+		}
+		if one.Type != "some.Type" || string(one.Payload) != "kept" {
+			t.Errorf("got %+v", one)
+		}
+		if one.Flaw != "" {
+			flawed++
 		}
 	}
+	if flawed != len(unreadable) {
+		t.Errorf("%d messages have a flaw, want %d", flawed, len(unreadable))
+	}
 	ready(t, url, 0)
-	awaitCount(t, url, DeadQueue(queue), 1)
+	awaitCount(t, url, DeadQueue(queue), 0)
 }
 
 func TestConsumeWhatOthersSend(t *testing.T) {

@@ -118,7 +118,7 @@ func standBy(t *testing.T, url string) <-chan amqp.Delivery {
 	t.Cleanup(conn.HangUp)
 	config := ConsumerConfig{Topology: topology, Queue: queue}
 	consumer := NewConsumer(config, nil)
-	_, source, err := consumer.subscribe(t.Context(), conn, consumer.config.Prefetch)
+	_, source, err := consumer.subscribe(t.Context(), conn)
 	if err != nil {
 		t.Fatal(err)
 	}

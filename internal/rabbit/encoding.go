@@ -60,9 +60,12 @@ func decode(d *amqp.Delivery) messaging.Delivery {
 	}
 }
 
-// keyOf returns the key of a delivery, or a flaw if there is one that is no key. It must not pass for none: then the
-// order would be lost.
+// keyOf returns the key of a delivery, or a flaw if its key is no key or cannot be known. It must not pass for none:
+// then the order would be lost.
 func keyOf(d *amqp.Delivery) (key, flaw string) {
+	if reason := Unreadable(d.Headers); reason != "" {
+		return "", "the headers cannot be read: " + reason
+	}
 	value, given := d.Headers[keyHeader]
 	if key, ok := value.(string); ok || !given { // as from our own relay
 		return key, ""

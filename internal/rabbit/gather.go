@@ -12,6 +12,7 @@ const gatherSize = 64 << 10
 // in the broker, cost more than the publishing itself.
 type gatheringConn struct {
 	net.Conn
+	network net.Conn // beneath TLS
 
 	mu        sync.Mutex
 	gathering bool
@@ -58,4 +59,4 @@ func (c *gatheringConn) flush() error {
 }
 
 // cut ends the connection without a word.
-func (c *gatheringConn) cut() { _ = c.Conn.Close() }
+func (c *gatheringConn) cut() { _ = c.network.Close() }

@@ -10,27 +10,32 @@ import (
 	"time"
 
 	"connectrpc.com/connect/v2"
+	"example.com/orders/internal/bounds"
+	"example.com/orders/internal/rabbit"
 	amqp "github.com/rabbitmq/amqp091-go"
 	"go.opentelemetry.io/otel/trace"
 )
 
-// handle judges a request, executes it if it is to be executed, and returns the reply: nil for a message that is no request.
+// handle judges a request, executes it if it is to be executed, and returns the reply: nil for a message that nobody can
+// be answered for.
 func (s *session) handle(ctx context.Context, service *service, d *amqp.Delivery) *amqp.Publishing {
-	now := time.Now()
-	stream := &serverStream{request: d.Body, limit: s.config.ReplyMaxBytes, info: new(connect.CallInfo)}
-	deadline, reason := s.read(d, stream.info, now)
-	if reason != "" {
+	if reason := unanswerable(d); reason != "" {
 		s.meters.drop(ctx, reason)
 		s.config.Log.DebugContext(ctx, "rpc request dropped", "service", service.name, "reason", reason)
 		return nil
 	}
+	now := time.Now()
+	stream := &serverStream{request: d.Body, limit: s.config.ReplyMaxBytes, info: new(connect.CallInfo)}
 	spec, known := service.methods[d.Type]
 	if !known {
 		spec.Procedure = "/" + service.name + "/unknown" // for the meters: names of a caller's choice would have no end
 	}
+	deadline, err := read(d, stream.info, now)
 	ctx = traceContext.Extract(ctx, carrier(d.Headers))
 	ctx, observed := observe(ctx, &s.meters, s.tracer, trace.SpanKindServer, spec.Procedure)
-	err := s.refuse(d, spec, known, now, deadline)
+	if err == nil {
+		err = s.refuse(d, spec, known, now, deadline)
+	}
 	if err == nil {
 		err = s.execute(ctx, deadline, spec, stream)
 	}
@@ -40,23 +45,30 @@ func (s *session) handle(ctx context.Context, service *service, d *amqp.Delivery
 	return reply
 }
 
-// read takes in what a request says. The reason, if any, is why it is none: then nobody can be answered, or nobody should be.
-func (s *session) read(d *amqp.Delivery, info *connect.CallInfo, now time.Time) (deadline time.Time, reason string) {
+// unanswerable says why a request cannot be answered, or must not be.
+func unanswerable(d *amqp.Delivery) string {
 	switch {
-	case d.ReplyTo == "" || d.CorrelationId == "":
-		return time.Time{}, "no_reply_to"
+	case d.ReplyTo == "":
+		return "no_reply_to"
 	case !strings.HasPrefix(d.ReplyTo, addressPrefix):
 		// Anything else is the name of a queue, and an answer to it a message of the caller's making, sent with our permissions.
-		return time.Time{}, "foreign_reply_to"
+		return "foreign_reply_to"
 	}
-	deadline, err := decodeDeadline(d, now)
-	if err == nil {
-		err = decodeMetadata(d.Headers, metadataHeader, info.RequestHeader())
+	return ""
+}
+
+// read takes in what a request says of itself.
+func read(d *amqp.Delivery, info *connect.CallInfo, now time.Time) (deadline time.Time, err error) {
+	if reason := rabbit.Unreadable(d.Headers); reason != "" {
+		return time.Time{}, connect.NewError(connect.CodeInvalidArgument, "the headers cannot be read: "+reason)
 	}
-	if err != nil {
-		return time.Time{}, "malformed"
+	if d.CorrelationId == "" {
+		return time.Time{}, connect.NewError(connect.CodeInvalidArgument, "the request has no correlation_id")
 	}
-	return deadline, ""
+	if deadline, err = decodeDeadline(d, now); err == nil {
+		err = new(metadata).decode(d.Headers, metadataHeader, info.RequestHeader())
+	}
+	return deadline, err
 }
 
 // refuse returns why a request must not be executed, nil if it must.
@@ -115,7 +127,7 @@ func (s *serverStream) Receive(message any) error {
 	}
 	s.received = true
 	if err := decodeMessage(s.request, message); err != nil {
-		return connect.Errorf(connect.CodeInvalidArgument, "unmarshal message: %v", err)
+		return connect.Errorf(connect.CodeInvalidArgument, "unmarshal message: %v", err).WithCause(err)
 	}
 	return nil
 }
@@ -141,17 +153,20 @@ func (s *serverStream) reply(err error) (*amqp.Publishing, error) {
 	if err == nil && !s.sent {
 		err = connect.NewError(connect.CodeUnimplemented, "unary stream has no message")
 	}
-	headers := amqp.Table{}
-	tooMuch := encodeMetadata(headers, metadataHeader, s.info.ResponseHeader())
-	if tooMuch == nil {
-		tooMuch = encodeMetadata(headers, trailerHeader, s.info.ResponseTrailer())
+	headers, size := amqp.Table{}, new(metadata)
+	unfit := size.encode(headers, metadataHeader, s.info.ResponseHeader())
+	if unfit == nil {
+		unfit = size.encode(headers, trailerHeader, s.info.ResponseTrailer())
 	}
-	if tooMuch != nil {
-		headers, err = amqp.Table{}, tooMuch
+	if unfit != nil {
+		headers = amqp.Table{}
+		if err = unfit; !errors.Is(unfit, errMetadataTooLarge) { // the handler's fault, not the caller's
+			err = connect.NewError(connect.CodeInternal, "internal error").WithCause(unfit)
+		}
 	}
 	reply := &amqp.Publishing{Type: typeAnswer, ContentType: contentType, Headers: headers, Body: s.answer}
 	if err != nil {
-		told := public(err)
+		told := bounds.Error(public(err))
 		if reply.Body, err = encodeError(told); err != nil || len(reply.Body) > s.limit {
 			told = connect.NewError(told.Code(), "the error is too large to be sent")
 			reply.Body, _ = encodeError(told)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -150,8 +151,8 @@ func ask(t *testing.T, url string, request *amqp.Publishing) <-chan amqp.Deliver
 	return replies
 }
 
-// What is no request is dropped and counted, and the server goes on.
-func TestMalformedRequestsAreDropped(t *testing.T) {
+// A request that cannot be answered is dropped and counted, and the server goes on.
+func TestUnanswerableRequestsAreDropped(t *testing.T) {
 	t.Parallel()
 	url := testenv.AMQP(t)
 	reader := sdkmetric.NewManualReader()
@@ -165,27 +166,14 @@ func TestMalformedRequestsAreDropped(t *testing.T) {
 	if _, err := channel.QueueDeclare("payments", false, false, false, false, nil); err != nil {
 		t.Fatal(err)
 	}
-	headers := func(value any) amqp.Table {
-		return amqp.Table{"deadline": time.Now().Add(patience).UnixMilli(), "metadata": value}
-	}
 	for reason, ways := range map[string][]func(*amqp.Publishing){
 		"no_reply_to": {
 			func(p *amqp.Publishing) { p.ReplyTo = "" },
-			func(p *amqp.Publishing) { p.ReplyTo, p.CorrelationId = "amq.rabbitmq.reply-to.x", "" },
 			func(p *amqp.Publishing) { *p = amqp.Publishing{} },
 		},
 		"foreign_reply_to": {
 			func(p *amqp.Publishing) { p.ReplyTo = "payments" },
 			func(p *amqp.Publishing) { p.ReplyTo = "amq.rabbitmq.reply-to-payments" },
-		},
-		"malformed": {
-			func(p *amqp.Publishing) { p.Headers = nil },
-			func(p *amqp.Publishing) { p.Headers["deadline"] = "soon" },
-			func(p *amqp.Publishing) { p.Expiration = "" },
-			func(p *amqp.Publishing) { p.Headers = headers("text") },
-			func(p *amqp.Publishing) { p.Headers = headers(amqp.Table{"name": "text"}) },
-			func(p *amqp.Publishing) { p.Headers = headers(amqp.Table{"name": []any{int32(1), amqp.Table{}}}) },
-			func(p *amqp.Publishing) { p.Headers = headers(amqp.Table{"name": []any{strings.Repeat("x", 100<<10)}}) },
 		},
 	} {
 		for i, change := range ways {
@@ -225,16 +213,40 @@ func TestRefusedRequestsAreAnswered(t *testing.T) {
 	t.Parallel()
 	url := testenv.AMQP(t)
 	serve(t, rabbitrpc.ServerConfig{URL: url, RequestMaxBytes: 100}, register(again, echo), register(stream, echo), register(other, echo))
+	headers := func(value any) amqp.Table {
+		return amqp.Table{"deadline": time.Now().Add(patience).UnixMilli(), "metadata": value}
+	}
+	one := func(name, value string) amqp.Table { return headers(amqp.Table{name: []any{value}}) }
+	empty := make([]any, 2000)
+	for i := range empty {
+		empty[i] = ""
+	}
 	for text, change := range map[string]func(*amqp.Publishing){
-		"streams are not served": func(p *amqp.Publishing) { p.Type = stream.Procedure },
-		"no such method":         func(p *amqp.Publishing) { p.Type = other.Procedure }, // of another service
-		"content type":           func(p *amqp.Publishing) { p.ContentType = "application/json" },
-		"larger than":            func(p *amqp.Publishing) { p.Body = make([]byte, 101) },
-		"unmarshal":              func(p *amqp.Publishing) { p.Body = []byte("\xff") },
+		"no correlation_id":             func(p *amqp.Publishing) { p.CorrelationId = "" },
+		"header deadline is a <nil>":    func(p *amqp.Publishing) { p.Headers = nil },
+		"header deadline is a string":   func(p *amqp.Publishing) { p.Headers["deadline"] = "soon" },
+		"no number of milliseconds":     func(p *amqp.Publishing) { p.Expiration = "" },
+		"header metadata is a string":   func(p *amqp.Publishing) { p.Headers = headers("text") },
+		`metadata "name" is a string`:   func(p *amqp.Publishing) { p.Headers = headers(amqp.Table{"name": "text"}) },
+		`metadata "name" holds a int32`: func(p *amqp.Publishing) { p.Headers = headers(amqp.Table{"name": []any{int32(1)}}) },
+		"65536 bytes":                   func(p *amqp.Publishing) { p.Headers = one("name", strings.Repeat("x", 100<<10)) },
+		"1024 values":                   func(p *amqp.Publishing) { p.Headers = headers(amqp.Table{"name": empty}) },
+		`the name ":path"`:              func(p *amqp.Publishing) { p.Headers = one(":path", "/") },
+		`the name "two words"`:          func(p *amqp.Publishing) { p.Headers = one("two words", "") },
+		"broken has a value":            func(p *amqp.Publishing) { p.Headers = one("broken", "a\r\nb: c") },
+		"nul has a value":               func(p *amqp.Publishing) { p.Headers = one("nul", "a\x00") },
+		"more than 8192 elements":       func(p *amqp.Publishing) { p.Headers = headers(slices.Repeat(empty, 5)) },
+		"came too late":                 func(p *amqp.Publishing) { p.Headers["deadline"] = int64(math.MinInt64) },
+		"streams are not served":        func(p *amqp.Publishing) { p.Type = stream.Procedure },
+		"no such method":                func(p *amqp.Publishing) { p.Type = other.Procedure }, // of another service
+		"content type":                  func(p *amqp.Publishing) { p.ContentType = "application/json" },
+		"larger than":                   func(p *amqp.Publishing) { p.Body = make([]byte, 101) },
+		"unmarshal":                     func(p *amqp.Publishing) { p.Body = []byte("\xff") },
 	} {
 		request := rawRequest(t, "")
 		change(request)
-		if reply := receive(t, ask(t, url, request)); reply.Type != "error" || !strings.Contains(string(reply.Body), text) {
+		reply := receive(t, ask(t, url, request))
+		if reply.Type != "error" || reply.CorrelationId != request.CorrelationId || !strings.Contains(string(reply.Body), text) {
 			t.Errorf("want %q, got %s %q", text, reply.Type, reply.Body)
 		}
 	}

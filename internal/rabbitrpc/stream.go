@@ -9,6 +9,7 @@ import (
 	"sync"
 
 	"connectrpc.com/connect/v2"
+	"example.com/orders/internal/rabbit"
 	amqp "github.com/rabbitmq/amqp091-go"
 	"go.opentelemetry.io/otel/trace"
 )
@@ -82,7 +83,7 @@ func (s *stream) send(message any) error {
 		return err
 	}
 	headers := amqp.Table{}
-	if err := encodeMetadata(headers, metadataHeader, s.info.RequestHeader()); err != nil {
+	if err := new(metadata).encode(headers, metadataHeader, s.info.RequestHeader()); err != nil {
 		return err
 	}
 	traceContext.Inject(s.ctx, carrier(headers))
@@ -137,9 +138,13 @@ func (s *stream) read(reply *amqp.Delivery, message any) error {
 		return tooLarge(len(reply.Body), limit)
 	}
 	s.info.ReceiveStats = connect.MessageStats{Size: len(reply.Body)}
-	err := decodeMetadata(reply.Headers, metadataHeader, s.info.ResponseHeader())
+	size := new(metadata)
+	err := size.decode(reply.Headers, metadataHeader, s.info.ResponseHeader())
 	if err == nil {
-		err = decodeMetadata(reply.Headers, trailerHeader, s.info.ResponseTrailer())
+		err = size.decode(reply.Headers, trailerHeader, s.info.ResponseTrailer())
+	}
+	if reason := rabbit.Unreadable(reply.Headers); reason != "" {
+		err = errors.New(reason)
 	}
 	if err == nil {
 		switch reply.Type {
@@ -148,7 +153,7 @@ func (s *stream) read(reply *amqp.Delivery, message any) error {
 		case typeError:
 			return decodeError(reply.Body)
 		default:
-			err = errMalformed
+			err = errors.New("unknown type")
 		}
 	}
 	if err != nil {

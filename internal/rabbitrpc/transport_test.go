@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"strconv"
 	"strings"
 	"sync"
@@ -187,28 +188,100 @@ func TestCloseEndsCalls(t *testing.T) {
 	wantError(t, err, connect.CodeUnavailable, "the client is closed")
 }
 
-// Metadata that no AMQP frame can carry is refused, before it ends the connection of all others.
+// Metadata that no AMQP frame can carry, or that HTTP would refuse, ends its own call, and no other on the connection.
 func TestMetadataIsBounded(t *testing.T) {
 	t.Parallel()
 	url := testenv.AMQP(t)
+	const half = 50_000
+	answers := map[string]func(*connect.CallInfo){
+		"big trailer": func(i *connect.CallInfo) { i.ResponseTrailer().Set("Big", strings.Repeat("x", 200<<10)) },
+		"both": func(i *connect.CallInfo) {
+			i.ResponseHeader().Set("A", strings.Repeat("x", half))
+			i.ResponseTrailer().Set("B", strings.Repeat("x", half))
+		},
+		"many values":    func(i *connect.CallInfo) { i.ResponseHeader().SetValues("Many", make([]string, 30_000)) },
+		"forged header":  func(i *connect.CallInfo) { i.ResponseHeader().Set("Line", "a\r\nb: c") },
+		"forged trailer": func(i *connect.CallInfo) { i.ResponseTrailer().Set("two words", "") },
+		"large but fine": func(i *connect.CallInfo) { i.ResponseHeader().Set("A", strings.Repeat("x", 65_000)) },
+		"many but fine":  func(i *connect.CallInfo) { i.ResponseHeader().SetValues("Many", make([]string, 1024)) },
+		"nothing at all": func(*connect.CallInfo) {},
+	}
+	codes := map[string]connect.Code{
+		"big trailer": connect.CodeResourceExhausted, "both": connect.CodeResourceExhausted, "many values": connect.CodeResourceExhausted,
+		"forged header": connect.CodeInternal, "forged trailer": connect.CodeInternal,
+	}
+	held, release := make(chan struct{}), make(chan struct{})
 	serve(t, rabbitrpc.ServerConfig{URL: url}, register(once, func(ctx context.Context, in string) (string, error) {
-		if in == "too much" {
-			info, _ := connect.CallInfoForServerContext(ctx)
-			info.ResponseTrailer().Set("Big", strings.Repeat("x", 200<<10))
+		if in == "held" {
+			close(held)
+			<-release
+			return in, nil
 		}
+		info, _ := connect.CallInfoForServerContext(ctx)
+		answers[in](info)
 		return in, nil
 	}))
 	client := newClient(t, url)
-	for name, value := range map[string]string{"Big": strings.Repeat("x", 200<<10), strings.Repeat("N", 300): ""} {
-		ctx, info := connect.NewClientContext(t.Context())
-		info.RequestHeader().Set(name, value)
-		_, err := call(ctx, client, once, "")
-		wantError(t, err, connect.CodeResourceExhausted, "")
+	other := make(chan error, 1)
+	go func() {
+		_, err := call(t.Context(), client, once, "held")
+		other <- err
+	}()
+	receive(t, held)
+	for in := range answers {
+		_, err := call(t.Context(), client, once, in)
+		if want := codes[in]; want != 0 || err != nil {
+			wantError(t, err, want, "")
+		}
 	}
-	_, err := call(t.Context(), client, once, "too much")
-	wantError(t, err, connect.CodeResourceExhausted, "")
-	if _, err := call(t.Context(), client, once, "fine"); err != nil {
-		t.Error(err)
+	for name, want := range map[string]connect.Code{
+		"Big": connect.CodeResourceExhausted, strings.Repeat("N", 300): connect.CodeResourceExhausted, "Many": connect.CodeResourceExhausted,
+		":path": connect.CodeInvalidArgument, "two words": connect.CodeInvalidArgument, "Line": connect.CodeInvalidArgument,
+	} {
+		ctx, info := connect.NewClientContext(t.Context())
+		info.RequestHeader().SetValues(name, map[string][]string{
+			"Big": {strings.Repeat("x", 200<<10)}, "Many": make([]string, 30_000), "Line": {"a\r\nb: c"},
+		}[name])
+		if info.RequestHeader().Get(name) == "" && name != "Many" {
+			info.RequestHeader().Set(name, "value")
+		}
+		_, err := call(ctx, client, once, "nothing at all")
+		wantError(t, err, want, "")
+	}
+	close(release)
+	if err := receive(t, other); err != nil {
+		t.Errorf("a call on the same connections ended with %v", err)
+	}
+}
+
+// A deadline that the broker's timer cannot hold is as good as one that it can.
+func TestFarDeadlines(t *testing.T) {
+	t.Parallel()
+	url := testenv.AMQP(t)
+	var left time.Duration
+	serve(t, rabbitrpc.ServerConfig{URL: url}, register(once, func(ctx context.Context, in string) (string, error) {
+		deadline, _ := ctx.Deadline()
+		left = time.Until(deadline)
+		return in, nil
+	}))
+	client := newClient(t, url)
+	for _, timeout := range []time.Duration{23 * 24 * time.Hour, 30 * 24 * time.Hour, 200 * 365 * 24 * time.Hour, math.MaxInt64} {
+		ctx, cancel := context.WithTimeout(t.Context(), timeout)
+		if _, err := call(ctx, client, once, ""); err != nil {
+			t.Errorf("%v: %v", timeout, err)
+		}
+		if most := 24 * 24 * time.Hour; left > most || left < min(timeout, most)-time.Minute {
+			t.Errorf("%v: the server has %v", timeout, left)
+		}
+		cancel()
+	}
+	for _, expiration := range []string{"2147483648", "4294967295"} { // what others may send, up to the broker's limit
+		request := rawRequest(t, "")
+		request.Type, request.Expiration = once.Procedure, expiration
+		request.Headers["deadline"] = int64(math.MaxInt64)
+		if reply := receive(t, ask(t, url, request)); reply.Type != "answer" {
+			t.Errorf("expiration %s: %s %q", expiration, reply.Type, reply.Body)
+		}
 	}
 }
 

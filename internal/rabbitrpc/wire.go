@@ -2,7 +2,6 @@ package rabbitrpc
 
 import (
 	"errors"
-	"fmt"
 	"slices"
 	"strconv"
 	"strings"
@@ -10,7 +9,9 @@ import (
 
 	"connectrpc.com/connect/v2"
 	"connectrpc.com/connect/v2/connectproto"
+	"example.com/orders/internal/bounds"
 	amqp "github.com/rabbitmq/amqp091-go"
+	"golang.org/x/net/http/httpguts"
 	"google.golang.org/genproto/googleapis/rpc/status"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
@@ -33,14 +34,19 @@ const (
 )
 
 const (
-	// maxMetadataBytes bounds the metadata of a request or a reply. A header frame ends at the connection's frame size, 128 KiB, and what
-	// is larger ends the connection with all that is under way on it.
+	// maxMetadataBytes bounds the metadata of a request or a reply, trailers included, as it is encoded. A header frame
+	// ends at the connection's frame size, 128 KiB, and what is larger ends the connection with all that is under way.
 	maxMetadataBytes = 64 << 10
+	// maxMetadataValues bounds the values of metadata: the client library cannot read a list of more than 8,192.
+	maxMetadataValues = 1024
 	// maxNameBytes bounds the names of headers, procedures and services: AMQP's short strings.
 	maxNameBytes = 255
+	// maxDeadline is the longest that a request can wait: more is more than the broker's timer takes.
+	maxDeadline = 24 * 24 * time.Hour
 )
 
-var errMetadataTooLarge = connect.Errorf(connect.CodeResourceExhausted, "metadata of more than %d bytes, or a name of more than %d", maxMetadataBytes, maxNameBytes)
+var errMetadataTooLarge = connect.Errorf(connect.CodeResourceExhausted,
+	"metadata of more than %d bytes or %d values, or a name of more than %d bytes", maxMetadataBytes, maxMetadataValues, maxNameBytes)
 
 // isProtocols says whether a header belongs to a protocol rather than to its users. HTTP does not send those for them either.
 func isProtocols(name string) bool {
@@ -51,85 +57,106 @@ func isProtocols(name string) bool {
 	return strings.HasPrefix(name, "Connect-") || strings.HasPrefix(name, "Grpc-")
 }
 
-// encodeMetadata adds header to headers under name, if there is any.
-func encodeMetadata(headers amqp.Table, name string, header *connect.Header) error {
+// metadata measures what is encoded in the headers of one message.
+type metadata struct{ bytes, values int }
+
+// add counts a name and its values, and refuses what HTTP would refuse.
+func (m *metadata) add(name string, values []string) error {
+	const perName, perValue = 1 + 1 + 4, 1 + 4 // length of the name, type and length of the list; type and length
+	m.bytes += perName + len(name)
+	if m.values += len(values); len(name) > maxNameBytes || m.values > maxMetadataValues {
+		return errMetadataTooLarge
+	}
+	if !httpguts.ValidHeaderFieldName(name) {
+		return connect.Errorf(connect.CodeInvalidArgument, "metadata has the name %q, which is none in HTTP", name)
+	}
+	for _, value := range values {
+		if m.bytes += perValue + len(value); m.bytes > maxMetadataBytes {
+			return errMetadataTooLarge
+		}
+		if !httpguts.ValidHeaderFieldValue(value) {
+			return connect.Errorf(connect.CodeInvalidArgument, "metadata %s has a value with control characters", name)
+		}
+	}
+	return nil
+}
+
+// encode adds header to headers under name, if there is any.
+func (m *metadata) encode(headers amqp.Table, name string, header *connect.Header) error {
 	if header.Len() == 0 {
 		return nil
 	}
-	table, size := amqp.Table{}, 0
+	table := amqp.Table{}
 	for name, values := range header.All() {
 		if isProtocols(name) || len(values) == 0 {
 			continue
 		}
+		if err := m.add(name, values); err != nil {
+			return err
+		}
 		list := make([]any, len(values))
 		for i, value := range values {
 			list[i] = value
-			size += len(value)
 		}
 		table[name] = list
-		if size += len(name); size > maxMetadataBytes || len(name) > maxNameBytes {
-			return errMetadataTooLarge
-		}
 	}
 	headers[name] = table
 	return nil
 }
 
-var errMalformed = errors.New("malformed")
-
-// decodeMetadata reads what encodeMetadata wrote, or somebody else made up.
-func decodeMetadata(headers amqp.Table, name string, header *connect.Header) error {
+// decode reads what encode wrote, or somebody else made up.
+func (m *metadata) decode(headers amqp.Table, name string, header *connect.Header) error {
 	if headers[name] == nil {
 		return nil
 	}
 	table, ok := headers[name].(amqp.Table)
 	if !ok {
-		return fmt.Errorf("%w: header %s is a %T", errMalformed, name, headers[name])
+		return connect.Errorf(connect.CodeInvalidArgument, "header %s is a %T", name, headers[name])
 	}
-	size := 0
 	for name, list := range table {
 		values, ok := list.([]any)
 		if !ok {
-			return fmt.Errorf("%w: metadata %q is a %T", errMalformed, name, list)
+			return connect.Errorf(connect.CodeInvalidArgument, "metadata %q is a %T", name, list)
 		}
 		texts := make([]string, len(values))
 		for i := range values {
 			if texts[i], ok = values[i].(string); !ok {
-				return fmt.Errorf("%w: metadata %q holds a %T", errMalformed, name, values[i])
+				return connect.Errorf(connect.CodeInvalidArgument, "metadata %q holds a %T", name, values[i])
 			}
-			size += len(texts[i])
 		}
-		if size += len(name); size > maxMetadataBytes {
-			return errMetadataTooLarge
+		if err := m.add(name, texts); err != nil {
+			return err
 		}
 		header.SetValues(name, texts)
 	}
 	return nil
 }
 
-// encodeDeadline writes until when the request is worth anything, for the broker and for the server. A tenth of a millisecond left is one
-// millisecond: the broker takes 0 for "only if somebody is waiting for it".
+// encodeDeadline writes until when the request is worth anything, for the broker and for the server. A tenth of a
+// millisecond left is one millisecond: the broker takes 0 for "only if somebody is waiting for it".
 func encodeDeadline(p *amqp.Publishing, deadline time.Time) {
-	p.Expiration = strconv.FormatInt(max(1, time.Until(deadline).Milliseconds()), 10)
-	p.Headers[deadlineHeader] = deadline.UnixMilli()
+	now := time.Now()
+	left := min(deadline.Sub(now), maxDeadline)
+	p.Expiration = strconv.FormatInt(max(1, left.Milliseconds()), 10)
+	p.Headers[deadlineHeader] = now.Add(left).UnixMilli()
 }
 
-// decodeDeadline returns when the request expires by our clock. It is never later than the time that the caller had when it sent the
-// request, counted from now, however late our clock is.
+// decodeDeadline returns when the request expires by our clock. It is never later than the time that the caller had
+// when it sent the request, counted from now, however late our clock is.
 func decodeDeadline(d *amqp.Delivery, now time.Time) (time.Time, error) {
 	stated, ok := d.Headers[deadlineHeader].(int64)
 	if !ok {
-		return time.Time{}, fmt.Errorf("%w: header %s is a %T", errMalformed, deadlineHeader, d.Headers[deadlineHeader])
+		return time.Time{}, connect.Errorf(connect.CodeInvalidArgument, "header %s is a %T, want a long integer", deadlineHeader, d.Headers[deadlineHeader])
 	}
-	left, err := strconv.ParseInt(d.Expiration, 10, 32) // the broker's limit as well
-	if err != nil {
-		return time.Time{}, fmt.Errorf("%w: expiration: %w", errMalformed, err)
+	left, err := strconv.ParseUint(d.Expiration, 10, 64)
+	if err != nil && !errors.Is(err, strconv.ErrRange) {
+		return time.Time{}, connect.NewError(connect.CodeInvalidArgument, "expiration is no number of milliseconds")
 	}
-	deadline, latest := time.UnixMilli(stated), now.Add(time.Duration(left)*time.Millisecond)
-	if latest.Before(deadline) {
+	latest := now.Add(time.Duration(min(left, uint64(maxDeadline.Milliseconds()))) * time.Millisecond)
+	if latest.UnixMilli() < stated {
 		return latest, nil
 	}
-	return deadline, nil
+	return time.UnixMilli(stated), nil
 }
 
 // encodeError makes the body of a reply that is an error.
@@ -184,7 +211,7 @@ func decodeMessage(body []byte, message any) error {
 	if !ok {
 		return connect.Errorf(connect.CodeInternal, "%T is no protobuf message", message)
 	}
-	return proto.Unmarshal(body, decoded)
+	return bounds.Unmarshal(body, decoded)
 }
 
 func tooLarge(size, limit int) *connect.Error {

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"connectrpc.com/connect/v2"
+	"example.com/orders/internal/bounds"
 )
 
 // guard is the mux that Connect mounts its handlers on. It puts around each of them what the kind of call needs, which
@@ -32,7 +33,48 @@ func (g *guard) Handle(pattern string, handler http.Handler) {
 	if g.types[pattern] != connect.StreamTypeUnary {
 		handler = endOnDrain(handler)
 	}
-	g.mux.Handle(pattern, handler)
+	g.mux.Handle(pattern, cutQuoted(handler))
+}
+
+// quoted are the headers and query parameters that Connect quotes in the error when it cannot use their value.
+var (
+	quotedHeaders = []string{
+		"Connect-Content-Encoding", "Connect-Protocol-Version", "Connect-Timeout-Ms", "Content-Encoding",
+		"Grpc-Encoding", "Grpc-Timeout",
+	}
+	quotedParameters = []string{"base64", "compression", "connect", "encoding"}
+)
+
+const (
+	// maxQuoted is the most bytes of such a value that an error quotes. No valid one is as long.
+	maxQuoted = 64
+	// maxProcedure is the same for the name of a procedure.
+	maxProcedure = 255
+)
+
+// cutQuoted cuts the values that an error would quote. What is cut was not usable before.
+func cutQuoted(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		for _, name := range quotedHeaders {
+			if value := r.Header.Get(name); len(value) > maxQuoted {
+				r.Header.Set(name, bounds.Text(value, maxQuoted))
+			}
+		}
+		r.URL.Path = bounds.Text(r.URL.Path, maxProcedure)
+		if r.Method == http.MethodGet {
+			query, long := r.URL.Query(), false
+			for _, name := range quotedParameters {
+				if value := query.Get(name); len(value) > maxQuoted {
+					query.Set(name, bounds.Text(value, maxQuoted))
+					long = true
+				}
+			}
+			if long {
+				r.URL.RawQuery = query.Encode()
+			}
+		}
+		next.ServeHTTP(w, r)
+	})
 }
 
 // boundBody bounds the body of a call with one request message in size and time. Connect bounds the message by itself, but

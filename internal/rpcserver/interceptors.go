@@ -10,8 +10,8 @@ import (
 	"time"
 
 	"connectrpc.com/connect/v2"
-	"connectrpc.com/validate"
 	"example.com/orders/internal/auth"
+	"example.com/orders/internal/bounds"
 	"example.com/orders/internal/outbox"
 	"example.com/orders/internal/postgres"
 )
@@ -26,8 +26,9 @@ import (
 // for the caller and passes, unless it is another server's. postgres.ErrUnavailable, ErrBusy and ErrOutcomeUnknown
 // become unavailable, each with a text of its own; outbox.ErrBacklogFull becomes resource_exhausted; the end of the
 // call's context becomes canceled or deadline_exceeded. Anything else is logged and becomes internal with a fixed text.
+// Texts and details are cut to what package bounds allows.
 func Interceptors(log *slog.Logger, inner ...connect.ServerInterceptor) []connect.ServerInterceptor {
-	return append([]connect.ServerInterceptor{nameRequest, logAccess(log), answerErrors(log), validate.NewServerInterceptor()}, inner...)
+	return append([]connect.ServerInterceptor{nameRequest, logAccess(log), answerErrors(log), validateRequests()}, inner...)
 }
 
 // logAccess says who called what and how it went, and nothing of what was said.
@@ -74,7 +75,7 @@ func answerErrors(log *slog.Logger) connect.ServerInterceptor {
 					why = slog.Attr{} // the caller is told; the text quotes what could not be decoded
 				}
 				log.Log(ctx, level, "rpc failed", "procedure", spec.Procedure, "code", answer.Code().String(), why, "request_id", RequestID(ctx))
-				return answer.WithCause(err)
+				return bounds.Error(answer).WithCause(err)
 			}
 			return nil
 		}
@@ -88,7 +89,11 @@ type received struct{ connect.ServerStream }
 func (s received) Receive(message any) error {
 	err := s.ServerStream.Receive(message)
 	var malformed *connect.Error
-	if errors.As(err, &malformed) && (malformed.Code() == connect.CodeInternal || malformed.Code() == connect.CodeUnknown) {
+	switch {
+	case !errors.As(err, &malformed):
+	case errors.Is(err, bounds.ErrTooManyFields):
+		return connect.NewError(connect.CodeResourceExhausted, bounds.ErrTooManyFields.Error()).WithCause(err)
+	case malformed.Code() == connect.CodeInternal, malformed.Code() == connect.CodeUnknown:
 		return connect.NewError(connect.CodeInvalidArgument, malformed.Message()).WithCause(err)
 	}
 	return err

@@ -121,7 +121,7 @@ func New(config Config, register ...func(*connect.Server)) *Server {
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
 	mux.HandleFunc("GET /readyz", health.readyz)
 	connecthttp.Mount(newGuard(mux, config, rpc), rpc,
-		connecthttp.WithReadMaxBytes(config.ReadMaxBytes), connecthttp.WithCompressors(newBoundedGzip(config.ReadMaxBytes)),
+		connecthttp.WithCodecs(codecs()...), connecthttp.WithReadMaxBytes(config.ReadMaxBytes), connecthttp.WithCompressors(newBoundedGzip(config.ReadMaxBytes)),
 		connecthttp.WithCompressMinBytes(compressMinBytes))
 	return &Server{config: config, rpc: rpc, mux: mux, handler: newEdge(mux, config)}
 }

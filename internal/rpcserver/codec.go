@@ -1,0 +1,46 @@
+package rpcserver
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+
+	"connectrpc.com/connect/v2"
+	"connectrpc.com/connect/v2/connectproto"
+	"example.com/orders/internal/bounds"
+	"google.golang.org/protobuf/proto"
+)
+
+// boundedCodec refuses messages of too many fields before it decodes them.
+type boundedCodec struct {
+	connect.StableCodec
+	check func(body []byte, message proto.Message) error
+}
+
+// codecs are those that callers may choose from.
+func codecs() []connect.Codec {
+	checkJSON := func(text []byte, _ proto.Message) error { return bounds.CheckJSON(text) }
+	return []connect.Codec{
+		boundedCodec{connectproto.NewBinaryCodec(), bounds.CheckFields}, boundedCodec{connectproto.NewJSONCodec(), checkJSON},
+	}
+}
+
+// UnmarshalRead implements connect.Codec.
+func (c boundedCodec) UnmarshalRead(ctx context.Context, src io.Reader, message any) error {
+	decoded, ok := message.(proto.Message)
+	if !ok {
+		return fmt.Errorf("%w: got %T", connectproto.ErrNotProtoMessage, message)
+	}
+	buffer, ok := src.(*bytes.Buffer) // as Connect hands it in
+	if !ok {
+		buffer = new(bytes.Buffer)
+		if _, err := buffer.ReadFrom(src); err != nil {
+			return err
+		}
+	}
+	if err := c.check(buffer.Bytes(), decoded); err != nil {
+		return err
+	}
+	return c.StableCodec.UnmarshalRead(ctx, buffer, message)
+}
