@@ -216,6 +216,41 @@ func leavings(t *testing.T, db *pgxpool.Pool) map[string][]string {
 	return left
 }
 
+// A rollback that fails undoes nothing: the savepoint had gone with an outer one, and what was inserted since stays.
+func TestAFailedRollbackForgetsNothing(t *testing.T) {
+	t.Parallel()
+	db := testenv.Postgres(t)
+	err := postgres.Transact(t.Context(), db, func(tx pgx.Tx) error {
+		outer, err := tx.Begin(t.Context())
+		if err != nil {
+			return err
+		}
+		inner, err := tx.Begin(t.Context())
+		if err != nil {
+			return err
+		}
+		if err := outer.Rollback(t.Context()); err != nil {
+			return err
+		}
+		if err := Insert(t.Context(), inner, probe("key", "kept")); err != nil {
+			return err
+		}
+		err = postgres.Transact(postgres.Join(t.Context(), db, tx), db, func(pgx.Tx) error {
+			return inner.Rollback(t.Context())
+		})
+		if err == nil {
+			return errors.New("the rollback did not fail: the test proves nothing")
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if left := leavings(t, db)["outbox"]; len(left) != 1 {
+		t.Errorf("left %v", left)
+	}
+}
+
 // A message that Insert accepts is in the log once its transaction has committed. So a transaction that has ended
 // accepts none, like a statement.
 func TestInsertIntoAnEndedTransaction(t *testing.T) {

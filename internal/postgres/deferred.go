@@ -111,8 +111,12 @@ func (t *transaction) Rollback(ctx context.Context) error {
 		return err // as in the deferred Rollback behind a Commit
 	}
 	t.ended = true
-	t.forget()
-	if err != nil && !t.Conn().IsClosed() && t.Conn().PgConn().TxStatus() != 'E' {
+	if err == nil {
+		t.forget()
+		return nil
+	}
+	// Nothing was undone, such as when an outer savepoint had taken this one along. An aborted transaction undoes it yet.
+	if !t.Conn().IsClosed() && t.Conn().PgConn().TxStatus() != 'E' {
 		_ = t.Conn().Close(ctx) // or the transaction could still commit what should have been undone
 	}
 	return err

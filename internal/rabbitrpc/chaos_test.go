@@ -21,8 +21,8 @@ const (
 	chaosCallers = 64
 )
 
-// TestChaos makes many calls while each second one of three replicas is killed and one of the connections is cut, the client's among them.
-// Every call ends in its own answer or in an honest error, and what callers were told fits what was done.
+// TestChaos makes many calls while one of three replicas is killed and one of the connections is cut, the client's among
+// them: each second, or as soon as another replica serves. Every call ends in its own answer or in an honest error, and what callers were told fits what was done.
 func TestChaos(t *testing.T) {
 	t.Parallel()
 	amqpURL, effects := testenv.AMQP(t), t.TempDir()
@@ -32,13 +32,13 @@ func TestChaos(t *testing.T) {
 		proxies = append(proxies, proxy)
 		return url
 	}
-	var replicas [3]*child
+	var children [3]*child
 	var environments [3][]string
-	for i := range replicas {
+	for i := range children {
 		environments[i] = []string{"AMQP_URL=" + proxied(), effectsVariable + "=" + effects}
-		replicas[i] = spawn(t, "amqp", environments[i]...)
+		children[i] = spawn(t, "amqp", environments[i]...)
 	}
-	awaitReplicas(t, amqpURL, "probe.v1.Probe", len(replicas))
+	awaitReplicas(t, amqpURL, "probe.v1.Probe", len(children))
 	client := newClient(t, proxied())
 
 	results := make(chan map[string]error, 1)
@@ -55,9 +55,12 @@ func TestChaos(t *testing.T) {
 			checkEffects(t, told, effects)
 			return
 		case <-second.C:
-			i := faults % len(replicas)
-			replicas[i].kill()
-			replicas[i] = spawn(t, "amqp", environments[i]...)
+			if replicas(t, amqpURL, "probe.v1.Probe") < 2 {
+				continue // the machine is too slow to start them again as fast
+			}
+			i := faults % len(children)
+			children[i].kill()
+			children[i] = spawn(t, "amqp", environments[i]...)
 			proxies[(faults+2)%len(proxies)].Cut()
 			faults++
 		}
