@@ -719,7 +719,9 @@ GRANT SELECT, UPDATE ON outbox_cursor TO app_relay;
 GRANT SELECT, INSERT, UPDATE, DELETE ON outbox_relay TO app_relay;
 GRANT INSERT, SELECT (consumer, reason, resolution) ON dead_letter TO app_relay;
 GRANT SELECT, INSERT ON dead_letter TO app_consumer;
-GRANT SELECT ON outbox, outbox_cursor, outbox_relay, outbox_backlog, outbox_scheduled, dead_letter, dead_letter_audit, goose_db_version TO app_operator;
+GRANT SELECT ON outbox, outbox_cursor, outbox_relay, outbox_backlog, outbox_scheduled, dead_letter, dead_letter_audit TO app_operator;
+-- A process is not ready before the schema is the one that it was built for.
+GRANT SELECT ON goose_db_version TO app_api, app_relay, app_consumer, app_operator;
 GRANT UPDATE (resolution, resolved_at) ON dead_letter TO app_operator;
 GRANT INSERT ON dead_letter_audit TO app_operator;
 

@@ -8,10 +8,14 @@ import (
 	"context"
 	"database/sql"
 	"embed"
+	"errors"
 	"fmt"
+	"io/fs"
+	"sync"
 
 	"example.com/orders/internal/session"
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/jackc/pgx/v5/stdlib"
 	"github.com/pressly/goose/v3"
 	"github.com/pressly/goose/v3/lock"
@@ -74,14 +78,51 @@ func check(ctx context.Context, config *pgx.ConnConfig) error {
 	return nil
 }
 
-// Pending tells whether the database at url lacks migrations that this binary holds.
-func Pending(ctx context.Context, db *sql.DB) (bool, error) {
-	provider, err := newProvider(db)
-	if err != nil {
-		return false, err
+var (
+	// ErrNoSchema means that no migration was ever applied.
+	ErrNoSchema = errors.New("there is no schema in this database")
+	// ErrPending means that the database lacks migrations that this binary holds.
+	ErrPending = errors.New("migrations of this binary are not applied")
+)
+
+// Check returns ErrNoSchema or ErrPending unless each migration of this binary is applied; ErrPending names those that are not. A schema that
+// has more of them is a newer version's, and fine: old processes go on with a newer schema.
+func Check(ctx context.Context, db *pgxpool.Pool) error {
+	var never bool
+	if err := db.QueryRow(ctx, `SELECT to_regclass('public.goose_db_version') IS NULL`).Scan(&never); err != nil {
+		return fmt.Errorf("look for a schema: %w", err)
 	}
-	return provider.HasPending(ctx)
+	if never {
+		return ErrNoSchema
+	}
+	rows, err := db.Query(ctx, `
+		SELECT version FROM unnest($1::bigint[]) AS version
+		WHERE NOT EXISTS (SELECT FROM public.goose_db_version WHERE version_id = version AND is_applied)`, versions())
+	var missing []int64
+	if err == nil {
+		missing, err = pgx.CollectRows(rows, pgx.RowTo[int64])
+	}
+	if err != nil {
+		return fmt.Errorf("read the schema's version: %w", err)
+	}
+	if len(missing) > 0 {
+		return fmt.Errorf("%w: %d", ErrPending, missing)
+	}
+	return nil
 }
+
+// versions are the numbers of the migrations in FS.
+var versions = sync.OnceValue(func() (numbers []int64) {
+	names, err := fs.Glob(FS, "*.sql")
+	for _, name := range names {
+		number, failed := goose.NumericComponent(name)
+		numbers, err = append(numbers, number), errors.Join(err, failed)
+	}
+	if err != nil {
+		panic("migrations: " + err.Error()) // a name that goose would refuse as well
+	}
+	return numbers
+})
 
 func newProvider(db *sql.DB) (*goose.Provider, error) {
 	// Asked for each second, for five minutes: by default a process that comes second waits at least five seconds.

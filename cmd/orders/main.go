@@ -19,10 +19,8 @@ import (
 
 	"example.com/orders/internal/app"
 	"example.com/orders/internal/outbox"
-	"example.com/orders/internal/postgres"
 	"example.com/orders/internal/rabbit"
 	"example.com/orders/internal/telemetry"
-	"example.com/orders/migrations"
 	"github.com/alecthomas/kong"
 	"github.com/jackc/pgx/v5"
 )
@@ -194,50 +192,6 @@ func appConfig(listen listenAddress, db databaseFlags, api apiFlags, broker brok
 		Prefetch: consumer.Prefetch, Batch: consumer.Batch, Version: buildVersion(),
 		Calls: app.Calls{Concurrency: consumer.CallConcurrency, Limits: consumer.CallLimit},
 	}
-}
-
-type migrateCommand struct {
-	PostgresURL postgresURL `name:"postgres-url" env:"POSTGRES_URL" required:"" help:"Postgres to work on, as a direct connection."`
-	Shards      int         `env:"OUTBOX_SHARDS" default:"0" help:"Shards to spread the outbox over, 0 to 64: at most so many relays work at once. 0 leaves it as it is, 1 at first."`
-}
-
-func (c *migrateCommand) Validate() error {
-	return between("--shards", c.Shards, 0, outbox.MaxShards)
-}
-
-// shardsTimeout is how long migrate waits for transactions that have inserted and stay open.
-const shardsTimeout = time.Minute
-
-func (c *migrateCommand) spread(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, shardsTimeout)
-	defer cancel()
-	db, err := postgres.Open(ctx, postgres.Config{URL: string(c.PostgresURL), MaxConns: 1})
-	if err != nil {
-		return err
-	}
-	defer db.Close()
-	changed, err := outbox.EnsureShards(ctx, db, c.Shards)
-	if changed && err == nil {
-		fmt.Printf("outbox is spread over %d shards from now on\n", c.Shards)
-	}
-	return err
-}
-
-func (c *migrateCommand) Run(ctx context.Context) error {
-	applied, err := migrations.Up(ctx, string(c.PostgresURL))
-	if err != nil {
-		return err
-	}
-	for _, name := range applied {
-		fmt.Println("applied", name)
-	}
-	if len(applied) == 0 {
-		fmt.Println("schema is up to date")
-	}
-	if c.Shards == 0 {
-		return nil
-	}
-	return c.spread(ctx)
 }
 
 type healthcheckCommand struct {

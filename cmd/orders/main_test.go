@@ -94,6 +94,7 @@ func TestWrongSettingsAreNamedInOneLine(t *testing.T) {
 		"exchange of topology":    {"", "topology --exchange=amq.fanout", "--exchange"},
 		"declare nowhere":         {"AMQP_URL=", "topology --declare", "--amqp-url"},
 		"shards":                  {"OUTBOX_SHARDS=65", "migrate", "--shards"},
+		"migrate's wait":          {"MIGRATE_WAIT=25h", "migrate", "--wait"},
 		"no command of outbox":    {"", "outbox", "expected one of"},
 		"replay since":            {"", "outbox replay --since=yesterday", "--since"},
 		"replay until":            {"", "outbox replay --until=-1h", "--until"},

@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
-	"slices"
 	"sync"
 
 	"connectrpc.com/connect/v2"
@@ -97,6 +96,8 @@ type process struct {
 	telemetry *telemetry.Providers
 	db        *pgxpool.Pool
 	relayDB   *pgxpool.Pool
+	readyDB   *pgxpool.Pool // for readiness alone: see openReadiness
+	broker    *rabbit.Gauge // the same of the broker, or nil
 	bell      *outbox.NotifyBell
 	gate      *outbox.Gate
 	changes   *changes.Hub
@@ -147,11 +148,7 @@ func run(ctx context.Context, config Config, name string, parts ...part) error {
 	p.newCalls(writer)
 	p.remembered = whenRemembered(ctx, p.db)
 	defer p.ring(ctx)()
-	p.checks = []rpcserver.Check{
-		{Name: "database", Ready: p.db.Ping},
-		// Before its messages are refused for the time in their IDs.
-		{Name: "clock", Ready: func(ctx context.Context) error { return outbox.CheckClock(ctx, p.db) }},
-	}
+	p.checks = p.databaseChecks()
 	for _, start := range parts {
 		start(p, ctx)
 	}
@@ -179,10 +176,19 @@ func (p *process) openPools(ctx context.Context) (err error) {
 		p.db.Close()
 		return err
 	}
+	if err := p.openReadiness(ctx); err != nil {
+		p.relayDB.Close()
+		p.db.Close()
+		return err
+	}
 	return postgres.ObservePool(p.db, p.name, p.telemetry.Meter)
 }
 
 func (p *process) closePools() {
+	p.readyDB.Close()
+	if p.broker != nil {
+		p.broker.Close()
+	}
 	p.relayDB.Close()
 	p.db.Close()
 }
@@ -214,18 +220,6 @@ func (c Config) notifyURL() string { return cmp.Or(c.listenURL(), c.PostgresURL)
 func (p *process) connectionName(part string) string {
 	host, _ := os.Hostname()
 	return fmt.Sprintf("%s %s on %s/%d", ServiceName, part, host, os.Getpid())
-}
-
-// needBroker makes readiness depend on the broker.
-func (p *process) needBroker() {
-	if !slices.ContainsFunc(p.checks, func(one rpcserver.Check) bool { return one.Name == "broker" }) {
-		p.checks = append(p.checks, rpcserver.Check{
-			Name:  "broker",
-			Ready: func(ctx context.Context) error { return rabbit.Check(ctx, p.config.AMQPURL) },
-			// Not for the API: it accepts calls while the broker is away, that is what the outbox is for.
-			Services: []string{""},
-		})
-	}
 }
 
 func (p *process) startAPI(ctx context.Context) {

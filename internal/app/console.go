@@ -46,7 +46,7 @@ func (p *process) dangers(ctx context.Context) ([]rabbit.Danger, error) {
 // newConsoleServer makes the console's server. It lets in whom the API lets in, but no page of another origin, whatever the API allows.
 func (p *process) newConsoleServer(desk *console.Console) *rpcserver.Server {
 	server := rpcserver.New(rpcserver.Config{
-		Addr: p.config.ConsoleAddr, Checks: []rpcserver.Check{{Name: "database", Ready: p.db.Ping}}, Interceptors: p.edge.interceptors,
+		Addr: p.config.ConsoleAddr, Checks: p.consoleChecks(), Interceptors: p.edge.interceptors,
 		MeterProvider: p.telemetry.Meter, TracerProvider: p.telemetry.Tracer, TLS: p.edge.tls,
 		ReadMaxBytes: p.edge.ReadMaxBytes, MaxConns: p.edge.MaxConns, LocalNames: p.edge.NoAuth,
 	}, func(s *connect.Server) { opsv1connect.RegisterOpsServiceHandler(s, desk) })

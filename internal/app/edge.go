@@ -36,6 +36,8 @@ type edge struct {
 	Edge
 	tls  *tls.Config
 	keys *auth.KeySet // nil without tokens
+	// tokensOnly: there are no credentials but tokens.
+	tokensOnly bool
 	// interceptors are for every transport.
 	interceptors []connect.ServerInterceptor
 }
@@ -63,6 +65,7 @@ func newEdge(config Edge) (*edge, error) {
 	if err != nil {
 		return nil, err
 	}
+	e.tokensOnly = accepts.Tokens != nil && accepts.Keys == nil && !accepts.Certificates
 	if config.TLS.Cert != "" {
 		if e.tls, err = rpcserver.LoadTLS(config.TLS); err != nil {
 			return nil, err
@@ -83,6 +86,7 @@ func (p *process) newServer(services ...func(*connect.Server)) *rpcserver.Server
 
 // startEdge runs what the edge needs.
 func (p *process) startEdge(ctx context.Context) {
+	p.needKeys()
 	if p.edge.keys != nil {
 		p.group.Go(func() error { p.edge.keys.Run(ctx); return nil })
 	}

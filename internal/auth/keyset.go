@@ -149,6 +149,22 @@ func (s *KeySet) fetch(ctx context.Context) error {
 	return nil
 }
 
+// Ready returns an error until the keys were there for the first time. It says nothing of their age: what the issuer's absence means later is the
+// same on every replica, and taking all of them out of service would mend nothing.
+func (s *KeySet) Ready(context.Context) error {
+	if s.file != nil {
+		return nil
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.keys == nil {
+		return errNeverFetched
+	}
+	return nil
+}
+
+var errNeverFetched = errors.New("keys of the token issuer were never fetched")
+
 // current returns the keys, or why there are none to be trusted.
 func (s *KeySet) current() (keyfunc.Keyfunc, error) {
 	if s.file != nil {
@@ -157,7 +173,7 @@ func (s *KeySet) current() (keyfunc.Keyfunc, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.keys == nil {
-		return nil, errors.New("keys of the token issuer were never fetched")
+		return nil, errNeverFetched
 	}
 	if age := time.Since(s.fetched); age > staleAfter {
 		return nil, fmt.Errorf("keys of the token issuer are %s old", age.Round(time.Second))

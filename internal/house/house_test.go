@@ -40,6 +40,7 @@ var arrows = map[string][]string{
 	},
 	"cmd/stack": {"internal/localstack"},
 	"internal/app": {
+		"migrations",
 		"internal/auth", "internal/changes", "internal/console", "internal/deadletter", "internal/gen/ops/v1/opsv1connect", "internal/idempotency", "internal/inbox", "internal/messaging",
 		"internal/operations", "internal/ops", "internal/outbox", "internal/postgres", "internal/rabbit", "internal/rabbitrpc", "internal/rpcserver", "internal/telemetry",
 	},

@@ -63,7 +63,7 @@ func TestDoctorCouldNotLook(t *testing.T) {
 			c.reach(t, testenv.As(t, c.PostgresURL, "app_operator"))
 		}, "database", Unknown, "Grant CONNECT", []string{"schema", "cluster", "relay", "retries"}},
 		"DatabaseNoRights": {func(t *testing.T, c *clinic) { c.reach(t, testenv.As(t, c.PostgresURL, "app_api")) },
-			"schema", Unknown, "Connect as app_operator", []string{"cluster", "relay", "retries"}},
+			"clock", Unknown, "Connect as app_operator", []string{"cluster", "relay", "retries"}},
 		"DatabaseNoRightOnOneTable": {func(t *testing.T, c *clinic) { c.exec(t, `REVOKE SELECT ON inbox_retry FROM app_operator`) },
 			"clock", Unknown, "Connect as app_operator", []string{"retries"}},
 		"NoSchema": {func(t *testing.T, c *clinic) {

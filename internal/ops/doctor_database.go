@@ -12,7 +12,6 @@ import (
 	"example.com/orders/internal/postgres"
 	"example.com/orders/migrations"
 	"github.com/jackc/pgx/v5"
-	"github.com/jackc/pgx/v5/stdlib"
 )
 
 func checkDatabase(ctx context.Context, p Patient) (Finding, error) {
@@ -41,24 +40,17 @@ func checkDatabase(ctx context.Context, p Patient) (Finding, error) {
 const oldestPostgres = 15
 
 func checkSchema(ctx context.Context, p Patient) (Finding, error) {
-	var never bool
-	if err := p.DB.QueryRow(ctx, `SELECT to_regclass('goose_db_version') IS NULL`).Scan(&never); err != nil {
-		return Finding{}, err
-	}
-	if never {
+	err := migrations.Check(ctx, p.DB)
+	switch {
+	case errors.Is(err, migrations.ErrNoSchema):
 		return Finding{
-			Verdict: Wrong, Detail: "there is no schema in this database", cause: cause{kind: noSchema, whole: true},
+			Verdict: Wrong, Detail: err.Error(), cause: cause{kind: noSchema, whole: true},
 			Cure: "Run the command migrate, if POSTGRES_URL names the right database.",
 		}, nil
-	}
-	db := stdlib.OpenDBFromPool(p.DB)
-	defer db.Close()
-	pending, err := migrations.Pending(ctx, db)
-	if err != nil {
+	case errors.Is(err, migrations.ErrPending):
+		return Finding{Verdict: Wrong, Detail: err.Error(), cause: cause{kind: noSchema}}, nil
+	case err != nil:
 		return Finding{}, err
-	}
-	if pending {
-		return Finding{Verdict: Wrong, Detail: "migrations of this binary are not applied", cause: cause{kind: noSchema}}, nil
 	}
 	return Finding{Detail: "up to date"}, nil
 }

@@ -92,7 +92,7 @@ func (c *Connection) Cut() { c.network.cut() }
 // is that of a write, here or in an earlier call, and means the end of the connection.
 func (c *Connection) Gather(fn func()) error { return c.network.gather(fn) }
 
-// Check connects and says whether the broker is there. It is what health checks call.
+// Check connects and says whether the broker is there. Who asks again and again uses a Gauge.
 func Check(ctx context.Context, url string) error {
 	conn, err := Dial(ctx, url, "health check")
 	if err != nil {

@@ -8,7 +8,8 @@ import (
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 
-// Gauge reads how full queues are, over a connection that it keeps from one reading to the next. It may be used by several goroutines.
+// Gauge reads how full queues are, and whether the broker answers at all, over a connection that it keeps from one reading to the next. It may be
+// used by several goroutines.
 type Gauge struct {
 	url, name string
 
@@ -32,24 +33,43 @@ func NewGauge(url, name string) *Gauge { return &Gauge{url: url, name: name} }
 
 // Read returns the depth of each queue, in their order, or an error if the broker does not say; the next call connects anew then.
 func (g *Gauge) Read(ctx context.Context, queues []string) (depths []Depth, err error) {
+	err = g.ask(ctx, func() error {
+		depths, err = g.read(queues)
+		return err
+	})
+	return depths, err
+}
+
+// Check returns nil if the broker answers. It needs no permission for anything in the vhost.
+func (g *Gauge) Check(ctx context.Context) error {
+	return g.ask(ctx, func() error {
+		channel, err := g.conn.Channel()
+		if err != nil {
+			return fmt.Errorf("open channel: %w", err)
+		}
+		return channel.Close()
+	})
+}
+
+// ask calls fn with a connection, which is given up if fn fails or ctx ends.
+func (g *Gauge) ask(ctx context.Context, fn func() error) (err error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if g.conn == nil || g.conn.IsClosed() {
 		g.hangUp()
 		if g.conn, err = Dial(ctx, g.url, g.name); err != nil {
-			return nil, err
+			return err
 		}
 	}
 	stop := context.AfterFunc(ctx, g.conn.Cut)
-	depths, err = g.read(queues)
+	err = fn()
 	if !stop() {
 		err = ctx.Err()
 	}
 	if err != nil {
 		g.hangUp()
-		return nil, err
 	}
-	return depths, nil
+	return err
 }
 
 func (g *Gauge) read(queues []string) (depths []Depth, err error) {

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"connectrpc.com/connect/v2"
+	"golang.org/x/sync/singleflight"
 	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/protobuf/reflect/protoreflect"
 )
@@ -19,7 +20,8 @@ import (
 type Check struct {
 	// Name is what readiness answers call it, such as "database".
 	Name string
-	// Ready returns nil if it is there. It is called for every probe, with a deadline of 2 s. Its error is logged, never sent.
+	// Ready returns nil if it is there. It is called once a second at most, never twice at the same time, and with a
+	// deadline of 2 s, however many probes and watchers ask. Its error is logged, never sent.
 	Ready func(ctx context.Context) error
 	// Services are the full names of those that need it; none means all. A service that only writes to the outbox does
 	// not need the broker.
@@ -29,6 +31,8 @@ type Check struct {
 const (
 	// checkTimeout is shorter than the timeouts of common probes, so that they hear which check failed.
 	checkTimeout = 2 * time.Second
+	// checkRemembered is how long probes get what a check found last, so that they cost the same however many come.
+	checkRemembered = time.Second
 	// healthWatchInterval is how often a watcher's services are checked: load balancers need no more.
 	healthWatchInterval = time.Second
 )
@@ -39,12 +43,19 @@ type health struct {
 	services []string
 	log      *slog.Logger
 
+	running singleflight.Group
 	mu      sync.Mutex
-	missing map[string]bool // names of checks that failed last time, to log changes only
+	found   map[string]finding // by the name of a check
+}
+
+// finding is what a check said when it was last asked.
+type finding struct {
+	at  time.Time
+	err error
 }
 
 func newHealth(config Config, rpc *connect.Server) *health {
-	h := &health{checks: config.Checks, log: config.Log, missing: make(map[string]bool)}
+	h := &health{checks: config.Checks, log: config.Log, found: make(map[string]finding)}
 	for spec := range rpc.Specs() {
 		service, _, _ := strings.Cut(strings.TrimPrefix(spec.Procedure, "/"), "/")
 		if !slices.Contains(h.services, service) {
@@ -56,8 +67,6 @@ func newHealth(config Config, rpc *connect.Server) *health {
 
 // missingFor returns the names of failed checks that the service needs; "" needs all of them.
 func (h *health) missingFor(probe context.Context, service string) []string {
-	ctx, cancel := context.WithTimeout(probe, checkTimeout)
-	defer cancel()
 	failed := make([]string, len(h.checks))
 	var running sync.WaitGroup
 	for i, check := range h.checks {
@@ -65,11 +74,7 @@ func (h *health) missingFor(probe context.Context, service string) []string {
 			continue
 		}
 		running.Go(func() {
-			err := check.Ready(ctx)
-			if probe.Err() == nil { // else the error may only say that the prober has left
-				h.note(ctx, check.Name, err)
-			}
-			if err != nil {
+			if err := h.ready(probe, check); err != nil {
 				failed[i] = check.Name
 			}
 		})
@@ -78,11 +83,42 @@ func (h *health) missingFor(probe context.Context, service string) []string {
 	return slices.DeleteFunc(failed, func(name string) bool { return name == "" })
 }
 
-// note logs a check that fails or works again.
+// ready returns what the check found within the last second, or else what it finds now, which all who ask meanwhile wait for.
+func (h *health) ready(probe context.Context, check Check) error {
+	if err, known := h.remembered(check.Name); known {
+		return err
+	}
+	answer := h.running.DoChan(check.Name, func() (any, error) {
+		if err, known := h.remembered(check.Name); known { // since this probe looked
+			return nil, err
+		}
+		// Without the probe's end: others wait for the answer as well.
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(probe), checkTimeout)
+		defer cancel()
+		err := check.Ready(ctx)
+		h.note(ctx, check.Name, err)
+		return nil, err
+	})
+	select {
+	case result := <-answer:
+		return result.Err
+	case <-probe.Done():
+		return probe.Err()
+	}
+}
+
+func (h *health) remembered(name string) (err error, known bool) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	last, asked := h.found[name]
+	return last.err, asked && time.Since(last.at) < checkRemembered
+}
+
+// note remembers what a check found, and logs that it fails or works again.
 func (h *health) note(ctx context.Context, name string, err error) {
 	h.mu.Lock()
-	changed := h.missing[name] != (err != nil)
-	h.missing[name] = err != nil
+	changed := (h.found[name].err != nil) != (err != nil)
+	h.found[name] = finding{time.Now(), err}
 	h.mu.Unlock()
 	switch {
 	case changed && err != nil:

@@ -3,12 +3,17 @@ package rpcserver_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
+	"net/http"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"example.com/orders/internal/rpcserver"
+	"example.com/orders/internal/testenv"
 	"google.golang.org/grpc/codes"
 	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/status"
@@ -54,21 +59,69 @@ func TestHealthFollowsWhatEachServiceNeeds(t *testing.T) {
 	for _, test := range tests {
 		database.away.Store(!test.database)
 		broker.away.Store(!test.broker)
-		for service, want := range map[string]healthv1.HealthCheckResponse_ServingStatus{"": test.overall, "probe.v1.Probe": test.probe} {
-			res, err := client.Check(t.Context(), &healthv1.HealthCheckRequest{Service: service})
-			if err != nil || res.GetStatus() != want {
-				t.Errorf("%s: service %q: got %s, %v, want %s", test.name, service, res.GetStatus(), err, want)
+		testenv.Eventually(t, 20*time.Second, func() error { // what a check found is remembered for a second
+			for service, want := range map[string]healthv1.HealthCheckResponse_ServingStatus{"": test.overall, "probe.v1.Probe": test.probe} {
+				res, err := client.Check(t.Context(), &healthv1.HealthCheckRequest{Service: service})
+				if err != nil || res.GetStatus() != want {
+					return fmt.Errorf("%s: service %q: got %s, %w, want %s", test.name, service, res.GetStatus(), err, want)
+				}
 			}
-		}
-		if code, body := get(t, server.url+"/readyz"); code != test.readyzStatus || body != test.readyzMentioned {
-			t.Errorf("%s: /readyz: got %d %s, want %d %s", test.name, code, body, test.readyzStatus, test.readyzMentioned)
-		}
+			if code, body := get(t, server.url+"/readyz"); code != test.readyzStatus || body != test.readyzMentioned {
+				return fmt.Errorf("%s: /readyz: got %d %s, want %d %s", test.name, code, body, test.readyzStatus, test.readyzMentioned)
+			}
+			return nil
+		})
 		if code, body := get(t, server.url+"/healthz"); code != 200 || body != "ok" {
 			t.Errorf("%s: /healthz: got %d %s", test.name, code, body)
 		}
 	}
 	if n := strings.Count(server.logs.String(), `msg="not ready"`); n != 3 {
 		t.Errorf("database left once and broker twice, but that was logged %d times:\n%s", n, server.logs)
+	}
+}
+
+// However many ask, a check runs once at a time, and not again for a second.
+func TestProbesShareOneCheck(t *testing.T) {
+	t.Parallel()
+	const probes = 50
+	entered, release := make(chan struct{}, probes), make(chan struct{})
+	server := serve(t, rpcserver.Config{Checks: []rpcserver.Check{{Name: "database", Ready: func(context.Context) error {
+		entered <- struct{}{}
+		<-release
+		return nil
+	}}}}, unary(echo))
+	var answered sync.WaitGroup
+	probe := func(ctx context.Context) error {
+		request, err := http.NewRequestWithContext(ctx, http.MethodGet, server.url+"/readyz", nil)
+		if err != nil {
+			return err
+		}
+		response, err := httpClient(t, false).Do(request)
+		if err != nil {
+			return err
+		}
+		defer response.Body.Close()
+		if response.StatusCode != http.StatusOK {
+			return errors.New(response.Status)
+		}
+		return nil
+	}
+	leaves, leave := context.WithCancel(t.Context())
+	answered.Go(func() { _ = probe(leaves) }) // its end must not end what others wait for
+	<-entered
+	for range probes {
+		answered.Go(func() {
+			if err := probe(t.Context()); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	started := time.Now()
+	leave()
+	close(release)
+	answered.Wait()
+	if again, most := len(entered), int(time.Since(started)/time.Second); again > most {
+		t.Errorf("the check ran %d times more, want at most %d", again, most)
 	}
 }
 

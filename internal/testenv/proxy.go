@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/url"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -16,6 +17,7 @@ type TCPProxy struct {
 	listener net.Listener
 	target   string
 	running  sync.WaitGroup
+	accepted atomic.Int64
 
 	mu     sync.Mutex
 	conns  map[*link]struct{}
@@ -66,6 +68,10 @@ func ProxyURL(t testing.TB, rawURL string) (*TCPProxy, string) {
 // Addr is where clients connect to: host:port.
 func (p *TCPProxy) Addr() string { return p.listener.Addr().String() }
 
+// Accepted returns how many connections clients have made so far, those among them
+// that were refused.
+func (p *TCPProxy) Accepted() int { return int(p.accepted.Load()) }
+
 // Cut resets all present connections, on both sides, and returns how many. Bytes
 // under way are lost, as when a machine dies.
 func (p *TCPProxy) Cut() int {
@@ -112,6 +118,7 @@ func (p *TCPProxy) accept() {
 		if err != nil {
 			return // closed
 		}
+		p.accepted.Add(1)
 		p.running.Go(func() { p.serve(conn.(*net.TCPConn)) })
 	}
 }

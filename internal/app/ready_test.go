@@ -1,0 +1,167 @@
+package app
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"connectrpc.com/connect/v2"
+	"example.com/orders/internal/auth"
+	"example.com/orders/internal/changes"
+	"example.com/orders/internal/outbox"
+	"example.com/orders/internal/testenv"
+	"github.com/jackc/pgx/v5/pgxpool"
+)
+
+// missing waits until /readyz names exactly what is missing.
+func missing(t *testing.T, url string, want ...string) {
+	t.Helper()
+	testenv.Eventually(t, 40*time.Second, func() error {
+		response, err := web.Get(url + "/readyz")
+		if err != nil {
+			return err
+		}
+		defer response.Body.Close()
+		var answer struct{ Missing []string }
+		if err := json.NewDecoder(response.Body).Decode(&answer); err != nil {
+			return err
+		}
+		if (response.StatusCode == http.StatusOK) != (len(want) == 0) || !slices.Equal(answer.Missing, want) {
+			return fmt.Errorf("%s, and %q is missing, want %q", response.Status, answer.Missing, want)
+		}
+		return nil
+	})
+}
+
+// Calls that hold every connection, because they wait for a lock that a migration has, do not make a process less ready: all replicas would fall at once.
+func TestReadyWhileCallsHoldAllConnections(t *testing.T) {
+	t.Parallel()
+	db := testenv.Postgres(t)
+	var calls *pgxpool.Pool
+	config := probed(Config{PostgresURL: testenv.As(t, db.Config().ConnString(), "app_api"), MaxConns: 3})
+	config.domain = func(db *pgxpool.Pool, _ *outbox.Writer, _ *changes.Hub) domain {
+		calls = db
+		return domain{register: func(*connect.Server) {}}
+	}
+	url, _ := start(t, RunAPI, config)
+	missing(t, url)
+	// Even what readiness reads of the schema is locked.
+	lock, err := db.Begin(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lock.Rollback(context.WithoutCancel(t.Context()))
+	if _, err := lock.Exec(t.Context(), `LOCK TABLE outbox, goose_db_version IN ACCESS EXCLUSIVE MODE`); err != nil {
+		t.Fatal(err)
+	}
+	var waiting sync.WaitGroup
+	ctx, cancel := context.WithCancel(t.Context())
+	defer waiting.Wait()
+	defer cancel()
+	for range 20 {
+		waiting.Go(func() {
+			_, _ = calls.Exec(ctx, `INSERT INTO outbox_message (type, key, payload) VALUES ('t.T', 'k', '')`) // ends with the test
+		})
+	}
+	testenv.Eventually(t, 20*time.Second, func() error {
+		if free := calls.Stat().MaxConns() - calls.Stat().AcquiredConns(); free > 0 {
+			return fmt.Errorf("%d connections are free", free)
+		}
+		return nil
+	})
+	// Until Postgres was asked three times more.
+	asked := map[time.Time]bool{}
+	testenv.Eventually(t, 40*time.Second, func() error {
+		response, err := web.Get(url + "/readyz")
+		if err != nil {
+			return err
+		}
+		response.Body.Close()
+		if response.StatusCode != http.StatusOK {
+			t.Fatalf("while calls wait: %s", response.Status)
+		}
+		var at time.Time
+		if err := db.QueryRow(t.Context(), `SELECT query_start FROM pg_stat_activity WHERE application_name = $1`, ServiceName+" readiness of api").Scan(&at); err != nil {
+			return err
+		}
+		if asked[at] = true; len(asked) < 4 {
+			return fmt.Errorf("asked %d times", len(asked))
+		}
+		return nil
+	})
+}
+
+// A flood of probes opens no connections, to neither server, whether they are there or not.
+func TestAFloodOfProbesOpensNoConnections(t *testing.T) {
+	t.Parallel()
+	broker, amqpURL := testenv.ProxyURL(t, testenv.AMQP(t))
+	database, postgresURL := testenv.ProxyURL(t, testenv.PostgresURL(t))
+	url, _ := start(t, RunRelay, probed(Config{PostgresURL: postgresURL, AMQPURL: amqpURL}))
+	missing(t, url)
+	flood := func() {
+		t.Helper()
+		var probes sync.WaitGroup
+		for range 20 {
+			probes.Go(func() {
+				for range 50 {
+					if response, err := web.Get(url + "/readyz"); err == nil {
+						response.Body.Close()
+					}
+				}
+			})
+		}
+		probes.Wait()
+	}
+	before := broker.Accepted() + database.Accepted()
+	flood()
+	// The relay itself may still open some of its pool, eight at most; a check a second, one more connection for each at worst.
+	if opened, most := broker.Accepted()+database.Accepted()-before, 12; opened > most {
+		t.Errorf("1,000 probes opened %d connections, want at most %d", opened, most)
+	}
+	broker.Refuse(true)
+	broker.Cut()
+	missing(t, url, "broker")
+	started := time.Now()
+	before = broker.Accepted()
+	flood()
+	if opened, most := broker.Accepted()-before, 3*(2+int(time.Since(started)/time.Second)); opened > most {
+		t.Errorf("1,000 probes tried to connect %d times, want at most %d", opened, most)
+	}
+}
+
+// Where tokens are the only credentials, nobody can call before the issuer's keys are there. Others who can call are not kept waiting for them.
+func TestNotReadyBeforeTheFirstKeys(t *testing.T) {
+	t.Parallel()
+	var there atomic.Bool
+	issuer := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		if !there.Load() {
+			w.WriteHeader(http.StatusServiceUnavailable)
+			return
+		}
+		_, _ = w.Write([]byte(`{"keys":[{"kty":"OKP","crv":"Ed25519","kid":"1","x":"` + strings.Repeat("A", 43) + `"}]}`))
+	}))
+	defer issuer.Close()
+	tokens := Edge{JWKS: issuer.URL, Tokens: auth.TokenConfig{Issuer: "i", Audience: "a"}}
+	both := tokens
+	_, both.APIKeys = apiKeys(t, "customer")
+	config := probed(Config{PostgresURL: testenv.PostgresURL(t), AMQPURL: testenv.AMQP(t)})
+	config.Edge = both
+	url, _ := start(t, RunAPI, config)
+	missing(t, url)
+	config.Edge = tokens
+	api, _ := start(t, RunAPI, config)
+	console, _ := start(t, RunConsole, config)
+	missing(t, api, "jwks")
+	missing(t, console, "jwks")
+	there.Store(true)
+	missing(t, api)
+	missing(t, console)
+}
