@@ -9,6 +9,10 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -48,7 +52,8 @@ var corpus = []string{
 	"\u202eevil\u202c \u0085\u2028", `<a href="javascript:window.pwned=1" autofocus onfocus=window.pwned=1>`, strings.Repeat("W", 200),
 }
 
-// The console is used in a real browser, against the whole service on real servers, whose broker is taken away meanwhile. What it looked like is in
+// The console is used in a real browser, against the whole service on real servers, whose broker is taken away meanwhile. It stands behind a proxy that
+// puts a path before its own, as where one host serves several services. What it looked like is in
 // .stack/screenshots afterwards.
 func TestConsoleInABrowser(t *testing.T) {
 	t.Parallel()
@@ -75,7 +80,7 @@ func TestConsoleInABrowser(t *testing.T) {
 	awaitConsole(t, "http://"+address)
 	p := &person{t: t, db: db}
 	p.use(map[string]string{
-		"url": "http://" + address, "key": keys["operator"], "chromium": chromium, "screenshots": filepath.Join(root, ".stack", "screenshots"),
+		"url": underPath(t, "/some/path", address), "key": keys["operator"], "chromium": chromium, "screenshots": filepath.Join(root, ".stack", "screenshots"),
 	}, map[string]func() error{
 		"messages":             p.send,
 		"break broker":         func() error { broker.Refuse(true); broker.Cut(); return nil },
@@ -83,6 +88,20 @@ func TestConsoleInABrowser(t *testing.T) {
 		"corpus":               p.corpus,
 		"effect of the letter": func() error { return p.has("shipping a plain text") },
 	})
+}
+
+// underPath serves what is at the address under a path, and returns its URL there.
+func underPath(t *testing.T, path, address string) string {
+	t.Helper()
+	proxy := httptest.NewServer(http.StripPrefix(path, &httputil.ReverseProxy{
+		FlushInterval: -1,
+		Rewrite: func(r *httputil.ProxyRequest) {
+			r.SetURL(&url.URL{Scheme: "http", Host: address})
+			r.Out.Host = r.In.Host // the console compares it with the page's origin
+		},
+	}))
+	t.Cleanup(proxy.Close)
+	return proxy.URL + path
 }
 
 // browser returns the path of a Chromium, which is installed if there is none, with what drives it.

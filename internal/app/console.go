@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"net/http"
+	"strings"
 
 	"connectrpc.com/connect/v2"
 	"example.com/orders/internal/console"
@@ -51,11 +52,20 @@ func (p *process) newConsoleServer(desk *console.Console) *rpcserver.Server {
 		ReadMaxBytes: p.edge.ReadMaxBytes, MaxConns: p.edge.MaxConns, LocalNames: p.edge.NoAuth,
 	}, func(s *connect.Server) { opsv1connect.RegisterOpsServiceHandler(s, desk) })
 	server.Handle("GET "+console.Prefix, console.Pages())
-	server.Handle("GET /{$}", http.RedirectHandler(console.Prefix, http.StatusFound))
+	server.Handle("GET /{$}", redirect(strings.TrimPrefix(console.Prefix, "/")))
 	if p.telemetry.Metrics != nil {
 		server.Handle("GET /metrics", p.telemetry.Metrics)
 	}
 	return server
+}
+
+// redirect leads to a place next to the one that was asked for. http.Redirect makes the path absolute, and behind a proxy that puts a path before ours it
+// would lead out of it.
+func redirect(to string) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Location", to)
+		w.WriteHeader(http.StatusFound)
+	})
 }
 
 // consoleGroups are the groups that operators see: the domain's, and that of durable calls.

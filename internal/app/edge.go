@@ -10,6 +10,8 @@ import (
 
 	"connectrpc.com/connect/v2"
 	"example.com/orders/internal/auth"
+	"example.com/orders/internal/idempotency"
+	"example.com/orders/internal/operations"
 	"example.com/orders/internal/rpcserver"
 )
 
@@ -77,10 +79,12 @@ func newEdge(config Edge) (*edge, error) {
 
 // newServer makes the server of the API, or, without services, of health checks. Both are closed to strangers in the same way.
 func (p *process) newServer(services ...func(*connect.Server)) *rpcserver.Server {
+	request, response := headers()
 	return rpcserver.New(rpcserver.Config{
 		Addr: p.config.Addr, Checks: p.checks, Interceptors: p.interceptors(),
 		MeterProvider: p.telemetry.Meter, TracerProvider: p.telemetry.Tracer,
-		TLS: p.edge.tls, Origins: p.edge.Origins, ReadMaxBytes: p.edge.ReadMaxBytes, MaxConns: p.edge.MaxConns,
+		TLS: p.edge.tls, Origins: p.edge.Origins, RequestHeaders: request, ResponseHeaders: response,
+		ReadMaxBytes: p.edge.ReadMaxBytes, MaxConns: p.edge.MaxConns,
 	}, services...)
 }
 
@@ -98,6 +102,15 @@ func (p *process) startEdge(ctx context.Context) {
 // interceptors are what each call goes through, whatever it came by: who it is, what it may, whether it is to be answered later or was answered before.
 func (p *process) interceptors() []connect.ServerInterceptor {
 	return append(slices.Clone(p.edge.interceptors), p.calls.Interceptor(), p.keys.Interceptor())
+}
+
+// headers are those that the interceptors read of requests and write to answers.
+func headers() (request, response []string) {
+	for _, of := range []func() (request, response []string){operations.Headers, idempotency.Headers} {
+		read, written := of()
+		request, response = append(request, read...), append(response, written...)
+	}
+	return request, response
 }
 
 // warnOfNoAuth says every minute what nobody should be able to overlook.

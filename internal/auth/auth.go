@@ -77,6 +77,42 @@ type Config struct {
 	Off bool
 }
 
+const (
+	bearerHeader    = "Authorization"
+	keyHeader       = "X-Api-Key"
+	challengeHeader = "WWW-Authenticate"
+)
+
+// Headers returns the headers that Identify reads of requests and writes to answers.
+func Headers() (request, response []string) {
+	return []string{bearerHeader, keyHeader}, []string{challengeHeader}
+}
+
+// challenges are the ways to authenticate (RFC 9110, section 11.6.1), in the order in which clients should try them. API keys and client certificates
+// have no registered scheme; ApiKey is what others call the former.
+func (c Config) challenges() (all []string) {
+	if c.Tokens != nil {
+		all = append(all, "Bearer")
+	}
+	if c.Keys != nil {
+		all = append(all, `ApiKey header="`+keyHeader+`"`)
+	}
+	if c.Certificates {
+		all = append(all, "ClientCertificate")
+	}
+	return all
+}
+
+// challenge says with an answer that lacks credentials which ones are accepted.
+func challenge(info *connect.CallInfo, challenges []string, err error) {
+	if err == nil || connect.CodeOf(err) != connect.CodeUnauthenticated {
+		return
+	}
+	for _, one := range challenges {
+		info.ResponseHeader().Add(challengeHeader, one)
+	}
+}
+
 // errNone means that a call came without credentials.
 var errNone = connect.NewError(connect.CodeUnauthenticated, "credentials are missing: send authorization: Bearer, x-api-key or a client certificate")
 
@@ -85,7 +121,10 @@ var errInvalid = connect.NewError(connect.CodeUnauthenticated, "credentials are 
 
 // Identify returns the interceptor that finds out who calls. It turns nobody away: what it finds is billed by a rate limit first,
 // and then judged by Authorize, which must follow.
+//
+// An answer that is unauthenticated names the accepted schemes in WWW-Authenticate.
 func Identify(config Config) connect.ServerInterceptor {
+	challenges := config.challenges()
 	return func(next connect.ServerFunc) connect.ServerFunc {
 		return func(ctx context.Context, spec connect.Spec, stream connect.ServerStream) error {
 			ctx = Visit(ctx)
@@ -93,7 +132,9 @@ func Identify(config Config) connect.ServerInterceptor {
 			info, _ := connect.CallInfoForServerContext(ctx)
 			v.Caller, v.denied = config.identify(ctx, info)
 			if v.denied != nil || v.Expires.IsZero() {
-				return next(ctx, spec, stream)
+				err := next(ctx, spec, stream)
+				challenge(info, challenges, err)
+				return err
 			}
 			live, cancel := context.WithDeadlineCause(ctx, v.Expires, errInvalid)
 			defer cancel()
@@ -110,7 +151,7 @@ func (c Config) identify(ctx context.Context, info *connect.CallInfo) (Caller, e
 	if c.Off {
 		return Caller{Subject: "development", By: "nothing"}, nil
 	}
-	bearer, keys := info.RequestHeader().Values("authorization"), info.RequestHeader().Values("x-api-key")
+	bearer, keys := info.RequestHeader().Values(bearerHeader), info.RequestHeader().Values(keyHeader)
 	switch {
 	case len(bearer)+len(keys) > 1:
 		return Caller{}, connect.NewError(connect.CodeUnauthenticated, "more than one credential was sent")

@@ -78,6 +78,9 @@ const (
 	maxKey = 255
 )
 
+// Headers returns the headers that Interceptor reads of requests and writes to answers.
+func Headers() (request, response []string) { return []string{keyHeader}, []string{replayedHeader} }
+
 // Interceptor returns the interceptor that honours keys. It must stand within those that know the caller and that check requests, and before it
 // one that makes durable calls, which have keys of their own.
 func (k *Keys) Interceptor() connect.ServerInterceptor {

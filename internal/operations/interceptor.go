@@ -20,6 +20,11 @@ const (
 	nameHeader = "Operation"
 )
 
+// Headers returns the headers that Interceptor reads of requests and writes to answers.
+func Headers() (request, response []string) {
+	return []string{preferHeader, keyHeader}, []string{appliedHeader, nameHeader}
+}
+
 // Interceptor returns the interceptor that submits a call with the header Prefer: respond-async instead of executing it. The caller is answered with
 // an empty message, whose header Operation is the operation's name. It must stand within the interceptors that know the caller and that
 // check requests: what they refuse is never submitted.

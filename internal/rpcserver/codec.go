@@ -12,6 +12,9 @@ import (
 	"google.golang.org/protobuf/proto"
 )
 
+// maxDepth is how deep messages may be nested, as in most implementations of protobuf. Go's own limit is 10,000.
+const maxDepth = 100
+
 // boundedCodec refuses messages of too many fields before it decodes them.
 type boundedCodec struct {
 	connect.StableCodec
@@ -21,9 +24,9 @@ type boundedCodec struct {
 // codecs are those that callers may choose from.
 func codecs() []connect.Codec {
 	checkJSON := func(text []byte, _ proto.Message) error { return bounds.CheckJSON(text) }
-	return []connect.Codec{
-		boundedCodec{connectproto.NewBinaryCodec(), bounds.CheckFields}, boundedCodec{connectproto.NewJSONCodec(), checkJSON},
-	}
+	binary := connectproto.NewBinaryCodec()
+	binary.UnmarshalOptions.RecursionLimit = maxDepth
+	return []connect.Codec{boundedCodec{binary, bounds.CheckFields}, boundedCodec{newNamingCodec(), checkJSON}}
 }
 
 // UnmarshalRead implements connect.Codec.

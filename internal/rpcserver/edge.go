@@ -6,15 +6,17 @@ import (
 	"net"
 	"net/http"
 	"runtime/debug"
+	"slices"
 	"strings"
 
 	connectcors "connectrpc.com/cors"
+	"example.com/orders/internal/auth"
 	"github.com/rs/cors"
 )
 
 // newEdge puts around all of HTTP what browsers need, what protects them, and an ID for each request. A panic here is one outside of any RPC.
 func newEdge(next http.Handler, config Config) http.Handler {
-	next = allowOrigins(next, config.Origins)
+	next = allowOrigins(next, config)
 	if config.LocalNames {
 		next = localNames(next)
 	}
@@ -54,7 +56,8 @@ func protect(header http.Header, encrypted bool) {
 // allowOrigins lets pages of the given origins call, and no others. Credentials travel in headers that a page of another origin cannot set, but
 // client certificates do not, and with authentication off there is nothing to set: so what a page of another origin sends is refused, and not
 // only its answer withheld.
-func allowOrigins(next http.Handler, origins []string) http.Handler {
+func allowOrigins(next http.Handler, config Config) http.Handler {
+	origins := config.Origins
 	protection := http.NewCrossOriginProtection()
 	for _, origin := range origins {
 		if err := protection.AddTrustedOrigin(origin); err != nil {
@@ -65,13 +68,20 @@ func allowOrigins(next http.Handler, origins []string) http.Handler {
 	if len(origins) == 0 { // rs/cors takes none for all
 		return next
 	}
+	request, response := Headers()
 	return cors.New(cors.Options{
 		AllowedOrigins: origins,
 		AllowedMethods: connectcors.AllowedMethods(),
-		AllowedHeaders: append(connectcors.AllowedHeaders(), "Authorization", "X-Api-Key", requestIDHeader),
-		ExposedHeaders: append(connectcors.ExposedHeaders(), "Retry-After", requestIDHeader),
+		AllowedHeaders: slices.Concat(connectcors.AllowedHeaders(), request, config.RequestHeaders),
+		ExposedHeaders: slices.Concat(connectcors.ExposedHeaders(), response, config.ResponseHeaders),
 		MaxAge:         7200, // seconds; Chrome's limit
 	}).Handler(next)
+}
+
+// Headers returns the headers that the interceptors of this package and of auth read of requests and write to answers.
+func Headers() (request, response []string) {
+	request, response = auth.Headers()
+	return slices.Concat(request, []string{requestIDHeader}, traceHeaders.Fields()), append(response, requestIDHeader, retryAfterHeader)
 }
 
 // localNames lets through what names this machine.

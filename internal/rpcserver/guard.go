@@ -31,7 +31,7 @@ func (g *guard) Handle(pattern string, handler http.Handler) {
 		handler = g.boundBody(handler)
 	}
 	if g.types[pattern] != connect.StreamTypeUnary {
-		handler = endOnDrain(handler)
+		handler = endOnDrain(nameNoEmptyEncoding(handler))
 	}
 	g.mux.Handle(pattern, cutQuoted(handler))
 }
@@ -92,6 +92,49 @@ func (g *guard) boundBody(next http.Handler) http.Handler {
 		next.ServeHTTP(w, r)
 	})
 }
+
+// nameNoEmptyEncoding covers a fault of Connect's: to a stream whose compression it does not know it answers with an empty
+// Connect-Content-Encoding, at which clients stop and never see the error behind it.
+func nameNoEmptyEncoding(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch r.Header.Get(streamEncodingHeader) {
+		case "", "identity", "gzip":
+		default:
+			w = namedEncoding{w}
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+const streamEncodingHeader = "Connect-Content-Encoding"
+
+// namedEncoding is an answer without the header, if that is empty.
+type namedEncoding struct{ http.ResponseWriter }
+
+func (n namedEncoding) mend() {
+	if n.Header().Get(streamEncodingHeader) == "" {
+		n.Header().Del(streamEncodingHeader)
+	}
+}
+
+func (n namedEncoding) WriteHeader(status int) {
+	n.mend()
+	n.ResponseWriter.WriteHeader(status)
+}
+
+func (n namedEncoding) Write(p []byte) (int, error) {
+	n.mend()
+	return n.ResponseWriter.Write(p)
+}
+
+// Flush implements http.Flusher, which Connect asks for.
+func (n namedEncoding) Flush() {
+	n.mend()
+	_ = http.NewResponseController(n.ResponseWriter).Flush() // a failure shows at the next write
+}
+
+// Unwrap lets http.ResponseController reach what is beneath.
+func (n namedEncoding) Unwrap() http.ResponseWriter { return n.ResponseWriter }
 
 // endOnDrain ends a stream when the server begins to drain: its context, for handlers that wait for something to send, and
 // its body, for those that wait for the caller.

@@ -65,8 +65,10 @@ func account(ctx context.Context, peer string) string {
 	return network.String()
 }
 
+const retryAfterHeader = "Retry-After"
+
 func exhausted(info *connect.CallInfo, wait time.Duration) error {
-	info.ResponseHeader().Set("Retry-After", strconv.Itoa(int(math.Ceil(wait.Seconds()))))
+	info.ResponseHeader().Set(retryAfterHeader, strconv.Itoa(int(math.Ceil(wait.Seconds()))))
 	err := connect.NewError(connect.CodeResourceExhausted, "you have made too many calls; nothing was done, try again later")
 	detail, failed := connectproto.NewErrorDetail(&errdetails.RetryInfo{RetryDelay: durationpb.New(wait)})
 	if failed != nil {

@@ -52,10 +52,16 @@ type Config struct {
 	MaxConns int
 	// WriteTimeout bounds the time in which a connection takes nothing of what is sent to it. Default 30 s.
 	WriteTimeout time.Duration
+	// QuietTimeout ends a server's stream on which nothing was sent for so long, with unavailable. Default 50 s: common proxies cut a connection off
+	// that is silent for 60 s, and then the client hears an error that says nothing.
+	QuietTimeout time.Duration
 	// TLS serves HTTPS; see LoadTLS. Without it, HTTP.
 	TLS *tls.Config
 	// Origins are the web origins, such as https://console.example, whose pages may call. Default none.
 	Origins []string
+	// RequestHeaders and ResponseHeaders are those that Interceptors read of requests and write to answers, besides what Headers returns. A page of
+	// another origin may send and see no others.
+	RequestHeaders, ResponseHeaders []string
 	// LocalNames refuses requests that do not name this machine as localhost or by a loopback address. With authentication off it keeps out pages of
 	// other sites whose name was made to lead here: to a browser they are of the same origin (DNS rebinding).
 	LocalNames bool
@@ -80,6 +86,7 @@ func (c Config) withDefaults() Config {
 	c.MaxHeaderBytes = cmp.Or(c.MaxHeaderBytes, 64<<10)
 	c.MaxConns = cmp.Or(c.MaxConns, 4096)
 	c.WriteTimeout = cmp.Or(c.WriteTimeout, 30*time.Second)
+	c.QuietTimeout = cmp.Or(c.QuietTimeout, 50*time.Second)
 	c.DrainTimeout = cmp.Or(c.DrainTimeout, 20*time.Second)
 	c.Log = cmp.Or(c.Log, slog.Default())
 	if c.MeterProvider == nil {
@@ -108,7 +115,8 @@ type Server struct {
 // compressed, if the caller takes them so.
 func New(config Config, register ...func(*connect.Server)) *Server {
 	config = config.withDefaults()
-	all := append([]connect.ServerInterceptor{Telemetry(config.MeterProvider, config.TracerProvider)}, Interceptors(config.Log, config.Interceptors...)...)
+	all := append([]connect.ServerInterceptor{Telemetry(config.MeterProvider, config.TracerProvider), endQuiet(config.QuietTimeout)},
+		Interceptors(config.Log, config.Interceptors...)...)
 	rpc := connect.NewServer(all...)
 	for _, r := range register {
 		r(rpc)
@@ -121,8 +129,8 @@ func New(config Config, register ...func(*connect.Server)) *Server {
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
 	mux.HandleFunc("GET /readyz", health.readyz)
 	connecthttp.Mount(newGuard(mux, config, rpc), rpc,
-		connecthttp.WithCodecs(codecs()...), connecthttp.WithReadMaxBytes(config.ReadMaxBytes), connecthttp.WithCompressors(newBoundedGzip(config.ReadMaxBytes)),
-		connecthttp.WithCompressMinBytes(compressMinBytes))
+		connecthttp.WithCodecs(codecs()...), connecthttp.WithReadMaxBytes(config.ReadMaxBytes),
+		connecthttp.WithCompressors(newBoundedGzip(config.ReadMaxBytes)), connecthttp.WithCompressMinBytes(compressMinBytes))
 	return &Server{config: config, rpc: rpc, mux: mux, handler: newEdge(mux, config)}
 }
 

@@ -30,6 +30,9 @@ func Telemetry(meters metric.MeterProvider, tracers trace.TracerProvider) connec
 	return interceptor
 }
 
+// traceHeaders are what a caller that traces sends. Telemetry reads the trace; baggage is not looked at, and a browser that sends it must not be refused.
+var traceHeaders = propagation.NewCompositeTextMapPropagator(propagation.TraceContext{}, propagation.Baggage{})
+
 func isInfrastructure(procedure string) bool {
 	return strings.HasPrefix(procedure, "/grpc.health.") || strings.HasPrefix(procedure, "/grpc.reflection.")
 }

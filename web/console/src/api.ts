@@ -23,7 +23,8 @@ function header(credential: string): [string, string] {
 export const api: Client<typeof OpsService> = createClient(
   OpsService,
   createConnectTransport({
-    baseUrl: location.origin,
+    // The page is at console/, next to the procedures: a proxy may have put a path before both.
+    baseUrl: new URL("..", location.href).href.replace(/\/$/, ""),
     interceptors: [
       (next) => (request) => {
         const credential = sessionStorage.getItem(slot);

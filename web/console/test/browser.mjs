@@ -72,7 +72,7 @@ async function why(verb) {
 }
 
 async function signIn() {
-  await page.goto(`${url}/console/`);
+  await page.goto(`${url}/`); // which leads to the console
   await page.locator("input[name=credential]").fill("nobody.AAAA");
   await page.keyboard.press("Enter");
   await page.locator("text=This credential is not accepted").waitFor();
