@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"os/exec"
 	"strings"
 	"testing"
@@ -54,4 +55,28 @@ func TestAPageOfAnotherOriginPlacesAnOrderDurably(t *testing.T) {
 		seen.RequestID != "page-1" || !seen.Same || !strings.Contains(seen.Watched, "OPERATION_STATE_SUCCEEDED") {
 		t.Errorf("got %+v, %v", seen, err)
 	}
+}
+
+// A status that does not exist finds no orders, instead of all of them.
+func TestAFilterThatDoesNotExistIsRefused(t *testing.T) {
+	t.Parallel()
+	method := "http://" + serve(t) + "/orders.v1.OrderService/ListOrders"
+	for filter, want := range map[string]int{
+		`{"status":"ORDER_STATUS_CANCELED"}`: http.StatusBadRequest, `{"status":"ORDER_STATUS_CANCELLED","more":"x"}`: http.StatusOK,
+	} {
+		posted, err := http.Post(method, "application/json", strings.NewReader(filter))
+		if err != nil {
+			t.Fatal(err)
+		}
+		posted.Body.Close()
+		got, err := http.Get(method + "?connect=v1&encoding=json&message=" + url.QueryEscape(filter))
+		if err != nil {
+			t.Fatal(err)
+		}
+		got.Body.Close()
+		if posted.StatusCode != want || got.StatusCode != want {
+			t.Errorf("%s: POST %s, GET %s, want %d", filter, posted.Status, got.Status, want)
+		}
+	}
+	http.DefaultClient.CloseIdleConnections()
 }
