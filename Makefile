@@ -37,6 +37,9 @@ test-settings: $(STACK) ## Tests on a Postgres with other settings; SETTINGS="lo
 	@bash scripts/need.sh psql postgresql-client
 	@$(STACK) --profile test -- bash scripts/test_settings.sh $(SETTINGS)
 
+conformance: $(STACK) ## Connect's conformance suite against the API, over HTTP and over RabbitMQ
+	$(STACK) -- bash scripts/conformance.sh
+
 FUZZTIME ?= 1m
 fuzz: $(STACK) ## Bad input for every procedure, for FUZZTIME each
 	FUZZTIME=$(FUZZTIME) $(STACK) --profile test -- go test -count=1 -timeout 0 -v -run '^TestBadInput' ./internal/app/
@@ -49,7 +52,7 @@ new-test: ## Services made from this template, by the guide and by gonew, with t
 	go test -tags new -count=1 -timeout 30m -v -run '^TestMade' ./cmd/new/
 .PHONY: new-test
 # /template
-ci: lint test ## What CI runs
+ci: lint test conformance ## What CI runs
 
 # example
 bench: $(STACK) build ## Against RabbitMQ's own ceiling and against peers, 25 minutes; ROWS="relay idle" for some of it
@@ -101,13 +104,14 @@ generate: ## Generate code from proto/
 	@bash scripts/packages.sh tools web
 	tools/node_modules/.bin/buf generate
 	tools/node_modules/.bin/buf generate --template buf.gen.web.yaml
+	bash scripts/conformance_code.sh .
 
 # Always asked, never old: go build knows best.
 $(STACK): FORCE
 	@go build -o $@ ./cmd/stack
 
 FORCE:
-.PHONY: help up down test test-settings fuzz lint ci docs build reproducible image image-release kubernetes vuln console generate FORCE
+.PHONY: help up down test test-settings conformance fuzz lint ci docs build reproducible image image-release kubernetes vuln console generate FORCE
 # example
 .PHONY: demo load bench compose-test
 # /example

@@ -25,6 +25,7 @@ check() {
 # example
 in_bench() { (cd bench && "$@"); }
 # /example
+in_conformance() { (cd conformance && "$@"); }
 in_tools() { (cd tools && "$@"); }
 
 gofmt_clean() {
@@ -62,7 +63,8 @@ generated() {
   for template in buf.gen.yaml buf.gen.web.yaml; do
     "$buf" generate --template "$template" -o "$scratch/generated" || return 1
   done
-  for out in $(sed -n 's/.*out: *\([^,} ]*\).*/\1/p' buf.gen.yaml buf.gen.web.yaml | sort -u); do
+  bash scripts/conformance_code.sh "$scratch/generated" || return 1
+  for out in $(sed -n 's/.*out: *\([^,} ]*\).*/\1/p' buf.gen*.yaml | sort -u); do
     if ! diff -r "$scratch/generated/$out" "$out"; then
       echo "$out is not what proto/ generates: run make generate"
       return 1
@@ -91,6 +93,9 @@ check 'bench: go vet' go -C bench vet ./...
 check 'bench: staticcheck' in_bench go tool -modfile=../tools/go.mod staticcheck ./...
 check 'bench: go.mod is tidy' go -C bench mod tidy -diff
 # /example
+check 'conformance: go vet' go -C conformance vet ./...
+check 'conformance: staticcheck' in_conformance go tool -modfile=../tools/go.mod staticcheck ./...
+check 'conformance: go.mod is tidy' go -C conformance mod tidy -diff
 check 'web: types' web/node_modules/.bin/tsc -p web --noEmit
 check 'tools: go vet' go -C tools vet ./...
 check 'tools: staticcheck' in_tools go tool staticcheck ./...

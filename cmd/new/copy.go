@@ -122,6 +122,7 @@ func (o *order) finish(ctx context.Context, tree string, out io.Writer) error {
 		{"generating code", []string{"make", "-s", "generate"}},
 		{"tidying go.mod", []string{"go", "mod", "tidy"}},
 		{"", o.benchTidied()},
+		{"", []string{"go", "-C", "conformance", "mod", "tidy"}},
 		{"building", []string{"go", "build", "./..."}},
 		{"committing", []string{"git", "-c", "init.defaultBranch=main", "init", "-q"}},
 		{"", []string{"git", "add", "-A"}},

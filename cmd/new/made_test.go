@@ -84,7 +84,7 @@ func TestMadeByGonew(t *testing.T) {
 		cp go.mod "$versions/v0.1.0.mod"
 		echo '{"Version": "v0.1.0", "Time": "2026-01-01T00:00:00Z"}' >"$versions/v0.1.0.info"
 		echo v0.1.0 >"$versions/list"
-		git archive --prefix=example.com/orders@v0.1.0/ -o "$versions/v0.1.0.zip" HEAD $(git ls-files | grep -v '^bench/\|^tools/')
+		git archive --prefix=example.com/orders@v0.1.0/ -o "$versions/v0.1.0.zip" HEAD $(git ls-files | grep -v '^bench/\|^conformance/\|^tools/')
 		GOPROXY=file://%[1]s GONOSUMDB='*' GOFLAGS=-modcacherw GOMODCACHE=%[1]s/cache %[1]s/bin/gonew example.com/orders@v0.1.0 github.com/acme/gone ../gone
 		cd ../gone
 		go vet ./...

@@ -65,6 +65,12 @@ type Config struct {
 	domain func(db *pgxpool.Pool, out *outbox.Writer, hub *changes.Hub) domain
 }
 
+// WithServices returns the config with other services in place of the domain, and no consumer groups: for what tests the processes themselves.
+func (c Config) WithServices(register func(*connect.Server)) Config {
+	c.domain = func(*pgxpool.Pool, *outbox.Writer, *changes.Hub) domain { return domain{register: register} }
+	return c
+}
+
 // theDomain makes what the program is about: newDomain, or what probes.go has in its place.
 var theDomain = newDomain
 

@@ -99,8 +99,8 @@ func files(t *testing.T) []file {
 		}
 		rel, _ := filepath.Rel(root, p)
 		rel = filepath.ToSlash(rel)
-		if d.IsDir() && (rel == "bench" || rel == "web" || strings.HasPrefix(d.Name(), ".") && rel != "." || d.Name() == "node_modules") {
-			return fs.SkipDir // bench is a module of its own
+		if d.IsDir() && (rel == "bench" || rel == "conformance" || rel == "web" || strings.HasPrefix(d.Name(), ".") && rel != "." || d.Name() == "node_modules") {
+			return fs.SkipDir // bench and conformance are modules of their own
 		}
 		if d.IsDir() || path.Ext(rel) != ".go" {
 			return nil

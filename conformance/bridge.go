@@ -1,0 +1,88 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"net"
+	"net/http"
+
+	"connectrpc.com/connect/v2"
+	"connectrpc.com/connect/v2/connecthttp"
+	conformancev1 "example.com/orders/conformance/gen/connectrpc/conformance/v1"
+	"example.com/orders/conformance/gen/connectrpc/conformance/v1/conformancev1connect"
+	"example.com/orders/internal/rabbitrpc"
+	"example.com/orders/internal/unary"
+)
+
+// newBridge returns an HTTP server that forwards unary calls over RabbitMQ. It has no limit and no opinion of its
+// own, so that what the runner sees is what the queue's client was told.
+func newBridge(transport *rabbitrpc.Transport) *http.Server {
+	services := connect.NewServer()
+	register(services)
+	client, bridge := connect.NewClient(transport), connect.NewServer()
+	for spec := range services.Specs() {
+		if spec.StreamType == connect.StreamTypeUnary {
+			bridge.Register(connect.Method{Spec: spec, Handler: forward(client)})
+		}
+	}
+	mux, protocols := http.NewServeMux(), new(http.Protocols)
+	connecthttp.Mount(mux, bridge)
+	protocols.SetHTTP1(true)
+	protocols.SetUnencryptedHTTP2(true)
+	return &http.Server{Handler: mux, Protocols: protocols}
+}
+
+// forward calls the procedure that was called, with its metadata and deadline, and answers as it was answered.
+func forward(client *connect.Client) connect.ServerFunc {
+	return func(ctx context.Context, spec connect.Spec, stream connect.ServerStream) error {
+		method, _ := unary.Describe(spec)
+		req, err := unary.Receive(method, stream)
+		if err != nil {
+			return err
+		}
+		here, _ := connect.CallInfoForServerContext(ctx)
+		ctx, there := connect.NewClientContext(ctx)
+		copyHeader(there.RequestHeader(), here.RequestHeader())
+		res := unary.New(method.Output())
+		err = client.CallUnary(ctx, spec, req, res)
+		copyHeader(here.ResponseHeader(), there.ResponseHeader())
+		copyHeader(here.ResponseTrailer(), there.ResponseTrailer())
+		var remote *connect.Error
+		if errors.As(err, &remote) { // made anew: Connect does not pass on the errors of other servers
+			own := connect.NewError(remote.Code(), remote.Message())
+			for _, detail := range remote.Details() {
+				own = own.WithDetail(detail)
+			}
+			return own
+		}
+		if err != nil {
+			return err
+		}
+		return stream.Send(res)
+	}
+}
+
+func copyHeader(to, from *connect.Header) {
+	for name, values := range from.All() {
+		to.SetValues(name, values)
+	}
+}
+
+// serveBridge serves bridge on listener until ctx is done.
+func serveBridge(ctx context.Context, bridge *http.Server, listener net.Listener) error {
+	stop := context.AfterFunc(ctx, func() { _ = bridge.Close() })
+	defer stop()
+	if err := bridge.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
+		return err
+	}
+	return nil
+}
+
+// untilServed waits until a replica answers.
+func untilServed(ctx context.Context, transport *rabbitrpc.Transport) error {
+	client := conformancev1connect.NewConformanceServiceClient(connect.NewClient(transport))
+	return until(ctx, func(ctx context.Context) error {
+		_, err := client.Unary(ctx, &conformancev1.UnaryRequest{})
+		return err
+	})
+}

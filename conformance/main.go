@@ -1,0 +1,194 @@
+// Command conformance is the API of the service with the domain of Connect's conformance suite in place of its own:
+// what the suite's runner (connectrpc.com/conformance) starts and calls. `make conformance` runs it.
+//
+//	connectconformance --conf http.yaml --known-failing @http-known-failing.txt --mode server -- conformance
+//	connectconformance --conf queue.yaml --known-failing @queue-known-failing.txt --mode server --max-servers 1 -- conformance queue
+//
+// The first line calls the API over HTTP. The second calls it over RabbitMQ, through an HTTP server that does nothing
+// but forward unary calls; all replicas share the service's queue, hence one at a time.
+//
+// It takes Postgres from POSTGRES_URL, with the schema of `orders migrate`, and RabbitMQ from AMQP_URL.
+package main
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	conformancev1 "example.com/orders/conformance/gen/connectrpc/conformance/v1"
+	"example.com/orders/internal/app"
+	"example.com/orders/internal/rabbitrpc"
+	"example.com/orders/internal/rpcserver"
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/protobuf/proto"
+)
+
+func main() {
+	slog.SetDefault(slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelError + 1}))) // the suite provokes errors
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	if err := run(ctx, len(os.Args) > 1 && os.Args[1] == "queue"); err != nil {
+		fmt.Fprintln(os.Stderr, "conformance:", err)
+		os.Exit(1)
+	}
+}
+
+// run starts what the runner asks for on standard input, says on standard output where it is, and serves until ctx is
+// done.
+func run(ctx context.Context, queue bool) (err error) {
+	asked := new(conformancev1.ServerCompatRequest)
+	if err := receive(os.Stdin, asked); err != nil {
+		return fmt.Errorf("read the runner's request: %w", err)
+	}
+	scratch, err := os.MkdirTemp("", "conformance-")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(scratch)) }()
+	address, err := freeAddress()
+	if err != nil {
+		return err
+	}
+	config, err := configure(asked, address, scratch)
+	if err != nil {
+		return err
+	}
+	group, ctx := errgroup.WithContext(ctx)
+	if queue {
+		config.AMQPURL, config.RPCOverRabbitMQ = os.Getenv("AMQP_URL"), true
+	}
+	group.Go(func() error { return app.RunAPI(ctx, config) })
+	group.Go(func() error {
+		if queue {
+			return tellOfBridge(ctx, group, config)
+		}
+		if err := untilListening(ctx, address.String()); err != nil {
+			return err
+		}
+		return tell(asked, address)
+	})
+	return group.Wait()
+}
+
+// configure sets up the API within its usual limits, but for the size of a message, which the suite gives, and the
+// number of calls, since the runner is a single caller.
+func configure(asked *conformancev1.ServerCompatRequest, address *net.TCPAddr, scratch string) (app.Config, error) {
+	config := app.Config{
+		PostgresURL: os.Getenv("POSTGRES_URL"), Exchange: "events", Addr: address.String(), MaxConns: 4,
+		RPCPrefetch: 64, Version: "conformance",
+		Edge: app.Edge{
+			NoAuth: true, ReadMaxBytes: int(asked.GetMessageReceiveLimit()),
+			Limit: rpcserver.LimitConfig{Rate: 100_000, Concurrent: 200},
+		},
+	}.WithServices(register)
+	creds, files := asked.GetServerCreds(), &config.Edge.TLS
+	for _, one := range []struct {
+		path    *string
+		name    string
+		content []byte
+	}{
+		{&files.Cert, "server.pem", creds.GetCert()}, {&files.Key, "server.key", creds.GetKey()},
+		{&files.ClientCA, "clients.pem", asked.GetClientTlsCert()},
+	} {
+		if len(one.content) == 0 {
+			continue
+		}
+		*one.path = filepath.Join(scratch, one.name)
+		if err := os.WriteFile(*one.path, one.content, 0o600); err != nil {
+			return config, err
+		}
+	}
+	files.RequireClient = files.ClientCA != ""
+	return config, nil
+}
+
+// tellOfBridge serves the bridge, and names it to the runner once a replica answers from the queue.
+func tellOfBridge(ctx context.Context, group *errgroup.Group, config app.Config) error {
+	transport := rabbitrpc.NewTransport(rabbitrpc.TransportConfig{
+		URL: config.AMQPURL, Name: "conformance", Timeout: noTimeout,
+	})
+	context.AfterFunc(ctx, func() { _ = transport.Close() })
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return err
+	}
+	group.Go(func() error { return serveBridge(ctx, newBridge(transport), listener) })
+	if err := untilServed(ctx, transport); err != nil {
+		return err
+	}
+	return tell(new(conformancev1.ServerCompatRequest), listener.Addr().(*net.TCPAddr))
+}
+
+// tell says where the server is. The certificate is the one that the runner has made.
+func tell(asked *conformancev1.ServerCompatRequest, address *net.TCPAddr) error {
+	return send(os.Stdout, &conformancev1.ServerCompatResponse{
+		Host: "127.0.0.1", Port: uint32(address.Port), PemCert: asked.GetServerCreds().GetCert(),
+	})
+}
+
+// freeAddress returns an address that nobody listens on.
+func freeAddress() (*net.TCPAddr, error) {
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return nil, err
+	}
+	return listener.Addr().(*net.TCPAddr), listener.Close()
+}
+
+func untilListening(ctx context.Context, address string) error {
+	return until(ctx, func(ctx context.Context) error {
+		conn, err := new(net.Dialer).DialContext(ctx, "tcp", address)
+		if err != nil {
+			return err
+		}
+		return conn.Close()
+	})
+}
+
+// until tries something every 20 ms until it succeeds, for 30 s at most.
+func until(ctx context.Context, try func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	for {
+		err := try(ctx)
+		if err == nil {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return err
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+}
+
+// receive and send exchange messages with the runner: the length in four bytes, then the message.
+func receive(from io.Reader, message proto.Message) error {
+	var length [4]byte
+	if _, err := io.ReadFull(from, length[:]); err != nil {
+		return err
+	}
+	encoded := make([]byte, binary.BigEndian.Uint32(length[:]))
+	if _, err := io.ReadFull(from, encoded); err != nil {
+		return err
+	}
+	return proto.Unmarshal(encoded, message)
+}
+
+func send(to io.Writer, message proto.Message) error {
+	encoded, err := proto.Marshal(message)
+	if err != nil {
+		return err
+	}
+	_, err = to.Write(append(binary.BigEndian.AppendUint32(nil, uint32(len(encoded))), encoded...))
+	return err
+}

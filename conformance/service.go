@@ -1,0 +1,275 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"io"
+	"time"
+
+	"connectrpc.com/connect/v2"
+	"connectrpc.com/connect/v2/connecthttp"
+	"connectrpc.com/connect/v2/connectproto"
+	conformancev1 "example.com/orders/conformance/gen/connectrpc/conformance/v1"
+	"example.com/orders/conformance/gen/connectrpc/conformance/v1/conformancev1connect"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/anypb"
+)
+
+// service answers each request as the request itself says. The comments of the suite's service.proto say how.
+// Unimplemented stays as it is generated.
+type service struct {
+	conformancev1connect.UnimplementedConformanceServiceHandler
+}
+
+func register(server *connect.Server) {
+	conformancev1connect.RegisterConformanceServiceHandler(server, service{})
+}
+
+func (service) Unary(ctx context.Context, req *conformancev1.UnaryRequest) (*conformancev1.UnaryResponse, error) {
+	payload, err := answer(ctx, req.GetResponseDefinition(), req)
+	return &conformancev1.UnaryResponse{Payload: payload}, err
+}
+
+func (service) IdempotentUnary(
+	ctx context.Context, req *conformancev1.IdempotentUnaryRequest,
+) (*conformancev1.IdempotentUnaryResponse, error) {
+	payload, err := answer(ctx, req.GetResponseDefinition(), req)
+	return &conformancev1.IdempotentUnaryResponse{Payload: payload}, err
+}
+
+func (service) ClientStream(
+	ctx context.Context, stream conformancev1connect.ConformanceServiceClientStreamServerStream,
+) (*conformancev1.ClientStreamResponse, error) {
+	var received []proto.Message
+	var definition *conformancev1.UnaryResponseDefinition
+	for {
+		req, err := stream.Receive()
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			return nil, err
+		}
+		if len(received) == 0 {
+			definition = req.GetResponseDefinition()
+		}
+		received = append(received, req)
+	}
+	payload, err := answer(ctx, definition, received...)
+	return &conformancev1.ClientStreamResponse{Payload: payload}, err
+}
+
+// answer is the one answer to what was received.
+func answer(
+	ctx context.Context, definition *conformancev1.UnaryResponseDefinition, received ...proto.Message,
+) (*conformancev1.ConformancePayload, error) {
+	asked, err := requestInfo(ctx, received...)
+	if err != nil {
+		return nil, err
+	}
+	setMetadata(ctx, definition)
+	if err := pause(ctx, definition.GetResponseDelayMs()); err != nil {
+		return nil, err
+	}
+	if failure := definition.GetError(); failure != nil {
+		return nil, newError(failure, asked)
+	}
+	return &conformancev1.ConformancePayload{Data: definition.GetResponseData(), RequestInfo: asked}, nil
+}
+
+func (service) ServerStream(
+	ctx context.Context, req *conformancev1.ServerStreamRequest,
+	stream conformancev1connect.ConformanceServiceServerStreamServerStream,
+) error {
+	out := responses{definition: req.GetResponseDefinition()}
+	out.send = func(payload *conformancev1.ConformancePayload) error {
+		return stream.Send(&conformancev1.ServerStreamResponse{Payload: payload})
+	}
+	setMetadata(ctx, out.definition)
+	if len(out.definition.GetResponseData()) > 0 {
+		if err := stream.SendHeaders(); err != nil {
+			return err
+		}
+	}
+	return out.rest(ctx, req)
+}
+
+func (service) BidiStream(
+	ctx context.Context, stream conformancev1connect.ConformanceServiceBidiStreamServerStream,
+) error {
+	out := responses{send: func(payload *conformancev1.ConformancePayload) error {
+		return stream.Send(&conformancev1.BidiStreamResponse{Payload: payload})
+	}}
+	var received []proto.Message
+	duplex := false
+	for first := true; ; first = false {
+		req, err := stream.Receive()
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			return err
+		}
+		received = append(received, req)
+		if first {
+			out.definition, duplex = req.GetResponseDefinition(), req.GetFullDuplex()
+			setMetadata(ctx, out.definition)
+		}
+		if !duplex {
+			continue
+		}
+		if out.sent == len(out.definition.GetResponseData()) {
+			return out.rest(ctx, received...)
+		}
+		if first {
+			if err := stream.SendHeaders(); err != nil {
+				return err
+			}
+		}
+		if err := out.next(ctx, received...); err != nil {
+			return err
+		}
+		received = nil
+	}
+	if !duplex && len(out.definition.GetResponseData()) > 0 {
+		if err := stream.SendHeaders(); err != nil {
+			return err
+		}
+	}
+	return out.rest(ctx, received...)
+}
+
+// responses are those of a stream.
+type responses struct {
+	definition *conformancev1.StreamResponseDefinition
+	send       func(*conformancev1.ConformancePayload) error
+	sent       int
+}
+
+// next sends the next response, after its delay. The first one says what was asked, later ones what was received
+// since the last.
+func (r *responses) next(ctx context.Context, received ...proto.Message) error {
+	payload := &conformancev1.ConformancePayload{Data: r.definition.GetResponseData()[r.sent]}
+	var err error
+	switch {
+	case r.sent == 0:
+		payload.RequestInfo, err = requestInfo(ctx, received...)
+	case len(received) > 0:
+		payload.RequestInfo = new(conformancev1.ConformancePayload_RequestInfo)
+		payload.RequestInfo.Requests, err = packed(received)
+	}
+	if err != nil {
+		return err
+	}
+	if err := pause(ctx, r.definition.GetResponseDelayMs()); err != nil {
+		return err
+	}
+	r.sent++
+	return r.send(payload)
+}
+
+// rest sends what was not sent yet, and ends as the stream is to end.
+func (r *responses) rest(ctx context.Context, received ...proto.Message) error {
+	for r.sent < len(r.definition.GetResponseData()) {
+		if err := r.next(ctx, received...); err != nil {
+			return err
+		}
+		received = nil
+	}
+	failure := r.definition.GetError()
+	if failure == nil {
+		return nil
+	}
+	if r.sent > 0 {
+		return newError(failure, nil)
+	}
+	asked, err := requestInfo(ctx, received...)
+	if err != nil {
+		return err
+	}
+	return newError(failure, asked)
+}
+
+// pause waits for a response's delay, unless the call ends before.
+func pause(ctx context.Context, milliseconds uint32) error {
+	select {
+	case <-time.After(time.Duration(milliseconds) * time.Millisecond):
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// setMetadata sets the headers and trailers that a definition asks for.
+func setMetadata(ctx context.Context, definition interface {
+	GetResponseHeaders() []*conformancev1.Header
+	GetResponseTrailers() []*conformancev1.Header
+}) {
+	info, _ := connect.CallInfoForServerContext(ctx)
+	for _, header := range definition.GetResponseHeaders() {
+		info.ResponseHeader().SetValues(header.GetName(), header.GetValue())
+	}
+	for _, trailer := range definition.GetResponseTrailers() {
+		info.ResponseTrailer().SetValues(trailer.GetName(), trailer.GetValue())
+	}
+}
+
+// noTimeout is the deadline that calls over RabbitMQ get whose caller has set none: there, every call has one. It is
+// longer than any of the suite's.
+const noTimeout = time.Hour
+
+// requestInfo says what the server saw of a call.
+func requestInfo(
+	ctx context.Context, received ...proto.Message,
+) (*conformancev1.ConformancePayload_RequestInfo, error) {
+	call, _ := connect.CallInfoForServerContext(ctx)
+	info := new(conformancev1.ConformancePayload_RequestInfo)
+	for name, values := range call.RequestHeader().All() {
+		info.RequestHeaders = append(info.RequestHeaders, &conformancev1.Header{Name: name, Value: values})
+	}
+	if deadline, ok := ctx.Deadline(); ok && time.Until(deadline) < noTimeout/2 {
+		info.TimeoutMs = proto.Int64(time.Until(deadline).Milliseconds())
+	}
+	if web, ok := connecthttp.ServerInfoForContext(ctx); ok && len(web.HTTPGetQueryParams()) > 0 {
+		info.ConnectGetInfo = new(conformancev1.ConformancePayload_ConnectGetInfo)
+		for name, values := range web.HTTPGetQueryParams() {
+			param := &conformancev1.Header{Name: name, Value: values}
+			info.ConnectGetInfo.QueryParams = append(info.ConnectGetInfo.QueryParams, param)
+		}
+	}
+	var err error
+	info.Requests, err = packed(received)
+	return info, err
+}
+
+func packed(messages []proto.Message) (all []*anypb.Any, err error) {
+	for _, message := range messages {
+		one, err := anypb.New(message)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, one)
+	}
+	return all, nil
+}
+
+// newError makes the error that was asked for, with what was asked as a further detail if it is given.
+func newError(wanted *conformancev1.Error, asked *conformancev1.ConformancePayload_RequestInfo) error {
+	made := connect.NewError(connect.Code(wanted.GetCode()), wanted.GetMessage())
+	details := wanted.GetDetails()
+	if asked != nil {
+		detail, err := anypb.New(asked)
+		if err != nil {
+			return err
+		}
+		details = append(details, detail)
+	}
+	for _, one := range details {
+		detail, err := connectproto.NewErrorDetail(one)
+		if err != nil {
+			return err
+		}
+		made = made.WithDetail(detail)
+	}
+	return made
+}
