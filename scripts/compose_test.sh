@@ -11,6 +11,8 @@ cd "$(dirname "$0")/.."
 orders=${SMOKE_ORDERS:-800}
 export COMPOSE_PROJECT_NAME=orders-smoke COMPOSE_PROFILES= COMPOSE_MENU=0
 export API_PORT=${API_PORT:-18080} CONSOLE_PORT=${CONSOLE_PORT:-18090} POSTGRES_PORT=${POSTGRES_PORT:-15433} AMQP_PORT=${AMQP_PORT:-15674} RABBITMQ_MANAGEMENT_PORT=${RABBITMQ_MANAGEMENT_PORT:-15675}
+# Any text will do for a password.
+export POSTGRES_PASSWORD='p@ss/w:1' APP_PASSWORD='ab/cd+e=' RABBITMQ_PASSWORD='p@ss#%41?' AMQP_APP_PASSWORD='&x=[1]%'
 scratch=$(mktemp -d)
 files=(-f docker-compose.yml)
 replicas=(--scale relay=2 --scale consumer=3)
@@ -81,6 +83,8 @@ done
 expect 'replicas of relay and consumer' '2 3' "$(compose ps -q relay | wc -l) $(compose ps -q consumer | wc -l)"
 expect 'logins' 'app_api app_consumer app_operator app_relay' \
   "$(query "SELECT string_agg(DISTINCT usename, ' ' ORDER BY usename) FROM pg_stat_activity WHERE application_name LIKE 'orders %'")"
+expect 'logins at the broker, but for the console, which comes and goes' 'orders-consumer orders-relay' \
+  "$(compose exec -T rabbitmq rabbitmqctl -q list_connections user | grep -E '^orders' | grep -v console | sort -u | paste -sd ' ')"
 
 say "$orders orders, and all relays, consumers and the API killed meanwhile"
 mapfile -t processes < <(compose ps -q api relay consumer)

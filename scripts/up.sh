@@ -15,6 +15,14 @@ as() {
 
 eval "$($stack up)"
 bin/orders migrate
+# A user of the broker for each process, which may do what the process does and no more.
+password_file=.stack/dev/broker-password
+[ -s "$password_file" ] || (umask 077; head -c 24 /dev/urandom | base64 >"$password_file")
+password=$(cat "$password_file")
+AMQP_USERS_PASSWORD=$password bin/orders topology --declare --users=orders >/dev/null
+
+# at_broker PROCESS is the broker's URL for the user of a process, whose password is in AMQP_PASSWORD.
+at_broker() { sed "s|//[^@/]*@|//orders-$1@|" <<<"$AMQP_URL"; }
 # One key for whoever tries it out; the service keeps its hash only.
 keys=.stack/dev/api-keys key_file=.stack/dev/api-key
 if [ ! -s "$keys" ] || [ ! -s "$key_file" ]; then
@@ -24,10 +32,11 @@ fi
 # API and consumer sign and check the callers of durable calls with the same key; operations that wait keep it in use.
 call_key=.stack/dev/call-key
 [ -s "$call_key" ] || (umask 077; head -c 32 /dev/urandom | base64 >"$call_key")
-LISTEN=$api POSTGRES_URL=$(as app_api) API_KEYS_FILE=$keys CALL_KEYS=$(cat "$call_key") RPC_OVER_RABBITMQ=true $stack daemon api -- bin/orders api
-LISTEN=$relay POSTGRES_URL=$(as app_relay) $stack daemon relay -- bin/orders relay
-LISTEN=$consumer POSTGRES_URL=$(as app_consumer) CALL_KEYS=$(cat "$call_key") $stack daemon consumer -- bin/orders consumer
-LISTEN=$console POSTGRES_URL=$(as app_operator) API_KEYS_FILE=$keys $stack daemon console -- bin/orders console
+export AMQP_PASSWORD=$password TOPOLOGY=given
+LISTEN=$api POSTGRES_URL=$(as app_api) AMQP_URL=$(at_broker rpc-server) API_KEYS_FILE=$keys CALL_KEYS=$(cat "$call_key") RPC_OVER_RABBITMQ=true $stack daemon api -- bin/orders api
+LISTEN=$relay POSTGRES_URL=$(as app_relay) AMQP_URL=$(at_broker relay) $stack daemon relay -- bin/orders relay
+LISTEN=$consumer POSTGRES_URL=$(as app_consumer) AMQP_URL=$(at_broker consumer) CALL_KEYS=$(cat "$call_key") $stack daemon consumer -- bin/orders consumer
+LISTEN=$console POSTGRES_URL=$(as app_operator) AMQP_URL=$(at_broker console) API_KEYS_FILE=$keys $stack daemon console -- bin/orders console
 for address in $api $relay $consumer $console; do
   for try in $(seq 100); do
     if bin/orders healthcheck "http://$address/readyz" 2>/dev/null; then

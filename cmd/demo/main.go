@@ -23,6 +23,7 @@ import (
 	"syscall"
 	"time"
 
+	"example.com/orders/internal/rabbit"
 	"github.com/alecthomas/kong"
 	"github.com/jackc/pgx/v5"
 	amqp "github.com/rabbitmq/amqp091-go"
@@ -50,6 +51,11 @@ func (c *cli) Validate() error {
 	if c.PostgresURL == "" || c.AMQPURL == "" {
 		return errors.New("set POSTGRES_URL and AMQP_URL, or run `make demo`, which starts private servers")
 	}
+	whole, err := rabbit.WithPassword(c.AMQPURL, os.Getenv("AMQP_PASSWORD"))
+	if err != nil {
+		return errors.New("--amqp-url: not an AMQP URL")
+	}
+	c.AMQPURL = whole
 	broker, err := amqp.ParseURI(c.AMQPURL)
 	switch _, pgErr := pgx.ParseConfig(c.PostgresURL); {
 	case pgErr != nil:

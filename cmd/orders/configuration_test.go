@@ -29,7 +29,9 @@ value is one line that names it, and exit status 2, before anything is done.
 This page is made from the code: ` + "`make docs`" + ` writes it, and a test fails while it is not current.
 
 TLS to Postgres and RabbitMQ is set up in their URLs ([security](security.md#tls)). What a Postgres URL leaves open, libpq's own variables
-(` + "`PGHOST`, `PGPASSWORD`, …" + `) say. Traces are exported if ` + "`OTEL_EXPORTER_OTLP_ENDPOINT`" + ` names a collector; OpenTelemetry's other
+(` + "`PGHOST`, `PGPASSWORD`, …" + `) say. A user without a password in
+` + "`AMQP_URL` or `RABBITMQ_MANAGEMENT_URL`" + ` has the one in ` + "`AMQP_PASSWORD`" + `. Both variables take any text as it is; in a URL a password is
+percent-encoded. Traces are exported if ` + "`OTEL_EXPORTER_OTLP_ENDPOINT`" + ` names a collector; OpenTelemetry's other
 variables work as it defines them ([metrics](metrics.md#traces)).
 `
 

@@ -316,14 +316,20 @@ func (k *signingKey) UnmarshalText(text []byte) error {
 	return nil
 }
 
+// amqpURL is checked likewise. A user without a password gets that of the environment, as libpq has it with PGPASSWORD: a
+// script need not escape it.
 type amqpURL string
+
+// amqpPassword names the variable.
+const amqpPassword = "AMQP_PASSWORD"
 
 func (u *amqpURL) UnmarshalText(text []byte) error {
 	if err := rabbit.ValidateURL(string(text)); err != nil {
 		return errors.New("not an AMQP URL, such as amqp://user:password@host:5672/vhost")
 	}
-	*u = amqpURL(text)
-	return nil
+	whole, err := rabbit.WithPassword(string(text), os.Getenv(amqpPassword))
+	*u = amqpURL(whole)
+	return err
 }
 
 // managementURL is the URL of RabbitMQ's management API; its error does not show it.
@@ -333,6 +339,7 @@ func (u *managementURL) UnmarshalText(text []byte) error {
 	if err := rabbit.ValidateManagementURL(string(text)); err != nil && len(text) > 0 {
 		return errors.New("not the URL of RabbitMQ's management API, such as http://host:15672")
 	}
-	*u = managementURL(text)
-	return nil
+	whole, err := rabbit.WithPassword(string(text), os.Getenv(amqpPassword))
+	*u = managementURL(whole)
+	return err
 }

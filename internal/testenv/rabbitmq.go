@@ -3,10 +3,14 @@ package testenv
 import (
 	"context"
 	"crypto/rand"
+	"errors"
 	"net/http"
 	"net/url"
 	"strings"
+	"sync"
 	"testing"
+
+	amqp "github.com/rabbitmq/amqp091-go"
 )
 
 // AMQP returns the URL of a new RabbitMQ vhost that is the test's own. It is
@@ -89,6 +93,35 @@ func (c *ManagementClient) User(configure, write, read string) (amqpURL string) 
 	c.t.Helper()
 	name, password := uniqueName(c.t), rand.Text()
 	c.must("make user", c.try(http.MethodPut, map[string]string{"password": password, "tags": ""}, nil, "users", name))
+	c.deleteUser(name)
+	permissions := map[string]string{"configure": configure, "write": write, "read": read}
+	c.must("grant permissions", c.try(http.MethodPut, permissions, nil, "permissions", c.vhost, name))
+	broker, err := url.Parse(shared(c.t).stack.AMQPURL)
+	c.must("parse AMQP_URL", err)
+	broker.User, broker.Path = url.UserPassword(name, password), "/"+c.vhost
+	return broker.String()
+}
+
+// Users returns what users may do in the vhost whose names begin with prefix: expressions of what each may configure,
+// write and read, by the name's rest. They are deleted when the test ends.
+func (c *ManagementClient) Users(prefix string) map[string][3]string {
+	c.t.Helper()
+	var all []struct{ User, Configure, Write, Read string }
+	c.must("read permissions", c.try(http.MethodGet, nil, &all, "vhosts", c.vhost, "permissions"))
+	found := map[string][3]string{}
+	for _, one := range all {
+		rest, ok := strings.CutPrefix(one.User, prefix)
+		if !ok {
+			continue
+		}
+		found[rest] = [3]string{one.Configure, one.Write, one.Read}
+		c.deleteUser(one.User)
+	}
+	return found
+}
+
+// deleteUser deletes a user when the test ends.
+func (c *ManagementClient) deleteUser(name string) {
 	c.t.Cleanup(func() {
 		ctx, cancel := cleanupContext()
 		defer cancel()
@@ -96,12 +129,65 @@ func (c *ManagementClient) User(configure, write, read string) (amqpURL string) 
 			c.t.Errorf("delete user: %v", err)
 		}
 	})
-	permissions := map[string]string{"configure": configure, "write": write, "read": read}
-	c.must("grant permissions", c.try(http.MethodPut, permissions, nil, "permissions", c.vhost, name))
-	broker, err := url.Parse(shared(c.t).stack.AMQPURL)
-	c.must("parse AMQP_URL", err)
-	broker.User, broker.Path = url.UserPassword(name, password), "/"+c.vhost
-	return broker.String()
+}
+
+// sizes are larger than what brokers take: ours for tests, RabbitMQ from version 4 on, and before.
+var sizes = []int{513 << 10, 16<<20 + 1, 128<<20 + 1}
+
+// oversized is found once for all tests of a binary.
+var oversized struct {
+	sync.Once
+	size int
+}
+
+// Oversized returns the size of a message that is too large for the broker, in bytes. No API says how much it takes.
+func Oversized(t testing.TB) int {
+	t.Helper()
+	url := AMQP(t)
+	oversized.Do(func() {
+		for _, size := range sizes {
+			refused, err := refuses(url, size)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if refused {
+				oversized.size = size
+				return
+			}
+		}
+	})
+	if oversized.size == 0 {
+		t.Fatalf("the broker takes a message of %d bytes", sizes[len(sizes)-1])
+	}
+	return oversized.size
+}
+
+// refuses tries a message of so many bytes, which has no queue to go to.
+func refuses(url string, size int) (refused bool, err error) {
+	conn, err := amqp.Dial(url)
+	if err != nil {
+		return false, err
+	}
+	defer func() { err = errors.Join(err, conn.Close()) }()
+	channel, err := conn.Channel()
+	if err != nil {
+		return false, err
+	}
+	if err := channel.Confirm(false); err != nil {
+		return false, err
+	}
+	closed, done := channel.NotifyClose(make(chan *amqp.Error, 1)), make(chan struct{})
+	confirm, err := channel.PublishWithDeferredConfirm("", "nobody", false, false, amqp.Publishing{Body: make([]byte, size)})
+	if err != nil {
+		return false, err
+	}
+	go func() { confirm.Wait(); close(done) }()
+	select {
+	case refusal := <-closed:
+		return refusal != nil && refusal.Code == amqp.PreconditionFailed, nil
+	case <-done:
+		return !confirm.Acked(), nil
+	}
 }
 
 // CloseConnections closes all connections to the vhost from the broker's side, as

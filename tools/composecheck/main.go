@@ -75,6 +75,9 @@ func fail(err error) {
 // pinned is a tag that names a version of three parts, or of two where the project counts so. Latest and a bare major move on.
 var pinned = regexp.MustCompile(`:v?\d+\.\d+(\.\d+)?(-|$)`)
 
+// credentials finds a user with a password in a URL.
+var credentials = regexp.MustCompile(`://[^/@]*:[^@]*@`)
+
 // check returns what is wrong with a service.
 func check(project *types.Project, s types.ServiceConfig) (problems []string) {
 	say := func(wrong bool, problem string) {
@@ -92,6 +95,15 @@ func check(project *types.Project, s types.ServiceConfig) (problems []string) {
 		say(!s.ReadOnly, "the root file system can be written to")
 		say(!slices.Contains(s.CapDrop, "ALL"), "it keeps capabilities")
 		say(!slices.Contains(s.SecurityOpt, "no-new-privileges:true"), "it can gain privileges")
+	}
+	for name, value := range s.Environment {
+		if value == nil || !strings.HasSuffix(name, "_URL") {
+			continue
+		}
+		say(credentials.MatchString(*value), name+" has a password, which may have to be escaped there: PGPASSWORD and AMQP_PASSWORD take any text")
+		admin := project.Services["rabbitmq"].Environment["RABBITMQ_DEFAULT_USER"]
+		forAll := s.Restart != "no" && admin != nil && strings.Contains(*value, "//"+*admin+"@rabbitmq")
+		say(forAll, name+" is that of the broker's administrator: a process has a user of its own")
 	}
 	// The observers report nothing that anybody waits for.
 	if once := s.Restart == "no"; !once && !slices.Contains(s.Profiles, "observability") {
