@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Renders deploy/kubernetes and checks every object against the schemas of Kubernetes and of KEDA.
+# Renders deploy/kubernetes and checks every object against the schemas of Kubernetes, and of what the examples need:
+# KEDA, the Gateway API, the Prometheus Operator.
 #
 #   scripts/kubernetes.sh
 #
@@ -12,4 +13,8 @@ folder_of() { go mod download -json "$1" | sed -n 's/^\t"Dir": "\(.*\)",$/\1/p';
 
 kubernetes=$(folder_of sigs.k8s.io/kubectl-validate@v0.0.4)/pkg/openapiclient/builtins/1.30
 keda=$(folder_of github.com/kedacore/keda/v2@v2.21.0)/config/crd/bases
-go -C tools run ./kubecheck "$kubernetes" "$keda" ../deploy/kubernetes/base ../deploy/kubernetes/keda
+gateway=$(folder_of sigs.k8s.io/gateway-api@v1.6.3)/config/crd/standard
+prometheus=$(folder_of github.com/prometheus-operator/prometheus-operator@v0.85.0)/example/prometheus-operator-crd
+examples=(deploy/kubernetes/*/kustomization.yaml)
+folders=("${examples[@]%/kustomization.yaml}")
+go -C tools run ./kubecheck "$kubernetes" "$keda:$gateway:$prometheus" "${folders[@]/#/../}"

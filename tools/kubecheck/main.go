@@ -1,9 +1,9 @@
 // Command kubecheck renders a kustomization and holds every object of it to a schema: of Kubernetes itself, or of a custom resource. Fields that
 // the schema does not know are errors, and so are pods that take no secret.
 //
-//	go -C tools run ./kubecheck OPENAPI_DIR CRD_DIR KUSTOMIZATION...
+//	go -C tools run ./kubecheck OPENAPI_DIR CRD_DIRS KUSTOMIZATION...
 //
-// The folders hold OpenAPI documents as Kubernetes publishes them, and CustomResourceDefinitions; scripts/kubernetes.sh says where from. No cluster is needed.
+// The folders hold OpenAPI documents as Kubernetes publishes them, and CustomResourceDefinitions, the latter in a list as of PATH; scripts/kubernetes.sh says where from. No cluster is needed.
 package main
 
 import (
@@ -24,7 +24,7 @@ import (
 
 func main() {
 	if len(os.Args) < 4 {
-		fail(errors.New("usage: kubecheck OPENAPI_DIR CRD_DIR KUSTOMIZATION"))
+		fail(errors.New("usage: kubecheck OPENAPI_DIR CRD_DIRS KUSTOMIZATION..."))
 	}
 	known, err := load(os.Args[1], os.Args[2])
 	if err != nil {
@@ -106,7 +106,11 @@ func (s *schemas) check(object map[string]any) error {
 
 func load(openAPI, crds string) (*schemas, error) {
 	s := &schemas{compiler: jsonschema.NewCompiler(), places: map[string]string{}}
-	for folder, add := range map[string]func(name string, document map[string]any) error{openAPI: s.addOpenAPI, crds: s.addCRD} {
+	folders := map[string]func(name string, document map[string]any) error{openAPI: s.addOpenAPI}
+	for _, folder := range filepath.SplitList(crds) {
+		folders[folder] = s.addCRD
+	}
+	for folder, add := range folders {
 		err := filepath.WalkDir(folder, func(path string, entry fs.DirEntry, err error) error {
 			if err != nil || entry.IsDir() {
 				return err
