@@ -1,8 +1,8 @@
 // Command conformance is the API of the service with the domain of Connect's conformance suite in place of its own:
 // what the suite's runner (connectrpc.com/conformance) starts and calls. `make conformance` runs it.
 //
-//	connectconformance --conf http.yaml --known-failing @http-known-failing.txt --mode server -- conformance
-//	connectconformance --conf queue.yaml --known-failing @queue-known-failing.txt --mode server --max-servers 1 -- conformance queue
+//	connectconformance --mode server --conf http.yaml --known-failing @http-known-failing.txt -- conformance
+//	connectconformance --mode server --conf queue.yaml --max-servers 1 -- conformance queue
 //
 // The first line calls the API over HTTP. The second calls it over RabbitMQ, through an HTTP server that does nothing
 // but forward unary calls; all replicas share the service's queue, hence one at a time.
@@ -33,7 +33,7 @@ import (
 )
 
 func main() {
-	slog.SetDefault(slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelError + 1}))) // the suite provokes errors
+	slog.SetDefault(slog.New(slog.DiscardHandler)) // the suite provokes errors
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	if err := run(ctx, len(os.Args) > 1 && os.Args[1] == "queue"); err != nil {
