@@ -98,7 +98,7 @@ func TestLogWaitsForNobody(t *testing.T) {
 
 	t.Run("AnOrphanPreparedTransaction", func(t *testing.T) {
 		t.Parallel()
-		db := testenv.Postgres(t)
+		db := testenv.Preparing(t)
 		conn, err := db.Acquire(t.Context())
 		if err != nil {
 			t.Fatal(err)

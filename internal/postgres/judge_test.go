@@ -190,7 +190,7 @@ func TestBusy(t *testing.T) {
 	}
 }
 
-// A key that nobody will let go of, as that of an orphaned prepared transaction, ends the wait within a bound.
+// A key that nobody will let go of, as that of a session which has forgotten it, ends the wait within a bound.
 func TestWaitsForLocksAreBounded(t *testing.T) {
 	t.Parallel()
 	db := setup(t)
@@ -205,11 +205,9 @@ func TestWaitsForLocksAreBounded(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	name := fmt.Sprintf("'orphan of %s'", conn.Conn().Config().Database)
 	run(`BEGIN`)
 	run(`INSERT INTO t VALUES (1)`)
-	run(`PREPARE TRANSACTION ` + name)
-	defer func() { run(`ROLLBACK PREPARED ` + name) }()
+	defer run(`ROLLBACK`)
 	for what, fn := range map[string]func(tx pgx.Tx) error{"a statement": insert(t, 1), "what is deferred": deferring(1)} {
 		began := time.Now()
 		err := Transact(t.Context(), db, fn)

@@ -14,8 +14,8 @@ import (
 
 func TestPublishWhenTheBrokerRefuses(t *testing.T) {
 	t.Parallel()
-	// More than the test broker's max_message_size.
-	oversized := func() messaging.Message { return text("", strings.Repeat("x", 600<<10)) }
+	size := testenv.Oversized(t)
+	oversized := func() messaging.Message { return text("", strings.Repeat("x", size)) }
 
 	t.Run("TheCulpritAloneIsNamed", func(t *testing.T) {
 		t.Parallel()

@@ -1,3 +1,5 @@
+//go:build unix
+
 package testenv
 
 import (
@@ -10,6 +12,7 @@ import (
 	"time"
 
 	"example.com/orders/internal/session"
+	"example.com/orders/migrations"
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
@@ -24,7 +27,30 @@ const maxConns = 16
 // test did not give back by then fails it.
 func Postgres(t testing.TB) *pgxpool.Pool {
 	t.Helper()
-	config, err := pgxpool.ParseConfig(PostgresURL(t))
+	return openPool(t, PostgresURL(t))
+}
+
+// Preparing is Postgres on a server that keeps prepared transactions: on the one that all tests share if that is set up
+// for them, otherwise on one of the test's own.
+func Preparing(t testing.TB) *pgxpool.Pool {
+	t.Helper()
+	var most string
+	if err := shared(t).maintenance.QueryRow(t.Context(), `SHOW max_prepared_transactions`).Scan(&most); err != nil {
+		t.Fatal(err)
+	}
+	if most != "0" {
+		return Postgres(t)
+	}
+	url, _ := Cluster(t)
+	if _, err := migrations.Up(t.Context(), url); err != nil {
+		t.Fatalf("migrate: %v", err)
+	}
+	return openPool(t, url)
+}
+
+func openPool(t testing.TB, url string) *pgxpool.Pool {
+	t.Helper()
+	config, err := pgxpool.ParseConfig(url)
 	if err != nil {
 		t.Fatalf("parse url: %v", err)
 	}

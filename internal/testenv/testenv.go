@@ -1,3 +1,5 @@
+//go:build unix
+
 // Package testenv gives tests real servers: a Postgres database and a RabbitMQ
 // vhost of their own, and a proxy to break the network with.
 //
