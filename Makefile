@@ -83,6 +83,7 @@ image: ## Build the container image orders:VERSION
 # /example
 
 image-release: ## Build the image for amd64 and arm64 with SBOM and provenance, as bin/image.tar
+	mkdir -p bin
 	docker buildx build --platform linux/amd64,linux/arm64 --build-arg VERSION=$(VERSION) --build-arg SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) \
 		--sbom=true --provenance=mode=max --output type=oci,dest=bin/image.tar,rewrite-timestamp=true .
 

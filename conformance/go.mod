@@ -1,6 +1,6 @@
 module example.com/orders/conformance
 
-go 1.26.0
+go 1.26.8
 
 require (
 	connectrpc.com/connect/v2 v2.0.2

@@ -1,3 +1,5 @@
+//go:build unix
+
 // Command demo runs the service through its worst day and then counts: api, relay and consumer as processes of their own, a load of orders
 // over Connect, gRPC and gRPC-Web with repeated calls, while relay and consumer are killed and the broker's connections are cut.
 //

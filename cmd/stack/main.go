@@ -1,3 +1,5 @@
+//go:build unix
+
 // Command stack runs a private Postgres and RabbitMQ in the .stack folder of the
 // checkout, without Docker.
 //

@@ -1,3 +1,5 @@
+//go:build unix
+
 // Package localstack runs a private Postgres and RabbitMQ for development and
 // tests, without Docker, in a git-ignored folder of the checkout. It works on
 // Linux and macOS.
