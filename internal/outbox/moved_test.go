@@ -182,7 +182,7 @@ func TestRepairOfMovedRows(t *testing.T) {
 				SELECT 'c', n, '', 'k', '', '{}', 1, 'infinity', '' FROM generate_series(1, 3) AS n`)
 		fillProbes(t, db, 3)
 		moveRows(t, db)
-		rows, _ := db.Query(t.Context(), `SELECT col FROM sequences_behind() ORDER BY col`)
+		rows, _ := db.Query(t.Context(), `SELECT col FROM sequences_behind() ORDER BY col COLLATE "C"`)
 		behind, err := pgx.CollectRows(rows, pgx.RowTo[string])
 		if err != nil {
 			t.Fatal(err)

@@ -1,6 +1,7 @@
 package rabbit
 
 import (
+	"errors"
 	"net/url"
 	"testing"
 
@@ -46,8 +47,9 @@ func TestMadeUsersMayDoWhatTheyShouldAndNoMore(t *testing.T) {
 		if err == nil {
 			_, _, err = channel.Get(queue, true)
 		}
-		if err == nil {
-			t.Error("a relay can read a message")
+		var refused *amqp.Error
+		if !errors.As(err, &refused) || refused.Code != amqp.AccessRefused {
+			t.Errorf("a relay reads a message: %v", err)
 		}
 		if err := conn.Close(); err != nil {
 			t.Error(err)

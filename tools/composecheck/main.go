@@ -76,7 +76,7 @@ func fail(err error) {
 var pinned = regexp.MustCompile(`:v?\d+\.\d+(\.\d+)?(-|$)`)
 
 // credentials finds a user with a password in a URL.
-var credentials = regexp.MustCompile(`://[^/@]*:[^@]*@`)
+var credentials = regexp.MustCompile(`://([^/@:]*):[^@]*@`)
 
 // check returns what is wrong with a service.
 func check(project *types.Project, s types.ServiceConfig) (problems []string) {
@@ -102,7 +102,7 @@ func check(project *types.Project, s types.ServiceConfig) (problems []string) {
 		}
 		say(credentials.MatchString(*value), name+" has a password, which may have to be escaped there: PGPASSWORD and AMQP_PASSWORD take any text")
 		admin := project.Services["rabbitmq"].Environment["RABBITMQ_DEFAULT_USER"]
-		forAll := s.Restart != "no" && admin != nil && strings.Contains(*value, "//"+*admin+"@rabbitmq")
+		forAll := s.Restart != "no" && admin != nil && strings.Contains(credentials.ReplaceAllString(*value, "://$1@"), "://"+*admin+"@rabbitmq")
 		say(forAll, name+" is that of the broker's administrator: a process has a user of its own")
 	}
 	// The observers report nothing that anybody waits for.
