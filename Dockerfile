@@ -34,7 +34,7 @@ ENTRYPOINT ["/demo"]
 # Last, so that it is what `docker build .` makes.
 FROM base AS orders
 COPY --from=build /out/orders /orders
-ENV LISTEN=:8080
-EXPOSE 8080
+ENV LISTEN=:8080 OPS_LISTEN=:9180
+EXPOSE 8080 9180
 ENTRYPOINT ["/orders"]
 CMD ["all"]

@@ -51,7 +51,7 @@ func (b *bench) withService(url, addr string, names []string, started []int, fn 
 		return fn(started)
 	}
 	name := names[len(started)]
-	environment := []string{"POSTGRES_URL=" + url, "AMQP_URL=" + b.AMQPURL, "EXCHANGE=" + exchange, "LISTEN=127.0.0.1:0", "LOG_LEVEL=error"}
+	environment := []string{"POSTGRES_URL=" + url, "AMQP_URL=" + b.AMQPURL, "EXCHANGE=" + exchange, "OPS_LISTEN=127.0.0.1:0", "LOG_LEVEL=error"}
 	if name == "api" {
 		environment = append(environment, "LISTEN="+addr, "INSECURE_NO_AUTH=true", "CALLER_RATE=0")
 	}

@@ -3,7 +3,10 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 stack=.stack/bin/stack
-api=127.0.0.1:${API_PORT:-8080} relay=127.0.0.1:${RELAY_PORT:-8081} consumer=127.0.0.1:${CONSUMER_PORT:-8082} console=127.0.0.1:${CONSOLE_PORT:-8090}
+api=127.0.0.1:${API_PORT:-8080} console=127.0.0.1:${CONSOLE_PORT:-8090}
+# Where each of them answers probes and scrapes.
+api_ops=127.0.0.1:${API_OPS_PORT:-9180} relay_ops=127.0.0.1:${RELAY_OPS_PORT:-9181}
+consumer_ops=127.0.0.1:${CONSUMER_OPS_PORT:-9182} console_ops=127.0.0.1:${CONSOLE_OPS_PORT:-9190}
 
 # as ROLE is the database's URL for a session that has the rights of a role, and no others.
 as() {
@@ -33,11 +36,14 @@ fi
 call_key=.stack/dev/call-key
 [ -s "$call_key" ] || (umask 077; head -c 32 /dev/urandom | base64 >"$call_key")
 export AMQP_PASSWORD=$password TOPOLOGY=given
-LISTEN=$api POSTGRES_URL=$(as app_api) AMQP_URL=$(at_broker rpc-server) API_KEYS_FILE=$keys CALL_KEYS=$(cat "$call_key") RPC_OVER_RABBITMQ=true $stack daemon api -- bin/orders api
-LISTEN=$relay POSTGRES_URL=$(as app_relay) AMQP_URL=$(at_broker relay) $stack daemon relay -- bin/orders relay
-LISTEN=$consumer POSTGRES_URL=$(as app_consumer) AMQP_URL=$(at_broker consumer) CALL_KEYS=$(cat "$call_key") $stack daemon consumer -- bin/orders consumer
-LISTEN=$console POSTGRES_URL=$(as app_operator) AMQP_URL=$(at_broker console) API_KEYS_FILE=$keys $stack daemon console -- bin/orders console
-for address in $api $relay $consumer $console; do
+LISTEN=$api OPS_LISTEN=$api_ops POSTGRES_URL=$(as app_api) AMQP_URL=$(at_broker rpc-server) API_KEYS_FILE=$keys \
+  CALL_KEYS=$(cat "$call_key") RPC_OVER_RABBITMQ=true $stack daemon api -- bin/orders api
+OPS_LISTEN=$relay_ops POSTGRES_URL=$(as app_relay) AMQP_URL=$(at_broker relay) $stack daemon relay -- bin/orders relay
+OPS_LISTEN=$consumer_ops POSTGRES_URL=$(as app_consumer) AMQP_URL=$(at_broker consumer) CALL_KEYS=$(cat "$call_key") \
+  $stack daemon consumer -- bin/orders consumer
+LISTEN=$console OPS_LISTEN=$console_ops POSTGRES_URL=$(as app_operator) AMQP_URL=$(at_broker console) API_KEYS_FILE=$keys \
+  $stack daemon console -- bin/orders console
+for address in $api_ops $relay_ops $consumer_ops $console_ops; do
   for try in $(seq 100); do
     if bin/orders healthcheck "http://$address/readyz" 2>/dev/null; then
       continue 2
@@ -52,7 +58,7 @@ cat <<TEXT
 API        http://$api     (Connect, gRPC and gRPC-Web, without TLS)
 console    http://$console/console/
 API key    $(cat "$key_file")     (for both; kept in $key_file)
-readiness  http://$api/readyz, http://$relay/readyz, http://$consumer/readyz, http://$console/readyz
+readiness  http://$api_ops/readyz, http://$relay_ops/readyz, http://$consumer_ops/readyz, http://$console_ops/readyz
 Postgres   $POSTGRES_URL
 RabbitMQ   $AMQP_URL   management: $RABBITMQ_MANAGEMENT_URL
 logs       .stack/dev/log

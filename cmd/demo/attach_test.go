@@ -5,7 +5,6 @@ package main
 import (
 	"context"
 	"fmt"
-	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -24,25 +23,18 @@ func TestMain(m *testing.M) { testenv.Main(m) }
 // service runs all of the service until the test ends, and returns the URL of its API.
 func service(t *testing.T, postgresURL, amqpURL string) (url string) {
 	t.Helper()
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	addr := listener.Addr().String()
-	if err := listener.Close(); err != nil { // the service wants it now
-		t.Fatal(err)
-	}
+	addr, opsAddr := testenv.FreeAddress(t), testenv.FreeAddress(t)
 	ctx, cancel := context.WithCancel(context.Background())
 	var running sync.WaitGroup
 	running.Go(func() {
-		if err := app.RunAll(ctx, app.Config{PostgresURL: postgresURL, AMQPURL: amqpURL, Exchange: exchange, Addr: addr, Edge: app.Edge{NoAuth: true}}); err != nil {
+		if err := app.RunAll(ctx, app.Config{PostgresURL: postgresURL, AMQPURL: amqpURL, Exchange: exchange, Addr: addr, OpsAddr: opsAddr, Edge: app.Edge{NoAuth: true}}); err != nil {
 			t.Error(err)
 		}
 	})
 	t.Cleanup(func() { cancel(); running.Wait() })
 	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
 	testenv.Eventually(t, 20*time.Second, func() error {
-		response, err := client.Get("http://" + addr + "/readyz")
+		response, err := client.Get("http://" + opsAddr + "/readyz")
 		if err != nil {
 			return err
 		}

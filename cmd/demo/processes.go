@@ -57,9 +57,10 @@ type fleet struct {
 	binary string
 	dir    string // of logs
 	env    []string
-	own    map[string][]string // of each process alone: how it logs in
-	apiKey string              // of the load
-	addrs  map[string]string
+	own    map[string][]string     // of each process alone: how it logs in
+	apiKey string                  // of the load
+	addrs  map[string]string       // of the API
+	ops    map[string]string       // of each process's operators' port
 	fail   context.CancelCauseFunc // called when a process ends that should not
 	starts chan func()
 
@@ -82,7 +83,7 @@ func newFleet(binary, dir string, box *sandbox, fail context.CancelCauseFunc) (*
 		return nil, err
 	}
 	f := &fleet{
-		binary: binary, dir: dir, fail: fail, apiKey: apiKey, addrs: map[string]string{}, running: map[string]*process{},
+		binary: binary, dir: dir, fail: fail, apiKey: apiKey, addrs: map[string]string{}, ops: map[string]string{}, running: map[string]*process{},
 		env: append(withoutService(os.Environ()), "RELAY_LEASE="+relayLease, "TOPOLOGY=given",
 			// One caller stands for all customers, so the limit of one is not its own.
 			"API_KEYS="+line, "CALLER_RATE=0", "CALLER_CONCURRENCY=0", "CALL_KEYS="+newCallKey()),
@@ -90,12 +91,14 @@ func newFleet(binary, dir string, box *sandbox, fail context.CancelCauseFunc) (*
 		starts: make(chan func()),
 	}
 	for _, name := range processNames {
-		listener, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			return nil, fmt.Errorf("find a free port: %w", err)
+		for _, addrs := range []map[string]string{f.addrs, f.ops} {
+			listener, err := net.Listen("tcp", "127.0.0.1:0")
+			if err != nil {
+				return nil, fmt.Errorf("find a free port: %w", err)
+			}
+			defer listener.Close() // not before all ports are found: they must differ
+			addrs[name] = listener.Addr().String()
 		}
-		defer listener.Close() // not before all ports are found: they must differ
-		f.addrs[name] = listener.Addr().String()
 	}
 	go func() {
 		// Linux ties the death signal to the thread that started the child: this one lives as long as we do.
@@ -117,8 +120,8 @@ func newCallKey() string {
 // withoutService drops the service's own settings: the processes run with their defaults.
 func withoutService(environ []string) []string {
 	prefixes := []string{
-		"LISTEN=", "EXCHANGE=", "LOG_", "RELAY_", "CONSUMER_", "POSTGRES_", "AMQP_URL=", "TOPOLOGY=",
-		"API_KEYS", "JWT_", "TLS_", "CALLER_", "CORS_", "INSECURE_", "HTTP_MAX_CONNS=", "READ_MAX_BYTES=", "CALL_", "RPC_", "OUTBOX_", "MAX_BACKLOG",
+		"LISTEN=", "OPS_LISTEN=", "EXCHANGE=", "LOG_", "RELAY_", "CONSUMER_", "POSTGRES_", "AMQP_URL=", "TOPOLOGY=",
+		"API_KEYS", "JWT_", "TLS_", "CALLER_", "CORS_", "INSECURE_", "HTTP_MAX_CONNS", "READ_MAX_BYTES=", "CALL_", "RPC_", "OUTBOX_", "MAX_BACKLOG",
 	}
 	return slices.DeleteFunc(environ, func(entry string) bool {
 		return slices.ContainsFunc(prefixes, func(prefix string) bool { return strings.HasPrefix(entry, prefix) })
@@ -180,7 +183,7 @@ func (f *fleet) start(ctx context.Context, name string) error {
 	}
 	defer log.Close() // the child has its own
 	command := exec.Command(f.binary, name)
-	command.Env = slices.Concat(f.env, f.own[name], []string{"LISTEN=" + f.addrs[name]})
+	command.Env = slices.Concat(f.env, f.own[name], []string{"LISTEN=" + f.addrs[name], "OPS_LISTEN=" + f.ops[name]})
 	command.Stdout, command.Stderr = log, log
 	// In a group of its own, so that Ctrl-C comes to us alone and the children are stopped in order.
 	command.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
@@ -223,7 +226,7 @@ func (f *fleet) awaitReady(ctx context.Context, p *process) error {
 	ticker := time.NewTicker(50 * time.Millisecond)
 	defer ticker.Stop()
 	for {
-		if ready(ctx, "http://"+f.addrs[p.name]+"/readyz") {
+		if ready(ctx, "http://"+f.ops[p.name]+"/readyz") {
 			return nil
 		}
 		select {

@@ -31,7 +31,10 @@ func TestMadeByTheGuide(t *testing.T) {
 	}
 	s := &shell{t: t, dir: template, env: environment()}
 	port := freePort(t)
-	s.env = append(s.env, "API_PORT="+port, "RELAY_PORT="+freePort(t), "CONSUMER_PORT="+freePort(t))
+	s.env = append(s.env, "API_PORT="+port)
+	for _, name := range []string{"CONSOLE_PORT", "API_OPS_PORT", "RELAY_OPS_PORT", "CONSUMER_OPS_PORT", "CONSOLE_OPS_PORT"} {
+		s.env = append(s.env, name+"="+freePort(t))
+	}
 	t.Cleanup(func() { s.run("make -s down || true") })
 	touched := 0
 	for _, found := range block.FindAllStringSubmatch(string(text), -1) {

@@ -30,6 +30,7 @@ type edgeFlags struct {
 	CallerConcurrency int      `env:"CALLER_CONCURRENCY" default:"200" help:"Calls of one caller under way, streams included, 0 or more; 0 for no limit."`
 	ReadMaxBytes      int      `env:"READ_MAX_BYTES" default:"4194304" help:"Largest request message in bytes, before and after decompression, 1024 to 67108864."`
 	HTTPMaxConns      int      `name:"http-max-conns" env:"HTTP_MAX_CONNS" default:"4096" help:"Most connections to the API, 1 to 1000000."`
+	ConnsPerAddress   int      `name:"http-max-conns-per-address" env:"HTTP_MAX_CONNS_PER_ADDRESS" default:"-1" help:"Most connections to it from one address (of IPv6 a /64), -1 to 1000000; 0 for no limit, -1 for a quarter of --http-max-conns."`
 	CORSOrigins       []string `name:"cors-origins" env:"CORS_ORIGINS" help:"Web origins whose pages may call, such as https://console.example, divided by commas."`
 }
 
@@ -84,6 +85,7 @@ func (f *edgeFlags) checkLimits() error {
 		between("--caller-concurrency", f.CallerConcurrency, 0, math.MaxInt32),
 		between("--read-max-bytes", f.ReadMaxBytes, 1<<10, 64<<20),
 		between("--http-max-conns", f.HTTPMaxConns, 1, 1_000_000),
+		between("--http-max-conns-per-address", f.ConnsPerAddress, -1, 1_000_000),
 	} {
 		if err != nil {
 			return err
@@ -98,8 +100,19 @@ func (f *edgeFlags) config() app.Edge {
 		APIKeysFile: f.APIKeysFile, APIKeys: f.APIKeys, NoAuth: f.NoAuth,
 		TLS:     rpcserver.TLSFiles{Cert: f.TLSCert, Key: f.TLSKey, ClientCA: f.TLSClientCA, RequireClient: f.TLSRequire},
 		Limit:   rpcserver.LimitConfig{Rate: f.CallerRate, Burst: f.CallerBurst, Concurrent: f.CallerConcurrency},
-		Origins: f.CORSOrigins, ReadMaxBytes: f.ReadMaxBytes, MaxConns: f.HTTPMaxConns,
+		Origins: f.CORSOrigins, ReadMaxBytes: f.ReadMaxBytes, MaxConns: f.HTTPMaxConns, MaxConnsPerAddress: f.connsPerAddress(),
 	}
+}
+
+// connsPerAddress is the setting in the terms of rpcserver.Config, where 0 is the default and less is no limit.
+func (f *edgeFlags) connsPerAddress() int {
+	switch f.ConnsPerAddress {
+	case -1:
+		return 0
+	case 0:
+		return -1
+	}
+	return f.ConnsPerAddress
 }
 
 // apiKeyCommand makes API keys. It needs no database: all that is kept of a key is a line of the configuration.

@@ -3,8 +3,6 @@ package main
 
 import (
 	"context"
-	"crypto/tls"
-	"crypto/x509"
 	"encoding/base64"
 	"errors"
 	"fmt"
@@ -106,8 +104,9 @@ type rpcFlags struct {
 }
 
 type apiCommand struct {
-	Listen  listenAddress `env:"LISTEN" default:"127.0.0.1:8080" help:"Address to serve on."`
-	AMQPURL amqpURL       `name:"amqp-url" env:"AMQP_URL" help:"RabbitMQ and vhost, for --rpc-over-rabbitmq."`
+	Listen    listenAddress `env:"LISTEN" default:"127.0.0.1:8080" help:"Address to serve on."`
+	OpsListen listenAddress `env:"OPS_LISTEN" default:"127.0.0.1:9180" help:"Address to answer probes and scrapes on, in plain HTTP: /healthz, /readyz, /metrics."`
+	AMQPURL   amqpURL       `name:"amqp-url" env:"AMQP_URL" help:"RabbitMQ and vhost, for --rpc-over-rabbitmq."`
 	databaseFlags
 	apiFlags
 	edgeFlags
@@ -116,7 +115,7 @@ type apiCommand struct {
 }
 
 type relayCommand struct {
-	Listen listenAddress `env:"LISTEN" default:"127.0.0.1:8081" help:"Address to answer health checks on."`
+	OpsListen listenAddress `env:"OPS_LISTEN" default:"127.0.0.1:9181" help:"Address to answer probes and scrapes on, in plain HTTP: /healthz, /readyz, /metrics."`
 	databaseFlags
 	brokerFlags
 	relayFlags
@@ -133,7 +132,7 @@ type consumerCommand struct {
 }
 
 type runConsumersCommand struct {
-	Listen listenAddress `env:"LISTEN" default:"127.0.0.1:8082" help:"Address to answer health checks on."`
+	OpsListen listenAddress `env:"OPS_LISTEN" default:"127.0.0.1:9182" help:"Address to answer probes and scrapes on, in plain HTTP: /healthz, /readyz, /metrics."`
 	databaseFlags
 	brokerFlags
 	consumerFlags
@@ -142,6 +141,7 @@ type runConsumersCommand struct {
 
 type allCommand struct {
 	Listen      listenAddress   `env:"LISTEN" default:"127.0.0.1:8080" help:"Address to serve on."`
+	OpsListen   listenAddress   `env:"OPS_LISTEN" default:"127.0.0.1:9180" help:"Address to answer probes and scrapes on, in plain HTTP: /healthz, /readyz, /metrics."`
 	ConsoleAddr optionalAddress `env:"CONSOLE_ADDR" default:"127.0.0.1:8090" help:"Address to serve the operators' console on; empty for none."`
 	databaseFlags
 	apiFlags
@@ -155,25 +155,25 @@ type allCommand struct {
 }
 
 func (c *apiCommand) Run(ctx context.Context) error {
-	config := appConfig(c.Listen, c.databaseFlags, c.apiFlags, brokerFlags{AMQPURL: c.AMQPURL}, relayFlags{}, consumerFlags{})
-	config.Edge, config.Calls.Keys = c.edgeFlags.config(), c.keys()
+	config := appConfig(c.OpsListen, c.databaseFlags, c.apiFlags, brokerFlags{AMQPURL: c.AMQPURL}, relayFlags{}, consumerFlags{})
+	config.Addr, config.Edge, config.Calls.Keys = string(c.Listen), c.edgeFlags.config(), c.keys()
 	c.rpcFlags.set(&config)
 	return app.RunAPI(ctx, config)
 }
 
 func (c *relayCommand) Run(ctx context.Context) error {
-	return app.RunRelay(ctx, appConfig(c.Listen, c.databaseFlags, apiFlags{}, c.brokerFlags, c.relayFlags, consumerFlags{}))
+	return app.RunRelay(ctx, appConfig(c.OpsListen, c.databaseFlags, apiFlags{}, c.brokerFlags, c.relayFlags, consumerFlags{}))
 }
 
 func (c *runConsumersCommand) Run(ctx context.Context) error {
-	config := appConfig(c.Listen, c.databaseFlags, apiFlags{}, c.brokerFlags, relayFlags{}, c.consumerFlags)
+	config := appConfig(c.OpsListen, c.databaseFlags, apiFlags{}, c.brokerFlags, relayFlags{}, c.consumerFlags)
 	config.Calls.Keys = c.keys()
 	return app.RunConsumer(ctx, config)
 }
 
 func (c *allCommand) Run(ctx context.Context) error {
-	config := appConfig(c.Listen, c.databaseFlags, c.apiFlags, c.brokerFlags, c.relayFlags, c.consumerFlags)
-	config.Edge, config.Calls.Keys = c.edgeFlags.config(), c.keys()
+	config := appConfig(c.OpsListen, c.databaseFlags, c.apiFlags, c.brokerFlags, c.relayFlags, c.consumerFlags)
+	config.Addr, config.Edge, config.Calls.Keys = string(c.Listen), c.edgeFlags.config(), c.keys()
 	c.rpcFlags.set(&config)
 	config.ConsoleAddr, config.ManagementURL = string(c.ConsoleAddr), string(c.ManagementURL)
 	return app.RunAll(ctx, config)
@@ -183,9 +183,9 @@ func (f *rpcFlags) set(config *app.Config) {
 	config.RPCOverRabbitMQ, config.RPCPrefetch = f.RPCOverRabbitMQ, f.RPCPrefetch
 }
 
-func appConfig(listen listenAddress, db databaseFlags, api apiFlags, broker brokerFlags, relay relayFlags, consumer consumerFlags) app.Config {
+func appConfig(ops listenAddress, db databaseFlags, api apiFlags, broker brokerFlags, relay relayFlags, consumer consumerFlags) app.Config {
 	return app.Config{
-		Addr: string(listen), PostgresURL: string(db.PostgresURL), ListenURL: string(db.ListenURL), MaxConns: db.MaxConns,
+		OpsAddr: string(ops), PostgresURL: string(db.PostgresURL), ListenURL: string(db.ListenURL), MaxConns: db.MaxConns,
 		HighWater: outbox.GateConfig{MaxMessages: api.MaxBacklog, MaxAge: api.MaxBacklogAge},
 		AMQPURL:   string(broker.AMQPURL), Exchange: broker.Exchange, TopologyGiven: broker.Topology == "given",
 		Relay:    outbox.Config{PageRows: relay.PageRows, Lease: relay.Lease, PollInterval: relay.PollInterval, Retention: relay.Retention},
@@ -195,10 +195,8 @@ func appConfig(listen listenAddress, db databaseFlags, api apiFlags, broker brok
 }
 
 type healthcheckCommand struct {
-	URL     string        `arg:"" optional:"" default:"http://127.0.0.1:8080/readyz" help:"The process's readiness URL."`
+	URL     string        `arg:"" optional:"" default:"http://127.0.0.1:9180/readyz" help:"The process's readiness URL, on its operators' port."`
 	Timeout time.Duration `default:"3s" help:"How long to wait for the answer."`
-	CA      []byte        `name:"tls-ca" type:"filecontent" env:"HEALTHCHECK_CA" help:"Authorities (PEM) to trust with an https URL. Default: the system's."`
-	Name    string        `name:"tls-server-name" env:"HEALTHCHECK_SERVER_NAME" help:"Name that the certificate must have. Default: the URL's host."`
 }
 
 func (c *healthcheckCommand) Run(ctx context.Context) error {
@@ -208,11 +206,7 @@ func (c *healthcheckCommand) Run(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("health check: %w", err)
 	}
-	client, err := c.client()
-	if err != nil {
-		return fmt.Errorf("health check: %w", err)
-	}
-	response, err := client.Do(request)
+	response, err := http.DefaultClient.Do(request)
 	if err != nil {
 		return fmt.Errorf("health check: %w", err)
 	}
@@ -221,17 +215,6 @@ func (c *healthcheckCommand) Run(ctx context.Context) error {
 		return fmt.Errorf("%s is not ready: %s", c.URL, response.Status)
 	}
 	return nil
-}
-
-func (c *healthcheckCommand) client() (*http.Client, error) {
-	config := &tls.Config{ServerName: c.Name}
-	if len(c.CA) > 0 {
-		config.RootCAs = x509.NewCertPool()
-		if !config.RootCAs.AppendCertsFromPEM(c.CA) {
-			return nil, errors.New("--tls-ca: no certificate in the file")
-		}
-	}
-	return &http.Client{Transport: &http.Transport{TLSClientConfig: config}}, nil
 }
 
 type versionCommand struct{}

@@ -139,6 +139,8 @@ func TestWrongSettingsAreNamedInOneLine(t *testing.T) {
 		"caller concurrency":      {"CALLER_CONCURRENCY=-1", "api", "--caller-concurrency"},
 		"message size":            {"READ_MAX_BYTES=1", "api", "--read-max-bytes"},
 		"http connections":        {"HTTP_MAX_CONNS=0", "api", "--http-max-conns"},
+		"of one address":          {"HTTP_MAX_CONNS_PER_ADDRESS=-2", "api", "--http-max-conns-per-address"},
+		"operators' address":      {"OPS_LISTEN=nowhere", "relay", "--ops-listen"},
 		"any origin":              {"CORS_ORIGINS=*", "api", "--cors-origins"},
 		"origin with a path":      {"CORS_ORIGINS=https://a.example/b", "api", "--cors-origins"},
 		"rpc without broker":      {"AMQP_URL=", "api --rpc-over-rabbitmq", "--amqp-url"},

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
-	"net"
 	"net/http"
 	"os/exec"
 	"slices"
@@ -25,17 +24,10 @@ type started struct {
 // startProcess starts a command that runs until it is told to stop, at the end of the test at the latest.
 func startProcess(t *testing.T, name string, environment ...string) *started {
 	t.Helper()
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	address := listener.Addr().String()
-	if err := listener.Close(); err != nil { // the process wants it now
-		t.Fatal(err)
-	}
-	p := &started{name: name, url: "http://" + address, ended: make(chan error, 1)}
+	ops := testenv.FreeAddress(t)
+	p := &started{name: name, url: "http://" + ops, ended: make(chan error, 1)}
 	command := exec.Command(binary(), name)
-	command.Env, command.Stderr = append(environment, "LISTEN="+address, "INSECURE_NO_AUTH=true"), &p.log
+	command.Env, command.Stderr = append(environment, "LISTEN="+testenv.FreeAddress(t), "OPS_LISTEN="+ops, "INSECURE_NO_AUTH=true"), &p.log
 	if err := command.Start(); err != nil {
 		t.Fatal(err)
 	}

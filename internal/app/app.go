@@ -7,6 +7,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"net"
 	"os"
 	"sync"
 
@@ -37,8 +38,10 @@ type Config struct {
 	Exchange string
 	// TopologyGiven says that exchange and queues are declared by somebody else, and the processes need no permission to do so.
 	TopologyGiven bool
-	// Addr is where the API listens; relay and consumer answer health checks there.
+	// Addr is where the API listens. Relay and consumer do not look at it.
 	Addr string
+	// OpsAddr is where the process answers probes and scrapes: /healthz, /readyz, /metrics. Default a free port of the loopback interface.
+	OpsAddr string
 	// ConsoleAddr is where RunAll serves the operators' console; "" for nowhere.
 	ConsoleAddr string
 	// MaxConns bounds the connections to Postgres of one process.
@@ -81,12 +84,12 @@ func RunAPI(ctx context.Context, config Config) error {
 
 // RunRelay publishes the outbox until ctx is done.
 func RunRelay(ctx context.Context, config Config) error {
-	return run(ctx, config, "relay", (*process).startRelay, (*process).startHealth)
+	return run(ctx, config, "relay", (*process).startRelay)
 }
 
 // RunConsumer runs every consumer group until ctx is done.
 func RunConsumer(ctx context.Context, config Config) error {
-	return run(ctx, config, "consumer", (*process).startConsumer, (*process).startHealth)
+	return run(ctx, config, "consumer", (*process).startConsumer)
 }
 
 // RunAll does all of this in one process, until ctx is done.
@@ -120,7 +123,7 @@ type process struct {
 // its lease, and one for the chores. A relay with more shards waits a moment for a free one.
 const relayConns = 8
 
-// part starts one part of a process in p.group. Health is served last: by then the others have said what they need.
+// part starts one part of a process in p.group.
 type part func(p *process, ctx context.Context)
 
 func run(ctx context.Context, config Config, name string, parts ...part) error {
@@ -158,8 +161,13 @@ func run(ctx context.Context, config Config, name string, parts ...part) error {
 	for _, start := range parts {
 		start(p, ctx)
 	}
+	stopOps, failed := p.startOps(ctx) // last: by now the parts have said what they need
+	if failed != nil {
+		p.group.Go(func() error { return failed }) // which ends the parts
+	}
+	defer stopOps()
 	p.group.Go(func() error { p.bell.Run(ctx); return nil })
-	slog.InfoContext(ctx, "started", "process", name, "addr", config.Addr, "pid", os.Getpid())
+	slog.InfoContext(ctx, "started", "process", name, "addr", config.Addr, "ops_addr", config.OpsAddr, "pid", os.Getpid())
 	err = p.group.Wait()
 	slog.InfoContext(ctx, "stopped", "process", name)
 	return err
@@ -239,11 +247,42 @@ func (p *process) startAPI(ctx context.Context) {
 	}
 }
 
-func (p *process) startHealth(ctx context.Context) { p.serve(ctx) }
-
-// serve serves the given services, health and metrics.
+// serve serves the given services.
 func (p *process) serve(ctx context.Context, register ...func(*connect.Server)) {
-	server := p.newServer(register...)
-	server.Handle("GET /metrics", p.telemetry.Metrics)
-	p.group.Go(func() error { return server.Run(ctx) })
+	p.listen(ctx, p.newServer(register...))
+}
+
+// listen serves a server in the group. It listens before it returns, so that a process that says it is ready can be called.
+func (p *process) listen(ctx context.Context, server *rpcserver.Server) {
+	listener, err := server.Listen(ctx)
+	p.group.Go(func() error {
+		if err != nil {
+			return err
+		}
+		return server.Serve(ctx, listener)
+	})
+}
+
+// startOps serves the operators' port until stop is called, which is after the parts have ended: probes are answered while they drain.
+func (p *process) startOps(ctx context.Context) (stop func(), err error) {
+	listener, err := new(net.ListenConfig).Listen(ctx, "tcp", cmp.Or(p.config.OpsAddr, "127.0.0.1:0"))
+	if err != nil {
+		return func() {}, fmt.Errorf("listen for operators: %w", err)
+	}
+	ops := rpcserver.NewOps(rpcserver.OpsConfig{Checks: p.checks, Metrics: p.telemetry.Metrics})
+	ended, served := make(chan struct{}), make(chan struct{})
+	var failed error // once served is closed
+	go func() {
+		defer close(served)
+		failed = ops.Serve(ctx, listener, ended)
+	}()
+	p.group.Go(func() error {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-served: // too soon
+			return failed
+		}
+	})
+	return func() { close(ended); <-served }, nil
 }

@@ -30,28 +30,29 @@ func TestMain(m *testing.M) {
 // serve runs a process until the test ends, and returns what its /readyz answers.
 func serve(t *testing.T, run func(context.Context, Config) error, config Config) (ready func() int) {
 	t.Helper()
-	url, _ := start(t, run, config)
-	return func() int {
-		response, err := web.Get(url + "/readyz")
-		if err != nil {
-			return 0
-		}
-		defer response.Body.Close()
-		return response.StatusCode
-	}
+	return start(t, run, config).ready
 }
 
-// start runs a process until the test ends, or until it is stopped, and returns its URL.
-func start(t *testing.T, run func(context.Context, Config) error, config Config) (url string, stop func()) {
-	t.Helper()
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
+// started is a process that runs until the test ends, or until it is stopped.
+type started struct {
+	url, ops string // of the API or the console, and of the operators' port
+	stop     func()
+}
+
+// ready is what /readyz answers, 0 for nothing.
+func (s *started) ready() int {
+	response, err := web.Get(s.ops + "/readyz")
 	if err != nil {
-		t.Fatal(err)
+		return 0
 	}
-	config.Addr = listener.Addr().String()
-	if err := listener.Close(); err != nil { // the process wants it now
-		t.Fatal(err)
-	}
+	defer response.Body.Close()
+	return response.StatusCode
+}
+
+// start runs a process until the test ends, or until it is stopped.
+func start(t *testing.T, run func(context.Context, Config) error, config Config) *started {
+	t.Helper()
+	config.Addr, config.OpsAddr = testenv.FreeAddress(t), testenv.FreeAddress(t)
 	ctx, cancel := context.WithCancel(context.Background())
 	var running sync.WaitGroup
 	running.Go(func() {
@@ -59,9 +60,9 @@ func start(t *testing.T, run func(context.Context, Config) error, config Config)
 			t.Error(err)
 		}
 	})
-	stop = func() { cancel(); running.Wait() }
+	stop := func() { cancel(); running.Wait() }
 	t.Cleanup(stop)
-	return "http://" + config.Addr, stop
+	return &started{url: "http://" + config.Addr, ops: "http://" + config.OpsAddr, stop: stop}
 }
 
 func await(t *testing.T, what string, ready func() int, want int) {
@@ -219,16 +220,21 @@ func TestAnAddressThatIsTakenEndsTheProcess(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer listener.Close()
-	config := probed(Config{PostgresURL: testenv.PostgresURL(t), AMQPURL: testenv.AMQP(t), Addr: listener.Addr().String()})
-	done := make(chan error, 1)
-	go func() { done <- RunAll(t.Context(), config) }()
-	select {
-	case err := <-done:
-		var taken *net.OpError
-		if !errors.As(err, &taken) {
-			t.Errorf("error is %v", err)
+	config := probed(Config{PostgresURL: testenv.PostgresURL(t), AMQPURL: testenv.AMQP(t)})
+	address := listener.Addr().String()
+	for name, one := range map[string]struct{ api, ops string }{"API": {address, ""}, "operators": {"127.0.0.1:0", address}} {
+		config := config
+		config.Addr, config.OpsAddr = one.api, one.ops
+		done := make(chan error, 1)
+		go func() { done <- RunAll(t.Context(), config) }()
+		select {
+		case err := <-done:
+			var taken *net.OpError
+			if !errors.As(err, &taken) {
+				t.Errorf("%s: error is %v", name, err)
+			}
+		case <-time.After(30 * time.Second):
+			t.Fatalf("%s: still running", name)
 		}
-	case <-time.After(30 * time.Second):
-		t.Error("still running")
 	}
 }

@@ -8,7 +8,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/http/httputil"
@@ -66,18 +65,11 @@ func TestConsoleInABrowser(t *testing.T) {
 	effectsIn(t, db)
 	broker, amqpURL := testenv.ProxyURL(t, testenv.AMQP(t))
 	keys, lines := apiKeys(t, "operator")
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	address := listener.Addr().String()
-	if err := listener.Close(); err != nil { // the console wants it now
-		t.Fatal(err)
-	}
-	_, _ = start(t, RunAll, Config{
+	address := testenv.FreeAddress(t)
+	all := start(t, RunAll, Config{
 		PostgresURL: db.Config().ConnString(), AMQPURL: amqpURL, Exchange: "events", ConsoleAddr: address, Edge: Edge{APIKeys: lines}, domain: shop, Version: "test",
 	})
-	awaitConsole(t, "http://"+address)
+	await(t, "all", all.ready, http.StatusOK)
 	p := &person{t: t, db: db}
 	p.use(map[string]string{
 		"url": underPath(t, "/some/path", address), "key": keys["operator"], "chromium": chromium, "screenshots": filepath.Join(root, ".stack", "screenshots"),

@@ -64,18 +64,11 @@ func TestCallsThroughTheProcesses(t *testing.T) {
 			Edge:    Edge{APIKeys: line}, Calls: Calls{Keys: [][]byte{make([]byte, 32)}},
 		})
 	}
-	url, _ := start(t, RunAPI, config("app_api", rabbit.Permissions{}))
+	api := start(t, RunAPI, config("app_api", rabbit.Permissions{}))
+	await(t, "API", api.ready, http.StatusOK)
 	await(t, "relay", serve(t, RunRelay, config("app_relay", topology.PublisherPermissions())), http.StatusOK)
 	await(t, "consumer", serve(t, RunConsumer, config("app_consumer", topology.ConsumerPermissions())), http.StatusOK)
-
-	testenv.Eventually(t, 20*time.Second, func() error {
-		response, err := web.Get(url + "/readyz")
-		if err == nil {
-			response.Body.Close()
-		}
-		return err
-	})
-	client := connect.NewClient(connecthttp.NewTransport(web, url), func(next connect.ClientFunc) connect.ClientFunc {
+	client := connect.NewClient(connecthttp.NewTransport(web, api.url), func(next connect.ClientFunc) connect.ClientFunc {
 		return func(ctx context.Context, spec connect.Spec) (connect.ClientStream, error) {
 			info, _ := connect.CallInfoForClientContext(ctx)
 			info.RequestHeader().Set("X-Api-Key", secret)

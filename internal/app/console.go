@@ -33,7 +33,7 @@ func (p *process) startConsole(ctx context.Context) {
 	})
 	server := p.newConsoleServer(desk)
 	p.group.Go(func() error { defer gauge.Close(); return desk.Run(ctx) })
-	p.group.Go(func() error { return server.Run(ctx) })
+	p.listen(ctx, server)
 }
 
 // dangers are the policies of the broker that are dangerous to the queues; none if nobody may be asked.
@@ -49,13 +49,10 @@ func (p *process) newConsoleServer(desk *console.Console) *rpcserver.Server {
 	server := rpcserver.New(rpcserver.Config{
 		Addr: p.config.ConsoleAddr, Checks: p.consoleChecks(), Interceptors: p.edge.interceptors,
 		MeterProvider: p.telemetry.Meter, TracerProvider: p.telemetry.Tracer, TLS: p.edge.tls,
-		ReadMaxBytes: p.edge.ReadMaxBytes, MaxConns: p.edge.MaxConns, LocalNames: p.edge.NoAuth,
+		ReadMaxBytes: p.edge.ReadMaxBytes, MaxConns: p.edge.MaxConns, MaxConnsPerAddress: p.edge.MaxConnsPerAddress, LocalNames: p.edge.NoAuth,
 	}, func(s *connect.Server) { opsv1connect.RegisterOpsServiceHandler(s, desk) })
 	server.Handle("GET "+console.Prefix, console.Pages())
 	server.Handle("GET /{$}", redirect(strings.TrimPrefix(console.Prefix, "/")))
-	if p.telemetry.Metrics != nil {
-		server.Handle("GET /metrics", p.telemetry.Metrics)
-	}
 	return server
 }
 

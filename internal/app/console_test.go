@@ -2,7 +2,6 @@ package app
 
 import (
 	"context"
-	"fmt"
 	"net/http"
 	"strings"
 	"testing"
@@ -24,8 +23,9 @@ func TestConsoleAccess(t *testing.T) {
 	t.Parallel()
 	keys, lines := apiKeys(t, "stranger", "observer", "operator")
 	config := probed(Config{PostgresURL: testenv.PostgresURL(t), AMQPURL: testenv.AMQP(t), Edge: Edge{APIKeys: lines}})
-	url, _ := start(t, RunConsole, config)
-	awaitConsole(t, url)
+	served := start(t, RunConsole, config)
+	await(t, "console", served.ready, http.StatusOK)
+	url := served.url
 	edge, err := newEdge(Edge{})
 	if err != nil {
 		t.Fatal(err)
@@ -57,26 +57,13 @@ func TestConsoleAccess(t *testing.T) {
 	}
 }
 
-func awaitConsole(t *testing.T, url string) {
-	t.Helper()
-	testenv.Eventually(t, 20*time.Second, func() error {
-		response, err := web.Get(url + "/readyz")
-		if err == nil {
-			response.Body.Close()
-			if response.StatusCode != http.StatusOK {
-				err = fmt.Errorf("not ready: %s", response.Status)
-			}
-		}
-		return err
-	})
-}
-
 // A page of another origin can do nothing, nor one whose name was made to lead here.
 func TestConsoleRefusesOtherOrigins(t *testing.T) {
 	t.Parallel()
 	config := probed(Config{PostgresURL: testenv.PostgresURL(t), AMQPURL: testenv.AMQP(t), Edge: Edge{NoAuth: true, Origins: []string{"https://api.example"}}})
-	url, _ := start(t, RunConsole, config)
-	awaitConsole(t, url)
+	served := start(t, RunConsole, config)
+	await(t, "console", served.ready, http.StatusOK)
+	url := served.url
 	for name, one := range map[string]struct {
 		host   string
 		header map[string]string
@@ -126,9 +113,9 @@ func TestConsolePausesAGroup(t *testing.T) {
 	}
 	await(t, "relay", serve(t, RunRelay, given("app_relay", topology.PublisherPermissions())), http.StatusOK)
 	await(t, "consumer", serve(t, RunConsumer, given("app_consumer", topology.ConsumerPermissions())), http.StatusOK)
-	consoleURL, _ := start(t, RunConsole, given("app_operator", topology.ObserverPermissions()))
-	awaitConsole(t, consoleURL)
-	client := opsv1connect.NewOpsServiceClient(connect.NewClient(connecthttp.NewTransport(newHTTPClient(t, true), consoleURL)))
+	console := start(t, RunConsole, given("app_operator", topology.ObserverPermissions()))
+	await(t, "console", console.ready, http.StatusOK)
+	client := opsv1connect.NewOpsServiceClient(connect.NewClient(connecthttp.NewTransport(newHTTPClient(t, true), console.url)))
 	if err := send(t.Context(), owner, "", "first"); err != nil {
 		t.Fatal(err)
 	}

@@ -25,9 +25,9 @@ import (
 func TestDashboardIsDrawn(t *testing.T) {
 	t.Parallel()
 	config := watched(Config{PostgresURL: testenv.PostgresURL(t), AMQPURL: testenv.AMQP(t)})
-	service, _ := start(t, RunAll, config)
-	testenv.Eventually(t, 30*time.Second, func() error { return isReady(service) })
-	prometheus := startPrometheus(t, service)
+	service := start(t, RunAll, config)
+	testenv.Eventually(t, 30*time.Second, func() error { return isReady(service.ops) })
+	prometheus := startPrometheus(t, service.ops)
 
 	payload, err := proto.Marshal(wrapperspb.String("0190c0de-0000-7000-8000-000000000001"))
 	if err != nil {
@@ -35,7 +35,7 @@ func TestDashboardIsDrawn(t *testing.T) {
 	}
 	testenv.Eventually(t, time.Minute, func() error { // rates need two samples with something between them
 		commit(t, config.PostgresURL, watchedType, payload)
-		answer, err := http.Post(service+watchedProcedure, "application/json", strings.NewReader(`""`))
+		answer, err := http.Post(service.url+watchedProcedure, "application/json", strings.NewReader(`""`))
 		if err != nil {
 			return err
 		}

@@ -27,10 +27,11 @@ type Edge struct {
 	Limit  rpcserver.LimitConfig
 	// TLS without a certificate is plain HTTP. Its client certificates count as credentials.
 	TLS rpcserver.TLSFiles
-	// Origins, ReadMaxBytes and MaxConns are those of rpcserver.Config.
-	Origins      []string
-	ReadMaxBytes int
-	MaxConns     int
+	// Origins, ReadMaxBytes, MaxConns and MaxConnsPerAddress are those of rpcserver.Config.
+	Origins            []string
+	ReadMaxBytes       int
+	MaxConns           int
+	MaxConnsPerAddress int
 }
 
 // edge is what an Edge opens.
@@ -77,14 +78,14 @@ func newEdge(config Edge) (*edge, error) {
 	return e, nil
 }
 
-// newServer makes the server of the API, or, without services, of health checks. Both are closed to strangers in the same way.
+// newServer makes the server of the API.
 func (p *process) newServer(services ...func(*connect.Server)) *rpcserver.Server {
 	request, response := headers()
 	return rpcserver.New(rpcserver.Config{
 		Addr: p.config.Addr, Checks: p.checks, Interceptors: p.interceptors(),
 		MeterProvider: p.telemetry.Meter, TracerProvider: p.telemetry.Tracer,
 		TLS: p.edge.tls, Origins: p.edge.Origins, RequestHeaders: request, ResponseHeaders: response,
-		ReadMaxBytes: p.edge.ReadMaxBytes, MaxConns: p.edge.MaxConns,
+		ReadMaxBytes: p.edge.ReadMaxBytes, MaxConns: p.edge.MaxConns, MaxConnsPerAddress: p.edge.MaxConnsPerAddress,
 	}, services...)
 }
 

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"log/slog"
 	"net"
@@ -285,16 +284,27 @@ func TestNoAuthIsSaidAgainAndAgain(t *testing.T) {
 	})
 }
 
-// Relay and consumer answer health checks, and nothing else.
-func TestHealthServersAreClosedOtherwise(t *testing.T) {
+// Probes and metrics are on the operators' port, and only there.
+func TestProbesAreNotOnTheCallersPort(t *testing.T) {
 	t.Parallel()
-	edge, err := newEdge(Edge{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	for spec := range (&process{edge: edge, telemetry: new(telemetry.Providers)}).newServer().Specs() {
-		if access := auth.AccessTo(spec); access.GetPublic() != strings.HasPrefix(spec.Procedure, "/grpc.health.v1.Health/") {
-			t.Errorf("%s: %s", spec.Procedure, fmt.Sprint(access))
-		}
+	config := probed(Config{PostgresURL: testenv.PostgresURL(t), AMQPURL: testenv.AMQP(t), Edge: Edge{NoAuth: true}})
+	for name, run := range map[string]func(context.Context, Config) error{"API": RunAPI, "Console": RunConsole} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			served := start(t, run, config)
+			await(t, name, served.ready, http.StatusOK)
+			for _, path := range []string{"/healthz", "/readyz", "/metrics"} {
+				for base, want := range map[string]int{served.ops: http.StatusOK, served.url: http.StatusNotFound} {
+					response, err := web.Get(base + path)
+					if err != nil {
+						t.Fatal(err)
+					}
+					response.Body.Close()
+					if response.StatusCode != want {
+						t.Errorf("%s: %s, want %d", base+path, response.Status, want)
+					}
+				}
+			}
+		})
 	}
 }

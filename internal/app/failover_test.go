@@ -64,16 +64,9 @@ func TestDoneAlreadySurvivesAFailover(t *testing.T) {
 	}
 	client := func(url string) *connect.Client {
 		config := Config{PostgresURL: testenv.As(t, url, "app_api"), Edge: Edge{NoAuth: true}}
-		served, _ := start(t, RunAPI, written(config))
-		await(t, "API", func() int {
-			response, err := web.Get(served + "/readyz")
-			if err != nil {
-				return 0
-			}
-			defer response.Body.Close()
-			return response.StatusCode
-		}, http.StatusOK)
-		return connect.NewClient(connecthttp.NewTransport(web, served))
+		served := start(t, RunAPI, written(config))
+		await(t, "API", served.ready, http.StatusOK)
+		return connect.NewClient(connecthttp.NewTransport(web, served.url))
 	}
 	before := client(primary.URL())
 	ctx, info := connect.NewClientContext(t.Context())

@@ -51,7 +51,7 @@ func TestReadyWhileCallsHoldAllConnections(t *testing.T) {
 		calls = db
 		return domain{register: func(*connect.Server) {}}
 	}
-	url, _ := start(t, RunAPI, config)
+	url := start(t, RunAPI, config).ops
 	missing(t, url)
 	// Even what readiness reads of the schema is locked.
 	lock, err := db.Begin(t.Context())
@@ -104,7 +104,7 @@ func TestAFloodOfProbesOpensNoConnections(t *testing.T) {
 	t.Parallel()
 	broker, amqpURL := testenv.ProxyURL(t, testenv.AMQP(t))
 	database, postgresURL := testenv.ProxyURL(t, testenv.PostgresURL(t))
-	url, _ := start(t, RunRelay, probed(Config{PostgresURL: postgresURL, AMQPURL: amqpURL}))
+	url := start(t, RunRelay, probed(Config{PostgresURL: postgresURL, AMQPURL: amqpURL})).ops
 	missing(t, url)
 	flood := func() {
 		t.Helper()
@@ -154,11 +154,11 @@ func TestNotReadyBeforeTheFirstKeys(t *testing.T) {
 	_, both.APIKeys = apiKeys(t, "customer")
 	config := probed(Config{PostgresURL: testenv.PostgresURL(t), AMQPURL: testenv.AMQP(t)})
 	config.Edge = both
-	url, _ := start(t, RunAPI, config)
+	url := start(t, RunAPI, config).ops
 	missing(t, url)
 	config.Edge = tokens
-	api, _ := start(t, RunAPI, config)
-	console, _ := start(t, RunConsole, config)
+	api := start(t, RunAPI, config).ops
+	console := start(t, RunConsole, config).ops
 	missing(t, api, "jwks")
 	missing(t, console, "jwks")
 	there.Store(true)

@@ -180,11 +180,12 @@ func documented(t *testing.T) map[string]family {
 func TestMetricsAreDocumentedAndClean(t *testing.T) {
 	t.Parallel()
 	config := watched(Config{PostgresURL: testenv.PostgresURL(t), AMQPURL: testenv.AMQP(t)})
-	url, _ := start(t, RunAll, config)
+	all := start(t, RunAll, config)
+	url := all.ops
 	var text string
 	testenv.Eventually(t, 30*time.Second, func() error { return isReady(url) })
 	commit(t, config.PostgresURL, watchedType, nil)
-	post(t, url+watchedProcedure, "{}")
+	post(t, all.url+watchedProcedure, "{}")
 	docs := documented(t)
 	testenv.Eventually(t, 30*time.Second, func() error {
 		var shown map[string]family
@@ -236,7 +237,7 @@ func TestEachProcessHasMetrics(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			url, _ := start(t, process.run, config)
+			url := start(t, process.run, config).ops
 			testenv.Eventually(t, 30*time.Second, func() error {
 				if err := isReady(url); err != nil {
 					return err
@@ -312,7 +313,7 @@ func TestLogsHoldNoSecretsAndNoPayloads(t *testing.T) {
 	broker, amqpURL := testenv.ProxyURL(t, testenv.Management(t, vhost).User(".*", ".*", ".*"))
 	amqpSecret := passwordOf(t, amqpURL)
 	config := watched(Config{PostgresURL: postgresURL, AMQPURL: amqpURL})
-	url, _ := start(t, RunAll, config)
+	url := start(t, RunAll, config).url
 	wrong := config
 	wrong.AMQPURL = withPassword(t, amqpURL, secret)
 	start(t, RunConsumer, wrong)

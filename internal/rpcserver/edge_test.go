@@ -334,7 +334,7 @@ func TestLargeHeadersAreRefused(t *testing.T) {
 
 func TestConnectionsAreBounded(t *testing.T) {
 	t.Parallel()
-	server := serve(t, rpcserver.Config{MaxConns: 2, ReadHeaderTimeout: time.Second}, unary(echo))
+	server := serve(t, rpcserver.Config{MaxConns: 2, MaxConnsPerAddress: -1, ReadHeaderTimeout: time.Second}, unary(echo))
 	var idle []net.Conn
 	for range 10 { // the kernel takes them, the server two at a time
 		conn, err := net.Dial("tcp", server.addr)

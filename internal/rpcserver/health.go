@@ -37,7 +37,7 @@ const (
 	healthWatchInterval = time.Second
 )
 
-// health answers whether services are ready: over grpc.health.v1.Health, and over HTTP for probes that know no gRPC.
+// health answers whether services are ready: over grpc.health.v1.Health on the API's port, and over HTTP on the operators' port.
 type health struct {
 	checks   []Check
 	services []string
@@ -54,15 +54,18 @@ type finding struct {
 	err error
 }
 
-func newHealth(config Config, rpc *connect.Server) *health {
-	h := &health{checks: config.Checks, log: config.Log, found: make(map[string]finding)}
+func newHealth(checks []Check, log *slog.Logger) *health {
+	return &health{checks: checks, log: log, found: make(map[string]finding)}
+}
+
+// serves learns which services there are.
+func (h *health) serves(rpc *connect.Server) {
 	for spec := range rpc.Specs() {
 		service, _, _ := strings.Cut(strings.TrimPrefix(spec.Procedure, "/"), "/")
 		if !slices.Contains(h.services, service) {
 			h.services = append(h.services, service)
 		}
 	}
-	return h
 }
 
 // missingFor returns the names of failed checks that the service needs; "" needs all of them.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net/http"
 	"strings"
 	"sync"
@@ -41,6 +42,9 @@ func TestHealthFollowsWhatEachServiceNeeds(t *testing.T) {
 		{Name: "database", Ready: database.ready},
 		{Name: "broker", Ready: broker.ready, Services: []string{"other.v1.Other"}},
 	}}, unary(echo))
+	ops := opsPort(t, rpcserver.OpsConfig{Log: slog.New(slog.DiscardHandler), Checks: []rpcserver.Check{
+		{Name: "database", Ready: database.ready}, {Name: "broker", Ready: broker.ready, Services: []string{"other.v1.Other"}},
+	}})
 	client := healthv1.NewHealthClient(server.grpc(t))
 	tests := []struct {
 		name            string
@@ -66,12 +70,12 @@ func TestHealthFollowsWhatEachServiceNeeds(t *testing.T) {
 					return fmt.Errorf("%s: service %q: got %s, %w, want %s", test.name, service, res.GetStatus(), err, want)
 				}
 			}
-			if code, body := get(t, server.url+"/readyz"); code != test.readyzStatus || body != test.readyzMentioned {
+			if code, body := get(t, ops.url+"/readyz"); code != test.readyzStatus || body != test.readyzMentioned {
 				return fmt.Errorf("%s: /readyz: got %d %s, want %d %s", test.name, code, body, test.readyzStatus, test.readyzMentioned)
 			}
 			return nil
 		})
-		if code, body := get(t, server.url+"/healthz"); code != 200 || body != "ok" {
+		if code, body := get(t, ops.url+"/healthz"); code != 200 || body != "ok" {
 			t.Errorf("%s: /healthz: got %d %s", test.name, code, body)
 		}
 	}

@@ -53,6 +53,11 @@ func account(ctx context.Context, peer string) string {
 	if caller, ok := auth.FromContext(ctx); ok {
 		return caller.By + ":" + caller.Subject
 	}
+	return network(peer)
+}
+
+// network names who is at an address: the host, or of IPv6 the /64, for whoever has one address of it has all.
+func network(peer string) string {
 	host, _, err := net.SplitHostPort(peer)
 	if err != nil {
 		return peer
@@ -61,8 +66,8 @@ func account(ctx context.Context, peer string) string {
 	if err != nil || address.Unmap().Is4() {
 		return host
 	}
-	network, _ := address.Prefix(64) // whoever has one IPv6 address has as many as that
-	return network.String()
+	prefix, _ := address.Prefix(64)
+	return prefix.String()
 }
 
 const retryAfterHeader = "Retry-After"

@@ -1,5 +1,5 @@
-// Package rpcserver is the HTTP edge: Connect, gRPC and gRPC-Web on one port, with or without TLS, with health, readiness and
-// reflection.
+// Package rpcserver is the HTTP edge: Connect, gRPC and gRPC-Web on one port, with or without TLS, with gRPC health and reflection; and
+// the operators' port, with probes and metrics.
 //
 // It guarantees that a request is within its limits of size, time and number before a handler sees it, and valid by the rules of
 // its proto file; that no text of an internal error and no panic reaches a caller; and that a shutdown lets unary
@@ -50,6 +50,9 @@ type Config struct {
 	MaxHeaderBytes int
 	// MaxConns bounds the connections. Default 4096, some 100 MB of buffers at worst; others wait in the kernel's queue.
 	MaxConns int
+	// MaxConnsPerAddress bounds the connections of one address, of IPv6 a /64; those beyond it are closed at once. Default a quarter of
+	// MaxConns, so that one address cannot take all, and a proxy in front of all callers still has room. Negative is no limit.
+	MaxConnsPerAddress int
 	// WriteTimeout bounds the time in which a connection takes nothing of what is sent to it. Default 30 s.
 	WriteTimeout time.Duration
 	// QuietTimeout ends a server's stream on which nothing was sent for so long, with unavailable. Default 50 s: common proxies cut a connection off
@@ -85,6 +88,7 @@ func (c Config) withDefaults() Config {
 	c.MaxConcurrentStreams = cmp.Or(c.MaxConcurrentStreams, 250)
 	c.MaxHeaderBytes = cmp.Or(c.MaxHeaderBytes, 64<<10)
 	c.MaxConns = cmp.Or(c.MaxConns, 4096)
+	c.MaxConnsPerAddress = cmp.Or(c.MaxConnsPerAddress, max(1, c.MaxConns/4))
 	c.WriteTimeout = cmp.Or(c.WriteTimeout, 30*time.Second)
 	c.QuietTimeout = cmp.Or(c.QuietTimeout, 50*time.Second)
 	c.DrainTimeout = cmp.Or(c.DrainTimeout, 20*time.Second)
@@ -110,8 +114,8 @@ type Server struct {
 //
 //	rpcserver.New(config, func(s *connect.Server) { ordersv1connect.RegisterOrderServiceHandler(s, service) })
 //
-// It adds grpc.health.v1.Health, gRPC reflection, GET /healthz (the process lives) and GET /readyz (it can do its work).
-// Reflection shows every proto file that is linked in; put it behind an interceptor if yours are secret. Answers of 1 KiB and more are
+// It adds grpc.health.v1.Health, for load balancers that speak gRPC, and gRPC reflection. Other probes and metrics are on the operators'
+// port, which callers cannot use up: see Ops. Reflection shows every proto file that is linked in; put it behind an interceptor if yours are secret. Answers of 1 KiB and more are
 // compressed, if the caller takes them so.
 func New(config Config, register ...func(*connect.Server)) *Server {
 	config = config.withDefaults()
@@ -121,13 +125,12 @@ func New(config Config, register ...func(*connect.Server)) *Server {
 	for _, r := range register {
 		r(rpc)
 	}
-	health := newHealth(config, rpc)
+	health := newHealth(config.Checks, config.Log)
+	health.serves(rpc)
 	health.register(rpc)
 	grpcreflect.Register(rpc)
 
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
-	mux.HandleFunc("GET /readyz", health.readyz)
 	connecthttp.Mount(newGuard(mux, config, rpc), rpc,
 		connecthttp.WithCodecs(codecs()...), connecthttp.WithReadMaxBytes(config.ReadMaxBytes),
 		connecthttp.WithCompressors(newBoundedGzip(config.ReadMaxBytes)), connecthttp.WithCompressMinBytes(compressMinBytes))
@@ -137,7 +140,7 @@ func New(config Config, register ...func(*connect.Server)) *Server {
 // Specs yields every procedure that is served.
 func (s *Server) Specs() iter.Seq[connect.Spec] { return s.rpc.Specs() }
 
-// Handle adds something that is no RPC, such as the console or /metrics, under a pattern of http.ServeMux. It panics if the
+// Handle adds something that is no RPC, such as the console, under a pattern of http.ServeMux. It panics if the
 // pattern is taken. Call it before Run.
 func (s *Server) Handle(pattern string, handler http.Handler) { s.mux.Handle(pattern, handler) }
 
@@ -145,11 +148,20 @@ func (s *Server) Handle(pattern string, handler http.Handler) { s.mux.Handle(pat
 // of connections and drain on their own.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) { s.handler.ServeHTTP(w, r) }
 
-// Run listens on the configured address and serves until ctx is done and the server is drained: see Serve.
-func (s *Server) Run(ctx context.Context) error {
+// Listen listens on the configured address, for Serve.
+func (s *Server) Listen(ctx context.Context) (net.Listener, error) {
 	listener, err := new(net.ListenConfig).Listen(ctx, "tcp", s.config.Addr)
 	if err != nil {
-		return fmt.Errorf("listen: %w", err)
+		return nil, fmt.Errorf("listen: %w", err)
+	}
+	return listener, nil
+}
+
+// Run listens on the configured address and serves until ctx is done and the server is drained: see Serve.
+func (s *Server) Run(ctx context.Context) error {
+	listener, err := s.Listen(ctx)
+	if err != nil {
+		return err
 	}
 	return s.Serve(ctx, listener)
 }

@@ -16,7 +16,7 @@ type TLSFiles struct {
 	Cert, Key string
 	// ClientCA are the authorities whose client certificates are accepted; "" asks for none.
 	ClientCA string
-	// RequireClient refuses connections without a client certificate, also those of health probes.
+	// RequireClient refuses connections without a client certificate. Probes come to the operators' port, which asks for none.
 	RequireClient bool
 }
 

@@ -69,7 +69,7 @@ func TestTLSServesEveryProtocol(t *testing.T) {
 			t.Errorf("%s: got %q, %v", transport.name, who, err)
 		}
 	}
-	res, err := http.Get(strings.Replace(server.url, "https://", "http://", 1) + "/healthz")
+	res, err := http.Get(strings.Replace(server.url, "https://", "http://", 1) + unarySpec.Procedure)
 	if err != nil {
 		t.Fatal(err)
 	}

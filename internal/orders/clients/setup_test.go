@@ -4,7 +4,6 @@ package clients
 import (
 	"context"
 	"fmt"
-	"net"
 	"net/http"
 	"os/exec"
 	"path/filepath"
@@ -50,16 +49,9 @@ func serveQueues(t *testing.T) (addr, amqpURL string) {
 // serve runs the whole service on real servers until the test ends, and returns its address, host:port.
 func serve(t *testing.T, changes ...func(*app.Config)) string {
 	t.Helper()
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	addr := listener.Addr().String()
-	if err := listener.Close(); err != nil { // the service wants it now
-		t.Fatal(err)
-	}
+	addr, opsAddr := testenv.FreeAddress(t), testenv.FreeAddress(t)
 	config := app.Config{
-		Addr: addr, PostgresURL: testenv.PostgresURL(t), AMQPURL: testenv.AMQP(t), Exchange: "events",
+		Addr: addr, OpsAddr: opsAddr, PostgresURL: testenv.PostgresURL(t), AMQPURL: testenv.AMQP(t), Exchange: "events",
 		Edge: app.Edge{NoAuth: true},
 	}
 	for _, change := range changes {
@@ -75,7 +67,7 @@ func serve(t *testing.T, changes ...func(*app.Config)) string {
 	t.Cleanup(func() { cancel(); running.Wait() })
 	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
 	testenv.Eventually(t, 30*time.Second, func() error {
-		response, err := client.Get("http://" + addr + "/readyz")
+		response, err := client.Get("http://" + opsAddr + "/readyz")
 		if err != nil {
 			return err
 		}
