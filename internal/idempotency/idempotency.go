@@ -52,10 +52,13 @@ type Keys struct {
 	db     *pgxpool.Pool
 	out    *outbox.Writer
 	config Config
-	turns  turns
-	// room is for the calls that hold a connection. Their handlers may need another one to read, so they get a third of the pool: another part of
-	// it may be held by durable calls, for which the same is true.
+	// turns are those of one key.
+	turns *turns[account]
+	// room is for the calls that hold a connection. Their handlers may need another one to read, so they get two fifths of the pool: half of it
+	// may be held by durable calls, for which the same is true, and something must be left.
 	room *semaphore.Weighted
+	// shares are what each caller may have of the room: all but one place, so that no caller's slow calls hold up those of others.
+	shares *turns[string]
 }
 
 // New makes Keys on db, which must be the pool that the handlers write to, through out or by themselves.
@@ -64,9 +67,10 @@ func New(db *pgxpool.Pool, out *outbox.Writer, config Config) *Keys {
 	if config.Caller == nil {
 		config.Caller = func(context.Context) string { return "" }
 	}
+	room := max(1, int(db.Config().MaxConns)*2/5)
 	return &Keys{
-		db: db, out: out, config: config, turns: turns{taken: map[account]*turn{}},
-		room: semaphore.NewWeighted(int64(max(1, db.Config().MaxConns/3))),
+		db: db, out: out, config: config, turns: newTurns[account](1),
+		room: semaphore.NewWeighted(int64(room)), shares: newTurns[string](max(1, room-1)),
 	}
 }
 
@@ -140,6 +144,11 @@ func (k *Keys) once(ctx context.Context, one call, next connect.ServerFunc) (res
 		return nil, false, err
 	}
 	defer leave()
+	leaveShare, err := k.shares.wait(ctx, one.caller)
+	if err != nil {
+		return nil, false, err
+	}
+	defer leaveShare()
 	if err := k.room.Acquire(ctx, 1); err != nil {
 		return nil, false, err
 	}
