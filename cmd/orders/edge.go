@@ -12,13 +12,14 @@ import (
 
 // edgeFlags say who may call the API, and what a call may cost.
 type edgeFlags struct {
-	JWKS        string `name:"jwks" env:"JWT_JWKS" help:"Keys of the token issuer: an https URL or a file."`
-	Issuer      string `name:"jwt-issuer" env:"JWT_ISSUER" help:"What a token's iss must be."`
-	Audience    string `name:"jwt-audience" env:"JWT_AUDIENCE" help:"What a token's aud must contain."`
-	RolesClaim  string `name:"jwt-roles-claim" env:"JWT_ROLES_CLAIM" default:"roles" help:"Claim that lists a caller's roles."`
-	APIKeysFile string `name:"api-keys-file" env:"API_KEYS_FILE" help:"File of API keys, a line each as 'apikey new' prints it."`
-	APIKeys     string `name:"api-keys" env:"API_KEYS" help:"Such lines themselves, divided by blanks."`
-	NoAuth      bool   `name:"insecure-no-auth" env:"INSECURE_NO_AUTH" help:"For development only: let everybody call everything."`
+	JWKS        string   `name:"jwks" env:"JWT_JWKS" help:"Keys of the token issuer: an https URL or a file."`
+	Issuer      string   `name:"jwt-issuer" env:"JWT_ISSUER" help:"What a token's iss must be."`
+	Audience    string   `name:"jwt-audience" env:"JWT_AUDIENCE" help:"What a token's aud must contain."`
+	RolesClaim  string   `name:"jwt-roles-claim" env:"JWT_ROLES_CLAIM" default:"roles" help:"Claim that lists a caller's roles."`
+	APIKeysFile string   `name:"api-keys-file" env:"API_KEYS_FILE" help:"File of API keys, a line each as 'apikey new' prints it."`
+	APIKeys     string   `name:"api-keys" env:"API_KEYS" help:"Such lines themselves, divided by blanks."`
+	NoAuth      bool     `name:"insecure-no-auth" env:"INSECURE_NO_AUTH" help:"For development only: let everybody call everything."`
+	NoAuthHosts []string `name:"insecure-no-auth-hosts" env:"INSECURE_NO_AUTH_HOSTS" help:"Host names, besides localhost and loopback addresses, under which it is served then, divided by commas."`
 
 	TLSCert     string `name:"tls-cert" env:"TLS_CERT" help:"Certificate chain (PEM) to serve HTTPS with. A new file is used without a restart."`
 	TLSKey      string `name:"tls-key" env:"TLS_KEY" help:"Its private key (PEM)."`
@@ -97,7 +98,7 @@ func (f *edgeFlags) checkLimits() error {
 func (f *edgeFlags) config() app.Edge {
 	return app.Edge{
 		JWKS: f.JWKS, Tokens: auth.TokenConfig{Issuer: f.Issuer, Audience: f.Audience, RolesClaim: f.RolesClaim},
-		APIKeysFile: f.APIKeysFile, APIKeys: f.APIKeys, NoAuth: f.NoAuth,
+		APIKeysFile: f.APIKeysFile, APIKeys: f.APIKeys, NoAuth: f.NoAuth, NoAuthHosts: f.NoAuthHosts,
 		TLS:     rpcserver.TLSFiles{Cert: f.TLSCert, Key: f.TLSKey, ClientCA: f.TLSClientCA, RequireClient: f.TLSRequire},
 		Limit:   rpcserver.LimitConfig{Rate: f.CallerRate, Burst: f.CallerBurst, Concurrent: f.CallerConcurrency},
 		Origins: f.CORSOrigins, ReadMaxBytes: f.ReadMaxBytes, MaxConns: f.HTTPMaxConns, MaxConnsPerAddress: f.connsPerAddress(),

@@ -49,7 +49,8 @@ func (p *process) newConsoleServer(desk *console.Console) *rpcserver.Server {
 	server := rpcserver.New(rpcserver.Config{
 		Addr: p.config.ConsoleAddr, Checks: p.consoleChecks(), Interceptors: p.edge.interceptors,
 		MeterProvider: p.telemetry.Meter, TracerProvider: p.telemetry.Tracer, TLS: p.edge.tls,
-		ReadMaxBytes: p.edge.ReadMaxBytes, MaxConns: p.edge.MaxConns, MaxConnsPerAddress: p.edge.MaxConnsPerAddress, LocalNames: p.edge.NoAuth,
+		ReadMaxBytes: p.edge.ReadMaxBytes, MaxConns: p.edge.MaxConns, MaxConnsPerAddress: p.edge.MaxConnsPerAddress,
+		LocalNames: p.edge.NoAuth, Hosts: p.edge.NoAuthHosts,
 	}, func(s *connect.Server) { opsv1connect.RegisterOpsServiceHandler(s, desk) })
 	server.Handle("GET "+console.Prefix, console.Pages())
 	server.Handle("GET /{$}", redirect(strings.TrimPrefix(console.Prefix, "/")))

@@ -22,9 +22,10 @@ type Edge struct {
 	Tokens auth.TokenConfig
 	// APIKeysFile is a file of lines that auth.Keys documents, APIKeys are such lines themselves.
 	APIKeysFile, APIKeys string
-	// NoAuth lets everybody do everything.
-	NoAuth bool
-	Limit  rpcserver.LimitConfig
+	// NoAuth lets everybody do everything who calls this machine by a local name, or by one of NoAuthHosts.
+	NoAuth      bool
+	NoAuthHosts []string
+	Limit       rpcserver.LimitConfig
 	// TLS without a certificate is plain HTTP. Its client certificates count as credentials.
 	TLS rpcserver.TLSFiles
 	// Origins, ReadMaxBytes, MaxConns and MaxConnsPerAddress are those of rpcserver.Config.
@@ -86,6 +87,7 @@ func (p *process) newServer(services ...func(*connect.Server)) *rpcserver.Server
 		MeterProvider: p.telemetry.Meter, TracerProvider: p.telemetry.Tracer,
 		TLS: p.edge.tls, Origins: p.edge.Origins, RequestHeaders: request, ResponseHeaders: response,
 		ReadMaxBytes: p.edge.ReadMaxBytes, MaxConns: p.edge.MaxConns, MaxConnsPerAddress: p.edge.MaxConnsPerAddress,
+		LocalNames: p.edge.NoAuth, Hosts: p.edge.NoAuthHosts,
 	}, services...)
 }
 

@@ -271,6 +271,31 @@ func TestNoAuth(t *testing.T) {
 	}
 }
 
+// With authentication off no page whose name was made to lead here may call (DNS rebinding).
+func TestNoAuthIsServedUnderLocalNamesOnly(t *testing.T) {
+	t.Parallel()
+	a := startAPI(t, Edge{NoAuth: true, NoAuthHosts: []string{"api"}}, registerUndeclared)
+	for host, want := range map[string]int{
+		"localhost:8080": http.StatusOK, "127.0.0.1:8080": http.StatusOK, "[::1]:8080": http.StatusOK, "api:8080": http.StatusOK, "api": http.StatusOK,
+		"evil.example:8080": http.StatusMisdirectedRequest, "api.evil.example": http.StatusMisdirectedRequest, "10.0.0.1:8080": http.StatusMisdirectedRequest,
+	} {
+		request, err := http.NewRequestWithContext(t.Context(), http.MethodPost, a.url+undeclared.Procedure, strings.NewReader("{}"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		request.Host = host
+		request.Header.Set("Content-Type", "application/json")
+		response, err := newHTTPClient(t, false).Do(request)
+		if err != nil {
+			t.Fatal(err)
+		}
+		response.Body.Close()
+		if response.StatusCode != want {
+			t.Errorf("%s: %s, want %d", host, response.Status, want)
+		}
+	}
+}
+
 func TestNoAuthIsSaidAgainAndAgain(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {

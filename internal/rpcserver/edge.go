@@ -18,7 +18,7 @@ import (
 func newEdge(next http.Handler, config Config) http.Handler {
 	next = allowOrigins(next, config)
 	if config.LocalNames {
-		next = localNames(next)
+		next = localNames(next, config.Hosts)
 	}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		id := requestID(r.Header.Get(requestIDHeader))
@@ -84,15 +84,15 @@ func Headers() (request, response []string) {
 	return slices.Concat(request, []string{requestIDHeader}, traceHeaders.Fields()), append(response, requestIDHeader, retryAfterHeader)
 }
 
-// localNames lets through what names this machine.
-func localNames(next http.Handler) http.Handler {
+// localNames lets through what names this machine, or one of the hosts.
+func localNames(next http.Handler, hosts []string) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		host, _, err := net.SplitHostPort(r.Host)
 		if err != nil {
 			host = r.Host
 		}
-		if address := net.ParseIP(strings.Trim(host, "[]")); host != "localhost" && !address.IsLoopback() {
-			http.Error(w, "with authentication off this is served to localhost only", http.StatusMisdirectedRequest)
+		if address := net.ParseIP(strings.Trim(host, "[]")); host != "localhost" && !address.IsLoopback() && !slices.Contains(hosts, host) {
+			http.Error(w, "with authentication off this is served under local names only: see INSECURE_NO_AUTH_HOSTS", http.StatusMisdirectedRequest)
 			return
 		}
 		next.ServeHTTP(w, r)

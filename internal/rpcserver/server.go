@@ -68,6 +68,8 @@ type Config struct {
 	// LocalNames refuses requests that do not name this machine as localhost or by a loopback address. With authentication off it keeps out pages of
 	// other sites whose name was made to lead here: to a browser they are of the same origin (DNS rebinding).
 	LocalNames bool
+	// Hosts are further names that LocalNames lets through, without a port. None of them may be one that strangers can make lead here.
+	Hosts []string
 	// Checks say what the services need. Without any, the server is ready as soon as it listens.
 	Checks []Check
 	// Interceptors run inside of logging and error mapping: authentication, durable calls. What one of them receives is valid.
@@ -78,6 +80,9 @@ type Config struct {
 	MeterProvider  metric.MeterProvider
 	TracerProvider trace.TracerProvider
 }
+
+// drainTimeout must be shorter than the time that deployments grant: TestDeploymentsGrantTheDrain in internal/house.
+const drainTimeout = 20 * time.Second
 
 func (c Config) withDefaults() Config {
 	c.Addr = cmp.Or(c.Addr, ":8080")
@@ -91,7 +96,7 @@ func (c Config) withDefaults() Config {
 	c.MaxConnsPerAddress = cmp.Or(c.MaxConnsPerAddress, max(1, c.MaxConns/4))
 	c.WriteTimeout = cmp.Or(c.WriteTimeout, 30*time.Second)
 	c.QuietTimeout = cmp.Or(c.QuietTimeout, 50*time.Second)
-	c.DrainTimeout = cmp.Or(c.DrainTimeout, 20*time.Second)
+	c.DrainTimeout = cmp.Or(c.DrainTimeout, drainTimeout)
 	c.Log = cmp.Or(c.Log, slog.Default())
 	if c.MeterProvider == nil {
 		c.MeterProvider = otel.GetMeterProvider()
@@ -179,7 +184,7 @@ var errDraining = errors.New("server is shutting down")
 type drainingKey struct{}
 
 // Serve serves on listener, which it closes, until ctx is done. Then it is no longer ready, takes no new connections, ends
-// streams with unavailable and waits for the unary calls under way. It returns nil if they finished within DrainTimeout; those
+// streams and requests that have not arrived with unavailable, and waits for the unary calls under way. It returns nil if they finished within DrainTimeout; those
 // that did not have their context cancelled and their connection closed.
 func (s *Server) Serve(ctx context.Context, listener net.Listener) error {
 	// Requests do not live in ctx, which is done when the drain begins, but in one that is done when it has failed.
