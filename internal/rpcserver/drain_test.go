@@ -3,6 +3,9 @@ package rpcserver_test
 import (
 	"context"
 	"errors"
+	"io"
+	"net/http"
+	"strings"
 	"testing"
 	"time"
 
@@ -114,5 +117,58 @@ func TestDrainTimeoutCutsOffWhatIsStuck(t *testing.T) {
 	<-ended
 	if err := <-answered; err == nil {
 		t.Error("the call succeeded")
+	}
+}
+
+// A request of which a part has not arrived is ended when the drain begins: it would hold up the shutdown, and nothing was done.
+func TestDrainEndsRequestsThatHaveNotArrived(t *testing.T) {
+	t.Parallel()
+	for name, http2 := range map[string]bool{"HTTP/1.1": false, "HTTP/2": true} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			begun := make(chan struct{})
+			announce := func(next connect.ServerFunc) connect.ServerFunc {
+				return func(ctx context.Context, spec connect.Spec, stream connect.ServerStream) error {
+					close(begun)
+					return next(ctx, spec, stream)
+				}
+			}
+			config := rpcserver.Config{DrainTimeout: time.Minute, BodyTimeout: time.Minute, Interceptors: []connect.ServerInterceptor{announce}}
+			server := serve(t, config, unary(echo))
+			held, body := io.Pipe()
+			defer body.Close()
+			request, err := http.NewRequestWithContext(t.Context(), http.MethodPost, server.url+unarySpec.Procedure, held)
+			if err != nil {
+				t.Fatal(err)
+			}
+			request.Header.Set("Content-Type", "application/json")
+			client := httpClient(t, http2)
+			answered := make(chan string, 1)
+			go func() {
+				response, err := client.Do(request)
+				if err != nil {
+					answered <- err.Error()
+					return
+				}
+				defer response.Body.Close()
+				text, _ := io.ReadAll(response.Body)
+				answered <- string(text)
+			}()
+			if _, err := io.WriteString(body, `"hel`); err != nil { // taken: the request is under way
+				t.Fatal(err)
+			}
+			<-begun
+			began := time.Now()
+			server.stop()
+			if err := <-server.done; err != nil {
+				t.Errorf("Serve: %v", err)
+			}
+			if took := time.Since(began); took > 10*time.Second {
+				t.Errorf("the drain took %s", took)
+			}
+			if text := <-answered; !strings.Contains(text, "server is shutting down") {
+				t.Errorf("the caller was told %s", text)
+			}
+		})
 	}
 }

@@ -2,11 +2,12 @@ package rpcserver
 
 import (
 	"context"
+	"io"
 	"net/http"
+	"sync"
 	"time"
 
 	"connectrpc.com/connect/v2"
-	"example.com/orders/internal/bounds"
 )
 
 // guard is the mux that Connect mounts its handlers on. It puts around each of them what the kind of call needs, which
@@ -36,49 +37,8 @@ func (g *guard) Handle(pattern string, handler http.Handler) {
 	g.mux.Handle(pattern, cutQuoted(handler))
 }
 
-// quoted are the headers and query parameters that Connect quotes in the error when it cannot use their value.
-var (
-	quotedHeaders = []string{
-		"Connect-Content-Encoding", "Connect-Protocol-Version", "Connect-Timeout-Ms", "Content-Encoding",
-		"Grpc-Encoding", "Grpc-Timeout",
-	}
-	quotedParameters = []string{"base64", "compression", "connect", "encoding"}
-)
-
-const (
-	// maxQuoted is the most bytes of such a value that an error quotes. No valid one is as long.
-	maxQuoted = 64
-	// maxProcedure is the same for the name of a procedure.
-	maxProcedure = 255
-)
-
-// cutQuoted cuts the values that an error would quote. What is cut was not usable before.
-func cutQuoted(next http.Handler) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		for _, name := range quotedHeaders {
-			if value := r.Header.Get(name); len(value) > maxQuoted {
-				r.Header.Set(name, bounds.Text(value, maxQuoted))
-			}
-		}
-		r.URL.Path = bounds.Text(r.URL.Path, maxProcedure)
-		if r.Method == http.MethodGet {
-			query, long := r.URL.Query(), false
-			for _, name := range quotedParameters {
-				if value := query.Get(name); len(value) > maxQuoted {
-					query.Set(name, bounds.Text(value, maxQuoted))
-					long = true
-				}
-			}
-			if long {
-				r.URL.RawQuery = query.Encode()
-			}
-		}
-		next.ServeHTTP(w, r)
-	})
-}
-
-// boundBody bounds the body of a call with one request message in size and time. Connect bounds the message by itself, but
-// would read what is too large to its end, and wait for it however long.
+// boundBody bounds the body of a call with one request message in size and time, and ends it when the server begins to drain. Connect bounds
+// the message by itself, but would read what is too large to its end, and wait for it however long.
 func (g *guard) boundBody(next http.Handler) http.Handler {
 	const framing = 1 << 10 // room for the envelope, so that it is Connect that refuses what is a little too large
 	limit := int64(g.config.ReadMaxBytes) + framing
@@ -86,79 +46,72 @@ func (g *guard) boundBody(next http.Handler) http.Handler {
 		// A body that is there already must get no deadline: net/http reads on, to notice when the caller leaves. Otherwise it
 		// lifts the deadline by itself when the body is at its end.
 		if r.Body != http.NoBody {
-			_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(g.config.BodyTimeout)) // httptest.ResponseRecorder has none
-			r.Body = http.MaxBytesReader(w, r.Body, limit)
+			control := http.NewResponseController(w)
+			_ = control.SetReadDeadline(time.Now().Add(g.config.BodyTimeout)) // httptest.ResponseRecorder has none
+			body := &arriving{ReadCloser: http.MaxBytesReader(w, r.Body, limit)}
+			r.Body = body
+			defer onDrain(r.Context(), func() { body.end(control) })()
 		}
 		next.ServeHTTP(w, r)
 	})
 }
 
-// nameNoEmptyEncoding covers a fault of Connect's: to a stream whose compression it does not know it answers with an empty
-// Connect-Content-Encoding, at which clients stop and never see the error behind it.
-func nameNoEmptyEncoding(next http.Handler) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		switch r.Header.Get(streamEncodingHeader) {
-		case "", "identity", "gzip":
-		default:
-			w = namedEncoding{w}
-		}
-		next.ServeHTTP(w, r)
-	})
+// arriving is a body that knows whether it is here.
+type arriving struct {
+	io.ReadCloser
+	mu   sync.Mutex
+	here bool
 }
 
-const streamEncodingHeader = "Connect-Content-Encoding"
+func (a *arriving) Read(p []byte) (int, error) {
+	n, err := a.ReadCloser.Read(p)
+	if err != nil {
+		a.mu.Lock()
+		a.here = true
+		a.mu.Unlock()
+	}
+	return n, err
+}
 
-// namedEncoding is an answer without the header, if that is empty.
-type namedEncoding struct{ http.ResponseWriter }
-
-func (n namedEncoding) mend() {
-	if n.Header().Get(streamEncodingHeader) == "" {
-		n.Header().Del(streamEncodingHeader)
+// end makes the handler stop waiting for what has not arrived. A body that is here is left alone: its call goes on.
+func (a *arriving) end(control *http.ResponseController) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if !a.here {
+		_ = control.SetReadDeadline(time.Now())
 	}
 }
 
-func (n namedEncoding) WriteHeader(status int) {
-	n.mend()
-	n.ResponseWriter.WriteHeader(status)
+// onDrain calls fn when the server that serves ctx begins to drain, unless stop was called before. Once stop has returned, fn is not running: a
+// handler must call it, because a response must not be used once the handler has returned.
+func onDrain(ctx context.Context, fn func()) (stop func()) {
+	draining, ok := ctx.Value(drainingKey{}).(context.Context)
+	if !ok { // not served by Serve
+		return func() {}
+	}
+	ended := make(chan struct{})
+	forget := context.AfterFunc(draining, func() {
+		defer close(ended)
+		fn()
+	})
+	return func() {
+		if !forget() {
+			<-ended
+		}
+	}
 }
-
-func (n namedEncoding) Write(p []byte) (int, error) {
-	n.mend()
-	return n.ResponseWriter.Write(p)
-}
-
-// Flush implements http.Flusher, which Connect asks for.
-func (n namedEncoding) Flush() {
-	n.mend()
-	_ = http.NewResponseController(n.ResponseWriter).Flush() // a failure shows at the next write
-}
-
-// Unwrap lets http.ResponseController reach what is beneath.
-func (n namedEncoding) Unwrap() http.ResponseWriter { return n.ResponseWriter }
 
 // endOnDrain ends a stream when the server begins to drain: its context, for handlers that wait for something to send, and
 // its body, for those that wait for the caller.
 func endOnDrain(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		draining, ok := r.Context().Value(drainingKey{}).(context.Context)
-		if !ok { // not served by Serve
-			next.ServeHTTP(w, r)
-			return
-		}
 		ctx, cancel := context.WithCancelCause(r.Context())
 		defer cancel(nil)
 		control := http.NewResponseController(w)
-		ended := make(chan struct{})
-		stop := context.AfterFunc(draining, func() {
-			defer close(ended)
+		defer onDrain(ctx, func() {
 			cancel(errDraining)
 			_ = control.SetReadDeadline(time.Now())
-		})
-		defer func() {
-			if !stop() {
-				<-ended // w must not be used once ServeHTTP has returned
-			}
-		}()
+		})()
 		next.ServeHTTP(w, r.WithContext(ctx))
 	})
 }

@@ -110,6 +110,9 @@ func public(ctx context.Context, err error) (*connect.Error, slog.Level) {
 	case errors.Is(context.Cause(ctx), errQuiet):
 		return connect.NewError(connect.CodeUnavailable, "nothing has happened for a while, open the stream again"), slog.LevelDebug
 	case errors.As(err, &own) && !own.IsRemote():
+		if errors.Is(err, os.ErrDeadlineExceeded) && draining(ctx) { // which ends bodies that have not arrived
+			return connect.NewError(connect.CodeUnavailable, "server is shutting down, try again"), slog.LevelDebug
+		}
 		if errors.Is(err, os.ErrDeadlineExceeded) { // of the body; Connect's text for it names addresses
 			return connect.NewError(connect.CodeDeadlineExceeded, "request did not arrive in time"), slog.LevelDebug
 		}
