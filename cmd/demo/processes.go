@@ -121,7 +121,7 @@ func newCallKey() string {
 func withoutService(environ []string) []string {
 	prefixes := []string{
 		"LISTEN=", "OPS_LISTEN=", "EXCHANGE=", "LOG_", "RELAY_", "CONSUMER_", "POSTGRES_", "AMQP_URL=", "TOPOLOGY=",
-		"API_KEYS", "JWT_", "TLS_", "CALLER_", "CORS_", "INSECURE_", "HTTP_MAX_CONNS", "READ_MAX_BYTES=", "CALL_", "RPC_", "OUTBOX_", "MAX_BACKLOG",
+		"API_KEYS", "JWT_", "TLS_", "CALLER_", "CORS_", "INSECURE_", "HTTP_MAX_CONNS", "READ_MAX_BYTES=", "IN_FLIGHT_MAX_BYTES=", "CALL_", "RPC_", "OUTBOX_", "MAX_BACKLOG",
 	}
 	return slices.DeleteFunc(environ, func(entry string) bool {
 		return slices.ContainsFunc(prefixes, func(prefix string) bool { return strings.HasPrefix(entry, prefix) })

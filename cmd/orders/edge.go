@@ -30,6 +30,7 @@ type edgeFlags struct {
 	CallerBurst       int      `env:"CALLER_BURST" default:"1000" help:"Calls that one caller may make at once after a rest, 1 or more."`
 	CallerConcurrency int      `env:"CALLER_CONCURRENCY" default:"200" help:"Calls of one caller under way, streams included, 0 or more; 0 for no limit."`
 	ReadMaxBytes      int      `env:"READ_MAX_BYTES" default:"4194304" help:"Largest request message in bytes, before and after decompression, 1024 to 67108864."`
+	InFlightMaxBytes  int64    `env:"IN_FLIGHT_MAX_BYTES" default:"0" help:"Most memory in bytes that requests under way may hold together, 0 to 1099511627776, a caller a quarter of it; 0 for a quarter of the memory limit, or 256 MiB without one."`
 	HTTPMaxConns      int      `name:"http-max-conns" env:"HTTP_MAX_CONNS" default:"4096" help:"Most connections to the API, 1 to 1000000."`
 	ConnsPerAddress   int      `name:"http-max-conns-per-address" env:"HTTP_MAX_CONNS_PER_ADDRESS" default:"-1" help:"Most connections to it from one address (of IPv6 a /64), -1 to 1000000; 0 for no limit, -1 for a quarter of --http-max-conns."`
 	CORSOrigins       []string `name:"cors-origins" env:"CORS_ORIGINS" help:"Web origins whose pages may call, such as https://console.example, divided by commas."`
@@ -85,6 +86,7 @@ func (f *edgeFlags) checkLimits() error {
 		between("--caller-burst", f.CallerBurst, 1, math.MaxInt32),
 		between("--caller-concurrency", f.CallerConcurrency, 0, math.MaxInt32),
 		between("--read-max-bytes", f.ReadMaxBytes, 1<<10, 64<<20),
+		between("--in-flight-max-bytes", f.InFlightMaxBytes, 0, 1<<40),
 		between("--http-max-conns", f.HTTPMaxConns, 1, 1_000_000),
 		between("--http-max-conns-per-address", f.ConnsPerAddress, -1, 1_000_000),
 	} {
@@ -101,7 +103,7 @@ func (f *edgeFlags) config() app.Edge {
 		APIKeysFile: f.APIKeysFile, APIKeys: f.APIKeys, NoAuth: f.NoAuth, NoAuthHosts: f.NoAuthHosts,
 		TLS:     rpcserver.TLSFiles{Cert: f.TLSCert, Key: f.TLSKey, ClientCA: f.TLSClientCA, RequireClient: f.TLSRequire},
 		Limit:   rpcserver.LimitConfig{Rate: f.CallerRate, Burst: f.CallerBurst, Concurrent: f.CallerConcurrency},
-		Origins: f.CORSOrigins, ReadMaxBytes: f.ReadMaxBytes, MaxConns: f.HTTPMaxConns, MaxConnsPerAddress: f.connsPerAddress(),
+		Origins: f.CORSOrigins, ReadMaxBytes: f.ReadMaxBytes, InFlightBytes: f.InFlightMaxBytes, MaxConns: f.HTTPMaxConns, MaxConnsPerAddress: f.connsPerAddress(),
 	}
 }
 

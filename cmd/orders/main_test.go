@@ -139,6 +139,7 @@ func TestWrongSettingsAreNamedInOneLine(t *testing.T) {
 		"caller concurrency":      {"CALLER_CONCURRENCY=-1", "api", "--caller-concurrency"},
 		"message size":            {"READ_MAX_BYTES=1", "api", "--read-max-bytes"},
 		"http connections":        {"HTTP_MAX_CONNS=0", "api", "--http-max-conns"},
+		"bytes in flight":         {"IN_FLIGHT_MAX_BYTES=-1", "api", "--in-flight-max-bytes"},
 		"of one address":          {"HTTP_MAX_CONNS_PER_ADDRESS=-2", "api", "--http-max-conns-per-address"},
 		"operators' address":      {"OPS_LISTEN=nowhere", "relay", "--ops-listen"},
 		"any origin":              {"CORS_ORIGINS=*", "api", "--cors-origins"},

@@ -50,7 +50,7 @@ func (p *process) newConsoleServer(desk *console.Console) *rpcserver.Server {
 		Addr: p.config.ConsoleAddr, Checks: p.consoleChecks(), Interceptors: p.edge.interceptors,
 		MeterProvider: p.telemetry.Meter, TracerProvider: p.telemetry.Tracer, TLS: p.edge.tls,
 		ReadMaxBytes: p.edge.ReadMaxBytes, MaxConns: p.edge.MaxConns, MaxConnsPerAddress: p.edge.MaxConnsPerAddress,
-		LocalNames: p.edge.NoAuth, Hosts: p.edge.NoAuthHosts,
+		Budget: p.edge.budget, LocalNames: p.edge.NoAuth, Hosts: p.edge.NoAuthHosts,
 	}, func(s *connect.Server) { opsv1connect.RegisterOpsServiceHandler(s, desk) })
 	server.Handle("GET "+console.Prefix, console.Pages())
 	server.Handle("GET /{$}", redirect(strings.TrimPrefix(console.Prefix, "/")))

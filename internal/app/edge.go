@@ -1,10 +1,13 @@
 package app
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
 	"log/slog"
+	"math"
+	"runtime/debug"
 	"slices"
 	"time"
 
@@ -28,6 +31,9 @@ type Edge struct {
 	Limit       rpcserver.LimitConfig
 	// TLS without a certificate is plain HTTP. Its client certificates count as credentials.
 	TLS rpcserver.TLSFiles
+	// InFlightBytes is the budget of requests under way; see rpcserver.Budget. Default a quarter of the memory limit (GOMEMLIMIT), or 256 MiB
+	// without one.
+	InFlightBytes int64
 	// Origins, ReadMaxBytes, MaxConns and MaxConnsPerAddress are those of rpcserver.Config.
 	Origins            []string
 	ReadMaxBytes       int
@@ -42,12 +48,15 @@ type edge struct {
 	keys *auth.KeySet // nil without tokens
 	// tokensOnly: there are no credentials but tokens.
 	tokensOnly bool
+	// budget is one for the process, whatever its requests come by.
+	budget *rpcserver.Budget
 	// interceptors are for every transport.
 	interceptors []connect.ServerInterceptor
 }
 
 func newEdge(config Edge) (*edge, error) {
-	e := &edge{Edge: config}
+	e := &edge{Edge: config, budget: rpcserver.NewBudget(config.inFlightBytes(), int64(cmp.Or(config.ReadMaxBytes, rpcserver.DefaultReadMaxBytes)))}
+	config.Limit.Budget = e.budget
 	accepts := auth.Config{Off: config.NoAuth, Certificates: config.TLS.ClientCA != ""}
 	var err error
 	if config.JWKS != "" {
@@ -79,6 +88,18 @@ func newEdge(config Edge) (*edge, error) {
 	return e, nil
 }
 
+// inFlightBytes is the budget: the rest of a memory limit is for connections, answers, and what the process needs when nobody calls.
+func (c Edge) inFlightBytes() int64 {
+	const part, unlimited = 4, 256 << 20
+	if c.InFlightBytes > 0 {
+		return c.InFlightBytes
+	}
+	if limit := debug.SetMemoryLimit(-1); limit < math.MaxInt64 { // which only asks
+		return limit / part
+	}
+	return unlimited
+}
+
 // newServer makes the server of the API.
 func (p *process) newServer(services ...func(*connect.Server)) *rpcserver.Server {
 	request, response := headers()
@@ -87,7 +108,7 @@ func (p *process) newServer(services ...func(*connect.Server)) *rpcserver.Server
 		MeterProvider: p.telemetry.Meter, TracerProvider: p.telemetry.Tracer,
 		TLS: p.edge.tls, Origins: p.edge.Origins, RequestHeaders: request, ResponseHeaders: response,
 		ReadMaxBytes: p.edge.ReadMaxBytes, MaxConns: p.edge.MaxConns, MaxConnsPerAddress: p.edge.MaxConnsPerAddress,
-		LocalNames: p.edge.NoAuth, Hosts: p.edge.NoAuthHosts,
+		Budget: p.edge.budget, LocalNames: p.edge.NoAuth, Hosts: p.edge.NoAuthHosts,
 	}, services...)
 }
 

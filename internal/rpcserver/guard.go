@@ -28,6 +28,9 @@ func newGuard(mux *http.ServeMux, config Config, rpc *connect.Server) *guard {
 
 // Handle implements connecthttp.ServeMux. A pattern that is no procedure is a service's unknown methods: unary, as it were.
 func (g *guard) Handle(pattern string, handler http.Handler) {
+	if g.config.Budget != nil {
+		handler = meter(handler, g.config.Budget)
+	}
 	if g.types[pattern]&connect.StreamTypeClient == 0 {
 		handler = g.boundBody(handler)
 	}
@@ -35,6 +38,17 @@ func (g *guard) Handle(pattern string, handler http.Handler) {
 		handler = endOnDrain(nameNoEmptyEncoding(handler))
 	}
 	g.mux.Handle(pattern, cutQuoted(handler))
+}
+
+// meter has each request pay for its body while it arrives, and for its message until the call ends.
+func meter(next http.Handler, budget *Budget) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		load := newLoad(budget)
+		defer load.release()
+		r = r.WithContext(context.WithValue(r.Context(), loadKey{}, load))
+		r.Body = &meteredBody{r.Body, load}
+		next.ServeHTTP(w, r)
+	})
 }
 
 // boundBody bounds the body of a call with one request message in size and time, and ends it when the server begins to drain. Connect bounds

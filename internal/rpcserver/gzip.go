@@ -19,11 +19,12 @@ const compressMinBytes = 1 << 10
 type boundedGzip struct {
 	*connectgzip.Compressor
 	limit   int
+	budget  *Budget // pays for what is inflated until it belongs to its call; nil for none
 	readers sync.Pool
 }
 
-func newBoundedGzip(limit int) *boundedGzip {
-	return &boundedGzip{Compressor: connectgzip.New(), limit: limit}
+func newBoundedGzip(limit int, budget *Budget) *boundedGzip {
+	return &boundedGzip{Compressor: connectgzip.New(), limit: limit, budget: budget}
 }
 
 // Decompress implements connect.Compressor.
@@ -36,7 +37,11 @@ func (g *boundedGzip) Decompress(src io.Reader) (io.ReadCloser, error) {
 		return nil, err
 	}
 	reader.Multistream(false)
-	return &inflating{gzip: g, reader: reader, src: src, left: g.limit + 1}, nil
+	i := &inflating{gzip: g, reader: reader, src: src, left: g.limit + 1}
+	if g.budget != nil {
+		i.load = newLoad(g.budget)
+	}
+	return i, nil
 }
 
 // inflating is one message that is being decompressed.
@@ -45,10 +50,16 @@ type inflating struct {
 	reader *gzip.Reader
 	src    io.Reader // has ReadByte, as Connect's buffers do: else gzip would read ahead
 	left   int
+	load   *load
 }
 
 func (i *inflating) Read(p []byte) (int, error) {
 	n, err := i.reader.Read(p[:min(len(p), i.left)])
+	if i.load != nil {
+		if refused := i.load.arrive(n); refused != nil {
+			return 0, refused
+		}
+	}
 	if i.left -= n; i.left == 0 {
 		return n, connect.Errorf(connect.CodeResourceExhausted, "message is larger than configured max %d", i.gzip.limit)
 	}
@@ -61,6 +72,9 @@ func (i *inflating) Read(p []byte) (int, error) {
 }
 
 func (i *inflating) Close() error {
+	if i.load != nil {
+		i.load.release()
+	}
 	i.gzip.readers.Put(i.reader)
 	return nil
 }

@@ -53,7 +53,7 @@ func (c *counting) ReadByte() (byte, error) {
 func TestInflatingStopsAtTheLimit(t *testing.T) {
 	t.Parallel()
 	const limit = 64 << 10
-	g := newBoundedGzip(limit)
+	g := newBoundedGzip(limit, nil)
 	for size, fits := range map[int64]bool{0: true, 1: true, limit - 1: true, limit: true, limit + 1: false, 20 << 20: false} {
 		source := &counting{Buffer: compressed(t, io.LimitReader(zeros{}, size))}
 		total := source.Len()
@@ -79,7 +79,7 @@ func TestInflatingStopsAtTheLimit(t *testing.T) {
 
 func TestInflatingTakesOneMember(t *testing.T) {
 	t.Parallel()
-	g := newBoundedGzip(1 << 20)
+	g := newBoundedGzip(1<<20, nil)
 	read := func(source *bytes.Buffer) (string, error) {
 		reader, err := g.Decompress(source)
 		if err != nil {

@@ -3,6 +3,7 @@ package rpcserver
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"math"
 	"net"
@@ -29,6 +30,8 @@ type LimitConfig struct {
 	Concurrent int
 	// MaxCallers bounds the table of callers. Default 10,000, about 2 MB. When all of those are active, new ones share one account.
 	MaxCallers int
+	// Budget is what all callers together may hold in memory; nil is no limit. It must be the one of Config.Budget.
+	Budget *Budget
 }
 
 // Limit returns the interceptor that answers resource_exhausted, with google.rpc.RetryInfo and a retry-after header, to a caller who asks for
@@ -38,12 +41,31 @@ func Limit(config LimitConfig) connect.ServerInterceptor {
 	return func(next connect.ServerFunc) connect.ServerFunc {
 		return func(ctx context.Context, spec connect.Spec, stream connect.ServerStream) error {
 			info, _ := connect.CallInfoForServerContext(ctx)
-			mine, wait := l.enter(account(ctx, info.PeerAddr), time.Now())
+			payer := account(ctx, info.PeerAddr)
+			mine, wait := l.enter(payer, time.Now())
 			if wait > 0 {
-				return exhausted(info, wait)
+				return exhausted(info, exhaustedError("you have made too many calls; nothing was done, try again later", wait), wait)
 			}
 			defer l.leave(mine)
-			return next(ctx, spec, stream)
+			if config.Budget == nil {
+				return next(ctx, spec, stream)
+			}
+			load := loaded(ctx)
+			if load == nil { // it did not come by HTTP, and is here as a whole
+				load = newLoad(config.Budget)
+				defer load.release()
+			}
+			if err := load.bill(payer); err != nil {
+				return exhausted(info, err, concurrencyWait)
+			}
+			if err := load.add(callWeight + weigh(info.RequestHeader()) + int64(info.ReceiveStats.Size)); err != nil {
+				return exhausted(info, err, concurrencyWait)
+			}
+			err := next(ctx, spec, &meteredStream{stream, load, info})
+			if errors.Is(err, errNoRoom) {
+				return exhausted(info, errNoRoom, concurrencyWait)
+			}
+			return err
 		}
 	}
 }
@@ -72,14 +94,18 @@ func network(peer string) string {
 
 const retryAfterHeader = "Retry-After"
 
-func exhausted(info *connect.CallInfo, wait time.Duration) error {
+// exhausted says in a header, too, when to try again.
+func exhausted(info *connect.CallInfo, err error, wait time.Duration) error {
 	info.ResponseHeader().Set(retryAfterHeader, strconv.Itoa(int(math.Ceil(wait.Seconds()))))
-	err := connect.NewError(connect.CodeResourceExhausted, "you have made too many calls; nothing was done, try again later")
-	detail, failed := connectproto.NewErrorDetail(&errdetails.RetryInfo{RetryDelay: durationpb.New(wait)})
-	if failed != nil {
-		return fmt.Errorf("make retry hint: %w", failed)
+	return err
+}
+
+func exhaustedError(text string, wait time.Duration) error {
+	detail, err := connectproto.NewErrorDetail(&errdetails.RetryInfo{RetryDelay: durationpb.New(wait)})
+	if err != nil {
+		return fmt.Errorf("make retry hint: %w", err)
 	}
-	return err.WithDetail(detail)
+	return connect.NewError(connect.CodeResourceExhausted, text).WithDetail(detail)
 }
 
 // limiter is the table of callers. One who has rested until his bucket is full is like one who never called, so he can be forgotten.

@@ -70,6 +70,8 @@ type Config struct {
 	LocalNames bool
 	// Hosts are further names that LocalNames lets through, without a port. None of them may be one that strangers can make lead here.
 	Hosts []string
+	// Budget bounds the memory of requests under way, with Limit among the Interceptors, which must have the same one. Default none.
+	Budget *Budget
 	// Checks say what the services need. Without any, the server is ready as soon as it listens.
 	Checks []Check
 	// Interceptors run inside of logging and error mapping: authentication, durable calls. What one of them receives is valid.
@@ -81,12 +83,15 @@ type Config struct {
 	TracerProvider trace.TracerProvider
 }
 
+// DefaultReadMaxBytes is the default of Config.ReadMaxBytes.
+const DefaultReadMaxBytes = 4 << 20
+
 // drainTimeout must be shorter than the time that deployments grant: TestDeploymentsGrantTheDrain in internal/house.
 const drainTimeout = 20 * time.Second
 
 func (c Config) withDefaults() Config {
 	c.Addr = cmp.Or(c.Addr, ":8080")
-	c.ReadMaxBytes = cmp.Or(c.ReadMaxBytes, 4<<20)
+	c.ReadMaxBytes = cmp.Or(c.ReadMaxBytes, DefaultReadMaxBytes)
 	c.ReadHeaderTimeout = cmp.Or(c.ReadHeaderTimeout, 5*time.Second)
 	c.BodyTimeout = cmp.Or(c.BodyTimeout, 30*time.Second)
 	c.IdleTimeout = cmp.Or(c.IdleTimeout, 2*time.Minute)
@@ -138,7 +143,7 @@ func New(config Config, register ...func(*connect.Server)) *Server {
 	mux := http.NewServeMux()
 	connecthttp.Mount(newGuard(mux, config, rpc), rpc,
 		connecthttp.WithCodecs(codecs()...), connecthttp.WithReadMaxBytes(config.ReadMaxBytes),
-		connecthttp.WithCompressors(newBoundedGzip(config.ReadMaxBytes)), connecthttp.WithCompressMinBytes(compressMinBytes))
+		connecthttp.WithCompressors(newBoundedGzip(config.ReadMaxBytes, config.Budget)), connecthttp.WithCompressMinBytes(compressMinBytes))
 	return &Server{config: config, rpc: rpc, mux: mux, handler: newEdge(mux, config)}
 }
 
