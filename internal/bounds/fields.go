@@ -22,25 +22,32 @@ var ErrTooManyFields = fmt.Errorf("message has more than %d fields and elements"
 // errMalformed ends the count. The decoder finds the same fault, and describes it.
 var errMalformed = errors.New("malformed")
 
+// FieldBytes is about what an element or field takes in memory, of which two bytes may be all that was sent.
+const FieldBytes = 128
+
 // Unmarshal decodes the protobuf binary encoding. It returns ErrTooManyFields before it allocates anything.
 func Unmarshal(body []byte, message proto.Message) error {
-	if err := CheckFields(body, message); err != nil {
-		return err
+	if len(body) > MaxFields { // else it cannot have more
+		if _, err := Fields(body, message); err != nil {
+			return err
+		}
 	}
 	return proto.Unmarshal(body, message)
 }
 
-// CheckFields returns ErrTooManyFields if body, in protobuf's binary encoding, has more than MaxFields fields. A body
-// that is short enough cannot, and is not looked at.
-func CheckFields(body []byte, message proto.Message) error {
-	if len(body) <= MaxFields {
-		return nil
+// smallBody is the size in bytes up to which a body is not worth being looked at.
+const smallBody = 4 << 10
+
+// Fields returns how many fields body, in protobuf's binary encoding of a message, has at most, or ErrTooManyFields.
+func Fields(body []byte, message proto.Message) (int, error) {
+	if len(body) <= smallBody {
+		return len(body) / 2, nil
 	}
 	left := MaxFields
 	if err := count(body, message.ProtoReflect().Descriptor(), &left); errors.Is(err, ErrTooManyFields) {
-		return err
+		return 0, err
 	}
-	return nil
+	return MaxFields - left, nil
 }
 
 // count takes the fields of body off what is left.
@@ -108,13 +115,10 @@ func countPacked(list []byte, kind protoreflect.Kind, left *int) error {
 	return nil
 }
 
-// CheckJSON returns ErrTooManyFields if text, a message as JSON, has more than MaxFields values.
-func CheckJSON(text []byte) error {
-	if len(text) <= MaxFields {
-		return nil
-	}
-	values, quoted := 0, false
-	for i := 0; i < len(text); i++ {
+// JSONFields returns how many values text, a message as JSON, has at most, or ErrTooManyFields.
+func JSONFields(text []byte) (int, error) {
+	values, quoted := 1, false
+	for i := 0; i < len(text) && values <= MaxFields; i++ {
 		switch c := text[i]; {
 		case quoted && c == '\\':
 			i++
@@ -125,7 +129,7 @@ func CheckJSON(text []byte) error {
 		}
 	}
 	if values > MaxFields {
-		return ErrTooManyFields
+		return 0, ErrTooManyFields
 	}
-	return nil
+	return values, nil
 }

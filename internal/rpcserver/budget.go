@@ -6,6 +6,7 @@ import (
 	"sync"
 
 	"connectrpc.com/connect/v2"
+	"example.com/orders/internal/bounds"
 )
 
 // Weights of what a call holds, in bytes of memory.
@@ -50,7 +51,8 @@ type load struct {
 	budget  *Budget
 	account string // of the caller; "" while nobody knows
 	held    int64
-	message int64 // part of held
+	message int64 // part of held: what has arrived of the message, or its bytes
+	fields  int64 // part of held: what the message is decoded into
 }
 
 func newLoad(budget *Budget) *load { return &load{budget: budget} }
@@ -86,6 +88,16 @@ func (l *load) arrive(n int) error {
 		l.budget.mu.Unlock()
 	}
 	return err
+}
+
+// decode says that a message of so many fields is about to be decoded.
+func (l *load) decode(fields int) error {
+	more := int64(fields)*bounds.FieldBytes - l.fields
+	if err := l.add(more); err != nil {
+		return err
+	}
+	l.fields += more
+	return nil
 }
 
 // settle says that the message is decoded and has n bytes, whatever its parts were.
@@ -163,9 +175,17 @@ type meteredStream struct {
 	connect.ServerStream
 	load *load
 	info *connect.CallInfo
+	// whole: the message is here and not decoded, and nobody has counted its fields.
+	whole bool
 }
 
+// Receive implements connect.ServerStream.
 func (m *meteredStream) Receive(message any) error {
+	if m.whole {
+		if err := m.load.decode(min(m.info.ReceiveStats.Size/2, bounds.MaxFields)); err != nil {
+			return err
+		}
+	}
 	if err := m.ServerStream.Receive(message); err != nil {
 		return err
 	}

@@ -15,18 +15,18 @@ import (
 // maxDepth is how deep messages may be nested, as in most implementations of protobuf. Go's own limit is 10,000.
 const maxDepth = 100
 
-// boundedCodec refuses messages of too many fields before it decodes them.
+// boundedCodec refuses messages of too many fields before it decodes them, and has the call pay for the others.
 type boundedCodec struct {
 	connect.StableCodec
-	check func(body []byte, message proto.Message) error
+	fields func(body []byte, message proto.Message) (int, error)
 }
 
 // codecs are those that callers may choose from.
 func codecs() []connect.Codec {
-	checkJSON := func(text []byte, _ proto.Message) error { return bounds.CheckJSON(text) }
+	inJSON := func(text []byte, _ proto.Message) (int, error) { return bounds.JSONFields(text) }
 	binary := connectproto.NewBinaryCodec()
 	binary.UnmarshalOptions.RecursionLimit = maxDepth
-	return []connect.Codec{boundedCodec{binary, bounds.CheckFields}, boundedCodec{newNamingCodec(), checkJSON}}
+	return []connect.Codec{boundedCodec{binary, bounds.Fields}, boundedCodec{newNamingCodec(), inJSON}}
 }
 
 // UnmarshalRead implements connect.Codec.
@@ -42,8 +42,14 @@ func (c boundedCodec) UnmarshalRead(ctx context.Context, src io.Reader, message 
 			return err
 		}
 	}
-	if err := c.check(buffer.Bytes(), decoded); err != nil {
+	fields, err := c.fields(buffer.Bytes(), decoded)
+	if err != nil {
 		return err
+	}
+	if load := loaded(ctx); load != nil {
+		if err := load.decode(fields); err != nil {
+			return err
+		}
 	}
 	return c.StableCodec.UnmarshalRead(ctx, buffer, message)
 }

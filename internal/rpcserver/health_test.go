@@ -89,14 +89,14 @@ func TestProbesShareOneCheck(t *testing.T) {
 	t.Parallel()
 	const probes = 50
 	entered, release := make(chan struct{}, probes), make(chan struct{})
-	server := serve(t, rpcserver.Config{Checks: []rpcserver.Check{{Name: "database", Ready: func(context.Context) error {
+	ops := opsPort(t, rpcserver.OpsConfig{Checks: []rpcserver.Check{{Name: "database", Ready: func(context.Context) error {
 		entered <- struct{}{}
 		<-release
 		return nil
-	}}}}, unary(echo))
+	}}}})
 	var answered sync.WaitGroup
 	probe := func(ctx context.Context) error {
-		request, err := http.NewRequestWithContext(ctx, http.MethodGet, server.url+"/readyz", nil)
+		request, err := http.NewRequestWithContext(ctx, http.MethodGet, ops.url+"/readyz", nil)
 		if err != nil {
 			return err
 		}

@@ -51,7 +51,8 @@ func Limit(config LimitConfig) connect.ServerInterceptor {
 				return next(ctx, spec, stream)
 			}
 			load := loaded(ctx)
-			if load == nil { // it did not come by HTTP, and is here as a whole
+			whole := load == nil
+			if whole { // it did not come by HTTP, and is here as a whole
 				load = newLoad(config.Budget)
 				defer load.release()
 			}
@@ -61,7 +62,7 @@ func Limit(config LimitConfig) connect.ServerInterceptor {
 			if err := load.add(callWeight + weigh(info.RequestHeader()) + int64(info.ReceiveStats.Size)); err != nil {
 				return exhausted(info, err, concurrencyWait)
 			}
-			err := next(ctx, spec, &meteredStream{stream, load, info})
+			err := next(ctx, spec, &meteredStream{stream, load, info, whole})
 			if errors.Is(err, errNoRoom) {
 				return exhausted(info, errNoRoom, concurrencyWait)
 			}
