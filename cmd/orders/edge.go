@@ -30,7 +30,7 @@ type edgeFlags struct {
 	CallerBurst       int      `env:"CALLER_BURST" default:"1000" help:"Calls that one caller may make at once after a rest, 1 or more."`
 	CallerConcurrency int      `env:"CALLER_CONCURRENCY" default:"200" help:"Calls of one caller under way, streams included, 0 or more; 0 for no limit."`
 	ReadMaxBytes      int      `env:"READ_MAX_BYTES" default:"4194304" help:"Largest request message in bytes, before and after decompression, 1024 to 67108864."`
-	InFlightMaxBytes  int64    `env:"IN_FLIGHT_MAX_BYTES" default:"0" help:"Most memory in bytes that requests under way may hold together, 0 to 1099511627776, a caller a quarter of it; 0 for a quarter of the memory limit, or 256 MiB without one."`
+	InFlightMaxBytes  int64    `env:"IN_FLIGHT_MAX_BYTES" default:"0" help:"Most memory in bytes that requests under way may hold together, 0 to 1099511627776, a caller a quarter of it; 0 for a sixth of the memory limit, or 256 MiB without one."`
 	HTTPMaxConns      int      `name:"http-max-conns" env:"HTTP_MAX_CONNS" default:"4096" help:"Most connections to the API, 1 to 1000000."`
 	ConnsPerAddress   int      `name:"http-max-conns-per-address" env:"HTTP_MAX_CONNS_PER_ADDRESS" default:"-1" help:"Most connections to it from one address (of IPv6 a /64), -1 to 1000000; 0 for no limit, -1 for a quarter of --http-max-conns."`
 	CORSOrigins       []string `name:"cors-origins" env:"CORS_ORIGINS" help:"Web origins whose pages may call, such as https://console.example, divided by commas."`

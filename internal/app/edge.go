@@ -31,7 +31,7 @@ type Edge struct {
 	Limit       rpcserver.LimitConfig
 	// TLS without a certificate is plain HTTP. Its client certificates count as credentials.
 	TLS rpcserver.TLSFiles
-	// InFlightBytes is the budget of requests under way; see rpcserver.Budget. Default a quarter of the memory limit (GOMEMLIMIT), or 256 MiB
+	// InFlightBytes is the budget of requests under way; see rpcserver.Budget. Default a sixth of the memory limit (GOMEMLIMIT), or 256 MiB
 	// without one.
 	InFlightBytes int64
 	// Origins, ReadMaxBytes, MaxConns and MaxConnsPerAddress are those of rpcserver.Config.
@@ -90,7 +90,7 @@ func newEdge(config Edge) (*edge, error) {
 
 // inFlightBytes is the budget: the rest of a memory limit is for connections, answers, and what the process needs when nobody calls.
 func (c Edge) inFlightBytes() int64 {
-	const part, unlimited = 4, 256 << 20
+	const part, unlimited = 6, 256 << 20
 	if c.InFlightBytes > 0 {
 		return c.InFlightBytes
 	}

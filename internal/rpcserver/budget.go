@@ -33,9 +33,9 @@ type Budget struct {
 }
 
 // NewBudget makes a budget of size bytes for requests whose messages have at most largest bytes. A caller may hold a quarter of it. Budget and
-// quarter are never too small for one largest message, which costs four times its size and a little.
+// quarter are never too small for one largest message with the most fields.
 func NewBudget(size, largest int64) *Budget {
-	least := (arrivingWeight + 1) * largest
+	least := (arrivingWeight+1)*largest + bounds.MaxFields*bounds.FieldBytes
 	return &Budget{size: max(size, least), share: max(size/shareOfBudget, least), callers: make(map[string]int64)}
 }
 
@@ -90,13 +90,17 @@ func (l *load) arrive(n int) error {
 	return err
 }
 
-// decode says that a message of so many fields is about to be decoded.
-func (l *load) decode(fields int) error {
-	more := int64(fields)*bounds.FieldBytes - l.fields
-	if err := l.add(more); err != nil {
+// decode says that a message of so many bytes and fields is about to be decoded. If it was compressed, less has arrived.
+func (l *load) decode(bytes, fields int) error {
+	inflated := max(0, arrivingWeight*int64(bytes)-l.message)
+	decoded := int64(fields)*bounds.FieldBytes - l.fields
+	if err := l.add(inflated + decoded); err != nil {
 		return err
 	}
-	l.fields += more
+	l.fields += decoded
+	l.budget.mu.Lock()
+	l.message += inflated
+	l.budget.mu.Unlock()
 	return nil
 }
 
@@ -182,7 +186,7 @@ type meteredStream struct {
 // Receive implements connect.ServerStream.
 func (m *meteredStream) Receive(message any) error {
 	if m.whole {
-		if err := m.load.decode(min(m.info.ReceiveStats.Size/2, bounds.MaxFields)); err != nil {
+		if err := m.load.decode(m.info.ReceiveStats.Size, min(m.info.ReceiveStats.Size/2, bounds.MaxFields)); err != nil {
 			return err
 		}
 	}

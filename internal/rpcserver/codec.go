@@ -47,7 +47,7 @@ func (c boundedCodec) UnmarshalRead(ctx context.Context, src io.Reader, message 
 		return err
 	}
 	if load := loaded(ctx); load != nil {
-		if err := load.decode(fields); err != nil {
+		if err := load.decode(buffer.Len(), fields); err != nil {
 			return err
 		}
 	}
