@@ -25,7 +25,7 @@ const (
 	// mostTrailers is what common gRPC clients take of headers or trailers.
 	mostTrailers = 8 << 10
 	// mostAllocated is the most bytes that the process allocates for one call, our client's part included.
-	mostAllocated = 96 << 20
+	mostAllocated = 128 << 20
 	readMaxBytes  = 4 << 20
 )
 

@@ -72,11 +72,11 @@ func (p *process) startCalls() {
 	worker := operations.NewWorker(p.db, p.calls, server, config)
 	consumer := rabbit.NewConsumer(rabbit.ConsumerConfig{
 		URL: p.config.AMQPURL, Topology: p.topology(), Queue: callsQueue.Name, Name: p.connectionName("consumer " + operations.Consumer),
-		Unordered: true, Prefetch: config.Prefetch(), MeterProvider: meters,
+		Unordered: true, Prefetch: config.Prefetch(), MaxBytes: p.deliveryBytes(), MeterProvider: meters,
 	}, worker.Process)
 	drain := rabbit.NewConsumer(rabbit.ConsumerConfig{
 		URL: p.config.AMQPURL, Topology: p.topology(), Queue: rabbit.DeadQueue(callsQueue.Name), Name: p.connectionName("drain " + operations.Consumer),
-		MeterProvider: meters,
+		MaxBytes: p.deliveryBytes(), MeterProvider: meters,
 	}, worker.Drain)
 	p.group.Go(func() error {
 		return p.remembered(func(ctx context.Context) error { return worker.WhileResumed(ctx, consumer.Run) })

@@ -59,6 +59,14 @@ func (p *process) startRelay(ctx context.Context) {
 	}
 }
 
+// deliveryBytes is each consumer's part of the memory for messages that are under way. There are two of each group: for
+// its queue and for its dead queue.
+func (p *process) deliveryBytes() int64 {
+	const least = 4 << 20 // four of the largest that the outbox takes
+	consumers := 2 * int64(len(p.domain.groups)+1)
+	return max(least, p.config.Edge.inFlightBytes()/consumers)
+}
+
 func (p *process) startConsumer(ctx context.Context) {
 	p.needBroker()
 	meters := p.telemetry.Meter
@@ -68,11 +76,12 @@ func (p *process) startConsumer(ctx context.Context) {
 		box := inbox.New(p.db, group.Group, config)
 		consumer := rabbit.NewConsumer(rabbit.ConsumerConfig{
 			URL: p.config.AMQPURL, Topology: p.topology(), Queue: queueName(group), Name: p.connectionName("consumer " + group.Name()),
-			Lanes: group.lanes, Prefetch: p.config.Prefetch, Batch: p.config.Batch, MeterProvider: meters,
+			Lanes: group.lanes, Prefetch: p.config.Prefetch, Batch: p.config.Batch, MaxBytes: p.deliveryBytes(),
+			MeterProvider: meters,
 		}, box.Process)
 		drain := rabbit.NewConsumer(rabbit.ConsumerConfig{
 			URL: p.config.AMQPURL, Topology: p.topology(), Queue: rabbit.DeadQueue(queueName(group)), Name: p.connectionName("drain " + group.Name()),
-			MeterProvider: meters,
+			MaxBytes: p.deliveryBytes(), MeterProvider: meters,
 		}, box.Drain)
 		p.group.Go(func() error {
 			return p.remembered(func(ctx context.Context) error { return box.WhileResumed(ctx, consumer.Run) })

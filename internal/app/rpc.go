@@ -20,6 +20,7 @@ func (p *process) startQueueAPI(ctx context.Context) {
 	p.calls.Register(rpc)
 	server := rabbitrpc.NewServer(rabbitrpc.ServerConfig{
 		URL: p.config.AMQPURL, Name: p.connectionName("rpc"), Prefetch: p.config.RPCPrefetch, RequestMaxBytes: p.edge.ReadMaxBytes,
+		MaxBytes:      p.config.Edge.inFlightBytes(),
 		MeterProvider: p.telemetry.Meter, TracerProvider: p.telemetry.Tracer,
 	}, rpc)
 	p.group.Go(func() error { return server.Run(ctx) })

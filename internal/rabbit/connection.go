@@ -66,7 +66,8 @@ func Dial(ctx context.Context, url, name string) (*Connection, error) {
 				_ = conn.Close()
 				return nil, err
 			}
-			network = &gatheringConn{Conn: newReadableConn(secured), network: conn}
+			source := newReadableConn(secured)
+			network = &gatheringConn{Conn: source, network: conn, messages: source.messages}
 			return network, nil
 		},
 	})
@@ -80,6 +81,9 @@ func Dial(ctx context.Context, url, name string) (*Connection, error) {
 // HangUp closes the connection, by force if the broker does not answer. The library's deadline alone does not bound it: every frame
 // that comes in puts it off, and a broker that blocks us goes on sending heartbeats.
 func (c *Connection) HangUp() {
+	if c.network.messages.full() != nil { // then the broker's answer would not be read
+		c.network.cut()
+	}
 	force := time.AfterFunc(closeTimeout, c.network.cut)
 	defer force.Stop()
 	_ = c.CloseDeadline(time.Now().Add(closeTimeout)) // what is lost with it is unknown to both sides anyway

@@ -28,6 +28,9 @@ type ConsumerConfig struct {
 	Name string
 	// Prefetch is the most deliveries that the broker hands out without an ack. Default 300: fewer starve the batches, more gain nothing.
 	Prefetch int
+	// MaxBytes is how many bytes of deliveries may be here and not handled before nothing more is read. Default 32 MiB.
+	// One message more may be under way, of the broker's max_message_size at worst.
+	MaxBytes int64
 	// Batch is the most deliveries of one call of the handler. Default 100.
 	Batch int
 	// Lanes is how many batches are handled at once. Deliveries of one key share a lane, so their order holds. Default 1.
@@ -51,6 +54,7 @@ type Consumer struct {
 // NewConsumer makes a Consumer. It does not connect.
 func NewConsumer(config ConsumerConfig, handle Handler) *Consumer {
 	config.Prefetch = cmp.Or(config.Prefetch, 300)
+	config.MaxBytes = cmp.Or(config.MaxBytes, 32<<20)
 	config.Batch = cmp.Or(config.Batch, 100)
 	config.Lanes = cmp.Or(config.Lanes, 1)
 	config.DrainTimeout = cmp.Or(config.DrainTimeout, 10*time.Second)
@@ -86,6 +90,7 @@ func (c *Consumer) consume(ctx context.Context) error {
 		return err
 	}
 	defer conn.HangUp()
+	conn.Hold(c.config.MaxBytes)
 	stop := context.AfterFunc(ctx, conn.Cut)
 	channel, source, err := c.subscribe(ctx, conn)
 	if !stop() {
@@ -97,7 +102,7 @@ func (c *Consumer) consume(ctx context.Context) error {
 	c.meters.change(c.meters.consuming, true)
 	defer c.meters.change(c.meters.consuming, false)
 	closed := channel.NotifyClose(make(chan *amqp.Error, 1))
-	if err := c.dispatch(ctx, channel, source); err != nil {
+	if err := c.dispatch(ctx, conn, channel, source); err != nil {
 		select {
 		case reason := <-closed:
 			if reason != nil {

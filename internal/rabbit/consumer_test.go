@@ -3,11 +3,14 @@ package rabbit
 import (
 	"context"
 	"fmt"
+	"strconv"
+	"strings"
 	"sync/atomic"
 	"testing"
 
 	"example.com/orders/internal/messaging"
 	"github.com/google/go-cmp/cmp"
+	"google.golang.org/protobuf/types/known/wrapperspb"
 )
 
 func TestConsume(t *testing.T) {
@@ -180,4 +183,28 @@ func valuesOf(t *testing.T, deliveries []messaging.Delivery) []string {
 		values = append(values, textOf(t, delivery.Payload))
 	}
 	return values
+}
+
+// However many deliveries the broker may hand out, those that are here and not handled have a bounded size.
+func TestDeliveriesAreBoundedInBytes(t *testing.T) {
+	t.Parallel()
+	url, p := setUp(t)
+	const size, most, n = 10 << 10, 50 << 10, 100
+	for i := range n {
+		mustPublish(t, p, messaging.New("", wrapperspb.String(strconv.Itoa(1000+i)+strings.Repeat("x", size))))
+	}
+	batches, first := make(chan int, n), make(chan struct{})
+	consume(t, ConsumerConfig{URL: url, MaxBytes: most}, func(_ context.Context, batch []messaging.Delivery) error {
+		<-first
+		batches <- len(batch)
+		return nil
+	})
+	ready(t, url, 0) // the broker has handed out all
+	close(first)
+	for handled := 0; handled < n; {
+		batch := receive(t, batches)
+		if handled += batch; batch > most/size+2 {
+			t.Errorf("%d deliveries of %d bytes were here, want at most %d", batch, size, most/size+2)
+		}
+	}
 }

@@ -22,7 +22,7 @@ const quietTime = 50 * time.Millisecond
 // At the end of ctx it works off what was delivered, but withholds the acks until all of it is done. The broker makes the next consumer of
 // the queue the active one as soon as this one cancels or closes, whatever is still unacked here; and it sends more for each ack. So
 // only when nothing is unfinished here may another one begin: else it would overtake us on the same key.
-func (c *Consumer) dispatch(ctx context.Context, channel *amqp.Channel, source <-chan amqp.Delivery) error {
+func (c *Consumer) dispatch(ctx context.Context, conn *Connection, channel *amqp.Channel, source <-chan amqp.Delivery) error {
 	// Handlers outlive ctx: a delivery that was begun is finished. They end with the drain timeout, or with this connection.
 	work, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	lanes := c.startLanes(work)
@@ -44,6 +44,7 @@ func (c *Consumer) dispatch(ctx context.Context, channel *amqp.Channel, source <
 			unfinished -= len(batch)
 			for i := range batch {
 				handled.add(batch[i].DeliveryTag)
+				conn.Release(len(batch[i].Body))
 			}
 			if !stopping && len(handled.waiting) >= c.ackSize(unfinished) {
 				if err := sendAcks(channel, &handled); err != nil {

@@ -12,7 +12,8 @@ const gatherSize = 64 << 10
 // in the broker, cost more than the publishing itself.
 type gatheringConn struct {
 	net.Conn
-	network net.Conn // beneath TLS
+	network  net.Conn // beneath TLS
+	messages *hold
 
 	mu        sync.Mutex
 	gathering bool
@@ -59,4 +60,7 @@ func (c *gatheringConn) flush() error {
 }
 
 // cut ends the connection without a word.
-func (c *gatheringConn) cut() { _ = c.network.Close() }
+func (c *gatheringConn) cut() {
+	c.messages.end()
+	_ = c.network.Close()
+}

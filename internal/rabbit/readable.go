@@ -39,25 +39,32 @@ const (
 	maxHeaderFrame = 1 << 20
 )
 
-// readableConn hands out what the broker sends, but replaces headers that the client library cannot read.
+// readableConn hands out what the broker sends, but replaces headers that the client library cannot read, and waits
+// between two messages while those before have too many bytes.
 type readableConn struct {
 	net.Conn
 	source *bufio.Reader
 	frame  []byte // a content header; its memory is used again
 	ready  []byte // what is left of it
 	pass   int64  // bytes that are handed out as they come
+	body   int64  // what is missing of the body of a message
+
+	messages *hold
 }
 
 func newReadableConn(conn net.Conn) *readableConn {
-	return &readableConn{Conn: conn, source: bufio.NewReaderSize(conn, 64<<10)}
+	return &readableConn{Conn: conn, source: bufio.NewReaderSize(conn, 64<<10), messages: new(hold)}
 }
 
 // Read implements net.Conn.
 func (c *readableConn) Read(p []byte) (n int, err error) {
 	for n < len(p) {
 		if len(c.ready) == 0 && c.pass == 0 {
-			if n > 0 && !c.buffered() { // what we have is due
+			if n > 0 && (!c.buffered() || c.body == 0 && c.messages.full() != nil) { // what we have is due
 				return n, nil
+			}
+			if c.body == 0 {
+				c.awaitRoom()
 			}
 			if err := c.next(); err != nil {
 				return n, err
@@ -103,8 +110,15 @@ func (c *readableConn) next() error {
 		if _, err := io.ReadFull(c.source, c.frame); err != nil {
 			return err
 		}
+		if len(c.frame) >= propertiesAt {
+			c.body = int64(binary.BigEndian.Uint64(c.frame[bodySizeAt:]))
+		}
 		c.ready, c.pass = readable(c.frame), 1 // the frame's end
-	case start[0] == methodFrame, start[0] == bodyFrame, start[0] == beatFrame:
+	case start[0] == bodyFrame:
+		c.body = max(0, c.body-size)
+		c.messages.add(size)
+		fallthrough
+	case start[0] == methodFrame, start[0] == beatFrame:
 		c.pass = frameOverhead + size + 1
 	default: // no frame of this protocol: the library says so
 		c.pass = math.MaxInt64 / 2
@@ -118,6 +132,7 @@ const (
 	contentEncodingFlag = 1 << 14
 	headersFlag         = 1 << 13
 
+	bodySizeAt   = frameOverhead + 4
 	flagsAt      = frameOverhead + 12
 	propertiesAt = flagsAt + 2
 )

@@ -115,3 +115,58 @@ func FuzzReadable(f *testing.F) {
 		_, _ = io.Copy(io.Discard, newReadableConn(sourceConn{Reader: bytes.NewReader(stream)})) // ends, whatever comes
 	})
 }
+
+// While messages have too many bytes, nothing more is read, until some are released or the connection ends.
+func TestHold(t *testing.T) {
+	t.Parallel()
+	var stream []byte
+	header := contentHeader(nil)
+	binary.BigEndian.PutUint64(header[bodySizeAt:], 60)
+	for range 5 {
+		stream = append(stream, frame(methodFrame, []byte("deliver"))...)
+		stream = append(append(stream, header...), append(frame(bodyFrame, make([]byte, 30)), frame(bodyFrame, make([]byte, 30))...)...)
+	}
+	one := len(stream) / 5
+	conn := newReadableConn(sourceConn{Reader: bytes.NewReader(stream)})
+	conn.messages.setLimit(100)
+	got := make(chan int, 100)
+	go func() {
+		defer close(got)
+		buffer := make([]byte, 7)
+		for {
+			n, err := conn.Read(buffer)
+			if err != nil {
+				return
+			}
+			got <- n
+		}
+	}()
+	read := func(messages int) {
+		t.Helper()
+		for total := 0; total < messages*one; {
+			n, open := <-got
+			if total += n; !open || total > messages*one {
+				t.Fatalf("%d bytes were read, want %d", total, messages*one)
+			}
+		}
+	}
+	full := func() {
+		t.Helper()
+		for conn.messages.full() == nil {
+			t.Fatal("there is room")
+		}
+		if len(got) > 0 {
+			t.Fatal("more was read")
+		}
+	}
+	read(2)
+	full()
+	conn.messages.release(60)
+	read(1)
+	full()
+	conn.messages.end()
+	read(2)
+	if _, open := <-got; open {
+		t.Error("there is more than was sent")
+	}
+}

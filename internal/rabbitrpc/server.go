@@ -22,8 +22,10 @@ type ServerConfig struct {
 	Name string
 	// Prefetch is the most calls of one service that are executed at once; the others wait in its queue, or for another replica. Default 64.
 	Prefetch int
-	// RequestMaxBytes and ReplyMaxBytes bound the messages; what is larger is answered with resource_exhausted. Default 4 MiB each. The
-	// broker's own limit comes first: memory is bounded by it and the prefetch.
+	// MaxBytes is how many bytes of requests may be here and not answered before nothing more is read. Default 32 MiB.
+	// One request more may be under way, of the broker's max_message_size at worst.
+	MaxBytes int64
+	// RequestMaxBytes and ReplyMaxBytes bound the messages; what is larger is answered with resource_exhausted. Default 4 MiB each.
 	RequestMaxBytes, ReplyMaxBytes int
 	// DrainTimeout bounds how long Run, once its context is done, waits for the calls under way. Default 20 s.
 	DrainTimeout time.Duration
@@ -54,6 +56,7 @@ type service struct {
 func NewServer(config ServerConfig, rpc *connect.Server) *Server {
 	config.Exchange = cmp.Or(config.Exchange, DefaultExchange)
 	config.Prefetch = cmp.Or(config.Prefetch, 64)
+	config.MaxBytes = cmp.Or(config.MaxBytes, 32<<20)
 	config.RequestMaxBytes = cmp.Or(config.RequestMaxBytes, 4<<20)
 	config.ReplyMaxBytes = cmp.Or(config.ReplyMaxBytes, 4<<20)
 	config.DrainTimeout = cmp.Or(config.DrainTimeout, 20*time.Second)

@@ -46,6 +46,7 @@ func (s *Server) session(ctx context.Context) error {
 		return unlessDone(ctx, err)
 	}
 	defer conn.HangUp()
+	conn.Hold(s.config.MaxBytes)
 	one := &session{Server: s, conn: conn, answers: make(chan answer, s.config.Prefetch), written: make(chan error, 1)}
 	one.work, one.cancel = context.WithCancel(context.WithoutCancel(ctx))
 	defer one.cancel()
@@ -137,6 +138,8 @@ func (s *session) feed(service *service, source <-chan amqp.Delivery) {
 		s.calls.Go(func() {
 			defer func() { <-service.slots }()
 			answer := answer{request: &request, reply: s.handle(s.work, service, &request)}
+			s.conn.Release(len(request.Body))
+			request.Body = nil // the answer may wait for the broker
 			select {
 			case s.answers <- answer:
 			case <-s.work.Done(): // by another replica, then
