@@ -157,14 +157,22 @@ func exchange(
 
 func checkSize(t *testing.T, res *http.Response, body []byte) {
 	t.Helper()
+	if text := tooLarge(res, body); text != "" {
+		t.Error(text)
+	}
+}
+
+// tooLarge says what is too large of an answer, if anything is. Only refusals have a limit for their body.
+func tooLarge(res *http.Response, body []byte) string {
 	headers, trailers := sizeOf(res.Header), sizeOf(res.Trailer)
 	if headers > mostTrailers || trailers > mostTrailers {
-		t.Errorf("answer has %d bytes of headers and %d of trailers", headers, trailers)
+		return fmt.Sprintf("answer has %d bytes of headers and %d of trailers", headers, trailers)
 	}
 	refused := res.StatusCode != http.StatusOK || len(body) == 0
 	if all := headers + trailers + len(body); refused && all > mostAnswer {
-		t.Errorf("answer %s has %d bytes: %.300q", res.Status, all, body)
+		return fmt.Sprintf("answer %s has %d bytes: %.300q", res.Status, all, body)
 	}
+	return ""
 }
 
 // sizeOf is a header's size as HTTP/2 counts it.

@@ -6,6 +6,7 @@ import (
 	"context"
 	"encoding/binary"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -365,6 +366,9 @@ func (r request) send(ctx context.Context, client *http.Client, url string) (con
 	body, err := io.ReadAll(res.Body)
 	if err != nil {
 		return 0, "", err
+	}
+	if text := tooLarge(res, body); text != "" {
+		return 0, "", errors.New(text)
 	}
 	switch {
 	case r.rpc:
