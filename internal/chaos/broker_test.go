@@ -2,7 +2,7 @@ package chaos
 
 import (
 	"fmt"
-	"strings"
+	"strconv"
 	"testing"
 	"time"
 
@@ -19,17 +19,20 @@ import (
 func TestBadMessages(t *testing.T) {
 	t.Parallel()
 	binary := buildVictim(t)
+	inflate := map[string]string{"inflate": strconv.Itoa(testenv.Oversized(t))} // in victim
 	for name, bad := range map[string]struct {
-		body   proto.Message
-		reason string
+		body    proto.Message
+		headers map[string]string
+		reason  string
 	}{
-		"NoQueueWantsTheType":   {wrapperspb.Bytes([]byte("nobody handles bytes")), "unroutable"},
-		"TooLargeForThisBroker": {wrapperspb.String(strings.Repeat("x", 600<<10)), "refused"}, // it takes 512 KiB
+		"NoQueueWantsTheType":   {wrapperspb.Bytes([]byte("nobody handles bytes")), nil, "unroutable"},
+		"TooLargeForThisBroker": {wrapperspb.String("this and more"), inflate, "refused"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			s := newStage(t, binary)
 			one := messaging.New("", bad.body)
+			one.Headers = bad.headers
 			for i := range messages {
 				s.insert(t, i)
 				if i == messages/2 {

@@ -65,7 +65,8 @@ func run(ctx context.Context, role string) error {
 		}
 		config := outbox.Config{PageRows: 20, Lease: lease, PollInterval: 20 * time.Millisecond}
 		newPublisher := func() messaging.Publisher {
-			return rabbit.NewPublisher(rabbit.PublisherConfig{URL: amqpURL, Topology: topology, Name: "victim relay"})
+			config := rabbit.PublisherConfig{URL: amqpURL, Topology: topology, Name: "victim relay"}
+			return inflating{rabbit.NewPublisher(config)}
 		}
 		relay := outbox.NewRelay(db, newPublisher, config)
 		running.Go(func() error { return relay.Run(ctx) })
