@@ -18,7 +18,7 @@ import (
 // TestRepair dumps a database in the middle of its work and restores it into a fresh cluster, where transaction IDs begin anew.
 func TestRepair(t *testing.T) {
 	t.Parallel()
-	db := testenv.Postgres(t)
+	db, programs := testenv.OwnPostgres(t) // what dumps a server must not be older than it
 	if _, err := Repair(t.Context(), db); !errors.Is(err, ErrNoRepairNeeded) {
 		t.Fatalf("repair of a healthy outbox: %v", err)
 	}
@@ -45,7 +45,7 @@ func TestRepair(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	restored := restore(t, db)
+	restored := restore(t, db, programs)
 	relay := NewRelay(restored, func() messaging.Publisher { return newBroker(0) }, Config{})
 	if err := relay.Run(t.Context()); !errors.Is(err, ErrForeignCluster) || !strings.Contains(err.Error(), "outbox repair") {
 		t.Fatalf("error is %v", err)
@@ -69,10 +69,10 @@ func TestRepair(t *testing.T) {
 	}
 }
 
-// restore copies a database into a fresh cluster.
-func restore(t *testing.T, db *pgxpool.Pool) *pgxpool.Pool {
+// restore copies a database into a fresh cluster, with the programs of a folder.
+func restore(t *testing.T, db *pgxpool.Pool, programs string) *pgxpool.Pool {
 	t.Helper()
-	url, programs := testenv.Cluster(t)
+	url, _ := testenv.Cluster(t)
 	run := func(in []byte, program string, args ...string) []byte {
 		t.Helper()
 		command := osexec.CommandContext(t.Context(), filepath.Join(programs, program), args...)

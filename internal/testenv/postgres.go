@@ -30,6 +30,17 @@ func Postgres(t testing.TB) *pgxpool.Pool {
 	return openPool(t, PostgresURL(t))
 }
 
+// OwnPostgres is [Postgres] on a server that is the test's own. It also returns the folder of that server's programs,
+// pg_dump among them, which are of its version. It takes some seconds.
+func OwnPostgres(t testing.TB) (db *pgxpool.Pool, programs string) {
+	t.Helper()
+	url, programs := Cluster(t)
+	if _, err := migrations.Up(t.Context(), url); err != nil {
+		t.Fatalf("migrate: %v", err)
+	}
+	return openPool(t, url), programs
+}
+
 // Preparing is Postgres on a server that keeps prepared transactions: on the one that all tests share if that is set up
 // for them, otherwise on one of the test's own.
 func Preparing(t testing.TB) *pgxpool.Pool {
@@ -41,11 +52,8 @@ func Preparing(t testing.TB) *pgxpool.Pool {
 	if most != "0" {
 		return Postgres(t)
 	}
-	url, _ := Cluster(t)
-	if _, err := migrations.Up(t.Context(), url); err != nil {
-		t.Fatalf("migrate: %v", err)
-	}
-	return openPool(t, url)
+	db, _ := OwnPostgres(t)
+	return db
 }
 
 func openPool(t testing.TB, url string) *pgxpool.Pool {
