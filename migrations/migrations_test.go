@@ -101,7 +101,7 @@ func TestUpRefusesWhatItCannotWorkIn(t *testing.T) {
 	exec(`CREATE SCHEMA app`)
 	exec(`ALTER DATABASE ` + pgx.Identifier{name}.Sanitize() + ` SET search_path = app, public`)
 	wantRefused(url, `search_path is "app, public"`)
-	wantRefused(url+"&search_path=nowhere", `search_path is "nowhere"`)
+	wantRefused(testenv.With(t, url, "search_path", "nowhere"), `search_path is "nowhere"`)
 	exec(`ALTER DATABASE ` + pgx.Identifier{name}.Sanitize() + ` RESET search_path`)
 
 	latin := name[:min(len(name), 50)] + "_latin1"

@@ -259,3 +259,23 @@ func TestOnePackageJudgesErrors(t *testing.T) {
 		})
 	}
 }
+
+var parameter = regexp.MustCompile("^[\"`]&[a-zA-Z_]+=")
+
+// A parameter is never pasted to the end of a URL: the one that the user names may have none yet.
+func TestParametersAreNotPastedToURLs(t *testing.T) {
+	t.Parallel()
+	for _, f := range files(t) {
+		ast.Inspect(f.syntax, func(n ast.Node) bool {
+			sum, ok := n.(*ast.BinaryExpr)
+			if !ok || sum.Op != token.ADD {
+				return true
+			}
+			literal, ok := sum.Y.(*ast.BasicLit)
+			if ok && literal.Kind == token.STRING && parameter.MatchString(literal.Value) {
+				t.Errorf("%s/%s pastes %s to a URL; use net/url, or testenv.With", f.dir, f.name, literal.Value)
+			}
+			return true
+		})
+	}
+}

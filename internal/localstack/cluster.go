@@ -27,8 +27,14 @@ func Cluster(ctx context.Context, config Config) (*Server, error) {
 // Standby starts a hot standby of a running server from a base backup of it, in a folder of its own. It streams from
 // the server under the application name, which synchronous_standby_names may list. The caller calls Release in the end.
 func Standby(ctx context.Context, config Config, primary *Server, applicationName string) (*Server, error) {
-	named := primary.URL() + "&application_name=" + url.QueryEscape(applicationName)
-	return startServer(ctx, config, named)
+	named, err := url.Parse(primary.URL())
+	if err != nil {
+		return nil, fmt.Errorf("parse primary's url: %w", err)
+	}
+	query := named.Query()
+	query.Set("application_name", applicationName)
+	named.RawQuery = query.Encode()
+	return startServer(ctx, config, named.String())
 }
 
 func startServer(ctx context.Context, config Config, primary string) (*Server, error) {

@@ -8,6 +8,7 @@ import (
 	"sync/atomic"
 	"testing"
 
+	"example.com/orders/internal/testenv"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 )
@@ -123,7 +124,7 @@ func TestHoweverATransactionBegins(t *testing.T) {
 	for _, mode := range []string{"cache_statement", "cache_describe", "describe_exec", "exec", "simple_protocol"} {
 		t.Run(mode, func(t *testing.T) {
 			t.Parallel()
-			db := open(t, Config{URL: setup(t).Config().ConnString() + "&default_query_exec_mode=" + mode, MaxConns: 1})
+			db := open(t, Config{URL: testenv.With(t, setup(t).Config().ConnString(), "default_query_exec_mode", mode), MaxConns: 1})
 			for name, first := range firsts {
 				if mode == "simple_protocol" && name == "CopyFrom" {
 					continue // pgx itself wants a prepared statement for it

@@ -130,6 +130,19 @@ func As(t testing.TB, rawURL, role string) string {
 	return parsed.String()
 }
 
+// With returns a URL with one more parameter, whether or not it has others: whoever names the servers decides that.
+func With(t testing.TB, rawURL, name, value string) string {
+	t.Helper()
+	parsed, err := url.Parse(rawURL)
+	if err != nil {
+		t.Fatalf("parse url: %v", err)
+	}
+	query := parsed.Query()
+	query.Set(name, value)
+	parsed.RawQuery = query.Encode()
+	return parsed.String()
+}
+
 // openMaintenance connects to the database from which others are made.
 func openMaintenance(ctx context.Context, serverURL string) (*pgxpool.Pool, error) {
 	config, err := pgxpool.ParseConfig(databaseURL(serverURL, "postgres"))
