@@ -82,10 +82,11 @@ image: ## Build the container image orders:VERSION
 	docker build --build-arg VERSION=$(VERSION) --target load -t orders-load:$(VERSION) .
 # /example
 
+# Docker's default driver can make neither an SBOM nor an image for two platforms: `docker buildx create --use` makes a builder that can.
 image-release: ## Build the image for amd64 and arm64 with SBOM and provenance, as bin/image.tar
 	mkdir -p bin
 	docker buildx build --platform linux/amd64,linux/arm64 --build-arg VERSION=$(VERSION) --build-arg SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) \
-		--sbom=true --provenance=mode=max --output type=oci,dest=bin/image.tar,rewrite-timestamp=true .
+		--sbom=true --provenance=mode=max --output type=oci,dest=bin/image.tar,rewrite-timestamp=true . || { rm -f bin/image.tar; exit 1; }
 
 # example
 compose-test: ## The composed stack with whatever Docker is here: orders, kills, ledger
