@@ -15,7 +15,7 @@ type edgeFlags struct {
 	JWKS        string   `name:"jwks" env:"JWT_JWKS" help:"Keys of the token issuer: an https URL or a file."`
 	Issuer      string   `name:"jwt-issuer" env:"JWT_ISSUER" help:"What a token's iss must be."`
 	Audience    string   `name:"jwt-audience" env:"JWT_AUDIENCE" help:"What a token's aud must contain."`
-	RolesClaim  string   `name:"jwt-roles-claim" env:"JWT_ROLES_CLAIM" default:"roles" help:"Claim that lists a caller's roles."`
+	RolesClaim  string   `name:"jwt-roles-claim" env:"JWT_ROLES_CLAIM" default:"roles" help:"Claim that lists a caller's roles: its name, or a path to a nested claim, such as realm_access.roles."`
 	APIKeysFile string   `name:"api-keys-file" env:"API_KEYS_FILE" help:"File of API keys, a line each as 'apikey new' prints it."`
 	APIKeys     string   `name:"api-keys" env:"API_KEYS" help:"Such lines themselves, divided by blanks."`
 	NoAuth      bool     `name:"insecure-no-auth" env:"INSECURE_NO_AUTH" help:"For development only: let everybody call everything."`

@@ -11,8 +11,11 @@ import (
 	"context"
 	"crypto/x509"
 	"errors"
+	"fmt"
 	"strings"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"connectrpc.com/connect/v2"
 	"connectrpc.com/connect/v2/connecthttp"
@@ -21,6 +24,7 @@ import (
 // Caller is somebody whose credentials were valid.
 type Caller struct {
 	// Subject is the name, unique among the callers of one kind: a token's "sub", an API key's ID, a client certificate's name.
+	// Identify sets names of 1 to 256 bytes of printable UTF-8 only, so that Postgres, logs and headers can take them.
 	Subject string
 	// Roles are what auth.v1.Access asks for.
 	Roles []string
@@ -119,6 +123,22 @@ var errNone = connect.NewError(connect.CodeUnauthenticated, "credentials are mis
 // errInvalid is all that a caller hears of a wrong credential.
 var errInvalid = connect.NewError(connect.CodeUnauthenticated, "credentials are invalid or have expired")
 
+// errUnfitName says the same to the caller. The log says why.
+var errUnfitName = errInvalid.WithCause(fmt.Errorf("the caller's name is not 1 to %d bytes of printable UTF-8", maxName))
+
+// maxName is the longest name of a caller in bytes.
+const maxName = 256
+
+// fitName tells whether every place that a caller's name gets to can take it. Postgres stores neither NUL nor broken
+// UTF-8. Control and format characters would forge log lines and the names that the audit log shows. Decoders put U+FFFD
+// for what they cannot decode, so two callers could share a name that has it.
+func fitName(name string) bool {
+	if name == "" || len(name) > maxName || !utf8.ValidString(name) {
+		return false
+	}
+	return !strings.ContainsFunc(name, func(r rune) bool { return r == utf8.RuneError || !unicode.IsPrint(r) })
+}
+
 // Identify returns the interceptor that finds out who calls. It turns nobody away: what it finds is billed by a rate limit first,
 // and then judged by Authorize, which must follow.
 //
@@ -131,6 +151,9 @@ func Identify(config Config) connect.ServerInterceptor {
 			v := ctx.Value(visitorKey{}).(*visitor)
 			info, _ := connect.CallInfoForServerContext(ctx)
 			v.Caller, v.denied = config.identify(ctx, info)
+			if v.denied == nil && !fitName(v.Subject) {
+				v.Caller, v.denied = Caller{}, errUnfitName
+			}
 			if v.denied != nil || v.Expires.IsZero() {
 				err := next(ctx, spec, stream)
 				challenge(info, challenges, err)
@@ -165,7 +188,7 @@ func (c Config) identify(ctx context.Context, info *connect.CallInfo) (Caller, e
 		return c.Tokens.verify(ctx, token)
 	}
 	if certificate := clientCertificate(info); c.Certificates && certificate != nil {
-		return fromCertificate(certificate)
+		return fromCertificate(certificate), nil
 	}
 	return Caller{}, errNone
 }
@@ -181,7 +204,7 @@ func clientCertificate(info *connect.CallInfo) *x509.Certificate {
 
 // fromCertificate takes the name from a SPIFFE ID, or else from the common name, and the roles from the organizations, as Kubernetes
 // does. So whoever can have certificates signed decides on roles: the authority must be the service's own.
-func fromCertificate(certificate *x509.Certificate) (Caller, error) {
+func fromCertificate(certificate *x509.Certificate) Caller {
 	caller := Caller{
 		Subject: certificate.Subject.CommonName, Roles: certificate.Subject.Organization, By: "mtls", Expires: certificate.NotAfter,
 	}
@@ -190,8 +213,5 @@ func fromCertificate(certificate *x509.Certificate) (Caller, error) {
 			caller.Subject = uri.String()
 		}
 	}
-	if caller.Subject == "" {
-		return Caller{}, errInvalid
-	}
-	return caller, nil
+	return caller
 }

@@ -2,8 +2,10 @@ package auth
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"log/slog"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -106,6 +108,44 @@ func TestAuthorizeAloneLetsNobodyIn(t *testing.T) {
 	server.Register(connect.Method{Spec: spec, Handler: func(context.Context, connect.Spec, connect.ServerStream) error { return nil }})
 	if err := server.Call(t.Context(), spec.Procedure, nil, nil); connect.CodeOf(err) != connect.CodeUnauthenticated {
 		t.Errorf("got %v", err)
+	}
+}
+
+// No caller has a name that Postgres, a log or a header could not take, whatever the credential. Client certificates are tried in rpcserver.
+func TestUnfitNamesAreRefused(t *testing.T) {
+	t.Parallel()
+	i := newIssuer(t)
+	tokens := i.tokens(t)
+	for name, good := range map[string]bool{
+		"ann": true, "auth0|5f7c8ec7": true, "Änne Müller": true, "spiffe://example/billing": true, strings.Repeat("a", maxName): true,
+		"": false, "a\x00b": false, "\x00": false, "a\nb": false, "a\x1b[31m": false, "a\x7f": false, "a\u0085b": false, "a\xffb": false,
+		"a\u202eb": false, "a\u200bb": false, "a\u2028b": false, "a\ufffdb": false, strings.Repeat("a", maxName+1): false,
+	} {
+		want := connect.CodeUnauthenticated
+		if good {
+			want = 0
+		}
+		// Files of keys cannot name such a caller: this is for whatever else may, one day.
+		secret := name + ".secret"
+		listed := &Keys{byID: func() map[string][]key { return map[string][]key{name: {{hash: sha256.Sum256([]byte(secret))}}} }}
+		token := i.sign(t, jwt.SigningMethodEdDSA, "ed", i.ed, jwt.MapClaims{"sub": name})
+		for kind, header := range map[string]map[string]string{
+			"token": {bearerHeader: "Bearer " + token}, "key": {keyHeader: secret},
+		} {
+			config := Config{Tokens: tokens, Keys: listed}
+			code := call(t, config, method(t, &authv1.Access{Authenticated: true}), header, func(ctx context.Context) error {
+				if caller, _ := FromContext(ctx); caller.Subject != name {
+					t.Errorf("%s of %.20q: got %+v", kind, name, caller)
+				}
+				return nil
+			})
+			if code != want {
+				t.Errorf("%s of %.20q: got %s, want %s", kind, name, code, want)
+			}
+		}
+	}
+	if errUnfitName.Message() != errInvalid.Message() {
+		t.Error("the caller is told why")
 	}
 }
 

@@ -34,7 +34,8 @@ type TokenConfig struct {
 	// Issuer and Audience are what "iss" must be and "aud" must contain. Both are required: without them a token that the same
 	// authority made for another service would open this one.
 	Issuer, Audience string
-	// RolesClaim is the claim that lists the caller's roles, a string or several. Default "roles".
+	// RolesClaim is the claim that lists the caller's roles, a string or several. It is the name of a claim, or if there is
+	// none of that name a path to a nested one, such as "realm_access.roles". Default "roles".
 	RolesClaim string
 }
 
@@ -74,12 +75,16 @@ func (t *Tokens) verify(ctx context.Context, token string) (Caller, error) {
 		return Caller{}, errKeysAway.WithCause(err)
 	}
 	claims := jwt.MapClaims{}
-	_, err = t.parser.ParseWithClaims(token, claims, keys.KeyfuncCtx(ctx))
+	parsed, err := t.parser.ParseWithClaims(token, claims, keys.KeyfuncCtx(ctx))
 	if errors.Is(err, jwkset.ErrKeyNotFound) {
 		t.keys.wake() // the issuer may have a new key
 	}
 	if err != nil {
 		return Caller{}, errInvalid.WithCause(err)
+	}
+	if _, ok := parsed.Header["crit"]; ok {
+		// The header names extensions without which a token means something else (RFC 7515, section 4.1.11). We know none.
+		return Caller{}, errInvalid.WithCause(errors.New("token needs an extension: its header has crit"))
 	}
 	caller, err := t.caller(claims)
 	if err != nil {
@@ -90,8 +95,8 @@ func (t *Tokens) verify(ctx context.Context, token string) (Caller, error) {
 
 func (t *Tokens) caller(claims jwt.MapClaims) (Caller, error) {
 	subject, err := claims.GetSubject()
-	if err != nil || subject == "" || len(subject) > 256 {
-		return Caller{}, errors.New("token has no subject of 1 to 256 bytes")
+	if err != nil {
+		return Caller{}, err
 	}
 	expires, err := claims.GetExpirationTime() // there, or the parser would have refused it
 	if err != nil {
@@ -101,7 +106,7 @@ func (t *Tokens) caller(claims jwt.MapClaims) (Caller, error) {
 		return Caller{}, fmt.Errorf("token is valid for longer than %s", maxLife)
 	}
 	caller := Caller{Subject: subject, By: "jwt", Expires: expires.Add(leeway)}
-	switch roles := claims[t.config.RolesClaim].(type) {
+	switch roles := lookup(claims, t.config.RolesClaim).(type) {
 	case string:
 		caller.Roles = []string{roles}
 	case []any:
@@ -112,6 +117,22 @@ func (t *Tokens) caller(claims jwt.MapClaims) (Caller, error) {
 		}
 	}
 	return caller, nil
+}
+
+// lookup returns the claim of that name. If there is none, the name is a path: what comes before a dot names the object
+// that holds the rest. Names may have dots themselves, so each dot is tried. It returns nil if nothing is found.
+func lookup(claims map[string]any, name string) any {
+	if value, ok := claims[name]; ok {
+		return value
+	}
+	for at, r := range name {
+		if nested, ok := claims[name[:at]].(map[string]any); ok && r == '.' {
+			if value := lookup(nested, name[at+1:]); value != nil {
+				return value
+			}
+		}
+	}
+	return nil
 }
 
 // parseJWKS takes the public keys that can be used here and leaves out the others: a key set may serve other purposes, too. Of each key

@@ -107,11 +107,16 @@ func (i *issuer) tokens(t *testing.T) *Tokens {
 
 func (i *issuer) tokensFrom(t *testing.T, source string) *Tokens {
 	t.Helper()
+	return tokensWithRolesIn(t, "", source)
+}
+
+func tokensWithRolesIn(t *testing.T, claim, source string) *Tokens {
+	t.Helper()
 	keys, err := NewKeySet(source)
 	if err != nil {
 		t.Fatal(err)
 	}
-	tokens, err := NewTokens(TokenConfig{Issuer: "https://issuer.example", Audience: "orders"}, keys)
+	tokens, err := NewTokens(TokenConfig{Issuer: "https://issuer.example", Audience: "orders", RolesClaim: claim}, keys)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -182,8 +187,10 @@ func TestBadTokens(t *testing.T) {
 		"valid for a year":           with(jwt.MapClaims{"exp": at(365 * 24 * time.Hour)}),
 		"not valid yet":              with(jwt.MapClaims{"nbf": at(time.Minute)}),
 		"made in the future":         with(jwt.MapClaims{"iat": at(time.Minute)}),
-		"no subject":                 with(jwt.MapClaims{"sub": nil}),
 		"subject that is a list":     with(jwt.MapClaims{"sub": []string{"ann"}}),
+		"crit":                       withHeader(t, i, "crit", []string{"exp"}),
+		"empty crit":                 withHeader(t, i, "crit", []string{}),
+		"crit that is null":          withHeader(t, i, "crit", nil),
 		"subject of a megabyte":      with(jwt.MapClaims{"sub": strings.Repeat("a", 1<<20)}),
 		"changed claims":             parts[0] + "." + encode(t, jwt.MapClaims{"iss": "https://issuer.example", "sub": "eve"}) + "." + parts[2],
 		"cut signature":              good[:len(good)-8],
@@ -202,6 +209,50 @@ func TestBadTokens(t *testing.T) {
 		var answer *connect.Error
 		if errors.As(err, &answer) && answer.Message() != errInvalid.Message() {
 			t.Errorf("%s: tells the caller why: %s", name, answer.Message())
+		}
+	}
+}
+
+// withHeader is a good token but for one field of its header.
+func withHeader(t *testing.T, i *issuer, name string, value any) string {
+	t.Helper()
+	token := jwt.NewWithClaims(jwt.SigningMethodEdDSA, i.claim)
+	token.Header["kid"], token.Header[name] = "ed", value
+	signed, err := token.SignedString(i.ed)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return signed
+}
+
+func TestRolesOfAClaim(t *testing.T) {
+	t.Parallel()
+	i := newIssuer(t)
+	path := filepath.Join(t.TempDir(), "jwks.json")
+	if err := os.WriteFile(path, i.jwks, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	token := i.sign(t, jwt.SigningMethodEdDSA, "ed", i.ed, jwt.MapClaims{
+		"https://example.com/roles": []string{"named"},
+		"realm_access":              map[string]any{"roles": []string{"nested"}, "number": 1},
+		"resource_access":           map[string]any{"my.client": map[string]any{"roles": "deep"}},
+		"both":                      map[string]any{"roles": "nested"}, "both.roles": "named",
+		"a":  map[string]any{"b": map[string]any{"x": "shallow"}, "b.c": "dotted"},
+		"no": map[string]any{"roles": map[string]any{"admin": true}},
+	})
+	for claim, want := range map[string][]string{
+		"": {"customer"}, "roles": {"customer"},
+		"https://example.com/roles":       {"named"},
+		"realm_access.roles":              {"nested"},
+		"resource_access.my.client.roles": {"deep"},
+		"both.roles":                      {"named"}, // a claim of exactly this name counts first
+		"a.b.c":                           {"dotted"},
+		"no.roles":                        nil, "realm_access": nil, "realm_access.": nil, ".roles": nil, "roles.customer": nil,
+		"realm_access.roles.nested": nil, "realm_access.number": nil, "missing.roles": nil, "....": nil,
+	} {
+		caller, err := tokensWithRolesIn(t, claim, path).verify(t.Context(), token)
+		if err != nil || !slices.Equal(caller.Roles, want) {
+			t.Errorf("%q: got roles %q, want %q, error %v", claim, caller.Roles, want, err)
 		}
 	}
 }

@@ -151,6 +151,8 @@ func TestClientCertificates(t *testing.T) {
 		"of the servers' authority": {named(servers, nil), refused, refused},
 		"expired":                   {named(clients, func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Minute) }), refused, refused},
 		"for a server":              {named(clients, func(c *x509.Certificate) { c.ExtKeyUsage = c.ExtKeyUsage[:1] }), refused, refused},
+		"with a NUL in its name":    {named(clients, func(c *x509.Certificate) { c.Subject.CommonName = "a\x00b" }), "nobody", "nobody"},
+		"with a name too long":      {named(clients, func(c *x509.Certificate) { c.Subject.CommonName = strings.Repeat("a", 300) }), "nobody", "nobody"},
 		"without a name":            {named(clients, func(c *x509.Certificate) { c.Subject.CommonName = "" }), "nobody", "nobody"},
 	} {
 		for _, http2 := range []bool{false, true} {
