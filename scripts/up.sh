@@ -26,10 +26,13 @@ AMQP_USERS_PASSWORD=$password bin/orders topology --declare --users=orders >/dev
 
 # at_broker PROCESS is the broker's URL for the user of a process, whose password is in AMQP_PASSWORD.
 at_broker() { sed "s|//[^@/]*@|//orders-$1@|" <<<"$AMQP_URL"; }
-# One key for whoever tries it out; the service keeps its hash only.
-keys=.stack/dev/api-keys key_file=.stack/dev/api-key
-if [ ! -s "$keys" ] || [ ! -s "$key_file" ]; then
-  made=$(bin/orders apikey new dev customer operator)
+# One key for whoever tries it out; the service keeps its hash only. A key with other roles, of an older version, is replaced.
+keys=.stack/dev/api-keys key_file=.stack/dev/api-key roles=(customer operator)
+# example
+roles+=(warehouse)
+# /example
+if ! grep -qs "^dev:$(IFS=,; echo "${roles[*]}"):" "$keys" || [ ! -s "$key_file" ]; then
+  made=$(bin/orders apikey new dev "${roles[@]}")
   (umask 077; awk '$1 == "line:" { print $2 }' <<<"$made" >"$keys"; awk '$1 == "key:" { print $2 }' <<<"$made" >"$key_file")
 fi
 # API and consumer sign and check the callers of durable calls with the same key; operations that wait keep it in use.

@@ -78,7 +78,7 @@ type process struct {
 }
 
 func newFleet(binary, dir string, box *sandbox, fail context.CancelCauseFunc) (*fleet, error) {
-	apiKey, line, err := auth.NewKey("demo", []string{"customer", "operator"})
+	apiKey, line, err := auth.NewKey("demo", []string{"customer", "warehouse"})
 	if err != nil {
 		return nil, err
 	}

@@ -14,6 +14,7 @@ import (
 	opsv1 "example.com/orders/internal/gen/ops/v1"
 	"example.com/orders/internal/gen/ops/v1/opsv1connect"
 	"example.com/orders/internal/rabbit"
+	"example.com/orders/internal/rpcserver"
 	"example.com/orders/internal/telemetry"
 	"example.com/orders/internal/testenv"
 )
@@ -26,14 +27,9 @@ func TestConsoleAccess(t *testing.T) {
 	served := start(t, RunConsole, config)
 	await(t, "console", served.ready, http.StatusOK)
 	url := served.url
-	edge, err := newEdge(Edge{})
-	if err != nil {
-		t.Fatal(err)
-	}
 	acts := 0
 	transport := connecthttp.NewTransport(newHTTPClient(t, true), url)
-	specs := (&process{edge: edge, telemetry: new(telemetry.Providers)}).newConsoleServer(console.New(console.Config{})).Specs()
-	for spec := range specs {
+	for spec := range consoleServer(t).Specs() {
 		access := auth.AccessTo(spec)
 		if acting := spec.IdempotencyLevel != connect.IdempotencyNoSideEffects && !strings.HasSuffix(spec.Procedure, "/WatchFlow"); acting && strings.HasPrefix(spec.Procedure, "/ops.") {
 			if acts++; len(access.GetRoles()) != 1 || access.GetRoles()[0] != "operator" {
@@ -55,6 +51,16 @@ func TestConsoleAccess(t *testing.T) {
 	if acts < 6 {
 		t.Errorf("only %d procedures act", acts)
 	}
+}
+
+// consoleServer knows the console's procedures. It serves nobody.
+func consoleServer(t *testing.T) *rpcserver.Server {
+	t.Helper()
+	edge, err := newEdge(Edge{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return (&process{edge: edge, telemetry: new(telemetry.Providers)}).newConsoleServer(console.New(console.Config{}))
 }
 
 // A page of another origin can do nothing, nor one whose name was made to lead here.

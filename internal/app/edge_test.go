@@ -207,9 +207,18 @@ func wantCode(access *authv1.Access, role string) connect.Code {
 	return connect.CodePermissionDenied
 }
 
-// What is served says who may call it: otherwise it is closed, as TestAccess shows, and the mistake is found here.
+// What is served says who may call it: otherwise it is closed, as TestAccess shows, and the mistake is found here. No role opens both API and console.
 func TestEveryProcedureDeclaresAccess(t *testing.T) {
 	t.Parallel()
+	var ofConsole []string
+	for spec := range consoleServer(t).Specs() {
+		if strings.HasPrefix(spec.Procedure, "/ops.") {
+			ofConsole = append(ofConsole, auth.AccessTo(spec).GetRoles()...)
+		}
+	}
+	if len(ofConsole) == 0 {
+		t.Fatal("the console has no roles: looking in the wrong place")
+	}
 	for spec := range startAPI(t, Edge{}).server.Specs() {
 		access := auth.AccessTo(spec)
 		if access.GetPublic() && (access.GetAuthenticated() || len(access.GetRoles()) > 0) {
@@ -218,7 +227,14 @@ func TestEveryProcedureDeclaresAccess(t *testing.T) {
 		if !access.GetPublic() && !access.GetAuthenticated() && len(access.GetRoles()) == 0 {
 			t.Errorf("%s has no option (auth.v1.access)", spec.Procedure)
 		}
+		if both := overlapping(access.GetRoles(), ofConsole); len(both) > 0 {
+			t.Errorf("%s is open to %q, which are roles of the console: who has them may act there, too", spec.Procedure, both)
+		}
 	}
+}
+
+func overlapping(a, b []string) []string {
+	return slices.DeleteFunc(slices.Clone(a), func(one string) bool { return !slices.Contains(b, one) })
 }
 
 // A path that is spelled in another way leads past no check.

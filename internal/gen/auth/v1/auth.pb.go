@@ -101,7 +101,7 @@ var file_auth_v1_auth_proto_extTypes = []protoimpl.ExtensionInfo{
 
 // Extension fields to descriptorpb.MethodOptions.
 var (
-	// Who may call the method: option (auth.v1.access).roles = "operator";
+	// Who may call the method: option (auth.v1.access).roles = "customer";
 	//
 	// optional auth.v1.Access access = 50751;
 	E_Access = &file_auth_v1_auth_proto_extTypes[0]

@@ -1092,20 +1092,18 @@ const file_orders_v1_orders_proto_rawDesc = "" +
 	"\x13ORDER_STATUS_PLACED\x10\x01\x12\x1a\n" +
 	"\x16ORDER_STATUS_CONFIRMED\x10\x02\x12\x19\n" +
 	"\x15ORDER_STATUS_REJECTED\x10\x03\x12\x1a\n" +
-	"\x16ORDER_STATUS_CANCELLED\x10\x042\xca\x05\n" +
-	"\fOrderService\x12f\n" +
+	"\x16ORDER_STATUS_CANCELLED\x10\x042\xd1\x05\n" +
+	"\fOrderService\x12g\n" +
 	"\n" +
-	"PlaceOrder\x12\x1c.orders.v1.PlaceOrderRequest\x1a\x1d.orders.v1.PlaceOrderResponse\"\x1b\xfa\xe3\x18\x14\x1a\bcustomer\x1a\boperator\x90\x02\x02\x12`\n" +
-	"\bGetOrder\x12\x1a.orders.v1.GetOrderRequest\x1a\x1b.orders.v1.GetOrderResponse\"\x1b\xfa\xe3\x18\x14\x1a\bcustomer\x1a\boperator\x90\x02\x01\x12f\n" +
+	"PlaceOrder\x12\x1c.orders.v1.PlaceOrderRequest\x1a\x1d.orders.v1.PlaceOrderResponse\"\x1c\xfa\xe3\x18\x15\x1a\bcustomer\x1a\twarehouse\x90\x02\x02\x12a\n" +
+	"\bGetOrder\x12\x1a.orders.v1.GetOrderRequest\x1a\x1b.orders.v1.GetOrderResponse\"\x1c\xfa\xe3\x18\x15\x1a\bcustomer\x1a\twarehouse\x90\x02\x01\x12g\n" +
 	"\n" +
-	"ListOrders\x12\x1c.orders.v1.ListOrdersRequest\x1a\x1d.orders.v1.ListOrdersResponse\"\x1b\xfa\xe3\x18\x14\x1a\bcustomer\x1a\boperator\x90\x02\x01\x12m\n" +
-	"\vCancelOrder\x12\x1d.orders.v1.CancelOrderRequest\x1a\x1e.orders.v1.CancelOrderResponse\"\x1f\xfa\xe3\x18\x14\x1a\bcustomer\x1a\boperator\x80\xe4\x18\x01\x90\x02\x02\x12e\n" +
+	"ListOrders\x12\x1c.orders.v1.ListOrdersRequest\x1a\x1d.orders.v1.ListOrdersResponse\"\x1c\xfa\xe3\x18\x15\x1a\bcustomer\x1a\twarehouse\x90\x02\x01\x12n\n" +
+	"\vCancelOrder\x12\x1d.orders.v1.CancelOrderRequest\x1a\x1e.orders.v1.CancelOrderResponse\" \xfa\xe3\x18\x15\x1a\bcustomer\x1a\twarehouse\x80\xe4\x18\x01\x90\x02\x02\x12f\n" +
 	"\n" +
-	"WatchOrder\x12\x1c.orders.v1.WatchOrderRequest\x1a\x1d.orders.v1.WatchOrderResponse\"\x18\xfa\xe3\x18\x14\x1a\bcustomer\x1a\boperator0\x01\x12Z\n" +
-	"\bSetStock\x12\x1a.orders.v1.SetStockRequest\x1a\x1b.orders.v1.SetStockResponse\"\x15\xfa\xe3\x18\n" +
-	"\x1a\boperator\x80\xe4\x18\x01\x90\x02\x02\x12V\n" +
-	"\bGetStock\x12\x1a.orders.v1.GetStockRequest\x1a\x1b.orders.v1.GetStockResponse\"\x11\xfa\xe3\x18\n" +
-	"\x1a\boperator\x90\x02\x01B\x95\x01\n" +
+	"WatchOrder\x12\x1c.orders.v1.WatchOrderRequest\x1a\x1d.orders.v1.WatchOrderResponse\"\x19\xfa\xe3\x18\x15\x1a\bcustomer\x1a\twarehouse0\x01\x12[\n" +
+	"\bSetStock\x12\x1a.orders.v1.SetStockRequest\x1a\x1b.orders.v1.SetStockResponse\"\x16\xfa\xe3\x18\v\x1a\twarehouse\x80\xe4\x18\x01\x90\x02\x02\x12W\n" +
+	"\bGetStock\x12\x1a.orders.v1.GetStockRequest\x1a\x1b.orders.v1.GetStockResponse\"\x12\xfa\xe3\x18\v\x1a\twarehouse\x90\x02\x01B\x95\x01\n" +
 	"\rcom.orders.v1B\vOrdersProtoP\x01Z2example.com/orders/internal/gen/orders/v1;ordersv1\xa2\x02\x03OXX\xaa\x02\tOrders.V1\xca\x02\tOrders\\V1\xe2\x02\x15Orders\\V1\\GPBMetadata\xea\x02\n" +
 	"Orders::V1b\x06proto3"
 

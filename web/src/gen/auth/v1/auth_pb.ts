@@ -52,7 +52,7 @@ export const AccessSchema: GenMessage<Access> = /*@__PURE__*/
   messageDesc(file_auth_v1_auth, 0);
 
 /**
- * Who may call the method: option (auth.v1.access).roles = "operator";
+ * Who may call the method: option (auth.v1.access).roles = "customer";
  *
  * @generated from extension: auth.v1.Access access = 50751;
  */
