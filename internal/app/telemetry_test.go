@@ -308,7 +308,7 @@ func TestAlertsHaveRunbooks(t *testing.T) {
 func TestLogsHoldNoSecretsAndNoPayloads(t *testing.T) {
 	t.Parallel()
 	const canary, secret = "canaryinthepayload", "canaryinthepassword"
-	database, postgresURL := testenv.ProxyURL(t, withPassword(t, testenv.PostgresURL(t), secret))
+	database, postgresURL := testenv.ProxyURL(t, testenv.Login(t, testenv.PostgresURL(t), secret))
 	vhost := testenv.AMQP(t)
 	broker, amqpURL := testenv.ProxyURL(t, testenv.Management(t, vhost).User(".*", ".*", ".*"))
 	amqpSecret := passwordOf(t, amqpURL)

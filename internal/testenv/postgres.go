@@ -130,6 +130,45 @@ func As(t testing.TB, rawURL, role string) string {
 	return parsed.String()
 }
 
+// Login returns a database's URL for a superuser of the test's own with this password. A server may check passwords or
+// not: whoever names the servers decides that. The user is gone when the test ends.
+func Login(t testing.TB, rawURL, password string) string {
+	t.Helper()
+	parsed, err := url.Parse(rawURL)
+	if err != nil {
+		t.Fatalf("parse postgres url: %v", err)
+	}
+	name, maintenance := uniqueName(t), shared(t).maintenance
+	var create string
+	const statement = `SELECT format('CREATE ROLE %I SUPERUSER LOGIN PASSWORD %L', $1::text, $2::text)`
+	err = maintenance.QueryRow(t.Context(), statement, name, password).Scan(&create)
+	if err == nil {
+		_, err = maintenance.Exec(t.Context(), create)
+	}
+	if err != nil {
+		t.Fatalf("create user: %v", err)
+	}
+	t.Cleanup(func() { dropLogin(t, rawURL, name) })
+	parsed.User = url.UserPassword(name, password)
+	return parsed.String()
+}
+
+// dropLogin drops a user, who may have made something in the database.
+func dropLogin(t testing.TB, rawURL, name string) {
+	t.Helper()
+	ctx, cancel := cleanupContext()
+	defer cancel()
+	conn, err := pgx.Connect(ctx, rawURL)
+	if err != nil {
+		t.Errorf("drop user: %v", err)
+		return
+	}
+	defer conn.Close(ctx)
+	if _, err := conn.Exec(ctx, "DROP OWNED BY "+quote(name)+"; DROP ROLE "+quote(name)); err != nil {
+		t.Errorf("drop user: %v", err)
+	}
+}
+
 // With returns a URL with one more parameter, whether or not it has others: whoever names the servers decides that.
 func With(t testing.TB, rawURL, name, value string) string {
 	t.Helper()
