@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"io"
+	"math"
 	"net/http"
 	"net/url"
 	"runtime"
@@ -114,13 +115,18 @@ func largestJSON(input protoreflect.MessageDescriptor) map[string][]byte {
 // measure sends a request and fails if the answer or its cost is too large.
 func measure(t *testing.T, client *http.Client, address string, r request) {
 	t.Helper()
-	var before, after runtime.MemStats
-	runtime.ReadMemStats(&before)
-	res, body := exchange(t, client, r, http.MethodPost, address+r.procedure, nil)
-	runtime.ReadMemStats(&after)
-	checkSize(t, res, body)
-	if allocated := after.TotalAlloc - before.TotalAlloc; allocated > mostAllocated {
-		t.Errorf("%d bytes of request made the process allocate %d MiB", len(r.body), allocated>>20)
+	least := uint64(math.MaxUint64)
+	// What else goes on in the process and pools that the garbage collector has emptied can only add to it.
+	for try := 0; try < 3 && least > mostAllocated; try++ {
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		res, body := exchange(t, client, r, http.MethodPost, address+r.procedure, nil)
+		runtime.ReadMemStats(&after)
+		checkSize(t, res, body)
+		least = min(least, after.TotalAlloc-before.TotalAlloc)
+	}
+	if least > mostAllocated {
+		t.Errorf("%d bytes of request made the process allocate %d MiB", len(r.body), least>>20)
 	}
 }
 
