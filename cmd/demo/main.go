@@ -25,6 +25,7 @@ import (
 	"syscall"
 	"time"
 
+	"example.com/orders/internal/bounds"
 	"example.com/orders/internal/rabbit"
 	"github.com/alecthomas/kong"
 	"github.com/jackc/pgx/v5"
@@ -101,7 +102,7 @@ func main() {
 }
 
 func fail(status int, text string) {
-	fmt.Fprintf(os.Stderr, "demo: %s\n", text)
+	fmt.Fprintf(os.Stderr, "demo: %s\n", bounds.URLs(text))
 	os.Exit(status)
 }
 

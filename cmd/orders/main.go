@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"example.com/orders/internal/app"
+	"example.com/orders/internal/bounds"
 	"example.com/orders/internal/outbox"
 	"example.com/orders/internal/rabbit"
 	"example.com/orders/internal/telemetry"
@@ -270,7 +271,7 @@ func limitMemory(log *slog.Logger) {
 }
 
 func fail(status int, text string) {
-	text = strings.Join(strings.Fields(text), " ") // drivers break lines
+	text = bounds.URLs(strings.Join(strings.Fields(text), " ")) // drivers break lines
 	fmt.Fprintf(os.Stderr, "%s: %s\n", app.ServiceName, text)
 	os.Exit(status)
 }

@@ -190,6 +190,60 @@ func TestMissingURLsAreNamed(t *testing.T) {
 	}
 }
 
+// secretURLs are the settings that take a URL, each with a secret in every part that may hold one. Nobody listens there.
+var secretURLs = map[string]string{
+	"POSTGRES_URL":            "postgres://u:hunter2@127.0.0.1:1/d?options=-chunter2",
+	"POSTGRES_LISTEN_URL":     "postgres://u:hunter2@127.0.0.1:1/d?options=-chunter2",
+	"AMQP_URL":                "amqp://u:hunter2@127.0.0.1:1/?token=hunter2",
+	"RABBITMQ_MANAGEMENT_URL": "http://u:hunter2@127.0.0.1:1/?token=hunter2#hunter2",
+	"JWT_JWKS":                "https://hunter2:hunter2@127.0.0.1:1/keys?token=hunter2#hunter2",
+}
+
+// secretEnvironment is secretURLs with what goes along, OpenTelemetry's variables among it.
+func secretEnvironment() []string {
+	all := []string{"JWT_ISSUER=i", "JWT_AUDIENCE=a", "LOG_LEVEL=debug", "AMQP_USERS_PASSWORD=hunter2", "OTEL_BSP_SCHEDULE_DELAY=10",
+		"OTEL_EXPORTER_OTLP_ENDPOINT=http://hunter2:hunter2@127.0.0.1:1/?token=hunter2", "OTEL_EXPORTER_OTLP_HEADERS=authorization=hunter2"}
+	for name, value := range secretURLs {
+		all = append(all, name+"="+value)
+	}
+	return all
+}
+
+// Whatever fails, no process and no command shows the secrets of a URL, neither in its log nor in its output.
+func TestNothingShowsTheSecretsOfURLs(t *testing.T) {
+	t.Parallel()
+	for _, one := range settingsOf(newParser(new(cli)).Model) {
+		if name := one.flags[0].Envs[0]; secretURLs[name] == "" && strings.Contains(name+one.flags[0].Help, "URL") {
+			t.Errorf("%s takes a URL: add it to secretURLs", name)
+		}
+	}
+	for _, name := range []string{"api", "relay", "consumer", "console", "all"} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			p := startProcess(t, name, secretEnvironment()...)
+			p.shows = func(log string) {
+				if strings.Contains(log, "hunter2") {
+					t.Errorf("%s shows a secret:\n%s", name, log)
+				}
+				if name == "api" && !strings.Contains(log, "127.0.0.1:1/keys?…") {
+					t.Errorf("%s does not say which keys cannot be fetched:\n%s", name, log)
+				}
+			}
+			p.says(t, "database")
+		})
+	}
+	for _, command := range []string{
+		"doctor", "doctor --json", "migrate", "topology --declare", "topology --declare --users=x", "outbox status", "outbox replay --since=1h",
+		"dead list", "consumer ls", "rpc ls", "rpc call --amqp a.B/C", "rpc call --http=http://u:hunter2@127.0.0.1:1/?hunter2 a.B/C",
+		"healthcheck http://u:hunter2@127.0.0.1:1/?hunter2", "api --amqp-url=http://u:hunter2@h?hunter2", "api --jwks=ftp://u:hunter2@h?hunter2",
+	} {
+		status, stdout, stderr := call(t, secretEnvironment(), strings.Fields(command)...)
+		if status == 0 || strings.Contains(stdout+stderr, "hunter2") {
+			t.Errorf("%s: exit status %d, %s%s", command, status, stdout, stderr)
+		}
+	}
+}
+
 func TestFailuresAreOneLineToo(t *testing.T) {
 	t.Parallel()
 	for command, environment := range map[string]string{

@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"os/exec"
 	"slices"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -18,7 +19,8 @@ import (
 type started struct {
 	name, url string
 	ended     chan error
-	log       bytes.Buffer // to be read once it has ended
+	log       bytes.Buffer     // to be read once it has ended
+	shows     func(log string) // looks at log then, if set
 }
 
 // startProcess starts a command that runs until it is told to stop, at the end of the test at the latest.
@@ -27,7 +29,10 @@ func startProcess(t *testing.T, name string, environment ...string) *started {
 	ops := testenv.FreeAddress(t)
 	p := &started{name: name, url: "http://" + ops, ended: make(chan error, 1)}
 	command := exec.Command(binary(), name)
-	command.Env, command.Stderr = append(environment, "LISTEN="+testenv.FreeAddress(t), "OPS_LISTEN="+ops, "INSECURE_NO_AUTH=true"), &p.log
+	command.Env, command.Stderr = append(environment, "LISTEN="+testenv.FreeAddress(t), "OPS_LISTEN="+ops), &p.log
+	if !slices.ContainsFunc(environment, func(one string) bool { return strings.HasPrefix(one, "JWT_") }) {
+		command.Env = append(command.Env, "INSECURE_NO_AUTH=true")
+	}
 	if err := command.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -36,6 +41,9 @@ func startProcess(t *testing.T, name string, environment ...string) *started {
 		_ = command.Process.Signal(syscall.SIGTERM) // it may have ended
 		if err := <-p.ended; err != nil || t.Failed() {
 			t.Errorf("%s: %v\n%s", name, err, &p.log)
+		}
+		if p.shows != nil {
+			p.shows(p.log.String())
 		}
 	})
 	return p

@@ -10,9 +10,11 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"strings"
 	"sync"
 	"time"
 
+	"example.com/orders/internal/bounds"
 	"example.com/orders/internal/reload"
 	"github.com/MicahParks/keyfunc/v3"
 )
@@ -61,6 +63,9 @@ func NewKeySet(source string) (*KeySet, error) {
 		}
 		return &KeySet{url: source, client: client, hint: make(chan struct{}, 1)}, nil
 	}
+	if strings.Contains(source, "://") {
+		return nil, errors.New("JWKS: a URL needs https, and a file is named by its path") // an error of the file would show it
+	}
 	file, err := reload.New(func() (keyfunc.Keyfunc, error) {
 		text, err := os.ReadFile(source)
 		if err != nil {
@@ -92,7 +97,7 @@ func (s *KeySet) Run(ctx context.Context) {
 	for ctx.Err() == nil {
 		pause := refreshEvery
 		if err := s.fetch(ctx); err != nil {
-			slog.WarnContext(ctx, "keys of the token issuer cannot be fetched", "url", s.url, "error", err)
+			slog.WarnContext(ctx, "keys of the token issuer cannot be fetched", "url", bounds.URLs(s.url), "error", bounds.URLs(err.Error()))
 			pause = refetchAfter
 		}
 		s.rest(ctx, pause)

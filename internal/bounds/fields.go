@@ -1,4 +1,5 @@
-// Package bounds limits what one message can cost: the memory that decoding takes, and the size of what an error tells.
+// Package bounds limits what one message can cost and what errors and logs tell: the memory that decoding takes, the size
+// of an error, and the parts of a URL that may be secret.
 // Transports and consumers share it, so that no way in is wider than another.
 package bounds
 

@@ -35,7 +35,7 @@ var domain = []string{"internal/orders", "internal/gen/orders", "cmd/demo"}
 // arrows says which packages of the core each package may import. What is not listed may import nothing of ours.
 var arrows = map[string][]string{
 	"cmd/orders": {
-		"internal/app", "internal/auth", "internal/deadletter", "internal/inbox", "internal/messaging", "internal/ops", "internal/outbox", "internal/postgres", "internal/rabbit",
+		"internal/app", "internal/auth", "internal/bounds", "internal/deadletter", "internal/inbox", "internal/messaging", "internal/ops", "internal/outbox", "internal/postgres", "internal/rabbit",
 		"internal/rabbitrpc", "internal/rpcserver", "internal/telemetry", "migrations",
 	},
 	"cmd/stack": {"internal/localstack"},
@@ -57,8 +57,9 @@ var arrows = map[string][]string{
 		"internal/messaging", "internal/operations", "internal/ops", "internal/outbox", "internal/postgres", "internal/rabbit",
 	},
 	"internal/rabbit":        {"internal/failpoint", "internal/messaging"},
+	"internal/telemetry":     {"internal/bounds"},
 	"internal/rabbitrpc":     {"internal/bounds", "internal/rabbit"},
-	"internal/auth":          {"internal/gen/auth/v1", "internal/reload"},
+	"internal/auth":          {"internal/bounds", "internal/gen/auth/v1", "internal/reload"},
 	"internal/reload":        {},
 	"internal/rpcserver":     {"internal/auth", "internal/bounds", "internal/outbox", "internal/postgres", "internal/reload"},
 	"internal/testenv":       {"internal/localstack", "internal/session", "migrations"},

@@ -44,7 +44,7 @@ func Dial(ctx context.Context, url, name string) (*Connection, error) {
 	properties.SetClientConnectionName(cmp.Or(name, "unnamed"))
 	uri, err := amqp.ParseURI(url)
 	if err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrNotConnected, err)
+		return nil, fmt.Errorf("%w: %w", ErrNotConnected, errNoURL)
 	}
 	var network *gatheringConn
 	stop := func() bool { return true }
@@ -106,8 +106,13 @@ func Check(ctx context.Context, url string) error {
 	return nil
 }
 
-// ValidateURL says whether url is one that Dial could use.
+// errNoURL stands for the library's error, which shows the URL.
+var errNoURL = errors.New("not an AMQP URL")
+
+// ValidateURL says whether url is one that Dial could use. Its error does not show the URL.
 func ValidateURL(url string) error {
-	_, err := amqp.ParseURI(url)
-	return err
+	if _, err := amqp.ParseURI(url); err != nil {
+		return errNoURL
+	}
+	return nil
 }

@@ -166,6 +166,15 @@ func newManagementAPI(managementURL, amqpURL string) (*managementAPI, error) {
 	return api, nil
 }
 
+// askFailed is the error of a request without the URL that net/http quotes: a query may hold a secret.
+func askFailed(err error) error {
+	var failed *url.Error
+	if errors.As(err, &failed) {
+		err = failed.Err
+	}
+	return fmt.Errorf("ask the management API: %w", err)
+}
+
 // queue returns what the API says about a queue, or nothing if there is none.
 func (m *managementAPI) queue(ctx context.Context, name string) (state queueState, err error) {
 	target := m.base.JoinPath("api", "queues", url.PathEscape(m.vhost), url.PathEscape(name))
@@ -176,7 +185,7 @@ func (m *managementAPI) queue(ctx context.Context, name string) (state queueStat
 	request.SetBasicAuth(m.user, m.password)
 	response, err := m.client.Do(request)
 	if err != nil {
-		return state, fmt.Errorf("ask the management API: %w", err)
+		return state, askFailed(err)
 	}
 	defer response.Body.Close()
 	switch response.StatusCode {

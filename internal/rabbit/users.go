@@ -58,7 +58,7 @@ func (m *managementAPI) put(ctx context.Context, content any, names ...string) e
 	request.Header.Set("Content-Type", "application/json")
 	response, err := m.client.Do(request)
 	if err != nil {
-		return fmt.Errorf("ask the management API: %w", err)
+		return askFailed(err)
 	}
 	if err := response.Body.Close(); err != nil {
 		return err

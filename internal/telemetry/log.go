@@ -5,17 +5,19 @@ import (
 	"errors"
 	"io"
 	"log/slog"
+	"net/url"
 	"regexp"
 	"strings"
 
+	"example.com/orders/internal/bounds"
 	"github.com/jackc/pgx/v5/pgconn"
 	"go.opentelemetry.io/otel/trace"
 )
 
 // NewLogger makes a logger that writes lines to w, as "json" or, with any other format, as "text". Each line that is logged within a
-// trace says which: trace_id and span_id.
+// trace says which: trace_id and span_id. URLs lose user info, query and fragment.
 func NewLogger(w io.Writer, format string, level slog.Level) *slog.Logger {
-	options := &slog.HandlerOptions{Level: level, ReplaceAttr: withoutValues}
+	options := &slog.HandlerOptions{Level: level, ReplaceAttr: withoutSecrets}
 	if format == "json" {
 		return slog.New(traced{slog.NewJSONHandler(w, options)})
 	}
@@ -24,6 +26,18 @@ func NewLogger(w io.Writer, format string, level slog.Level) *slog.Logger {
 
 // encodeError is how pgx says that it cannot send an argument, which it quotes.
 var encodeError = regexp.MustCompile(`(?s)(failed to encode args\[\d+\]):.*`)
+
+// withoutSecrets is the last to see what is logged, so that no line shows the secrets of a URL, whoever logs it.
+func withoutSecrets(groups []string, attr slog.Attr) slog.Attr {
+	attr = withoutValues(groups, attr)
+	switch value := attr.Value.Any().(type) {
+	case string:
+		attr.Value = slog.StringValue(bounds.URLs(value))
+	case *url.URL:
+		attr.Value = slog.StringValue(bounds.URLs(value.String()))
+	}
+	return attr
+}
 
 // withoutValues takes the values out of errors: Postgres quotes them where it cannot take them (class 22), or where something was raised
 // about them (P0001), and so does pgx. The SQLSTATE stays.
