@@ -66,7 +66,11 @@ func TestConsumeWhenTheConnectionFails(t *testing.T) {
 		_ = p.Close()
 		testenv.Management(t, url).CloseConnections()
 		mustPublish(t, p, texts(1, 1)...)
-		got.next(t, 1)
+		for last := ""; last != "1"; { // the first one comes again if its ack was not sent yet
+			for _, one := range receive(t, got) {
+				last = textOf(t, one.Payload)
+			}
+		}
 	})
 }
 
