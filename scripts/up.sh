@@ -22,7 +22,7 @@ bin/orders migrate
 password_file=.stack/dev/broker-password
 [ -s "$password_file" ] || (umask 077; head -c 24 /dev/urandom | base64 >"$password_file")
 password=$(cat "$password_file")
-AMQP_USERS_PASSWORD=$password bin/orders topology --declare --users=orders >/dev/null
+AMQP_USERS_PASSWORD=$password bin/orders topology --declare --users "orders" >/dev/null
 
 # at_broker PROCESS is the broker's URL for the user of a process, whose password is in AMQP_PASSWORD.
 at_broker() { sed "s|//[^@/]*@|//orders-$1@|" <<<"$AMQP_URL"; }
