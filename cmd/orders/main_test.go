@@ -209,7 +209,7 @@ func secretEnvironment() []string {
 	return all
 }
 
-// Whatever fails, no process and no command shows the secrets of a URL, neither in its log nor in its output.
+// No process and no command shows the secrets of a URL, whatever fails: neither in its log nor in its output.
 func TestNothingShowsTheSecretsOfURLs(t *testing.T) {
 	t.Parallel()
 	for _, one := range settingsOf(newParser(new(cli)).Model) {

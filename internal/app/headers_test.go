@@ -156,7 +156,7 @@ func TestPagesOfOtherOriginsCanUseEverything(t *testing.T) {
 	}
 }
 
-// Whoever lacks credentials hears which ones are accepted, over each protocol.
+// A caller without credentials is told which ones are accepted, over each protocol.
 func TestUnauthenticatedNamesTheWaysIn(t *testing.T) {
 	t.Parallel()
 	_, lines := apiKeys(t, "customer")

@@ -11,7 +11,7 @@ import (
 	"example.com/orders/internal/probe"
 )
 
-// However many slow calls with keys one caller makes, those of another go on.
+// Keyed calls of one caller go on while another makes any number of slow ones.
 func TestOneCallersSlowCallsDoNotHoldUpOthers(t *testing.T) {
 	t.Parallel()
 	b := setup(t)

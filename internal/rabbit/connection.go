@@ -96,7 +96,7 @@ func (c *Connection) Cut() { c.network.cut() }
 // is that of a write, here or in an earlier call, and means the end of the connection.
 func (c *Connection) Gather(fn func()) error { return c.network.gather(fn) }
 
-// Check connects and says whether the broker is there. Who asks again and again uses a Gauge.
+// Check connects and says whether the broker is there. Use a Gauge to ask repeatedly.
 func Check(ctx context.Context, url string) error {
 	conn, err := Dial(ctx, url, "health check")
 	if err != nil {

@@ -185,7 +185,7 @@ func valuesOf(t *testing.T, deliveries []messaging.Delivery) []string {
 	return values
 }
 
-// However many deliveries the broker may hand out, those that are here and not handled have a bounded size.
+// A consumer bounds the bytes of its unhandled deliveries, however many the broker may hand out.
 func TestDeliveriesAreBoundedInBytes(t *testing.T) {
 	t.Parallel()
 	url, p := setUp(t)

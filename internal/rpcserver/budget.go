@@ -23,7 +23,7 @@ const (
 )
 
 // Budget bounds the memory that the requests of a process hold at once, whatever they came by: from their first byte to the end of their call.
-// Who holds back the end of a message goes on paying for what has arrived. A nil Budget bounds nothing.
+// A caller that holds back the end of a message keeps paying for what has arrived. A nil Budget bounds nothing.
 type Budget struct {
 	size, share int64
 

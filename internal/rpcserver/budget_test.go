@@ -141,7 +141,7 @@ func TestOneCallerHasAShareOfTheBudget(t *testing.T) {
 	}
 }
 
-// What a message inflates to is paid for like what arrives, until its call ends.
+// A call pays for the inflated message as it does for what arrives, until it ends.
 func TestInflatedMessagesArePaidFor(t *testing.T) {
 	t.Parallel()
 	budget := rpcserver.NewBudget(64*mebibyte, 4*mebibyte)

@@ -84,7 +84,7 @@ func TestHealthFollowsWhatEachServiceNeeds(t *testing.T) {
 	}
 }
 
-// However many ask, a check runs once at a time, and not again for a second.
+// A check runs once at a time, and at most once a second, however many ask.
 func TestProbesShareOneCheck(t *testing.T) {
 	t.Parallel()
 	const probes = 50

@@ -9,7 +9,7 @@ import (
 	"google.golang.org/protobuf/types/descriptorpb"
 )
 
-// What JSON names must exist, wherever it stands. What JSON does not name may be anything.
+// Names of enum values must exist wherever they stand. Unknown fields may hold anything.
 func TestUnknownNamesOfEnums(t *testing.T) {
 	t.Parallel()
 	file, health := new(descriptorpb.FileDescriptorProto), new(healthv1.HealthListResponse)

@@ -22,7 +22,7 @@ const (
 	maxProcedure = 255
 )
 
-// cutQuoted cuts the values that an error would quote. What is cut was not usable before.
+// cutQuoted cuts the values that an error would quote. Values of that length were unusable anyway.
 func cutQuoted(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		for _, name := range quotedHeaders {
