@@ -67,6 +67,9 @@ func largest(spec connect.Spec, input protoreflect.MessageDescriptor) map[string
 			bodies = largestJSON(input)
 		}
 		for name, body := range bodies {
+			if e.rpc && !strings.HasSuffix(name, "_allowed_empty") { // the others are decoded as by Connect
+				continue
+			}
 			if e.framed {
 				body = append(binary.BigEndian.AppendUint32([]byte{0}, uint32(len(body))), body...)
 			}
@@ -236,6 +239,9 @@ func TestCompressedWrongRequests(t *testing.T) {
 			continue
 		}
 		for name, body := range largestBinary(method.Input()) {
+			if !strings.HasSuffix(name, "_empty") {
+				continue
+			}
 			t.Run(spec.Procedure+"/"+name, func(t *testing.T) {
 				var packed bytes.Buffer
 				zip := gzip.NewWriter(&packed)
