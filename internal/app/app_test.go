@@ -118,6 +118,10 @@ func TestUnreadableMessagesAreKept(t *testing.T) {
 	effects := effectsIn(t, db)
 	await(t, "consumer", serve(t, RunConsumer, config), http.StatusOK)
 	await(t, "relay", serve(t, RunRelay, config), http.StatusOK)
+	if err := send(t.Context(), db, "key", "first"); err != nil {
+		t.Fatal(err)
+	}
+	effects(1) // by now exchange and queues are there
 	conn, err := amqp.Dial(config.AMQPURL)
 	if err != nil {
 		t.Fatal(err)
@@ -140,7 +144,7 @@ func TestUnreadableMessagesAreKept(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	effects(10)
+	effects(11)
 	testenv.Eventually(t, 20*time.Second, func() error {
 		var n int
 		err := db.QueryRow(t.Context(), `
