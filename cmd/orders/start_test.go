@@ -70,7 +70,7 @@ func (p *started) says(t *testing.T, missing ...string) {
 	})
 }
 
-// Whatever starts first, in the end all is ready, and nothing has ended meanwhile: processes wait for servers, roles and schema, and migrate waits for
+// Processes may start in any order: in the end all are ready, and none has ended meanwhile: processes wait for servers, roles and schema, and migrate waits for
 // its server. Here the server knows not even the roles at first.
 func TestAnyOrderOfStart(t *testing.T) {
 	t.Parallel()

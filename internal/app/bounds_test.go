@@ -30,7 +30,7 @@ const (
 	readMaxBytes  = 4 << 20
 )
 
-// Whatever a caller sends to any procedure, the refusal has a size that a constant bounds, and so has the memory it takes.
+// Every refusal has a size that a constant bounds, and so has the memory that its call takes.
 // It does not run in parallel: it measures what the process allocates.
 func TestLargestWrongRequests(t *testing.T) {
 	a := startAPI(t, Edge{NoAuth: true})
@@ -119,7 +119,7 @@ func largestJSON(input protoreflect.MessageDescriptor) map[string][]byte {
 func measure(t *testing.T, client *http.Client, address string, r request) {
 	t.Helper()
 	least := uint64(math.MaxUint64)
-	// What else goes on in the process and pools that the garbage collector has emptied can only add to it.
+	// Other work of the process, and pools that the garbage collector has emptied, can only add to it.
 	for try := 0; try < 3 && least > mostAllocated; try++ {
 		var before, after runtime.MemStats
 		runtime.ReadMemStats(&before)

@@ -207,7 +207,8 @@ func wantCode(access *authv1.Access, role string) connect.Code {
 	return connect.CodePermissionDenied
 }
 
-// What is served says who may call it: otherwise it is closed, as TestAccess shows, and the mistake is found here. No role opens both API and console.
+// Every procedure declares who may call it; one that does not is closed, as TestAccess shows, and this test finds it. No
+// role opens both API and console.
 func TestEveryProcedureDeclaresAccess(t *testing.T) {
 	t.Parallel()
 	var ofConsole []string

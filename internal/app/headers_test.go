@@ -130,7 +130,7 @@ func TestPagesOfOtherOriginsCanUseEverything(t *testing.T) {
 		}
 	}
 	for _, name := range written {
-		// What the code sets on a request that it makes itself is read elsewhere.
+		// Headers of the code's own requests are read elsewhere.
 		if !has(listedOut, name) && !has(listed, name) {
 			t.Errorf("%s is written to answers, and the Headers of no package names it: a page of an allowed origin could not see it", name)
 		}

@@ -23,7 +23,8 @@ func list(n int, value string) []byte {
 	return bytes.Repeat(element, n)
 }
 
-// Whatever is decoded costs a constant: messages with too many fields are refused, and those with as many as allowed are not.
+// Decoding costs at most a constant: messages with too many fields are refused, and those with as many as allowed are
+// not.
 func TestFieldsAreCounted(t *testing.T) {
 	packed := protowire.AppendBytes(protowire.AppendTag(nil, 1, protowire.BytesType), make([]byte, bounds.MaxFields+1))
 	nested := protowire.AppendBytes(protowire.AppendTag(nil, 6, protowire.BytesType), list(bounds.MaxFields, ""))

@@ -62,7 +62,7 @@ func hold(t *testing.T, server *running, secret string, size int) (answered <-ch
 
 const mebibyte = 1 << 20
 
-// What arrives is bounded in sum, although nobody sends too much: callers that hold back the end of their messages cannot fill the memory, and one
+// The sum of what arrives is bounded, although nobody sends too much: callers that hold back the end of their messages cannot fill the memory, and one
 // caller cannot take what others need.
 func TestHeldBodiesAreBounded(t *testing.T) {
 	t.Parallel()
