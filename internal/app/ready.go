@@ -12,9 +12,9 @@ import (
 	"example.com/orders/migrations"
 )
 
-// openReadiness opens the one connection that readiness asks Postgres over. Calls that wait for a lock, as during a migration, may hold all others: a
-// process that could not ask then would call the database away, and all replicas would do so at once. It goes past a pooler if there is a way,
-// whose connections are used up in the same manner.
+// openReadiness opens the connection that readiness alone uses. Calls that wait for a lock, such as a migration's, may
+// hold all others; readiness would then report the database away on every replica at once. The connection bypasses a
+// pooler where a direct URL is known, since a pooler runs out in the same way.
 func (p *process) openReadiness(ctx context.Context) (err error) {
 	p.readyDB, err = postgres.Open(ctx, postgres.Config{
 		URL: p.config.notifyURL(), MaxConns: 1, ApplicationName: ServiceName + " readiness of " + p.name,
@@ -47,8 +47,8 @@ func (p *process) checkDatabase() func(context.Context) error {
 	}
 }
 
-// checkSchema returns a check that this binary's migrations are applied. Once they are, they stay so, and it asks no more: whatever locks the
-// table of versions then makes no process less ready. If the database does not answer, that is said by another check.
+// checkSchema returns a check that this binary's migrations are applied. It asks no more once they are, so a lock on the
+// table of versions makes no process less ready. Another check reports a database that does not answer.
 func (p *process) checkSchema() func(context.Context) error {
 	var applied atomic.Bool
 	return func(ctx context.Context) error {

@@ -39,7 +39,8 @@ func Unmarshal(body []byte, message proto.Message) error {
 // smallBody is the size in bytes up to which a body is not worth being looked at.
 const smallBody = 4 << 10
 
-// Fields returns how many fields body, in protobuf's binary encoding of a message, has at most, or ErrTooManyFields.
+// Fields returns how many fields body has, in protobuf's binary encoding of a message, or ErrTooManyFields. It estimates
+// the number for a small body.
 func Fields(body []byte, message proto.Message) (int, error) {
 	if len(body) <= smallBody {
 		return len(body) / 2, nil
