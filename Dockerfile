@@ -11,7 +11,7 @@ ARG TARGETOS TARGETARCH
 # As in the Makefile: the same commit gives the same bytes, wherever it is built.
 RUN --mount=type=cache,target=/go/pkg/mod --mount=type=cache,target=/cache \
     GOCACHE=/cache CGO_ENABLED=0 GOOS=$TARGETOS GOARCH=$TARGETARCH \
-    go build -trimpath -buildvcs=false -ldflags "-s -w -X main.version=$VERSION" -o /out/ ./cmd/orders
+    go build -trimpath -buildvcs=false -ldflags "-s -w -X main.version=$VERSION" -o /out/ ./cmd/shop
 
 # example
 # Places orders and balances what became of them.
@@ -32,9 +32,9 @@ ENTRYPOINT ["/demo"]
 # /example
 
 # Last, so that it is what `docker build .` makes.
-FROM base AS orders
-COPY --from=build /out/orders /orders
+FROM base AS shop
+COPY --from=build /out/shop /shop
 ENV LISTEN=:8080 OPS_LISTEN=:9180
 EXPOSE 8080 9180
-ENTRYPOINT ["/orders"]
+ENTRYPOINT ["/shop"]
 CMD ["all"]

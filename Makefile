@@ -61,25 +61,25 @@ bench: $(STACK) build ## Against RabbitMQ's own ceiling and against peers, 25 mi
 	@$(if $(ROWS),,$(QUOTE))
 
 # Pages that quote benchmarks take the numbers from docs/benchmarks.md.
-QUOTE := go test -count=1 -run '^TestBenchmarksAreQuotedAsTheyAre$$' ./internal/house -update
+QUOTE := go test -count=1 -run '^TestBenchmarksAreQuotedAsTheyAre$$' ./internal/dev/architecture -update
 # /example
 
 docs: $(STACK) ## Write what pages take from the code
-	$(STACK) --profile test -- go test -count=1 -run '^TestConfigurationPage$$' ./cmd/orders -update
+	$(STACK) --profile test -- go test -count=1 -run '^TestConfigurationPage$$' ./cmd/shop -update
 # example
 	$(QUOTE)
 # /example
 
-build: ## Build bin/orders
-	$(BUILD) -o bin/orders ./cmd/orders
+build: ## Build bin/shop
+	$(BUILD) -o bin/shop ./cmd/shop
 
 reproducible: ## Build this commit twice from nothing, and compare
 	bash scripts/reproducible.sh '$(VERSION)'
 
-image: ## Build the container image orders:VERSION
-	docker build --build-arg VERSION=$(VERSION) --target orders -t orders:$(VERSION) .
+image: ## Build the container image shop:VERSION
+	docker build --build-arg VERSION=$(VERSION) --target shop -t shop:$(VERSION) .
 # example
-	docker build --build-arg VERSION=$(VERSION) --target load -t orders-load:$(VERSION) .
+	docker build --build-arg VERSION=$(VERSION) --target load -t shop-load:$(VERSION) .
 # /example
 
 # Docker's default driver can make neither an SBOM nor an image for two platforms: `docker buildx create --use` makes a builder that can.

@@ -1,4 +1,4 @@
-module example.com/orders
+module example.com/shop
 
 go 1.26.8
 

@@ -5,8 +5,8 @@ import (
 	"fmt"
 	"time"
 
-	"example.com/orders/internal/messaging"
-	"example.com/orders/internal/rabbit"
+	"example.com/shop/internal/messaging"
+	"example.com/shop/internal/rabbit"
 	"golang.org/x/sync/errgroup"
 	throttle "golang.org/x/time/rate"
 )

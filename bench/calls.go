@@ -9,10 +9,10 @@ import (
 
 	"connectrpc.com/connect/v2"
 	"connectrpc.com/connect/v2/connecthttp"
-	operationsv1 "example.com/orders/internal/gen/operations/v1"
-	"example.com/orders/internal/gen/operations/v1/operationsv1connect"
-	"example.com/orders/internal/gen/orders/v1/ordersv1connect"
-	"example.com/orders/internal/rabbit"
+	"example.com/shop/internal/gen/orders/v1/ordersv1connect"
+	operationsv1 "example.com/shop/internal/gen/shop/operations/v1"
+	"example.com/shop/internal/gen/shop/operations/v1/operationsv1connect"
+	"example.com/shop/internal/rabbit"
 )
 
 var callsRow = row{
@@ -94,7 +94,7 @@ func calls(processes []string, callers int, pause time.Duration, call func(c *ca
 }
 
 // serviceTopology is what the service's processes declare.
-var serviceTopology = rabbit.Topology{Exchange: exchange, Queues: []rabbit.Queue{{Name: "orders.fulfillment"}, {Name: "orders.notifications"}, {Name: "orders.operations"}}}
+var serviceTopology = rabbit.Topology{Exchange: exchange, Queues: []rabbit.Queue{{Name: "shop.fulfillment"}, {Name: "shop.notifications"}, {Name: "shop.operations"}}}
 
 func freeAddress() (string, error) {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")

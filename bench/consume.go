@@ -6,9 +6,9 @@ import (
 	"fmt"
 	"time"
 
-	"example.com/orders/internal/inbox"
-	"example.com/orders/internal/postgres"
-	"example.com/orders/internal/rabbit"
+	"example.com/shop/internal/inbox"
+	"example.com/shop/internal/postgres"
+	"example.com/shop/internal/rabbit"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 	amqp "github.com/rabbitmq/amqp091-go"

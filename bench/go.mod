@@ -1,10 +1,10 @@
-module example.com/orders/bench
+module example.com/shop/bench
 
 go 1.26.8
 
 require (
 	connectrpc.com/connect/v2 v2.0.2
-	example.com/orders v0.0.0
+	example.com/shop v0.0.0
 	github.com/ThreeDotsLabs/watermill v1.5.1
 	github.com/ThreeDotsLabs/watermill-amqp/v3 v3.0.2
 	github.com/ThreeDotsLabs/watermill-sql/v3 v3.1.0
@@ -75,4 +75,4 @@ require (
 	google.golang.org/grpc v1.85.0 // indirect
 )
 
-replace example.com/orders => ../
+replace example.com/shop => ../

@@ -9,7 +9,7 @@ import (
 	"strings"
 	"time"
 
-	"example.com/orders/internal/rabbit"
+	"example.com/shop/internal/rabbit"
 	"github.com/jackc/pgx/v5"
 )
 

@@ -28,7 +28,7 @@ type runCommand struct {
 	Rows   []string `arg:"" optional:"" help:"Rows to measure; all of them if none is named."`
 	Rounds int      `default:"5" help:"Runs of each contestant."`
 	Quick  bool     `help:"A tenth of the messages: to try things out, not to quote."`
-	Binary string   `default:"bin/orders" help:"The service's binary, for the rows that measure whole processes."`
+	Binary string   `default:"bin/shop" help:"The service's binary, for the rows that measure whole processes."`
 	Out    string   `help:"Write the table to this file too."`
 }
 

@@ -6,8 +6,8 @@ import (
 	"sync"
 	"time"
 
-	"example.com/orders/internal/messaging"
-	"example.com/orders/internal/rabbit"
+	"example.com/shop/internal/messaging"
+	"example.com/shop/internal/rabbit"
 	"golang.org/x/sync/errgroup"
 )
 

@@ -6,9 +6,9 @@ import (
 	"fmt"
 	"time"
 
-	"example.com/orders/internal/messaging"
-	"example.com/orders/internal/outbox"
-	"example.com/orders/internal/postgres"
+	"example.com/shop/internal/messaging"
+	"example.com/shop/internal/outbox"
+	"example.com/shop/internal/postgres"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"golang.org/x/sync/errgroup"

@@ -7,10 +7,10 @@ import (
 	"os/exec"
 	"time"
 
-	"example.com/orders/internal/messaging"
-	"example.com/orders/internal/outbox"
-	"example.com/orders/internal/postgres"
-	"example.com/orders/internal/rabbit"
+	"example.com/shop/internal/messaging"
+	"example.com/shop/internal/outbox"
+	"example.com/shop/internal/postgres"
+	"example.com/shop/internal/rabbit"
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 

@@ -9,9 +9,9 @@ import (
 	"syscall"
 	"time"
 
-	"example.com/orders/internal/postgres"
-	"example.com/orders/internal/rabbit"
-	"example.com/orders/migrations"
+	"example.com/shop/internal/postgres"
+	"example.com/shop/internal/rabbit"
+	"example.com/shop/migrations"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 	amqp "github.com/rabbitmq/amqp091-go"

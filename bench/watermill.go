@@ -6,7 +6,7 @@ import (
 	"errors"
 	"time"
 
-	"example.com/orders/internal/messaging"
+	"example.com/shop/internal/messaging"
 	"github.com/ThreeDotsLabs/watermill"
 	wamqp "github.com/ThreeDotsLabs/watermill-amqp/v3/pkg/amqp"
 	wsql "github.com/ThreeDotsLabs/watermill-sql/v3/pkg/sql"

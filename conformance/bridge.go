@@ -8,10 +8,10 @@ import (
 
 	"connectrpc.com/connect/v2"
 	"connectrpc.com/connect/v2/connecthttp"
-	conformancev1 "example.com/orders/conformance/gen/connectrpc/conformance/v1"
-	"example.com/orders/conformance/gen/connectrpc/conformance/v1/conformancev1connect"
-	"example.com/orders/internal/rabbitrpc"
-	"example.com/orders/internal/unary"
+	conformancev1 "example.com/shop/conformance/gen/connectrpc/conformance/v1"
+	"example.com/shop/conformance/gen/connectrpc/conformance/v1/conformancev1connect"
+	"example.com/shop/internal/rabbitrpc"
+	"example.com/shop/internal/unary"
 )
 
 // newBridge returns an HTTP server that forwards unary calls over RabbitMQ. It has no limit and no opinion of its

@@ -1,10 +1,10 @@
-module example.com/orders/conformance
+module example.com/shop/conformance
 
 go 1.26.8
 
 require (
 	connectrpc.com/connect/v2 v2.0.2
-	example.com/orders v0.0.0
+	example.com/shop v0.0.0
 	golang.org/x/sync v0.24.0
 	google.golang.org/protobuf v1.36.12
 )
@@ -87,4 +87,4 @@ require (
 
 tool connectrpc.com/conformance/cmd/connectconformance
 
-replace example.com/orders => ../
+replace example.com/shop => ../

@@ -7,7 +7,7 @@
 // The first line calls the API over HTTP. The second calls it over RabbitMQ, through an HTTP server that does nothing
 // but forward unary calls; all replicas share the service's queue, hence one at a time.
 //
-// It takes Postgres from POSTGRES_URL, with the schema of `orders migrate`, and RabbitMQ from AMQP_URL.
+// It takes Postgres from POSTGRES_URL, with the schema of `shop migrate`, and RabbitMQ from AMQP_URL.
 package main
 
 import (
@@ -24,10 +24,10 @@ import (
 	"syscall"
 	"time"
 
-	conformancev1 "example.com/orders/conformance/gen/connectrpc/conformance/v1"
-	"example.com/orders/internal/app"
-	"example.com/orders/internal/rabbitrpc"
-	"example.com/orders/internal/rpcserver"
+	conformancev1 "example.com/shop/conformance/gen/connectrpc/conformance/v1"
+	"example.com/shop/internal/app"
+	"example.com/shop/internal/rabbitrpc"
+	"example.com/shop/internal/rpcserver"
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/protobuf/proto"
 )

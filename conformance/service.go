@@ -9,8 +9,8 @@ import (
 	"connectrpc.com/connect/v2"
 	"connectrpc.com/connect/v2/connecthttp"
 	"connectrpc.com/connect/v2/connectproto"
-	conformancev1 "example.com/orders/conformance/gen/connectrpc/conformance/v1"
-	"example.com/orders/conformance/gen/connectrpc/conformance/v1/conformancev1connect"
+	conformancev1 "example.com/shop/conformance/gen/connectrpc/conformance/v1"
+	"example.com/shop/conformance/gen/connectrpc/conformance/v1/conformancev1connect"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
 )

@@ -9,8 +9,8 @@ import (
 	"strings"
 	"testing"
 
-	"example.com/orders/internal/testenv"
-	"example.com/orders/migrations"
+	"example.com/shop/internal/dev/testenv"
+	"example.com/shop/migrations"
 	"github.com/jackc/pgx/v5"
 )
 

@@ -3,19 +3,19 @@
 -- +goose Up
 
 -- Who does what to the tables: each process logs in as one of these, and may do what its code does and no more. Roles belong to
--- the whole cluster. They have no passwords: give them some, or let pg_hba.conf say how they prove who they are. app_all is for
+-- the whole cluster. They have no passwords: give them some, or let pg_hba.conf say how they prove who they are. shop_all is for
 -- the processes in one.
 -- +goose StatementBegin
 DO $$
 DECLARE
     name text;
 BEGIN
-    FOREACH name IN ARRAY '{app_api,app_relay,app_consumer,app_operator,app_all}'::text[] LOOP
+    FOREACH name IN ARRAY '{shop_api,shop_relay,shop_consumer,shop_operator,shop_all}'::text[] LOOP
         CONTINUE WHEN EXISTS (SELECT FROM pg_roles WHERE rolname = name);
         BEGIN
             EXECUTE format('CREATE ROLE %I LOGIN', name);
-            IF name = 'app_all' THEN
-                GRANT app_api, app_relay, app_consumer, app_operator TO app_all;
+            IF name = 'shop_all' THEN
+                GRANT shop_api, shop_relay, shop_consumer, shop_operator TO shop_all;
             END IF;
         EXCEPTION
             WHEN duplicate_object OR unique_violation THEN
@@ -31,7 +31,7 @@ $$;
 
 -- Clocks step. So a stored time is believed only as far as it can be true, and never further in the future than its own
 -- interval: one that was written before the clock was set back would stand in the way until the clock comes there
--- again. Everything that compares a stored time with now does so through these functions; internal/house holds the list
+-- again. Everything that compares a stored time with now does so through these functions; internal/dev/architecture holds the list
 -- of exceptions.
 
 -- Whether a lease, or another sign of life, holds that was given until expires_at for so long.
@@ -707,23 +707,23 @@ REVOKE EXECUTE ON FUNCTION
     FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION
     outbox_insert(uuid[], text[], text[], bytea[], jsonb[]), outbox_schedule, outbox_unschedule
-    TO app_api, app_consumer, app_operator;
-GRANT INSERT ON outbox_message TO app_api, app_consumer, app_operator;
-GRANT EXECUTE ON FUNCTION outbox_measure TO app_api, app_relay, app_operator;
-GRANT EXECUTE ON FUNCTION outbox_sweep, outbox_move_due TO app_relay;
-GRANT EXECUTE ON FUNCTION outbox_set_shards, outbox_repair TO app_operator;
-GRANT EXECUTE ON FUNCTION sequences_behind, outbox_stray_shards TO app_relay, app_consumer, app_operator;
+    TO shop_api, shop_consumer, shop_operator;
+GRANT INSERT ON outbox_message TO shop_api, shop_consumer, shop_operator;
+GRANT EXECUTE ON FUNCTION outbox_measure TO shop_api, shop_relay, shop_operator;
+GRANT EXECUTE ON FUNCTION outbox_sweep, outbox_move_due TO shop_relay;
+GRANT EXECUTE ON FUNCTION outbox_set_shards, outbox_repair TO shop_operator;
+GRANT EXECUTE ON FUNCTION sequences_behind, outbox_stray_shards TO shop_relay, shop_consumer, shop_operator;
 
-GRANT SELECT ON outbox TO app_relay;
-GRANT SELECT, UPDATE ON outbox_cursor TO app_relay;
-GRANT SELECT, INSERT, UPDATE, DELETE ON outbox_relay TO app_relay;
-GRANT INSERT, SELECT (consumer, reason, resolution) ON dead_letter TO app_relay;
-GRANT SELECT, INSERT ON dead_letter TO app_consumer;
-GRANT SELECT ON outbox, outbox_cursor, outbox_relay, outbox_backlog, outbox_scheduled, dead_letter, dead_letter_audit TO app_operator;
+GRANT SELECT ON outbox TO shop_relay;
+GRANT SELECT, UPDATE ON outbox_cursor TO shop_relay;
+GRANT SELECT, INSERT, UPDATE, DELETE ON outbox_relay TO shop_relay;
+GRANT INSERT, SELECT (consumer, reason, resolution) ON dead_letter TO shop_relay;
+GRANT SELECT, INSERT ON dead_letter TO shop_consumer;
+GRANT SELECT ON outbox, outbox_cursor, outbox_relay, outbox_backlog, outbox_scheduled, dead_letter, dead_letter_audit TO shop_operator;
 -- A process is not ready before the schema is the one that it was built for.
-GRANT SELECT ON goose_db_version TO app_api, app_relay, app_consumer, app_operator;
-GRANT UPDATE (resolution, resolved_at) ON dead_letter TO app_operator;
-GRANT INSERT ON dead_letter_audit TO app_operator;
+GRANT SELECT ON goose_db_version TO shop_api, shop_relay, shop_consumer, shop_operator;
+GRANT UPDATE (resolution, resolved_at) ON dead_letter TO shop_operator;
+GRANT INSERT ON dead_letter_audit TO shop_operator;
 
 -- +goose Down
 DROP FUNCTION outbox_repair, outbox_unschedule, outbox_move_due, outbox_schedule, outbox_measure, outbox_sweep, outbox_slot_delivered, outbox_set_shards,

@@ -210,14 +210,14 @@ CREATE TRIGGER operator_audit_guard_rows BEFORE UPDATE OR DELETE ON operator_aud
 CREATE TRIGGER operator_audit_guard_table BEFORE TRUNCATE ON operator_audit FOR EACH STATEMENT EXECUTE FUNCTION dead_letter_guard();
 
 REVOKE EXECUTE ON FUNCTION inbox_sweep, inbox_bury, inbox_retry_join, inbox_retry_promote FROM PUBLIC;
-GRANT EXECUTE ON FUNCTION inbox_sweep TO app_consumer;
-GRANT EXECUTE ON FUNCTION inbox_bury TO app_operator;
-GRANT SELECT, INSERT, UPDATE ON inbox TO app_consumer;
-GRANT SELECT, INSERT, UPDATE, DELETE ON inbox_retry, inbox_consumer TO app_consumer;
-GRANT SELECT ON inbox_pause TO app_consumer;
-GRANT SELECT, INSERT ON inbox, inbox_retry, operator_audit TO app_operator;
-GRANT SELECT ON inbox_consumer TO app_operator;
-GRANT SELECT, INSERT, DELETE ON inbox_pause TO app_operator;
+GRANT EXECUTE ON FUNCTION inbox_sweep TO shop_consumer;
+GRANT EXECUTE ON FUNCTION inbox_bury TO shop_operator;
+GRANT SELECT, INSERT, UPDATE ON inbox TO shop_consumer;
+GRANT SELECT, INSERT, UPDATE, DELETE ON inbox_retry, inbox_consumer TO shop_consumer;
+GRANT SELECT ON inbox_pause TO shop_consumer;
+GRANT SELECT, INSERT ON inbox, inbox_retry, operator_audit TO shop_operator;
+GRANT SELECT ON inbox_consumer TO shop_operator;
+GRANT SELECT, INSERT, DELETE ON inbox_pause TO shop_operator;
 
 -- +goose Down
 DROP TABLE operator_audit, inbox_consumer, inbox_pause, inbox_retry, inbox;

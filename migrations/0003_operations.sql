@@ -21,7 +21,7 @@ CREATE TABLE operation (
     signature       bytea       NOT NULL,
     state           text        NOT NULL DEFAULT 'pending',
     attempts        integer     NOT NULL DEFAULT 0,
-    -- A google.protobuf.Any, and an operations.v1.Status; while the call runs, that of its last attempt.
+    -- A google.protobuf.Any, and an shop.operations.v1.Status; while the call runs, that of its last attempt.
     response        bytea,
     error           bytea,
     created_at      timestamptz NOT NULL DEFAULT clock_timestamp(),
@@ -112,15 +112,15 @@ $$;
 -- +goose StatementEnd
 
 REVOKE EXECUTE ON FUNCTION operation_sweep, operation_cancel, idempotency_key_sweep FROM PUBLIC;
-GRANT EXECUTE ON FUNCTION operation_cancel TO app_operator;
-GRANT EXECUTE ON FUNCTION operation_sweep TO app_consumer;
-GRANT EXECUTE ON FUNCTION idempotency_key_sweep TO app_api;
+GRANT EXECUTE ON FUNCTION operation_cancel TO shop_operator;
+GRANT EXECUTE ON FUNCTION operation_sweep TO shop_consumer;
+GRANT EXECUTE ON FUNCTION idempotency_key_sweep TO shop_api;
 -- Workers insert, too: a handler may stage another call.
-GRANT SELECT, INSERT ON operation TO app_api, app_consumer;
-GRANT UPDATE (state, request, error, ended_at) ON operation TO app_api;
-GRANT UPDATE (state, request, response, error, attempts, started_at, ended_at) ON operation TO app_consumer;
-GRANT SELECT ON operation TO app_operator;
-GRANT SELECT, INSERT, UPDATE (response) ON idempotency_key TO app_api;
+GRANT SELECT, INSERT ON operation TO shop_api, shop_consumer;
+GRANT UPDATE (state, request, error, ended_at) ON operation TO shop_api;
+GRANT UPDATE (state, request, response, error, attempts, started_at, ended_at) ON operation TO shop_consumer;
+GRANT SELECT ON operation TO shop_operator;
+GRANT SELECT, INSERT, UPDATE (response) ON idempotency_key TO shop_api;
 
 -- +goose Down
 DROP FUNCTION idempotency_key_sweep, operation_cancel, operation_sweep;

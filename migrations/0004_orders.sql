@@ -65,10 +65,10 @@ CREATE TABLE notifications (
 CREATE INDEX notifications_by_order ON notifications (order_id);
 
 -- What the API may do, consumers may, too: they execute its durable calls.
-GRANT SELECT, INSERT, UPDATE ON orders, stock TO app_api, app_consumer;
-GRANT SELECT, INSERT ON order_lines TO app_api, app_consumer;
-GRANT SELECT, INSERT, DELETE ON reservations TO app_consumer;
-GRANT INSERT ON notifications TO app_consumer;
+GRANT SELECT, INSERT, UPDATE ON orders, stock TO shop_api, shop_consumer;
+GRANT SELECT, INSERT ON order_lines TO shop_api, shop_consumer;
+GRANT SELECT, INSERT, DELETE ON reservations TO shop_consumer;
+GRANT INSERT ON notifications TO shop_consumer;
 
 -- +goose Down
 

@@ -13,7 +13,7 @@ import (
 	"io/fs"
 	"sync"
 
-	"example.com/orders/internal/session"
+	"example.com/shop/internal/session"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/jackc/pgx/v5/stdlib"

@@ -7,8 +7,8 @@ import (
 	"sync"
 	"testing"
 
-	"example.com/orders/internal/testenv"
-	"example.com/orders/migrations"
+	"example.com/shop/internal/dev/testenv"
+	"example.com/shop/migrations"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/jackc/pgx/v5/stdlib"

@@ -6,7 +6,7 @@ import (
 	"strings"
 	"testing"
 
-	"example.com/orders/internal/testenv"
+	"example.com/shop/internal/dev/testenv"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 )
@@ -19,7 +19,7 @@ const (
 
 // mayNot is, for each role, what it must be refused. What it needs is tried by every other test that runs under it.
 var mayNot = map[string][]string{
-	"app_api": {
+	"shop_api": {
 		// Past the key locks, or what others sent.
 		`INSERT INTO outbox (shard, message_id, type, payload) VALUES (0, outbox_uuidv7(), 't.T', '')`,
 		`SELECT FROM outbox`, `UPDATE outbox SET payload = ''`, `DELETE FROM outbox`, `TRUNCATE outbox`, `SELECT FROM outbox_slot_0`,
@@ -32,7 +32,7 @@ var mayNot = map[string][]string{
 		`UPDATE operation SET response = ''`, `UPDATE operation SET caller = 'another'`, `UPDATE operation SET identity = ''`, `DELETE FROM operation`,
 		`SELECT operation_sweep('0')`, `UPDATE idempotency_key SET request_hash = ''`, `DELETE FROM idempotency_key`,
 	},
-	"app_relay": {
+	"shop_relay": {
 		// It carries messages, and can neither make nor change any.
 		insertOne, insertCall, insertMany, `INSERT INTO outbox (shard, message_id, type, payload) VALUES (0, outbox_uuidv7(), 't.T', '')`,
 		`UPDATE outbox SET payload = ''`, `DELETE FROM outbox`, `TRUNCATE outbox`, `INSERT INTO outbox_cursor (shard) VALUES (1)`,
@@ -41,7 +41,7 @@ var mayNot = map[string][]string{
 		`SELECT payload FROM dead_letter`, `UPDATE dead_letter SET resolution = 'discarded'`, `DELETE FROM dead_letter`, `SELECT FROM dead_letter_audit`,
 		`SELECT FROM operation`, `SELECT operation_sweep('0')`, `SELECT FROM idempotency_key`, `SELECT idempotency_key_sweep('0')`,
 	},
-	"app_consumer": {
+	"shop_consumer": {
 		`SELECT FROM outbox`, `INSERT INTO outbox (shard, message_id, type, payload) VALUES (0, outbox_uuidv7(), 't.T', '')`, `UPDATE outbox SET payload = ''`,
 		`DELETE FROM outbox`, `TRUNCATE outbox`, `SELECT FROM outbox_cursor`, `SELECT outbox_measure('1s')`, `SELECT outbox_sweep('0')`,
 		`SELECT outbox_move_due(1)`, `SELECT outbox_set_shards(2)`, `SELECT outbox_repair()`,
@@ -54,7 +54,7 @@ var mayNot = map[string][]string{
 		`DELETE FROM inbox_pause`, `INSERT INTO inbox_pause (consumer, actor, reason) VALUES ('c', 'a', 'r')`, `SELECT FROM operator_audit`,
 		`SELECT inbox_bury('c', 'k', true, '')`, `SELECT operation_cancel(outbox_uuidv7(), '')`,
 	},
-	"app_operator": {
+	"shop_operator": {
 		`INSERT INTO outbox (shard, message_id, type, payload) VALUES (0, outbox_uuidv7(), 't.T', '')`, `UPDATE outbox SET payload = ''`, `DELETE FROM outbox`,
 		`UPDATE outbox_cursor SET delivered = pg_current_snapshot()`, `DELETE FROM inbox`, `UPDATE inbox SET copies = 1`, `DELETE FROM inbox_retry`,
 		// The letters and their record stay as they are.
@@ -69,7 +69,7 @@ var mayNot = map[string][]string{
 var everyone = []string{
 	`CREATE TABLE mine ()`, `DROP TABLE outbox`, `ALTER TABLE outbox DISABLE TRIGGER ALL`, `ALTER TABLE dead_letter DISABLE TRIGGER dead_letter_guard_rows`,
 	`CREATE OR REPLACE FUNCTION outbox_shard(key text, message_id uuid) RETURNS smallint LANGUAGE sql RETURN 1::smallint`,
-	`CREATE ROLE mine`, `GRANT app_relay TO app_api`, `SET ROLE postgres`, `UPDATE goose_db_version SET is_applied = false`,
+	`CREATE ROLE mine`, `GRANT shop_relay TO shop_api`, `SET ROLE postgres`, `UPDATE goose_db_version SET is_applied = false`,
 	`COPY (SELECT 1) TO PROGRAM 'true'`,
 }
 
@@ -95,7 +95,7 @@ func TestWhatRolesMayNotDo(t *testing.T) {
 func TestRolesAreNarrow(t *testing.T) {
 	t.Parallel()
 	url := testenv.PostgresURL(t)
-	conn := as(t, url, "app_operator")
+	conn := as(t, url, "shop_operator")
 	var wrong []string
 	err := conn.QueryRow(t.Context(), `
 		SELECT coalesce(array_agg(found), '{}') FROM (
@@ -134,11 +134,11 @@ func TestTheCallersSearchPathDecidesNothing(t *testing.T) {
 		CREATE TABLE trap.outbox_message (LIKE public.outbox);
 		CREATE OPERATOR trap.<> (LEFTARG = text, RIGHTARG = text, FUNCTION = trap.spring);
 		CREATE OPERATOR trap.~ (LEFTARG = text, RIGHTARG = text, FUNCTION = trap.spring);
-		GRANT USAGE ON SCHEMA trap TO app_api`)
+		GRANT USAGE ON SCHEMA trap TO shop_api`)
 	if err != nil {
 		t.Fatal(err)
 	}
-	conn := as(t, db.Config().ConnString(), "app_api")
+	conn := as(t, db.Config().ConnString(), "shop_api")
 	if _, err := conn.Exec(t.Context(), `SET search_path = trap, pg_catalog, public`); err != nil {
 		t.Fatal(err)
 	}

@@ -9,7 +9,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 orders=${SMOKE_ORDERS:-800}
-export COMPOSE_PROJECT_NAME=orders-smoke COMPOSE_PROFILES= COMPOSE_MENU=0
+export COMPOSE_PROJECT_NAME=shop-smoke COMPOSE_PROFILES= COMPOSE_MENU=0
 export API_PORT=${API_PORT:-18080} CONSOLE_PORT=${CONSOLE_PORT:-18090} POSTGRES_PORT=${POSTGRES_PORT:-15433} AMQP_PORT=${AMQP_PORT:-15674} RABBITMQ_MANAGEMENT_PORT=${RABBITMQ_MANAGEMENT_PORT:-15675}
 # Any text will do for a password.
 export POSTGRES_PASSWORD='p@ss/w:1' APP_PASSWORD='ab/cd+e=' RABBITMQ_PASSWORD='p@ss#%41?' AMQP_APP_PASSWORD='&x=[1]%'
@@ -40,7 +40,7 @@ finish() {
 
 up() { compose up --wait --wait-timeout 180 "${replicas[@]}" "$@"; }
 
-query() { compose exec -T postgres psql -U orders -d orders -Atc "$1"; }
+query() { compose exec -T postgres psql -U shop -d shop -Atc "$1"; }
 
 # expect WHAT WANT GOT
 expect() { [ "$2" = "$3" ] || { echo "$1: want $2, got $3"; return 1; }; }
@@ -81,8 +81,8 @@ for process in api relay consumer console; do
   done
 done
 expect 'replicas of relay and consumer' '2 3' "$(compose ps -q relay | wc -l) $(compose ps -q consumer | wc -l)"
-expect 'logins' 'app_api app_consumer app_operator app_relay' \
-  "$(query "SELECT string_agg(DISTINCT usename, ' ' ORDER BY usename) FROM pg_stat_activity WHERE application_name LIKE 'orders %'")"
+expect 'logins' 'shop_api shop_consumer shop_operator shop_relay' \
+  "$(query "SELECT string_agg(DISTINCT usename, ' ' ORDER BY usename) FROM pg_stat_activity WHERE application_name LIKE 'shop %'")"
 
 say "$orders orders, and all relays, consumers and the API killed meanwhile"
 mapfile -t processes < <(compose ps -q api relay consumer)
@@ -102,8 +102,8 @@ sed -n '/Ledger/,$p' "$scratch/load"
 healthy
 
 # By now the relay has connected, too. The console comes and goes.
-expect 'logins at the broker' 'orders-consumer orders-relay' \
-  "$(compose exec -T rabbitmq rabbitmqctl -q list_connections user | grep ^orders | grep -v console | sort -u | paste -sd ' ')"
+expect 'logins at the broker' 'shop-consumer shop-relay' \
+  "$(compose exec -T rabbitmq rabbitmqctl -q list_connections user | grep ^shop | grep -v console | sort -u | paste -sd ' ')"
 
 say 'the broker is killed while orders come'
 broker=$(compose ps -q rabbitmq)

@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 go -C conformance build -o ../.stack/bin/conformance .
 go -C conformance build -o ../.stack/bin/connectconformance connectrpc.com/conformance/cmd/connectconformance
-go run ./cmd/orders migrate
+go run ./cmd/shop migrate
 
 failed=()
 # suite NAME SERVER... runs the cases of one transport.

@@ -12,5 +12,5 @@ for folder in one another/one; do
 done
 make -s -C "$scratch/one" build VERSION="$1"
 GOCACHE=$scratch/cache make -s -C "$scratch/another/one" build VERSION="$1"
-cmp "$scratch/one/bin/orders" "$scratch/another/one/bin/orders"
-sha256sum <"$scratch/one/bin/orders" | sed "s|-|bin/orders $1, twice|"
+cmp "$scratch/one/bin/shop" "$scratch/another/one/bin/shop"
+sha256sum <"$scratch/one/bin/shop" | sed "s|-|bin/shop $1, twice|"

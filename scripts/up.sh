@@ -17,43 +17,43 @@ as() {
 }
 
 eval "$($stack up)"
-bin/orders migrate
+bin/shop migrate
 # A user of the broker for each process, which may do what the process does and no more.
 password_file=.stack/dev/broker-password
 [ -s "$password_file" ] || (umask 077; head -c 24 /dev/urandom | base64 >"$password_file")
 password=$(cat "$password_file")
-AMQP_USERS_PASSWORD=$password bin/orders topology --declare --users "orders" >/dev/null
+AMQP_USERS_PASSWORD=$password bin/shop topology --declare --users "shop" >/dev/null
 
 # at_broker PROCESS is the broker's URL for the user of a process, whose password is in AMQP_PASSWORD.
-at_broker() { sed "s|//[^@/]*@|//orders-$1@|" <<<"$AMQP_URL"; }
+at_broker() { sed "s|//[^@/]*@|//shop-$1@|" <<<"$AMQP_URL"; }
 # One key for whoever tries it out; the service keeps its hash only. A key with other roles, of an older version, is replaced.
 keys=.stack/dev/api-keys key_file=.stack/dev/api-key roles=(customer operator)
 # example
 roles+=(warehouse)
 # /example
 if ! grep -qs "^dev:$(IFS=,; echo "${roles[*]}"):" "$keys" || [ ! -s "$key_file" ]; then
-  made=$(bin/orders apikey new dev "${roles[@]}")
+  made=$(bin/shop apikey new dev "${roles[@]}")
   (umask 077; awk '$1 == "line:" { print $2 }' <<<"$made" >"$keys"; awk '$1 == "key:" { print $2 }' <<<"$made" >"$key_file")
 fi
 # API and consumer sign and check the callers of durable calls with the same key; operations that wait keep it in use.
 call_key=.stack/dev/call-key
 [ -s "$call_key" ] || (umask 077; head -c 32 /dev/urandom | base64 >"$call_key")
 export AMQP_PASSWORD=$password TOPOLOGY=given
-LISTEN=$api OPS_LISTEN=$api_ops POSTGRES_URL=$(as app_api) AMQP_URL=$(at_broker rpc-server) API_KEYS_FILE=$keys \
-  CALL_KEYS=$(cat "$call_key") RPC_OVER_RABBITMQ=true $stack daemon api -- bin/orders api
-OPS_LISTEN=$relay_ops POSTGRES_URL=$(as app_relay) AMQP_URL=$(at_broker relay) $stack daemon relay -- bin/orders relay
-OPS_LISTEN=$consumer_ops POSTGRES_URL=$(as app_consumer) AMQP_URL=$(at_broker consumer) CALL_KEYS=$(cat "$call_key") \
-  $stack daemon consumer -- bin/orders consumer
-LISTEN=$console OPS_LISTEN=$console_ops POSTGRES_URL=$(as app_operator) AMQP_URL=$(at_broker console) API_KEYS_FILE=$keys \
-  $stack daemon console -- bin/orders console
+LISTEN=$api OPS_LISTEN=$api_ops POSTGRES_URL=$(as shop_api) AMQP_URL=$(at_broker rpc-server) API_KEYS_FILE=$keys \
+  CALL_KEYS=$(cat "$call_key") RPC_OVER_RABBITMQ=true $stack daemon api -- bin/shop api
+OPS_LISTEN=$relay_ops POSTGRES_URL=$(as shop_relay) AMQP_URL=$(at_broker relay) $stack daemon relay -- bin/shop relay
+OPS_LISTEN=$consumer_ops POSTGRES_URL=$(as shop_consumer) AMQP_URL=$(at_broker consumer) CALL_KEYS=$(cat "$call_key") \
+  $stack daemon consumer -- bin/shop consumer
+LISTEN=$console OPS_LISTEN=$console_ops POSTGRES_URL=$(as shop_operator) AMQP_URL=$(at_broker console) API_KEYS_FILE=$keys \
+  $stack daemon console -- bin/shop console
 for address in $api_ops $relay_ops $consumer_ops $console_ops; do
   for try in $(seq 100); do
-    if bin/orders healthcheck "http://$address/readyz" 2>/dev/null; then
+    if bin/shop healthcheck "http://$address/readyz" 2>/dev/null; then
       continue 2
     fi
     sleep 0.1
   done
-  bin/orders healthcheck "http://$address/readyz" || { echo "see .stack/dev/log" >&2; exit 1; }
+  bin/shop healthcheck "http://$address/readyz" || { echo "see .stack/dev/log" >&2; exit 1; }
 done
 
 cat <<TEXT

@@ -1,4 +1,4 @@
-module example.com/orders/tools
+module example.com/shop/tools
 
 go 1.26.8
 

@@ -13,8 +13,8 @@ import (
 	"testing"
 	"time"
 
-	"example.com/orders/internal/app"
-	"example.com/orders/internal/testenv"
+	"example.com/shop/internal/app"
+	"example.com/shop/internal/dev/testenv"
 	"github.com/jackc/pgx/v5"
 )
 

@@ -28,7 +28,7 @@ type demo struct {
 
 // run does everything from the build to the ledger, and tells whether the ledger balances.
 func run(ctx context.Context, flags cli, screen *screen) (balanced bool, err error) {
-	dir, err := os.MkdirTemp("", "orders-demo-")
+	dir, err := os.MkdirTemp("", "shop-demo-")
 	if err != nil {
 		return false, err
 	}
@@ -48,7 +48,7 @@ func run(ctx context.Context, flags cli, screen *screen) (balanced bool, err err
 	}()
 
 	binary := filepath.Join(dir, "orders")
-	screen.event("building cmd/orders")
+	screen.event("building cmd/shop")
 	if err := build(ctx, binary); err != nil {
 		return false, err
 	}

@@ -9,10 +9,10 @@ import (
 	"slices"
 	"time"
 
-	"example.com/orders/internal/changes"
-	"example.com/orders/internal/inbox"
-	"example.com/orders/internal/orders"
-	"example.com/orders/internal/rabbit"
+	"example.com/shop/internal/changes"
+	"example.com/shop/internal/inbox"
+	"example.com/shop/internal/orders"
+	"example.com/shop/internal/rabbit"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 )

@@ -25,7 +25,7 @@ func balanced() facts {
 		notifications: []notification{{"one", "confirmed"}, {"two", "rejected"}, {"three", "confirmed"}},
 		stock:         []stock{{SKU: "apple", Total: 10, Free: 7, Reserved: 3, Held: 3, Confirmed: 3}},
 		initial:       map[string]int{"apple": 10},
-		queued:        map[string]int{"orders.fulfillment": 0},
+		queued:        map[string]int{"shop.fulfillment": 0},
 		groups: map[string]string{
 			eventPlaced: "fulfillment", eventCancelled: "fulfillment", eventConfirmed: "notifications", eventRejected: "notifications",
 		},
@@ -73,7 +73,7 @@ func TestJudge(t *testing.T) {
 		{"a parked message", func(f *facts) { f.published, f.parked = 6, 1 }, rowPublished, "1 parked", "outbox_cursor"},
 		{"a dead letter", func(f *facts) { f.deadLetters = 1 }, rowDead, "1 dead", "dead_letter"},
 		{"a retry that waits", func(f *facts) { f.retrying = 1 }, rowLeft, "wait for a retry", "inbox_retry"},
-		{"a message left on a queue", func(f *facts) { f.queued["orders.fulfillment"] = 2 }, rowLeft, "2 messages", "orders.fulfillment"},
+		{"a message left on a queue", func(f *facts) { f.queued["shop.fulfillment"] = 2 }, rowLeft, "2 messages", "shop.fulfillment"},
 	}
 	for _, defect := range defects {
 		t.Run(defect.name, func(t *testing.T) {

@@ -15,8 +15,8 @@ import (
 
 	"connectrpc.com/connect/v2"
 	"connectrpc.com/connect/v2/connecthttp"
-	ordersv1 "example.com/orders/internal/gen/orders/v1"
-	"example.com/orders/internal/gen/orders/v1/ordersv1connect"
+	ordersv1 "example.com/shop/internal/gen/orders/v1"
+	"example.com/shop/internal/gen/orders/v1/ordersv1connect"
 	"golang.org/x/sync/errgroup"
 )
 

@@ -25,8 +25,8 @@ import (
 	"syscall"
 	"time"
 
-	"example.com/orders/internal/bounds"
-	"example.com/orders/internal/rabbit"
+	"example.com/shop/internal/bounds"
+	"example.com/shop/internal/rabbit"
 	"github.com/alecthomas/kong"
 	"github.com/jackc/pgx/v5"
 	amqp "github.com/rabbitmq/amqp091-go"

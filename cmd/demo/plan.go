@@ -7,7 +7,7 @@ import (
 	"math/rand/v2"
 	"time"
 
-	ordersv1 "example.com/orders/internal/gen/orders/v1"
+	ordersv1 "example.com/shop/internal/gen/orders/v1"
 	"github.com/google/uuid"
 )
 

@@ -24,8 +24,8 @@ import (
 	"syscall"
 	"time"
 
-	"example.com/orders/internal/auth"
-	"example.com/orders/internal/rabbit"
+	"example.com/shop/internal/auth"
+	"example.com/shop/internal/rabbit"
 )
 
 var processNames = []string{"api", "relay", "consumer"}
@@ -43,11 +43,11 @@ const (
 func build(ctx context.Context, binary string) error {
 	self, ok := debug.ReadBuildInfo()
 	if !ok {
-		return errors.New("build cmd/orders: this program does not know its own module")
+		return errors.New("build cmd/shop: this program does not know its own module")
 	}
-	output, err := exec.CommandContext(ctx, "go", "build", "-o", binary, self.Main.Path+"/cmd/orders").CombinedOutput()
+	output, err := exec.CommandContext(ctx, "go", "build", "-o", binary, self.Main.Path+"/cmd/shop").CombinedOutput()
 	if err != nil {
-		return fmt.Errorf("build cmd/orders: %w\n%s", err, output)
+		return fmt.Errorf("build cmd/shop: %w\n%s", err, output)
 	}
 	return nil
 }
@@ -150,7 +150,7 @@ func (f *fleet) prepare(ctx context.Context, box *sandbox) error {
 		return fmt.Errorf("topology: %w", err)
 	}
 	for _, name := range processNames {
-		f.own[name] = []string{"POSTGRES_URL=" + box.withRole("app_"+name)}
+		f.own[name] = []string{"POSTGRES_URL=" + box.withRole("shop_"+name)}
 		if permissions, ok := topology.Permissions[name]; ok {
 			amqpURL, err := box.addUser(ctx, name, permissions)
 			if err != nil {

@@ -14,7 +14,7 @@ import (
 	"strings"
 	"time"
 
-	"example.com/orders/internal/rabbit"
+	"example.com/shop/internal/rabbit"
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
 	amqp "github.com/rabbitmq/amqp091-go"

@@ -12,9 +12,9 @@ import (
 func TestWithDatabase(t *testing.T) {
 	t.Parallel()
 	for _, given := range []string{
-		"postgres://user:p%40ss@db.example:5433/orders",
+		"postgres://user:p%40ss@db.example:5433/shop",
 		"postgresql://user:p%40ss@db.example:5433",
-		"postgres://user:p%40ss@db.example:5433/orders?dbname=orders&sslmode=disable",
+		"postgres://user:p%40ss@db.example:5433/shop?dbname=orders&sslmode=disable",
 		"host=db.example port=5433 user=user password=p@ss dbname=orders",
 	} {
 		changed, err := withDatabase(given, "orders_demo_1")

@@ -22,11 +22,9 @@ var serviceShape = regexp.MustCompile(`^[a-z][a-z0-9]{1,29}$`)
 var reserved = map[string]string{
 	"template0": "a database of Postgres", "template1": "a database of Postgres", "postgres": "a database of Postgres", "rabbitmq": "a service of docker-compose.yml",
 	"internal": "a folder that Go gives a meaning", "testdata": "a folder that Go gives a meaning", "vendor": "a folder that Go gives a meaning",
-	"main": "a package that nobody can import", "test": "a target of make and a command of Go", "buf": "a folder of proto/", "google": "a protobuf package",
+	"test": "a target of make and a command of Go", "buf": "a folder of proto/", "google": "a protobuf package",
 	"bench": "a folder of the template", "conformance": "a folder of the template", "tools": "a folder of the template", "web": "a folder of the template", "migrations": "a package of the template",
 	"load": "an image of the template", "api": "a process of the service", "relay": "a process of the service", "consumer": "a process of the service",
-	"db": "a variable of internal/app/domain.go", "out": "a variable of internal/app/domain.go", "hub": "a variable of internal/app/domain.go",
-	"domain": "a type of internal/app/domain.go", "group": "a type of internal/app/domain.go", "connect": "an import of internal/app/domain.go", "pgxpool": "an import of internal/app/domain.go",
 	"true": "a value in YAML", "false": "a value in YAML", "yes": "a value in YAML", "no": "a value in YAML", "on": "a value in YAML", "off": "a value in YAML", "null": "a value in YAML",
 }
 

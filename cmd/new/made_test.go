@@ -72,7 +72,7 @@ func TestMadeWithTheExample(t *testing.T) {
 	}
 	s.run(`make lint
 		make -s .stack/bin/stack
-		.stack/bin/stack --profile test -- go test -race -count=1 ./cmd/pay/ ./cmd/demo/ ./internal/app/ ./internal/house/ ./internal/pay/... ./migrations/
+		.stack/bin/stack --profile test -- go test -race -count=1 ./cmd/pay/ ./cmd/demo/ ./internal/app/ ./internal/dev/architecture/ ./internal/orders/... ./migrations/
 		.stack/bin/stack --profile test -- go run ./cmd/demo --orders 400`)
 }
 
@@ -82,17 +82,17 @@ func TestMadeByGonew(t *testing.T) {
 	proxy := t.TempDir()
 	s.run(fmt.Sprintf(`
 		GOBIN=%[1]s/bin go install golang.org/x/tools/cmd/gonew@v0.52.0
-		versions=%[1]s/example.com/orders/@v
+		versions=%[1]s/example.com/shop/@v
 		mkdir -p "$versions"
 		cp go.mod "$versions/v0.1.0.mod"
 		echo '{"Version": "v0.1.0", "Time": "2026-01-01T00:00:00Z"}' >"$versions/v0.1.0.info"
 		echo v0.1.0 >"$versions/list"
-		git archive --prefix=example.com/orders@v0.1.0/ -o "$versions/v0.1.0.zip" HEAD $(git ls-files | grep -v '^bench/\|^conformance/\|^tools/')
-		GOPROXY=file://%[1]s GONOSUMDB='*' GOFLAGS=-modcacherw GOMODCACHE=%[1]s/cache %[1]s/bin/gonew example.com/orders@v0.1.0 github.com/acme/gone ../gone
+		git archive --prefix=example.com/shop@v0.1.0/ -o "$versions/v0.1.0.zip" HEAD $(git ls-files | grep -v '^bench/\|^conformance/\|^tools/')
+		GOPROXY=file://%[1]s GONOSUMDB='*' GOFLAGS=-modcacherw GOMODCACHE=%[1]s/cache %[1]s/bin/gonew example.com/shop@v0.1.0 github.com/acme/gone ../gone
 		cd ../gone
 		go vet ./...
 		go build -o .stack/bin/stack ./cmd/stack
-		.stack/bin/stack --profile test -- go test -count=1 ./cmd/orders/ ./cmd/demo/ ./internal/app/ ./internal/house/ ./internal/orders/ ./migrations/
+		.stack/bin/stack --profile test -- go test -count=1 ./cmd/shop/ ./cmd/demo/ ./internal/app/ ./internal/dev/architecture/ ./internal/orders/ ./migrations/
 		.stack/bin/stack --profile test -- go run ./cmd/demo --orders 400`, proxy))
 }
 

@@ -28,9 +28,9 @@ func (o *order) rewritten(name, text string) (string, error) {
 	case name == "CHANGELOG.md":
 		return changelog, nil
 	case name == "internal/app/domain.go" && o.bare:
-		return strings.ReplaceAll(bareDomain, "MODULE", o.module), nil
+		return bareDomain, nil
 	}
-	if o.bare && name == measured[0] {
+	if o.bare && name == "docs/benchmarks.md" {
 		text = strings.Replace(text, "\n\n", "\n\nMeasured with the template that this service is made from; its `make bench` measures anew.\n\n", 1)
 	}
 	text, err := o.unmarked(text)
@@ -53,8 +53,12 @@ func (o *order) readme(templates string) (string, error) {
 	if err != nil {
 		return "", err
 	}
+	domain := "orders"
+	if o.bare {
+		domain = "invoices" // the guide's
+	}
 	var text strings.Builder
-	if err := page.Execute(&text, map[string]any{"Bare": o.bare}); err != nil {
+	if err := page.Execute(&text, map[string]any{"Bare": o.bare, "Domain": domain}); err != nil {
 		return "", err
 	}
 	return o.unmarked(text.String())

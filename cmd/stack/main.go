@@ -28,7 +28,7 @@ import (
 
 	"github.com/alecthomas/kong"
 
-	"example.com/orders/internal/localstack"
+	"example.com/shop/internal/dev/localstack"
 )
 
 func main() {

@@ -18,7 +18,7 @@ import (
 	"testing"
 	"time"
 
-	"example.com/orders/internal/localstack"
+	"example.com/shop/internal/dev/localstack"
 )
 
 // asStack makes the test binary be the stack command, watchdog included.

@@ -16,7 +16,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"example.com/orders/internal/localstack"
+	"example.com/shop/internal/dev/localstack"
 )
 
 // exitNotStarted is what shells return for a command that does not exist.

@@ -1,7 +1,7 @@
 -- Run once, when the database is made, before any migration: the roles of migrations/0001_outbox.sql, with a password that the processes know.
--- A migration finds them and leaves them as they are. (app_all is not here: it is for `orders all`, and made by the migration.)
+-- A migration finds them and leaves them as they are. (shop_all is not here: it is for `shop all`, and made by the migration.)
 \getenv password APP_PASSWORD
-CREATE ROLE app_api LOGIN PASSWORD :'password';
-CREATE ROLE app_relay LOGIN PASSWORD :'password';
-CREATE ROLE app_consumer LOGIN PASSWORD :'password';
-CREATE ROLE app_operator LOGIN PASSWORD :'password';
+CREATE ROLE shop_api LOGIN PASSWORD :'password';
+CREATE ROLE shop_relay LOGIN PASSWORD :'password';
+CREATE ROLE shop_consumer LOGIN PASSWORD :'password';
+CREATE ROLE shop_operator LOGIN PASSWORD :'password';

@@ -12,20 +12,20 @@ import (
 	"sync"
 
 	"connectrpc.com/connect/v2"
-	"example.com/orders/internal/changes"
-	"example.com/orders/internal/idempotency"
-	"example.com/orders/internal/operations"
-	"example.com/orders/internal/outbox"
-	"example.com/orders/internal/postgres"
-	"example.com/orders/internal/rabbit"
-	"example.com/orders/internal/rpcserver"
-	"example.com/orders/internal/telemetry"
+	"example.com/shop/internal/changes"
+	"example.com/shop/internal/idempotency"
+	"example.com/shop/internal/operations"
+	"example.com/shop/internal/outbox"
+	"example.com/shop/internal/postgres"
+	"example.com/shop/internal/rabbit"
+	"example.com/shop/internal/rpcserver"
+	"example.com/shop/internal/telemetry"
 	"github.com/jackc/pgx/v5/pgxpool"
 	sdktrace "go.opentelemetry.io/otel/sdk/trace"
 	"golang.org/x/sync/errgroup"
 )
 
-// Config is what the processes need to know. Flags and environment are read in cmd/orders.
+// Config is what the processes need to know. Flags and environment are read in cmd/shop.
 type Config struct {
 	PostgresURL string
 	// ListenURL is a direct connection to the same database, for LISTEN: a transaction-mode pooler has none. Default PostgresURL, unless that

@@ -14,11 +14,11 @@ import (
 	"testing"
 	"time"
 
-	"example.com/orders/internal/deadletter"
-	"example.com/orders/internal/postgres"
-	"example.com/orders/internal/rabbit"
-	"example.com/orders/internal/telemetry"
-	"example.com/orders/internal/testenv"
+	"example.com/shop/internal/deadletter"
+	"example.com/shop/internal/dev/testenv"
+	"example.com/shop/internal/postgres"
+	"example.com/shop/internal/rabbit"
+	"example.com/shop/internal/telemetry"
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 

@@ -15,7 +15,7 @@ import (
 	"testing"
 
 	"connectrpc.com/connect/v2"
-	"example.com/orders/internal/bounds"
+	"example.com/shop/internal/bounds"
 	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/reflect/protoreflect"
 )

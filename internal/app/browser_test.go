@@ -19,17 +19,17 @@ import (
 	"time"
 
 	"connectrpc.com/connect/v2"
-	"example.com/orders/internal/changes"
-	"example.com/orders/internal/inbox"
-	"example.com/orders/internal/outbox"
-	"example.com/orders/internal/testenv"
+	"example.com/shop/internal/changes"
+	"example.com/shop/internal/dev/testenv"
+	"example.com/shop/internal/inbox"
+	"example.com/shop/internal/outbox"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 )
 
-// shop gives a process two groups, which write every text down in the table effects.
-func shop(*pgxpool.Pool, *outbox.Writer, *changes.Hub) domain {
+// twoGroups gives a process two groups, which write every text down in the table effects.
+func twoGroups(*pgxpool.Pool, *outbox.Writer, *changes.Hub) domain {
 	named := func(name string) group {
 		g := inbox.NewGroup(name)
 		inbox.Handle(g, func(ctx context.Context, tx pgx.Tx, text *wrapperspb.StringValue) error {
@@ -67,7 +67,7 @@ func TestConsoleInABrowser(t *testing.T) {
 	keys, lines := apiKeys(t, "operator")
 	address := testenv.FreeAddress(t)
 	all := start(t, RunAll, Config{
-		PostgresURL: db.Config().ConnString(), AMQPURL: amqpURL, Exchange: "events", ConsoleAddr: address, Edge: Edge{APIKeys: lines}, domain: shop, Version: "test",
+		PostgresURL: db.Config().ConnString(), AMQPURL: amqpURL, Exchange: "events", ConsoleAddr: address, Edge: Edge{APIKeys: lines}, domain: twoGroups, Version: "test",
 	})
 	await(t, "all", all.ready, http.StatusOK)
 	p := &person{t: t, db: db}

@@ -7,12 +7,12 @@ import (
 	"log/slog"
 
 	"connectrpc.com/connect/v2"
-	"example.com/orders/internal/auth"
-	"example.com/orders/internal/idempotency"
-	"example.com/orders/internal/operations"
-	"example.com/orders/internal/outbox"
-	"example.com/orders/internal/rabbit"
-	"example.com/orders/internal/rpcserver"
+	"example.com/shop/internal/auth"
+	"example.com/shop/internal/idempotency"
+	"example.com/shop/internal/operations"
+	"example.com/shop/internal/outbox"
+	"example.com/shop/internal/rabbit"
+	"example.com/shop/internal/rpcserver"
 )
 
 // Calls sets up durable calls.

@@ -8,14 +8,14 @@ import (
 
 	"connectrpc.com/connect/v2"
 	"connectrpc.com/connect/v2/connecthttp"
-	"example.com/orders/internal/auth"
-	"example.com/orders/internal/changes"
-	operationsv1 "example.com/orders/internal/gen/operations/v1"
-	"example.com/orders/internal/gen/operations/v1/operationsv1connect"
-	"example.com/orders/internal/outbox"
-	"example.com/orders/internal/probe"
-	"example.com/orders/internal/rabbit"
-	"example.com/orders/internal/testenv"
+	"example.com/shop/internal/auth"
+	"example.com/shop/internal/changes"
+	"example.com/shop/internal/dev/probe"
+	"example.com/shop/internal/dev/testenv"
+	operationsv1 "example.com/shop/internal/gen/shop/operations/v1"
+	"example.com/shop/internal/gen/shop/operations/v1/operationsv1connect"
+	"example.com/shop/internal/outbox"
+	"example.com/shop/internal/rabbit"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"google.golang.org/protobuf/types/known/wrapperspb"
@@ -46,7 +46,7 @@ func TestCallsThroughTheProcesses(t *testing.T) {
 	t.Parallel()
 	owner, admin := testenv.Postgres(t), testenv.AMQP(t)
 	awaitEffects := effectsIn(t, owner)
-	if _, err := owner.Exec(t.Context(), `GRANT INSERT ON effects TO app_api`); err != nil {
+	if _, err := owner.Exec(t.Context(), `GRANT INSERT ON effects TO shop_api`); err != nil {
 		t.Fatal(err)
 	}
 	topology := probed(Config{}).domain(nil, nil, changes.New(changes.Config{})).topology("events")
@@ -64,10 +64,10 @@ func TestCallsThroughTheProcesses(t *testing.T) {
 			Edge:    Edge{APIKeys: line}, Calls: Calls{Keys: [][]byte{make([]byte, 32)}},
 		})
 	}
-	api := start(t, RunAPI, config("app_api", rabbit.Permissions{}))
+	api := start(t, RunAPI, config("shop_api", rabbit.Permissions{}))
 	await(t, "API", api.ready, http.StatusOK)
-	await(t, "relay", serve(t, RunRelay, config("app_relay", topology.PublisherPermissions())), http.StatusOK)
-	await(t, "consumer", serve(t, RunConsumer, config("app_consumer", topology.ConsumerPermissions())), http.StatusOK)
+	await(t, "relay", serve(t, RunRelay, config("shop_relay", topology.PublisherPermissions())), http.StatusOK)
+	await(t, "consumer", serve(t, RunConsumer, config("shop_consumer", topology.ConsumerPermissions())), http.StatusOK)
 	client := connect.NewClient(connecthttp.NewTransport(web, api.url), func(next connect.ClientFunc) connect.ClientFunc {
 		return func(ctx context.Context, spec connect.Spec) (connect.ClientStream, error) {
 			info, _ := connect.CallInfoForClientContext(ctx)

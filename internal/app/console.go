@@ -7,12 +7,12 @@ import (
 	"strings"
 
 	"connectrpc.com/connect/v2"
-	"example.com/orders/internal/console"
-	"example.com/orders/internal/gen/ops/v1/opsv1connect"
-	"example.com/orders/internal/operations"
-	"example.com/orders/internal/ops"
-	"example.com/orders/internal/rabbit"
-	"example.com/orders/internal/rpcserver"
+	"example.com/shop/internal/console"
+	"example.com/shop/internal/gen/ops/v1/opsv1connect"
+	"example.com/shop/internal/operations"
+	"example.com/shop/internal/ops"
+	"example.com/shop/internal/rabbit"
+	"example.com/shop/internal/rpcserver"
 )
 
 // RunConsole serves the operators' console until ctx is done.

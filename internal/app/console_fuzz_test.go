@@ -10,14 +10,14 @@ import (
 	"time"
 
 	"connectrpc.com/connect/v2"
-	"example.com/orders/internal/changes"
-	"example.com/orders/internal/console"
-	"example.com/orders/internal/gen/ops/v1/opsv1connect"
-	"example.com/orders/internal/operations"
-	"example.com/orders/internal/ops"
-	"example.com/orders/internal/outbox"
-	"example.com/orders/internal/telemetry"
-	"example.com/orders/internal/testenv"
+	"example.com/shop/internal/changes"
+	"example.com/shop/internal/console"
+	"example.com/shop/internal/dev/testenv"
+	"example.com/shop/internal/gen/ops/v1/opsv1connect"
+	"example.com/shop/internal/operations"
+	"example.com/shop/internal/ops"
+	"example.com/shop/internal/outbox"
+	"example.com/shop/internal/telemetry"
 )
 
 // startDesk serves ops.v1 on a database of its own, in which there is something to be found.

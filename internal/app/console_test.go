@@ -9,14 +9,14 @@ import (
 
 	"connectrpc.com/connect/v2"
 	"connectrpc.com/connect/v2/connecthttp"
-	"example.com/orders/internal/auth"
-	"example.com/orders/internal/console"
-	opsv1 "example.com/orders/internal/gen/ops/v1"
-	"example.com/orders/internal/gen/ops/v1/opsv1connect"
-	"example.com/orders/internal/rabbit"
-	"example.com/orders/internal/rpcserver"
-	"example.com/orders/internal/telemetry"
-	"example.com/orders/internal/testenv"
+	"example.com/shop/internal/auth"
+	"example.com/shop/internal/console"
+	"example.com/shop/internal/dev/testenv"
+	opsv1 "example.com/shop/internal/gen/ops/v1"
+	"example.com/shop/internal/gen/ops/v1/opsv1connect"
+	"example.com/shop/internal/rabbit"
+	"example.com/shop/internal/rpcserver"
+	"example.com/shop/internal/telemetry"
 )
 
 // Every procedure of the console says who may call it: observers look, operators act, and nobody else gets in.
@@ -117,9 +117,9 @@ func TestConsolePausesAGroup(t *testing.T) {
 	given := func(role string, p rabbit.Permissions) Config {
 		return probed(Config{PostgresURL: testenv.As(t, url, role), TopologyGiven: true, AMQPURL: testenv.Management(t, admin).User(p.Configure, p.Write, p.Read), Edge: Edge{NoAuth: true}})
 	}
-	await(t, "relay", serve(t, RunRelay, given("app_relay", topology.PublisherPermissions())), http.StatusOK)
-	await(t, "consumer", serve(t, RunConsumer, given("app_consumer", topology.ConsumerPermissions())), http.StatusOK)
-	console := start(t, RunConsole, given("app_operator", topology.ObserverPermissions()))
+	await(t, "relay", serve(t, RunRelay, given("shop_relay", topology.PublisherPermissions())), http.StatusOK)
+	await(t, "consumer", serve(t, RunConsumer, given("shop_consumer", topology.ConsumerPermissions())), http.StatusOK)
+	console := start(t, RunConsole, given("shop_operator", topology.ObserverPermissions()))
 	await(t, "console", console.ready, http.StatusOK)
 	client := opsv1connect.NewOpsServiceClient(connect.NewClient(connecthttp.NewTransport(newHTTPClient(t, true), console.url)))
 	if err := send(t.Context(), owner, "", "first"); err != nil {

@@ -16,7 +16,7 @@ import (
 	"testing"
 	"time"
 
-	"example.com/orders/internal/testenv"
+	"example.com/shop/internal/dev/testenv"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 )

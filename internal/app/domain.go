@@ -2,16 +2,16 @@ package app
 
 import (
 	"connectrpc.com/connect/v2"
-	"example.com/orders/internal/changes"
-	"example.com/orders/internal/gen/orders/v1/ordersv1connect"
-	"example.com/orders/internal/inbox"
-	"example.com/orders/internal/orders"
-	"example.com/orders/internal/outbox"
+	"example.com/shop/internal/changes"
+	"example.com/shop/internal/gen/orders/v1/ordersv1connect"
+	"example.com/shop/internal/inbox"
+	"example.com/shop/internal/orders"
+	"example.com/shop/internal/outbox"
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
 // ServiceName names the service to the broker and to the operator: queues are called after it.
-const ServiceName = "orders"
+const ServiceName = "shop"
 
 // domain is all that the core knows of the service. This file is the only one of the core that names it.
 type domain struct {

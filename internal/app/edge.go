@@ -12,10 +12,10 @@ import (
 	"time"
 
 	"connectrpc.com/connect/v2"
-	"example.com/orders/internal/auth"
-	"example.com/orders/internal/idempotency"
-	"example.com/orders/internal/operations"
-	"example.com/orders/internal/rpcserver"
+	"example.com/shop/internal/auth"
+	"example.com/shop/internal/idempotency"
+	"example.com/shop/internal/operations"
+	"example.com/shop/internal/rpcserver"
 )
 
 // Edge says who may call, and what a call may cost. The zero value lets nobody in.

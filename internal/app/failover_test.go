@@ -10,12 +10,12 @@ import (
 
 	"connectrpc.com/connect/v2"
 	"connectrpc.com/connect/v2/connecthttp"
-	"example.com/orders/internal/changes"
-	operationsv1 "example.com/orders/internal/gen/operations/v1"
-	"example.com/orders/internal/gen/operations/v1/operationsv1connect"
-	"example.com/orders/internal/outbox"
-	"example.com/orders/internal/probe"
-	"example.com/orders/internal/testenv"
+	"example.com/shop/internal/changes"
+	"example.com/shop/internal/dev/probe"
+	"example.com/shop/internal/dev/testenv"
+	operationsv1 "example.com/shop/internal/gen/shop/operations/v1"
+	"example.com/shop/internal/gen/shop/operations/v1/operationsv1connect"
+	"example.com/shop/internal/outbox"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"golang.org/x/sync/errgroup"
@@ -59,11 +59,11 @@ func TestDoneAlreadySurvivesAFailover(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer owner.Close(context.WithoutCancel(t.Context()))
-	if _, err := owner.Exec(t.Context(), `CREATE TABLE effects (effect text PRIMARY KEY); GRANT ALL ON effects TO app_api`); err != nil {
+	if _, err := owner.Exec(t.Context(), `CREATE TABLE effects (effect text PRIMARY KEY); GRANT ALL ON effects TO shop_api`); err != nil {
 		t.Fatal(err)
 	}
 	client := func(url string) *connect.Client {
-		config := Config{PostgresURL: testenv.As(t, url, "app_api"), Edge: Edge{NoAuth: true}}
+		config := Config{PostgresURL: testenv.As(t, url, "shop_api"), Edge: Edge{NoAuth: true}}
 		served := start(t, RunAPI, written(config))
 		await(t, "API", served.ready, http.StatusOK)
 		return connect.NewClient(connecthttp.NewTransport(web, served.url))

@@ -12,7 +12,7 @@ import (
 	"strings"
 	"testing"
 
-	"example.com/orders/internal/rpcserver"
+	"example.com/shop/internal/rpcserver"
 )
 
 // notForPages are headers that pages need not send or see, with the reason.
@@ -100,7 +100,7 @@ func isHeader(x ast.Expr) bool {
 // A page of an allowed origin may send every header that the code reads, and see every one that it writes: also the next one that somebody adds.
 func TestPagesOfOtherOriginsCanUseEverything(t *testing.T) {
 	t.Parallel()
-	const origin = "https://shop.example"
+	const origin = "https://web.example"
 	a := startAPI(t, Edge{NoAuth: true, Origins: []string{origin}})
 	listed, listedOut := rpcserver.Headers()
 	more, moreOut := headers()

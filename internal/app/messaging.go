@@ -5,13 +5,13 @@ import (
 	"errors"
 	"log/slog"
 
-	"example.com/orders/internal/changes"
-	"example.com/orders/internal/deadletter"
-	"example.com/orders/internal/inbox"
-	"example.com/orders/internal/messaging"
-	"example.com/orders/internal/outbox"
-	"example.com/orders/internal/postgres"
-	"example.com/orders/internal/rabbit"
+	"example.com/shop/internal/changes"
+	"example.com/shop/internal/deadletter"
+	"example.com/shop/internal/inbox"
+	"example.com/shop/internal/messaging"
+	"example.com/shop/internal/outbox"
+	"example.com/shop/internal/postgres"
+	"example.com/shop/internal/rabbit"
 )
 
 // Topology is what the service's groups need on the broker.

@@ -4,13 +4,13 @@ import (
 	"context"
 	"time"
 
-	"example.com/orders/internal/changes"
-	"example.com/orders/internal/inbox"
-	"example.com/orders/internal/messaging"
-	"example.com/orders/internal/ops"
-	"example.com/orders/internal/outbox"
-	"example.com/orders/internal/postgres"
-	"example.com/orders/internal/rabbit"
+	"example.com/shop/internal/changes"
+	"example.com/shop/internal/inbox"
+	"example.com/shop/internal/messaging"
+	"example.com/shop/internal/ops"
+	"example.com/shop/internal/outbox"
+	"example.com/shop/internal/postgres"
+	"example.com/shop/internal/rabbit"
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 

@@ -6,9 +6,9 @@ import (
 	"testing"
 	"time"
 
-	"example.com/orders/internal/outbox"
-	"example.com/orders/internal/postgres"
-	"example.com/orders/internal/testenv"
+	"example.com/shop/internal/dev/testenv"
+	"example.com/shop/internal/outbox"
+	"example.com/shop/internal/postgres"
 	"golang.org/x/sync/errgroup"
 )
 
@@ -20,7 +20,7 @@ func TestThroughAPooler(t *testing.T) {
 			t.Parallel()
 			owner := testenv.Postgres(t)
 			awaitEffects := effectsIn(t, owner)
-			direct := testenv.As(t, owner.Config().ConnString(), "app_all")
+			direct := testenv.As(t, owner.Config().ConnString(), "shop_all")
 			pooled := testenv.PgBouncer(t, direct)
 			config := probed(Config{PostgresURL: pooled, AMQPURL: testenv.AMQP(t), Relay: outbox.Config{Lease: time.Second}})
 			if listens {

@@ -6,11 +6,11 @@ import (
 	"time"
 
 	"connectrpc.com/connect/v2"
-	operationsv1 "example.com/orders/internal/gen/operations/v1"
-	"example.com/orders/internal/gen/operations/v1/operationsv1connect"
-	"example.com/orders/internal/postgres"
-	"example.com/orders/internal/rabbitrpc"
-	"example.com/orders/internal/testenv"
+	"example.com/shop/internal/dev/testenv"
+	operationsv1 "example.com/shop/internal/gen/shop/operations/v1"
+	"example.com/shop/internal/gen/shop/operations/v1/operationsv1connect"
+	"example.com/shop/internal/postgres"
+	"example.com/shop/internal/rabbitrpc"
 )
 
 // Each process does its work with its own role in the database, and with no more permissions on the broker than it says it needs.
@@ -30,11 +30,11 @@ func TestLeastPrivilege(t *testing.T) {
 	config := func(role, name string) Config {
 		return probed(Config{PostgresURL: testenv.As(t, owner.Config().ConnString(), role), TopologyGiven: true, AMQPURL: user(name)})
 	}
-	api := config("app_api", "rpc-server")
+	api := config("shop_api", "rpc-server")
 	api.RPCOverRabbitMQ, api.Edge = true, Edge{NoAuth: true}
 	await(t, "api", serve(t, RunAPI, api), http.StatusOK)
-	await(t, "relay", serve(t, RunRelay, config("app_relay", "relay")), http.StatusOK)
-	await(t, "consumer", serve(t, RunConsumer, config("app_consumer", "consumer")), http.StatusOK)
+	await(t, "relay", serve(t, RunRelay, config("shop_relay", "relay")), http.StatusOK)
+	await(t, "consumer", serve(t, RunConsumer, config("shop_consumer", "consumer")), http.StatusOK)
 
 	db, err := postgres.Open(t.Context(), postgres.Config{URL: api.PostgresURL})
 	if err != nil {

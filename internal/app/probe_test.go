@@ -7,11 +7,11 @@ import (
 	"time"
 
 	"connectrpc.com/connect/v2"
-	"example.com/orders/internal/changes"
-	"example.com/orders/internal/inbox"
-	"example.com/orders/internal/messaging"
-	"example.com/orders/internal/outbox"
-	"example.com/orders/internal/testenv"
+	"example.com/shop/internal/changes"
+	"example.com/shop/internal/dev/testenv"
+	"example.com/shop/internal/inbox"
+	"example.com/shop/internal/messaging"
+	"example.com/shop/internal/outbox"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"google.golang.org/protobuf/types/known/wrapperspb"
@@ -41,7 +41,7 @@ func effectsIn(t *testing.T, db *pgxpool.Pool) (await func(n int)) {
 	t.Helper()
 	_, err := db.Exec(t.Context(), `
 		CREATE TABLE effects (effect text NOT NULL);
-		GRANT INSERT ON effects TO app_consumer`)
+		GRANT INSERT ON effects TO shop_consumer`)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -6,9 +6,9 @@ import (
 	"context"
 
 	"connectrpc.com/connect/v2"
-	"example.com/orders/internal/changes"
-	"example.com/orders/internal/inbox"
-	"example.com/orders/internal/outbox"
+	"example.com/shop/internal/changes"
+	"example.com/shop/internal/inbox"
+	"example.com/shop/internal/outbox"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"google.golang.org/protobuf/types/known/emptypb"

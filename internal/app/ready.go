@@ -5,11 +5,11 @@ import (
 	"errors"
 	"sync/atomic"
 
-	"example.com/orders/internal/outbox"
-	"example.com/orders/internal/postgres"
-	"example.com/orders/internal/rabbit"
-	"example.com/orders/internal/rpcserver"
-	"example.com/orders/migrations"
+	"example.com/shop/internal/outbox"
+	"example.com/shop/internal/postgres"
+	"example.com/shop/internal/rabbit"
+	"example.com/shop/internal/rpcserver"
+	"example.com/shop/migrations"
 )
 
 // openReadiness opens the connection that readiness alone uses. Calls that wait for a lock, such as a migration's, may

@@ -14,10 +14,10 @@ import (
 	"time"
 
 	"connectrpc.com/connect/v2"
-	"example.com/orders/internal/auth"
-	"example.com/orders/internal/changes"
-	"example.com/orders/internal/outbox"
-	"example.com/orders/internal/testenv"
+	"example.com/shop/internal/auth"
+	"example.com/shop/internal/changes"
+	"example.com/shop/internal/dev/testenv"
+	"example.com/shop/internal/outbox"
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
@@ -46,7 +46,7 @@ func TestReadyWhileCallsHoldAllConnections(t *testing.T) {
 	t.Parallel()
 	db := testenv.Postgres(t)
 	var calls *pgxpool.Pool
-	config := probed(Config{PostgresURL: testenv.As(t, db.Config().ConnString(), "app_api"), MaxConns: 3})
+	config := probed(Config{PostgresURL: testenv.As(t, db.Config().ConnString(), "shop_api"), MaxConns: 3})
 	config.domain = func(db *pgxpool.Pool, _ *outbox.Writer, _ *changes.Hub) domain {
 		calls = db
 		return domain{register: func(*connect.Server) {}}

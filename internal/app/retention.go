@@ -7,7 +7,7 @@ import (
 	"sync"
 	"time"
 
-	"example.com/orders/internal/ops"
+	"example.com/shop/internal/ops"
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 

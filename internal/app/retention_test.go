@@ -7,11 +7,11 @@ import (
 	"testing"
 	"time"
 
-	"example.com/orders/internal/inbox"
-	"example.com/orders/internal/ops"
-	"example.com/orders/internal/outbox"
-	"example.com/orders/internal/postgres"
-	"example.com/orders/internal/testenv"
+	"example.com/shop/internal/dev/testenv"
+	"example.com/shop/internal/inbox"
+	"example.com/shop/internal/ops"
+	"example.com/shop/internal/outbox"
+	"example.com/shop/internal/postgres"
 )
 
 // A relay that keeps messages for longer than consumers could take their copies, and a consumer of such an outbox, refuse to run.
@@ -29,7 +29,7 @@ func TestWhoWouldForgetTooEarlyRefusesToRun(t *testing.T) {
 	for name, one := range map[string]struct {
 		run  func(context.Context, Config) error
 		role string
-	}{"Relay": {RunRelay, "app_relay"}, "Consumer": {RunConsumer, "app_consumer"}, "All": {RunAll, "app_all"}} {
+	}{"Relay": {RunRelay, "shop_relay"}, "Consumer": {RunConsumer, "shop_consumer"}, "All": {RunAll, "shop_all"}} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			config := config
@@ -61,7 +61,7 @@ func TestMovedRowsWithoutTheirSequences(t *testing.T) {
 		ALTER SEQUENCE inbox_retry_seq_seq RESTART`); err != nil {
 		t.Fatal(err)
 	}
-	for role, run := range map[string]func(context.Context, Config) error{"app_relay": RunRelay, "app_consumer": RunConsumer} {
+	for role, run := range map[string]func(context.Context, Config) error{"shop_relay": RunRelay, "shop_consumer": RunConsumer} {
 		config := config
 		config.PostgresURL = testenv.As(t, config.PostgresURL, role)
 		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
@@ -74,7 +74,7 @@ func TestMovedRowsWithoutTheirSequences(t *testing.T) {
 	if _, err := outbox.Repair(t.Context(), db); err != nil {
 		t.Fatal(err)
 	}
-	config.PostgresURL = testenv.As(t, config.PostgresURL, "app_consumer")
+	config.PostgresURL = testenv.As(t, config.PostgresURL, "shop_consumer")
 	await(t, "consumer", serve(t, RunConsumer, config), 200)
 }
 

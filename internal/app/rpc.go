@@ -6,11 +6,11 @@ import (
 	"slices"
 
 	"connectrpc.com/connect/v2"
-	"example.com/orders/internal/changes"
-	"example.com/orders/internal/operations"
-	"example.com/orders/internal/rabbit"
-	"example.com/orders/internal/rabbitrpc"
-	"example.com/orders/internal/rpcserver"
+	"example.com/shop/internal/changes"
+	"example.com/shop/internal/operations"
+	"example.com/shop/internal/rabbit"
+	"example.com/shop/internal/rabbitrpc"
+	"example.com/shop/internal/rpcserver"
 )
 
 // startQueueAPI serves over RabbitMQ what startAPI serves over HTTP, through the same interceptors: who may not call there may not call here.

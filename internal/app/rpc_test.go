@@ -10,10 +10,10 @@ import (
 	"time"
 
 	"connectrpc.com/connect/v2"
-	"example.com/orders/internal/changes"
-	"example.com/orders/internal/outbox"
-	"example.com/orders/internal/rabbitrpc"
-	"example.com/orders/internal/testenv"
+	"example.com/shop/internal/changes"
+	"example.com/shop/internal/dev/testenv"
+	"example.com/shop/internal/outbox"
+	"example.com/shop/internal/rabbitrpc"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 )
@@ -39,7 +39,7 @@ func TestAPIServesOverRabbitMQ(t *testing.T) {
 func testQueueAPI(t *testing.T, edge Edge, want *connect.Error) {
 	spec := connect.Spec{Procedure: "/probe.v1.Probe/Unary"}
 	config := Config{
-		PostgresURL: testenv.As(t, testenv.PostgresURL(t), "app_api"), RPCOverRabbitMQ: true, RPCPrefetch: 5, Edge: edge,
+		PostgresURL: testenv.As(t, testenv.PostgresURL(t), "shop_api"), RPCOverRabbitMQ: true, RPCPrefetch: 5, Edge: edge,
 	}
 	var executed atomic.Int64
 	config.domain = func(*pgxpool.Pool, *outbox.Writer, *changes.Hub) domain {

@@ -7,7 +7,7 @@ import (
 	"strings"
 
 	"connectrpc.com/connect/v2"
-	authv1 "example.com/orders/internal/gen/auth/v1"
+	authv1 "example.com/shop/internal/gen/auth/v1"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protoreflect"
 	"google.golang.org/protobuf/types/descriptorpb"

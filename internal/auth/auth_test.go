@@ -11,7 +11,7 @@ import (
 	"time"
 
 	"connectrpc.com/connect/v2"
-	authv1 "example.com/orders/internal/gen/auth/v1"
+	authv1 "example.com/shop/internal/gen/auth/v1"
 	"github.com/golang-jwt/jwt/v5"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protodesc"

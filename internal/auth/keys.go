@@ -10,7 +10,7 @@ import (
 	"regexp"
 	"strings"
 
-	"example.com/orders/internal/reload"
+	"example.com/shop/internal/reload"
 )
 
 // Keys are the API keys that the service accepts. A key is "id.secret", and all that is kept of it is a line:

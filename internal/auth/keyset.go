@@ -14,8 +14,8 @@ import (
 	"sync"
 	"time"
 
-	"example.com/orders/internal/bounds"
-	"example.com/orders/internal/reload"
+	"example.com/shop/internal/bounds"
+	"example.com/shop/internal/reload"
 	"github.com/MicahParks/keyfunc/v3"
 )
 

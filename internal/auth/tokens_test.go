@@ -37,7 +37,7 @@ type issuer struct {
 func newIssuer(t *testing.T) *issuer {
 	t.Helper()
 	i := &issuer{claim: jwt.MapClaims{
-		"iss": "https://issuer.example", "aud": []string{"orders", "other"}, "sub": "ann", "roles": []string{"customer"},
+		"iss": "https://issuer.example", "aud": []string{"shop", "other"}, "sub": "ann", "roles": []string{"customer"},
 		"exp": time.Now().Add(time.Hour).Unix(), "iat": time.Now().Unix(),
 	}}
 	var err error
@@ -116,7 +116,7 @@ func tokensWithRolesIn(t *testing.T, claim, source string) *Tokens {
 	if err != nil {
 		t.Fatal(err)
 	}
-	tokens, err := NewTokens(TokenConfig{Issuer: "https://issuer.example", Audience: "orders", RolesClaim: claim}, keys)
+	tokens, err := NewTokens(TokenConfig{Issuer: "https://issuer.example", Audience: "shop", RolesClaim: claim}, keys)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -132,7 +132,7 @@ func TestGoodTokens(t *testing.T) {
 		"RS256":                i.sign(t, jwt.SigningMethodRS256, "rsa", i.rsa, nil),
 		"ES256":                i.sign(t, jwt.SigningMethodES256, "ec", i.ec, nil),
 		"without a key ID":     i.sign(t, jwt.SigningMethodES256, "", i.ec, nil),
-		"one audience":         i.sign(t, jwt.SigningMethodEdDSA, "ed", i.ed, jwt.MapClaims{"aud": "orders"}),
+		"one audience":         i.sign(t, jwt.SigningMethodEdDSA, "ed", i.ed, jwt.MapClaims{"aud": "shop"}),
 		"one role as a string": i.sign(t, jwt.SigningMethodEdDSA, "ed", i.ed, jwt.MapClaims{"roles": "customer"}),
 		"clock ahead":          i.sign(t, jwt.SigningMethodEdDSA, "ed", i.ed, jwt.MapClaims{"iat": time.Now().Add(leeway / 2).Unix()}),
 		"just expired":         i.sign(t, jwt.SigningMethodEdDSA, "ed", i.ed, jwt.MapClaims{"exp": time.Now().Add(-leeway / 2).Unix()}),

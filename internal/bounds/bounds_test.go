@@ -9,7 +9,7 @@ import (
 	"unicode/utf8"
 
 	"connectrpc.com/connect/v2"
-	"example.com/orders/internal/bounds"
+	"example.com/shop/internal/bounds"
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"

@@ -3,7 +3,7 @@ package bounds_test
 import (
 	"testing"
 
-	"example.com/orders/internal/bounds"
+	"example.com/shop/internal/bounds"
 )
 
 func TestURLsLoseTheirSecrets(t *testing.T) {

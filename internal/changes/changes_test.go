@@ -12,8 +12,8 @@ import (
 	"testing"
 	"time"
 
-	"example.com/orders/internal/postgres"
-	"example.com/orders/internal/testenv"
+	"example.com/shop/internal/dev/testenv"
+	"example.com/shop/internal/postgres"
 	"github.com/jackc/pgx/v5"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 )
@@ -345,17 +345,17 @@ func TestTheBellNamesSoMuchAndThenSaysAll(t *testing.T) {
 	t.Parallel()
 	b := newBell()
 	for i := range maxKeys {
-		b.ring(change{"orders", fmt.Sprint(i)})
+		b.ring(change{"people", fmt.Sprint(i)})
 	}
-	b.ring(change{"orders", "0"}) // again
-	if keys, some := b.take(); !some || len(keys["orders"]) != maxKeys {
-		t.Errorf("%d keys", len(keys["orders"]))
+	b.ring(change{"people", "0"}) // again
+	if keys, some := b.take(); !some || len(keys["people"]) != maxKeys {
+		t.Errorf("%d keys", len(keys["people"]))
 	}
 	for i := range maxKeys + 1 {
-		b.ring(change{"orders", fmt.Sprint(i)})
+		b.ring(change{"people", fmt.Sprint(i)})
 	}
 	if keys, some := b.take(); !some || len(keys) != 0 {
-		t.Errorf("%d keys", len(keys["orders"]))
+		t.Errorf("%d keys", len(keys["people"]))
 	}
 	if _, some := b.take(); some {
 		t.Error("there is something left")
@@ -366,7 +366,7 @@ func TestPayloadsFitAndNameAll(t *testing.T) {
 	t.Parallel()
 	keys := map[string][]string{}
 	want := map[change]bool{}
-	for _, topic := range []string{"orders", "things"} {
+	for _, topic := range []string{"people", "things"} {
 		for i := range maxKeys {
 			key := fmt.Sprintf("%0*d\"\x01é", i%50, i)
 			keys[topic] = append(keys[topic], key)

@@ -27,7 +27,7 @@ import (
 	"sync"
 	"time"
 
-	"example.com/orders/internal/postgres"
+	"example.com/shop/internal/postgres"
 	"github.com/google/uuid"
 )
 

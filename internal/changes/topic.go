@@ -10,7 +10,7 @@ import (
 	"sync"
 	"time"
 
-	"example.com/orders/internal/postgres"
+	"example.com/shop/internal/postgres"
 	"github.com/jackc/pgx/v5"
 	"golang.org/x/time/rate"
 	"google.golang.org/protobuf/proto"
@@ -36,7 +36,7 @@ var ErrNotFound = errors.New("watched state does not exist")
 // watchers: nobody may change them.
 type Read[M proto.Message] func(ctx context.Context, keys []string) (map[string]M, error)
 
-// Topic is one kind of thing that can be watched: orders, by their IDs.
+// Topic is one kind of thing that can be watched. Its keys are their IDs.
 type Topic[M proto.Message] struct {
 	hub  *Hub
 	name string

@@ -10,15 +10,15 @@ import (
 	"time"
 
 	"connectrpc.com/connect/v2"
-	"example.com/orders/internal/auth"
-	"example.com/orders/internal/changes"
-	opsv1 "example.com/orders/internal/gen/ops/v1"
-	"example.com/orders/internal/operations"
-	"example.com/orders/internal/ops"
-	"example.com/orders/internal/outbox"
-	"example.com/orders/internal/postgres"
-	"example.com/orders/internal/rabbit"
-	"example.com/orders/internal/testenv"
+	"example.com/shop/internal/auth"
+	"example.com/shop/internal/changes"
+	"example.com/shop/internal/dev/testenv"
+	opsv1 "example.com/shop/internal/gen/ops/v1"
+	"example.com/shop/internal/operations"
+	"example.com/shop/internal/ops"
+	"example.com/shop/internal/outbox"
+	"example.com/shop/internal/postgres"
+	"example.com/shop/internal/rabbit"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
@@ -27,7 +27,7 @@ import (
 
 func TestMain(m *testing.M) { testenv.Main(m) }
 
-// bundle is a console with the rights of app_operator, and a pool with all rights to prepare things with.
+// bundle is a console with the rights of shop_operator, and a pool with all rights to prepare things with.
 type bundle struct {
 	*Console
 	owner  *pgxpool.Pool
@@ -40,7 +40,7 @@ func setup(t *testing.T) *bundle {
 	t.Helper()
 	b := &bundle{owner: testenv.Postgres(t)}
 	b.broker = func() ([]rabbit.Depth, error) { return []rabbit.Depth{{Queue: "s.group", Ready: 7, Consumers: 1}}, nil }
-	db, err := postgres.Open(t.Context(), postgres.Config{URL: testenv.As(t, b.owner.Config().ConnString(), "app_operator"), MaxConns: 8})
+	db, err := postgres.Open(t.Context(), postgres.Config{URL: testenv.As(t, b.owner.Config().ConnString(), "shop_operator"), MaxConns: 8})
 	if err != nil {
 		t.Fatal(err)
 	}

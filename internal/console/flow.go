@@ -5,8 +5,8 @@ import (
 	"sync"
 	"time"
 
-	opsv1 "example.com/orders/internal/gen/ops/v1"
-	"example.com/orders/internal/gen/ops/v1/opsv1connect"
+	opsv1 "example.com/shop/internal/gen/ops/v1"
+	"example.com/shop/internal/gen/ops/v1/opsv1connect"
 	"google.golang.org/protobuf/types/known/timestamppb"
 )
 

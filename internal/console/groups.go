@@ -3,9 +3,9 @@ package console
 import (
 	"context"
 
-	opsv1 "example.com/orders/internal/gen/ops/v1"
-	"example.com/orders/internal/inbox"
-	"example.com/orders/internal/ops"
+	opsv1 "example.com/shop/internal/gen/ops/v1"
+	"example.com/shop/internal/inbox"
+	"example.com/shop/internal/ops"
 	"google.golang.org/protobuf/types/known/timestamppb"
 )
 

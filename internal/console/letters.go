@@ -7,10 +7,10 @@ import (
 	"time"
 
 	"connectrpc.com/connect/v2"
-	"example.com/orders/internal/deadletter"
-	opsv1 "example.com/orders/internal/gen/ops/v1"
-	"example.com/orders/internal/gen/ops/v1/opsv1connect"
-	"example.com/orders/internal/ops"
+	"example.com/shop/internal/deadletter"
+	opsv1 "example.com/shop/internal/gen/ops/v1"
+	"example.com/shop/internal/gen/ops/v1/opsv1connect"
+	"example.com/shop/internal/ops"
 	"google.golang.org/protobuf/types/known/timestamppb"
 )
 

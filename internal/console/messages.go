@@ -6,9 +6,9 @@ import (
 	"time"
 
 	"connectrpc.com/connect/v2"
-	opsv1 "example.com/orders/internal/gen/ops/v1"
-	"example.com/orders/internal/ops"
-	"example.com/orders/internal/outbox"
+	opsv1 "example.com/shop/internal/gen/ops/v1"
+	"example.com/shop/internal/ops"
+	"example.com/shop/internal/outbox"
 	"google.golang.org/protobuf/types/known/timestamppb"
 )
 

@@ -3,8 +3,8 @@ package console
 import (
 	"encoding/hex"
 
-	"example.com/orders/internal/bounds"
-	opsv1 "example.com/orders/internal/gen/ops/v1"
+	"example.com/shop/internal/bounds"
+	opsv1 "example.com/shop/internal/gen/ops/v1"
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/reflect/protoreflect"
 	"google.golang.org/protobuf/reflect/protoregistry"

@@ -6,12 +6,12 @@ import (
 	"sync"
 	"time"
 
-	"example.com/orders/internal/deadletter"
-	opsv1 "example.com/orders/internal/gen/ops/v1"
-	"example.com/orders/internal/inbox"
-	"example.com/orders/internal/outbox"
-	"example.com/orders/internal/postgres"
-	"example.com/orders/internal/rabbit"
+	"example.com/shop/internal/deadletter"
+	opsv1 "example.com/shop/internal/gen/ops/v1"
+	"example.com/shop/internal/inbox"
+	"example.com/shop/internal/outbox"
+	"example.com/shop/internal/postgres"
+	"example.com/shop/internal/rabbit"
 )
 
 // patience bounds one reading. What does not answer by then cannot be reached, as far as a console is concerned.

@@ -5,10 +5,10 @@ import (
 	"strings"
 	"time"
 
-	opsv1 "example.com/orders/internal/gen/ops/v1"
-	"example.com/orders/internal/inbox"
-	"example.com/orders/internal/outbox"
-	"example.com/orders/internal/rabbit"
+	opsv1 "example.com/shop/internal/gen/ops/v1"
+	"example.com/shop/internal/inbox"
+	"example.com/shop/internal/outbox"
+	"example.com/shop/internal/rabbit"
 	"google.golang.org/protobuf/proto"
 )
 

@@ -5,7 +5,7 @@ import (
 	"errors"
 	"fmt"
 
-	"example.com/orders/internal/postgres"
+	"example.com/shop/internal/postgres"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"go.opentelemetry.io/otel/attribute"
@@ -23,7 +23,7 @@ type open struct {
 
 // ObserveOpen reports the letters that nobody has resolved, by consumer ("" for those that the relay parked) and reason.
 func ObserveOpen(db *pgxpool.Pool, provider metric.MeterProvider) error {
-	meter := provider.Meter("example.com/orders/internal/deadletter")
+	meter := provider.Meter("example.com/shop/internal/deadletter")
 	gauge, err := meter.Int64ObservableGauge("dead_letters.open", metric.WithUnit("{message}"),
 		metric.WithDescription("Dead letters that are neither redriven nor discarded."))
 	sample := postgres.Sample[[]open]{Read: func(ctx context.Context) ([]open, error) {

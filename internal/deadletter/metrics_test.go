@@ -4,8 +4,8 @@ import (
 	"maps"
 	"testing"
 
-	"example.com/orders/internal/postgres"
-	"example.com/orders/internal/testenv"
+	"example.com/shop/internal/dev/testenv"
+	"example.com/shop/internal/postgres"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 	sdkmetric "go.opentelemetry.io/otel/sdk/metric"
@@ -38,7 +38,7 @@ func TestObserveOpen(t *testing.T) {
 			}
 			reader := sdkmetric.NewManualReader()
 			provider := sdkmetric.NewMeterProvider(sdkmetric.WithReader(reader))
-			if err := ObserveOpen(pool(t, testenv.As(t, url, "app_relay")), provider); err != nil {
+			if err := ObserveOpen(pool(t, testenv.As(t, url, "shop_relay")), provider); err != nil {
 				t.Fatal(err)
 			}
 			got := testenv.Metrics(t, reader)

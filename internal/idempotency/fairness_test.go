@@ -7,8 +7,8 @@ import (
 	"sync"
 	"testing"
 
-	"example.com/orders/internal/postgres"
-	"example.com/orders/internal/probe"
+	"example.com/shop/internal/dev/probe"
+	"example.com/shop/internal/postgres"
 )
 
 // Keyed calls of one caller go on while another makes any number of slow ones.

@@ -14,10 +14,10 @@ import (
 
 	"connectrpc.com/connect/v2"
 	"connectrpc.com/connect/v2/connecthttp"
-	"example.com/orders/internal/outbox"
-	"example.com/orders/internal/probe"
-	"example.com/orders/internal/rpcserver"
-	"example.com/orders/internal/testenv"
+	"example.com/shop/internal/dev/probe"
+	"example.com/shop/internal/dev/testenv"
+	"example.com/shop/internal/outbox"
+	"example.com/shop/internal/rpcserver"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 )

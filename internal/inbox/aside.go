@@ -8,7 +8,7 @@ import (
 	"slices"
 	"time"
 
-	"example.com/orders/internal/messaging"
+	"example.com/shop/internal/messaging"
 	"github.com/jackc/pgx/v5"
 )
 

@@ -10,10 +10,10 @@ import (
 	"sync/atomic"
 	"testing"
 
-	"example.com/orders/internal/deadletter"
-	"example.com/orders/internal/messaging"
-	"example.com/orders/internal/postgres"
-	"example.com/orders/internal/testenv"
+	"example.com/shop/internal/deadletter"
+	"example.com/shop/internal/dev/testenv"
+	"example.com/shop/internal/messaging"
+	"example.com/shop/internal/postgres"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 )

@@ -8,7 +8,7 @@ import (
 	"sync"
 	"time"
 
-	"example.com/orders/internal/postgres"
+	"example.com/shop/internal/postgres"
 )
 
 // untold are the runs that this process claimed, that charge their message with a crash, and that did not end so: the

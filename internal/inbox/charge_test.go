@@ -9,9 +9,9 @@ import (
 	"testing"
 	"time"
 
-	"example.com/orders/internal/postgres"
-	"example.com/orders/internal/testenv"
-	"example.com/orders/migrations"
+	"example.com/shop/internal/dev/testenv"
+	"example.com/shop/internal/postgres"
+	"example.com/shop/migrations"
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
 )

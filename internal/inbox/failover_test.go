@@ -4,9 +4,9 @@ import (
 	"errors"
 	"testing"
 
-	"example.com/orders/internal/messaging"
-	"example.com/orders/internal/postgres"
-	"example.com/orders/internal/testenv"
+	"example.com/shop/internal/dev/testenv"
+	"example.com/shop/internal/messaging"
+	"example.com/shop/internal/postgres"
 )
 
 // The broker forgets what is acked. So nothing is acked on the strength of a row that a failover could take back:

@@ -9,8 +9,8 @@ import (
 	"testing"
 	"time"
 
-	"example.com/orders/internal/deadletter"
-	"example.com/orders/internal/messaging"
+	"example.com/shop/internal/deadletter"
+	"example.com/shop/internal/messaging"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 	"google.golang.org/protobuf/types/known/wrapperspb"

@@ -6,9 +6,9 @@ import (
 	"maps"
 	"slices"
 
-	"example.com/orders/internal/bounds"
-	"example.com/orders/internal/deadletter"
-	"example.com/orders/internal/messaging"
+	"example.com/shop/internal/bounds"
+	"example.com/shop/internal/deadletter"
+	"example.com/shop/internal/messaging"
 	"github.com/jackc/pgx/v5"
 	"google.golang.org/protobuf/proto"
 )

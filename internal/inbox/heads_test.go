@@ -10,9 +10,9 @@ import (
 	"testing"
 	"time"
 
-	"example.com/orders/internal/messaging"
-	"example.com/orders/internal/postgres"
-	"example.com/orders/internal/testenv"
+	"example.com/shop/internal/dev/testenv"
+	"example.com/shop/internal/messaging"
+	"example.com/shop/internal/postgres"
 	"github.com/jackc/pgx/v5"
 	"golang.org/x/sync/errgroup"
 )

@@ -8,8 +8,8 @@ import (
 	"strings"
 	"time"
 
-	"example.com/orders/internal/deadletter"
-	"example.com/orders/internal/messaging"
+	"example.com/shop/internal/deadletter"
+	"example.com/shop/internal/messaging"
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
 )

@@ -7,8 +7,8 @@ import (
 	"testing"
 	"time"
 
-	"example.com/orders/internal/deadletter"
-	"example.com/orders/internal/testenv"
+	"example.com/shop/internal/deadletter"
+	"example.com/shop/internal/dev/testenv"
 	"github.com/google/uuid"
 	"pgregory.net/rapid"
 )

@@ -6,8 +6,8 @@ import (
 	"slices"
 	"testing"
 
-	"example.com/orders/internal/messaging"
-	"example.com/orders/internal/postgres"
+	"example.com/shop/internal/messaging"
+	"example.com/shop/internal/postgres"
 	"github.com/jackc/pgx/v5"
 	"pgregory.net/rapid"
 )

@@ -8,7 +8,7 @@ import (
 	"sync"
 	"time"
 
-	"example.com/orders/internal/postgres"
+	"example.com/shop/internal/postgres"
 	"github.com/jackc/pgx/v5"
 )
 

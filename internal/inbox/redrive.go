@@ -5,9 +5,9 @@ import (
 	"errors"
 	"fmt"
 
-	"example.com/orders/internal/deadletter"
-	"example.com/orders/internal/messaging"
-	"example.com/orders/internal/postgres"
+	"example.com/shop/internal/deadletter"
+	"example.com/shop/internal/messaging"
+	"example.com/shop/internal/postgres"
 	"github.com/jackc/pgx/v5"
 )
 

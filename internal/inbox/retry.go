@@ -9,9 +9,9 @@ import (
 	"sync"
 	"time"
 
-	"example.com/orders/internal/deadletter"
-	"example.com/orders/internal/messaging"
-	"example.com/orders/internal/postgres"
+	"example.com/shop/internal/deadletter"
+	"example.com/shop/internal/messaging"
+	"example.com/shop/internal/postgres"
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
 )

@@ -7,8 +7,8 @@ import (
 	"log/slog"
 	"runtime/debug"
 
-	"example.com/orders/internal/messaging"
-	"example.com/orders/internal/postgres"
+	"example.com/shop/internal/messaging"
+	"example.com/shop/internal/postgres"
 	"github.com/jackc/pgx/v5"
 )
 

@@ -7,7 +7,7 @@ import (
 	"math/rand/v2"
 	"time"
 
-	"example.com/orders/internal/postgres"
+	"example.com/shop/internal/postgres"
 	"github.com/jackc/pgx/v5"
 )
 

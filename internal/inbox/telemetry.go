@@ -5,9 +5,9 @@ import (
 	"errors"
 	"time"
 
-	"example.com/orders/internal/deadletter"
-	"example.com/orders/internal/messaging"
-	"example.com/orders/internal/postgres"
+	"example.com/shop/internal/deadletter"
+	"example.com/shop/internal/messaging"
+	"example.com/shop/internal/postgres"
 	"go.opentelemetry.io/otel"
 	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/codes"
@@ -16,7 +16,7 @@ import (
 	"go.opentelemetry.io/otel/trace"
 )
 
-const scope = "example.com/orders/internal/inbox"
+const scope = "example.com/shop/internal/inbox"
 
 // meters are what an inbox counts. Counters count when the transaction is committed.
 type meters struct {

@@ -7,9 +7,9 @@ import (
 	"testing"
 	"time"
 
-	"example.com/orders/internal/messaging"
-	"example.com/orders/internal/outbox"
-	"example.com/orders/internal/testenv"
+	"example.com/shop/internal/dev/testenv"
+	"example.com/shop/internal/messaging"
+	"example.com/shop/internal/outbox"
 	"github.com/jackc/pgx/v5"
 	"go.opentelemetry.io/otel/codes"
 	sdkmetric "go.opentelemetry.io/otel/sdk/metric"

@@ -5,7 +5,7 @@ import (
 	"strings"
 
 	"connectrpc.com/connect/v2"
-	"example.com/orders/internal/unary"
+	"example.com/shop/internal/unary"
 	"github.com/jackc/pgx/v5"
 )
 

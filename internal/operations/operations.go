@@ -29,11 +29,11 @@ import (
 	"strings"
 
 	"connectrpc.com/connect/v2"
-	"example.com/orders/internal/changes"
-	operationsv1 "example.com/orders/internal/gen/operations/v1"
-	"example.com/orders/internal/messaging"
-	"example.com/orders/internal/outbox"
-	"example.com/orders/internal/unary"
+	"example.com/shop/internal/changes"
+	operationsv1 "example.com/shop/internal/gen/shop/operations/v1"
+	"example.com/shop/internal/messaging"
+	"example.com/shop/internal/outbox"
+	"example.com/shop/internal/unary"
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
@@ -52,7 +52,7 @@ type Config struct {
 	Keys [][]byte
 }
 
-// Operations takes durable calls and tells what became of them: it implements operations.v1.OperationService.
+// Operations takes durable calls and tells what became of them: it implements shop.operations.v1.OperationService.
 type Operations struct {
 	db     *pgxpool.Pool
 	out    *outbox.Writer

@@ -9,10 +9,10 @@ import (
 	"time"
 
 	"connectrpc.com/connect/v2"
-	"example.com/orders/internal/changes"
-	operationsv1 "example.com/orders/internal/gen/operations/v1"
-	"example.com/orders/internal/gen/operations/v1/operationsv1connect"
-	"example.com/orders/internal/postgres"
+	"example.com/shop/internal/changes"
+	operationsv1 "example.com/shop/internal/gen/shop/operations/v1"
+	"example.com/shop/internal/gen/shop/operations/v1/operationsv1connect"
+	"example.com/shop/internal/postgres"
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
 	"google.golang.org/protobuf/proto"
@@ -22,7 +22,7 @@ import (
 
 var _ operationsv1connect.OperationServiceHandler = (*Operations)(nil)
 
-// Register serves operations.v1.OperationService.
+// Register serves shop.operations.v1.OperationService.
 func (o *Operations) Register(server *connect.Server) {
 	operationsv1connect.RegisterOperationServiceHandler(server, o)
 }
@@ -69,7 +69,7 @@ func (o *Operations) read(ctx context.Context, ids []string) (map[string]*operat
 	return states, nil
 }
 
-// GetOperation implements operations.v1.OperationService.
+// GetOperation implements shop.operations.v1.OperationService.
 func (o *Operations) GetOperation(ctx context.Context, req *operationsv1.GetOperationRequest) (*operationsv1.GetOperationResponse, error) {
 	found, err := o.find(ctx, o.db, req.GetName())
 	if err != nil {
@@ -82,7 +82,7 @@ func (o *Operations) GetOperation(ctx context.Context, req *operationsv1.GetOper
 // down grants to the calls under way.
 const waitTime = 10 * time.Second
 
-// WaitOperation implements operations.v1.OperationService.
+// WaitOperation implements shop.operations.v1.OperationService.
 func (o *Operations) WaitOperation(ctx context.Context, req *operationsv1.WaitOperationRequest) (*operationsv1.WaitOperationResponse, error) {
 	timeout := waitTime
 	if req.GetTimeout() != nil {
@@ -101,7 +101,7 @@ func (o *Operations) WaitOperation(ctx context.Context, req *operationsv1.WaitOp
 	return &operationsv1.WaitOperationResponse{Operation: last}, nil
 }
 
-// WatchOperation implements operations.v1.OperationService.
+// WatchOperation implements shop.operations.v1.OperationService.
 func (o *Operations) WatchOperation(ctx context.Context, req *operationsv1.WatchOperationRequest,
 	stream operationsv1connect.OperationServiceWatchOperationServerStream) error {
 	first, err := o.find(ctx, o.db, req.GetName())
@@ -147,7 +147,7 @@ WHERE caller = $1
   AND ($4::uuid IS NULL OR id < $4)
 ORDER BY id DESC LIMIT $5`
 
-// ListOperations implements operations.v1.OperationService.
+// ListOperations implements shop.operations.v1.OperationService.
 func (o *Operations) ListOperations(ctx context.Context, req *operationsv1.ListOperationsRequest) (*operationsv1.ListOperationsResponse, error) {
 	size := int(req.GetPageSize())
 	if size == 0 {
@@ -286,7 +286,7 @@ func (o *Operations) CancelFor(ctx context.Context, tx pgx.Tx, id uuid.UUID, why
 
 var cancelled = &operationsv1.Status{Code: int32(connect.CodeCanceled), Message: "called off before it began"}
 
-// CancelOperation implements operations.v1.OperationService.
+// CancelOperation implements shop.operations.v1.OperationService.
 func (o *Operations) CancelOperation(ctx context.Context, req *operationsv1.CancelOperationRequest) (*operationsv1.CancelOperationResponse, error) {
 	id, err := parseName(req.GetName())
 	if err != nil {

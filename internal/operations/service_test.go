@@ -9,10 +9,10 @@ import (
 	"time"
 
 	"connectrpc.com/connect/v2"
-	operationsv1 "example.com/orders/internal/gen/operations/v1"
-	"example.com/orders/internal/outbox"
-	"example.com/orders/internal/probe"
-	"example.com/orders/internal/testenv"
+	"example.com/shop/internal/dev/probe"
+	"example.com/shop/internal/dev/testenv"
+	operationsv1 "example.com/shop/internal/gen/shop/operations/v1"
+	"example.com/shop/internal/outbox"
 	"google.golang.org/protobuf/types/known/durationpb"
 )
 

@@ -10,12 +10,12 @@ import (
 	"time"
 
 	"connectrpc.com/connect/v2"
-	"example.com/orders/internal/bounds"
-	"example.com/orders/internal/deadletter"
-	operationsv1 "example.com/orders/internal/gen/operations/v1"
-	"example.com/orders/internal/inbox"
-	"example.com/orders/internal/messaging"
-	"example.com/orders/internal/postgres"
+	"example.com/shop/internal/bounds"
+	"example.com/shop/internal/deadletter"
+	operationsv1 "example.com/shop/internal/gen/shop/operations/v1"
+	"example.com/shop/internal/inbox"
+	"example.com/shop/internal/messaging"
+	"example.com/shop/internal/postgres"
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
@@ -49,7 +49,7 @@ type Worker struct {
 // Consumer is the name of the consumer group, and MessageType the one type that it wants. The order of its messages means nothing.
 const (
 	Consumer    = "operations"
-	MessageType = "operations.v1.OperationSubmitted"
+	MessageType = "shop.operations.v1.OperationSubmitted"
 )
 
 // NewWorker makes a Worker on db, which must be the pool that server's handlers use: their transactions become parts of the worker's. The server

@@ -5,7 +5,7 @@ import (
 	"fmt"
 	"time"
 
-	"example.com/orders/internal/deadletter"
+	"example.com/shop/internal/deadletter"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 )

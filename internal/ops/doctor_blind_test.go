@@ -13,9 +13,9 @@ import (
 	"testing"
 	"time"
 
-	"example.com/orders/internal/postgres"
-	"example.com/orders/internal/rabbit"
-	"example.com/orders/internal/testenv"
+	"example.com/shop/internal/dev/testenv"
+	"example.com/shop/internal/postgres"
+	"example.com/shop/internal/rabbit"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 	amqp "github.com/rabbitmq/amqp091-go"
@@ -56,19 +56,19 @@ func TestDoctorCouldNotLook(t *testing.T) {
 			c.reach(t, altered(t, c.PostgresURL, func(u *url.URL) { u.User = url.UserPassword("nobody_here", "hunter2") }))
 		}, "database", Unknown, "user and password in POSTGRES_URL", []string{"schema", "cluster", "relay", "retries"}},
 		"DatabaseWrongName": {func(t *testing.T, c *clinic) {
-			c.reach(t, altered(t, testenv.As(t, c.PostgresURL, "app_operator"), func(u *url.URL) { u.Path = "/nothing" }))
+			c.reach(t, altered(t, testenv.As(t, c.PostgresURL, "shop_operator"), func(u *url.URL) { u.Path = "/nothing" }))
 		}, "database", Unknown, "name in POSTGRES_URL", []string{"schema", "cluster", "relay", "retries"}},
 		"DatabaseNoConnect": {func(t *testing.T, c *clinic) {
 			c.exec(t, `DO $$ BEGIN EXECUTE format('REVOKE CONNECT ON DATABASE %I FROM PUBLIC', current_database()); END $$`)
-			c.reach(t, testenv.As(t, c.PostgresURL, "app_operator"))
+			c.reach(t, testenv.As(t, c.PostgresURL, "shop_operator"))
 		}, "database", Unknown, "Grant CONNECT", []string{"schema", "cluster", "relay", "retries"}},
-		"DatabaseNoRights": {func(t *testing.T, c *clinic) { c.reach(t, testenv.As(t, c.PostgresURL, "app_api")) },
-			"clock", Unknown, "Connect as app_operator", []string{"cluster", "relay", "retries"}},
-		"DatabaseNoRightOnOneTable": {func(t *testing.T, c *clinic) { c.exec(t, `REVOKE SELECT ON inbox_retry FROM app_operator`) },
-			"clock", Unknown, "Connect as app_operator", []string{"retries"}},
+		"DatabaseNoRights": {func(t *testing.T, c *clinic) { c.reach(t, testenv.As(t, c.PostgresURL, "shop_api")) },
+			"clock", Unknown, "Connect as shop_operator", []string{"cluster", "relay", "retries"}},
+		"DatabaseNoRightOnOneTable": {func(t *testing.T, c *clinic) { c.exec(t, `REVOKE SELECT ON inbox_retry FROM shop_operator`) },
+			"clock", Unknown, "Connect as shop_operator", []string{"retries"}},
 		"NoSchema": {func(t *testing.T, c *clinic) {
 			c.exec(t, `DROP SCHEMA public CASCADE; CREATE SCHEMA public; GRANT USAGE ON SCHEMA public TO PUBLIC`)
-			c.reach(t, testenv.As(t, c.PostgresURL, "app_operator"))
+			c.reach(t, testenv.As(t, c.PostgresURL, "shop_operator"))
 		}, "schema", Wrong, "Run the command migrate", []string{"grants", "indexes", "cluster", "relay", "retries"}},
 		"HalfASchema": {func(t *testing.T, c *clinic) {
 			c.exec(t, `DELETE FROM goose_db_version WHERE version_id = (SELECT max(version_id) FROM goose_db_version); DROP TABLE inbox_retry`)
@@ -119,7 +119,7 @@ func TestDoctorCouldNotLook(t *testing.T) {
 							t.Errorf("%s is not among those skipped: %q", skipped, one.Skipped)
 						}
 					}
-				case one.Check == "grants" && strings.HasPrefix(one.Detail, "app_operator may not select inbox_retry"):
+				case one.Check == "grants" && strings.HasPrefix(one.Detail, "shop_operator may not select inbox_retry"):
 				case one.Check == "indexes" && strings.HasPrefix(one.Detail, "missing: inbox_retry"): // with its table
 				case one.Verdict == Wrong || one.Verdict == Unknown:
 					t.Errorf("another check says more: %+v", one)
@@ -193,7 +193,7 @@ func TestCauses(t *testing.T) {
 		"connections":        {databaseCause(code("53300"), "X"), "connections", true},
 		"starting":           {databaseCause(code("57P03"), "X"), "starting", true},
 		"shut down":          {databaseCause(code("57P01"), "X"), "stopping", true},
-		"permission":         {databaseCause(code("42501"), "X"), "app_operator", false},
+		"permission":         {databaseCause(code("42501"), "X"), "shop_operator", false},
 		"table":              {databaseCause(code("42P01"), "X"), "migrate", false},
 		"function":           {databaseCause(code("42883"), "X"), "migrate", false},
 		"column":             {databaseCause(code("42703"), "X"), "migrate", false},

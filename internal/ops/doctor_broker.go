@@ -6,7 +6,7 @@ import (
 	"strconv"
 	"strings"
 
-	"example.com/orders/internal/rabbit"
+	"example.com/shop/internal/rabbit"
 )
 
 func checkBroker(ctx context.Context, p Patient) (Finding, error) {

@@ -8,7 +8,7 @@ import (
 	"io"
 	"net"
 
-	"example.com/orders/internal/rabbit"
+	"example.com/shop/internal/rabbit"
 	"github.com/jackc/pgx/v5/pgconn"
 	amqp "github.com/rabbitmq/amqp091-go"
 )
@@ -77,7 +77,7 @@ func rightsCause(connecting bool, setting string) cause {
 		return cause{"connect", "Grant CONNECT on the database to this role, or name another role in " +
 			setting + ".", true}
 	}
-	return cause{kind: "rights", cure: "Connect as app_operator, or as the owner, in " + setting + ". If that is the role, " +
+	return cause{kind: "rights", cure: "Connect as shop_operator, or as the owner, in " + setting + ". If that is the role, " +
 		"run the command migrate as the owner."}
 }
 

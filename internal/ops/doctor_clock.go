@@ -5,8 +5,8 @@ import (
 	"fmt"
 	"time"
 
-	"example.com/orders/internal/inbox"
-	"example.com/orders/internal/outbox"
+	"example.com/shop/internal/inbox"
+	"example.com/shop/internal/outbox"
 )
 
 // maxClockDifference is well within what the outbox allows for, so that there is time to act.

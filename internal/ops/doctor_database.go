@@ -7,10 +7,10 @@ import (
 	"strings"
 	"time"
 
-	"example.com/orders/internal/inbox"
-	"example.com/orders/internal/outbox"
-	"example.com/orders/internal/postgres"
-	"example.com/orders/migrations"
+	"example.com/shop/internal/inbox"
+	"example.com/shop/internal/outbox"
+	"example.com/shop/internal/postgres"
+	"example.com/shop/migrations"
 	"github.com/jackc/pgx/v5"
 )
 
@@ -75,26 +75,26 @@ func none(found []string, err error, verdict Verdict, otherwise string) (Finding
 // The grants of the core's tables and functions, as migrations make them. Those of the domain are its own.
 const grantsSQL = `
 SELECT format('%s may not %s %s', role, lower(privilege), object) FROM (VALUES
-    ('app_api', 'outbox_message', '{INSERT}'), ('app_consumer', 'outbox_message', '{INSERT}'), ('app_operator', 'outbox_message', '{INSERT}'),
-    ('app_relay', 'outbox', '{SELECT}'), ('app_relay', 'outbox_cursor', '{SELECT,UPDATE}'),
-    ('app_relay', 'outbox_relay', '{SELECT,INSERT,UPDATE,DELETE}'), ('app_relay', 'dead_letter', '{INSERT}'),
-    ('app_consumer', 'inbox', '{SELECT,INSERT,UPDATE}'), ('app_consumer', 'inbox_retry', '{SELECT,INSERT,UPDATE,DELETE}'),
-    ('app_consumer', 'dead_letter', '{SELECT,INSERT}'),
-    ('app_operator', 'outbox', '{SELECT}'), ('app_operator', 'outbox_cursor', '{SELECT}'), ('app_operator', 'outbox_backlog', '{SELECT}'),
-    ('app_consumer', 'inbox_consumer', '{SELECT,INSERT,UPDATE,DELETE}'), ('app_consumer', 'inbox_pause', '{SELECT}'),
-    ('app_operator', 'inbox', '{SELECT,INSERT}'), ('app_operator', 'inbox_retry', '{SELECT,INSERT}'), ('app_operator', 'inbox_consumer', '{SELECT}'),
-    ('app_operator', 'inbox_pause', '{SELECT,INSERT,DELETE}'), ('app_operator', 'operator_audit', '{SELECT,INSERT}'),
-    ('app_operator', 'dead_letter', '{SELECT}'), ('app_operator', 'dead_letter_audit', '{SELECT,INSERT}')
+    ('shop_api', 'outbox_message', '{INSERT}'), ('shop_consumer', 'outbox_message', '{INSERT}'), ('shop_operator', 'outbox_message', '{INSERT}'),
+    ('shop_relay', 'outbox', '{SELECT}'), ('shop_relay', 'outbox_cursor', '{SELECT,UPDATE}'),
+    ('shop_relay', 'outbox_relay', '{SELECT,INSERT,UPDATE,DELETE}'), ('shop_relay', 'dead_letter', '{INSERT}'),
+    ('shop_consumer', 'inbox', '{SELECT,INSERT,UPDATE}'), ('shop_consumer', 'inbox_retry', '{SELECT,INSERT,UPDATE,DELETE}'),
+    ('shop_consumer', 'dead_letter', '{SELECT,INSERT}'),
+    ('shop_operator', 'outbox', '{SELECT}'), ('shop_operator', 'outbox_cursor', '{SELECT}'), ('shop_operator', 'outbox_backlog', '{SELECT}'),
+    ('shop_consumer', 'inbox_consumer', '{SELECT,INSERT,UPDATE,DELETE}'), ('shop_consumer', 'inbox_pause', '{SELECT}'),
+    ('shop_operator', 'inbox', '{SELECT,INSERT}'), ('shop_operator', 'inbox_retry', '{SELECT,INSERT}'), ('shop_operator', 'inbox_consumer', '{SELECT}'),
+    ('shop_operator', 'inbox_pause', '{SELECT,INSERT,DELETE}'), ('shop_operator', 'operator_audit', '{SELECT,INSERT}'),
+    ('shop_operator', 'dead_letter', '{SELECT}'), ('shop_operator', 'dead_letter_audit', '{SELECT,INSERT}')
 ) AS wanted (role, object, privileges), unnest(privileges::text[]) AS privilege
 WHERE NOT has_table_privilege(role, object, privilege)
 UNION ALL
-SELECT 'app_operator may not resolve dead_letter' WHERE NOT has_column_privilege('app_operator', 'dead_letter', 'resolution', 'UPDATE')
+SELECT 'shop_operator may not resolve dead_letter' WHERE NOT has_column_privilege('shop_operator', 'dead_letter', 'resolution', 'UPDATE')
 UNION ALL
 SELECT format('%s may not call %s', role, oid::regprocedure) FROM (VALUES
-    ('{app_api,app_consumer,app_operator}', '{outbox_insert,outbox_schedule,outbox_unschedule}'),
-    ('{app_relay,app_consumer,app_operator}', '{sequences_behind,outbox_stray_shards}'),
-    ('{app_api,app_relay,app_operator}', '{outbox_measure}'), ('{app_relay}', '{outbox_sweep,outbox_move_due}'),
-    ('{app_operator}', '{outbox_set_shards,outbox_repair,inbox_bury,operation_cancel}'), ('{app_consumer}', '{inbox_sweep}')
+    ('{shop_api,shop_consumer,shop_operator}', '{outbox_insert,outbox_schedule,outbox_unschedule}'),
+    ('{shop_relay,shop_consumer,shop_operator}', '{sequences_behind,outbox_stray_shards}'),
+    ('{shop_api,shop_relay,shop_operator}', '{outbox_measure}'), ('{shop_relay}', '{outbox_sweep,outbox_move_due}'),
+    ('{shop_operator}', '{outbox_set_shards,outbox_repair,inbox_bury,operation_cancel}'), ('{shop_consumer}', '{inbox_sweep}')
 ) AS wanted (roles, functions), unnest(roles::text[]) AS role, unnest(functions::text[]) AS function JOIN pg_proc ON proname = function
 WHERE pg_function_is_visible(oid) AND NOT has_function_privilege(role, oid, 'EXECUTE')`
 

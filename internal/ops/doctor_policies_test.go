@@ -5,7 +5,7 @@ import (
 	"testing"
 	"time"
 
-	"example.com/orders/internal/testenv"
+	"example.com/shop/internal/dev/testenv"
 )
 
 // policy makes a policy for all queues of the vhost, and waits until it is in force.

@@ -3,7 +3,7 @@ package ops
 import (
 	"errors"
 
-	"example.com/orders/internal/rabbit"
+	"example.com/shop/internal/rabbit"
 )
 
 const repairOfQueue = "Look again in a minute. If it stays, restart the broker's node that leads the queue. " +

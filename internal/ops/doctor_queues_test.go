@@ -5,7 +5,7 @@ import (
 	"strings"
 	"testing"
 
-	"example.com/orders/internal/rabbit"
+	"example.com/shop/internal/rabbit"
 )
 
 func TestDoctorNamesTheRepairOfABrokenQueue(t *testing.T) {

@@ -5,7 +5,7 @@ import (
 	"fmt"
 	"strings"
 
-	"example.com/orders/internal/session"
+	"example.com/shop/internal/session"
 	"github.com/jackc/pgx/v5"
 )
 

@@ -5,8 +5,8 @@ import (
 	"testing"
 	"time"
 
-	"example.com/orders/internal/rabbit"
-	"example.com/orders/internal/testenv"
+	"example.com/shop/internal/dev/testenv"
+	"example.com/shop/internal/rabbit"
 	"github.com/jackc/pgx/v5/pgxpool"
 	amqp "github.com/rabbitmq/amqp091-go"
 )
@@ -43,7 +43,7 @@ func newClinic(t *testing.T) *clinic {
 // open returns a pool as operators have it.
 func open(t *testing.T, url string) *pgxpool.Pool {
 	t.Helper()
-	return openAt(t, testenv.As(t, url, "app_operator"))
+	return openAt(t, testenv.As(t, url, "shop_operator"))
 }
 
 func openAt(t *testing.T, url string) *pgxpool.Pool {
@@ -87,20 +87,20 @@ func TestDoctorFinds(t *testing.T) {
 	}{
 		"DatabaseAway":      {"", func(t *testing.T, c *clinic) { c.DB = open(t, "postgres://u:hunter2@127.0.0.1:1/d") }, "database", Unknown, "refused"},
 		"MigrationsPending": {`DELETE FROM goose_db_version WHERE version_id = (SELECT max(version_id) FROM goose_db_version)`, nil, "schema", Wrong, "not applied"},
-		"TableGrant":        {`REVOKE UPDATE ON outbox_cursor FROM app_relay`, nil, "grants", Wrong, "app_relay may not update outbox_cursor"},
-		"ColumnGrant":       {`REVOKE UPDATE (resolution, resolved_at) ON dead_letter FROM app_operator`, nil, "grants", Wrong, "app_operator may not resolve"},
-		"FunctionGrant":     {`REVOKE EXECUTE ON FUNCTION inbox_sweep FROM app_consumer`, nil, "grants", Wrong, "app_consumer may not call inbox_sweep"},
+		"TableGrant":        {`REVOKE UPDATE ON outbox_cursor FROM shop_relay`, nil, "grants", Wrong, "shop_relay may not update outbox_cursor"},
+		"ColumnGrant":       {`REVOKE UPDATE (resolution, resolved_at) ON dead_letter FROM shop_operator`, nil, "grants", Wrong, "shop_operator may not resolve"},
+		"FunctionGrant":     {`REVOKE EXECUTE ON FUNCTION inbox_sweep FROM shop_consumer`, nil, "grants", Wrong, "shop_consumer may not call inbox_sweep"},
 		"IndexMissing":      {`DROP INDEX outbox_xid_idx`, nil, "indexes", Wrong, "missing: outbox_xid_idx"},
 		"IndexInvalid": {`UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'inbox_retry_due_idx'::regclass`, nil,
 			"indexes", Wrong, "invalid: inbox_retry_due_idx"},
 		"AsynchronousCommits": {`DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET synchronous_commit = off', current_database()); END $$`, nil,
 			"durability", Wrong, "off for the database"},
-		"AsynchronousCommitsOfARole": {`DO $$ BEGIN EXECUTE format('ALTER ROLE app_api IN DATABASE %I SET synchronous_commit = off', current_database()); END $$`, nil,
-			"durability", Wrong, "off for app_api"},
+		"AsynchronousCommitsOfARole": {`DO $$ BEGIN EXECUTE format('ALTER ROLE shop_api IN DATABASE %I SET synchronous_commit = off', current_database()); END $$`, nil,
+			"durability", Wrong, "off for shop_api"},
 		"NoFsync": {`CREATE OR REPLACE VIEW public.pg_settings AS
 			SELECT name, CASE name WHEN 'fsync' THEN 'off' ELSE setting END AS setting FROM pg_catalog.pg_settings`, nil, "durability", Wrong, "fsync is off"},
-		"SettingOfARole": {`DO $$ BEGIN EXECUTE format('ALTER ROLE app_relay IN DATABASE %I SET search_path = app', current_database()); END $$`, nil,
-			"settings", Attention, "role app_relay sets search_path to app, and the service to public"},
+		"SettingOfARole": {`DO $$ BEGIN EXECUTE format('ALTER ROLE shop_relay IN DATABASE %I SET search_path = app', current_database()); END $$`, nil,
+			"settings", Attention, "role shop_relay sets search_path to app, and the service to public"},
 		"SettingOfTheDatabase": {`DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET default_transaction_isolation = serializable', current_database()); END $$`,
 			nil, "settings", Attention, "the database sets default_transaction_isolation to serializable"},
 		"ClockSkew": {`CREATE FUNCTION public.clock_timestamp() RETURNS timestamptz LANGUAGE sql RETURN pg_catalog.clock_timestamp() + interval '10 s'`, nil,
@@ -126,7 +126,7 @@ func TestDoctorFinds(t *testing.T) {
 		"RedeliveryTakesTooLong": {"", func(_ *testing.T, c *clinic) { c.LongestRedelivery = 6 * 24 * time.Hour }, "retention", Wrong, "forgets too early"},
 		"OldTransaction": {`CREATE VIEW public.pg_stat_activity AS SELECT current_database() AS datname, 'report' AS application_name, '' AS backend_type, 0 AS pid,
 			pg_catalog.clock_timestamp() - interval '1 h' AS xact_start, '3'::xid AS backend_xmin, NULL::xid AS backend_xid;
-			GRANT SELECT ON public.pg_stat_activity TO app_operator`, nil, "vacuum", Attention, "session report/0"},
+			GRANT SELECT ON public.pg_stat_activity TO shop_operator`, nil, "vacuum", Attention, "session report/0"},
 		"BlockedKey": {`INSERT INTO inbox_retry (consumer, message_id, type, key, payload, headers, attempts, due_at, last_error, created_at)
 			VALUES ('group', 'm', 'type', 'k', '', '{}', 3, now(), 'broken', now() - interval '1 h')`, nil, "retries", Attention, `key "k" of group waits for 1h`},
 		"BrokerAway": {"", func(_ *testing.T, c *clinic) { c.AMQPURL = "amqp://u:hunter2@127.0.0.1:1/" }, "broker", Unknown, "refused"},

@@ -7,9 +7,9 @@ import (
 	"slices"
 	"strings"
 
-	"example.com/orders/internal/deadletter"
-	"example.com/orders/internal/inbox"
-	"example.com/orders/internal/postgres"
+	"example.com/shop/internal/deadletter"
+	"example.com/shop/internal/inbox"
+	"example.com/shop/internal/postgres"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 )

@@ -4,8 +4,8 @@ import (
 	"errors"
 	"testing"
 
-	"example.com/orders/internal/deadletter"
-	"example.com/orders/internal/testenv"
+	"example.com/shop/internal/deadletter"
+	"example.com/shop/internal/dev/testenv"
 )
 
 // What operators do to groups is done with its record or not at all, and what cannot be done leaves none.

@@ -8,10 +8,10 @@ import (
 	"testing"
 	"time"
 
-	"example.com/orders/internal/deadletter"
-	"example.com/orders/internal/operations"
-	"example.com/orders/internal/postgres"
-	"example.com/orders/internal/testenv"
+	"example.com/shop/internal/deadletter"
+	"example.com/shop/internal/dev/testenv"
+	"example.com/shop/internal/operations"
+	"example.com/shop/internal/postgres"
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
 )

@@ -7,11 +7,11 @@ import (
 	"testing"
 	"time"
 
-	"example.com/orders/internal/inbox"
-	"example.com/orders/internal/messaging"
-	"example.com/orders/internal/outbox"
-	"example.com/orders/internal/rabbit"
-	"example.com/orders/internal/testenv"
+	"example.com/shop/internal/dev/testenv"
+	"example.com/shop/internal/inbox"
+	"example.com/shop/internal/messaging"
+	"example.com/shop/internal/outbox"
+	"example.com/shop/internal/rabbit"
 	"github.com/jackc/pgx/v5"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 )

@@ -6,8 +6,8 @@ import (
 	"fmt"
 	"time"
 
-	"example.com/orders/internal/inbox"
-	"example.com/orders/internal/outbox"
+	"example.com/shop/internal/inbox"
+	"example.com/shop/internal/outbox"
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 

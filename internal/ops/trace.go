@@ -8,9 +8,9 @@ import (
 	"slices"
 	"time"
 
-	"example.com/orders/internal/deadletter"
-	"example.com/orders/internal/inbox"
-	"example.com/orders/internal/outbox"
+	"example.com/shop/internal/deadletter"
+	"example.com/shop/internal/inbox"
+	"example.com/shop/internal/outbox"
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5/pgxpool"
 )

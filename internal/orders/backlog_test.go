@@ -8,11 +8,11 @@ import (
 	"time"
 
 	"connectrpc.com/connect/v2"
-	"example.com/orders/internal/changes"
-	ordersv1 "example.com/orders/internal/gen/orders/v1"
-	"example.com/orders/internal/orders"
-	"example.com/orders/internal/outbox"
-	"example.com/orders/internal/testenv"
+	"example.com/shop/internal/changes"
+	"example.com/shop/internal/dev/testenv"
+	ordersv1 "example.com/shop/internal/gen/orders/v1"
+	"example.com/shop/internal/orders"
+	"example.com/shop/internal/outbox"
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 

@@ -7,10 +7,10 @@ import (
 	"time"
 
 	"connectrpc.com/connect/v2"
-	"example.com/orders/internal/changes"
-	ordersv1 "example.com/orders/internal/gen/orders/v1"
-	"example.com/orders/internal/gen/orders/v1/ordersv1connect"
-	"example.com/orders/internal/postgres"
+	"example.com/shop/internal/changes"
+	ordersv1 "example.com/shop/internal/gen/orders/v1"
+	"example.com/shop/internal/gen/orders/v1/ordersv1connect"
+	"example.com/shop/internal/postgres"
 	"github.com/jackc/pgx/v5"
 	"google.golang.org/protobuf/types/known/timestamppb"
 )

@@ -18,16 +18,16 @@ import (
 
 	"connectrpc.com/connect/v2"
 	"connectrpc.com/connect/v2/connecthttp"
-	"example.com/orders/internal/changes"
-	ordersv1 "example.com/orders/internal/gen/orders/v1"
-	"example.com/orders/internal/gen/orders/v1/ordersv1connect"
-	"example.com/orders/internal/idempotency"
-	"example.com/orders/internal/inbox"
-	"example.com/orders/internal/messaging"
-	"example.com/orders/internal/orders"
-	"example.com/orders/internal/outbox"
-	"example.com/orders/internal/rpcserver"
-	"example.com/orders/internal/testenv"
+	"example.com/shop/internal/changes"
+	"example.com/shop/internal/dev/testenv"
+	ordersv1 "example.com/shop/internal/gen/orders/v1"
+	"example.com/shop/internal/gen/orders/v1/ordersv1connect"
+	"example.com/shop/internal/idempotency"
+	"example.com/shop/internal/inbox"
+	"example.com/shop/internal/messaging"
+	"example.com/shop/internal/orders"
+	"example.com/shop/internal/outbox"
+	"example.com/shop/internal/rpcserver"
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
@@ -74,7 +74,7 @@ type domain struct {
 func newService(t *testing.T, db *pgxpool.Pool, change func(config *pgxpool.Config)) *domain {
 	t.Helper()
 	config := db.Config()
-	config.ConnConfig.RuntimeParams["role"] = "app_api"
+	config.ConnConfig.RuntimeParams["role"] = "shop_api"
 	change(config)
 	own, err := pgxpool.NewWithConfig(t.Context(), config)
 	if err != nil {

@@ -7,11 +7,11 @@ import (
 	"time"
 
 	"connectrpc.com/connect/v2"
-	ordersv1 "example.com/orders/internal/gen/orders/v1"
-	"example.com/orders/internal/inbox"
-	"example.com/orders/internal/messaging"
-	"example.com/orders/internal/outbox"
-	"example.com/orders/internal/postgres"
+	ordersv1 "example.com/shop/internal/gen/orders/v1"
+	"example.com/shop/internal/inbox"
+	"example.com/shop/internal/messaging"
+	"example.com/shop/internal/outbox"
+	"example.com/shop/internal/postgres"
 	"github.com/jackc/pgx/v5"
 	"google.golang.org/protobuf/types/known/timestamppb"
 )

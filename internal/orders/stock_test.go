@@ -7,9 +7,9 @@ import (
 	"testing"
 
 	"connectrpc.com/connect/v2"
-	ordersv1 "example.com/orders/internal/gen/orders/v1"
-	"example.com/orders/internal/inbox"
-	"example.com/orders/internal/messaging"
+	ordersv1 "example.com/shop/internal/gen/orders/v1"
+	"example.com/shop/internal/inbox"
+	"example.com/shop/internal/messaging"
 	"github.com/google/uuid"
 	"pgregory.net/rapid"
 )

@@ -14,10 +14,10 @@ import (
 	"connectrpc.com/connect/v2"
 	"connectrpc.com/connect/v2/connecthttp"
 	"connectrpc.com/otelconnect"
-	"example.com/orders/internal/app"
-	ordersv1 "example.com/orders/internal/gen/orders/v1"
-	"example.com/orders/internal/gen/orders/v1/ordersv1connect"
-	"example.com/orders/internal/testenv"
+	"example.com/shop/internal/app"
+	"example.com/shop/internal/dev/testenv"
+	ordersv1 "example.com/shop/internal/gen/orders/v1"
+	"example.com/shop/internal/gen/orders/v1/ordersv1connect"
 	"github.com/google/uuid"
 	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/propagation"
@@ -125,7 +125,7 @@ func TestOneTraceFromCallToEffect(t *testing.T) {
 	}
 	click.End()
 
-	const api, relay, consumer = "orders-api", "orders-relay", "orders-consumer"
+	const api, relay, consumer = "shop-api", "shop-relay", "shop-consumer"
 	at := click.SpanContext()
 	for _, step := range []struct {
 		process string

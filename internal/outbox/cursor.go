@@ -7,8 +7,8 @@ import (
 	"sync/atomic"
 	"time"
 
-	"example.com/orders/internal/deadletter"
-	"example.com/orders/internal/postgres"
+	"example.com/shop/internal/deadletter"
+	"example.com/shop/internal/postgres"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgtype"
 	"github.com/jackc/pgx/v5/pgxpool"

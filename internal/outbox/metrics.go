@@ -6,14 +6,14 @@ import (
 	"sync/atomic"
 	"time"
 
-	"example.com/orders/internal/deadletter"
-	"example.com/orders/internal/messaging"
+	"example.com/shop/internal/deadletter"
+	"example.com/shop/internal/messaging"
 	"go.opentelemetry.io/otel"
 	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/metric"
 )
 
-const scope = "example.com/orders/internal/outbox"
+const scope = "example.com/shop/internal/outbox"
 
 // meters are what a relay counts. Counters count when the cursor's move is committed, or, for verdicts, when they arrive.
 type meters struct {

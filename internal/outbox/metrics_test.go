@@ -7,8 +7,8 @@ import (
 	"testing/synctest"
 	"time"
 
-	"example.com/orders/internal/messaging"
-	"example.com/orders/internal/testenv"
+	"example.com/shop/internal/dev/testenv"
+	"example.com/shop/internal/messaging"
 	sdk "go.opentelemetry.io/otel/sdk/metric"
 )
 

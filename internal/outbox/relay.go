@@ -11,8 +11,8 @@ import (
 	"sync"
 	"time"
 
-	"example.com/orders/internal/messaging"
-	"example.com/orders/internal/postgres"
+	"example.com/shop/internal/messaging"
+	"example.com/shop/internal/postgres"
 	"github.com/cenkalti/backoff/v5"
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"

@@ -11,8 +11,8 @@ import (
 	"testing"
 	"time"
 
-	"example.com/orders/internal/messaging"
-	"example.com/orders/internal/testenv"
+	"example.com/shop/internal/dev/testenv"
+	"example.com/shop/internal/messaging"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"google.golang.org/protobuf/proto"

@@ -8,8 +8,8 @@ import (
 	"slices"
 	"time"
 
-	"example.com/orders/internal/messaging"
-	"example.com/orders/internal/postgres"
+	"example.com/shop/internal/messaging"
+	"example.com/shop/internal/postgres"
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"

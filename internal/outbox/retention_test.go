@@ -8,7 +8,7 @@ import (
 	"testing"
 	"time"
 
-	"example.com/orders/internal/testenv"
+	"example.com/shop/internal/dev/testenv"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 )

@@ -8,10 +8,10 @@ import (
 	"slices"
 	"time"
 
-	"example.com/orders/internal/deadletter"
-	"example.com/orders/internal/failpoint"
-	"example.com/orders/internal/messaging"
-	"example.com/orders/internal/postgres"
+	"example.com/shop/internal/deadletter"
+	"example.com/shop/internal/dev/failpoint"
+	"example.com/shop/internal/messaging"
+	"example.com/shop/internal/postgres"
 	"github.com/cenkalti/backoff/v5"
 )
 

@@ -8,7 +8,7 @@ import (
 	"sync/atomic"
 	"time"
 
-	"example.com/orders/internal/messaging"
+	"example.com/shop/internal/messaging"
 	"github.com/cenkalti/backoff/v5"
 	"golang.org/x/sync/errgroup"
 )

@@ -4,7 +4,7 @@ import (
 	"context"
 	"maps"
 
-	"example.com/orders/internal/messaging"
+	"example.com/shop/internal/messaging"
 	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/codes"
 	"go.opentelemetry.io/otel/propagation"

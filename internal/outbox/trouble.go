@@ -6,7 +6,7 @@ import (
 	"sync"
 	"time"
 
-	"example.com/orders/internal/messaging"
+	"example.com/shop/internal/messaging"
 )
 
 // silentAfter is how long the broker may confirm nothing before that counts as trouble: far longer than it takes, far shorter than a timeout.

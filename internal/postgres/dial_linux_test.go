@@ -5,7 +5,7 @@ import (
 	"testing"
 	"time"
 
-	"example.com/orders/internal/testenv"
+	"example.com/shop/internal/dev/testenv"
 	"golang.org/x/sys/unix"
 )
 

@@ -12,7 +12,7 @@ import (
 	"go.opentelemetry.io/otel/metric"
 )
 
-const scope = "example.com/orders/internal/postgres"
+const scope = "example.com/shop/internal/postgres"
 
 // sampleAge is how old an answer of the database may be that a scrape gets: many scrapers cost no more than one.
 const sampleAge = 5 * time.Second

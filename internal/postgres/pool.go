@@ -14,7 +14,7 @@ import (
 	"sync/atomic"
 	"time"
 
-	"example.com/orders/internal/session"
+	"example.com/shop/internal/session"
 	"github.com/exaring/otelpgx"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"

@@ -6,8 +6,8 @@ import (
 	"slices"
 	"testing"
 
-	"example.com/orders/internal/session"
-	"example.com/orders/internal/testenv"
+	"example.com/shop/internal/dev/testenv"
+	"example.com/shop/internal/session"
 	"github.com/jackc/pgx/v5"
 )
 

@@ -7,7 +7,7 @@ import (
 	"log/slog"
 	"time"
 
-	"example.com/orders/internal/messaging"
+	"example.com/shop/internal/messaging"
 	"github.com/cenkalti/backoff/v5"
 	amqp "github.com/rabbitmq/amqp091-go"
 	"go.opentelemetry.io/otel/metric"

@@ -6,15 +6,15 @@ import (
 	"sync/atomic"
 	"testing"
 
-	"example.com/orders/internal/messaging"
-	"example.com/orders/internal/testenv"
+	"example.com/shop/internal/dev/testenv"
+	"example.com/shop/internal/messaging"
 )
 
 // An unordered queue is worked on by all its consumers, each with as many deliveries at once as it may have, and a slow one holds up no other.
 func TestUnorderedQueueIsSharedAndParallel(t *testing.T) {
 	t.Parallel()
 	const prefetch, n = 3, 20
-	any := Topology{Exchange: topology.Exchange, Queues: []Queue{{Name: "orders.any", Types: topology.Queues[0].Types, Unordered: true}}}
+	any := Topology{Exchange: topology.Exchange, Queues: []Queue{{Name: "shop.any", Types: topology.Queues[0].Types, Unordered: true}}}
 	url := testenv.AMQP(t)
 	publisher := newPublisher(t, PublisherConfig{URL: url, Topology: any})
 	mustPublish(t, publisher)
@@ -26,7 +26,7 @@ func TestUnorderedQueueIsSharedAndParallel(t *testing.T) {
 	ctx, stop := context.WithCancel(t.Context())
 	var running sync.WaitGroup
 	for i := range busy {
-		consumer := NewConsumer(ConsumerConfig{URL: url, Topology: any, Queue: "orders.any", Unordered: true, Prefetch: prefetch},
+		consumer := NewConsumer(ConsumerConfig{URL: url, Topology: any, Queue: "shop.any", Unordered: true, Prefetch: prefetch},
 			func(_ context.Context, deliveries []messaging.Delivery) error {
 				if now := busy[i].Add(1); now > prefetch || len(deliveries) != 1 {
 					t.Errorf("%d handlers at once, with %d deliveries", now, len(deliveries))
@@ -48,7 +48,7 @@ func TestUnorderedQueueIsSharedAndParallel(t *testing.T) {
 	close(release)
 	stop()
 	running.Wait()
-	if left := take(t, url, "orders.any"); len(left) > 0 || handled.Load() != n {
+	if left := take(t, url, "shop.any"); len(left) > 0 || handled.Load() != n {
 		t.Errorf("%d handled, %d left", handled.Load(), len(left))
 	}
 }

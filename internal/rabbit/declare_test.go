@@ -16,7 +16,7 @@ import (
 	"testing"
 	"time"
 
-	"example.com/orders/internal/testenv"
+	"example.com/shop/internal/dev/testenv"
 )
 
 // dial connects as the code under test does, for as long as the test runs.

@@ -5,7 +5,7 @@ import (
 	"fmt"
 	"strings"
 
-	"example.com/orders/internal/messaging"
+	"example.com/shop/internal/messaging"
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 

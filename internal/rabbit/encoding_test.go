@@ -5,7 +5,7 @@ import (
 	"testing"
 	"time"
 
-	"example.com/orders/internal/messaging"
+	"example.com/shop/internal/messaging"
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
 	amqp "github.com/rabbitmq/amqp091-go"

@@ -6,7 +6,7 @@ import (
 	"fmt"
 	"time"
 
-	"example.com/orders/internal/messaging"
+	"example.com/shop/internal/messaging"
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 

@@ -5,7 +5,7 @@ import (
 	"testing"
 	"time"
 
-	"example.com/orders/internal/testenv"
+	"example.com/shop/internal/dev/testenv"
 )
 
 // A gauge tells what is in the queues and which are missing, and is of use again as soon as the broker is.

@@ -7,8 +7,8 @@ import (
 	"sync"
 	"time"
 
-	"example.com/orders/internal/failpoint"
-	"example.com/orders/internal/messaging"
+	"example.com/shop/internal/dev/failpoint"
+	"example.com/shop/internal/messaging"
 	"github.com/cenkalti/backoff/v5"
 	amqp "github.com/rabbitmq/amqp091-go"
 )

@@ -25,7 +25,7 @@ func newMeters(provider metric.MeterProvider, client string) meters {
 	if provider == nil {
 		provider = otel.GetMeterProvider()
 	}
-	meter := provider.Meter("example.com/orders/internal/rabbit")
+	meter := provider.Meter("example.com/shop/internal/rabbit")
 	m := meters{client: metric.WithAttributes(attribute.String("client", client))}
 	var errs [4]error
 	upDown := func(i int, name, unit, description string) (c metric.Int64UpDownCounter) {

@@ -6,8 +6,8 @@ import (
 	"strings"
 	"testing"
 
-	"example.com/orders/internal/messaging"
-	"example.com/orders/internal/testenv"
+	"example.com/shop/internal/dev/testenv"
+	"example.com/shop/internal/messaging"
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 

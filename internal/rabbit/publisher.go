@@ -8,8 +8,8 @@ import (
 	"slices"
 	"time"
 
-	"example.com/orders/internal/failpoint"
-	"example.com/orders/internal/messaging"
+	"example.com/shop/internal/dev/failpoint"
+	"example.com/shop/internal/messaging"
 	amqp "github.com/rabbitmq/amqp091-go"
 	"go.opentelemetry.io/otel/metric"
 )

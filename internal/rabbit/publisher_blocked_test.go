@@ -7,7 +7,7 @@ import (
 	"testing"
 	"time"
 
-	"example.com/orders/internal/testenv"
+	"example.com/shop/internal/dev/testenv"
 )
 
 func TestPublishDuringAnAlarmOfTheBroker(t *testing.T) {

@@ -7,8 +7,8 @@ import (
 	"testing"
 	"time"
 
-	"example.com/orders/internal/messaging"
-	"example.com/orders/internal/testenv"
+	"example.com/shop/internal/dev/testenv"
+	"example.com/shop/internal/messaging"
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 

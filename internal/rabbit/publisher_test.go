@@ -7,8 +7,8 @@ import (
 	"slices"
 	"testing"
 
-	"example.com/orders/internal/messaging"
-	"example.com/orders/internal/testenv"
+	"example.com/shop/internal/dev/testenv"
+	"example.com/shop/internal/messaging"
 	"github.com/google/go-cmp/cmp"
 	amqp "github.com/rabbitmq/amqp091-go"
 )

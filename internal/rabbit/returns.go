@@ -4,7 +4,7 @@ import (
 	"bytes"
 	"slices"
 
-	"example.com/orders/internal/messaging"
+	"example.com/shop/internal/messaging"
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 

@@ -9,7 +9,7 @@ import (
 	"sync"
 	"testing"
 
-	"example.com/orders/internal/testenv"
+	"example.com/shop/internal/dev/testenv"
 )
 
 // encrypt puts TLS before a broker, which asks for client certificates, and returns the URL that leads through it. The server's configuration

@@ -5,7 +5,7 @@ import (
 	"strings"
 	"testing"
 
-	"example.com/orders/internal/testenv"
+	"example.com/shop/internal/dev/testenv"
 	"github.com/google/go-cmp/cmp"
 	amqp "github.com/rabbitmq/amqp091-go"
 )

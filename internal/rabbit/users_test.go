@@ -5,7 +5,7 @@ import (
 	"net/url"
 	"testing"
 
-	"example.com/orders/internal/testenv"
+	"example.com/shop/internal/dev/testenv"
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 

@@ -10,8 +10,8 @@ import (
 
 	"connectrpc.com/connect/v2"
 	"connectrpc.com/connect/v2/connectinprocess"
-	"example.com/orders/internal/rabbitrpc"
-	"example.com/orders/internal/testenv"
+	"example.com/shop/internal/dev/testenv"
+	"example.com/shop/internal/rabbitrpc"
 )
 
 // BenchmarkCalls measures the same call in process, over HTTP/2 and over RabbitMQ, with one caller and with 64: calls/s, p50, p99.

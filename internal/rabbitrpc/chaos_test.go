@@ -13,7 +13,7 @@ import (
 	"time"
 
 	"connectrpc.com/connect/v2"
-	"example.com/orders/internal/testenv"
+	"example.com/shop/internal/dev/testenv"
 )
 
 const (

@@ -10,8 +10,8 @@ import (
 	"time"
 
 	"connectrpc.com/connect/v2"
-	"example.com/orders/internal/bounds"
-	"example.com/orders/internal/rabbit"
+	"example.com/shop/internal/bounds"
+	"example.com/shop/internal/rabbit"
 	amqp "github.com/rabbitmq/amqp091-go"
 	"go.opentelemetry.io/otel/trace"
 )

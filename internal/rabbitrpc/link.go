@@ -6,7 +6,7 @@ import (
 	"sync"
 
 	"connectrpc.com/connect/v2"
-	"example.com/orders/internal/rabbit"
+	"example.com/shop/internal/rabbit"
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 

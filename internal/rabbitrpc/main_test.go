@@ -14,9 +14,9 @@ import (
 	"time"
 
 	"connectrpc.com/connect/v2"
-	"example.com/orders/internal/rabbitrpc"
-	"example.com/orders/internal/rpcserver"
-	"example.com/orders/internal/testenv"
+	"example.com/shop/internal/dev/testenv"
+	"example.com/shop/internal/rabbitrpc"
+	"example.com/shop/internal/rpcserver"
 )
 
 // roleVariable makes the test binary a replica of the probe, for tests to kill.

@@ -4,9 +4,9 @@ import (
 	"errors"
 	"testing"
 
-	"example.com/orders/internal/rabbit"
-	"example.com/orders/internal/rabbitrpc"
-	"example.com/orders/internal/testenv"
+	"example.com/shop/internal/dev/testenv"
+	"example.com/shop/internal/rabbit"
+	"example.com/shop/internal/rabbitrpc"
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 

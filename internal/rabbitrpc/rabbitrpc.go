@@ -19,7 +19,7 @@ import (
 	"strings"
 
 	"connectrpc.com/connect/v2"
-	"example.com/orders/internal/rabbit"
+	"example.com/shop/internal/rabbit"
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 

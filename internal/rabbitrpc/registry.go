@@ -5,7 +5,7 @@ import (
 	"fmt"
 	"time"
 
-	"example.com/orders/internal/rabbit"
+	"example.com/shop/internal/rabbit"
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 

@@ -9,7 +9,7 @@ import (
 	"sync"
 	"time"
 
-	"example.com/orders/internal/rabbit"
+	"example.com/shop/internal/rabbit"
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 

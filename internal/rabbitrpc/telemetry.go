@@ -16,7 +16,7 @@ import (
 	"go.opentelemetry.io/otel/trace"
 )
 
-const scope = "example.com/orders/internal/rabbitrpc"
+const scope = "example.com/shop/internal/rabbitrpc"
 
 // meters are what one side counts.
 type meters struct {

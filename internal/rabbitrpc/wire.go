@@ -9,7 +9,7 @@ import (
 
 	"connectrpc.com/connect/v2"
 	"connectrpc.com/connect/v2/connectproto"
-	"example.com/orders/internal/bounds"
+	"example.com/shop/internal/bounds"
 	amqp "github.com/rabbitmq/amqp091-go"
 	"golang.org/x/net/http/httpguts"
 	"google.golang.org/genproto/googleapis/rpc/status"

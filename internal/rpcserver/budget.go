@@ -6,7 +6,7 @@ import (
 	"sync"
 
 	"connectrpc.com/connect/v2"
-	"example.com/orders/internal/bounds"
+	"example.com/shop/internal/bounds"
 )
 
 // Weights of what a call holds, in bytes of memory.

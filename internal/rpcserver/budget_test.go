@@ -13,9 +13,9 @@ import (
 	"time"
 
 	"connectrpc.com/connect/v2"
-	"example.com/orders/internal/auth"
-	"example.com/orders/internal/rpcserver"
-	"example.com/orders/internal/testenv"
+	"example.com/shop/internal/auth"
+	"example.com/shop/internal/dev/testenv"
+	"example.com/shop/internal/rpcserver"
 )
 
 // budgeted serves with a budget, to so many callers, and returns a key for each.

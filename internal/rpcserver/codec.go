@@ -8,7 +8,7 @@ import (
 
 	"connectrpc.com/connect/v2"
 	"connectrpc.com/connect/v2/connectproto"
-	"example.com/orders/internal/bounds"
+	"example.com/shop/internal/bounds"
 	"google.golang.org/protobuf/proto"
 )
 

@@ -10,7 +10,7 @@ import (
 	"strings"
 
 	connectcors "connectrpc.com/cors"
-	"example.com/orders/internal/auth"
+	"example.com/shop/internal/auth"
 	"github.com/rs/cors"
 )
 

@@ -21,9 +21,9 @@ import (
 
 	"connectrpc.com/connect/v2"
 	"connectrpc.com/connect/v2/connectproto"
-	"example.com/orders/internal/auth"
-	"example.com/orders/internal/rpcserver"
-	"example.com/orders/internal/testenv"
+	"example.com/shop/internal/auth"
+	"example.com/shop/internal/dev/testenv"
+	"example.com/shop/internal/rpcserver"
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
 	"google.golang.org/genproto/googleapis/rpc/errdetails"

@@ -7,7 +7,7 @@ import (
 	"strings"
 	"testing"
 
-	"example.com/orders/internal/rpcserver"
+	"example.com/shop/internal/rpcserver"
 )
 
 // A stream whose compression is not known is told so, in a form that clients read: Connect's own answer names an empty compression.

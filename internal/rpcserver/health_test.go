@@ -13,8 +13,8 @@ import (
 	"testing"
 	"time"
 
-	"example.com/orders/internal/rpcserver"
-	"example.com/orders/internal/testenv"
+	"example.com/shop/internal/dev/testenv"
+	"example.com/shop/internal/rpcserver"
 	"google.golang.org/grpc/codes"
 	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/status"

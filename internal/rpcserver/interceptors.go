@@ -10,10 +10,10 @@ import (
 	"time"
 
 	"connectrpc.com/connect/v2"
-	"example.com/orders/internal/auth"
-	"example.com/orders/internal/bounds"
-	"example.com/orders/internal/outbox"
-	"example.com/orders/internal/postgres"
+	"example.com/shop/internal/auth"
+	"example.com/shop/internal/bounds"
+	"example.com/shop/internal/outbox"
+	"example.com/shop/internal/postgres"
 )
 
 // Interceptors returns what every call goes through, whatever it came by, the outermost first: request ID, access log, recovery from

@@ -5,7 +5,7 @@ import (
 	"testing"
 	"time"
 
-	"example.com/orders/internal/auth"
+	"example.com/shop/internal/auth"
 )
 
 // The table and the buckets, without the time of the real world.

@@ -11,8 +11,8 @@ import (
 	"testing"
 	"time"
 
-	"example.com/orders/internal/rpcserver"
-	"example.com/orders/internal/testenv"
+	"example.com/shop/internal/dev/testenv"
+	"example.com/shop/internal/rpcserver"
 )
 
 // port is an operators' port. It says draining once drain was called, and ends with end or with the test.

@@ -3,7 +3,7 @@ package rpcserver
 import (
 	"net/http"
 
-	"example.com/orders/internal/bounds"
+	"example.com/shop/internal/bounds"
 )
 
 // quoted are the headers and query parameters that Connect quotes in the error when it cannot use their value.

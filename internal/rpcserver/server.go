@@ -86,7 +86,7 @@ type Config struct {
 // DefaultReadMaxBytes is the default of Config.ReadMaxBytes.
 const DefaultReadMaxBytes = 4 << 20
 
-// drainTimeout must be shorter than the time that deployments grant: TestDeploymentsGrantTheDrain in internal/house.
+// drainTimeout must be shorter than the time that deployments grant: TestDeploymentsGrantTheDrain in internal/dev/architecture.
 const drainTimeout = 20 * time.Second
 
 func (c Config) withDefaults() Config {

@@ -7,7 +7,7 @@ import (
 	"fmt"
 	"os"
 
-	"example.com/orders/internal/reload"
+	"example.com/shop/internal/reload"
 )
 
 // TLSFiles are PEM files. They may be replaced at any time: handshakes from then on, a second later at most, use the new ones.

@@ -16,9 +16,9 @@ import (
 
 	"connectrpc.com/connect/v2"
 	"connectrpc.com/connect/v2/connecthttp"
-	"example.com/orders/internal/auth"
-	"example.com/orders/internal/rpcserver"
-	"example.com/orders/internal/testenv"
+	"example.com/shop/internal/auth"
+	"example.com/shop/internal/dev/testenv"
+	"example.com/shop/internal/rpcserver"
 )
 
 // whoAmI answers with the caller's name and roles.

@@ -6,7 +6,7 @@ import (
 	"buf.build/go/protovalidate"
 	"connectrpc.com/connect/v2"
 	"connectrpc.com/validate"
-	"example.com/orders/internal/bounds"
+	"example.com/shop/internal/bounds"
 	"google.golang.org/protobuf/proto"
 )
 

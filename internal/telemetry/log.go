@@ -9,7 +9,7 @@ import (
 	"regexp"
 	"strings"
 
-	"example.com/orders/internal/bounds"
+	"example.com/shop/internal/bounds"
 	"github.com/jackc/pgx/v5/pgconn"
 	"go.opentelemetry.io/otel/trace"
 )

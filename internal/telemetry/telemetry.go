@@ -33,7 +33,7 @@ import (
 
 // Config names the process.
 type Config struct {
-	// Service, Process and Version become service.namespace, service.name ("orders-relay") and service.version, unless OTEL_SERVICE_NAME
+	// Service, Process and Version become service.namespace, service.name ("shop-relay") and service.version, unless OTEL_SERVICE_NAME
 	// or OTEL_RESOURCE_ATTRIBUTES say otherwise.
 	Service, Process, Version string
 	// Exporter takes the spans in place of the collector that OTEL_EXPORTER_OTLP_ENDPOINT names: for tests.

@@ -40,7 +40,7 @@ func TestSpansGoWhereTheEnvironmentSays(t *testing.T) {
 	t.Setenv("OTEL_EXPORTER_OTLP_ENDPOINT", url)
 	t.Setenv("OTEL_EXPORTER_OTLP_HEADERS", "Authorization=Bearer%20token")
 	t.Setenv("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment.name=lab,service.version=9")
-	p, err := Start(t.Context(), Config{Service: "orders", Process: "relay", Version: "1"})
+	p, err := Start(t.Context(), Config{Service: "shop", Process: "relay", Version: "1"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -52,7 +52,7 @@ func TestSpansGoWhereTheEnvironmentSays(t *testing.T) {
 		t.Fatal(err)
 	}
 	request := <-got
-	for _, part := range []string{"POST /v1/traces Bearer token", "a span", "orders-relay", "deployment.environment.name", "\x019"} {
+	for _, part := range []string{"POST /v1/traces Bearer token", "a span", "shop-relay", "deployment.environment.name", "\x019"} {
 		if !strings.Contains(request, part) {
 			t.Errorf("%q is not in the request: %q", part, request)
 		}
@@ -69,7 +69,7 @@ func TestWithoutCollectorThereIsNoTracer(t *testing.T) {
 			for key, value := range environment {
 				t.Setenv(key, value)
 			}
-			p, err := Start(t.Context(), Config{Service: "orders", Process: "api"})
+			p, err := Start(t.Context(), Config{Service: "shop", Process: "api"})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -100,7 +100,7 @@ func TestErrorsOfTheLibraryAreLoggedWithoutSecrets(t *testing.T) {
 	t.Cleanup(func() { HandleErrors(slog.Default()) })
 	t.Setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://u:hunter2@127.0.0.1:1")
 	t.Setenv("OTEL_EXPORTER_OTLP_HEADERS", "hunter2")
-	p, err := Start(t.Context(), Config{Service: "orders", Process: "api"})
+	p, err := Start(t.Context(), Config{Service: "shop", Process: "api"})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -28,7 +28,7 @@ const seen = await page.evaluate(
     const frame = new Uint8Array(5 + text.length);
     new DataView(frame.buffer).setUint32(1, text.length);
     frame.set(text, 5);
-    const watched = await call("operations.v1.OperationService/WatchOperation", "application/connect+json", frame, {});
+    const watched = await call("shop.operations.v1.OperationService/WatchOperation", "application/connect+json", frame, {});
     return {
       status: placed.status,
       operation: name,

@@ -21,9 +21,9 @@ import (
 	"testing"
 	"time"
 
-	"example.com/orders/internal/auth"
-	"example.com/orders/internal/bounds"
-	"example.com/orders/internal/testenv"
+	"example.com/shop/internal/auth"
+	"example.com/shop/internal/bounds"
+	"example.com/shop/internal/dev/testenv"
 )
 
 const (
@@ -61,7 +61,7 @@ func fromManifests(t *testing.T, file, pattern string) int {
 func startPod(t *testing.T) *pod {
 	t.Helper()
 	binary := filepath.Join(t.TempDir(), "api")
-	build := exec.Command("go", "build", "-o", binary, "./cmd/orders")
+	build := exec.Command("go", "build", "-o", binary, "./cmd/shop")
 	build.Dir = root
 	if output, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, output)
@@ -77,7 +77,7 @@ func startPod(t *testing.T) *pod {
 	}
 	command := exec.Command("sh", "-c", `[ -z "$GROUP" ] || echo $$ >"$GROUP/cgroup.procs"; exec "$0" api`, binary)
 	command.Env = []string{
-		"LISTEN=" + p.addr, "OPS_LISTEN=" + p.ops, "POSTGRES_URL=" + testenv.As(t, testenv.PostgresURL(t), "app_api"),
+		"LISTEN=" + p.addr, "OPS_LISTEN=" + p.ops, "POSTGRES_URL=" + testenv.As(t, testenv.PostgresURL(t), "shop_api"),
 		"API_KEYS=" + strings.Join(lines, " "), "HTTP_MAX_CONNS=" + strconv.Itoa(fromManifests(t, "kustomization.yaml", `HTTP_MAX_CONNS=(\d+)`)),
 		"GROUP=" + p.memoryGroup(),
 	}

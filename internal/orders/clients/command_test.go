@@ -14,7 +14,7 @@ import (
 	"testing"
 
 	"buf.build/gen/go/bufbuild/protovalidate/protocolbuffers/go/buf/validate"
-	ordersv1 "example.com/orders/internal/gen/orders/v1"
+	ordersv1 "example.com/shop/internal/gen/orders/v1"
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protodesc"

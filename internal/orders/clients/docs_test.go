@@ -47,16 +47,16 @@ func TestDocs(t *testing.T) {
 		t.Fatal(err)
 	}
 	addr, amqpURL := serveQueues(t)
-	orders := filepath.Join(root, ".stack", "bin", "orders-of-the-docs") // kept: the next run replaces it
-	if output, err := exec.Command("go", "build", "-o", orders, "example.com/orders/cmd/orders").CombinedOutput(); err != nil {
-		t.Fatalf("build orders: %v\n%s", err, output)
+	binary := filepath.Join(root, ".stack", "bin", "shop-of-the-docs") // kept: the next run replaces it
+	if output, err := exec.Command("go", "build", "-o", binary, "example.com/shop/cmd/shop").CombinedOutput(); err != nil {
+		t.Fatalf("build shop: %v\n%s", err, output)
 	}
 	all, setup := examples(t)
 	languages := map[string]int{}
 	for _, one := range all {
 		languages[one.language]++
 		t.Run(one.language, func(t *testing.T) {
-			output := one.run(t, setup, "API=http://"+addr, "AMQP_URL="+amqpURL, "TOKEN="+token, "ORDERS="+orders)
+			output := one.run(t, setup, "API=http://"+addr, "AMQP_URL="+amqpURL, "TOKEN="+token, "SHOP="+binary)
 			rest := squeeze(output)
 			for _, line := range one.prints {
 				_, after, found := strings.Cut(rest, squeeze(line))

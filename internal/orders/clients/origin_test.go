@@ -9,7 +9,7 @@ import (
 	"strings"
 	"testing"
 
-	"example.com/orders/internal/app"
+	"example.com/shop/internal/app"
 	"github.com/google/uuid"
 )
 
@@ -26,7 +26,7 @@ func TestAPageOfAnotherOriginPlacesAnOrderDurably(t *testing.T) {
 	lines := strings.Fields(string(output))
 	page := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "text/html")
-		_, _ = w.Write([]byte("<!doctype html><title>shop</title>"))
+		_, _ = w.Write([]byte("<!doctype html><title>page</title>"))
 	}))
 	defer page.Close()
 	origin := strings.Replace(page.URL, "127.0.0.1", "localhost", 1) // another site, too

@@ -13,11 +13,11 @@ import (
 
 	"connectrpc.com/connect/v2"
 	"connectrpc.com/connect/v2/connecthttp"
-	"example.com/orders/internal/app"
-	ordersv1 "example.com/orders/internal/gen/orders/v1"
-	"example.com/orders/internal/gen/orders/v1/ordersv1connect"
-	"example.com/orders/internal/rabbitrpc"
-	"example.com/orders/internal/testenv"
+	"example.com/shop/internal/app"
+	"example.com/shop/internal/dev/testenv"
+	ordersv1 "example.com/shop/internal/gen/orders/v1"
+	"example.com/shop/internal/gen/orders/v1/ordersv1connect"
+	"example.com/shop/internal/rabbitrpc"
 	"github.com/google/uuid"
 )
 

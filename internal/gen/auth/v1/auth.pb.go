@@ -116,8 +116,8 @@ const file_auth_v1_auth_proto_rawDesc = "" +
 	"\x06public\x18\x01 \x01(\bR\x06public\x12$\n" +
 	"\rauthenticated\x18\x02 \x01(\bR\rauthenticated\x12\x14\n" +
 	"\x05roles\x18\x03 \x03(\tR\x05roles:I\n" +
-	"\x06access\x12\x1e.google.protobuf.MethodOptions\x18\xbf\x8c\x03 \x01(\v2\x0f.auth.v1.AccessR\x06accessB\x85\x01\n" +
-	"\vcom.auth.v1B\tAuthProtoP\x01Z.example.com/orders/internal/gen/auth/v1;authv1\xa2\x02\x03AXX\xaa\x02\aAuth.V1\xca\x02\aAuth\\V1\xe2\x02\x13Auth\\V1\\GPBMetadata\xea\x02\bAuth::V1b\x06proto3"
+	"\x06access\x12\x1e.google.protobuf.MethodOptions\x18\xbf\x8c\x03 \x01(\v2\x0f.auth.v1.AccessR\x06accessB\x83\x01\n" +
+	"\vcom.auth.v1B\tAuthProtoP\x01Z,example.com/shop/internal/gen/auth/v1;authv1\xa2\x02\x03AXX\xaa\x02\aAuth.V1\xca\x02\aAuth\\V1\xe2\x02\x13Auth\\V1\\GPBMetadata\xea\x02\bAuth::V1b\x06proto3"
 
 var (
 	file_auth_v1_auth_proto_rawDescOnce sync.Once

@@ -48,8 +48,8 @@ var File_idempotency_v1_idempotency_proto protoreflect.FileDescriptor
 const file_idempotency_v1_idempotency_proto_rawDesc = "" +
 	"\n" +
 	" idempotency/v1/idempotency.proto\x12\x0eidempotency.v1\x1a google/protobuf/descriptor.proto:2\n" +
-	"\x03key\x12\x1e.google.protobuf.MethodOptions\x18\xc0\x8c\x03 \x01(\bR\x03keyB\xbd\x01\n" +
-	"\x12com.idempotency.v1B\x10IdempotencyProtoP\x01Z<example.com/orders/internal/gen/idempotency/v1;idempotencyv1\xa2\x02\x03IXX\xaa\x02\x0eIdempotency.V1\xca\x02\x0eIdempotency\\V1\xe2\x02\x1aIdempotency\\V1\\GPBMetadata\xea\x02\x0fIdempotency::V1b\x06proto3"
+	"\x03key\x12\x1e.google.protobuf.MethodOptions\x18\xc0\x8c\x03 \x01(\bR\x03keyB\xbb\x01\n" +
+	"\x12com.idempotency.v1B\x10IdempotencyProtoP\x01Z:example.com/shop/internal/gen/idempotency/v1;idempotencyv1\xa2\x02\x03IXX\xaa\x02\x0eIdempotency.V1\xca\x02\x0eIdempotency\\V1\xe2\x02\x1aIdempotency\\V1\\GPBMetadata\xea\x02\x0fIdempotency::V1b\x06proto3"
 
 var file_idempotency_v1_idempotency_proto_goTypes = []any{
 	(*descriptorpb.MethodOptions)(nil), // 0: google.protobuf.MethodOptions

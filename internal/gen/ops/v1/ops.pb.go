@@ -10,7 +10,7 @@ package opsv1
 
 import (
 	_ "buf.build/gen/go/bufbuild/protovalidate/protocolbuffers/go/buf/validate"
-	_ "example.com/orders/internal/gen/auth/v1"
+	_ "example.com/shop/internal/gen/auth/v1"
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
 	timestamppb "google.golang.org/protobuf/types/known/timestamppb"
@@ -3647,9 +3647,9 @@ const file_ops_v1_ops_proto_rawDesc = "" +
 	"\x0fCancelOperation\x12\x1e.ops.v1.CancelOperationRequest\x1a\x1f.ops.v1.CancelOperationResponse\"\x0e\xfa\xe3\x18\n" +
 	"\x1a\boperator\x12`\n" +
 	"\n" +
-	"ListRelays\x12\x19.ops.v1.ListRelaysRequest\x1a\x1a.ops.v1.ListRelaysResponse\"\x1b\xfa\xe3\x18\x14\x1a\bobserver\x1a\boperator\x90\x02\x01B}\n" +
+	"ListRelays\x12\x19.ops.v1.ListRelaysRequest\x1a\x1a.ops.v1.ListRelaysResponse\"\x1b\xfa\xe3\x18\x14\x1a\bobserver\x1a\boperator\x90\x02\x01B{\n" +
 	"\n" +
-	"com.ops.v1B\bOpsProtoP\x01Z,example.com/orders/internal/gen/ops/v1;opsv1\xa2\x02\x03OXX\xaa\x02\x06Ops.V1\xca\x02\x06Ops\\V1\xe2\x02\x12Ops\\V1\\GPBMetadata\xea\x02\aOps::V1b\x06proto3"
+	"com.ops.v1B\bOpsProtoP\x01Z*example.com/shop/internal/gen/ops/v1;opsv1\xa2\x02\x03OXX\xaa\x02\x06Ops.V1\xca\x02\x06Ops\\V1\xe2\x02\x12Ops\\V1\\GPBMetadata\xea\x02\aOps::V1b\x06proto3"
 
 var (
 	file_ops_v1_ops_proto_rawDescOnce sync.Once

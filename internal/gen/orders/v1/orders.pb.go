@@ -10,8 +10,8 @@ package ordersv1
 
 import (
 	_ "buf.build/gen/go/bufbuild/protovalidate/protocolbuffers/go/buf/validate"
-	_ "example.com/orders/internal/gen/auth/v1"
-	_ "example.com/orders/internal/gen/idempotency/v1"
+	_ "example.com/shop/internal/gen/auth/v1"
+	_ "example.com/shop/internal/gen/idempotency/v1"
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
 	timestamppb "google.golang.org/protobuf/types/known/timestamppb"
@@ -1103,8 +1103,8 @@ const file_orders_v1_orders_proto_rawDesc = "" +
 	"\n" +
 	"WatchOrder\x12\x1c.orders.v1.WatchOrderRequest\x1a\x1d.orders.v1.WatchOrderResponse\"\x19\xfa\xe3\x18\x15\x1a\bcustomer\x1a\twarehouse0\x01\x12[\n" +
 	"\bSetStock\x12\x1a.orders.v1.SetStockRequest\x1a\x1b.orders.v1.SetStockResponse\"\x16\xfa\xe3\x18\v\x1a\twarehouse\x80\xe4\x18\x01\x90\x02\x02\x12W\n" +
-	"\bGetStock\x12\x1a.orders.v1.GetStockRequest\x1a\x1b.orders.v1.GetStockResponse\"\x12\xfa\xe3\x18\v\x1a\twarehouse\x90\x02\x01B\x95\x01\n" +
-	"\rcom.orders.v1B\vOrdersProtoP\x01Z2example.com/orders/internal/gen/orders/v1;ordersv1\xa2\x02\x03OXX\xaa\x02\tOrders.V1\xca\x02\tOrders\\V1\xe2\x02\x15Orders\\V1\\GPBMetadata\xea\x02\n" +
+	"\bGetStock\x12\x1a.orders.v1.GetStockRequest\x1a\x1b.orders.v1.GetStockResponse\"\x12\xfa\xe3\x18\v\x1a\twarehouse\x90\x02\x01B\x93\x01\n" +
+	"\rcom.orders.v1B\vOrdersProtoP\x01Z0example.com/shop/internal/gen/orders/v1;ordersv1\xa2\x02\x03OXX\xaa\x02\tOrders.V1\xca\x02\tOrders\\V1\xe2\x02\x15Orders\\V1\\GPBMetadata\xea\x02\n" +
 	"Orders::V1b\x06proto3"
 
 var (

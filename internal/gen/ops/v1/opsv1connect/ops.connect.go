@@ -8,7 +8,7 @@ package opsv1connect
 import (
 	connect "connectrpc.com/connect/v2"
 	context "context"
-	v1 "example.com/orders/internal/gen/ops/v1"
+	v1 "example.com/shop/internal/gen/ops/v1"
 	sync "sync"
 )
 

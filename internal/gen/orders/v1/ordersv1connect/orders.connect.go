@@ -8,7 +8,7 @@ package ordersv1connect
 import (
 	connect "connectrpc.com/connect/v2"
 	context "context"
-	v1 "example.com/orders/internal/gen/orders/v1"
+	v1 "example.com/shop/internal/gen/orders/v1"
 	sync "sync"
 )
 

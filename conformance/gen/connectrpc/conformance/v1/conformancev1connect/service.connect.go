@@ -21,7 +21,7 @@ package conformancev1connect
 import (
 	connect "connectrpc.com/connect/v2"
 	context "context"
-	v1 "example.com/orders/conformance/gen/connectrpc/conformance/v1"
+	v1 "example.com/shop/conformance/gen/connectrpc/conformance/v1"
 	sync "sync"
 )
 

@@ -1,0 +1,140 @@
+package main
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"math"
+	"net"
+	"strings"
+	"time"
+
+	"example.com/shop/internal/outbox"
+)
+
+// listenAddress is HOST:PORT; the host may be empty for all interfaces.
+type listenAddress string
+
+func (a *listenAddress) UnmarshalText(text []byte) error {
+	_, port, err := net.SplitHostPort(string(text))
+	if err == nil {
+		_, err = net.LookupPort("tcp", port)
+	}
+	if err != nil {
+		return fmt.Errorf("%q is not an address to listen on, such as 127.0.0.1:8080 or :8080", text)
+	}
+	*a = listenAddress(text)
+	return nil
+}
+
+// optionalAddress is a listenAddress, or nothing.
+type optionalAddress string
+
+func (a *optionalAddress) UnmarshalText(text []byte) error {
+	if len(text) == 0 {
+		*a = ""
+		return nil
+	}
+	return (*listenAddress)(a).UnmarshalText(text)
+}
+
+func (f *databaseFlags) check() error {
+	// A durable call, another that is tried again, and what the first of them reads.
+	return between("--max-conns", f.MaxConns, 3, 1000)
+}
+
+func (f *brokerFlags) check() error {
+	if f.Exchange == "" || len(f.Exchange) > 255 || strings.HasPrefix(f.Exchange, "amq.") {
+		return fmt.Errorf("--exchange: %q is not the name of an exchange of our own: 1 to 255 bytes, none that begins with amq", f.Exchange)
+	}
+	return nil
+}
+
+func (f *relayFlags) check() error {
+	if err := between("--page-rows", f.PageRows, 1, 5000); err != nil {
+		return err
+	}
+	if err := between("--lease", f.Lease, time.Second, 5*time.Minute); err != nil {
+		return err
+	}
+	if err := between("--poll-interval", f.PollInterval, 10*time.Millisecond, time.Minute); err != nil {
+		return err
+	}
+	return between("--retention", f.Retention, time.Minute, outbox.MaxRetention)
+}
+
+func (f *apiFlags) check() error {
+	if err := between("--max-backlog", f.MaxBacklog, 0, math.MaxInt64); err != nil {
+		return err
+	}
+	return between("--max-backlog-age", f.MaxBacklogAge, 0, 365*24*time.Hour)
+}
+
+func (f *consumerFlags) check() error {
+	if err := between("--prefetch", f.Prefetch, 1, 10_000); err != nil {
+		return err
+	}
+	for method, limit := range f.CallLimit {
+		if err := between("--call-limit "+method, limit, 1, 1000); err != nil {
+			return err
+		}
+	}
+	return between("--batch", f.Batch, 1, 1000)
+}
+
+func (f *rpcFlags) check() error {
+	return between("--rpc-prefetch", f.RPCPrefetch, 1, 10_000)
+}
+
+// checkCalls: each call that is executed may need two connections.
+func checkCalls(db *databaseFlags, f *consumerFlags) error {
+	return between("--call-concurrency", f.CallConcurrency, 0, int(db.MaxConns)/2)
+}
+
+// Validate is called by kong, for commands only: each checks the flags that it embeds.
+
+func (c *apiCommand) Validate() error {
+	if c.PostgresURL == "" {
+		return nil // kong names all that is missing, but only if nothing else is wrong
+	}
+	if c.RPCOverRabbitMQ && c.AMQPURL == "" {
+		return errors.New("--rpc-over-rabbitmq needs --amqp-url")
+	}
+	return firstOf(&c.databaseFlags, &c.apiFlags, &c.edgeFlags, &c.rpcFlags)
+}
+func (c *relayCommand) Validate() error {
+	return firstOf(&c.databaseFlags, &c.brokerFlags, &c.relayFlags)
+}
+func (c *consoleCommand) Validate() error {
+	if c.PostgresURL == "" || c.AMQPURL == "" {
+		return nil
+	}
+	return firstOf(&c.databaseFlags, &c.brokerFlags, &c.edgeFlags)
+}
+func (c *runConsumersCommand) Validate() error {
+	return cmp.Or(firstOf(&c.databaseFlags, &c.brokerFlags, &c.consumerFlags), checkCalls(&c.databaseFlags, &c.consumerFlags))
+}
+func (c *allCommand) Validate() error {
+	if c.PostgresURL == "" || c.AMQPURL == "" {
+		return nil
+	}
+	return cmp.Or(firstOf(&c.databaseFlags, &c.apiFlags, &c.brokerFlags, &c.relayFlags, &c.consumerFlags, &c.edgeFlags, &c.rpcFlags),
+		checkCalls(&c.databaseFlags, &c.consumerFlags))
+}
+
+// firstOf returns the first error, so that it is one line.
+func firstOf(flags ...interface{ check() error }) error {
+	for _, f := range flags {
+		if err := f.check(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func between[N int | int32 | int64 | float64 | time.Duration](flag string, value, least, most N) error {
+	if !(value >= least && value <= most) { // NaN is neither
+		return fmt.Errorf("%s: %v is not between %v and %v", flag, value, least, most)
+	}
+	return nil
+}

@@ -1,0 +1,189 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"net"
+	"strings"
+	"testing"
+	"time"
+
+	"connectrpc.com/connect/v2"
+	"example.com/shop/internal/dev/testenv"
+	"example.com/shop/internal/rabbitrpc"
+	"example.com/shop/internal/rpcserver"
+	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/reflect/protodesc"
+	"google.golang.org/protobuf/reflect/protoregistry"
+	"google.golang.org/protobuf/types/descriptorpb"
+	"google.golang.org/protobuf/types/known/wrapperspb"
+)
+
+// health serves gRPC's health service, which this program knows as it knows its own.
+func health(s *connect.Server) {
+	spec := connect.Spec{Procedure: healthv1.Health_Check_FullMethodName}
+	s.Register(connect.Method{Spec: spec, Handler: func(ctx context.Context, _ connect.Spec, stream connect.ServerStream) error {
+		request := new(healthv1.HealthCheckRequest)
+		if err := stream.Receive(request); err != nil {
+			return err
+		}
+		if info, _ := connect.CallInfoForServerContext(ctx); info.RequestHeader().Get("Authorization") != "token" {
+			return connect.NewError(connect.CodeUnauthenticated, "no token for "+request.GetService())
+		}
+		return stream.Send(&healthv1.HealthCheckResponse{Status: healthv1.HealthCheckResponse_SERVING})
+	}})
+}
+
+// serveQueue serves over RabbitMQ until the test ends.
+func serveQueue(t *testing.T, url string, register func(*connect.Server)) {
+	t.Helper()
+	rpc := connect.NewServer()
+	register(rpc)
+	run(t, rabbitrpc.NewServer(rabbitrpc.ServerConfig{URL: url}, rpc).Run)
+}
+
+// serveHTTP serves until the test ends, and returns the URL.
+func serveHTTP(t *testing.T, register func(*connect.Server)) string {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := rpcserver.New(rpcserver.Config{}, register)
+	run(t, func(ctx context.Context) error { return server.Serve(ctx, listener) })
+	return "http://" + listener.Addr().String()
+}
+
+func run(t *testing.T, serve func(context.Context) error) {
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		if err := serve(ctx); err != nil {
+			t.Error(err)
+		}
+	}()
+	t.Cleanup(func() {
+		cancel()
+		<-ended
+	})
+}
+
+func TestRPCCallOverRabbitMQ(t *testing.T) {
+	t.Parallel()
+	url := testenv.AMQP(t)
+	environment := []string{"AMQP_URL=" + url}
+	const method = "grpc.health.v1.Health/Check"
+	status, _, stderr := call(t, environment, "rpc", "call", method, "--amqp")
+	if want := "shop: unavailable: nobody serves grpc.health.v1.Health; nothing was done\n"; status != 1 || stderr != want {
+		t.Errorf("without a server: exit status %d, %q", status, stderr)
+	}
+	serveQueue(t, url, health)
+	var stdout string
+	testenv.Eventually(t, 20*time.Second, func() error { // it is coming up
+		status, stdout, stderr = call(t, environment, "rpc", "call", method, "--amqp", "--header", "authorization=token")
+		if status != 0 && strings.Contains(stderr, "nobody serves") {
+			return context.DeadlineExceeded
+		}
+		return nil
+	})
+	wantJSON(t, stdout, "status", "SERVING")
+	status, _, stderr = call(t, environment, "rpc", "call", method, "--amqp", "--data", `{"service": "x"}`)
+	if want := "shop: unauthenticated: no token for x\n"; status != 1 || stderr != want {
+		t.Errorf("exit status %d, %q", status, stderr)
+	}
+}
+
+func TestRPCCallOverHTTP(t *testing.T) {
+	t.Parallel()
+	// rpcserver has a health service of its own.
+	status, stdout, stderr := call(t, nil, "rpc", "call", "/grpc.health.v1.Health/Check", "--http", serveHTTP(t, func(*connect.Server) {}))
+	if status != 0 {
+		t.Fatal(stderr)
+	}
+	wantJSON(t, stdout, "status", "SERVING")
+	for args, want := range map[string]string{
+		"grpc.health.v1.Health/None":                     "has no method None",
+		"grpc.health.v1.Health/Watch":                    "is a stream",
+		"grpc.health.v1.Health/Check --data={":           "--data is no grpc.health.v1.HealthCheckRequest",
+		"grpc.health.v1.HealthCheckRequest/Check":        "is no service",
+		"unknown.v1.None/None --http=http://127.0.0.1:1": "find service unknown.v1.None",
+	} {
+		status, _, stderr := call(t, nil, strings.Fields("rpc call "+args)...)
+		if status != 1 || strings.Count(stderr, "\n") != 1 || !strings.Contains(stderr, want) {
+			t.Errorf("%s: exit status %d, %q", args, status, stderr)
+		}
+	}
+}
+
+// A service that this program does not know: its schema, with what that imports, comes from the server.
+func TestRPCCallAsksForTheSchema(t *testing.T) {
+	t.Parallel()
+	const text = ".google.protobuf.StringValue"
+	file, err := protodesc.NewFile(&descriptorpb.FileDescriptorProto{
+		Name: proto.String("probe/v1/probe.proto"), Package: proto.String("probe.v1"), Syntax: proto.String("proto3"),
+		Dependency: []string{"google/protobuf/wrappers.proto"},
+		Service: []*descriptorpb.ServiceDescriptorProto{{Name: proto.String("Probe"), Method: []*descriptorpb.MethodDescriptorProto{
+			{Name: proto.String("Echo"), InputType: proto.String(text), OutputType: proto.String(text)},
+		}}},
+	}, protoregistry.GlobalFiles)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := protoregistry.GlobalFiles.RegisterFile(file); err != nil { // of the test, and not of the program that it runs
+		t.Fatal(err)
+	}
+	url := serveHTTP(t, func(s *connect.Server) {
+		spec := connect.Spec{Procedure: "/probe.v1.Probe/Echo", Schema: file.Services().Get(0).Methods().Get(0)}
+		s.Register(connect.Method{Spec: spec, Handler: func(_ context.Context, _ connect.Spec, stream connect.ServerStream) error {
+			in := new(wrapperspb.StringValue)
+			if err := stream.Receive(in); err != nil {
+				return err
+			}
+			return stream.Send(in)
+		}})
+	})
+	status, stdout, stderr := call(t, nil, "rpc", "call", "probe.v1.Probe/Echo", "--data", `"hello"`, "--http", url)
+	if status != 0 || strings.TrimSpace(stdout) != `"hello"` {
+		t.Errorf("exit status %d, %q %q", status, stdout, stderr)
+	}
+}
+
+func wantJSON(t *testing.T, text, name, want string) {
+	t.Helper()
+	var values map[string]any
+	if err := json.Unmarshal([]byte(text), &values); err != nil || values[name] != want {
+		t.Errorf("got %q, %v", text, err)
+	}
+}
+
+func TestRPCLs(t *testing.T) {
+	t.Parallel()
+	url := testenv.AMQP(t)
+	environment := []string{"AMQP_URL=" + url}
+	for range 2 {
+		serveQueue(t, url, health)
+	}
+	testenv.Eventually(t, 20*time.Second, func() error {
+		states, err := rabbitrpc.Look(t.Context(), url, "grpc.health.v1.Health")
+		if err == nil && states[0].Replicas != 2 {
+			err = context.DeadlineExceeded
+		}
+		return err
+	})
+	status, stdout, stderr := call(t, environment, "rpc", "ls", "--rate", "100ms", "grpc.health.v1.Health", "none.v1.None")
+	want := [][]string{{"SERVICE", "REPLICAS", "WAITING", "CALLS/S"}, {"grpc.health.v1.Health", "2", "0", "0.0"}, {"none.v1.None", "0", "0", "0.0"}}
+	lines := strings.Split(strings.TrimSpace(stdout), "\n")
+	if status != 0 || len(lines) != len(want) {
+		t.Fatalf("exit status %d, %q, %q", status, stdout, stderr)
+	}
+	for i, line := range lines {
+		if got := strings.Fields(line); strings.Join(got, " ") != strings.Join(want[i], " ") {
+			t.Errorf("line %q, want %q", line, want[i])
+		}
+	}
+	if _, stdout, _ := call(t, environment, "rpc", "ls"); strings.Contains(stdout, "grpc.") || strings.Count(stdout, "\n") < 2 || !strings.Contains(stdout, " -\n") {
+		t.Errorf("services of this program: %q", stdout)
+	}
+}

@@ -1,0 +1,129 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"os/exec"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"example.com/shop/internal/dev/testenv"
+)
+
+// started is a process of the service.
+type started struct {
+	name, url string
+	ended     chan error
+	log       bytes.Buffer     // to be read once it has ended
+	shows     func(log string) // looks at log then, if set
+}
+
+// startProcess starts a command that runs until it is told to stop, at the end of the test at the latest.
+func startProcess(t *testing.T, name string, environment ...string) *started {
+	t.Helper()
+	ops := testenv.FreeAddress(t)
+	p := &started{name: name, url: "http://" + ops, ended: make(chan error, 1)}
+	command := exec.Command(binary(), name)
+	command.Env, command.Stderr = append(environment, "LISTEN="+testenv.FreeAddress(t), "OPS_LISTEN="+ops), &p.log
+	if !slices.ContainsFunc(environment, func(one string) bool { return strings.HasPrefix(one, "JWT_") }) {
+		command.Env = append(command.Env, "INSECURE_NO_AUTH=true")
+	}
+	if err := command.Start(); err != nil {
+		t.Fatal(err)
+	}
+	go func() { p.ended <- command.Wait() }()
+	t.Cleanup(func() {
+		_ = command.Process.Signal(syscall.SIGTERM) // it may have ended
+		if err := <-p.ended; err != nil || t.Failed() {
+			t.Errorf("%s: %v\n%s", name, err, &p.log)
+		}
+		if p.shows != nil {
+			p.shows(p.log.String())
+		}
+	})
+	return p
+}
+
+// says waits until the process says that it is ready, or misses what is named first.
+func (p *started) says(t *testing.T, missing ...string) {
+	t.Helper()
+	testenv.Eventually(t, 60*time.Second, func() error {
+		response, err := http.Get(p.url + "/readyz")
+		if err != nil {
+			return fmt.Errorf("%s: %w", p.name, err)
+		}
+		defer response.Body.Close()
+		var answer struct {
+			Ready   bool
+			Missing []string
+		}
+		err = json.NewDecoder(response.Body).Decode(&answer)
+		if err != nil || answer.Ready != (len(missing) == 0) || len(missing) > 0 && !slices.Contains(answer.Missing, missing[0]) {
+			return fmt.Errorf("%s misses %q (%v), want %q", p.name, answer.Missing, err, missing)
+		}
+		return nil
+	})
+}
+
+// Processes may start in any order: in the end all are ready, and none has ended meanwhile: processes wait for servers, roles and schema, and migrate waits for
+// its server. Here the server knows not even the roles at first.
+func TestAnyOrderOfStart(t *testing.T) {
+	t.Parallel()
+	processes := []string{"api", "relay", "consumer", "console"}
+	for name, postgresFirst := range map[string]bool{"ProcessesFirst": false, "PostgresFirst": true} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			direct, _ := testenv.Cluster(t)
+			database, url := testenv.ProxyURL(t, direct)
+			broker, amqp := testenv.ProxyURL(t, testenv.AMQP(t))
+			broker.Refuse(true)
+			database.Refuse(!postgresFirst)
+			var all []*started
+			for i, name := range processes {
+				role := []string{"shop_api", "shop_relay", "shop_consumer", "shop_operator"}[i]
+				all = append(all, startProcess(t, name, "POSTGRES_URL="+testenv.As(t, url, role), "AMQP_URL="+amqp))
+			}
+			for _, p := range all {
+				p.says(t, "database") // it is away, or knows no such role
+			}
+			migrated := make(chan string, 1)
+			go func() {
+				status, stdout, stderr := call(t, []string{"POSTGRES_URL=" + url, "MIGRATE_WAIT=1m"}, "migrate")
+				migrated <- fmt.Sprint(status, stdout, stderr)
+			}()
+			database.Refuse(false)
+			if result := <-migrated; result[0] != '0' {
+				t.Fatalf("migrate: %s", result)
+			}
+			all[0].says(t)
+			all[1].says(t, "broker")
+			broker.Refuse(false)
+			for _, p := range all {
+				p.says(t)
+			}
+		})
+	}
+}
+
+// A process is not ready while the schema lacks something that it was built for, and is ready when the schema has more.
+func TestTheSchemaDecidesOnReadiness(t *testing.T) {
+	t.Parallel()
+	db := testenv.Postgres(t)
+	exec := func(sql string) {
+		t.Helper()
+		if _, err := db.Exec(t.Context(), sql); err != nil {
+			t.Fatal(err)
+		}
+	}
+	exec(`INSERT INTO goose_db_version (version_id, is_applied) VALUES (9999, true);
+		CREATE TABLE kept AS SELECT version_id FROM goose_db_version WHERE version_id = 3; DELETE FROM goose_db_version WHERE version_id = 3`)
+	p := startProcess(t, "api", "POSTGRES_URL="+testenv.As(t, db.Config().ConnString(), "shop_api"))
+	p.says(t, "schema")
+	exec(`INSERT INTO goose_db_version (version_id, is_applied) SELECT version_id, true FROM kept`)
+	p.says(t)
+}

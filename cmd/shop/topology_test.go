@@ -1,0 +1,79 @@
+package main
+
+import (
+	"encoding/json"
+	"net/url"
+	"strings"
+	"testing"
+
+	"example.com/shop/internal/app"
+	"example.com/shop/internal/dev/testenv"
+	"example.com/shop/internal/rabbit"
+	"github.com/google/go-cmp/cmp"
+)
+
+// What is printed for people and for programs are the permissions that internal/app's tests run the processes with.
+func TestTopologyNamesThePermissions(t *testing.T) {
+	t.Parallel()
+	want := app.Permissions("events")
+	if len(want) != 5 {
+		t.Fatalf("permissions of %d users", len(want))
+	}
+	status, stdout, stderr := callProgram(t, shipped(), nil, "topology")
+	if status != 0 {
+		t.Fatal(stderr)
+	}
+	for user, p := range want {
+		if line := strings.Join([]string{user, "'" + p.Configure + "'", "'" + p.Write + "'", "'" + p.Read + "'"}, " "); !strings.Contains(oneBlank(stdout), line) {
+			t.Errorf("%q is not in\n%s", line, stdout)
+		}
+	}
+	_, stdout, _ = callProgram(t, shipped(), nil, "topology", "--json")
+	var got struct{ Permissions map[string]rabbit.Permissions }
+	if err := json.Unmarshal([]byte(stdout), &got); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(want, got.Permissions); diff != "" {
+		t.Errorf("-want +got:\n%s", diff)
+	}
+}
+
+func oneBlank(text string) string { return strings.Join(strings.Fields(text), " ") }
+
+// The users that the program makes have the permissions that it prints, and the program logs in as them with any
+// password.
+func TestTopologyMakesUsers(t *testing.T) {
+	t.Parallel()
+	admin := testenv.AMQP(t)
+	broker, prefix := testenv.Management(t, admin), admin[strings.LastIndexByte(admin, '/')+1:]
+	const password = "p@ss/+ %=:"
+	environment := []string{"AMQP_URL=" + admin, "RABBITMQ_MANAGEMENT_URL=" + broker.URL(), "AMQP_USERS_PASSWORD=" + password}
+	for range 2 { // again is no error
+		if status, _, stderr := callProgram(t, binary(), environment, "topology", "--declare", "--users="+prefix); status != 0 {
+			t.Fatal(stderr)
+		}
+	}
+	got, want := broker.Users(prefix+"-"), map[string][3]string{}
+	_, stdout, _ := callProgram(t, binary(), nil, "topology", "--json")
+	var printed struct{ Permissions map[string]rabbit.Permissions }
+	if err := json.Unmarshal([]byte(stdout), &printed); err != nil {
+		t.Fatal(err)
+	}
+	for process, p := range printed.Permissions {
+		want[process] = [3]string{p.Configure, p.Write, p.Read}
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("-want +got:\n%s", diff)
+	}
+	bare, err := url.Parse(admin)
+	if err != nil {
+		t.Fatal(err)
+	}
+	bare.User = url.User(prefix + "-rpc-server")
+	for given, want := range map[string]int{password: 0, "another": 1} {
+		status, _, stderr := callProgram(t, binary(), []string{"AMQP_URL=" + bare.String(), "AMQP_PASSWORD=" + given}, "rpc", "ls")
+		if status != want || strings.Contains(stderr, given) {
+			t.Errorf("with %q: status %d, want %d: %s", given, status, want, stderr)
+		}
+	}
+}

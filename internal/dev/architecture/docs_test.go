@@ -1,0 +1,178 @@
+package architecture
+
+import (
+	"flag"
+	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// page returns the text of a page of docs/.
+func page(t *testing.T, name string) string {
+	t.Helper()
+	text, err := os.ReadFile(filepath.Join("..", "..", "..", "docs", name))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(text)
+}
+
+var (
+	link    = regexp.MustCompile(`\]\(([^)\s]+)\)`)
+	heading = regexp.MustCompile(`(?m)^#+ (.+)$`)
+	fenced  = regexp.MustCompile("(?ms)^```.*?^```$")
+	dropped = regexp.MustCompile(`[^\p{L}\p{N}\- _]`)
+)
+
+// anchors are what a page's headings can be linked by, as GitHub makes them.
+func anchors(text string) (all []string) {
+	for _, one := range heading.FindAllStringSubmatch(fenced.ReplaceAllString(text, ""), -1) {
+		all = append(all, strings.ReplaceAll(dropped.ReplaceAllString(strings.ToLower(one[1]), ""), " ", "-"))
+	}
+	return all
+}
+
+// Every link from one of our pages to another, or to a file, leads somewhere.
+func TestLinksLeadSomewhere(t *testing.T) {
+	t.Parallel()
+	root := filepath.Join("..", "..", "..")
+	var pages []string
+	for _, pattern := range []string{"*.md", "docs/*.md", "docs/adr/*.md", "proto/*.md"} {
+		found, err := filepath.Glob(filepath.Join(root, pattern))
+		if err != nil {
+			t.Fatal(err)
+		}
+		pages = append(pages, found...)
+	}
+	links := 0
+	for _, name := range pages {
+		text, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, found := range link.FindAllStringSubmatch(fenced.ReplaceAllString(string(text), ""), -1) {
+			target, anchor, _ := strings.Cut(found[1], "#")
+			if strings.Contains(target, "://") {
+				continue
+			}
+			links++
+			there := filepath.Join(filepath.Dir(name), target)
+			if target == "" {
+				there = name
+			}
+			if _, err := os.Stat(there); err != nil {
+				t.Errorf("%s links to %s, which is not there", name, found[1])
+				continue
+			}
+			if anchor == "" || filepath.Ext(there) != ".md" {
+				continue
+			}
+			if linked, err := os.ReadFile(there); err != nil || !slices.Contains(anchors(string(linked)), anchor) {
+				t.Errorf("%s links to %s, and there is no such heading", name, found[1])
+			}
+		}
+	}
+	if links < 50 {
+		t.Errorf("only %d links found", links)
+	}
+}
+
+// docs/README.md leads to every page.
+func TestEveryPageIsInTheIndex(t *testing.T) {
+	t.Parallel()
+	index := page(t, "README.md")
+	root := filepath.Join("..", "..", "..", "docs")
+	for _, pattern := range []string{"*.md", "adr/*.md"} {
+		found, err := filepath.Glob(filepath.Join(root, pattern))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, name := range found {
+			rel, _ := filepath.Rel(root, name)
+			if rel != "README.md" && !strings.Contains(index, "]("+filepath.ToSlash(rel)+")") {
+				t.Errorf("docs/README.md does not lead to %s", rel)
+			}
+		}
+	}
+}
+
+var update = flag.Bool("update", false, "copy the numbers of docs/benchmarks.md into the pages that quote them")
+
+// cellsOf returns the cells of a row of a table, or nothing.
+func cellsOf(line string) (cells []string) {
+	if !strings.HasPrefix(line, "|") {
+		return nil
+	}
+	for _, cell := range strings.Split(strings.Trim(strings.TrimSpace(line), "|"), "|") {
+		cells = append(cells, strings.TrimSpace(cell))
+	}
+	return cells
+}
+
+// Pages that quote a benchmark do so in tables of row, contestant, to whom it is compared, median and ratio, and quote the last run.
+func TestBenchmarksAreQuotedAsTheyAre(t *testing.T) {
+	t.Parallel()
+	measured := map[[3]string]string{} // the row as pages quote it
+	for line := range strings.Lines(page(t, "benchmarks.md")) {
+		if c := cellsOf(line); len(c) == 9 { // row, contestant, unit, median, spread, ratio, spread, to, wanted
+			measured[[3]string{c[0], c[1], c[7]}] = strings.ReplaceAll(fmt.Sprintf("| %s | %s | %s | %s %s | %s |\n", c[0], c[1], c[7], c[3], c[2], c[5]), "|  |", "| |")
+		}
+	}
+	for _, name := range []string{"comparison.md", "scaling.md"} {
+		var text strings.Builder
+		quoted, inside := 0, false
+		for line := range strings.Lines(page(t, name)) {
+			c := cellsOf(line)
+			inside = len(c) == 5 && (inside || c[0] == "Row")
+			if inside && c[0] != "Row" && !strings.HasPrefix(c[0], "--") {
+				quoted++
+				found, ok := measured[[3]string{c[0], c[1], c[2]}]
+				switch {
+				case !ok:
+					t.Errorf("docs/%s quotes what docs/benchmarks.md does not have: %s", name, line)
+				case found != line && !*update:
+					t.Errorf("docs/%s says\n%sand docs/benchmarks.md\n%s(make docs copies it)", name, line, found)
+				}
+				if ok {
+					line = found
+				}
+			}
+			text.WriteString(line)
+		}
+		if quoted < 5 {
+			t.Errorf("docs/%s: only %d numbers found", name, quoted)
+		}
+		if *update {
+			if err := os.WriteFile(filepath.Join("..", "..", "..", "docs", name), []byte(text.String()), 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+}
+
+// What the README says of the settings is a choice of them; each of them exists.
+func TestTheREADMENamesSettingsThatExist(t *testing.T) {
+	t.Parallel()
+	settings, named := page(t, "configuration.md"), 0
+	for line := range strings.Lines(page(t, "../README.md")) {
+		c := cellsOf(line)
+		if len(c) < 2 {
+			continue
+		}
+		for _, found := range quoted.FindAllStringSubmatch(c[0], -1) {
+			if name := found[1]; name == strings.ToUpper(name) && !strings.ContainsAny(name, " /") {
+				named++
+				if !strings.Contains(settings, "`"+name+"`") {
+					t.Errorf("the README has %s, and no command takes it", name)
+				}
+			}
+		}
+	}
+	if named == 0 {
+		t.Error("no settings found")
+	}
+}

@@ -1,0 +1,160 @@
+//go:build unix
+
+package testenv
+
+import (
+	"context"
+	"fmt"
+	"path/filepath"
+	"testing"
+
+	"example.com/shop/internal/dev/localstack"
+	"example.com/shop/migrations"
+	"github.com/jackc/pgx/v5"
+)
+
+// Cluster starts a Postgres that is the test's own and holds an empty database. It returns a superuser's URL of that,
+// and the folder of the server's programs, pg_dump among them.
+func Cluster(t testing.TB) (url, programs string) {
+	t.Helper()
+	server := newServer(t, "cluster", localstack.Cluster)
+	return server.URL(), server.cluster.Programs()
+}
+
+// Server is a Postgres that is the test's own, to be broken. Its methods fail the test when they fail themselves, and
+// are for the test's own goroutine, one at a time. It ends with the test, frozen or not, also if that is killed.
+type Server struct {
+	t       testing.TB
+	cluster *localstack.Server
+}
+
+// Replicated starts a primary with a migrated database and a synchronous standby: a COMMIT that wrote something waits
+// until the standby has it on disk. [As] gives URLs for the service's roles, on either server. It takes some seconds.
+//
+// For a failover kill the primary, then promote the standby. While the standby is stopped, killed or frozen, a COMMIT
+// waits without end. When that wait is cancelled, by pgx at a deadline for instance, the transaction is committed on
+// the primary and can be read there, with a warning. A failover is certain to lose it if the standby was stopped or
+// killed before the COMMIT. To a frozen standby it lies in a socket, and arrives when that is thawed.
+func Replicated(t testing.TB) (primary, standby *Server) {
+	t.Helper()
+	primary = newServer(t, "primary", localstack.Cluster)
+	standby = newServer(t, "standby", func(ctx context.Context, config localstack.Config) (*localstack.Server, error) {
+		return localstack.Standby(ctx, config, primary.cluster, "standby")
+	})
+	primary.exec(`ALTER SYSTEM SET synchronous_standby_names = 'standby'`, `SELECT pg_reload_conf()`)
+	primary.awaitStandby()
+	if _, err := migrations.Up(t.Context(), primary.URL()); err != nil {
+		t.Fatalf("migrate primary: %v", err)
+	}
+	return primary, standby
+}
+
+func newServer(
+	t testing.TB, name string, start func(context.Context, localstack.Config) (*localstack.Server, error),
+) *Server {
+	t.Helper()
+	shared(t) // for its watchdog
+	ctx, cancel := context.WithTimeout(t.Context(), startPatience)
+	defer cancel()
+	cluster, err := start(ctx, localstack.Config{Dir: filepath.Join(t.TempDir(), name), Profile: "test"})
+	if err != nil {
+		t.Fatalf("start %s: %v", name, err)
+	}
+	t.Cleanup(cluster.Release)
+	return &Server{t: t, cluster: cluster}
+}
+
+// URL is a superuser's URL of the server's database. A server that was started again can have another.
+func (s *Server) URL() string { return s.cluster.URL() }
+
+// Start starts the server again after Stop or Kill, and waits until it answers.
+func (s *Server) Start() {
+	s.t.Helper()
+	s.must("start server", s.cluster.Start(s.t.Context()))
+}
+
+// Stop shuts the server down in order.
+func (s *Server) Stop() {
+	s.t.Helper()
+	s.must("stop server", s.cluster.Stop(s.t.Context()))
+}
+
+// Kill ends all processes of the server at once, with SIGKILL.
+func (s *Server) Kill() {
+	s.t.Helper()
+	s.must("kill server", s.cluster.Kill(s.t.Context()))
+}
+
+// Freeze suspends all processes of the server: its connections stay open, and nothing answers until Thaw.
+func (s *Server) Freeze() {
+	s.t.Helper()
+	s.must("freeze server", s.cluster.Freeze())
+}
+
+// Thaw lets a frozen server go on.
+func (s *Server) Thaw() {
+	s.t.Helper()
+	s.must("thaw server", s.cluster.Thaw())
+}
+
+// Promote makes a standby a primary, started again if it was stopped, and returns its URL when it accepts writes. If
+// its primary still runs, it first takes from it what it missed. Nothing waits for a standby of the new primary.
+func (s *Server) Promote() (url string) {
+	s.t.Helper()
+	s.Start()
+	s.must("promote standby", s.cluster.Promote(s.t.Context()))
+	return s.URL()
+}
+
+// AwaitSyncWait returns when as many sessions of this primary wait for the standby in COMMIT.
+func (s *Server) AwaitSyncWait(sessions int) {
+	s.t.Helper()
+	s.await(`SELECT count(*) = $1 FROM pg_stat_activity WHERE wait_event = 'SyncRep'`, sessions)
+}
+
+// awaitStandby returns when every COMMIT waits for the standby, and the standby is there.
+func (s *Server) awaitStandby() {
+	s.t.Helper()
+	s.await(`SELECT EXISTS (SELECT FROM pg_stat_replication WHERE sync_state = 'sync')`)
+}
+
+// await returns when a query gives true.
+func (s *Server) await(sql string, args ...any) {
+	s.t.Helper()
+	conn := s.connect()
+	defer conn.Close(context.WithoutCancel(s.t.Context()))
+	Eventually(s.t, callPatience, func() error {
+		var yes bool
+		if err := conn.QueryRow(s.t.Context(), sql, args...).Scan(&yes); err != nil {
+			return err
+		}
+		if !yes {
+			return fmt.Errorf("not so: %s %v", sql, args)
+		}
+		return nil
+	})
+}
+
+func (s *Server) exec(statements ...string) {
+	s.t.Helper()
+	conn := s.connect()
+	defer conn.Close(context.WithoutCancel(s.t.Context()))
+	for _, sql := range statements {
+		_, err := conn.Exec(s.t.Context(), sql)
+		s.must(sql, err)
+	}
+}
+
+func (s *Server) connect() *pgx.Conn {
+	s.t.Helper()
+	conn, err := pgx.Connect(s.t.Context(), s.URL())
+	s.must("connect", err)
+	return conn
+}
+
+func (s *Server) must(what string, err error) {
+	s.t.Helper()
+	if err != nil {
+		s.t.Fatalf("%s: %v", what, err)
+	}
+}

@@ -1,0 +1,124 @@
+//go:build unix
+
+package testenv
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io/fs"
+	"sync"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"example.com/shop/migrations"
+)
+
+// templateLock is the advisory lock, in the maintenance database, of whoever makes
+// a template. Any number would do that nothing else there uses.
+const templateLock = 0x7e3b1a7e
+
+// template is the migrated database that tests get copies of. Its name is a hash of
+// the migrations, so that changed migrations get another one. All test binaries on
+// a server share it.
+type template struct {
+	once sync.Once
+	name string
+	err  error
+}
+
+// ensure makes the template unless there is one, and returns its name.
+func (t *template) ensure(ctx context.Context, e *environment) (string, error) {
+	t.once.Do(func() {
+		if t.name, t.err = templateName(migrations.FS); t.err == nil {
+			t.err = makeTemplate(ctx, e.maintenance, e.stack.PostgresURL, t.name)
+		}
+	})
+	return t.name, t.err
+}
+
+func templateName(migrations fs.FS) (string, error) {
+	paths, err := fs.Glob(migrations, "*.sql")
+	if err != nil {
+		return "", fmt.Errorf("list migrations: %w", err)
+	}
+	hash := sha256.New()
+	for _, path := range paths {
+		content, err := fs.ReadFile(migrations, path)
+		if err != nil {
+			return "", fmt.Errorf("read migration: %w", err)
+		}
+		fmt.Fprintf(hash, "%s %d\n%s", path, len(content), content)
+	}
+	return fmt.Sprintf("template_%.8x", hash.Sum(nil)), nil
+}
+
+// makeTemplate makes the template as the only one on the server who does so now.
+func makeTemplate(ctx context.Context, maintenance *pgxpool.Pool, serverURL, name string) (err error) {
+	conn, err := maintenance.Acquire(ctx)
+	if err != nil {
+		return fmt.Errorf("connect: %w", err)
+	}
+	defer conn.Release()
+	if _, err := conn.Exec(ctx, `SELECT pg_advisory_lock($1)`, templateLock); err != nil {
+		return fmt.Errorf("lock: %w", err)
+	}
+	defer func() {
+		_, unlockErr := conn.Exec(context.WithoutCancel(ctx), `SELECT pg_advisory_unlock($1)`, templateLock)
+		err = errors.Join(err, unlockErr)
+	}()
+
+	var ready bool
+	err = conn.QueryRow(ctx, `SELECT datistemplate FROM pg_database WHERE datname = $1`, name).Scan(&ready)
+	if err != nil && !errors.Is(err, pgx.ErrNoRows) {
+		return fmt.Errorf("look for template: %w", err)
+	}
+	if ready {
+		return nil
+	}
+	// It is marked as a template last. One without the mark is what a killed test
+	// left half-made.
+	for _, statement := range []string{
+		"DROP DATABASE IF EXISTS " + quote(name) + " WITH (FORCE)",
+		"CREATE DATABASE " + quote(name),
+	} {
+		if _, err := conn.Exec(ctx, statement); err != nil {
+			return fmt.Errorf("create template: %w", err)
+		}
+	}
+	if _, err := migrations.Up(ctx, databaseURL(serverURL, name)); err != nil {
+		return err
+	}
+	if err := givePasswords(ctx, conn); err != nil {
+		return err
+	}
+	// Without connections: a database that somebody is connected to cannot be copied.
+	_, err = conn.Exec(ctx, "ALTER DATABASE "+quote(name)+" WITH IS_TEMPLATE true ALLOW_CONNECTIONS false")
+	if err != nil {
+		return fmt.Errorf("mark template: %w", err)
+	}
+	return nil
+}
+
+// rolePassword is for servers that want one, as those in containers do.
+const rolePassword = "testenv"
+
+// givePasswords lets tests log in as each of the service's roles.
+func givePasswords(ctx context.Context, conn *pgxpool.Conn) error {
+	rows, err := conn.Query(ctx, `SELECT rolname FROM pg_roles WHERE rolname LIKE 'app\_%'`)
+	if err != nil {
+		return fmt.Errorf("list roles: %w", err)
+	}
+	roles, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	if err != nil {
+		return fmt.Errorf("list roles: %w", err)
+	}
+	for _, role := range roles {
+		if _, err := conn.Exec(ctx, "ALTER ROLE "+quote(role)+" PASSWORD '"+rolePassword+"'"); err != nil {
+			return fmt.Errorf("give role a password: %w", err)
+		}
+	}
+	return nil
+}
