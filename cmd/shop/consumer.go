@@ -61,8 +61,8 @@ type groupView struct {
 const mostKeys = 100
 
 func (c *consumerLsCommand) Run(ctx context.Context) error {
-	return c.work(ctx, func(desk *app.Desk) error {
-		standings, err := inbox.Standings(ctx, desk.DB, desk.Acts().Groups)
+	return c.work(ctx, func(desk *app.Admin) error {
+		standings, err := inbox.GroupStatuses(ctx, desk.DB, desk.Acts().Groups)
 		if err != nil {
 			return err
 		}
@@ -118,7 +118,7 @@ type consumerPauseCommand struct {
 }
 
 func (c *consumerPauseCommand) Run(ctx context.Context) error {
-	return c.work(ctx, func(desk *app.Desk) error {
+	return c.work(ctx, func(desk *app.Admin) error {
 		if err := desk.Acts().Pause(ctx, c.Group, c.note()); err != nil {
 			return err
 		}
@@ -133,7 +133,7 @@ type consumerResumeCommand struct {
 }
 
 func (c *consumerResumeCommand) Run(ctx context.Context) error {
-	return c.work(ctx, func(desk *app.Desk) error {
+	return c.work(ctx, func(desk *app.Admin) error {
 		if err := desk.Acts().Resume(ctx, c.Group, c.note()); err != nil {
 			return err
 		}
@@ -149,7 +149,7 @@ type consumerSkipCommand struct {
 }
 
 func (c *consumerSkipCommand) Run(ctx context.Context) error {
-	return c.work(ctx, func(desk *app.Desk) error {
+	return c.work(ctx, func(desk *app.Admin) error {
 		id, err := desk.Acts().SkipHead(ctx, c.Group, c.Key, c.note())
 		if err != nil {
 			return err
@@ -166,7 +166,7 @@ type consumerParkCommand struct {
 }
 
 func (c *consumerParkCommand) Run(ctx context.Context) error {
-	return c.work(ctx, func(desk *app.Desk) error {
+	return c.work(ctx, func(desk *app.Admin) error {
 		moved, err := desk.Acts().ParkKey(ctx, c.Group, c.Key, c.note())
 		if err != nil {
 			return err

@@ -105,7 +105,7 @@ func (c *deadListCommand) Validate() error {
 }
 
 func (c *deadListCommand) Run(ctx context.Context) error {
-	return c.work(ctx, func(desk *app.Desk) error {
+	return c.work(ctx, func(desk *app.Admin) error {
 		filter := c.filter()
 		filter.Resolved = c.Resolved
 		letters, err := deadletter.List(ctx, desk.DB, filter, c.After, c.Limit+1) // one more, to know whether there are more
@@ -154,7 +154,7 @@ type deadShowCommand struct {
 }
 
 func (c *deadShowCommand) Run(ctx context.Context) error {
-	return c.work(ctx, func(desk *app.Desk) error {
+	return c.work(ctx, func(desk *app.Admin) error {
 		letter, found, err := deadletter.Get(ctx, desk.DB, c.ID)
 		if err != nil {
 			return err
@@ -239,8 +239,8 @@ func (f *resolveFlags) checkAs(actor string) error {
 	return f.letterFilter.check()
 }
 
-func (f *resolveFlags) order(desk *app.Desk, tell *teller) ops.Order {
-	return ops.Order{
+func (f *resolveFlags) order(desk *app.Admin, tell *teller) ops.Selection {
+	return ops.Selection{
 		Filter: f.filter(), Note: deadletter.Note{Actor: f.Actor, Reason: f.Reason},
 		PerSecond: f.Rate, DryRun: f.DryRun, Groups: desk.Acts().Groups,
 		Begin: func(total int64) { tell.left = int(total) },
@@ -256,7 +256,7 @@ type deadRedriveCommand struct {
 func (c *deadRedriveCommand) Validate() error { return c.resolveFlags.check() }
 
 func (c *deadRedriveCommand) Run(ctx context.Context) error {
-	return c.work(ctx, func(desk *app.Desk) error {
+	return c.work(ctx, func(desk *app.Admin) error {
 		tell := newTeller(c.JSON, c.DryRun)
 		order := c.order(desk, tell)
 		order.Force = c.Force
@@ -272,7 +272,7 @@ type deadDiscardCommand struct {
 func (c *deadDiscardCommand) Validate() error { return c.resolveFlags.check() }
 
 func (c *deadDiscardCommand) Run(ctx context.Context) error {
-	return c.work(ctx, func(desk *app.Desk) error {
+	return c.work(ctx, func(desk *app.Admin) error {
 		tell := newTeller(c.JSON, c.DryRun)
 		return tell.summary(ops.Discard(ctx, desk.DB, c.order(desk, tell), tell.letter), deadletter.Discarded)
 	})
@@ -285,7 +285,7 @@ type deadReopenCommand struct {
 }
 
 func (c *deadReopenCommand) Run(ctx context.Context) error {
-	return c.work(ctx, func(desk *app.Desk) error {
+	return c.work(ctx, func(desk *app.Admin) error {
 		if err := ops.Reopen(ctx, desk.DB, c.ID, c.note()); err != nil {
 			return err
 		}

@@ -24,8 +24,8 @@ func (c *doctorCommand) Run(ctx context.Context) error {
 	database := databaseFlags{PostgresURL: c.PostgresURL, ListenURL: c.ListenURL}
 	config := appConfig("", database, apiFlags{}, c.brokerFlags, relayFlags{}, consumerFlags{})
 	config.ManagementURL = string(c.ManagementURL)
-	return atDesk(ctx, config, func(desk *app.Desk) error {
-		findings := ops.Doctor(ctx, desk.Patient())
+	return atDesk(ctx, config, func(desk *app.Admin) error {
+		findings := ops.Doctor(ctx, desk.Target())
 		var err error
 		if c.JSON {
 			err = printJSON(map[string]any{"verdict": ops.Worst(findings), "findings": findings})

@@ -34,7 +34,7 @@ type outboxStatus struct {
 }
 
 func (c *outboxStatusCommand) Run(ctx context.Context) error {
-	return c.work(ctx, func(desk *app.Desk) error {
+	return c.work(ctx, func(desk *app.Admin) error {
 		shards, err := outbox.Status(ctx, desk.DB)
 		if err != nil {
 			return err
@@ -73,7 +73,7 @@ func (s outboxStatus) print(out io.Writer) error {
 type outboxRepairCommand struct{ deskFlags }
 
 func (c *outboxRepairCommand) Run(ctx context.Context) error {
-	return c.work(ctx, func(desk *app.Desk) error {
+	return c.work(ctx, func(desk *app.Admin) error {
 		waiting, err := outbox.Repair(ctx, desk.DB)
 		intact := errors.Is(err, outbox.ErrNoRepairNeeded)
 		switch {
@@ -112,7 +112,7 @@ func (c *outboxReplayCommand) Validate() error {
 
 func (c *outboxReplayCommand) Run(ctx context.Context) error {
 	config := appConfig("", databaseFlags{PostgresURL: c.PostgresURL}, apiFlags{}, c.brokerFlags, relayFlags{}, consumerFlags{})
-	return atDesk(ctx, config, func(desk *app.Desk) error {
+	return atDesk(ctx, config, func(desk *app.Admin) error {
 		types, err := c.types(desk.Groups())
 		if err != nil {
 			return err
@@ -160,7 +160,7 @@ func (c *outboxReplayCommand) types(groups []ops.Group) ([]string, error) {
 }
 
 // replay shows its progress if somebody watches.
-func (c *outboxReplayCommand) replay(ctx context.Context, desk *app.Desk, publisher messaging.Publisher, filter outbox.ReplayFilter) (outbox.Replayed, error) {
+func (c *outboxReplayCommand) replay(ctx context.Context, desk *app.Admin, publisher messaging.Publisher, filter outbox.ReplayFilter) (outbox.Replayed, error) {
 	var show func(outbox.Replayed)
 	if isTerminal(os.Stderr) && !c.JSON {
 		began := time.Now()
@@ -233,7 +233,7 @@ func (c *outboxShardsCommand) Validate() error {
 }
 
 func (c *outboxShardsCommand) Run(ctx context.Context) error {
-	return c.work(ctx, func(desk *app.Desk) error {
+	return c.work(ctx, func(desk *app.Admin) error {
 		if c.N != nil {
 			waiting, cancel := context.WithTimeout(ctx, c.Timeout)
 			defer cancel()

@@ -35,7 +35,7 @@ type entryView struct {
 }
 
 func (c *traceCommand) Run(ctx context.Context) error {
-	return c.work(ctx, func(desk *app.Desk) error {
+	return c.work(ctx, func(desk *app.Admin) error {
 		journey, err := ops.Trace(ctx, desk.DB, c.MessageID)
 		if err != nil {
 			return err
@@ -51,7 +51,7 @@ func (c *traceCommand) Run(ctx context.Context) error {
 	})
 }
 
-func (c *traceCommand) printJSON(journey ops.Journey, steps []ops.Step) error {
+func (c *traceCommand) printJSON(journey ops.MessageTrace, steps []ops.Step) error {
 	entries, letters := []entryView{}, []letterView{}
 	for _, one := range journey.Log {
 		entries = append(entries, entryView{one.Type, one.Key, one.TransactionID, one.Shard, one.CreatedAt, one.Delivered})
@@ -64,7 +64,7 @@ func (c *traceCommand) printJSON(journey ops.Journey, steps []ops.Step) error {
 	return printJSON(map[string]any{"message_id": c.MessageID, "outbox": entries, "groups": journey.Groups, "dead_letters": letters, "steps": steps})
 }
 
-func (c *traceCommand) print(out io.Writer, journey ops.Journey, steps []ops.Step) error {
+func (c *traceCommand) print(out io.Writer, journey ops.MessageTrace, steps []ops.Step) error {
 	fmt.Fprintln(out, "message", plain(c.MessageID))
 	if len(journey.Log) > 0 {
 		fmt.Fprintf(out, "type %s, key %s\n", cellText(journey.Log[0].Type), cellText(journey.Log[0].Key))

@@ -14,8 +14,8 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// Desk is what operators' commands work at: the database, and what the service's wiring knows. It runs nothing.
-type Desk struct {
+// Admin is what operators' commands work at: the database, and what the service's wiring knows. It runs nothing.
+type Admin struct {
 	DB *pgxpool.Pool
 	process
 }
@@ -23,20 +23,20 @@ type Desk struct {
 // deskConns is enough for a person.
 const deskConns = 4
 
-// OpenDesk opens the connections. It does not connect.
-func OpenDesk(ctx context.Context, config Config) (*Desk, error) {
+// OpenAdmin opens the connections. It does not connect.
+func OpenAdmin(ctx context.Context, config Config) (*Admin, error) {
 	db, err := postgres.Open(ctx, postgres.Config{URL: config.PostgresURL, MaxConns: deskConns, ApplicationName: ServiceName + " operator"})
 	if err != nil {
 		return nil, err
 	}
-	return &Desk{DB: db, process: process{config: config, db: db, domain: theDomain(db, outbox.NewWriter(db, nil, nil), changes.New(changes.Config{}))}}, nil
+	return &Admin{DB: db, process: process{config: config, db: db, domain: newDomainFunc(db, outbox.NewWriter(db, nil, nil), changes.New(changes.Config{}))}}, nil
 }
 
 // Close closes the connections.
-func (d *Desk) Close() { d.DB.Close() }
+func (d *Admin) Close() { d.DB.Close() }
 
 // Groups are the service's consumer groups.
-func (d *Desk) Groups() (groups []ops.Group) {
+func (d *Admin) Groups() (groups []ops.Group) {
 	for _, g := range d.domain.groups {
 		groups = append(groups, ops.Group{Name: g.Name(), Types: g.Types()})
 	}
@@ -44,8 +44,8 @@ func (d *Desk) Groups() (groups []ops.Group) {
 }
 
 // Acts is what operators do to consumer groups, that of durable calls among them.
-func (d *Desk) Acts() ops.Desk {
-	acts := ops.Desk{DB: d.DB}
+func (d *Admin) Acts() ops.Operator {
+	acts := ops.Operator{DB: d.DB}
 	for _, group := range d.consoleGroups() {
 		acts.Groups = append(acts.Groups, group.Name)
 	}
@@ -53,7 +53,7 @@ func (d *Desk) Acts() ops.Desk {
 }
 
 // Publisher publishes to the exchange, or, if a group is given, to that group's queue alone.
-func (d *Desk) Publisher(group string) messaging.Publisher {
+func (d *Admin) Publisher(group string) messaging.Publisher {
 	config := rabbit.PublisherConfig{URL: d.config.AMQPURL, Topology: d.topology(), Name: d.connectionName("replay")}
 	for _, g := range d.domain.groups {
 		if g.Name() == group {
@@ -64,11 +64,11 @@ func (d *Desk) Publisher(group string) messaging.Publisher {
 }
 
 // CheckBroker says why the broker cannot be reached.
-func (d *Desk) CheckBroker(ctx context.Context) error { return rabbit.Check(ctx, d.config.AMQPURL) }
+func (d *Admin) CheckBroker(ctx context.Context) error { return rabbit.Check(ctx, d.config.AMQPURL) }
 
-// Patient is the service as the doctor looks at it.
-func (d *Desk) Patient() ops.Patient {
-	return ops.Patient{
+// Target is the service as the doctor looks at it.
+func (d *Admin) Target() ops.Target {
+	return ops.Target{
 		DB: d.DB, PostgresURL: d.config.notifyURL(), ListenURL: d.config.listenURL(), AMQPURL: d.config.AMQPURL,
 		ManagementURL: d.config.ManagementURL, Topology: d.topology(), LongestRedelivery: longestRedelivery(),
 	}

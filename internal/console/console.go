@@ -50,14 +50,14 @@ type Group struct {
 type Console struct {
 	config Config
 	db     *pgxpool.Pool
-	desk   ops.Desk
+	desk   ops.Operator
 	groups []ops.Group
 	flow   *flow
 }
 
 // New makes a Console. Its flow stands still until Run runs.
 func New(config Config) *Console {
-	c := &Console{config: config, db: config.DB, flow: newFlow(), desk: ops.Desk{DB: config.DB}}
+	c := &Console{config: config, db: config.DB, flow: newFlow(), desk: ops.Operator{DB: config.DB}}
 	for _, group := range config.Groups {
 		c.groups = append(c.groups, group.Group)
 		c.desk.Groups = append(c.desk.Groups, group.Name)

@@ -16,7 +16,7 @@ const (
 
 // ListGroups implements ops.v1.OpsService.
 func (c *Console) ListGroups(ctx context.Context, _ *opsv1.ListGroupsRequest) (*opsv1.ListGroupsResponse, error) {
-	standings, err := inbox.Standings(ctx, c.db, c.desk.Groups)
+	standings, err := inbox.GroupStatuses(ctx, c.db, c.desk.Groups)
 	if err != nil {
 		return nil, tell(err)
 	}
@@ -47,7 +47,7 @@ func (c *Console) ListGroups(ctx context.Context, _ *opsv1.ListGroupsRequest) (*
 }
 
 // groupOf joins what the database says of a group with what the flow knows: its rate, and how full its queue is.
-func (c *Console) groupOf(group ops.Group, standing inbox.Standing) *opsv1.Group {
+func (c *Console) groupOf(group ops.Group, standing inbox.GroupStatus) *opsv1.Group {
 	g := &opsv1.Group{
 		Name: group.Name, Types: group.Types, Processes: int32(len(standing.Applied)), Lag: standing.Lag,
 		Retrying: standing.Retrying, Oldest: standing.Oldest, BlockedKeys: standing.Blocked,

@@ -126,13 +126,13 @@ func (c *Console) resolve(ctx context.Context, req *opsv1.ResolveDeadLettersRequ
 }
 
 // orderOf is what a request asks for.
-func (c *Console) orderOf(ctx context.Context, req *opsv1.ResolveDeadLettersRequest) (ops.Order, error) {
+func (c *Console) orderOf(ctx context.Context, req *opsv1.ResolveDeadLettersRequest) (ops.Selection, error) {
 	filter, err := filterOf(req.GetFilter())
 	if err == nil {
 		err = storable(req.GetReason())
 	}
 	filter.Resolved = false
-	order := ops.Order{
+	order := ops.Selection{
 		Filter: filter, Note: note(ctx, req.GetReason()), DryRun: req.GetDryRun(), Force: req.GetForce(),
 		PerSecond: pace, Groups: c.desk.Groups,
 	}

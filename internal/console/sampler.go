@@ -21,7 +21,7 @@ const patience = 3 * time.Second
 type reading struct {
 	shards    []outbox.Shard
 	relays    []outbox.Alive
-	standings []inbox.Standing
+	standings []inbox.GroupStatus
 	sessions  map[string]int
 	dead      int64
 	database  error
@@ -93,7 +93,7 @@ func (s *sampler) readDatabase(ctx context.Context, r *reading) (err error) {
 	if r.relays, err = outbox.Relays(ctx, db); err != nil {
 		return err
 	}
-	if r.standings, err = inbox.Standings(ctx, db, s.console.desk.Groups); err != nil {
+	if r.standings, err = inbox.GroupStatuses(ctx, db, s.console.desk.Groups); err != nil {
 		return err
 	}
 	if r.sessions, err = postgres.Sessions(ctx, db); err != nil {
@@ -135,7 +135,7 @@ func (s *sampler) measure(at time.Time, r *reading) *velocity {
 
 // progress is what the processes of a group have applied since the last reading. One that is new has applied all it tells, except when we are new
 // ourselves.
-func (s *sampler) progress(standing inbox.Standing) (applied int64) {
+func (s *sampler) progress(standing inbox.GroupStatus) (applied int64) {
 	before, known := s.owners[standing.Consumer]
 	for owner, total := range standing.Applied {
 		if known {

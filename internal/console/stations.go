@@ -29,7 +29,7 @@ const (
 func (c *Console) judge(r *reading, v *velocity) []*opsv1.Station {
 	all := []*opsv1.Station{c.api(r, v), log(r, v), relay(r, v), exchange(r, v)}
 	for i, group := range c.config.Groups {
-		standing := inbox.Standing{Consumer: group.Name}
+		standing := inbox.GroupStatus{Consumer: group.Name}
 		if r.database == nil {
 			standing = r.standings[i]
 		}
@@ -137,7 +137,7 @@ func exchange(r *reading, v *velocity) *opsv1.Station {
 	return s
 }
 
-func queue(r *reading, group Group, depth rabbit.Depth, standing inbox.Standing, passed float64) *opsv1.Station {
+func queue(r *reading, group Group, depth rabbit.Depth, standing inbox.GroupStatus, passed float64) *opsv1.Station {
 	s := &opsv1.Station{Kind: opsv1.StationKind_STATION_KIND_QUEUE, Name: group.Queue, Group: group.Name, State: fine}
 	switch {
 	case r.broker != nil:
@@ -160,7 +160,7 @@ func queue(r *reading, group Group, depth rabbit.Depth, standing inbox.Standing,
 	return s
 }
 
-func crew(r *reading, standing inbox.Standing, depth rabbit.Depth, passed float64) *opsv1.Station {
+func crew(r *reading, standing inbox.GroupStatus, depth rabbit.Depth, passed float64) *opsv1.Station {
 	s := &opsv1.Station{Kind: opsv1.StationKind_STATION_KIND_GROUP, Name: standing.Consumer, Group: standing.Consumer, State: fine}
 	if r.database != nil {
 		return blind(s)
@@ -184,7 +184,7 @@ func crew(r *reading, standing inbox.Standing, depth rabbit.Depth, passed float6
 	return s
 }
 
-func effect(r *reading, standing inbox.Standing, passed float64) *opsv1.Station {
+func effect(r *reading, standing inbox.GroupStatus, passed float64) *opsv1.Station {
 	s := &opsv1.Station{Kind: opsv1.StationKind_STATION_KIND_EFFECT, Name: "effects", Group: standing.Consumer, State: fine}
 	if r.database != nil {
 		return blind(s)

@@ -48,8 +48,8 @@ SET applied = excluded.applied, lag = excluded.lag, expires_at = excluded.expire
 
 const goneSQL = `DELETE FROM inbox_consumer WHERE consumer = $1 AND (owner = $2 OR NOT clock_within(expires_at, interval '1 hour'))`
 
-// showLife tells operators that this consumer is at work and what it has done, until ctx is done.
-func (b *Inbox) showLife(ctx context.Context) {
+// heartbeat tells operators that this consumer is at work and what it has done, until ctx is done.
+func (b *Inbox) heartbeat(ctx context.Context) {
 	host, _ := os.Hostname()
 	owner := fmt.Sprintf("%s/%d/%s", host, os.Getpid(), uuid.NewString()[:8])
 	for ctx.Err() == nil {

@@ -144,10 +144,10 @@ func TestStandings(t *testing.T) {
 	}
 	ctx, stop := context.WithCancel(t.Context())
 	ended := make(chan struct{})
-	go func() { defer close(ended); box.showLife(ctx) }()
+	go func() { defer close(ended); box.heartbeat(ctx) }()
 	b.transact(t, func(tx pgx.Tx) error { _, err := Pause(t.Context(), tx, "group", "ann", "why"); return err })
 	testenv.Eventually(t, 10*time.Second, func() error {
-		found, err := Standings(t.Context(), b.db, []string{"nobody", "group"})
+		found, err := GroupStatuses(t.Context(), b.db, []string{"nobody", "group"})
 		if err == nil && len(found[1].Applied) == 0 {
 			err = errors.New("no sign of life")
 		}
@@ -167,7 +167,7 @@ func TestStandings(t *testing.T) {
 	})
 	stop()
 	<-ended
-	if found, err := Standings(t.Context(), b.db, []string{"group"}); err != nil || len(found[0].Applied) != 0 {
+	if found, err := GroupStatuses(t.Context(), b.db, []string{"group"}); err != nil || len(found[0].Applied) != 0 {
 		t.Errorf("after its end: %+v, %v", found, err)
 	}
 }

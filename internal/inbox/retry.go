@@ -26,7 +26,7 @@ func (b *Inbox) Run(ctx context.Context) error {
 	var chores sync.WaitGroup
 	defer chores.Wait()
 	chores.Go(func() { b.sweepNowAndThen(ctx) })
-	chores.Go(func() { b.showLife(ctx) })
+	chores.Go(func() { b.heartbeat(ctx) })
 	defer b.observeRetries(0)()
 	defer b.leave(ctx)
 	return b.WhileResumed(ctx, b.retryDue)

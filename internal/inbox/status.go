@@ -9,8 +9,8 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// Passage is what one consumer group did with a message.
-type Passage struct {
+// MessageStatus is what one consumer group did with a message.
+type MessageStatus struct {
 	Consumer   string    `json:"consumer"`
 	ReceivedAt time.Time `json:"received_at"`
 	// Copies is how many deliveries came, the absorbed ones included.
@@ -29,14 +29,14 @@ FROM inbox LEFT JOIN inbox_retry AS retry ON retry.consumer = inbox.consumer AND
 WHERE slot = $1 AND inbox.message_id = $2
 ORDER BY inbox.consumer`
 
-// Journey returns what each consumer group did with a message. A group that does not appear has not taken it, or has forgotten it.
-func Journey(ctx context.Context, db *pgxpool.Pool, messageID string) ([]Passage, error) {
+// StatusesOf returns what each consumer group did with a message. A group that does not appear has not taken it, or has forgotten it.
+func StatusesOf(ctx context.Context, db *pgxpool.Pool, messageID string) ([]MessageStatus, error) {
 	who := identityOf(messageID, slotLength)
 	rows, err := db.Query(ctx, journeySQL, who.slot, who.id, messageID)
 	if err != nil {
 		return nil, fmt.Errorf("read inbox: %w", err)
 	}
-	return pgx.CollectRows(rows, pgx.RowToStructByPos[Passage])
+	return pgx.CollectRows(rows, pgx.RowToStructByPos[MessageStatus])
 }
 
 // BlockedKey is a key whose messages wait for the first of them.

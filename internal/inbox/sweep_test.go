@@ -249,7 +249,7 @@ func TestStatus(t *testing.T) {
 		"Applied": {other.ID, "another 1 false 0 ;group 2 false 0 ;"},
 		"Unknown": {probe("", "").ID, ""},
 	} {
-		passages, err := Journey(t.Context(), b.db, one.id)
+		passages, err := StatusesOf(t.Context(), b.db, one.id)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -36,8 +36,8 @@ type Finding struct {
 	cause cause
 }
 
-// Patient is what the doctor looks at.
-type Patient struct {
+// Target is what the doctor looks at.
+type Target struct {
 	DB *pgxpool.Pool
 	// ListenURL is where the relay listens, "" if it polls; PostgresURL is where writers ring.
 	PostgresURL, ListenURL string
@@ -55,7 +55,7 @@ type Patient struct {
 // Finding: the two have different cures.
 type check struct {
 	name string
-	run  func(context.Context, Patient) (Finding, error)
+	run  func(context.Context, Target) (Finding, error)
 	cure string // of what it finds, unless the finding has one
 }
 
@@ -89,13 +89,13 @@ var brokerChecks = []check{
 // Doctor makes every check, one after the other. A check that cannot be made is a finding, too, with the cure of what
 // is in its way; checks that cannot be made for the same reason share it. When ctx ends, the checks that are left are
 // not made.
-func Doctor(ctx context.Context, p Patient) []Finding {
+func Doctor(ctx context.Context, p Target) []Finding {
 	findings := series(ctx, p, databaseChecks, "POSTGRES_URL", databaseCause)
 	return append(findings, series(ctx, p, brokerChecks, "AMQP_URL", brokerCause)...)
 }
 
 // series makes the checks of one server, which the setting names. The first of them shows whether it can be reached.
-func series(ctx context.Context, p Patient, checks []check, setting string, judge judge) (findings []Finding) {
+func series(ctx context.Context, p Target, checks []check, setting string, judge judge) (findings []Finding) {
 	for i, one := range checks {
 		finding, err := one.limited(ctx, p)
 		if ctx.Err() != nil {
@@ -124,7 +124,7 @@ func series(ctx context.Context, p Patient, checks []check, setting string, judg
 	return findings
 }
 
-func (c check) limited(ctx context.Context, p Patient) (Finding, error) {
+func (c check) limited(ctx context.Context, p Target) (Finding, error) {
 	ctx, cancel := context.WithTimeout(ctx, cmp.Or(p.CheckTimeout, 10*time.Second))
 	defer cancel()
 	return c.run(ctx, p)

@@ -105,7 +105,7 @@ func TestDoctorCouldNotLook(t *testing.T) {
 			c := newClinic(t)
 			test.harm(t, c)
 			found := false
-			for _, one := range Doctor(t.Context(), c.Patient) {
+			for _, one := range Doctor(t.Context(), c.Target) {
 				switch {
 				case strings.Contains(one.Detail+one.Cure, "hunter2"):
 					t.Errorf("a password is shown: %+v", one)

@@ -9,7 +9,7 @@ import (
 	"example.com/shop/internal/rabbit"
 )
 
-func checkBroker(ctx context.Context, p Patient) (Finding, error) {
+func checkBroker(ctx context.Context, p Target) (Finding, error) {
 	version, err := rabbit.Version(ctx, p.AMQPURL)
 	if err != nil {
 		return Finding{}, err
@@ -31,7 +31,7 @@ func judgeBroker(version string) Finding {
 	return finding
 }
 
-func checkQueues(ctx context.Context, p Patient) (Finding, error) {
+func checkQueues(ctx context.Context, p Target) (Finding, error) {
 	missing, differing, err := p.Topology.Compare(ctx, p.AMQPURL)
 	if finding, broken := brokenQueue(err); broken {
 		return finding, nil

@@ -14,7 +14,7 @@ const maxClockDifference = 5 * time.Second
 
 // checkClock compares Postgres' clock with this machine's, and with the times that it has written itself: those in the
 // future say that it was set back.
-func checkClock(ctx context.Context, p Patient) (Finding, error) {
+func checkClock(ctx context.Context, p Target) (Finding, error) {
 	skew, err := outbox.Skew(ctx, p.DB)
 	if err != nil {
 		return Finding{}, err

@@ -14,7 +14,7 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-func checkDatabase(ctx context.Context, p Patient) (Finding, error) {
+func checkDatabase(ctx context.Context, p Target) (Finding, error) {
 	var version string
 	var number int
 	var standby bool
@@ -39,7 +39,7 @@ func checkDatabase(ctx context.Context, p Patient) (Finding, error) {
 // oldestPostgres is the oldest major version that the schema works with.
 const oldestPostgres = 15
 
-func checkSchema(ctx context.Context, p Patient) (Finding, error) {
+func checkSchema(ctx context.Context, p Target) (Finding, error) {
 	err := migrations.Check(ctx, p.DB)
 	switch {
 	case errors.Is(err, migrations.ErrNoSchema):
@@ -56,7 +56,7 @@ func checkSchema(ctx context.Context, p Patient) (Finding, error) {
 }
 
 // names runs a query that finds what is wrong, one text a row.
-func names(ctx context.Context, p Patient, sql string, args ...any) ([]string, error) {
+func names(ctx context.Context, p Target, sql string, args ...any) ([]string, error) {
 	rows, err := p.DB.Query(ctx, sql, args...)
 	if err != nil {
 		return nil, err
@@ -98,7 +98,7 @@ SELECT format('%s may not call %s', role, oid::regprocedure) FROM (VALUES
 ) AS wanted (roles, functions), unnest(roles::text[]) AS role, unnest(functions::text[]) AS function JOIN pg_proc ON proname = function
 WHERE pg_function_is_visible(oid) AND NOT has_function_privilege(role, oid, 'EXECUTE')`
 
-func checkGrants(ctx context.Context, p Patient) (Finding, error) {
+func checkGrants(ctx context.Context, p Target) (Finding, error) {
 	found, err := names(ctx, p, grantsSQL)
 	return none(found, err, Wrong, "roles have what they need")
 }
@@ -108,7 +108,7 @@ SELECT 'missing: ' || wanted FROM unnest($1::text[]) AS wanted WHERE to_regclass
 UNION ALL
 SELECT 'invalid: ' || indexrelid::regclass FROM pg_index WHERE NOT indisvalid AND indrelid::regclass::text ~ '^(outbox|inbox|dead_letter)'`
 
-func checkIndexes(ctx context.Context, p Patient) (Finding, error) {
+func checkIndexes(ctx context.Context, p Target) (Finding, error) {
 	found, err := names(ctx, p, indexesSQL, []string{
 		"outbox_pkey", "outbox_xid_idx", "outbox_created_at_idx", "outbox_cursor_pkey", "outbox_scheduled_pkey", "outbox_scheduled_due_idx",
 		"outbox_scheduled_latest_idx", "inbox_pkey", "inbox_slot_foreign_received_at_idx", "inbox_retry_pkey", "inbox_retry_key_idx", "inbox_retry_due_idx",
@@ -129,12 +129,12 @@ FROM pg_db_role_setting
 WHERE 'synchronous_commit=off' = ANY (setconfig) AND setdatabase IN (0, (SELECT oid FROM pg_database WHERE datname = current_database()))
   AND (setrole IN (0, session_user::regrole) OR setrole::regrole::text LIKE 'app\_%')`
 
-func checkDurability(ctx context.Context, p Patient) (Finding, error) {
+func checkDurability(ctx context.Context, p Target) (Finding, error) {
 	found, err := names(ctx, p, durabilitySQL)
 	return none(found, err, Wrong, "commits reach the disk")
 }
 
-func checkCluster(ctx context.Context, p Patient) (Finding, error) {
+func checkCluster(ctx context.Context, p Target) (Finding, error) {
 	native, err := outbox.IsNative(ctx, p.DB)
 	if err == nil && !native {
 		return Finding{Verdict: Wrong, Detail: outbox.ErrForeignCluster.Error()}, nil
@@ -142,7 +142,7 @@ func checkCluster(ctx context.Context, p Patient) (Finding, error) {
 	return Finding{Detail: "the cursor belongs to it"}, err
 }
 
-func checkRelay(ctx context.Context, p Patient) (Finding, error) {
+func checkRelay(ctx context.Context, p Target) (Finding, error) {
 	shards, err := outbox.Status(ctx, p.DB)
 	if err != nil {
 		return Finding{}, err
@@ -163,7 +163,7 @@ func checkRelay(ctx context.Context, p Patient) (Finding, error) {
 // maxLag is the age at which an undelivered message is a reason to look.
 const maxLag = time.Minute
 
-func checkBacklog(ctx context.Context, p Patient) (Finding, error) {
+func checkBacklog(ctx context.Context, p Target) (Finding, error) {
 	backlog, err := outbox.Measure(ctx, p.DB, 2*time.Second)
 	if err != nil {
 		return Finding{}, err
@@ -180,7 +180,7 @@ func checkBacklog(ctx context.Context, p Patient) (Finding, error) {
 	return finding, nil
 }
 
-func checkDoorbell(ctx context.Context, p Patient) (Finding, error) {
+func checkDoorbell(ctx context.Context, p Target) (Finding, error) {
 	if p.ListenURL == "" {
 		return Finding{Detail: "none: the relay polls"}, nil
 	}
@@ -196,7 +196,7 @@ func checkDoorbell(ctx context.Context, p Patient) (Finding, error) {
 	return Finding{Detail: fmt.Sprintf("heard after %s", took.Round(10*time.Microsecond))}, nil
 }
 
-func checkRetention(ctx context.Context, p Patient) (Finding, error) {
+func checkRetention(ctx context.Context, p Target) (Finding, error) {
 	detail, err := CheckRetention(ctx, p.DB, p.LongestRedelivery)
 	if errors.Is(err, ErrForgetful) {
 		return Finding{Verdict: Wrong, Detail: err.Error()}, nil
@@ -207,7 +207,7 @@ func checkRetention(ctx context.Context, p Patient) (Finding, error) {
 // maxHold is how long something may hold back vacuum before somebody should look.
 const maxHold = 10 * time.Minute
 
-func checkVacuum(ctx context.Context, p Patient) (Finding, error) {
+func checkVacuum(ctx context.Context, p Target) (Finding, error) {
 	holders, err := postgres.Holders(ctx, p.DB)
 	if err != nil {
 		return Finding{}, err
@@ -224,7 +224,7 @@ func checkVacuum(ctx context.Context, p Patient) (Finding, error) {
 // maxBlocked is how many keys the doctor looks at, those that have waited longest.
 const maxBlocked = 1000
 
-func checkRetries(ctx context.Context, p Patient) (Finding, error) {
+func checkRetries(ctx context.Context, p Target) (Finding, error) {
 	blocked, err := inbox.Blocked(ctx, p.DB, maxBlocked)
 	if err != nil {
 		return Finding{}, err

@@ -4,7 +4,7 @@ import "context"
 
 // checkPolicies looks for policies of the broker that change when messages leave our queues. Neither AMQP nor the
 // queues themselves show them.
-func checkPolicies(ctx context.Context, p Patient) (Finding, error) {
+func checkPolicies(ctx context.Context, p Target) (Finding, error) {
 	if p.ManagementURL == "" {
 		return Finding{Detail: "not looked at, since RABBITMQ_MANAGEMENT_URL is not given"}, nil
 	}

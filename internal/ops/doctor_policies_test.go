@@ -23,7 +23,7 @@ func (c *clinic) policy(t *testing.T, setting string, value int) {
 
 func TestDoctorSaysThatItLooksAtNoPolicies(t *testing.T) {
 	t.Parallel()
-	finding, err := checkPolicies(t.Context(), Patient{})
+	finding, err := checkPolicies(t.Context(), Target{})
 	const want = "not looked at, since RABBITMQ_MANAGEMENT_URL is not given"
 	if err != nil || finding.Verdict != "" || finding.Detail != want {
 		t.Errorf("got %+v, %v", finding, err)

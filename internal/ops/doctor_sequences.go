@@ -35,7 +35,7 @@ func findBehind(ctx context.Context, db *pgxpool.Pool) ([]leftBehind, error) {
 
 // checkSequences finds the columns whose sequence is behind the numbers in use, as after logical replication, and
 // shards that nobody reads.
-func checkSequences(ctx context.Context, p Patient) (Finding, error) {
+func checkSequences(ctx context.Context, p Target) (Finding, error) {
 	all, err := findBehind(ctx, p.DB)
 	var texts []string
 	for _, one := range all {

@@ -20,7 +20,7 @@ ORDER BY 1, 2`
 
 // checkSettings names what the database or a role sets that the service sets otherwise for its own sessions. Sessions
 // of others, psql among them, follow the database.
-func checkSettings(ctx context.Context, p Patient) (Finding, error) {
+func checkSettings(ctx context.Context, p Target) (Finding, error) {
 	rows, err := p.DB.Query(ctx, settingsSQL)
 	if err != nil {
 		return Finding{}, err

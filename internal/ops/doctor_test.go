@@ -14,7 +14,7 @@ import (
 // clinic is a healthy service: a database whose shard is held, and a broker with its queues.
 type clinic struct {
 	*desk
-	Patient
+	Target
 }
 
 // A server of tests may run without fsync, and it has clocks and sessions that nobody may change. What a database finds in its own schema before it looks
@@ -29,7 +29,7 @@ func newClinic(t *testing.T) *clinic {
 	c := &clinic{desk: &desk{Pool: testenv.Postgres(t)}}
 	c.exec(t, shadowSQL)
 	url := c.Config().ConnString()
-	c.Patient = Patient{
+	c.Target = Target{
 		DB: open(t, url), PostgresURL: url, ListenURL: url, AMQPURL: testenv.AMQP(t), LongestRedelivery: 12 * time.Hour,
 		Topology: rabbit.Topology{Exchange: "events", Queues: []rabbit.Queue{{Name: "group", Types: []string{"type"}}}},
 	}
@@ -64,7 +64,7 @@ func openAt(t *testing.T, url string) *pgxpool.Pool {
 func TestDoctorFindsNothingWrongWithTheHealthy(t *testing.T) {
 	t.Parallel()
 	c := newClinic(t)
-	findings := Doctor(t.Context(), c.Patient)
+	findings := Doctor(t.Context(), c.Target)
 	for _, one := range findings {
 		if one.Verdict != OK && one.Check != "broker" { // which may be an old one
 			t.Errorf("%+v", one)
@@ -149,7 +149,7 @@ func TestDoctorFinds(t *testing.T) {
 			if test.harm != nil {
 				test.harm(t, c)
 			}
-			for _, one := range Doctor(t.Context(), c.Patient) {
+			for _, one := range Doctor(t.Context(), c.Target) {
 				switch {
 				case strings.Contains(one.Detail+one.Cure, "hunter2"):
 					t.Errorf("a password is shown: %+v", one)
@@ -199,7 +199,7 @@ func TestVersionsOfPostgres(t *testing.T) {
 	c := newClinic(t)
 	c.exec(t, `CREATE FUNCTION public.current_setting(name text) RETURNS text LANGUAGE sql RETURN
 		CASE name WHEN 'server_version_num' THEN '140012' WHEN 'server_version' THEN '14.12' ELSE pg_catalog.current_setting(name) END`)
-	findings := Doctor(t.Context(), c.Patient)
+	findings := Doctor(t.Context(), c.Target)
 	first := findings[0]
 	if first.Check != "database" || first.Verdict != Wrong || first.Detail != "PostgreSQL 14.12" ||
 		!strings.Contains(first.Cure, "15") {

@@ -27,15 +27,15 @@ func checked(note deadletter.Note) error {
 	return nil
 }
 
-// Desk acts on consumer groups, for the commands and the console alike.
-type Desk struct {
+// Operator acts on consumer groups, for the commands and the console alike.
+type Operator struct {
 	DB *pgxpool.Pool
 	// Groups are the consumer groups that there are.
 	Groups []string
 }
 
 // act runs fn in one transaction with its record in the audit log. What fn returns is the record's detail.
-func (d Desk) act(ctx context.Context, action, group, key string, note deadletter.Note, fn func(tx pgx.Tx) (detail string, err error)) error {
+func (d Operator) act(ctx context.Context, action, group, key string, note deadletter.Note, fn func(tx pgx.Tx) (detail string, err error)) error {
 	if err := checked(note); err != nil {
 		return err
 	}
@@ -56,7 +56,7 @@ func (d Desk) act(ctx context.Context, action, group, key string, note deadlette
 }
 
 // Pause has a group take no more messages: what its consumers have taken they finish, the rest stays in the queue and in the retries.
-func (d Desk) Pause(ctx context.Context, group string, note deadletter.Note) error {
+func (d Operator) Pause(ctx context.Context, group string, note deadletter.Note) error {
 	return d.act(ctx, "pause", group, "", note, func(tx pgx.Tx) (string, error) {
 		done, err := inbox.Pause(ctx, tx, group, note.Actor, note.Reason)
 		if err == nil && !done {
@@ -67,7 +67,7 @@ func (d Desk) Pause(ctx context.Context, group string, note deadletter.Note) err
 }
 
 // Resume takes a pause back.
-func (d Desk) Resume(ctx context.Context, group string, note deadletter.Note) error {
+func (d Operator) Resume(ctx context.Context, group string, note deadletter.Note) error {
 	return d.act(ctx, "resume", group, "", note, func(tx pgx.Tx) (string, error) {
 		done, err := inbox.Resume(ctx, tx, group)
 		if err == nil && !done {
@@ -79,7 +79,7 @@ func (d Desk) Resume(ctx context.Context, group string, note deadletter.Note) er
 
 // SkipHead moves the message that a key's others wait for to the dead letters, and returns its ID. To take it back, redrive the letter: the message
 // then comes last of its key.
-func (d Desk) SkipHead(ctx context.Context, group, key string, note deadletter.Note) (messageID string, err error) {
+func (d Operator) SkipHead(ctx context.Context, group, key string, note deadletter.Note) (messageID string, err error) {
 	moved, err := d.bury(ctx, "skip", group, key, false, note)
 	if err != nil {
 		return "", err
@@ -88,12 +88,12 @@ func (d Desk) SkipHead(ctx context.Context, group, key string, note deadletter.N
 }
 
 // ParkKey moves all that waits of a key to the dead letters, and returns how many messages. They are redriven in their order.
-func (d Desk) ParkKey(ctx context.Context, group, key string, note deadletter.Note) (int, error) {
+func (d Operator) ParkKey(ctx context.Context, group, key string, note deadletter.Note) (int, error) {
 	moved, err := d.bury(ctx, "park", group, key, true, note)
 	return len(moved), err
 }
 
-func (d Desk) bury(ctx context.Context, action, group, key string, whole bool, note deadletter.Note) (moved []string, err error) {
+func (d Operator) bury(ctx context.Context, action, group, key string, whole bool, note deadletter.Note) (moved []string, err error) {
 	err = d.act(ctx, action, group, key, note, func(tx pgx.Tx) (string, error) {
 		cause := fmt.Sprintf("skipped by operator %s: %s", note.Actor, note.Reason)
 		moved, err = inbox.Bury(ctx, tx, group, key, whole, cause)

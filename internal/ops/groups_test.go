@@ -12,7 +12,7 @@ import (
 func TestActsOnGroupsAreRecorded(t *testing.T) {
 	t.Parallel()
 	db := testenv.Postgres(t)
-	desk := Desk{DB: db, Groups: []string{"group"}}
+	desk := Operator{DB: db, Groups: []string{"group"}}
 	why := deadletter.Note{Actor: "ann", Reason: "why"}
 	for i := range 3 {
 		_, err := db.Exec(t.Context(), `INSERT INTO inbox_retry (consumer, message_id, type, key, payload, headers, attempts, due_at, last_error)
@@ -73,7 +73,7 @@ func TestReopen(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	order := Order{Filter: deadletter.Filter{}, Note: why, Groups: []string{"group"}}
+	order := Selection{Filter: deadletter.Filter{}, Note: why, Groups: []string{"group"}}
 	each := func(o Outcome) {
 		if o.Err != nil {
 			t.Error(o.Err)

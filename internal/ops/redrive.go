@@ -24,8 +24,8 @@ import (
 	"golang.org/x/time/rate"
 )
 
-// Order is to resolve dead letters.
-type Order struct {
+// Selection is to resolve dead letters.
+type Selection struct {
 	Filter deadletter.Filter
 	Note   deadletter.Note
 	// PerSecond bounds how many letters are resolved a second. Default 100.
@@ -56,12 +56,12 @@ type Outcome struct {
 // a redrive of what cannot be published yet would never end. Each is called for every letter, and for those that the
 // filter names by ID and that are not open or not among the others it asks for. When ctx ends, the letter that is under
 // way is resolved, Each is told of it, and the error is that of ctx.
-func Redrive(ctx context.Context, db *pgxpool.Pool, order Order, each func(Outcome)) error {
+func Redrive(ctx context.Context, db *pgxpool.Pool, order Selection, each func(Outcome)) error {
 	return resolve(ctx, db, order, each, order.redrive)
 }
 
 // Discard gives letters up, and is like Redrive in all else.
-func Discard(ctx context.Context, db *pgxpool.Pool, order Order, each func(Outcome)) error {
+func Discard(ctx context.Context, db *pgxpool.Pool, order Selection, each func(Outcome)) error {
 	return resolve(ctx, db, order, each, func(context.Context, pgx.Tx, deadletter.Stored) (deadletter.Resolution, string, error) {
 		return deadletter.Discarded, "", nil
 	})
@@ -73,7 +73,7 @@ var errDryRun = errors.New("dry run")
 // decide does in tx what a resolution takes, and says which it is.
 type decide func(ctx context.Context, tx pgx.Tx, letter deadletter.Stored) (resolution deadletter.Resolution, detail string, err error)
 
-func resolve(ctx context.Context, db *pgxpool.Pool, order Order, each func(Outcome), how decide) error {
+func resolve(ctx context.Context, db *pgxpool.Pool, order Selection, each func(Outcome), how decide) error {
 	if err := checked(order.Note); err != nil {
 		return err
 	}
@@ -108,7 +108,7 @@ func undecided(err error) bool {
 
 // letters calls do for each letter that an order chooses and that is there now, in the order of their IDs, until do
 // returns an error.
-func letters(ctx context.Context, db *pgxpool.Pool, order Order, do func(deadletter.Stored) error) error {
+func letters(ctx context.Context, db *pgxpool.Pool, order Selection, do func(deadletter.Stored) error) error {
 	const page = 100
 	total, last, err := deadletter.Count(ctx, db, order.Filter)
 	if err != nil {
@@ -147,7 +147,7 @@ func lasting(ctx context.Context) (context.Context, context.CancelFunc) {
 	return longer, func() { stop(); cancel() }
 }
 
-func resolveOne(ctx context.Context, db *pgxpool.Pool, order Order, letter deadletter.Stored, how decide) Outcome {
+func resolveOne(ctx context.Context, db *pgxpool.Pool, order Selection, letter deadletter.Stored, how decide) Outcome {
 	outcome := Outcome{Letter: letter}
 	ctx, done := lasting(ctx)
 	defer done()
@@ -181,7 +181,7 @@ func resolveOne(ctx context.Context, db *pgxpool.Pool, order Order, letter deadl
 var owned = []deadletter.Reason{deadletter.Exhausted, deadletter.Permanent, deadletter.Crashed, deadletter.UnknownType, deadletter.Undecodable,
 	deadletter.Skipped}
 
-func (o Order) redrive(ctx context.Context, tx pgx.Tx, letter deadletter.Stored) (deadletter.Resolution, string, error) {
+func (o Selection) redrive(ctx context.Context, tx pgx.Tx, letter deadletter.Stored) (deadletter.Resolution, string, error) {
 	if letter.Type == operations.MessageType {
 		if resolution, detail, err := durable(ctx, tx, letter); err != nil || resolution != "" {
 			return resolution, detail, err
@@ -228,7 +228,7 @@ func durable(ctx context.Context, tx pgx.Tx, letter deadletter.Stored) (deadlett
 }
 
 // republish puts what the relay parked into the log again, under its own ID. Is that too old to be known by, it takes another.
-func (o Order) republish(ctx context.Context, tx pgx.Tx, letter deadletter.Stored) (deadletter.Resolution, string, error) {
+func (o Selection) republish(ctx context.Context, tx pgx.Tx, letter deadletter.Stored) (deadletter.Resolution, string, error) {
 	id, err := uuid.Parse(letter.MessageID)
 	if err != nil {
 		return "", "", fmt.Errorf("message ID: %w", err)

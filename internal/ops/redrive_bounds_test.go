@@ -33,16 +33,16 @@ func TestLettersThatComeMeanwhileAreLeftAlone(t *testing.T) {
 	rehearsal := order
 	rehearsal.DryRun = true
 	for name, test := range map[string]struct {
-		order Order
-		do    func(context.Context, *desk, Order, func(Outcome)) error
+		order Selection
+		do    func(context.Context, *desk, Selection, func(Outcome)) error
 	}{
-		"Redrive": {order, func(ctx context.Context, d *desk, o Order, each func(Outcome)) error {
+		"Redrive": {order, func(ctx context.Context, d *desk, o Selection, each func(Outcome)) error {
 			return Redrive(ctx, d.Pool, o, each)
 		}},
-		"Discard": {order, func(ctx context.Context, d *desk, o Order, each func(Outcome)) error {
+		"Discard": {order, func(ctx context.Context, d *desk, o Selection, each func(Outcome)) error {
 			return Discard(ctx, d.Pool, o, each)
 		}},
-		"DryRun": {rehearsal, func(ctx context.Context, d *desk, o Order, each func(Outcome)) error {
+		"DryRun": {rehearsal, func(ctx context.Context, d *desk, o Selection, each func(Outcome)) error {
 			return Redrive(ctx, d.Pool, o, each)
 		}},
 	} {

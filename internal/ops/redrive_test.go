@@ -124,10 +124,10 @@ func (d *desk) want(t testing.TB, what, sql string, want ...string) {
 	}
 }
 
-var order = Order{Note: deadletter.Note{Actor: "ann", Reason: "mended"}, PerSecond: 1e6, Groups: []string{"group"}}
+var order = Selection{Note: deadletter.Note{Actor: "ann", Reason: "mended"}, PerSecond: 1e6, Groups: []string{"group"}}
 
 // redrive returns what became of the letters, as text.
-func (d *desk) redrive(t testing.TB, o Order) []string {
+func (d *desk) redrive(t testing.TB, o Selection) []string {
 	t.Helper()
 	return collect(t, func(each func(Outcome)) error { return Redrive(t.Context(), d.Pool, o, each) })
 }
@@ -273,7 +273,7 @@ func TestRedriveRefuses(t *testing.T) {
 		})
 	}
 	for _, note := range []deadletter.Note{{}, {Actor: "ann", Reason: "  "}, {Reason: "mended"}} {
-		if err := Redrive(t.Context(), nil, Order{Note: note}, nil); err == nil {
+		if err := Redrive(t.Context(), nil, Selection{Note: note}, nil); err == nil {
 			t.Errorf("%+v is enough of a note", note)
 		}
 	}

@@ -15,12 +15,12 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// Journey is the way of one message as far as it is known.
-type Journey struct {
+// MessageTrace is the way of one message as far as it is known.
+type MessageTrace struct {
 	// Log is where it stands in the outbox; empty past the retention, or if another service sent it.
 	Log []outbox.Entry
 	// Groups are the consumer groups that took it.
-	Groups []inbox.Passage
+	Groups []inbox.MessageStatus
 	// Letters are its dead letters, resolved ones included.
 	Letters []deadletter.Stored
 	// Audit is what was done about the letters, by their IDs.
@@ -28,7 +28,7 @@ type Journey struct {
 }
 
 // Trace follows a message.
-func Trace(ctx context.Context, db *pgxpool.Pool, messageID string) (j Journey, err error) {
+func Trace(ctx context.Context, db *pgxpool.Pool, messageID string) (j MessageTrace, err error) {
 	if messageID == "" {
 		return j, errors.New("the message ID is empty")
 	}
@@ -37,7 +37,7 @@ func Trace(ctx context.Context, db *pgxpool.Pool, messageID string) (j Journey, 
 			return j, err
 		}
 	}
-	if j.Groups, err = inbox.Journey(ctx, db, messageID); err != nil {
+	if j.Groups, err = inbox.StatusesOf(ctx, db, messageID); err != nil {
 		return j, err
 	}
 	j.Letters, err = deadletter.List(ctx, db, deadletter.Filter{MessageID: messageID, Resolved: true}, 0, 100)
@@ -51,7 +51,7 @@ func Trace(ctx context.Context, db *pgxpool.Pool, messageID string) (j Journey, 
 }
 
 // Known tells whether anything holds the message.
-func (j Journey) Known() bool { return len(j.Log)+len(j.Groups)+len(j.Letters) > 0 }
+func (j MessageTrace) Known() bool { return len(j.Log)+len(j.Groups)+len(j.Letters) > 0 }
 
 // Group is a consumer group, and the types that it wants.
 type Group struct {
@@ -83,7 +83,7 @@ var endOfTime = time.Unix(1<<40, 0)
 
 // Steps returns the journey in the order of time, and last how things stand. Groups are those that there are: that one wants the message and
 // has not received it is a step, too.
-func (j Journey) Steps(groups []Group) []Step {
+func (j MessageTrace) Steps(groups []Group) []Step {
 	var steps []Step
 	for _, entry := range j.Log {
 		steps = append(steps, at(entry.CreatedAt, "outbox", fmt.Sprintf("inserted by transaction %d, shard %d", entry.TransactionID, entry.Shard)))
@@ -108,7 +108,7 @@ func (j Journey) Steps(groups []Group) []Step {
 
 // state is how a group stands to a message that it has taken. Letters that the inbox wrote for messages which it had taken say that the effect was not
 // committed; what the broker gave up, and copies past the window, say nothing of that.
-func (j Journey) state(passage inbox.Passage) []Step {
+func (j MessageTrace) state(passage inbox.MessageStatus) []Step {
 	copies := ""
 	if passage.Copies > 1 {
 		copies = fmt.Sprintf("; %d copies came, %d absorbed", passage.Copies, passage.Copies-1)
@@ -136,7 +136,7 @@ func (j Journey) state(passage inbox.Passage) []Step {
 }
 
 // death tells of a letter and what became of it.
-func (j Journey) death(letter deadletter.Stored) []Step {
+func (j MessageTrace) death(letter deadletter.Stored) []Step {
 	where := cmp.Or(letter.Consumer, deadletter.Relay)
 	steps := []Step{at(letter.DeadAt, where, fmt.Sprintf("dead letter %d, %s after %d %s: %s",
 		letter.ID, letter.Reason, letter.Attempts, plural(letter.Attempts, "attempt", "attempts"), letter.Error))}
@@ -154,12 +154,12 @@ func (j Journey) death(letter deadletter.Stored) []Step {
 }
 
 // missing are the groups that want the message and hold nothing of it.
-func (j Journey) missing(groups []Group) (steps []Step) {
+func (j MessageTrace) missing(groups []Group) (steps []Step) {
 	if len(j.Log) == 0 || !j.Log[0].Delivered {
 		return nil
 	}
 	for _, group := range groups {
-		took := slices.ContainsFunc(j.Groups, func(p inbox.Passage) bool { return p.Consumer == group.Name })
+		took := slices.ContainsFunc(j.Groups, func(p inbox.MessageStatus) bool { return p.Consumer == group.Name })
 		dead := slices.ContainsFunc(j.Letters, func(l deadletter.Stored) bool { return l.Consumer == group.Name })
 		if slices.Contains(group.Types, j.Log[0].Type) && !took && !dead {
 			steps = append(steps, now(group.Name, "has not received it"))

@@ -77,8 +77,8 @@ func TestClockThatIsSetBack(t *testing.T) {
 			}
 			return err
 		})
-		dead.tenures[0].end()
-		<-dead.tenures[0].over
+		dead.leases[0].end()
+		<-dead.leases[0].over
 		exec(t, db, `UPDATE outbox_cursor SET owner = $1, lease_expires_at = clock_timestamp() + lease`, dead.owner)
 		setBack(t, db)
 		alive, err := Relays(t.Context(), db)

@@ -101,7 +101,7 @@ func (r *Relay) observeLeases(_ context.Context, o metric.Int64Observer) error {
 	defer r.mu.Unlock()
 	for _, one := range r.view {
 		var held int64
-		if t := r.tenures[one.Shard]; t != nil && t.leads.Load() {
+		if t := r.leases[one.Shard]; t != nil && t.leads.Load() {
 			held = 1
 		}
 		o.Observe(held, ofShard(one.Shard))

@@ -70,7 +70,7 @@ type Relay struct {
 	backlog measured
 
 	mu      sync.Mutex
-	tenures map[int16]*tenure
+	leases map[int16]*lease
 	view    []shardView // as last seen
 }
 
@@ -78,7 +78,7 @@ type Relay struct {
 func NewRelay(db *pgxpool.Pool, newPublisher func() messaging.Publisher, config Config) *Relay {
 	host, _ := os.Hostname()
 	r := &Relay{
-		db: db, newPublisher: newPublisher, config: config.withDefaults(), attention: NewLocalBell(), tenures: map[int16]*tenure{},
+		db: db, newPublisher: newPublisher, config: config.withDefaults(), attention: NewLocalBell(), leases: map[int16]*lease{},
 		owner: fmt.Sprintf("%s/%d/%s", host, os.Getpid(), uuid.NewString()[:8]),
 	}
 	r.meters, r.spans = r.newMeters(), newSpanMaker(r.config.TracerProvider)
@@ -89,7 +89,7 @@ func NewRelay(db *pgxpool.Pool, newPublisher func() messaging.Publisher, config 
 func (r *Relay) Ring() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	for _, held := range r.tenures {
+	for _, held := range r.leases {
 		held.wake.Ring()
 	}
 }
@@ -181,19 +181,19 @@ func (r *Relay) attend(ctx, work context.Context) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.view = view
-	for shard, held := range r.tenures {
+	for shard, held := range r.leases {
 		if held.isOver() {
-			delete(r.tenures, shard)
+			delete(r.leases, shard)
 		}
 	}
 	take, give := share(view, r.owner)
 	for _, one := range view {
 		// What is ours by the book and not served is what we lost by a failover.
-		if r.tenures[one.Shard] == nil && (one.Holder == r.owner || slices.Contains(take, one.Shard)) {
-			r.tenures[one.Shard] = r.begin(work, one.Shard)
+		if r.leases[one.Shard] == nil && (one.Holder == r.owner || slices.Contains(take, one.Shard)) {
+			r.leases[one.Shard] = r.begin(work, one.Shard)
 		}
 	}
-	if held := r.tenures[give]; held != nil {
+	if held := r.leases[give]; held != nil {
 		held.end()
 	}
 	return nil
@@ -213,7 +213,7 @@ func (r *Relay) leave(ctx context.Context) {
 func (r *Relay) settleDown() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	for _, held := range r.tenures {
+	for _, held := range r.leases {
 		<-held.over
 	}
 }

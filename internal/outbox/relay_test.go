@@ -538,7 +538,7 @@ func TestTheLogIsNotReadInVain(t *testing.T) {
 	}
 	b := newBroker(0)
 	relay := NewRelay(db, nil, Config{})
-	r := (&tenure{relay: relay, publisher: b, wake: NewLocalBell(), pause: newPause(time.Second)}).newRun(held, at)
+	r := (&lease{relay: relay, publisher: b, wake: NewLocalBell(), pause: newPause(time.Second)}).newRun(held, at)
 	insert(t, db, "", "m000")
 	var done []string
 	for idle := false; !idle; {

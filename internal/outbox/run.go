@@ -32,7 +32,7 @@ type run struct {
 	cursor    *cursor
 	publisher messaging.Publisher
 	meters    *meters
-	trouble   *trouble
+	problem   *problem
 	spans     spanMaker
 	wake      LocalBell
 	poll      time.Duration
@@ -61,11 +61,11 @@ type flight struct {
 	spans   spans
 }
 
-func (t *tenure) newRun(held *cursor, at position) *run {
+func (t *lease) newRun(held *cursor, at position) *run {
 	config := t.relay.config
 	return &run{
 		log:    eventLog{db: t.relay.db, shard: t.shard, maxRows: config.PageRows, maxBytes: config.PageBytes},
-		cursor: held, publisher: t.publisher, meters: &t.relay.meters, trouble: &t.trouble, spans: t.relay.spans, wake: t.wake, poll: config.PollInterval, pause: t.pause,
+		cursor: held, publisher: t.publisher, meters: &t.relay.meters, problem: &t.problem, spans: t.relay.spans, wake: t.wake, poll: config.PollInterval, pause: t.pause,
 		next: at, settled: progress{delivered: at},
 	}
 }
@@ -206,7 +206,7 @@ func (r *run) publish(ctx context.Context, found *page) error {
 	one.receipt, one.written = receipt, time.Now()
 	r.meters.page.Record(ctx, int64(len(found.rows)))
 	r.inFlight = append(r.inFlight, one)
-	r.trouble.wrote(one.written)
+	r.problem.wrote(one.written)
 	r.next, r.caughtUp = found.end, found.end.batch == ""
 	r.readAhead(ctx)
 	return nil
@@ -274,7 +274,7 @@ func (r *run) settle(ctx context.Context) error {
 	}
 	r.passed(oldest.end)
 	r.inFlight = r.inFlight[1:]
-	r.trouble.heard(r.inFlight)
+	r.problem.heard(r.inFlight)
 	r.alone = max(0, r.alone-len(oldest.rows))
 	r.pause.Reset() // something got through
 	return nil
@@ -339,7 +339,7 @@ func (r *run) retreat(ctx context.Context, cause error) error {
 		slog.WarnContext(ctx, "broker refused something on the page, publishing one by one", "messages", r.alone, "error", cause)
 		return nil
 	}
-	r.trouble.failed(cause)
+	r.problem.failed(cause)
 	retryIn := r.pause.NextBackOff()
 	slog.WarnContext(ctx, "publishing interrupted", "shard", r.cursor.shard, "error", cause, "retry_in", retryIn)
 	wait(ctx, nil, retryIn)

@@ -11,7 +11,7 @@ import (
 // A failure is told until something got through, and silence when it lasts.
 func TestTrouble(t *testing.T) {
 	t.Parallel()
-	var one trouble
+	var one problem
 	now := time.Now()
 	says := func(want string) {
 		t.Helper()

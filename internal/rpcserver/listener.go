@@ -27,15 +27,15 @@ func (l *patientListener) Accept() (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &patientConn{conn, l.patience}, nil
+	return &deadlineConn{conn, l.patience}, nil
 }
 
-type patientConn struct {
+type deadlineConn struct {
 	net.Conn
 	patience time.Duration
 }
 
-func (c *patientConn) Write(p []byte) (int, error) {
+func (c *deadlineConn) Write(p []byte) (int, error) {
 	if err := c.SetWriteDeadline(time.Now().Add(c.patience)); err != nil {
 		return 0, err
 	}

@@ -21,12 +21,12 @@ type deskFlags struct {
 }
 
 // work runs fn at a desk on the database.
-func (f *deskFlags) work(ctx context.Context, fn func(desk *app.Desk) error) error {
+func (f *deskFlags) work(ctx context.Context, fn func(desk *app.Admin) error) error {
 	return atDesk(ctx, app.Config{PostgresURL: string(f.PostgresURL)}, fn)
 }
 
-func atDesk(ctx context.Context, config app.Config, fn func(desk *app.Desk) error) error {
-	desk, err := app.OpenDesk(ctx, config)
+func atDesk(ctx context.Context, config app.Config, fn func(desk *app.Admin) error) error {
+	desk, err := app.OpenAdmin(ctx, config)
 	if err != nil {
 		return err
 	}

@@ -10,8 +10,8 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// Standing is how a consumer group stands.
-type Standing struct {
+// GroupStatus is how a consumer group stands.
+type GroupStatus struct {
 	Consumer string
 	// Paused says who paused it and why; nil if nobody did.
 	Paused *PausedBy
@@ -48,13 +48,13 @@ CROSS JOIN LATERAL (
 CROSS JOIN LATERAL (SELECT count(*) AS messages FROM inbox_retry WHERE consumer = name AND key <> '') AS keyed
 ORDER BY position`
 
-// Standings returns how consumer groups stand, in the order given.
-func Standings(ctx context.Context, db *pgxpool.Pool, groups []string) ([]Standing, error) {
+// GroupStatuses returns how consumer groups stand, in the order given.
+func GroupStatuses(ctx context.Context, db *pgxpool.Pool, groups []string) ([]GroupStatus, error) {
 	rows, err := db.Query(ctx, standingsSQL, groups)
 	if err != nil {
 		return nil, fmt.Errorf("read consumer groups: %w", err)
 	}
-	found, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (s Standing, err error) {
+	found, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (s GroupStatus, err error) {
 		var actor, reason *string
 		var at *time.Time
 		err = row.Scan(&s.Consumer, &actor, &reason, &at, &s.Applied, &s.Lag, &s.Retrying, &s.Blocked, &s.Oldest)

@@ -13,23 +13,23 @@ import (
 	"golang.org/x/sync/errgroup"
 )
 
-// tenure is the time for which a relay has, or tries to have, one shard.
-type tenure struct {
+// lease is the time for which a relay has, or tries to have, one shard.
+type lease struct {
 	relay     *Relay
 	shard     int16
 	publisher messaging.Publisher
 	wake      LocalBell
 	pause     *backoff.ExponentialBackOff
 	leads     atomic.Bool
-	trouble   trouble
+	problem   problem
 	end       context.CancelFunc
 	over      chan struct{}
 }
 
-// begin starts a tenure. It lasts through failures of the database and the broker, until ctx is done or the shard is another's.
-func (r *Relay) begin(ctx context.Context, shard int16) *tenure {
+// begin starts a lease. It lasts through failures of the database and the broker, until ctx is done or the shard is another's.
+func (r *Relay) begin(ctx context.Context, shard int16) *lease {
 	ctx, end := context.WithCancel(ctx)
-	t := &tenure{
+	t := &lease{
 		relay: r, shard: shard, publisher: r.newPublisher(), wake: NewLocalBell(), pause: newPause(r.config.PollInterval),
 		end: end, over: make(chan struct{}),
 	}
@@ -43,7 +43,7 @@ func (r *Relay) begin(ctx context.Context, shard int16) *tenure {
 	return t
 }
 
-func (t *tenure) isOver() bool {
+func (t *lease) isOver() bool {
 	select {
 	case <-t.over:
 		return true
@@ -53,7 +53,7 @@ func (t *tenure) isOver() bool {
 }
 
 // serve takes the lease and publishes, again and again.
-func (t *tenure) serve(ctx context.Context) {
+func (t *lease) serve(ctx context.Context) {
 	for {
 		err := t.lead(ctx)
 		switch {
@@ -73,7 +73,7 @@ func (t *tenure) serve(ctx context.Context) {
 }
 
 // lead takes the lease and publishes until something fails.
-func (t *tenure) lead(ctx context.Context) error {
+func (t *lease) lead(ctx context.Context) error {
 	limited, cancel := context.WithTimeout(ctx, databaseTimeout)
 	held, at, err := acquire(limited, t.relay.db, t.shard, t.relay.owner, t.relay.config.Lease)
 	cancel()
@@ -100,7 +100,7 @@ func (t *tenure) lead(ctx context.Context) error {
 
 // keepLease renews the lease at a third of its time. It runs beside the publishing, which may wait long for the broker. When it has not
 // come through for a whole lease, it ends the run: the database may be gone without a word, and whoever waits for its answer with it.
-func (t *tenure) keepLease(ctx context.Context, held *cursor) error {
+func (t *lease) keepLease(ctx context.Context, held *cursor) error {
 	lease := t.relay.config.Lease
 	renewed := time.Now()
 	for {

@@ -9,24 +9,24 @@ import (
 	"example.com/shop/internal/messaging"
 )
 
-// silentAfter is how long the broker may confirm nothing before that counts as trouble: far longer than it takes, far shorter than a timeout.
+// silentAfter is how long the broker may confirm nothing before that counts as problem: far longer than it takes, far shorter than a timeout.
 const silentAfter = 3 * time.Second
 
-// trouble is what keeps a shard from being published, for operators. The run sets it, and the relay tells of it with its sign of life.
-type trouble struct {
+// problem is what keeps a shard from being published, for operators. The run sets it, and the relay tells of it with its sign of life.
+type problem struct {
 	mu     sync.Mutex
 	cause  error     // of the last failure, nil once something got through
 	silent time.Time // since when what was published waits for a verdict, zero if nothing does
 }
 
-func (t *trouble) failed(cause error) {
+func (t *problem) failed(cause error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.cause, t.silent = cause, time.Time{}
 }
 
 // heard notes that the broker gave its verdict, and since when the oldest page waits that is still in flight.
-func (t *trouble) heard(waiting []flight) {
+func (t *problem) heard(waiting []flight) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.cause, t.silent = nil, time.Time{}
@@ -36,7 +36,7 @@ func (t *trouble) heard(waiting []flight) {
 }
 
 // wrote notes that a page was written; it is the oldest in flight if no other waits.
-func (t *trouble) wrote(at time.Time) {
+func (t *problem) wrote(at time.Time) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.silent.IsZero() {
@@ -44,8 +44,8 @@ func (t *trouble) wrote(at time.Time) {
 	}
 }
 
-// text is the trouble in one line, "" if there is none.
-func (t *trouble) text(now time.Time) string {
+// text is the problem in one line, "" if there is none.
+func (t *problem) text(now time.Time) string {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	switch {
@@ -57,12 +57,12 @@ func (t *trouble) text(now time.Time) string {
 	return ""
 }
 
-// problem is what keeps this relay from publishing: the trouble of the first of its shards that has any.
+// problem is what keeps this relay from publishing: the problem of the first of its shards that has any.
 func (r *Relay) problem() string {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	for _, held := range r.tenures {
-		if text := held.trouble.text(time.Now()); text != "" && held.leads.Load() {
+	for _, held := range r.leases {
+		if text := held.problem.text(time.Now()); text != "" && held.leads.Load() {
 			return text
 		}
 	}
