@@ -64,7 +64,7 @@ type Config struct {
 	// Edge is who may call the API.
 	Edge Edge
 
-	// domain makes what the service is about. Default newDomainFunc; the core's tests bring their own, for the example will be deleted.
+	// domain makes what the service is about. Default defaultDomain; the core's tests bring their own, for the example will be deleted.
 	domain func(db *pgxpool.Pool, out *outbox.Writer, hub *changes.Hub) domain
 }
 
@@ -74,8 +74,8 @@ func (c Config) WithServices(register func(*connect.Server)) Config {
 	return c
 }
 
-// newDomainFunc makes what the program is about: newDomain, or what probes.go has in its place.
-var newDomainFunc = newDomain
+// defaultDomain makes what the program is about: newDomain, or what probes.go has in its place.
+var defaultDomain = newDomain
 
 // RunAPI serves the RPCs until ctx is done.
 func RunAPI(ctx context.Context, config Config) error {
@@ -148,7 +148,7 @@ func run(ctx context.Context, config Config, name string, parts ...part) error {
 	p.group, ctx = errgroup.WithContext(ctx)
 	config.HighWater.MeterProvider = tell.Meter
 	if config.domain == nil {
-		config.domain = newDomainFunc
+		config.domain = defaultDomain
 	}
 	p.bell, p.gate = outbox.NewNotifyBell(config.notifyURL()), outbox.NewGate(p.db, config.HighWater)
 	p.changes = changes.New(changes.Config{NotifyURL: config.notifyURL(), ListenURL: config.listenURL()})

@@ -16,7 +16,7 @@ import (
 
 // Topology is what the service's groups need on the broker.
 func Topology(exchange string) rabbit.Topology {
-	return newDomainFunc(nil, nil, changes.New(changes.Config{})).topology(exchange) // nothing is handled with it
+	return defaultDomain(nil, nil, changes.New(changes.Config{})).topology(exchange) // nothing is handled with it
 }
 
 func (d domain) topology(exchange string) rabbit.Topology {

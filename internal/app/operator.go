@@ -29,7 +29,7 @@ func OpenAdmin(ctx context.Context, config Config) (*Admin, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Admin{DB: db, process: process{config: config, db: db, domain: newDomainFunc(db, outbox.NewWriter(db, nil, nil), changes.New(changes.Config{}))}}, nil
+	return &Admin{DB: db, process: process{config: config, db: db, domain: defaultDomain(db, outbox.NewWriter(db, nil, nil), changes.New(changes.Config{}))}}, nil
 }
 
 // Close closes the connections.

@@ -18,7 +18,7 @@ import (
 // With the tag probes, the program deals with nothing but two groups and a method that no schema describes: its own tests want a service to look
 // after, and the example will be deleted.
 func init() {
-	newDomainFunc = func(*pgxpool.Pool, *outbox.Writer, *changes.Hub) domain {
+	defaultDomain = func(*pgxpool.Pool, *outbox.Writer, *changes.Hub) domain {
 		probes, others := inbox.NewGroup("probes"), inbox.NewGroup("others")
 		inbox.Handle(probes, func(context.Context, pgx.Tx, *wrapperspb.StringValue) error { return nil })
 		inbox.Handle(others, func(context.Context, pgx.Tx, *emptypb.Empty) error { return nil })

@@ -27,7 +27,7 @@ func (p *process) startQueueAPI(ctx context.Context) {
 }
 
 // Services returns the full names of the services that the API serves.
-func Services() []string { return newDomainFunc(nil, nil, changes.New(changes.Config{})).services() } // nothing is served with it
+func Services() []string { return defaultDomain(nil, nil, changes.New(changes.Config{})).services() } // nothing is served with it
 
 func (d domain) services() []string {
 	rpc := connect.NewServer()
@@ -44,7 +44,7 @@ func (d domain) services() []string {
 // Permissions are what the users of the broker need, and no more: relay and consumer where their topology is given, an API that serves RPCs from queues
 // (rpc-server), and whoever calls it there (rpc-client).
 func Permissions(exchange string) map[string]rabbit.Permissions {
-	return newDomainFunc(nil, nil, changes.New(changes.Config{})).permissions(exchange)
+	return defaultDomain(nil, nil, changes.New(changes.Config{})).permissions(exchange)
 }
 
 func (d domain) permissions(exchange string) map[string]rabbit.Permissions {
