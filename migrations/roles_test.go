@@ -100,7 +100,7 @@ func TestRolesAreNarrow(t *testing.T) {
 	err := conn.QueryRow(t.Context(), `
 		SELECT coalesce(array_agg(found), '{}') FROM (
 			SELECT 'role ' || rolname FROM pg_roles
-			WHERE rolname LIKE 'app\_%' AND (rolsuper OR rolcreaterole OR rolcreatedb OR rolreplication OR rolbypassrls)
+			WHERE rolname LIKE 'shop\_%' AND (rolsuper OR rolcreaterole OR rolcreatedb OR rolreplication OR rolbypassrls)
 			UNION ALL
 			SELECT 'function ' || oid::regprocedure FROM pg_proc
 			WHERE pronamespace = 'public'::regnamespace AND prosecdef AND has_function_privilege('public', oid, 'EXECUTE')

@@ -127,7 +127,7 @@ UNION ALL
 SELECT format('synchronous_commit is off for %s', CASE setrole WHEN 0 THEN 'the database' ELSE setrole::regrole::text END)
 FROM pg_db_role_setting
 WHERE 'synchronous_commit=off' = ANY (setconfig) AND setdatabase IN (0, (SELECT oid FROM pg_database WHERE datname = current_database()))
-  AND (setrole IN (0, session_user::regrole) OR setrole::regrole::text LIKE 'app\_%')`
+  AND (setrole IN (0, session_user::regrole) OR setrole::regrole::text LIKE 'shop\_%')`
 
 func checkDurability(ctx context.Context, p Target) (Finding, error) {
 	found, err := names(ctx, p, durabilitySQL)

@@ -15,7 +15,7 @@ SELECT CASE setrole WHEN 0 THEN 'the database' ELSE 'role ' || setrole::regrole 
     substr(setting, strpos(setting, '=') + 1)
 FROM pg_db_role_setting CROSS JOIN unnest(setconfig) AS setting
 WHERE setdatabase IN (0, (SELECT oid FROM pg_database WHERE datname = current_database()))
-  AND (setrole IN (0, session_user::regrole) OR setrole::regrole::text LIKE 'app\_%')
+  AND (setrole IN (0, session_user::regrole) OR setrole::regrole::text LIKE 'shop\_%')
 ORDER BY 1, 2`
 
 // checkSettings names what the database or a role sets that the service sets otherwise for its own sessions. Sessions

@@ -107,7 +107,7 @@ const rolePassword = "testenv"
 
 // givePasswords lets tests log in as each of the service's roles.
 func givePasswords(ctx context.Context, conn *pgxpool.Conn) error {
-	rows, err := conn.Query(ctx, `SELECT rolname FROM pg_roles WHERE rolname LIKE 'app\_%'`)
+	rows, err := conn.Query(ctx, `SELECT rolname FROM pg_roles WHERE rolname LIKE 'shop\_%'`)
 	if err != nil {
 		return fmt.Errorf("list roles: %w", err)
 	}
