@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"example.com/shop/internal/messaging"
+	"example.com/shop/internal/ops"
 	"example.com/shop/internal/outbox"
 	"example.com/shop/internal/postgres"
 	"github.com/jackc/pgx/v5"
@@ -45,7 +46,7 @@ func backlog(n int, shards int) func(ctx context.Context, url string) error {
 		}
 		return withPool(ctx, postgres.Config{URL: url}, func(db *pgxpool.Pool) error {
 			if shards > 1 {
-				if err := outbox.SetShards(ctx, db, shards); err != nil {
+				if err := ops.SetShards(ctx, db, shards); err != nil {
 					return err
 				}
 			}

@@ -37,7 +37,7 @@ var relayRow = row{
 }
 
 // window is how many messages the raw publisher has without confirm.
-var window = outbox.MaxInFlight(outbox.Config{})
+var window = outbox.Config{}.MaxInFlight()
 
 func runRaw(ctx context.Context, b *bench) (found measured, err error) {
 	messages := makeMessages(b.some(relayMessages))

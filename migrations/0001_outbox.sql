@@ -335,6 +335,12 @@ CREATE TABLE outbox_cursor (
     moved_at         timestamptz NOT NULL DEFAULT clock_timestamp()
 );
 
+-- Reports whether a row of the cursor's shard is delivered.
+CREATE FUNCTION outbox_delivered(at outbox_cursor, xid xid8, id bigint) RETURNS boolean
+    LANGUAGE sql STABLE PARALLEL SAFE
+    RETURN at.drained OR pg_visible_in_snapshot(xid, at.delivered)
+        OR (at.batch IS NOT NULL AND id <= at.last_id AND pg_visible_in_snapshot(xid, at.batch));
+
 -- Before every transaction: all that was ever written is new.
 INSERT INTO outbox_cursor (shard, system_identifier, delivered)
 SELECT 0, system_identifier, '1:1:' FROM pg_control_system();
@@ -626,7 +632,7 @@ BEGIN
     UPDATE outbox SET xid = CASE WHEN EXISTS (
             SELECT FROM outbox_cursor AS at
             WHERE at.shard = outbox.shard
-                AND (drained OR pg_visible_in_snapshot(xid, delivered) OR batch IS NOT NULL AND id <= last_id AND pg_visible_in_snapshot(xid, batch))
+                AND outbox_delivered(at, outbox.xid, outbox.id)
                 AND (system_identifier = here AND NOT drained OR id <= top_id AND id > coalesce(again, 0) AND created_at <= moved_at)
         ) THEN '3' ELSE me END;
     WITH taken AS (
@@ -726,7 +732,7 @@ GRANT UPDATE (resolution, resolved_at) ON dead_letter TO shop_operator;
 GRANT INSERT ON dead_letter_audit TO shop_operator;
 
 -- +goose Down
-DROP FUNCTION outbox_repair, outbox_unschedule, outbox_move_due, outbox_schedule, outbox_measure, outbox_sweep, outbox_slot_delivered, outbox_set_shards,
+DROP FUNCTION outbox_repair, outbox_delivered, outbox_unschedule, outbox_move_due, outbox_schedule, outbox_measure, outbox_sweep, outbox_slot_delivered, outbox_set_shards,
     outbox_stray_shards, outbox_spread;
 DROP VIEW outbox_message;
 DROP TABLE dead_letter_audit, dead_letter, outbox_scheduled, outbox_backlog, outbox_relay, outbox_cursor, outbox;

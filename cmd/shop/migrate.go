@@ -7,7 +7,7 @@ import (
 	"log/slog"
 	"time"
 
-	"example.com/shop/internal/outbox"
+	"example.com/shop/internal/ops"
 	"example.com/shop/internal/postgres"
 	"example.com/shop/migrations"
 )
@@ -22,7 +22,7 @@ func (c *migrateCommand) Validate() error {
 	if err := between("--wait", c.Wait, 0, 24*time.Hour); err != nil {
 		return err
 	}
-	return between("--shards", c.Shards, 0, outbox.MaxShards)
+	return between("--shards", c.Shards, 0, ops.MaxShards)
 }
 
 // shardsTimeout is how long migrate waits for transactions that have inserted and stay open.
@@ -36,7 +36,7 @@ func (c *migrateCommand) spread(ctx context.Context) error {
 		return err
 	}
 	defer db.Close()
-	changed, err := outbox.EnsureShards(ctx, db, c.Shards)
+	changed, err := ops.EnsureShards(ctx, db, c.Shards)
 	if changed && err == nil {
 		fmt.Printf("outbox is spread over %d shards from now on\n", c.Shards)
 	}

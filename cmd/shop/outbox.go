@@ -28,14 +28,14 @@ type outboxStatusCommand struct{ deskFlags }
 
 // outboxStatus is what status prints.
 type outboxStatus struct {
-	Shards  []outbox.Shard `json:"shards"`
-	Backlog int64          `json:"backlog"`
-	Lag     float64        `json:"lag_seconds"`
+	Shards  []ops.Shard `json:"shards"`
+	Backlog int64       `json:"backlog"`
+	Lag     float64     `json:"lag_seconds"`
 }
 
 func (c *outboxStatusCommand) Run(ctx context.Context) error {
 	return c.work(ctx, func(desk *app.Admin) error {
-		shards, err := outbox.Status(ctx, desk.DB)
+		shards, err := ops.Shards(ctx, desk.DB)
 		if err != nil {
 			return err
 		}
@@ -74,8 +74,8 @@ type outboxRepairCommand struct{ deskFlags }
 
 func (c *outboxRepairCommand) Run(ctx context.Context) error {
 	return c.work(ctx, func(desk *app.Admin) error {
-		waiting, err := outbox.Repair(ctx, desk.DB)
-		intact := errors.Is(err, outbox.ErrNoRepairNeeded)
+		waiting, err := ops.Repair(ctx, desk.DB)
+		intact := errors.Is(err, ops.ErrNoRepairNeeded)
 		switch {
 		case err != nil && !intact:
 			return err
@@ -225,7 +225,7 @@ type outboxShardsCommand struct {
 
 func (c *outboxShardsCommand) Validate() error {
 	if c.N != nil {
-		if err := between("number of shards", *c.N, 1, outbox.MaxShards); err != nil {
+		if err := between("number of shards", *c.N, 1, ops.MaxShards); err != nil {
 			return err
 		}
 	}
@@ -237,11 +237,11 @@ func (c *outboxShardsCommand) Run(ctx context.Context) error {
 		if c.N != nil {
 			waiting, cancel := context.WithTimeout(ctx, c.Timeout)
 			defer cancel()
-			if err := outbox.SetShards(waiting, desk.DB, *c.N); err != nil {
+			if err := ops.SetShards(waiting, desk.DB, *c.N); err != nil {
 				return err
 			}
 		}
-		shards, err := outbox.Status(ctx, desk.DB)
+		shards, err := ops.Shards(ctx, desk.DB)
 		if err != nil {
 			return err
 		}
@@ -252,7 +252,7 @@ func (c *outboxShardsCommand) Run(ctx context.Context) error {
 	})
 }
 
-func printShards(out io.Writer, shards []outbox.Shard) error {
+func printShards(out io.Writer, shards []ops.Shard) error {
 	t := newTable(out, "SHARD", "GENERATION", "STATE", "BACKLOG", "RELAY")
 	oldest := oldestGeneration(shards)
 	for _, one := range shards {
@@ -262,7 +262,7 @@ func printShards(out io.Writer, shards []outbox.Shard) error {
 }
 
 // oldestGeneration is the one that is being read.
-func oldestGeneration(shards []outbox.Shard) int {
+func oldestGeneration(shards []ops.Shard) int {
 	oldest := -1
 	for _, one := range shards {
 		if !one.Drained && (oldest < 0 || one.Generation < oldest) {
@@ -272,7 +272,7 @@ func oldestGeneration(shards []outbox.Shard) int {
 	return oldest
 }
 
-func shardState(one outbox.Shard, oldest int) string {
+func shardState(one ops.Shard, oldest int) string {
 	switch {
 	case one.Drained:
 		return "drained"

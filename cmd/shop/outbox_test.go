@@ -14,7 +14,7 @@ import (
 
 	"example.com/shop/internal/app"
 	"example.com/shop/internal/dev/testenv"
-	"example.com/shop/internal/outbox"
+	"example.com/shop/internal/ops"
 )
 
 func TestOutboxStatus(t *testing.T) {
@@ -53,7 +53,7 @@ func TestOutboxShards(t *testing.T) {
 	o.says(0, "outbox shards", `0 +0 +in use +0 +-`)
 	o.says(0, "outbox shards 2", `0 +0 +retired, not drained yet`, `1 +1 +waits for the old ones`, `2 +1 +waits for the old ones`)
 	o.exec(`UPDATE outbox_cursor SET drained = true WHERE shard = 0`)
-	var answer struct{ Shards []outbox.Shard }
+	var answer struct{ Shards []ops.Shard }
 	o.json(0, "outbox shards", &answer)
 	if len(answer.Shards) != 3 || !answer.Shards[0].Drained || answer.Shards[2].Generation != 1 {
 		t.Errorf("got %+v", answer)

@@ -19,7 +19,9 @@ import (
 	"example.com/shop/internal/postgres"
 	"example.com/shop/internal/rabbit"
 	"example.com/shop/internal/rpcserver"
+	"example.com/shop/internal/session"
 	"example.com/shop/internal/telemetry"
+	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 	sdktrace "go.opentelemetry.io/otel/sdk/trace"
 	"golang.org/x/sync/errgroup"
@@ -221,7 +223,7 @@ func (c Config) listenURL() string {
 	if c.ListenURL != "" {
 		return c.ListenURL
 	}
-	if pooled, err := postgres.IsPooled(c.PostgresURL); err != nil || pooled {
+	if parsed, err := pgx.ParseConfig(c.PostgresURL); err != nil || session.IsPooled(parsed) {
 		return ""
 	}
 	return c.PostgresURL

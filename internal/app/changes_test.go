@@ -14,7 +14,7 @@ import (
 	"example.com/shop/internal/dev/testenv"
 	"example.com/shop/internal/inbox"
 	"example.com/shop/internal/outbox"
-	"example.com/shop/internal/postgres"
+	"example.com/shop/internal/session"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"google.golang.org/protobuf/types/known/wrapperspb"
@@ -62,7 +62,7 @@ func TestChangesCrossProcesses(t *testing.T) {
 	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
 	var listening sync.WaitGroup
 	t.Cleanup(func() { cancel(); listening.Wait() })
-	listening.Go(func() { postgres.Listen(ctx, url, "changes", func(payload string) { rung <- payload }) })
+	listening.Go(func() { session.Listen(ctx, url, "changes", func(payload string) { rung <- payload }) })
 	testenv.Eventually(t, 20*time.Second, func() error {
 		var listeners int
 		err := db.QueryRow(t.Context(), `

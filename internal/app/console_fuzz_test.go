@@ -28,7 +28,7 @@ func startDesk(t *testing.T) *api {
 		t.Fatal(err)
 	}
 	a := &api{db: testenv.Postgres(t)}
-	if _, err := outbox.Status(t.Context(), a.db); err != nil { // from now on counting the backlog adds no row
+	if _, err := ops.Shards(t.Context(), a.db); err != nil { // from now on counting the backlog adds no row
 		t.Fatal(err)
 	}
 	_, err = a.db.Exec(t.Context(), `

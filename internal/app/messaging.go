@@ -9,6 +9,7 @@ import (
 	"example.com/shop/internal/deadletter"
 	"example.com/shop/internal/inbox"
 	"example.com/shop/internal/messaging"
+	"example.com/shop/internal/ops"
 	"example.com/shop/internal/outbox"
 	"example.com/shop/internal/postgres"
 	"example.com/shop/internal/rabbit"
@@ -42,13 +43,13 @@ func (p *process) startRelay(ctx context.Context) {
 	newPublisher := func() messaging.Publisher {
 		return rabbit.NewPublisher(rabbit.PublisherConfig{
 			URL: p.config.AMQPURL, Topology: p.topology(), Name: p.connectionName("relay"),
-			Window: outbox.MaxInFlight(p.config.Relay), MeterProvider: p.telemetry.Meter,
+			Window: p.config.Relay.MaxInFlight(), MeterProvider: p.telemetry.Meter,
 		})
 	}
 	config := p.config.Relay
 	config.MeterProvider, config.TracerProvider = p.telemetry.Meter, p.telemetry.Tracer
 	relay := outbox.NewRelay(p.relayDB, newPublisher, config)
-	err := errors.Join(postgres.ObservePool(p.relayDB, "relay", p.telemetry.Meter), postgres.ObserveHolders(p.relayDB, p.telemetry.Meter),
+	err := errors.Join(postgres.ObservePool(p.relayDB, "relay", p.telemetry.Meter), ops.ObserveHolders(p.relayDB, p.telemetry.Meter),
 		deadletter.ObserveOpen(p.relayDB, p.telemetry.Meter))
 	if err != nil {
 		slog.WarnContext(ctx, "metrics are incomplete", "error", err)

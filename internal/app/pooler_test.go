@@ -55,16 +55,3 @@ func TestThroughAPooler(t *testing.T) {
 		})
 	}
 }
-
-// LISTEN is lost in such a pooler, and that is noticed. NOTIFY is not.
-func TestDoorbellThroughAPooler(t *testing.T) {
-	t.Parallel()
-	direct := testenv.PostgresURL(t)
-	pooled := testenv.PgBouncer(t, direct)
-	if _, err := outbox.TryDoorbell(t.Context(), pooled, direct); err != nil {
-		t.Errorf("rung through the pooler: %v", err)
-	}
-	if _, err := outbox.TryDoorbell(t.Context(), direct, pooled); err == nil {
-		t.Error("heard through the pooler")
-	}
-}

@@ -5,7 +5,7 @@ import (
 	"errors"
 	"sync/atomic"
 
-	"example.com/shop/internal/outbox"
+	"example.com/shop/internal/ops"
 	"example.com/shop/internal/postgres"
 	"example.com/shop/internal/rabbit"
 	"example.com/shop/internal/rpcserver"
@@ -28,7 +28,7 @@ func (p *process) databaseChecks() []rpcserver.Check {
 		{Name: "database", Ready: p.checkDatabase()},
 		{Name: "schema", Ready: p.checkSchema()},
 		// Before its messages are refused for the time in their IDs.
-		{Name: "clock", Ready: func(ctx context.Context) error { return outbox.CheckClock(ctx, p.readyDB) }},
+		{Name: "clock", Ready: func(ctx context.Context) error { return ops.CheckClock(ctx, p.readyDB) }},
 	}
 }
 

@@ -10,7 +10,6 @@ import (
 	"example.com/shop/internal/dev/testenv"
 	"example.com/shop/internal/inbox"
 	"example.com/shop/internal/ops"
-	"example.com/shop/internal/outbox"
 	"example.com/shop/internal/postgres"
 )
 
@@ -71,7 +70,7 @@ func TestMovedRowsWithoutTheirSequences(t *testing.T) {
 			t.Errorf("%s: %v", role, err)
 		}
 	}
-	if _, err := outbox.Repair(t.Context(), db); err != nil {
+	if _, err := ops.Repair(t.Context(), db); err != nil {
 		t.Fatal(err)
 	}
 	config.PostgresURL = testenv.As(t, config.PostgresURL, "shop_consumer")

@@ -7,7 +7,7 @@ import (
 	"sync"
 	"time"
 
-	"example.com/shop/internal/postgres"
+	"example.com/shop/internal/session"
 	"github.com/jackc/pgx/v5"
 )
 
@@ -88,7 +88,7 @@ func (h *Hub) Ring(ctx context.Context) {
 	case <-h.bell.rung:
 		h.bell.rung.raise() // for the loop
 	}
-	postgres.KeepConnected(ctx, h.config.NotifyURL, "ring "+channel, func(conn *pgx.Conn) error { return h.ring(ctx, conn) })
+	session.Keep(ctx, h.config.NotifyURL, "ring "+channel, func(conn *pgx.Conn) error { return h.ring(ctx, conn) })
 	select {
 	case <-h.bell.rung:
 	default:
@@ -97,7 +97,7 @@ func (h *Hub) Ring(ctx context.Context) {
 	// The last word of the process, for which it may never have had a connection.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), notifyTimeout)
 	defer cancel()
-	err := postgres.WithConnection(ctx, h.config.NotifyURL, func(conn *pgx.Conn) error { return h.notify(ctx, conn) })
+	err := session.With(ctx, h.config.NotifyURL, func(conn *pgx.Conn) error { return h.notify(ctx, conn) })
 	if err != nil {
 		slog.WarnContext(ctx, "last changes not told to other processes", "error", err)
 	}

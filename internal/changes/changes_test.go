@@ -14,6 +14,7 @@ import (
 
 	"example.com/shop/internal/dev/testenv"
 	"example.com/shop/internal/postgres"
+	"example.com/shop/internal/session"
 	"github.com/jackc/pgx/v5"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 )
@@ -168,7 +169,7 @@ func TestChangesOfAnotherProcess(t *testing.T) {
 func (p *process) awaitListening(t *testing.T, key string, w watch) {
 	t.Helper()
 	before := p.reads.Load()
-	err := postgres.WithConnection(t.Context(), p.hub.config.NotifyURL, func(conn *pgx.Conn) error {
+	err := session.With(t.Context(), p.hub.config.NotifyURL, func(conn *pgx.Conn) error {
 		testenv.Eventually(t, 20*time.Second, func() error {
 			if _, err := conn.Exec(t.Context(), "NOTIFY "+channel); err != nil {
 				return err

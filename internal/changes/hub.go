@@ -27,7 +27,7 @@ import (
 	"sync"
 	"time"
 
-	"example.com/shop/internal/postgres"
+	"example.com/shop/internal/session"
 	"github.com/google/uuid"
 )
 
@@ -88,7 +88,7 @@ func (h *Hub) Follow(ctx context.Context) {
 		running.Go(func() { t.follow(ctx, interval) })
 	}
 	if h.config.ListenURL != "" {
-		running.Go(func() { postgres.Listen(ctx, h.config.ListenURL, channel, h.hear) })
+		running.Go(func() { session.Listen(ctx, h.config.ListenURL, channel, h.hear) })
 	}
 }
 

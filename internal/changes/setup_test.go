@@ -12,6 +12,7 @@ import (
 
 	"example.com/shop/internal/dev/testenv"
 	"example.com/shop/internal/postgres"
+	"example.com/shop/internal/session"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"google.golang.org/protobuf/types/known/wrapperspb"
@@ -35,7 +36,7 @@ type process struct {
 func newDatabase(t *testing.T) string {
 	t.Helper()
 	url := testenv.PostgresURL(t)
-	err := postgres.WithConnection(t.Context(), url, func(conn *pgx.Conn) error {
+	err := session.With(t.Context(), url, func(conn *pgx.Conn) error {
 		_, err := conn.Exec(t.Context(), `CREATE TABLE probe (key text PRIMARY KEY, value text NOT NULL)`)
 		return err
 	})

@@ -18,7 +18,6 @@ import (
 	"example.com/shop/internal/messaging"
 	"example.com/shop/internal/operations"
 	"example.com/shop/internal/ops"
-	"example.com/shop/internal/outbox"
 	"example.com/shop/internal/postgres"
 	"example.com/shop/internal/rabbit"
 	"github.com/jackc/pgx/v5/pgxpool"
@@ -120,7 +119,7 @@ func tell(err error) error {
 		return nil
 	case errors.As(err, new(ops.Refusal)), errors.Is(err, operations.ErrBegun):
 		return connect.NewError(connect.CodeFailedPrecondition, err.Error())
-	case errors.Is(err, outbox.ErrTooSlow):
+	case errors.Is(err, ops.ErrTooSlow):
 		return connect.NewError(connect.CodeDeadlineExceeded, err.Error())
 	}
 	return postgres.Classify(err)

@@ -19,6 +19,7 @@ import (
 	"example.com/shop/internal/outbox"
 	"example.com/shop/internal/postgres"
 	"example.com/shop/internal/rabbit"
+	"example.com/shop/internal/session"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
@@ -324,7 +325,7 @@ func TestFaultsAreShownWhereTheyAre(t *testing.T) {
 		UPDATE outbox_cursor SET owner = 'r', lease_expires_at = now() + interval '1 hour', lease = '1 hour';
 		INSERT INTO inbox_consumer (consumer, owner, applied, lag, expires_at, lease) VALUES ('group', 'c', 5, 0.01, now() + interval '1 hour', '1 hour')`
 	b.exec(t, healthy)
-	api, err := postgres.Connect(t.Context(), b.owner.Config().ConnString())
+	api, err := session.Connect(t.Context(), b.owner.Config().ConnString())
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -8,7 +8,6 @@ import (
 	"connectrpc.com/connect/v2"
 	opsv1 "example.com/shop/internal/gen/ops/v1"
 	"example.com/shop/internal/ops"
-	"example.com/shop/internal/outbox"
 	"google.golang.org/protobuf/types/known/timestamppb"
 )
 
@@ -20,8 +19,8 @@ func (c *Console) SearchMessages(ctx context.Context, req *opsv1.SearchMessagesR
 	if err := cmp.Or(storable(req.GetType(), req.GetKey()), dated(req.GetSince(), req.GetUntil())); err != nil {
 		return nil, err
 	}
-	search := outbox.Search{Type: req.GetType(), Key: req.GetKey(), Since: moment(req.GetSince()), Until: moment(req.GetUntil())}
-	found, last, err := outbox.Newest(ctx, c.db, search, req.GetPageToken(), pageRows)
+	search := ops.Search{Type: req.GetType(), Key: req.GetKey(), Since: moment(req.GetSince()), Until: moment(req.GetUntil())}
+	found, last, err := ops.SearchLog(ctx, c.db, search, req.GetPageToken(), pageRows)
 	if err != nil {
 		return nil, tell(err)
 	}
@@ -35,7 +34,7 @@ func (c *Console) SearchMessages(ctx context.Context, req *opsv1.SearchMessagesR
 	return response, nil
 }
 
-func entry(one outbox.Entry) *opsv1.Message {
+func entry(one ops.Logged) *opsv1.Message {
 	return &opsv1.Message{
 		MessageId: one.ID.String(), Type: one.Type, Key: one.Key, InsertTime: timestamppb.New(one.CreatedAt),
 		TransactionId: one.TransactionID, Shard: int32(one.Shard), Delivered: one.Delivered,

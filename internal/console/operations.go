@@ -9,7 +9,6 @@ import (
 	operationsv1 "example.com/shop/internal/gen/shop/operations/v1"
 	"example.com/shop/internal/operations"
 	"example.com/shop/internal/ops"
-	"example.com/shop/internal/outbox"
 	"example.com/shop/internal/postgres"
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
@@ -69,11 +68,11 @@ func (c *Console) CancelOperation(ctx context.Context, req *opsv1.CancelOperatio
 
 // ListRelays implements ops.v1.OpsService.
 func (c *Console) ListRelays(ctx context.Context, _ *opsv1.ListRelaysRequest) (*opsv1.ListRelaysResponse, error) {
-	shards, err := outbox.Status(ctx, c.db)
+	shards, err := ops.Shards(ctx, c.db)
 	if err != nil {
 		return nil, tell(err)
 	}
-	relays, err := outbox.Relays(ctx, c.db)
+	relays, err := ops.Relays(ctx, c.db)
 	if err != nil {
 		return nil, tell(err)
 	}

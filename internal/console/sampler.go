@@ -9,7 +9,7 @@ import (
 	"example.com/shop/internal/deadletter"
 	opsv1 "example.com/shop/internal/gen/ops/v1"
 	"example.com/shop/internal/inbox"
-	"example.com/shop/internal/outbox"
+	"example.com/shop/internal/ops"
 	"example.com/shop/internal/postgres"
 	"example.com/shop/internal/rabbit"
 )
@@ -19,8 +19,8 @@ const patience = 3 * time.Second
 
 // reading is what database and broker say at one time, or why they do not.
 type reading struct {
-	shards    []outbox.Shard
-	relays    []outbox.Alive
+	shards    []ops.Shard
+	relays    []ops.RunningRelay
 	standings []inbox.GroupStatus
 	sessions  map[string]int
 	dead      int64
@@ -87,16 +87,16 @@ func (s *sampler) read(ctx context.Context) *reading {
 
 func (s *sampler) readDatabase(ctx context.Context, r *reading) (err error) {
 	db := s.console.db
-	if r.shards, err = outbox.Status(ctx, db); err != nil {
+	if r.shards, err = ops.Shards(ctx, db); err != nil {
 		return err
 	}
-	if r.relays, err = outbox.Relays(ctx, db); err != nil {
+	if r.relays, err = ops.Relays(ctx, db); err != nil {
 		return err
 	}
 	if r.standings, err = inbox.GroupStatuses(ctx, db, s.console.desk.Groups); err != nil {
 		return err
 	}
-	if r.sessions, err = postgres.Sessions(ctx, db); err != nil {
+	if r.sessions, err = ops.Sessions(ctx, db); err != nil {
 		return err
 	}
 	r.dead, err = s.dead.Get(ctx)

@@ -7,7 +7,7 @@ import (
 
 	opsv1 "example.com/shop/internal/gen/ops/v1"
 	"example.com/shop/internal/inbox"
-	"example.com/shop/internal/outbox"
+	"example.com/shop/internal/ops"
 	"example.com/shop/internal/rabbit"
 	"google.golang.org/protobuf/proto"
 )
@@ -117,7 +117,7 @@ func relay(r *reading, v *velocity) *opsv1.Station {
 }
 
 // waitsForOlder tells whether a shard is not to be read yet, because one of an older generation is not drained.
-func waitsForOlder(shards []outbox.Shard, one outbox.Shard) bool {
+func waitsForOlder(shards []ops.Shard, one ops.Shard) bool {
 	for _, other := range shards {
 		if !other.Drained && other.Generation < one.Generation {
 			return true

@@ -31,7 +31,7 @@ func TestObserveOpen(t *testing.T) {
 				if err := Insert(t.Context(), tx, one.letters...); err != nil || one.resolved == 0 {
 					return err
 				}
-				return Resolve(t.Context(), tx, one.resolved, Discarded, Note{Reason: "test", Actor: "test"}, "")
+				return resolve(t, tx, one.resolved, Discarded, Note{Reason: "test", Actor: "test"})
 			})
 			if err != nil {
 				t.Fatal(err)

@@ -2,7 +2,6 @@ package deadletter
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"time"
 
@@ -92,7 +91,7 @@ func Newest(ctx context.Context, db *pgxpool.Pool, f Filter, before int64, limit
 }
 
 // Get returns all of a letter, resolved or not, if there is one with the ID.
-func Get(ctx context.Context, db *pgxpool.Pool, id int64) (letter Stored, found bool, err error) {
+func Get(ctx context.Context, db querier, id int64) (letter Stored, found bool, err error) {
 	letters, err := list(ctx, db, `SELECT `+columns+` FROM dead_letter WHERE id = $1`, []any{id})
 	if err != nil || len(letters) == 0 {
 		return Stored{}, false, err
@@ -100,7 +99,12 @@ func Get(ctx context.Context, db *pgxpool.Pool, id int64) (letter Stored, found 
 	return letters[0], true, nil
 }
 
-func list(ctx context.Context, db *pgxpool.Pool, sql string, args []any) ([]Stored, error) {
+// querier is a pool or a transaction.
+type querier interface {
+	Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error)
+}
+
+func list(ctx context.Context, db querier, sql string, args []any) ([]Stored, error) {
 	rows, err := db.Query(ctx, sql, args...)
 	if err != nil {
 		return nil, fmt.Errorf("list dead letters: %w", err)
@@ -130,63 +134,9 @@ func scan(row pgx.CollectableRow) (s Stored, err error) {
 	return s, err
 }
 
-// ErrNotOpen means that a letter is resolved, or that somebody is resolving it right now.
-var ErrNotOpen = errors.New("dead letter is not open")
-
-const lockSQL = `SELECT ` + columns + ` FROM dead_letter WHERE id = $1 AND resolution IS NULL FOR UPDATE SKIP LOCKED`
-
-// Lock returns an open letter, and keeps it for tx.
-func Lock(ctx context.Context, tx pgx.Tx, id int64) (Stored, error) {
-	rows, err := tx.Query(ctx, lockSQL, id)
-	if err != nil {
-		return Stored{}, fmt.Errorf("lock dead letter: %w", err)
-	}
-	letter, err := pgx.CollectExactlyOneRow(rows, scan)
-	if errors.Is(err, pgx.ErrNoRows) {
-		return letter, ErrNotOpen
-	}
-	return letter, err
-}
-
 // Note says who resolves a letter, and why. Both are required.
 type Note struct {
 	Actor, Reason string
-}
-
-// Resolve closes a letter that tx has locked, and records by whom and why.
-func Resolve(ctx context.Context, tx pgx.Tx, id int64, resolution Resolution, note Note, detail string) error {
-	_, err := tx.Exec(ctx, `UPDATE dead_letter SET resolution = $2, resolved_at = clock_timestamp() WHERE id = $1`, id, resolution)
-	if err == nil {
-		err = record(ctx, tx, id, resolution, note, detail)
-	}
-	if err != nil {
-		return fmt.Errorf("resolve dead letter: %w", err)
-	}
-	return nil
-}
-
-// ErrNotDiscarded means that a letter is not one that was discarded.
-var ErrNotDiscarded = errors.New("dead letter is not discarded, and nothing else can be taken back")
-
-// Reopen takes a discard back as part of tx, and records by whom and why. What was redriven is on its way and cannot be taken back.
-func Reopen(ctx context.Context, tx pgx.Tx, id int64, note Note) error {
-	tag, err := tx.Exec(ctx, `UPDATE dead_letter SET resolution = NULL, resolved_at = NULL WHERE id = $1 AND resolution = 'discarded'`, id)
-	switch {
-	case err == nil && tag.RowsAffected() == 0:
-		return ErrNotDiscarded
-	case err == nil:
-		err = record(ctx, tx, id, Reopened, note, "")
-	}
-	if err != nil {
-		return fmt.Errorf("reopen dead letter: %w", err)
-	}
-	return nil
-}
-
-func record(ctx context.Context, tx pgx.Tx, id int64, what Resolution, note Note, detail string) error {
-	_, err := tx.Exec(ctx, `INSERT INTO dead_letter_audit (letter_id, resolution, reason, actor, detail) VALUES ($1, $2, $3, $4, $5)`,
-		id, what, note.Reason, note.Actor, detail)
-	return err
 }
 
 // Record is an entry of the audit log.

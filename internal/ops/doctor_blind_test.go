@@ -14,8 +14,8 @@ import (
 	"time"
 
 	"example.com/shop/internal/dev/testenv"
-	"example.com/shop/internal/postgres"
 	"example.com/shop/internal/rabbit"
+	"example.com/shop/internal/session"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 	amqp "github.com/rabbitmq/amqp091-go"
@@ -161,7 +161,7 @@ func wrongPassword(t *testing.T, c *clinic) {
 	}
 	guarded := altered(t, owner, func(u *url.URL) { u.User = url.UserPassword("guarded", "hunter2") })
 	testenv.Eventually(t, 10*time.Second, func() error {
-		conn, err := postgres.Connect(t.Context(), guarded)
+		conn, err := session.Connect(t.Context(), guarded)
 		if err == nil {
 			_ = conn.Close(t.Context())
 			return errors.New("any password will do")

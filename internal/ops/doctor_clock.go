@@ -6,7 +6,6 @@ import (
 	"time"
 
 	"example.com/shop/internal/inbox"
-	"example.com/shop/internal/outbox"
 )
 
 // maxClockDifference is well within what the outbox allows for, so that there is time to act.
@@ -15,14 +14,14 @@ const maxClockDifference = 5 * time.Second
 // checkClock compares Postgres' clock with this machine's, and with the times that it has written itself: those in the
 // future say that it was set back.
 func checkClock(ctx context.Context, p Target) (Finding, error) {
-	skew, err := outbox.Skew(ctx, p.DB)
+	skew, err := skew(ctx, p.DB)
 	if err != nil {
 		return Finding{}, err
 	}
 	if skew.Abs() > maxClockDifference {
 		return Finding{Verdict: Wrong, Detail: fmt.Sprintf("Postgres' clock differs by %s", skew)}, nil
 	}
-	ahead, err := outbox.Ahead(ctx, p.DB, maxClockDifference)
+	ahead, err := outboxAhead(ctx, p.DB, maxClockDifference)
 	if err != nil {
 		return Finding{}, err
 	}

@@ -9,7 +9,6 @@ import (
 
 	"example.com/shop/internal/inbox"
 	"example.com/shop/internal/outbox"
-	"example.com/shop/internal/postgres"
 	"example.com/shop/migrations"
 	"github.com/jackc/pgx/v5"
 )
@@ -135,7 +134,7 @@ func checkDurability(ctx context.Context, p Target) (Finding, error) {
 }
 
 func checkCluster(ctx context.Context, p Target) (Finding, error) {
-	native, err := outbox.IsNative(ctx, p.DB)
+	native, err := isNative(ctx, p.DB)
 	if err == nil && !native {
 		return Finding{Verdict: Wrong, Detail: outbox.ErrForeignCluster.Error()}, nil
 	}
@@ -143,7 +142,7 @@ func checkCluster(ctx context.Context, p Target) (Finding, error) {
 }
 
 func checkRelay(ctx context.Context, p Target) (Finding, error) {
-	shards, err := outbox.Status(ctx, p.DB)
+	shards, err := Shards(ctx, p.DB)
 	if err != nil {
 		return Finding{}, err
 	}
@@ -184,9 +183,9 @@ func checkDoorbell(ctx context.Context, p Target) (Finding, error) {
 	if p.ListenURL == "" {
 		return Finding{Detail: "none: the relay polls"}, nil
 	}
-	took, err := outbox.TryDoorbell(ctx, p.PostgresURL, p.ListenURL)
+	took, err := tryDoorbell(ctx, p.PostgresURL, p.ListenURL)
 	switch {
-	case errors.Is(err, outbox.ErrNotHeard):
+	case errors.Is(err, errNotHeard):
 		return Finding{Verdict: Wrong, Detail: err.Error()}, nil
 	case err != nil && p.ListenURL != p.PostgresURL:
 		return Finding{}, elsewhere{"POSTGRES_LISTEN_URL", err}
@@ -208,7 +207,7 @@ func checkRetention(ctx context.Context, p Target) (Finding, error) {
 const maxHold = 10 * time.Minute
 
 func checkVacuum(ctx context.Context, p Target) (Finding, error) {
-	holders, err := postgres.Holders(ctx, p.DB)
+	holders, err := holders(ctx, p.DB)
 	if err != nil {
 		return Finding{}, err
 	}

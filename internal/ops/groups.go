@@ -117,8 +117,8 @@ func Reopen(ctx context.Context, db *pgxpool.Pool, id int64, note deadletter.Not
 	if err := checked(note); err != nil {
 		return err
 	}
-	err := postgres.Transact(ctx, db, func(tx pgx.Tx) error { return deadletter.Reopen(ctx, tx, id, note) })
-	if errors.Is(err, deadletter.ErrNotDiscarded) {
+	err := postgres.Transact(ctx, db, func(tx pgx.Tx) error { return reopenLetter(ctx, tx, id, note) })
+	if errors.Is(err, errNotDiscarded) {
 		return Refusal{err}
 	}
 	return err

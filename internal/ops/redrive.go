@@ -95,7 +95,7 @@ func resolve(ctx context.Context, db *pgxpool.Pool, order Selection, each func(O
 		return err
 	}
 	for _, id := range missing {
-		each(Outcome{Letter: deadletter.Stored{ID: id}, Err: deadletter.ErrNotOpen})
+		each(Outcome{Letter: deadletter.Stored{ID: id}, Err: errNotOpen})
 	}
 	return nil
 }
@@ -152,7 +152,7 @@ func resolveOne(ctx context.Context, db *pgxpool.Pool, order Selection, letter d
 	ctx, done := lasting(ctx)
 	defer done()
 	outcome.Err = postgres.Transact(ctx, db, func(tx pgx.Tx) error {
-		locked, err := deadletter.Lock(ctx, tx, letter.ID)
+		locked, err := lockLetter(ctx, tx, letter.ID)
 		if err != nil {
 			return err
 		}
@@ -160,7 +160,7 @@ func resolveOne(ctx context.Context, db *pgxpool.Pool, order Selection, letter d
 		if err != nil {
 			return err
 		}
-		if err := deadletter.Resolve(ctx, tx, letter.ID, outcome.Resolution, order.Note, outcome.Detail); err != nil {
+		if err := resolveLetter(ctx, tx, letter.ID, outcome.Resolution, order.Note, outcome.Detail); err != nil {
 			return err
 		}
 		if order.DryRun {

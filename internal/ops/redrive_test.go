@@ -325,7 +325,7 @@ func TestRedrivesAtOnce(t *testing.T) {
 				switch {
 				case o.Err == nil:
 					redriven.Add(1)
-				case !errors.Is(o.Err, deadletter.ErrNotOpen):
+				case !errors.Is(o.Err, errNotOpen):
 					t.Error(o.Err)
 				}
 			})

@@ -7,7 +7,6 @@ import (
 	"time"
 
 	"example.com/shop/internal/inbox"
-	"example.com/shop/internal/outbox"
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
@@ -19,7 +18,7 @@ var ErrForgetful = errors.New("the inbox forgets too early")
 // retention, replayed then, and under way for as long as redelivery takes. It returns ErrForgetful, with the numbers, if that is too old. What is spare
 // is the time for which consumers may be away.
 func CheckRetention(ctx context.Context, db *pgxpool.Pool, longestRedelivery time.Duration) (detail string, err error) {
-	kept, err := outbox.LongestRetention(ctx, db)
+	kept, err := longestRetention(ctx, db)
 	if err != nil {
 		return "", err
 	}

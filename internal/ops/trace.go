@@ -10,7 +10,6 @@ import (
 
 	"example.com/shop/internal/deadletter"
 	"example.com/shop/internal/inbox"
-	"example.com/shop/internal/outbox"
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5/pgxpool"
 )
@@ -18,7 +17,7 @@ import (
 // MessageTrace is the way of one message as far as it is known.
 type MessageTrace struct {
 	// Log is where it stands in the outbox; empty past the retention, or if another service sent it.
-	Log []outbox.Entry
+	Log []Logged
 	// Groups are the consumer groups that took it.
 	Groups []inbox.MessageStatus
 	// Letters are its dead letters, resolved ones included.
@@ -33,7 +32,7 @@ func Trace(ctx context.Context, db *pgxpool.Pool, messageID string) (j MessageTr
 		return j, errors.New("the message ID is empty")
 	}
 	if id, invalid := uuid.Parse(messageID); invalid == nil {
-		if j.Log, err = outbox.Find(ctx, db, id); err != nil {
+		if j.Log, err = FindInLog(ctx, db, id); err != nil {
 			return j, err
 		}
 	}

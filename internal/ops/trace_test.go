@@ -123,7 +123,7 @@ func TestLettersThatAreNotOpen(t *testing.T) {
 	d.fail(t, delivery("", "a"), delivery("", "b"))
 	some := order
 	some.Filter.IDs = []int64{1, 77}
-	not := "refused: " + deadletter.ErrNotOpen.Error()
+	not := "refused: " + errNotOpen.Error()
 	equal(t, "outcomes", d.redrive(t, some), "redriven", not)
 	equal(t, "once more", d.redrive(t, some), not, not)
 	if journey, err := Trace(t.Context(), d.Pool, uuid.NewString()); err != nil || journey.Known() {

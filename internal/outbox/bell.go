@@ -2,17 +2,15 @@ package outbox
 
 import (
 	"context"
-	"errors"
-	"fmt"
 	"sync/atomic"
 	"time"
 
-	"example.com/shop/internal/postgres"
+	"example.com/shop/internal/session"
 	"github.com/jackc/pgx/v5"
 )
 
-// channel is the Postgres notification channel of the doorbell.
-const channel = "outbox"
+// Channel is the Postgres notification channel of the doorbell.
+const Channel = "outbox"
 
 // Bell tells the relay that there may be something new. Ring never blocks, and any number of rings may become one:
 // the relay reads until nothing is left, so all that counts is that a ring follows the last commit.
@@ -63,11 +61,11 @@ const (
 
 // A transaction that only notifies has written nothing that could be lost, so Postgres commits it without waiting for the disk. As a command by itself
 // NOTIFY needs no plan, and is heard in half the time that it takes SELECT pg_notify (measured).
-const notifySQL = `NOTIFY ` + channel
+const notifySQL = `NOTIFY ` + Channel
 
 // Run passes rings on until ctx is done. Failures only cost latency, since the relay polls as well: they are logged and tried again.
 func (b *NotifyBell) Run(ctx context.Context) {
-	postgres.KeepConnected(ctx, b.url, "doorbell", func(conn *pgx.Conn) error {
+	session.Keep(ctx, b.url, "doorbell", func(conn *pgx.Conn) error {
 		interval := minNotifyInterval
 		for {
 			select {
@@ -95,38 +93,3 @@ func nextInterval(last time.Duration, rings int64) time.Duration {
 
 // leaseNews is the payload of a notification that a shard has become free.
 const leaseNews = "lease"
-
-// ErrNotHeard means that the doorbell was rung at one URL and not heard at the other.
-var ErrNotHeard = errors.New("the doorbell is not heard")
-
-// bellPatience is how long TryDoorbell waits for the ring.
-const bellPatience = 3 * time.Second
-
-// TryDoorbell rings at one URL as writers do, and returns after what time it was heard at the other, where relays
-// listen. It returns ErrNotHeard if both can be reached and the ring does not come.
-func TryDoorbell(ctx context.Context, ringURL, listenURL string) (time.Duration, error) {
-	var took time.Duration
-	err := postgres.WithConnection(ctx, listenURL, func(ears *pgx.Conn) error {
-		if _, err := ears.Exec(ctx, "LISTEN "+channel); err != nil {
-			return err
-		}
-		return postgres.WithConnection(ctx, ringURL, func(hand *pgx.Conn) error {
-			began := time.Now()
-			if _, err := hand.Exec(ctx, notifySQL); err != nil {
-				return err
-			}
-			limited, cancel := context.WithTimeout(ctx, bellPatience)
-			defer cancel()
-			_, err := ears.WaitForNotification(limited)
-			took = time.Since(began)
-			if err != nil && limited.Err() != nil && ctx.Err() == nil {
-				return fmt.Errorf("%w within %s", ErrNotHeard, bellPatience)
-			}
-			return err
-		})
-	})
-	if err != nil {
-		return 0, fmt.Errorf("try doorbell: %w", err)
-	}
-	return took, nil
-}

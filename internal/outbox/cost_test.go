@@ -38,7 +38,7 @@ func TestCostStaysFlat(t *testing.T) {
 			log := &eventLog{db: db, maxRows: 500, maxBytes: 4 << 20}
 			look := func() { // where the explained statement has moved the row, as the relay's own does
 				t.Helper()
-				if err := db.QueryRow(t.Context(), `SELECT ctid, moves FROM outbox_cursor`).Scan(&held.tid, &held.moves); err != nil {
+				if err := db.QueryRow(t.Context(), `SELECT ctid, moves FROM outbox_cursor`).Scan(&held.row.tid, &held.moves); err != nil {
 					t.Fatal(err)
 				}
 			}
@@ -55,14 +55,14 @@ func TestCostStaysFlat(t *testing.T) {
 					}
 					underWay += open
 					before := held.moves
-					buffers += explain(t, db, claimSQL, int16(0), at.base, 500, 4<<20, held.tid, at.base, at.batch, at.lastID, 0, 0, held.epoch, held.moves, held.timeline)
+					buffers += explain(t, db, claimSQL, int16(0), at.base, 500, 4<<20, held.row.tid, at.base, at.batch, at.lastID, 0, 0, held.epoch, held.moves, held.timeline)
 					look()
 					found, _, err := log.next(t.Context(), at)
 					if err != nil || len(found.rows) != page {
 						t.Fatalf("%v, %v", found, err)
 					}
 					at = found.end
-					buffers += explain(t, db, moveSQL, int16(0), held.tid, held.epoch, at.base, at.batch, at.lastID, found.snapshot, 0, 0, held.moves, held.timeline, 0)
+					buffers += explain(t, db, moveSQL, int16(0), held.row.tid, held.epoch, at.base, at.batch, at.lastID, found.snapshot, 0, 0, held.moves, held.timeline, 0)
 					if look(); held.moves != before+2 {
 						t.Fatalf("%d moves, want two", held.moves-before)
 					}

@@ -41,10 +41,17 @@ type cursor struct {
 	timeline string
 	// retired is set when no transaction writes to the shard any more.
 	retired atomic.Bool
-	// tid is where the row's newest version was last seen. Every move leaves a dead version behind, which vacuum cannot
-	// remove for as long as some transaction holds an old snapshot; finding the row by its key would wade through
-	// all of them, finding it by place does not. It is a hint: if the row is not there, it is looked for by key.
-	tid pgtype.TID
+	row     cursorRow
+}
+
+// cursorRow is the newest version of a cursor's row.
+//
+// Every move leaves a dead version behind, which vacuum cannot remove while a transaction holds an old snapshot. Finding
+// the row by its key would read all of them. Finding it by tid reads none. The tid is a hint: if the row is not there,
+// find looks for it by key.
+type cursorRow struct {
+	tid     pgtype.TID
+	retired bool
 }
 
 const acquireSQL = `
@@ -70,7 +77,7 @@ func acquire(ctx context.Context, db *pgxpool.Pool, shard int16, owner string, l
 	c, at := &cursor{db: db, shard: shard}, position{}
 	var retired bool
 	err := postgres.Transact(ctx, db, func(tx pgx.Tx) error {
-		return tx.QueryRow(ctx, acquireSQL, shard, owner, lease).Scan(&c.epoch, &c.stolen, &c.moves, &retired, &c.timeline, &c.tid, &at.base, &at.batch, &at.lastID)
+		return tx.QueryRow(ctx, acquireSQL, shard, owner, lease).Scan(&c.epoch, &c.stolen, &c.moves, &retired, &c.timeline, &c.row.tid, &at.base, &at.batch, &at.lastID)
 	})
 	if errors.Is(err, pgx.ErrNoRows) {
 		err = errNotLeased
@@ -101,35 +108,36 @@ RETURNING ctid, retired, set_config('synchronous_commit', CASE WHEN $7 = '' THEN
 // published on the strength of this commit, and it does not wait for the disk: if a crash of Postgres loses it, what it says is delivered is repeated.
 // It returns errFenced if the row is not as this relay left it.
 func (c *cursor) move(ctx context.Context, p progress) error {
-	var tid pgtype.TID
-	var retired bool
+	var row cursorRow
 	var err error
 	if len(p.parked) == 0 {
-		err = c.find(p, func(args []any) error { return postgres.TransactRow(ctx, c.db, moveSQL, args, &tid, &retired, nil) })
+		err = c.find(p, func(args []any) error {
+			return postgres.TransactRow(ctx, c.db, moveSQL, args, &row.tid, &row.retired, nil)
+		})
 	} else {
 		err = postgres.Transact(ctx, c.db, func(tx pgx.Tx) error {
 			if err := deadletter.Insert(ctx, tx, p.parked...); err != nil {
 				return err
 			}
-			return c.find(p, func(args []any) error { return tx.QueryRow(ctx, moveSQL, args...).Scan(&tid, &retired, nil) })
+			return c.find(p, func(args []any) error { return tx.QueryRow(ctx, moveSQL, args...).Scan(&row.tid, &row.retired, nil) })
 		})
 	}
 	if err != nil {
 		return fmt.Errorf("move cursor: %w", err)
 	}
-	c.moved(tid, retired)
+	c.moved(row)
 	return nil
 }
 
-// moved keeps in mind what a move has made of the row.
-func (c *cursor) moved(tid pgtype.TID, retired bool) {
-	c.tid, c.moves = tid, c.moves+1
-	c.retired.Store(retired)
+// moved records the row that a move has written.
+func (c *cursor) moved(row cursorRow) {
+	c.row, c.moves = row, c.moves+1
+	c.retired.Store(row.retired)
 }
 
 // find runs moveSQL, where the row was last seen, and if it is not there, wherever it is.
 func (c *cursor) find(p progress, query func(args []any) error) error {
-	for _, hint := range []pgtype.TID{c.tid, {}} {
+	for _, hint := range []pgtype.TID{c.row.tid, {}} {
 		err := query([]any{c.shard, hint, c.epoch, p.delivered.base, p.delivered.batch, p.delivered.lastID,
 			p.claimed, p.published, len(p.parked), c.moves, c.timeline, p.topID})
 		if !errors.Is(err, pgx.ErrNoRows) {
@@ -164,7 +172,7 @@ WITH released AS (
     UPDATE outbox_cursor SET owner = '', lease_expires_at = '-infinity', drained = drained OR $3
     WHERE shard = $1 AND epoch = $2 AND (NOT $3 OR retired AND moves = $4 AND ` + timelineSQL + ` = $5)
     RETURNING shard)
-SELECT pg_notify('` + channel + `', '` + leaseNews + `') FROM released`
+SELECT pg_notify('` + Channel + `', '` + leaseNews + `') FROM released`
 
 // release gives the lease back, so that another relay need not wait for its end.
 func (c *cursor) release(ctx context.Context) error {

@@ -106,8 +106,10 @@ func TestCursor(t *testing.T) {
 			if err := db.QueryRow(t.Context(), sql).Scan(&moves, &total, &claimed, &delivered); err != nil {
 				t.Fatal(err)
 			}
-			log.claim = &claim{held, progress{delivered: at, published: published}}
-			found, _, err := log.next(t.Context(), at)
+			found, _, moved, err := log.nextAndMove(t.Context(), at, claim{held, progress{delivered: at, published: published}})
+			if moved != nil {
+				held.moved(*moved)
+			}
 			if err != nil || found == nil && wantRows > 0 || found != nil && len(found.rows) != wantRows {
 				t.Fatalf("found %v, %v, want %d rows", found, err, wantRows)
 			}
@@ -140,7 +142,7 @@ func TestCursor(t *testing.T) {
 		fillProbes(t, db, 3)
 		next(0, 2, false) // the first page of a batch
 		exec(t, db, `UPDATE outbox_cursor SET epoch = epoch + 1`)
-		if err := db.QueryRow(t.Context(), `SELECT ctid FROM outbox_cursor`).Scan(&held.tid); err != nil {
+		if err := db.QueryRow(t.Context(), `SELECT ctid FROM outbox_cursor`).Scan(&held.row.tid); err != nil {
 			t.Fatal(err)
 		}
 		log.maxRows = 10
@@ -246,7 +248,7 @@ func TestCursor(t *testing.T) {
 			t.Fatal(err)
 		}
 		for _, hint := range []pgtype.TID{{}, {BlockNumber: 77, OffsetNumber: 1, Valid: true}} {
-			held.tid = hint
+			held.row.tid = hint
 			if err := held.move(t.Context(), progress{delivered: at, published: 1}); err != nil {
 				t.Fatalf("hint %v: %v", hint, err)
 			}

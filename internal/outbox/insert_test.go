@@ -11,6 +11,7 @@ import (
 	"example.com/shop/internal/dev/testenv"
 	"example.com/shop/internal/messaging"
 	"example.com/shop/internal/postgres"
+	"example.com/shop/internal/session"
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
@@ -213,7 +214,7 @@ func TestNotifyBellReachesAnotherProcess(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	var running sync.WaitGroup
 	running.Go(func() { far.Run(ctx) })
-	running.Go(func() { postgres.Listen(ctx, url, channel, func(string) { heard.Ring() }) })
+	running.Go(func() { session.Listen(ctx, url, Channel, func(string) { heard.Ring() }) })
 	<-heard // listening has begun
 	far.Ring()
 	<-heard

@@ -1,10 +1,7 @@
 package outbox
 
 import (
-	"cmp"
 	"context"
-	"encoding/json"
-	"errors"
 	"fmt"
 
 	"example.com/shop/internal/messaging"
@@ -26,7 +23,7 @@ type position struct {
 type page struct {
 	rows     []row
 	snapshot string   // the batch that the rows were read from
-	claimed  bool     // by the statement that read it
+	claimed  bool     // by the statement that read it, see nextAndMove
 	start    position // before the first row
 	end      position // after the last row
 }
@@ -34,43 +31,16 @@ type page struct {
 type row struct {
 	id      int64
 	message messaging.Message
-	headers storedHeaders
+	headers messaging.StoredHeaders
 }
 
 // validate reports what keeps the row from being published. It was checked when it was inserted, unless somebody claimed to have checked it, or was
 // a superuser.
 func (r *row) validate() error {
-	if r.headers.malformed != nil {
-		return fmt.Errorf("%w: headers are not an object of strings: %w", messaging.ErrInvalid, r.headers.malformed)
+	if r.headers.Malformed != nil {
+		return fmt.Errorf("%w: headers are not an object of strings: %w", messaging.ErrInvalid, r.headers.Malformed)
 	}
 	return r.message.Validate()
-}
-
-// storedHeaders are the headers of a row. What is none fails the row, and not the reading of the log, which would end there for ever.
-type storedHeaders struct {
-	of        map[string]string
-	malformed error
-}
-
-// ScanBytes implements pgtype.BytesScanner.
-func (h *storedHeaders) ScanBytes(stored []byte) error {
-	var all map[string]*string // which tells null from ""
-	if stored == nil {
-		return nil
-	}
-	err := json.Unmarshal(stored, &all)
-	h.of = make(map[string]string, len(all))
-	for name, value := range all {
-		if value == nil {
-			err = errors.Join(err, fmt.Errorf("%.100q is null", name))
-			break
-		}
-		h.of[name] = *value
-	}
-	if err != nil || all == nil {
-		h.of, h.malformed = nil, fmt.Errorf("%.300s: %w", stored, cmp.Or(err, errors.New("null")))
-	}
-	return nil
 }
 
 // before returns the position before the i-th row: everything up to the row in front of it is done.
@@ -91,11 +61,9 @@ type eventLog struct {
 	maxRows  int
 	maxBytes int
 	bounds   bounds // of the batch that is open
-	// claim, if it is given, is recorded with a page that is all there is to read.
-	claim *claim
 }
 
-// claim is what a relay records when it claims a page, and whose.
+// claim is what a relay records with the page that it claims.
 type claim struct {
 	*cursor
 	progress
@@ -187,33 +155,45 @@ FROM measured
 WHERE running <= $6 OR position = 1
 ORDER BY id`
 
-// next returns the page after at, or nil and the position to go on from if there is nothing yet.
+// next returns the page after at, or nil and the position to continue from if there is no page yet.
 func (l *eventLog) next(ctx context.Context, at position) (*page, position, error) {
+	found, at, _, err := l.read(ctx, at, openSQL, l.shard, at.base, l.maxRows, l.maxBytes)
+	return found, at, err
+}
+
+// nextAndMove is next in one round trip with cursor.move. If the rest of the log fits into one page, it records c, claims
+// the page, and returns the cursor's new row. Otherwise it records nothing and returns nil.
+func (l *eventLog) nextAndMove(ctx context.Context, at position, c claim) (*page, position, *cursorRow, error) {
+	found, at, moved, err := l.read(ctx, at, claimSQL, l.shard, at.base, l.maxRows, l.maxBytes, c.row.tid, c.delivered.base,
+		c.delivered.batch, c.delivered.lastID, c.published, c.topID, c.epoch, c.moves, c.timeline)
+	if found != nil {
+		found.claimed = moved != nil
+	}
+	return found, at, moved, err
+}
+
+// read returns the next page of the open batch. If there is none, it opens a batch with sql and returns its first page.
+func (l *eventLog) read(
+	ctx context.Context, at position, sql string, args ...any,
+) (found *page, next position, moved *cursorRow, err error) {
 	if at.batch != "" {
 		found, err := l.nextOfBatch(ctx, at)
 		if found != nil || err != nil {
-			return found, at, err
+			return found, at, nil, err
 		}
 		at = position{base: at.batch} // the batch is read to its end
-	}
-	sql, args := openSQL, []any{l.shard, at.base, l.maxRows, l.maxBytes}
-	if c := l.claim; c != nil {
-		sql, args = claimSQL, append(args, c.tid, c.delivered.base, c.delivered.batch, c.delivered.lastID, c.published, c.topID, c.epoch, c.moves, c.timeline)
+		args[1] = at.base
 	}
 	opened, err := l.query(ctx, sql, args...)
 	switch {
 	case err != nil || len(opened.rows) == 0:
-		return nil, at, err
+		return nil, at, nil, err
 	case opened.complete:
 		found := &page{rows: opened.rows, snapshot: opened.snapshot, start: at, end: position{base: opened.snapshot}}
-		if opened.cursor.Valid {
-			l.claim.moved(opened.cursor, opened.retired.Bool)
-			found.claimed = true
-		}
-		return found, at, nil
+		return found, at, opened.moved(), nil
 	}
-	found, err := l.nextOfBatch(ctx, position{base: at.base, batch: opened.snapshot})
-	return found, at, err
+	found, err = l.nextOfBatch(ctx, position{base: at.base, batch: opened.snapshot})
+	return found, at, nil, err
 }
 
 func (l *eventLog) nextOfBatch(ctx context.Context, at position) (*page, error) {
@@ -238,8 +218,16 @@ type opened struct {
 	rows     []row
 	snapshot string
 	complete bool
-	cursor   pgtype.TID // where the cursor's row has gone, if the statement has moved it
+	cursor   pgtype.TID // the cursor's new row, if the statement has moved it
 	retired  pgtype.Bool
+}
+
+// moved returns the cursor's new row, or nil if the statement has not moved it.
+func (o *opened) moved() *cursorRow {
+	if !o.cursor.Valid {
+		return nil
+	}
+	return &cursorRow{o.cursor, o.retired.Bool}
 }
 
 func (l *eventLog) query(ctx context.Context, sql string, args ...any) (found opened, err error) {
@@ -248,7 +236,7 @@ func (l *eventLog) query(ctx context.Context, sql string, args ...any) (found op
 			var one row
 			m := &one.message
 			err := r.Scan(&found.snapshot, &found.complete, &one.id, (*[16]byte)(&m.ID), &m.Type, &m.Key, &m.Payload, &one.headers, &m.CreatedAt, &found.cursor, &found.retired)
-			m.Headers = one.headers.of
+			m.Headers = one.headers.Map
 			return one, err
 		})
 		return err

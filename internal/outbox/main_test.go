@@ -153,3 +153,42 @@ func numbered(n int) []string {
 	}
 	return all
 }
+
+// setShards spreads the outbox over n shards.
+func setShards(t testing.TB, db *pgxpool.Pool, n int) {
+	t.Helper()
+	err := postgres.Transact(t.Context(), db, func(tx pgx.Tx) error {
+		_, err := tx.Exec(t.Context(), `SELECT outbox_set_shards($1)`, n)
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// tryRepair repairs the outbox and returns the number of messages to publish, or nil if there was nothing to repair.
+func tryRepair(t testing.TB, db *pgxpool.Pool) (undelivered *int, err error) {
+	t.Helper()
+	err = postgres.Transact(t.Context(), db, func(tx pgx.Tx) error {
+		return tx.QueryRow(t.Context(), `SELECT outbox_repair()`).Scan(&undelivered)
+	})
+	return undelivered, err
+}
+
+// repair repairs an outbox that needs it, and returns the number of messages to publish.
+func repair(t testing.TB, db *pgxpool.Pool) int {
+	t.Helper()
+	undelivered, err := tryRepair(t, db)
+	if err != nil || undelivered == nil {
+		t.Fatalf("repair: %v, %v", undelivered, err)
+	}
+	return *undelivered
+}
+
+// wantRepaired fails if the outbox still needs a repair.
+func wantRepaired(t testing.TB, db *pgxpool.Pool) {
+	t.Helper()
+	if undelivered, err := tryRepair(t, db); err != nil || undelivered != nil {
+		t.Errorf("repaired again: %v, %v", undelivered, err)
+	}
+}

@@ -13,6 +13,7 @@ import (
 
 	"example.com/shop/internal/messaging"
 	"example.com/shop/internal/postgres"
+	"example.com/shop/internal/session"
 	"github.com/cenkalti/backoff/v5"
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
@@ -69,9 +70,9 @@ type Relay struct {
 	spans   spanMaker
 	backlog measured
 
-	mu      sync.Mutex
+	mu     sync.Mutex
 	leases map[int16]*lease
-	view    []shardView // as last seen
+	view   []shardView // as last seen
 }
 
 // NewRelay makes a Relay. Each shard that it holds is published through a publisher of its own.
@@ -96,7 +97,7 @@ func (r *Relay) Ring() {
 
 // Listen hears the doorbells of other processes until ctx is done, on a direct connection to url. A relay that does not listen polls.
 func (r *Relay) Listen(ctx context.Context, url string) {
-	postgres.Listen(ctx, url, channel, func(payload string) {
+	session.Listen(ctx, url, Channel, func(payload string) {
 		if payload == leaseNews {
 			r.attention.Ring()
 		} else {
@@ -276,15 +277,15 @@ func wait(ctx context.Context, bell LocalBell, at time.Duration) {
 	}
 }
 
-// MaxInFlight is the most messages that a relay with this configuration has without verdict: what its publisher must have room for.
-func MaxInFlight(config Config) int { return maxInFlight * config.withDefaults().PageRows }
+// MaxInFlight returns the largest number of unconfirmed messages of one shard. The publisher must have room for them.
+func (c Config) MaxInFlight() int { return maxInFlight * c.withDefaults().PageRows }
 
 const sweepInterval = time.Minute
 
 // sweepNowAndThen empties the slots whose time is over.
 func (r *Relay) sweepNowAndThen(ctx context.Context) {
 	for ctx.Err() == nil {
-		emptied, err := Sweep(ctx, r.db, r.config.Retention)
+		emptied, err := sweep(ctx, r.db, r.config.Retention)
 		if err != nil && ctx.Err() == nil {
 			slog.WarnContext(ctx, "outbox not swept, it grows until it is", "error", err)
 		}
@@ -295,9 +296,9 @@ func (r *Relay) sweepNowAndThen(ctx context.Context) {
 	}
 }
 
-// Sweep empties the slots of the log in which everything is delivered and older than retention, and returns them. A slot that
+// sweep empties the slots of the log in which everything is delivered and older than retention, and returns them. A slot that
 // holds something undelivered stays, however old it is.
-func Sweep(ctx context.Context, db *pgxpool.Pool, retention time.Duration) (slots []int16, err error) {
+func sweep(ctx context.Context, db *pgxpool.Pool, retention time.Duration) (slots []int16, err error) {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	err = postgres.Transact(ctx, db, func(tx pgx.Tx) error { // for its isolation level

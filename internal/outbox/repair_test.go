@@ -19,9 +19,7 @@ import (
 func TestRepair(t *testing.T) {
 	t.Parallel()
 	db, programs := testenv.OwnPostgres(t) // what dumps a server must not be older than it
-	if _, err := Repair(t.Context(), db); !errors.Is(err, ErrNoRepairNeeded) {
-		t.Fatalf("repair of a healthy outbox: %v", err)
-	}
+	wantRepaired(t, db)
 	open := openTx(t, db)
 	insertIn(t, open, "k", "after the dump")
 	late := openTx(t, db) // under way at the base of the batch, and committed when it is read
@@ -51,14 +49,8 @@ func TestRepair(t *testing.T) {
 		t.Fatalf("error is %v", err)
 	}
 	insert(t, restored, "", "m040") // the service is up already
-	waiting, err := Repair(t.Context(), restored)
-	if err != nil {
-		t.Fatal(err)
-	}
-	equal(t, "to be published", waiting, 22)
-	if _, err := Repair(t.Context(), restored); !errors.Is(err, ErrNoRepairNeeded) {
-		t.Errorf("once more: %v", err)
-	}
+	equal(t, "to be published", repair(t, restored), 22)
+	wantRepaired(t, restored)
 	insert(t, restored, "", "m041")
 	b := newBroker(23)
 	start(t, restored, b, Config{PageRows: 10})

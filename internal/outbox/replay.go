@@ -25,13 +25,10 @@ type ReplayFilter struct {
 	After Place
 }
 
-// What is not delivered yet is the relay's to publish first: a copy that came before would stand in the wrong place.
-const deliveredSQL = `(drained OR pg_visible_in_snapshot(xid, delivered) OR (batch IS NOT NULL AND id <= last_id AND pg_visible_in_snapshot(xid, batch)))`
-
 const replaySQL = `
 SELECT id, message_id, type, key, payload, headers, created_at
 FROM outbox JOIN outbox_cursor USING (shard)
-WHERE shard = $1 AND id > $2 AND id <= $9 AND ` + deliveredSQL + `
+WHERE shard = $1 AND id > $2 AND id <= $9 AND outbox_delivered(outbox_cursor, xid, id)
   AND ($3::timestamptz IS NULL OR created_at >= $3) AND ($4::timestamptz IS NULL OR created_at < $4)
   AND (cardinality($5::text[]) = 0 OR type = ANY ($5)) AND (cardinality($6::text[]) = 0 OR key = ANY ($6))
   AND (cardinality($7::uuid[]) = 0 OR message_id = ANY ($7))
@@ -134,13 +131,13 @@ func replayShards(ctx context.Context, db *pgxpool.Pool, after Place) ([]Place, 
 	}
 	i := slices.IndexFunc(ends, func(end Place) bool { return end.Shard == after.Shard })
 	if i < 0 {
-		return nil, fmt.Errorf("%w %d", ErrNoShard, after.Shard)
+		return nil, fmt.Errorf("%w %d", errNoShard, after.Shard)
 	}
 	return ends[i:], nil
 }
 
-// ErrNoShard means that a place names a shard that is not there.
-var ErrNoShard = errors.New("the outbox has no shard")
+// errNoShard means that a place names a shard that is not there.
+var errNoShard = errors.New("the outbox has no shard")
 
 // replayRows reads a page of a shard, up to its end. A place in another shard is before it.
 func replayRows(ctx context.Context, db *pgxpool.Pool, end, last Place, f ReplayFilter, limit int) ([]row, error) {
@@ -162,7 +159,7 @@ func replayRows(ctx context.Context, db *pgxpool.Pool, end, last Place, f Replay
 	rows, err := pgx.CollectRows(found, func(r pgx.CollectableRow) (one row, err error) {
 		m := &one.message
 		err = r.Scan(&one.id, &m.ID, &m.Type, &m.Key, &m.Payload, &one.headers, &m.CreatedAt)
-		m.Headers = one.headers.of
+		m.Headers = one.headers.Map
 		return one, err
 	})
 	if err != nil {
@@ -197,88 +194,4 @@ func publishAgain(ctx context.Context, publisher messaging.Publisher, rows []row
 		}
 	}
 	return leftOut, nil
-}
-
-// Entry is a message as it stands in the log.
-type Entry struct {
-	messaging.Message
-	Shard         int16
-	TransactionID uint64
-	Delivered     bool
-}
-
-const findSQL = `
-SELECT message_id, type, key, payload, headers, created_at, shard, xid, ` + deliveredSQL + `
-FROM outbox JOIN outbox_cursor USING (shard)
-WHERE message_id = $1 AND created_at BETWEEN $2 AND $3`
-
-// Search chooses messages of the log; what is empty chooses all.
-type Search struct {
-	Type, Key    string
-	Since, Until time.Time // of their insertion
-}
-
-// From each shard the newest by its primary key, and of all these the newest: no more is read than is returned, unless few are chosen.
-const searchSQL = `
-SELECT message.* FROM outbox_cursor AS at, LATERAL (
-    SELECT id, message_id, type, key, created_at, at.shard, xid, ` + deliveredSQL + `
-    FROM (SELECT shard, id, xid, message_id, type, key, created_at FROM outbox
-          WHERE shard = at.shard AND ($1::bigint = 0 OR id < $1) AND ($2 = '' OR type = $2) AND ($3 = '' OR key = $3)
-            AND ($4::timestamptz IS NULL OR created_at >= $4) AND ($5::timestamptz IS NULL OR created_at < $5)
-          ORDER BY id DESC LIMIT $6) AS found
-    JOIN outbox_cursor USING (shard)) AS message
-ORDER BY id DESC LIMIT $6`
-
-// searchTimeout is how long a search may read: one for what is rare in a large log would read all of it.
-const searchTimeout = 5 * time.Second
-
-// ErrTooSlow means that a search was given up.
-var ErrTooSlow = errors.New("the search took too long; give a message ID, or a shorter time")
-
-// Newest returns entries of the log without their payloads, the newest first, of those before a place in it; 0 is its end. It returns the place of
-// the last one, for the next page.
-func Newest(ctx context.Context, db *pgxpool.Pool, s Search, before int64, limit int) (found []Entry, last int64, err error) {
-	optional := func(at time.Time) *time.Time {
-		if at.IsZero() {
-			return nil
-		}
-		return &at
-	}
-	limited, cancel := context.WithTimeout(ctx, searchTimeout)
-	defer cancel()
-	rows, err := db.Query(limited, searchSQL, before, s.Type, s.Key, optional(s.Since), optional(s.Until), limit)
-	if err == nil {
-		found, err = pgx.CollectRows(rows, func(r pgx.CollectableRow) (one Entry, err error) {
-			err = r.Scan(&last, &one.ID, &one.Type, &one.Key, &one.CreatedAt, &one.Shard, &one.TransactionID, &one.Delivered)
-			return one, err
-		})
-	}
-	switch {
-	case err != nil && limited.Err() != nil && ctx.Err() == nil:
-		return nil, 0, ErrTooSlow
-	case err != nil:
-		return nil, 0, fmt.Errorf("search outbox: %w", postgres.Classify(err))
-	}
-	return found, last, nil
-}
-
-// Find returns what the log holds of a message, usually one entry and none after the retention. The time in the ID says where to look.
-func Find(ctx context.Context, db *pgxpool.Pool, id uuid.UUID) ([]Entry, error) {
-	born := time.Unix(id.Time().UnixTime())
-	for _, around := range []time.Duration{15 * time.Minute, 100 * 365 * 24 * time.Hour} { // clocks differ, and redriven messages are old
-		rows, err := db.Query(ctx, findSQL, id, born.Add(-around), born.Add(around))
-		if err != nil {
-			return nil, fmt.Errorf("find message: %w", err)
-		}
-		entries, err := pgx.CollectRows(rows, func(r pgx.CollectableRow) (one Entry, err error) {
-			var headers storedHeaders
-			err = r.Scan(&one.ID, &one.Type, &one.Key, &one.Payload, &headers, &one.CreatedAt, &one.Shard, &one.TransactionID, &one.Delivered)
-			one.Headers = headers.of
-			return one, err
-		})
-		if err != nil || len(entries) > 0 {
-			return entries, err
-		}
-	}
-	return nil, nil
 }

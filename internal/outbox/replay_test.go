@@ -2,7 +2,6 @@ package outbox
 
 import (
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"math"
@@ -147,9 +146,7 @@ func TestReplay(t *testing.T) {
 		db := testenv.Postgres(t)
 		fillProbes(t, db, 250)
 		deliver(t, db)
-		if err := SetShards(t.Context(), db, 2); err != nil {
-			t.Fatal(err)
-		}
+		setShards(t, db, 2)
 		fillProbesFrom(t, db, 250, 260)
 		exec(t, db, `UPDATE outbox_cursor SET drained = true`)
 		all := newBroker(0)
@@ -179,7 +176,7 @@ func TestReplay(t *testing.T) {
 		if err != nil || last.Published != behind {
 			t.Errorf("behind the second shard: %+v, %v, want %d", last, err, behind)
 		}
-		if _, err := Replay(t.Context(), db, b, ReplayFilter{After: Place{Shard: 77, ID: 1}}, fast, nil); !errors.Is(err, ErrNoShard) {
+		if _, err := Replay(t.Context(), db, b, ReplayFilter{After: Place{Shard: 77, ID: 1}}, fast, nil); !errors.Is(err, errNoShard) {
 			t.Errorf("a shard that is not there: %v", err)
 		}
 	})
@@ -196,27 +193,4 @@ func TestReplay(t *testing.T) {
 			t.Errorf("error is %v", err)
 		}
 	})
-}
-
-func TestFind(t *testing.T) {
-	t.Parallel()
-	db := testenv.Postgres(t)
-	fresh, old := probe("k", "m000"), probe("k", "m001")
-	var made [8]byte // as of a message that was redriven
-	binary.BigEndian.PutUint64(made[:], uint64(time.Now().Add(-MaxAge+time.Hour).UnixMilli()))
-	copy(old.ID[:6], made[2:])
-	in(t, db, func(ctx context.Context, tx pgx.Tx) error { return Insert(ctx, tx, fresh, old) })
-	for _, message := range []messaging.Message{fresh, old} {
-		for _, delivered := range []bool{false, true} {
-			found, err := Find(t.Context(), db, message.ID)
-			if err != nil || len(found) != 1 || found[0].ID != message.ID || found[0].Delivered != delivered || found[0].TransactionID == 0 {
-				t.Errorf("found %+v, %v", found, err)
-			}
-			deliver(t, db)
-		}
-		exec(t, db, `UPDATE outbox_cursor SET delivered = '1:1:'`)
-	}
-	if found, err := Find(t.Context(), db, probe("", "").ID); err != nil || len(found) != 0 {
-		t.Errorf("found %v, %v", found, err)
-	}
 }

@@ -53,9 +53,9 @@ func rowsOf(t testing.TB, db *pgxpool.Pool) (n int) {
 	return n
 }
 
-func sweep(t testing.TB, db *pgxpool.Pool, retention time.Duration) []int16 {
+func sweepNow(t testing.TB, db *pgxpool.Pool, retention time.Duration) []int16 {
 	t.Helper()
-	slots, err := Sweep(t.Context(), db, retention)
+	slots, err := sweep(t.Context(), db, retention)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -73,10 +73,10 @@ func TestSweep(t *testing.T) {
 		slot := nextSlot(t, db)
 		insert(t, db, "", "m000")
 		deliver(t, db)
-		equal(t, "the slot of now", len(sweep(t, db, 0)), 0)
+		equal(t, "the slot of now", len(sweepNow(t, db, 0)), 0)
 		nextSlot(t, db)
-		equal(t, "within the retention", len(sweep(t, db, time.Hour)), 0)
-		equal(t, "past the retention", sweep(t, db, 0), []int16{slot})
+		equal(t, "within the retention", len(sweepNow(t, db, time.Hour)), 0)
+		equal(t, "past the retention", sweepNow(t, db, 0), []int16{slot})
 		equal(t, "rows", rowsOf(t, db), 0)
 	})
 
@@ -89,14 +89,14 @@ func TestSweep(t *testing.T) {
 		insertIn(t, open, "", "late") // falls into a slot that is over when it commits
 		insert(t, db, "", "m000")
 		nextSlot(t, db)
-		equal(t, "swept", len(sweep(t, db, 0)), 0)
+		equal(t, "swept", len(sweepNow(t, db, 0)), 0)
 		deliver(t, db)
-		equal(t, "swept while its writer is open", len(sweep(t, db, 0)), 0)
+		equal(t, "swept while its writer is open", len(sweepNow(t, db, 0)), 0)
 		commitTx(t, open)
 		for range 9 { // the ring comes round: old and new share a slot
 			insert(t, db, "", "more")
 			nextSlot(t, db)
-			equal(t, "swept", len(sweep(t, db, 0)), 0)
+			equal(t, "swept", len(sweepNow(t, db, 0)), 0)
 		}
 		equal(t, "rows", rowsOf(t, db), 11)
 		r := newReader(db)
@@ -118,7 +118,7 @@ func TestSweep(t *testing.T) {
 		met := false
 		for !met {
 			go func() {
-				slots, err := Sweep(context.Background(), db, 0)
+				slots, err := sweep(context.Background(), db, 0)
 				if err != nil {
 					t.Error(err)
 				}
@@ -152,9 +152,9 @@ func TestSweep(t *testing.T) {
 		if _, err := other.Exec(t.Context(), fmt.Sprintf(`LOCK TABLE ONLY outbox_slot_%d IN ACCESS EXCLUSIVE MODE`, next)); err != nil {
 			t.Fatal(err)
 		}
-		equal(t, "swept", sweep(t, db, 0), []int16{slot})
+		equal(t, "swept", sweepNow(t, db, 0), []int16{slot})
 		commitTx(t, other)
-		equal(t, "swept", sweep(t, db, 0), []int16{next})
+		equal(t, "swept", sweepNow(t, db, 0), []int16{next})
 	})
 
 	t.Run("OfADrainedShardDoesNotWait", func(t *testing.T) {
@@ -162,13 +162,11 @@ func TestSweep(t *testing.T) {
 		db := testenv.Postgres(t)
 		shortSlots(t, db, length)
 		insert(t, db, "k", "m000")
-		if err := SetShards(t.Context(), db, 2); err != nil {
-			t.Fatal(err)
-		}
+		setShards(t, db, 2)
 		nextSlot(t, db)
-		equal(t, "swept before it is drained", len(sweep(t, db, 0)), 0)
+		equal(t, "swept before it is drained", len(sweepNow(t, db, 0)), 0)
 		exec(t, db, `UPDATE outbox_cursor SET drained = true WHERE retired`)
-		equal(t, "swept", len(sweep(t, db, 0)), 1)
+		equal(t, "swept", len(sweepNow(t, db, 0)), 1)
 	})
 }
 
@@ -193,7 +191,7 @@ func TestSizeStaysFlat(t *testing.T) {
 			fill(t, db, 300, 200)
 			nextSlot(t, db)
 			deliver(t, db)
-			sweep(t, db, 2*length)
+			sweepNow(t, db, 2*length)
 			most = max(most, size())
 		}
 		return most

@@ -144,12 +144,13 @@ func (r *run) read(ctx context.Context) (*page, position, error) {
 	if r.alone > 0 {
 		log.maxRows = 1
 	}
-	if len(r.settled.parked) == 0 { // which take a statement of their own
-		log.claim = &claim{r.cursor, r.settled}
+	defer func() { r.log.bounds = log.bounds }()
+	if len(r.settled.parked) > 0 { // parking takes a statement of its own
+		return log.next(ctx, r.next)
 	}
-	found, at, err := log.next(ctx, r.next)
-	r.log.bounds = log.bounds
-	if found != nil && found.claimed {
+	found, at, moved, err := log.nextAndMove(ctx, r.next, claim{r.cursor, r.settled})
+	if moved != nil {
+		r.cursor.moved(*moved)
 		r.recorded(ctx)
 	}
 	return found, at, err

@@ -87,9 +87,7 @@ func holders(t *testing.T, db *pgxpool.Pool) []string {
 func TestShardsAreSharedOut(t *testing.T) {
 	t.Parallel()
 	db := testenv.Postgres(t)
-	if err := SetShards(t.Context(), db, 4); err != nil {
-		t.Fatal(err)
-	}
+	setShards(t, db, 4)
 	b := newBroker(0)
 	stops := startFleet(t, db, b, 2)
 	shared := func(relays int) func() error {
@@ -143,9 +141,7 @@ func TestChangingTheShardsLosesAndReordersNothing(t *testing.T) {
 		})
 	}
 	for _, n := range []int{4, 1, 3} {
-		if err := SetShards(t.Context(), db, n); err != nil {
-			t.Error(err)
-		}
+		setShards(t, db, n)
 	}
 	writers.Wait()
 	testenv.Eventually(t, 30*time.Second, func() error {
@@ -182,9 +178,7 @@ func TestANewGenerationWaitsForTheOldOne(t *testing.T) {
 	t.Parallel()
 	db := testenv.Postgres(t)
 	insert(t, db, "k", "m000")
-	if err := SetShards(t.Context(), db, 2); err != nil {
-		t.Fatal(err)
-	}
+	setShards(t, db, 2)
 	insert(t, db, "k", "m001")
 	for shard := range int16(2) {
 		if _, _, err := acquire(t.Context(), db, 1+shard, "eager", time.Hour); !errors.Is(err, errNotLeased) {
@@ -214,45 +208,4 @@ func TestANewGenerationWaitsForTheOldOne(t *testing.T) {
 		all = append(all, (&reader{log: eventLog{db: db, shard: 1 + shard, maxRows: 10, maxBytes: 1 << 20}, at: at}).all(t)...)
 	}
 	equal(t, "in the new shards", all, []string{"m001"})
-}
-
-func TestSetShardsWaitsForWhoHasInserted(t *testing.T) {
-	t.Parallel()
-	db := testenv.Postgres(t)
-	tx := openTx(t, db)
-	insertIn(t, tx, "k", "m000")
-	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Second) // 1 s of it is the lock's, the rest is for a connection
-	defer cancel()
-	if err := SetShards(ctx, db, 2); !errors.Is(err, ErrBusy) {
-		t.Fatalf("error is %v", err)
-	}
-	commitTx(t, tx)
-	if err := SetShards(t.Context(), db, 2); err != nil {
-		t.Fatal(err)
-	}
-	for _, n := range []int{0, -1, 65} {
-		if err := SetShards(t.Context(), db, n); err == nil {
-			t.Errorf("%d shards were accepted", n)
-		}
-	}
-	shards, err := Status(t.Context(), db)
-	if err != nil {
-		t.Fatal(err)
-	}
-	equal(t, "backlogs", []int64{shards[0].Backlog, shards[1].Backlog, shards[2].Backlog}, []int64{1, 0, 0})
-}
-
-func TestEnsureShards(t *testing.T) {
-	t.Parallel()
-	db := testenv.Postgres(t)
-	for _, one := range []struct {
-		shards  int
-		changed bool
-	}{{1, false}, {3, true}, {3, false}, {1, true}} {
-		changed, err := EnsureShards(t.Context(), db, one.shards)
-		if err != nil || changed != one.changed {
-			t.Errorf("%d shards: changed %t, %v", one.shards, changed, err)
-		}
-		equal(t, "shards", len(holders(t, db)), one.shards)
-	}
 }

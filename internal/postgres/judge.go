@@ -105,7 +105,7 @@ func isStalePlan(refused *pgconn.PgError) bool {
 
 // Classify wraps an error of a call to the database in ErrUnavailable or ErrBusy if it means that, and returns every
 // other error as it is. It is for errors before COMMIT, when nothing is written yet. Of an error that a function
-// returned which may have called others as well, ask Blame.
+// returned which may have called others as well, ask blame.
 func Classify(err error) error {
 	if err == nil || errors.Is(err, ErrUnavailable) || errors.Is(err, ErrBusy) || errors.Is(err, ErrOutcomeUnknown) {
 		return err
@@ -119,10 +119,10 @@ func Classify(err error) error {
 	return err
 }
 
-// Blame classifies an error that a function returned which ran in tx, a transaction of Transact. An error that only
+// blame classifies an error that a function returned which ran in tx, a transaction of Transact. An error that only
 // looks like the database's stays as it is: the io.EOF of a decoder, a refused HTTP call, another database that is
 // away. Only tx's own connection tells them apart.
-func Blame(tx pgx.Tx, err error) error {
+func blame(tx pgx.Tx, err error) error {
 	// A savepoint may have been rolled back since, and the connection be well: a conflict is one all the same.
 	if stateOf(tx).broken() || judge(err) == busy {
 		return Classify(err)

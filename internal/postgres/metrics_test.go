@@ -11,78 +11,10 @@ import (
 	"time"
 
 	"example.com/shop/internal/dev/testenv"
-	"github.com/jackc/pgx/v5"
 	sdk "go.opentelemetry.io/otel/sdk/metric"
 	sdktrace "go.opentelemetry.io/otel/sdk/trace"
 	"go.opentelemetry.io/otel/sdk/trace/tracetest"
 )
-
-// Whoever holds back vacuum is found, with its age, and named.
-func TestHoldersOfVacuumAreMeasured(t *testing.T) {
-	t.Parallel()
-	url := testenv.PostgresURL(t)
-	db := open(t, Config{URL: url})
-	other := open(t, Config{URL: url, ApplicationName: "forgotten"})
-	old, err := other.BeginTx(t.Context(), pgx.TxOptions{IsoLevel: pgx.RepeatableRead})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = old.Rollback(context.Background()) })
-	if _, err := old.Exec(t.Context(), `SELECT 1`); err != nil { // its snapshot
-		t.Fatal(err)
-	}
-	exec(t, db, `CREATE TABLE t (n integer)`)
-	exec(t, db, `INSERT INTO t VALUES (1)`)
-	var holders []Holder
-	testenv.Eventually(t, 20*time.Second, func() error { // until it has an age
-		holders, err = Holders(t.Context(), db)
-		if err == nil && (len(holders) == 0 || holders[0].Kind != "session" || !strings.HasPrefix(holders[0].Name, "forgotten/") ||
-			holders[0].Seconds < .1 || holders[0].Transactions < 2) {
-			err = fmt.Errorf("found %+v", holders)
-		}
-		return err
-	})
-
-	reader := sdk.NewManualReader()
-	sample := &Sample[[]Holder]{MaxAge: time.Nanosecond, Read: func(ctx context.Context) ([]Holder, error) {
-		found, err := Holders(ctx, db)
-		for i := range found {
-			found[i].Seconds *= 100 // for it to be old
-		}
-		return found, err
-	}}
-	if err := observeHolders(sample, sdk.NewMeterProvider(sdk.WithReader(reader))); err != nil {
-		t.Fatal(err)
-	}
-	name := fmt.Sprintf("{%ssession}", holders[0].Name)
-	metrics := testenv.Metrics(t, reader)
-	if metrics["postgres.vacuum.held"+name] < 10 || metrics["postgres.vacuum.held.transactions"+name] < 2 {
-		t.Errorf("metrics are %v", metrics)
-	}
-	if value, there := metrics["postgres.vacuum.held{prepared}"]; !there || value != 0 {
-		t.Errorf("no prepared transaction holds anything, and the metrics are %v", metrics)
-	}
-	if err := old.Rollback(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	testenv.Eventually(t, 20*time.Second, func() error {
-		if value, there := testenv.Metrics(t, reader)["postgres.vacuum.held"+name]; there {
-			return fmt.Errorf("still %v", value)
-		}
-		return nil
-	})
-}
-
-// Names that change with each scrape would make a time series each.
-func TestYoungHoldersAreNotNamed(t *testing.T) {
-	t.Parallel()
-	holders := []Holder{{"slot", "s", 0, 9}, {"session", "young/1", 9, 5}, {"prepared", "old", 11, 3}}
-	for kind, want := range map[string]string{"slot": "s", "session": "", "prepared": "old", "standby": ""} {
-		if got := oldestOf(holders, kind); got.Name != want {
-			t.Errorf("%s is named %q", kind, got.Name)
-		}
-	}
-}
 
 // However often somebody asks, the database is asked once in a while, also when it fails.
 func TestSample(t *testing.T) {

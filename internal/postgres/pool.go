@@ -10,7 +10,6 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
-	"net"
 	"sync/atomic"
 	"time"
 
@@ -52,8 +51,8 @@ func Open(ctx context.Context, config Config) (*pgxpool.Pool, error) {
 		return nil, fmt.Errorf("parse postgres url: %w", err)
 	}
 	parsed.MaxConns = cmp.Or(config.MaxConns, 10)
-	parsed.ConnConfig.ConnectTimeout = cmp.Or(config.ConnectTimeout, connectTimeout)
-	parsed.ConnConfig.DialFunc = dial
+	parsed.ConnConfig.ConnectTimeout = cmp.Or(config.ConnectTimeout, session.ConnectTimeout)
+	parsed.ConnConfig.DialFunc = session.Dial
 	parsed.ConnConfig.OnNotice = noteCancelledSyncWait
 	if config.TracerProvider != nil {
 		parsed.ConnConfig.Tracer = otelpgx.NewTracer(otelpgx.WithTracerProvider(config.TracerProvider), otelpgx.WithMeterProvider(noop.NewMeterProvider()),
@@ -63,7 +62,7 @@ func Open(ctx context.Context, config Config) (*pgxpool.Pool, error) {
 	if config.ApplicationName != "" {
 		params["application_name"] = config.ApplicationName
 	}
-	pooled := isPooled(parsed.ConnConfig)
+	pooled := session.IsPooled(parsed.ConnConfig)
 	if config.GenericPlans && !pooled {
 		params["plan_cache_mode"], params["enable_seqscan"] = "force_generic_plan", "off"
 		params["jit"] = "off" // what must be scanned all the same looks so dear that Postgres would compile it, each time
@@ -104,52 +103,9 @@ func reloadTLS(url string, first *pgx.ConnConfig) func(context.Context, *pgx.Con
 	}
 }
 
-// IsPooled tells whether url goes to a pooler in transaction mode, where nothing that belongs to a session can be relied on: settings,
-// LISTEN, prepared statements. A URL says so by asking pgx for a way to run queries that prepares none.
-func IsPooled(url string) (bool, error) {
-	parsed, err := pgx.ParseConfig(url)
-	if err != nil {
-		return false, fmt.Errorf("parse postgres url: %w", err)
-	}
-	return isPooled(parsed), nil
-}
-
-func isPooled(config *pgx.ConnConfig) bool {
-	return config.DefaultQueryExecMode != pgx.QueryExecModeCacheStatement
-}
-
 // Prepares tells whether conn prepares each statement once and keeps its plan, as those of Open do that go to no pooler. Elsewhere a statement
 // is planned each time, which can cost more than to run it.
 func Prepares(conn *pgx.Conn) bool { return conn.PgConn().CustomData()[prepares] == true }
-
-// Connect makes one connection outside of any pool.
-func Connect(ctx context.Context, url string) (*pgx.Conn, error) {
-	parsed, err := pgx.ParseConfig(url)
-	if err != nil {
-		return nil, fmt.Errorf("parse postgres url: %w", err)
-	}
-	if _, err := session.Pin(parsed, session.Options{Pooled: isPooled(parsed)}); err != nil {
-		return nil, err
-	}
-	parsed.ConnectTimeout = connectTimeout
-	parsed.DialFunc = dial
-	return pgx.ConnectConfig(ctx, parsed)
-}
-
-const connectTimeout = 5 * time.Second
-
-// silence is how long a server may say nothing, not even that it has received what was sent, before its connection counts as broken. Left to
-// themselves, Linux' timeouts take a quarter of an hour to notice a host that vanished.
-const silence = 15 * time.Second
-
-// dial makes connections that notice when the other side is gone.
-func dial(ctx context.Context, network, address string) (net.Conn, error) {
-	dialer := net.Dialer{
-		KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: silence / 3, Interval: silence / 3, Count: 2},
-		Control:         limitSilence,
-	}
-	return dialer.DialContext(ctx, network, address)
-}
 
 // settingSQL is the key under which a connection through a pooler knows what its transactions set first.
 const settingSQL = "setting"

@@ -72,7 +72,7 @@ func TestSessionsAreOurs(t *testing.T) {
 			t.Errorf("%s, a statement by itself: %q, %q, %v", how, level, foreign, err)
 		}
 	}
-	conn, err := Connect(t.Context(), url)
+	conn, err := session.Connect(t.Context(), url)
 	if err != nil {
 		t.Fatal(err)
 	}

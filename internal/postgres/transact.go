@@ -81,7 +81,7 @@ func runIn(ctx context.Context, tx *transaction, fn func(tx pgx.Tx) error) error
 		_ = tx.Rollback(rollbackCtx)
 	}()
 	if err := fn(tx); err != nil {
-		return Blame(tx, err)
+		return blame(tx, err)
 	}
 	if err := ctx.Err(); err != nil {
 		return err // the caller has left: better nothing than an effect that nobody hears of

@@ -1,4 +1,4 @@
-// Package session sets up sessions on the database: it pins every setting that the core relies on and that a server, a
+// Package session opens connections to the database and sets up their sessions: it pins every setting that the core relies on and that a server, a
 // database or a role may set otherwise.
 //
 // It guarantees that a session made through it has the settings listed here, whatever ALTER SYSTEM, ALTER DATABASE or

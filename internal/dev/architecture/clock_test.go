@@ -30,7 +30,7 @@ var byHand = []struct{ place, why string }{
 	{"SELECT moved, next_due_at - clock_timestamp() FROM", "outbox.Relay.moveDue: waits for PollInterval at most"},
 	{"WHERE consumer = $1 AND due_at <= statement_timestamp()", "inbox_retry: what is further ahead than a retry can be, inbox.Inbox.hasten makes due"},
 	{"WHERE consumer = $1 AND due_at > clock_timestamp() + $2", "inbox.Inbox.hasten itself"},
-	{"extract(epoch FROM clock_timestamp() - xact_start)", "postgres.Holders: for people; a session's time is Postgres' own"},
+	{"extract(epoch FROM clock_timestamp() - xact_start)", "holders: for people; a session's time is Postgres' own"},
 	{"extract(epoch FROM clock_timestamp() - prepared)", "the same"},
 }
 

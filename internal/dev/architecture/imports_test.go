@@ -42,12 +42,12 @@ var arrows = map[string][]string{
 	"internal/app": {
 		"migrations",
 		"internal/auth", "internal/changes", "internal/console", "internal/deadletter", "internal/gen/ops/v1/opsv1connect", "internal/idempotency", "internal/inbox", "internal/messaging",
-		"internal/operations", "internal/ops", "internal/outbox", "internal/postgres", "internal/rabbit", "internal/rabbitrpc", "internal/rpcserver", "internal/telemetry",
+		"internal/operations", "internal/ops", "internal/outbox", "internal/postgres", "internal/rabbit", "internal/rabbitrpc", "internal/rpcserver", "internal/session", "internal/telemetry",
 	},
 	"internal/bounds":     {},
-	"internal/changes":    {"internal/postgres"},
+	"internal/changes":    {"internal/postgres", "internal/session"},
 	"internal/orders":     {"internal/changes", "internal/inbox", "internal/messaging", "internal/outbox", "internal/postgres"},
-	"internal/outbox":     {"internal/deadletter", "internal/dev/failpoint", "internal/messaging", "internal/postgres"},
+	"internal/outbox":     {"internal/deadletter", "internal/dev/failpoint", "internal/messaging", "internal/postgres", "internal/session"},
 	"internal/inbox":      {"internal/bounds", "internal/deadletter", "internal/dev/failpoint", "internal/messaging", "internal/postgres"},
 	"internal/deadletter": {"internal/messaging", "internal/postgres"},
 	"internal/ops": {"internal/deadletter", "internal/gen/shop/operations/v1", "internal/inbox", "internal/messaging", "internal/operations",
@@ -254,7 +254,7 @@ func TestOnePackageJudgesErrors(t *testing.T) {
 		}
 		ast.Inspect(f.syntax, func(n ast.Node) bool {
 			if selector, ok := n.(*ast.SelectorExpr); ok && (selector.Sel.Name == "PgError" || selector.Sel.Name == "ConnectError") {
-				t.Errorf("%s/%s looks at %s: ask internal/postgres (Classify, Blame, IsAway, IsLocked)", f.dir, f.name, selector.Sel.Name)
+				t.Errorf("%s/%s looks at %s: ask internal/postgres (Classify, IsAway, IsLocked)", f.dir, f.name, selector.Sel.Name)
 			}
 			return true
 		})

@@ -16,6 +16,7 @@ import (
 
 	"example.com/shop/internal/dev/testenv"
 	"example.com/shop/internal/messaging"
+	"example.com/shop/internal/ops"
 	"example.com/shop/internal/outbox"
 	"example.com/shop/internal/postgres"
 	"github.com/jackc/pgx/v5"
@@ -32,7 +33,7 @@ var (
 func TestCrowd(t *testing.T) {
 	t.Parallel()
 	s := newStage(t, buildVictim(t))
-	if err := outbox.SetShards(t.Context(), s.db, 2); err != nil {
+	if err := ops.SetShards(t.Context(), s.db, 2); err != nil {
 		t.Fatal(err)
 	}
 	random := rand.New(rand.NewPCG(*seed, 0))

@@ -1,4 +1,4 @@
-package outbox
+package ops
 
 import (
 	"context"
@@ -6,37 +6,35 @@ import (
 	"fmt"
 	"time"
 
+	"example.com/shop/internal/outbox"
 	"example.com/shop/internal/postgres"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// MaxShards is the most shards that the log can be spread over.
+// MaxShards is the largest number of shards.
 const MaxShards = 64
 
-// ErrBusy means that some transaction has held the outbox for too long to change it.
+// ErrBusy means that a transaction kept the outbox in use for too long to change the shards.
 var ErrBusy = errors.New("outbox is in use")
 
-// SetShards spreads the log over n shards from now on; nothing is lost, and no message of a key overtakes another. It waits until no
-// transaction that has inserted is open; while it tries, for a second at a time, others wait with it. It tries until ctx is done, and
-// then returns ErrBusy.
+// SetShards spreads new messages over n shards, 1 to MaxShards. It loses no message and keeps the order of each key. It
+// needs a moment in which no transaction that has inserted messages is open. It tries for a second at a time, during
+// which other writers wait, and retries until ctx is done. Then it returns ErrBusy.
 func SetShards(ctx context.Context, db *pgxpool.Pool, n int) error {
 	if n < 1 || n > MaxShards {
 		return fmt.Errorf("the outbox can have 1 to %d shards, not %d", MaxShards, n)
 	}
 	var busy error
 	for {
-		err := postgres.Transact(ctx, db, func(tx pgx.Tx) error {
-			if _, err := tx.Exec(ctx, `SET LOCAL lock_timeout = '1s'`); err != nil {
-				return err
-			}
-			_, err := tx.Exec(ctx, `SELECT outbox_set_shards($1)`, n)
-			return err
-		})
+		err := trySetShards(ctx, db, n)
 		switch {
 		case postgres.IsLocked(err):
-			busy = fmt.Errorf("%w: some transaction that has inserted stays open: %w", ErrBusy, err)
-			wait(ctx, nil, 2*time.Second)
+			busy = fmt.Errorf("%w: a transaction that has inserted messages stays open: %w", ErrBusy, err)
+			select {
+			case <-ctx.Done():
+			case <-time.After(2 * time.Second):
+			}
 		case err == nil, busy == nil, ctx.Err() == nil, errors.Is(err, postgres.ErrOutcomeUnknown):
 			return err
 		}
@@ -46,7 +44,17 @@ func SetShards(ctx context.Context, db *pgxpool.Pool, n int) error {
 	}
 }
 
-// EnsureShards is SetShards unless the log is spread over n shards already, and tells whether it was not.
+func trySetShards(ctx context.Context, db *pgxpool.Pool, n int) error {
+	return postgres.Transact(ctx, db, func(tx pgx.Tx) error {
+		if _, err := tx.Exec(ctx, `SET LOCAL lock_timeout = '1s'`); err != nil {
+			return err
+		}
+		_, err := tx.Exec(ctx, `SELECT outbox_set_shards($1)`, n)
+		return err
+	})
+}
+
+// EnsureShards calls SetShards unless the outbox already has n shards. It reports whether it changed anything.
 func EnsureShards(ctx context.Context, db *pgxpool.Pool, n int) (changed bool, err error) {
 	var now int
 	if err := db.QueryRow(ctx, `SELECT count(*) FROM outbox_cursor WHERE NOT retired`).Scan(&now); err != nil {
@@ -58,10 +66,10 @@ func EnsureShards(ctx context.Context, db *pgxpool.Pool, n int) (changed bool, e
 	return true, SetShards(ctx, db, n)
 }
 
-// Repair makes the outbox usable after the database was moved into another cluster, by a dump or by a copy of its rows,
-// and returns how many messages are to be published, some of them maybe again. Nothing that was not delivered is
-// skipped. Sequences that stayed behind are moved forward, those of the other tables, too. It returns ErrNoRepairNeeded
-// if nothing is amiss, and an error that says how to go on where it cannot tell what was delivered.
+// Repair makes the outbox usable after the database was moved into another cluster, by a dump or by a copy of its rows.
+// It returns the number of messages to publish, some of them possibly again, and skips no undelivered message. It also
+// moves sequences of all tables past their rows. It returns ErrNoRepairNeeded if nothing is wrong. If it cannot tell what
+// was delivered, its error says what to do.
 func Repair(ctx context.Context, db *pgxpool.Pool) (undelivered int, err error) {
 	var found *int
 	err = postgres.Transact(ctx, db, func(tx pgx.Tx) error {
@@ -76,14 +84,14 @@ func Repair(ctx context.Context, db *pgxpool.Pool) (undelivered int, err error) 
 	return *found, nil
 }
 
-// ErrNoRepairNeeded means that the cursor belongs to this cluster, and that no sequence is behind.
+// ErrNoRepairNeeded means that the cursor belongs to this cluster and that no sequence is behind its table.
 var ErrNoRepairNeeded = errors.New("the outbox cursor belongs to this cluster and no sequence is behind, there is nothing to repair")
 
-// Shard is what an operator wants to know of one.
+// Shard is the state of one shard of the outbox.
 type Shard struct {
 	Shard      int16 `json:"shard"`
 	Generation int   `json:"generation"`
-	// Retired: nothing is written to it any more; Drained: and everything in it is delivered.
+	// Retired shards get no new messages. Drained shards are retired, and everything in them is delivered.
 	Retired bool `json:"retired"`
 	Drained bool `json:"drained"`
 	// Owner is the relay that holds the lease, "" if none does.
@@ -104,9 +112,9 @@ SELECT shard, generation, retired, drained, CASE WHEN clock_holds(lease_expires_
 FROM outbox_cursor LEFT JOIN outbox_backlog USING (shard)
 ORDER BY shard`
 
-// Status returns every shard.
-func Status(ctx context.Context, db *pgxpool.Pool) ([]Shard, error) {
-	if _, err := Measure(ctx, db, 2*time.Second); err != nil {
+// Shards returns the state of every shard.
+func Shards(ctx context.Context, db *pgxpool.Pool) ([]Shard, error) {
+	if _, err := outbox.Measure(ctx, db, 2*time.Second); err != nil {
 		return nil, err
 	}
 	rows, err := db.Query(ctx, statusSQL)
@@ -120,32 +128,36 @@ func Status(ctx context.Context, db *pgxpool.Pool) ([]Shard, error) {
 	return shards, nil
 }
 
-// Alive is a relay that has given a sign of life.
-type Alive struct {
+// RunningRelay is a relay that has renewed its registration.
+type RunningRelay struct {
 	Owner string
-	// Problem is what keeps it from publishing, "" if nothing does.
+	// Problem says what keeps the relay from publishing, "" if nothing does.
 	Problem string
 }
 
-// Relays returns the relays alive.
-func Relays(ctx context.Context, db *pgxpool.Pool) ([]Alive, error) {
+// Relays returns the running relays.
+func Relays(ctx context.Context, db *pgxpool.Pool) ([]RunningRelay, error) {
 	rows, err := db.Query(ctx, `SELECT owner, problem FROM outbox_relay WHERE clock_holds(expires_at, lease) ORDER BY owner`)
 	if err != nil {
 		return nil, fmt.Errorf("read relays: %w", err)
 	}
-	return pgx.CollectRows(rows, pgx.RowToStructByPos[Alive])
+	return pgx.CollectRows(rows, pgx.RowToStructByPos[RunningRelay])
 }
 
-// IsNative tells whether the cursor belongs to this cluster; if not, no relay runs before Repair.
-func IsNative(ctx context.Context, db *pgxpool.Pool) (native bool, err error) {
-	if err = db.QueryRow(ctx, `SELECT bool_and(`+nativeSQL+`) FROM outbox_cursor`).Scan(&native); err != nil {
+// A cursor holds snapshots, which mean nothing in another cluster.
+const isNativeSQL = `
+SELECT bool_and(system_identifier = (SELECT system_identifier FROM pg_control_system())) FROM outbox_cursor`
+
+// isNative reports whether the cursor belongs to this cluster. If not, no relay runs before Repair.
+func isNative(ctx context.Context, db *pgxpool.Pool) (native bool, err error) {
+	if err = db.QueryRow(ctx, isNativeSQL).Scan(&native); err != nil {
 		return false, fmt.Errorf("read cursor: %w", err)
 	}
 	return native, nil
 }
 
-// LongestRetention returns how long a delivered message may stay in the log at most: until its slot is about to be written again.
-func LongestRetention(ctx context.Context, db *pgxpool.Pool) (longest time.Duration, err error) {
+// longestRetention returns how long a delivered message can stay in the outbox: until its slot is about to be reused.
+func longestRetention(ctx context.Context, db *pgxpool.Pool) (longest time.Duration, err error) {
 	if err = db.QueryRow(ctx, `SELECT outbox_slots() * outbox_slot_length()`).Scan(&longest); err != nil {
 		return 0, fmt.Errorf("read length of slots: %w", err)
 	}

@@ -1,9 +1,10 @@
-package postgres
+package ops
 
 import (
 	"context"
 	"fmt"
 
+	"example.com/shop/internal/postgres"
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
@@ -16,7 +17,7 @@ func Sessions(ctx context.Context, db *pgxpool.Pool) (map[string]int, error) {
 			SELECT application_name, count(*) AS n FROM pg_stat_activity
 			WHERE datname = current_database() AND application_name IS NOT NULL GROUP BY application_name) AS one`).Scan(&found)
 	if err != nil {
-		return nil, fmt.Errorf("read sessions: %w", Classify(err))
+		return nil, fmt.Errorf("read sessions: %w", postgres.Classify(err))
 	}
 	return found, nil
 }

@@ -1,4 +1,4 @@
-package postgres
+package session_test
 
 import (
 	"net"
@@ -6,13 +6,19 @@ import (
 	"time"
 
 	"example.com/shop/internal/dev/testenv"
+	"example.com/shop/internal/session"
 	"golang.org/x/sys/unix"
 )
 
-// What the options do is the kernel's business: a host that vanishes without a word cannot be had in a test.
+func TestMain(m *testing.M) { testenv.Main(m) }
+
+// silence is the value in package session.
+const silence = 15 * time.Second
+
+// A test cannot make a host vanish, so it checks the socket options. Their effect is the kernel's.
 func TestConnectionsNoticeThatTheOtherSideIsGone(t *testing.T) {
 	t.Parallel()
-	conn, err := Connect(t.Context(), testenv.PostgresURL(t))
+	conn, err := session.Connect(t.Context(), testenv.PostgresURL(t))
 	if err != nil {
 		t.Fatal(err)
 	}
