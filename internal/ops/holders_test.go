@@ -19,7 +19,7 @@ func TestHoldersOfVacuumAreMeasured(t *testing.T) {
 	url := testenv.PostgresURL(t)
 	db := openAt(t, url)
 	d := &desk{Pool: db}
-	other := openAt(t, url+"&application_name=forgotten")
+	other := openAt(t, testenv.With(t, url, "application_name", "forgotten"))
 	old, err := other.BeginTx(t.Context(), pgx.TxOptions{IsoLevel: pgx.RepeatableRead})
 	if err != nil {
 		t.Fatal(err)

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"example.com/shop/internal/dev/testenv"
+	"example.com/shop/internal/session"
 	"github.com/jackc/pgx/v5"
 )
 
@@ -95,7 +96,7 @@ func TestTLS(t *testing.T) {
 	testenv.Copy(t, authority.File, root)
 	good := map[string]string{"sslmode": "verify-full", "sslrootcert": root, "sslcert": cert, "sslkey": key}
 	ask := func(settings map[string]string) error {
-		conn, err := Connect(t.Context(), server.with(t, settings))
+		conn, err := session.Connect(t.Context(), server.with(t, settings))
 		if err != nil {
 			return err
 		}
