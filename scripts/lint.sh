@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs all static checks: Go, protobuf, generated code, the built console, alert rules, docker-compose.yml. At the end it
-# names the checks that failed.
+# Runs all static checks: Go, protobuf, generated code, the built console, alert rules, docker-compose.yml. At the end,
+# names the failed checks.
 #
 #   scripts/lint.sh
 #
