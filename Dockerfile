@@ -1,5 +1,5 @@
-# An image of every process of the service: a static program, the certificate authorities and nothing else. No shell, no packages to patch, no base
-# image to follow.
+# One image for every process of the service: a static program, the certificate authorities and nothing else. No shell,
+# no packages to patch, no base image to follow.
 FROM --platform=$BUILDPLATFORM golang:1.26.8-trixie AS build
 WORKDIR /src
 # Modules are downloaded again only when they change.
@@ -8,21 +8,22 @@ RUN --mount=type=cache,target=/go/pkg/mod go mod download
 COPY . .
 ARG VERSION=development
 ARG TARGETOS TARGETARCH
-# As in the Makefile: the same commit gives the same bytes, wherever it is built.
+# As in the Makefile: the same commit gives the same bytes on every machine.
 RUN --mount=type=cache,target=/go/pkg/mod --mount=type=cache,target=/cache \
     GOCACHE=/cache CGO_ENABLED=0 GOOS=$TARGETOS GOARCH=$TARGETARCH \
     go build -trimpath -buildvcs=false -ldflags "-s -w -X main.version=$VERSION" -o /out/ ./cmd/shop
 
 # example
-# Places orders and balances what became of them.
+# Places orders and balances the ledger.
 FROM build AS build-load
 RUN --mount=type=cache,target=/go/pkg/mod --mount=type=cache,target=/cache \
-    GOCACHE=/cache CGO_ENABLED=0 GOOS=$TARGETOS GOARCH=$TARGETARCH go build -trimpath -buildvcs=false -ldflags "-s -w" -o /out/ ./cmd/demo
+    GOCACHE=/cache CGO_ENABLED=0 GOOS=$TARGETOS GOARCH=$TARGETARCH \
+    go build -trimpath -buildvcs=false -ldflags "-s -w" -o /out/ ./cmd/demo
 # /example
 
 FROM scratch AS base
 COPY --from=build /etc/ssl/certs/ca-certificates.crt /etc/ssl/certs/
-# By number, since there is no /etc/passwd, and so that Kubernetes can see that it is not root.
+# A number, since there is no /etc/passwd, and so that Kubernetes can see that it is not root.
 USER 65532:65532
 
 # example
@@ -31,7 +32,7 @@ COPY --from=build-load /out/demo /demo
 ENTRYPOINT ["/demo"]
 # /example
 
-# Last, so that it is what `docker build .` makes.
+# Last, so that `docker build .` builds it.
 FROM base AS shop
 COPY --from=build /out/shop /shop
 ENV LISTEN=:8080 OPS_LISTEN=:9180

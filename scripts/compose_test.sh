@@ -1,17 +1,20 @@
 #!/usr/bin/env bash
-# Brings docker-compose.yml up as the README says, places orders, kills every process of the service meanwhile and then the broker, and
-# balances the ledger each time. In a project of its own, with ports of its own, so it can run beside yours.
+# Brings docker-compose.yml up as the README says and places orders. Meanwhile it kills every process of the service,
+# then the broker, and balances the ledger each time. It uses its own Compose project and ports, so it can run beside
+# yours.
 #
-#   scripts/compose_test.sh [POSTGRES_TAG [RABBITMQ_TAG]]     other servers than the file names, such as 15 3.13-management
+#   scripts/compose_test.sh [POSTGRES_TAG [RABBITMQ_TAG]]     with other servers than in the file: 15 3.13-management
 #
-# Needs Docker with Compose 2.20 or newer. SMOKE_ORDERS (800) is how many orders. SMOKE_KEEP=1 leaves the stack running.
+# Needs Docker with Compose 2.20 or newer. SMOKE_ORDERS (800) sets the number of orders. SMOKE_KEEP=1 leaves the stack
+# running.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 orders=${SMOKE_ORDERS:-800}
 export COMPOSE_PROJECT_NAME=shop-smoke COMPOSE_PROFILES= COMPOSE_MENU=0
-export API_PORT=${API_PORT:-18080} CONSOLE_PORT=${CONSOLE_PORT:-18090} POSTGRES_PORT=${POSTGRES_PORT:-15433} AMQP_PORT=${AMQP_PORT:-15674} RABBITMQ_MANAGEMENT_PORT=${RABBITMQ_MANAGEMENT_PORT:-15675}
-# Any text will do for a password.
+export API_PORT=${API_PORT:-18080} CONSOLE_PORT=${CONSOLE_PORT:-18090} POSTGRES_PORT=${POSTGRES_PORT:-15433}
+export AMQP_PORT=${AMQP_PORT:-15674} RABBITMQ_MANAGEMENT_PORT=${RABBITMQ_MANAGEMENT_PORT:-15675}
+# A password may be any text.
 export POSTGRES_PASSWORD='p@ss/w:1' APP_PASSWORD='ab/cd+e=' RABBITMQ_PASSWORD='p@ss#%41?' AMQP_APP_PASSWORD='&x=[1]%'
 scratch=$(mktemp -d)
 files=(-f docker-compose.yml)
@@ -20,7 +23,7 @@ replicas=(--scale relay=2 --scale consumer=3)
 compose() { docker compose "${files[@]}" "$@"; }
 say() { printf '\n== %s\n' "$*"; }
 
-# use SERVICE IMAGE takes another image for a service.
+# use SERVICE IMAGE sets another image for a service.
 use() {
   printf 'services: {%s: {image: "%s"}}\n' "$1" "$2" >"$scratch/$1.yml"
   files+=(-f "$scratch/$1.yml")
@@ -29,7 +32,7 @@ use() {
 finish() {
   local status=$?
   if [ "$status" != 0 ]; then
-    say 'what the containers say'
+    say 'state and logs of the containers'
     compose ps --all || true
     compose logs --tail 40 || true
   fi
@@ -45,7 +48,8 @@ query() { compose exec -T postgres psql -U shop -d shop -Atc "$1"; }
 # expect WHAT WANT GOT
 expect() { [ "$2" = "$3" ] || { echo "$1: want $2, got $3"; return 1; }; }
 
-# healthy waits until every container is. `up --wait` would give up at once: without their broker the consumers are unhealthy.
+# healthy waits until every container is healthy. `up --wait` would give up at once: without their broker the consumers
+# are unhealthy.
 healthy() {
   local try states
   for try in $(seq 120); do
@@ -53,11 +57,11 @@ healthy() {
     [ "$states" = healthy ] && return
     sleep 1
   done
-  echo "not all are healthy after $try s: $states"
+  echo "not all containers are healthy after $try s: $states"
   return 1
 }
 
-# load places orders and balances; it ends with the ledger's verdict.
+# load ORDERS RATE places orders and balances the ledger. Its exit status is the ledger's verdict.
 load() { compose run --rm -T --no-deps load "--attach=http://api:8080" "--orders=$1" "--rate=$2"; }
 
 [ -z "${1:-}" ] || use postgres "postgres:$1"
@@ -65,7 +69,7 @@ load() { compose run --rm -T --no-deps load "--attach=http://api:8080" "--orders
 compose --profile '*' down --volumes --remove-orphans --timeout 5 >/dev/null 2>&1 || true
 trap finish EXIT
 
-say 'up, as at the first time'
+say 'first start'
 compose --profile load build
 began=$SECONDS
 up
@@ -77,14 +81,17 @@ say 'the processes run without rights'
 for process in api relay consumer console; do
   mapfile -t ids < <(compose ps -q "$process")
   for id in "${ids[@]}"; do
-    expect "$process" '65532:65532 true [ALL]' "$(docker inspect -f '{{.Config.User}} {{.HostConfig.ReadonlyRootfs}} {{.HostConfig.CapDrop}}' "$id")"
+    expect "$process" '65532:65532 true [ALL]' "$(
+      docker inspect -f '{{.Config.User}} {{.HostConfig.ReadonlyRootfs}} {{.HostConfig.CapDrop}}' "$id"
+    )"
   done
 done
 expect 'replicas of relay and consumer' '2 3' "$(compose ps -q relay | wc -l) $(compose ps -q consumer | wc -l)"
 expect 'logins' 'shop_api shop_consumer shop_operator shop_relay' \
-  "$(query "SELECT string_agg(DISTINCT usename, ' ' ORDER BY usename) FROM pg_stat_activity WHERE application_name LIKE 'shop %'")"
+  "$(query "SELECT string_agg(DISTINCT usename, ' ' ORDER BY usename) FROM pg_stat_activity
+            WHERE application_name LIKE 'shop %'")"
 
-say "$orders orders, and all relays, consumers and the API killed meanwhile"
+say "$orders orders while all relays, all consumers and the API are killed"
 mapfile -t processes < <(compose ps -q api relay consumer)
 load "$orders" 40 >"$scratch/load" 2>&1 &
 load=$!
@@ -94,18 +101,19 @@ until grep -q '[1-9][0-9]* placed' "$scratch/load"; do
 done
 sleep 2
 docker kill "${processes[@]}" >/dev/null
-kill -0 "$load" || { cat "$scratch/load"; echo 'the load had ended before anything was killed'; exit 1; }
+kill -0 "$load" || { cat "$scratch/load"; echo 'the load ended before the kill'; exit 1; }
 sleep 1
 docker start "${processes[@]}" >/dev/null
 wait "$load" || { cat "$scratch/load"; exit 1; }
 sed -n '/Ledger/,$p' "$scratch/load"
 healthy
 
-# By now the relay has connected, too. The console comes and goes.
+# By now the relay has connected too. The console connects only at times.
 expect 'logins at the broker' 'shop-consumer shop-relay' \
-  "$(compose exec -T rabbitmq rabbitmqctl -q list_connections user | grep ^shop | grep -v console | sort -u | paste -sd ' ')"
+  "$(compose exec -T rabbitmq rabbitmqctl -q list_connections user |
+    grep ^shop | grep -v console | sort -u | paste -sd ' ')"
 
-say 'the broker is killed while orders come'
+say 'an order while the broker is down'
 broker=$(compose ps -q rabbitmq)
 docker kill "$broker" >/dev/null
 id=0190c0de-0000-7000-8000-000000000001

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Runs Connect's conformance suite against the API: all of it over HTTP, its unary cases over RabbitMQ. Fails if a
-# case fails that is not in conformance/*-known-failing.txt, and if one that is there passes. Needs the servers in the
-# environment, as `stack` gives them.
+# Runs Connect's conformance suite against the API: all of it over HTTP, its unary cases over RabbitMQ. It fails if a
+# case fails that conformance/*-known-failing.txt does not list, or if a listed one passes. Needs the servers in the
+# environment, as `stack` sets them.
 #
-#   scripts/conformance.sh [FLAG OF THE RUNNER...]
+#   scripts/conformance.sh [RUNNER_FLAG...]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 go -C conformance build -o ../.stack/bin/conformance .
@@ -17,15 +17,16 @@ suite() {
   shift
   printf '\n== %s\n' "$name"
   .stack/bin/connectconformance --mode server --conf "conformance/$name.yaml" \
-    --known-failing "@conformance/$name-known-failing.txt" "${flags[@]}" -- .stack/bin/conformance "$@" || failed+=("$name")
+    --known-failing "@conformance/$name-known-failing.txt" "${flags[@]}" -- .stack/bin/conformance "$@" ||
+    failed+=("$name")
   echo "$name took $((SECONDS - began)) s"
 }
 
 flags=("$@")
 suite http
-flags+=(--max-servers 1) # all replicas take from the same queue
+flags+=(--max-servers 1) # all servers consume from the same queue
 suite queue queue
 if [ ${#failed[@]} -gt 0 ]; then
-  printf '\nnot as expected: %s\n' "${failed[*]}"
+  printf '\nunexpected results: %s\n' "${failed[*]}"
   exit 1
 fi

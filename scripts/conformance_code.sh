@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Generates conformance/gen, below a folder, from the proto files in the module of the conformance suite.
+# Generates conformance/gen under a folder, from the proto files in the module of the conformance suite.
 #
 #   scripts/conformance_code.sh FOLDER
 set -euo pipefail

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Builds the console into the Go package that embeds it, or into another folder: for the check that what is committed is what the sources give.
+# Builds the console into the Go package that embeds it. With a folder it builds there, to compare the committed files
+# with the sources.
 #
 #   scripts/console.sh [FOLDER]
 set -euo pipefail

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Renders deploy/kubernetes and checks every object against the schemas of Kubernetes, and of what the examples need:
-# KEDA, the Gateway API, the Prometheus Operator.
+# Renders deploy/kubernetes and checks every object against the schemas of Kubernetes and of the extensions that the
+# examples need: KEDA, the Gateway API, the Prometheus Operator.
 #
 #   scripts/kubernetes.sh
 #
-# Needs Go alone. The schemas come from the module proxy: of the modules nothing is built.
+# Needs only Go. The schemas come from the module proxy; the modules are not built.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# folder_of MODULE@VERSION prints where Go keeps it.
+# folder_of MODULE@VERSION prints the module's folder in Go's cache.
 folder_of() { go mod download -json "$1" | sed -n 's/^\t"Dir": "\(.*\)",$/\1/p'; }
 
 kubernetes=$(folder_of sigs.k8s.io/kubectl-validate@v0.0.4)/pkg/openapiclient/builtins/1.30

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# All static checks: Go, protobuf, generated code, the built console, alert rules, docker-compose.yml. Runs every check, then names those that failed.
+# Runs all static checks: Go, protobuf, generated code, the built console, alert rules, docker-compose.yml. At the end,
+# names the failed checks.
 #
 #   scripts/lint.sh
 #
-# Needs Go, Node and promtool (taken from apt on Debian when missing and allowed). Writes nothing but node_modules and Go's own
-# caches.
+# Needs Go, Node and promtool (scripts/need.sh installs the last two where it can). Writes nothing but node_modules and
+# Go's own caches.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -12,7 +13,7 @@ scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 failed=()
 
-# check NAME COMMAND... runs one check under a heading and remembers when it failed.
+# check NAME COMMAND... runs one check under a heading and records a failure.
 check() {
   local name=$1
   shift
@@ -41,7 +42,7 @@ main_ref() {
     { git fetch -q --depth=1 origin main 2>/dev/null && git rev-parse -q --verify FETCH_HEAD^{commit}; }
 }
 
-# The old files are taken out by git archive: buf's own git input wants a branch, which a CI clone does not have.
+# git archive extracts the old files: buf's own git input needs a branch, which a CI clone does not have.
 breaking() {
   local ref
   if ! ref=$(main_ref); then
@@ -66,7 +67,7 @@ generated() {
   bash scripts/conformance_code.sh "$scratch/generated" || return 1
   for out in $(sed -n 's/.*out: *\([^,} ]*\).*/\1/p' buf.gen*.yaml | sort -u); do
     if ! diff -r "$scratch/generated/$out" "$out"; then
-      echo "$out is not what proto/ generates: run make generate"
+      echo "$out is out of date: run make generate"
       return 1
     fi
   done
@@ -75,7 +76,7 @@ generated() {
 console_is_current() {
   bash scripts/console.sh "$scratch/console" || return 1
   if ! diff -r "$scratch/console" internal/console/dist; then
-    echo 'internal/console/dist is not what web/console gives: run make console'
+    echo 'internal/console/dist is out of date: run make console'
     return 1
   fi
 }
@@ -108,7 +109,7 @@ check 'buf breaking, against main' breaking
 check 'generated code is current' generated
 check 'the built console is current' console_is_current
 check 'prometheus.yml and its alert rules' promtool check config deploy/prometheus/prometheus.yml
-check 'alert rules do what they say' promtool test rules deploy/prometheus/alerts_test.yml
+check 'alert rules fire as tested' promtool test rules deploy/prometheus/alerts_test.yml
 
 if [ ${#failed[@]} -gt 0 ]; then
   printf '\nfailed: %s\n' "${failed[@]}"

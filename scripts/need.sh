@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Installs what a command needs, on Debian and Ubuntu as root or with passwordless sudo; elsewhere it says what to install.
+# Installs the packages of a missing command, on Debian and Ubuntu as root or with passwordless sudo. Elsewhere it names
+# the packages to install.
 #
 #   scripts/need.sh COMMAND PACKAGE...
 set -euo pipefail
@@ -17,7 +18,7 @@ if ! command -v apt-get >/dev/null || { [ "$(id -u)" != 0 ] && ! sudo -n true 2>
   exit 1
 fi
 echo "installing $* for $command" >&2
-# Programs are wanted, not services: what a package brings is neither started now nor at the next boot.
+# Only the programs are needed: services of the packages start neither now nor at the next boot.
 "${root[@]}" env DEBIAN_FRONTEND=noninteractive sh -ec '
   if [ ! -e /usr/sbin/policy-rc.d ]; then
     trap "rm -f /usr/sbin/policy-rc.d" EXIT

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Builds the last commit twice, in two folders, once with Go's build cache as it is and once from nothing, and compares the bytes.
+# Builds the last commit twice, in two folders, once with the present build cache of Go and once with an empty one, and
+# compares the bytes.
 #
 #   scripts/reproducible.sh VERSION
 set -euo pipefail

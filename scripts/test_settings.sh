@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Runs the tests of the packages that use Postgres once under each of some server settings, which a database's operator
-# may have chosen. Prints a line for each; exits 1 if tests failed under any. Each takes minutes. No part of CI.
+# Runs the tests of the packages that use Postgres once under each of several server settings that a database's operator
+# may have chosen. Prints a line for each setting; exits 1 if tests failed under any. Each takes minutes. Not part of
+# CI.
 #
 #   scripts/test_settings.sh [NAME=VALUE...]
 #
-# Needs the servers in the environment, as `stack --profile test` gives them. It changes the server at POSTGRES_URL by
-# ALTER SYSTEM, and undoes that in the end, also after Ctrl-C. Servers that tests start themselves keep their settings.
+# Needs the servers in the environment, as `stack --profile test` sets them. It changes the server at POSTGRES_URL by
+# ALTER SYSTEM, and reverts that in the end, also after Ctrl-C. Servers that tests start themselves keep their settings.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ $# = 0 ]; then
@@ -16,11 +17,11 @@ fi
 logs=.stack/settings
 mkdir -p "$logs"
 
-# Left out: what kills processes for minutes, and the clients in other languages, which see no database.
+# Without the tests that kill processes for minutes, and the clients in other languages, which see no database.
 packages=$(grep -rlE 'testenv\.(Postgres|PostgresURL)\(' --include=*_test.go internal migrations |
   xargs -n1 dirname | sort -u | grep -vE '^internal/(chaos|testenv)$|/clients$' | sed 's,^,./,')
 
-# on_server SQL... runs each statement outside of a transaction, and lets the server take up its settings.
+# on_server SQL... runs each statement outside of a transaction, then makes the server reload its settings.
 on_server() {
   local sql args=()
   for sql in "$@" 'SELECT pg_reload_conf()'; do
@@ -41,7 +42,7 @@ for setting in "$@"; do
   log=$logs/$(tr -c 'A-Za-z0-9\n' _ <<<"$setting").log
   on_server "ALTER SYSTEM SET $name = '$value'"
   began=$SECONDS
-  # shellcheck disable=SC2086 # one word a package
+  # shellcheck disable=SC2086 # one word per package
   if go test -count=1 -timeout 10m $packages >"$log" 2>&1; then
     echo "ok    $setting  $((SECONDS - began)) s"
   else

@@ -4,11 +4,11 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 stack=.stack/bin/stack
 api=127.0.0.1:${API_PORT:-8080} console=127.0.0.1:${CONSOLE_PORT:-8090}
-# Where each of them answers probes and scrapes.
+# The addresses for probes and scrapes.
 api_ops=127.0.0.1:${API_OPS_PORT:-9180} relay_ops=127.0.0.1:${RELAY_OPS_PORT:-9181}
 consumer_ops=127.0.0.1:${CONSUMER_OPS_PORT:-9182} console_ops=127.0.0.1:${CONSOLE_OPS_PORT:-9190}
 
-# as ROLE is the database's URL for a session that has the rights of a role, and no others.
+# as ROLE prints the database's URL for a session with the rights of that role only.
 as() {
   case $POSTGRES_URL in
     *\?*) echo "$POSTGRES_URL&role=$1" ;;
@@ -18,24 +18,30 @@ as() {
 
 eval "$($stack up)"
 bin/shop migrate
-# A user of the broker for each process, which may do what the process does and no more.
+# Each process gets its own broker user, with only the permissions that the process needs.
 password_file=.stack/dev/broker-password
 [ -s "$password_file" ] || (umask 077; head -c 24 /dev/urandom | base64 >"$password_file")
 password=$(cat "$password_file")
 AMQP_USERS_PASSWORD=$password bin/shop topology --declare --users "shop" >/dev/null
 
-# at_broker PROCESS is the broker's URL for the user of a process, whose password is in AMQP_PASSWORD.
+# at_broker PROCESS prints the broker's URL for the user of a process; AMQP_PASSWORD has the password.
 at_broker() { sed "s|//[^@/]*@|//shop-$1@|" <<<"$AMQP_URL"; }
-# One key for whoever tries it out; the service keeps its hash only. A key with other roles, of an older version, is replaced.
+# One API key for trying the service out; the service keeps only its hash. A key of an older version, with other roles,
+# is replaced.
 keys=.stack/dev/api-keys key_file=.stack/dev/api-key roles=(customer operator)
 # example
 roles+=(warehouse)
 # /example
 if ! grep -qs "^dev:$(IFS=,; echo "${roles[*]}"):" "$keys" || [ ! -s "$key_file" ]; then
   made=$(bin/shop apikey new dev "${roles[@]}")
-  (umask 077; awk '$1 == "line:" { print $2 }' <<<"$made" >"$keys"; awk '$1 == "key:" { print $2 }' <<<"$made" >"$key_file")
+  (
+    umask 077
+    awk '$1 == "line:" { print $2 }' <<<"$made" >"$keys"
+    awk '$1 == "key:" { print $2 }' <<<"$made" >"$key_file"
+  )
 fi
-# API and consumer sign and check the callers of durable calls with the same key; operations that wait keep it in use.
+# The API signs the callers of durable calls, and the consumer checks them with the same key. Waiting operations still
+# need it after a restart.
 call_key=.stack/dev/call-key
 [ -s "$call_key" ] || (umask 077; head -c 32 /dev/urandom | base64 >"$call_key")
 export AMQP_PASSWORD=$password TOPOLOGY=given
@@ -44,8 +50,8 @@ LISTEN=$api OPS_LISTEN=$api_ops POSTGRES_URL=$(as shop_api) AMQP_URL=$(at_broker
 OPS_LISTEN=$relay_ops POSTGRES_URL=$(as shop_relay) AMQP_URL=$(at_broker relay) $stack daemon relay -- bin/shop relay
 OPS_LISTEN=$consumer_ops POSTGRES_URL=$(as shop_consumer) AMQP_URL=$(at_broker consumer) CALL_KEYS=$(cat "$call_key") \
   $stack daemon consumer -- bin/shop consumer
-LISTEN=$console OPS_LISTEN=$console_ops POSTGRES_URL=$(as shop_operator) AMQP_URL=$(at_broker console) API_KEYS_FILE=$keys \
-  $stack daemon console -- bin/shop console
+LISTEN=$console OPS_LISTEN=$console_ops POSTGRES_URL=$(as shop_operator) AMQP_URL=$(at_broker console) \
+  API_KEYS_FILE=$keys $stack daemon console -- bin/shop console
 for address in $api_ops $relay_ops $consumer_ops $console_ops; do
   for try in $(seq 100); do
     if bin/shop healthcheck "http://$address/readyz" 2>/dev/null; then
@@ -67,19 +73,21 @@ RabbitMQ   $AMQP_URL   management: $RABBITMQ_MANAGEMENT_URL
 logs       .stack/dev/log
 TEXT
 # example
+order=0190c0de-0000-7000-8000-000000000001
 cat <<TEXT
 
 Try it:
 
   key='X-Api-Key: $(cat "$key_file")' json='Content-Type: application/json'
   curl -d '{"sku":"apple","total":10}' -H "\$key" -H "\$json" http://$api/orders.v1.OrderService/SetStock
-  curl -d '{"orderId":"0190c0de-0000-7000-8000-000000000001","customerId":"ann","lines":[{"sku":"apple","quantity":2}]}' -H "\$key" -H "\$json" http://$api/orders.v1.OrderService/PlaceOrder
-  curl -d '{"orderId":"0190c0de-0000-7000-8000-000000000001"}' -H "\$key" -H "\$json" http://$api/orders.v1.OrderService/GetOrder
+  curl -d '{"orderId":"$order","customerId":"ann","lines":[{"sku":"apple","quantity":2}]}' -H "\$key" -H "\$json" \\
+    http://$api/orders.v1.OrderService/PlaceOrder
+  curl -d '{"orderId":"$order"}' -H "\$key" -H "\$json" http://$api/orders.v1.OrderService/GetOrder
 
 make load places 2,400 orders, for the console to show.
 TEXT
 # /example
 cat <<TEXT
 
-make down stops it all.
+make down stops everything.
 TEXT
