@@ -1,8 +1,9 @@
 // Package orders is the example domain: RPC methods and message handlers, each next to its SQL.
 //
-// It guarantees that stock is never oversold, that an order ID stands for one order however often PlaceOrder is repeated,
-// and that every change of an order commits together with the event that tells of it. An order that was placed stays so
-// until its event has come back through the broker: it is confirmed or rejected eventually, not at once.
+// It guarantees three things. Stock is never oversold. An order ID names one order, however often a caller repeats
+// PlaceOrder. Every change of an order commits together with the event that announces it.
+//
+// A placed order is confirmed or rejected later, when its event has returned through the broker.
 package orders
 
 import (
@@ -29,8 +30,8 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 )
 
-// Service implements orders.v1.OrderService, whose proto file says what each method does. Requests must have passed its
-// validation rules.
+// Service implements orders.v1.OrderService. The proto file documents its methods. Requests must have passed the
+// validation rules of that file.
 type Service struct {
 	db      *pgxpool.Pool
 	out     *outbox.Writer
@@ -39,7 +40,7 @@ type Service struct {
 
 var _ ordersv1connect.OrderServiceHandler = (*Service)(nil)
 
-// NewService makes a Service that reads from db, writes through out, and tells hub which orders change.
+// NewService returns a Service that reads from db, writes through out, and reports changed orders to hub.
 func NewService(db *pgxpool.Pool, out *outbox.Writer, hub *changes.Hub) *Service {
 	s := &Service{db: db, out: out}
 	s.watched = changes.NewTopic(hub, "order", s.readAll)
@@ -48,7 +49,7 @@ func NewService(db *pgxpool.Pool, out *outbox.Writer, hub *changes.Hub) *Service
 
 const placeSQL = `
 WITH placed AS (
-    -- Of several calls with one ID the first inserts; the others wait for its commit here and then get no row.
+    -- The first of several calls with one ID inserts. The others wait here for its commit and then return no row.
     INSERT INTO orders (id, customer_id) VALUES ($1, $2) ON CONFLICT (id) DO NOTHING RETURNING id, placed_at
 ), lines AS (
     INSERT INTO order_lines (order_id, sku, quantity)
@@ -57,7 +58,9 @@ WITH placed AS (
 SELECT placed_at FROM placed`
 
 // PlaceOrder implements orders.v1.OrderService.
-func (s *Service) PlaceOrder(ctx context.Context, req *ordersv1.PlaceOrderRequest) (*ordersv1.PlaceOrderResponse, error) {
+func (s *Service) PlaceOrder(
+	ctx context.Context, req *ordersv1.PlaceOrderRequest,
+) (*ordersv1.PlaceOrderResponse, error) {
 	id, err := parseID(req.GetOrderId())
 	if err != nil {
 		return nil, err
@@ -96,7 +99,8 @@ func (s *Service) PlaceOrder(ctx context.Context, req *ordersv1.PlaceOrderReques
 	return &ordersv1.PlaceOrderResponse{Order: order}, nil
 }
 
-// samePlaced returns the order that already has the ID, if it is what the caller wants to place.
+// samePlaced returns the existing order with the ID if it has the content that the caller wants to place. Otherwise its
+// error is already_exists.
 func samePlaced(ctx context.Context, tx pgx.Tx, id, customer string, lines []*ordersv1.Line) (*ordersv1.Order, error) {
 	order, err := read(ctx, tx, id)
 	if err != nil {
@@ -126,8 +130,10 @@ const cancelSQL = `
 UPDATE orders SET status = 'cancelled', updated_at = clock_timestamp()
 WHERE id = $1 AND status IN ('placed', 'confirmed')`
 
-// CancelOrder implements orders.v1.OrderService. What the order holds is released by Fulfillment.
-func (s *Service) CancelOrder(ctx context.Context, req *ordersv1.CancelOrderRequest) (*ordersv1.CancelOrderResponse, error) {
+// CancelOrder implements orders.v1.OrderService. The group Fulfillment releases the stock that the order holds.
+func (s *Service) CancelOrder(
+	ctx context.Context, req *ordersv1.CancelOrderRequest,
+) (*ordersv1.CancelOrderResponse, error) {
 	id, err := parseID(req.GetOrderId())
 	if err != nil {
 		return nil, err
@@ -154,7 +160,7 @@ func (s *Service) CancelOrder(ctx context.Context, req *ordersv1.CancelOrderRequ
 		case order.GetStatus() == ordersv1.OrderStatus_ORDER_STATUS_REJECTED:
 			return connect.Errorf(connect.CodeFailedPrecondition, "order %s is rejected", id)
 		}
-		return nil // cancelled before
+		return nil // already cancelled
 	})
 	if err != nil {
 		return nil, err
@@ -192,7 +198,7 @@ func (s *Service) ListOrders(ctx context.Context, req *ordersv1.ListOrdersReques
 	if err != nil {
 		return nil, err
 	}
-	// Planned anew for every call: a plan for any filter would scan all orders for the few of one customer.
+	// Plan each call for its own filter. One plan for all filters would scan all orders to find those of one customer.
 	rows, _ := s.db.Query(ctx, listSQL, pgx.QueryExecModeCacheDescribe, status, customer, after, afterID, size+1)
 	orders, err := pgx.CollectRows(rows, scanOrder)
 	if err != nil {
@@ -204,9 +210,11 @@ func (s *Service) ListOrders(ctx context.Context, req *ordersv1.ListOrdersReques
 	return &ordersv1.ListOrdersResponse{Orders: orders[:size], NextPageToken: pageToken(orders[size-1])}, nil
 }
 
-// sortLines returns the lines sorted by SKU, which is how they are stored and compared, and their columns.
+// sortLines returns the lines sorted by SKU, as they are stored and compared, and their columns.
 func sortLines(lines []*ordersv1.Line) (sorted []*ordersv1.Line, skus []string, quantities []int32) {
-	sorted = slices.SortedFunc(slices.Values(lines), func(a, b *ordersv1.Line) int { return strings.Compare(a.GetSku(), b.GetSku()) })
+	sorted = slices.SortedFunc(slices.Values(lines), func(a, b *ordersv1.Line) int {
+		return strings.Compare(a.GetSku(), b.GetSku())
+	})
 	for _, line := range sorted {
 		skus = append(skus, line.GetSku())
 		quantities = append(quantities, line.GetQuantity())
@@ -214,7 +222,7 @@ func sortLines(lines []*ordersv1.Line) (sorted []*ordersv1.Line, skus []string, 
 	return sorted, skus, quantities
 }
 
-// parseID returns the one spelling of an order ID that keys and answers use.
+// parseID returns an order ID in canonical form, which message keys and responses use.
 func parseID(text string) (string, error) {
 	id, err := uuid.Parse(text)
 	if err != nil {
@@ -223,7 +231,7 @@ func parseID(text string) (string, error) {
 	return id.String(), nil
 }
 
-// statusText is the status as orders.status stores it: ORDER_STATUS_PLACED is "placed".
+// statusText returns a status as the column orders.status stores it: "placed" for ORDER_STATUS_PLACED.
 func statusText(status ordersv1.OrderStatus) string {
 	return strings.ToLower(strings.TrimPrefix(status.String(), "ORDER_STATUS_"))
 }
@@ -232,14 +240,14 @@ func parseStatus(text string) ordersv1.OrderStatus {
 	return ordersv1.OrderStatus(ordersv1.OrderStatus_value["ORDER_STATUS_"+strings.ToUpper(text)])
 }
 
-// pageToken names the last order of a page: the time in microseconds, which is Postgres' resolution, and the ID.
+// pageToken encodes the position of the last order of a page: its time in microseconds, Postgres' resolution, and its ID.
 func pageToken(last *ordersv1.Order) string {
 	id := uuid.MustParse(last.GetId())
 	token := binary.BigEndian.AppendUint64(nil, uint64(last.GetPlacedAt().AsTime().UnixMicro()))
 	return base64.RawURLEncoding.EncodeToString(append(token, id[:]...))
 }
 
-// parsePageToken returns nil for an empty token.
+// parsePageToken decodes a page token. It returns nil for an empty one.
 func parsePageToken(text string) (*time.Time, *uuid.UUID, error) {
 	if text == "" {
 		return nil, nil, nil

@@ -15,8 +15,10 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 )
 
-// WatchOrder implements orders.v1.OrderService. All watchers of a process share what is read for them.
-func (s *Service) WatchOrder(ctx context.Context, req *ordersv1.WatchOrderRequest, stream ordersv1connect.OrderServiceWatchOrderServerStream) error {
+// WatchOrder implements orders.v1.OrderService. All watchers in a process share the same reads.
+func (s *Service) WatchOrder(
+	ctx context.Context, req *ordersv1.WatchOrderRequest, stream ordersv1connect.OrderServiceWatchOrderServerStream,
+) error {
 	id, err := parseID(req.GetOrderId())
 	if err != nil {
 		return err
@@ -64,7 +66,7 @@ func read(ctx context.Context, db querier, id string) (*ordersv1.Order, error) {
 	return order, nil
 }
 
-// readAll is changes.Read.
+// readAll returns the orders with the IDs. It implements changes.Read.
 func (s *Service) readAll(ctx context.Context, ids []string) (map[string]*ordersv1.Order, error) {
 	rows, _ := s.db.Query(ctx, readSQL, ids)
 	orders, err := pgx.CollectRows(rows, scanOrder)

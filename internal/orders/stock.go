@@ -18,7 +18,7 @@ import (
 
 const setStockSQL = `
 INSERT INTO stock (sku, total) VALUES ($1, $2)
--- No row comes back if orders hold more than the new total.
+-- Returns no row if confirmed orders hold more than the new total.
 ON CONFLICT (sku) DO UPDATE SET total = excluded.total WHERE stock.reserved <= excluded.total
 RETURNING sku, total, reserved, free`
 
@@ -30,7 +30,8 @@ func (s *Service) SetStock(ctx context.Context, req *ordersv1.SetStockRequest) (
 		return err
 	})
 	if errors.Is(err, pgx.ErrNoRows) {
-		return nil, connect.Errorf(connect.CodeFailedPrecondition, "more than %d pieces of %s are reserved", req.GetTotal(), req.GetSku())
+		return nil, connect.Errorf(connect.CodeFailedPrecondition,
+			"more than %d pieces of %s are reserved", req.GetTotal(), req.GetSku())
 	}
 	if err != nil {
 		return nil, fmt.Errorf("set stock: %w", err)
@@ -60,7 +61,7 @@ func readStock(ctx context.Context, db interface {
 	return &stock, err
 }
 
-// Fulfillment returns the group that reserves stock for placed orders and releases what cancelled ones hold.
+// Fulfillment returns the consumer group that reserves stock for placed orders and releases the stock of cancelled ones.
 func (s *Service) Fulfillment() *inbox.Group {
 	group := inbox.NewGroup("fulfillment")
 	inbox.Handle(group, s.reserve)
@@ -68,20 +69,21 @@ func (s *Service) Fulfillment() *inbox.Group {
 	return group
 }
 
-// lockSQL locks an order against CancelOrder, and the stock of its lines in the order of SKUs, so that two orders cannot wait for each other. An
-// order that was cancelled first gives no row, and so locks no stock.
+// lockSQL locks an order, so that CancelOrder waits, and then the stock of its lines in the order of SKUs, so that two
+// orders cannot deadlock. It locks no stock for an order that is already cancelled.
 const lockSQL = `
 WITH placed AS MATERIALIZED (
     SELECT id FROM orders WHERE id = $1 AND status = 'placed' FOR UPDATE
 )
 SELECT FROM stock WHERE sku IN (SELECT sku FROM order_lines JOIN placed ON order_id = placed.id) ORDER BY sku FOR UPDATE`
 
-// reserveSQL is a statement of its own, since a statement sees what was there when it began: while lockSQL waited, the stock may have changed.
+// reserveSQL is a separate statement because a statement does not see changes that others commit after it began. The
+// stock may change while lockSQL waits.
 const reserveSQL = `
 WITH wanted AS MATERIALIZED (
     SELECT id, sku, quantity FROM orders JOIN order_lines ON order_id = id WHERE id = $1 AND status = 'placed'
 ), verdict AS MATERIALIZED (
-    -- One row, of which short is NULL if nothing is missing.
+    -- Always one row. Its short is NULL if there is enough stock.
     SELECT string_agg(sku, ', ' ORDER BY sku) AS short
     FROM wanted LEFT JOIN stock USING (sku) WHERE coalesce(free, 0) < quantity
 ), reserved AS (
@@ -98,11 +100,11 @@ UPDATE orders SET
 FROM verdict WHERE id = $1 AND status = 'placed'
 RETURNING customer_id, reject_reason, updated_at`
 
-// reserve confirms an order and holds its stock, or rejects it: all of its lines or none.
+// reserve confirms an order and reserves stock for all its lines, or rejects it and reserves nothing.
 func (s *Service) reserve(ctx context.Context, tx pgx.Tx, event *ordersv1.OrderPlaced) error {
 	var customer, reason string
 	var at time.Time
-	var statements pgx.Batch // one round trip for both
+	var statements pgx.Batch // saves a round trip
 	statements.Queue(lockSQL, event.GetOrderId())
 	statements.Queue(reserveSQL, event.GetOrderId()).QueryRow(func(row pgx.Row) error {
 		return row.Scan(&customer, &reason, &at)
@@ -110,7 +112,7 @@ func (s *Service) reserve(ctx context.Context, tx pgx.Tx, event *ordersv1.OrderP
 	err := tx.SendBatch(ctx, &statements).Close()
 	switch {
 	case errors.Is(err, pgx.ErrNoRows):
-		return nil // cancelled before its stock was looked at
+		return nil // already cancelled
 	case err != nil:
 		return fmt.Errorf("reserve stock: %w", err)
 	}
@@ -134,7 +136,7 @@ WITH released AS (
 UPDATE stock SET reserved = stock.reserved - released.quantity
 FROM locked JOIN released USING (sku) WHERE stock.sku = locked.sku`
 
-// release gives back what a cancelled order holds: nothing, if it was cancelled before reserve saw it.
+// release returns the stock that a cancelled order holds. An order that was cancelled before reserve ran holds none.
 func release(ctx context.Context, tx pgx.Tx, event *ordersv1.OrderCancelled) error {
 	if _, err := tx.Exec(ctx, releaseSQL, event.GetOrderId()); err != nil {
 		return fmt.Errorf("release stock: %w", err)
@@ -142,7 +144,7 @@ func release(ctx context.Context, tx pgx.Tx, event *ordersv1.OrderCancelled) err
 	return nil
 }
 
-// Notifications returns the group that records one notification for each order that was confirmed or rejected.
+// Notifications returns the consumer group that records one notification for each confirmed or rejected order.
 func (s *Service) Notifications() *inbox.Group {
 	group := inbox.NewGroup("notifications")
 	inbox.Handle(group, func(ctx context.Context, tx pgx.Tx, event *ordersv1.OrderConfirmed) error {
@@ -154,7 +156,7 @@ func (s *Service) Notifications() *inbox.Group {
 	return group
 }
 
-// notify does not guard against doubles: that each event is applied once is the inbox's promise.
+// notify needs no guard against duplicates: the inbox applies each event once.
 func notify(ctx context.Context, tx pgx.Tx, kind string, event interface {
 	GetOrderId() string
 	GetCustomerId() string
