@@ -209,7 +209,7 @@ func TestClaimThatRanOut(t *testing.T) {
 			t.Errorf("%s: got error %v", name, err)
 		}
 	}
-	p.disown(t.Context(), frozen)
+	p.giveUp(t.Context(), frozen)
 	b.wantWaiting(t, "one 2/2")
 	b.wantDead(t)
 }

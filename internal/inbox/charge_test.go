@@ -103,7 +103,7 @@ func TestARunThatDidNotStartIsNotCharged(t *testing.T) {
 			f.mend()
 			b.makeDue(t) // the claim runs out
 		}
-		if err := f.takeBack(t.Context()); err != nil {
+		if err := f.withdraw(t.Context()); err != nil {
 			t.Error(err)
 		}
 		end(t, b, f)
@@ -121,7 +121,7 @@ func TestARunThatDidNotStartIsNotCharged(t *testing.T) {
 		b.wantWaiting(t, "one 1/4")
 		for _, f := range all { // each tells what it knows, the first one after others had the claim
 			f.mend()
-			if err := f.takeBack(t.Context()); err != nil {
+			if err := f.withdraw(t.Context()); err != nil {
 				t.Error(err)
 			}
 		}
@@ -179,7 +179,7 @@ func TestARunThatDidNotStartIsNotCharged(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		f.disown(t.Context(), one)
+		f.giveUp(t.Context(), one)
 		if retryOne(t, f.Inbox) {
 			t.Error("a message was found that is being claimed")
 		}
@@ -187,8 +187,8 @@ func TestARunThatDidNotStartIsNotCharged(t *testing.T) {
 			t.Fatal(err)
 		}
 		b.wantWaiting(t, "one 1/2")
-		if err := f.takeBack(t.Context()); err != nil || len(f.untold.all()) > 0 {
-			t.Errorf("%d runs are left, %v", len(f.untold.all()), err)
+		if err := f.withdraw(t.Context()); err != nil || len(f.unsettled.all()) > 0 {
+			t.Errorf("%d runs are left, %v", len(f.unsettled.all()), err)
 		}
 		end(t, b, f)
 	})
@@ -208,15 +208,15 @@ func TestARunThatDidNotStartIsNotCharged(t *testing.T) {
 			if !retryOne(t, f.Inbox) {
 				t.Error("the other message was not found")
 			}
-			if left := len(f.untold.all()); left != 1 {
+			if left := len(f.unsettled.all()); left != 1 {
 				t.Errorf("%d runs are to be told of, want 1", left)
 			}
 			return errProbe
 		})
 		retryOne(t, b.inbox(eager))
 		b.wantWaiting(t, "one 2/2")
-		if err := f.takeBack(t.Context()); err != nil || len(f.untold.all()) > 0 {
-			t.Errorf("%d runs are left, %v", len(f.untold.all()), err)
+		if err := f.withdraw(t.Context()); err != nil || len(f.unsettled.all()) > 0 {
+			t.Errorf("%d runs are left, %v", len(f.unsettled.all()), err)
 		}
 	})
 }

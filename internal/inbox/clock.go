@@ -12,14 +12,14 @@ import (
 const aheadSQL = `
 SELECT format('%s is %s ahead', what, date_trunc('second', written_at - clock_timestamp()))
 FROM (
-    SELECT format('the sign of life of %s (%s)', owner, consumer), expires_at - lease FROM inbox_consumer
+    SELECT format('the heartbeat of %s (%s)', owner, consumer), expires_at - lease FROM inbox_consumer
     UNION ALL SELECT 'the newest retry of ' || consumer, max(created_at) FROM inbox_retry GROUP BY consumer
 ) AS stored (what, written_at)
 WHERE written_at > clock_timestamp() + $1
 ORDER BY written_at DESC`
 
-// Ahead names the times in the inbox that are by more than the tolerance in the future: the database's clock was set
-// back since.
+// Ahead describes the times in the inbox that are in the future by more than the tolerance. They show that the
+// database's clock was set back.
 func Ahead(ctx context.Context, db *pgxpool.Pool, tolerance time.Duration) ([]string, error) {
 	rows, err := db.Query(ctx, aheadSQL, tolerance)
 	if err != nil {

@@ -13,17 +13,17 @@ import (
 	"google.golang.org/protobuf/proto"
 )
 
-// Group is a consumer group: a name, and a handler for each message type that it wants. Its name is part of every inbox row, so
-// a group that is renamed starts anew.
+// Group is a consumer group: a name and a handler for each message type that it consumes. Every inbox row contains the
+// name, so a renamed group starts from scratch.
 type Group struct {
 	name     string
 	handlers map[string]handler
 }
 
-// handler decodes the payload of a message and runs on it.
+// handler decodes a message and applies it.
 type handler func(ctx context.Context, tx pgx.Tx, delivery messaging.Delivery) error
 
-// NewGroup makes a Group without handlers.
+// NewGroup returns a Group without handlers.
 func NewGroup(name string) *Group {
 	return &Group{name: name, handlers: map[string]handler{}}
 }
@@ -31,15 +31,17 @@ func NewGroup(name string) *Group {
 // Name returns the group's name.
 func (g *Group) Name() string { return g.name }
 
-// Types returns the message types that the group handles, sorted. Its queue is bound to exactly these.
+// Types returns the message types that the group handles, sorted. The group's queue is bound to exactly these.
 func (g *Group) Types() []string { return slices.Sorted(maps.Keys(g.handlers)) }
 
-// Handle registers fn for the messages of type M, as protobuf names it. It panics if M has a handler already.
+// Handle registers fn for messages of the protobuf type M. It panics if M already has a handler.
 //
-// fn runs in the transaction that records the message as taken: what it writes through tx, outbox.Insert included, is committed once
-// or not at all. What it does elsewhere (mail, HTTP) may happen more than once. An error marked by messaging.Permanent sends the message to
-// the dead letters; any other error has it tried again later, before any other message of its key. fn may run several times before
-// one run is committed.
+// fn runs in the transaction that records the message as taken. Its writes through tx, including outbox.Insert, commit
+// once or not at all. fn may run several times before one run commits, so effects elsewhere, such as mail or HTTP, may
+// happen more than once.
+//
+// If fn returns an error marked by messaging.Permanent, the message becomes a dead letter. After any other error the
+// inbox retries it later, before any other message of its key.
 func Handle[M proto.Message](g *Group, fn func(ctx context.Context, tx pgx.Tx, message M) error) {
 	var zero M
 	kind := zero.ProtoReflect().Type()
@@ -65,7 +67,7 @@ func (g *Group) handle(ctx context.Context, tx pgx.Tx, delivery messaging.Delive
 	return handler(ctx, tx, delivery)
 }
 
-// declared is what the sender says of the payload, if it says anything.
+// declared describes the content type and encoding that the sender declared, or returns "".
 func declared(headers map[string]string) (text string) {
 	for _, name := range []string{messaging.ContentTypeHeader, messaging.ContentEncodingHeader} {
 		if value, given := headers[name]; given {
@@ -75,7 +77,7 @@ func declared(headers map[string]string) (text string) {
 	return text
 }
 
-// rejection is an error that no retry mends, with its reason.
+// rejection is an error that a retry cannot fix, with the reason for the dead letter.
 type rejection struct {
 	reason deadletter.Reason
 	error

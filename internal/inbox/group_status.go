@@ -10,17 +10,18 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// GroupStatus is how a consumer group stands.
+// GroupStatus is the state of a consumer group.
 type GroupStatus struct {
 	Consumer string
-	// Paused says who paused it and why; nil if nobody did.
+	// Paused says who paused the group and why. It is nil if the group is not paused.
 	Paused *PausedBy
-	// Processes is how many have it running; a paused one counts. Applied is what each has applied since it began, by its name.
+	// Applied is the number of messages that each process has applied since its start, by the name of the process. It has
+	// an entry for every running process, also while the group is paused.
 	Applied map[string]int64
-	// Lag is the age in seconds that the message had which was applied last, of all processes the largest; nil before the first.
+	// Lag is the age in seconds of the last applied message, the largest of all processes. It is nil before the first.
 	Lag *float64
-	// Retrying are the messages in inbox_retry, Blocked the keys among them whose messages wait for the first, and Oldest the seconds that the
-	// oldest of the messages has waited.
+	// Retrying is the number of messages in inbox_retry, Blocked the number of blocked keys, and Oldest the age in seconds
+	// of the oldest message in inbox_retry.
 	Retrying, Blocked int64
 	Oldest            float64
 }
@@ -31,9 +32,9 @@ type PausedBy struct {
 	At            time.Time
 }
 
-// The oldest message is a head, as those of a key wait in the order in which they came. How many wait is counted: an
-// index entry for each, of which 100,000 are some 700 pages, and as many rows as vacuum has not seen yet.
-const standingsSQL = `
+// The oldest message is always a head, because the messages of a key wait in order. The count reads an index entry for
+// each waiting message: some 700 pages for 100,000 of them, plus the rows that vacuum has not visited yet.
+const groupStatusSQL = `
 SELECT name, pause.actor, pause.reason, pause.paused_at, coalesce(alive.applied, '{}'), alive.lag,
     heads.keyless + keyed.messages, heads.keys, coalesce(heads.oldest, 0)
 FROM unnest($1::text[]) WITH ORDINALITY AS wanted (name, position)
@@ -48,9 +49,9 @@ CROSS JOIN LATERAL (
 CROSS JOIN LATERAL (SELECT count(*) AS messages FROM inbox_retry WHERE consumer = name AND key <> '') AS keyed
 ORDER BY position`
 
-// GroupStatuses returns how consumer groups stand, in the order given.
+// GroupStatuses returns the states of consumer groups in the given order.
 func GroupStatuses(ctx context.Context, db *pgxpool.Pool, groups []string) ([]GroupStatus, error) {
-	rows, err := db.Query(ctx, standingsSQL, groups)
+	rows, err := db.Query(ctx, groupStatusSQL, groups)
 	if err != nil {
 		return nil, fmt.Errorf("read consumer groups: %w", err)
 	}

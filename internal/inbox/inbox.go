@@ -2,20 +2,21 @@
 //
 // # What it guarantees
 //
-// For a consumer group and a message ID, the transaction with the handler's effect is committed at most once, and exactly once unless the
-// message stands in dead_letter. A message is recorded as taken in the same transaction that applies it, or that sets it aside in
-// inbox_retry or dead_letter; only when that is committed does the caller ack it. So a copy finds the record and is absorbed, and
-// a crash before the commit leaves neither record nor effect.
+// For a consumer group and a message ID, the transaction with the handler's effect commits at most once, and exactly
+// once unless the message ends in dead_letter. One transaction records the message as taken and either applies it or
+// moves it to inbox_retry or dead_letter. The caller acks only after the commit. So a copy finds the record and is
+// dropped, and a crash before the commit leaves neither record nor effect.
 //
-// The messages of one key are applied in the order in which they are handed in, also when one of them fails: those behind it
-// wait in inbox_retry until it is applied or dead, while other keys go on.
+// The messages of one key are applied in the order in which they are handed in. If one fails, those behind it wait in
+// inbox_retry until it is applied or dead. Other keys continue.
 //
-// One bad message harms no other. A handler's error rolls the batch back and runs it message by message. A message
-// whose delivery was broken off twice may be killing the process: it is set aside unhandled, and from there it is
-// tried alone, each run noted before it begins and taken back by a process that outlives it.
+// A bad message does not affect others. A handler's error rolls the batch back and runs it message by message. A
+// message whose delivery ended twice without an ack may be killing the process. The inbox moves it to inbox_retry
+// without running its handler, and from there runs it alone. It records each run before it starts, and a process that
+// survives the run removes the record.
 //
-// It does not promise anything about effects outside of this database, nor about messages older than the window: those could be copies
-// of something forgotten, and go to dead_letter. A database that is away costs no attempts.
+// The inbox promises nothing about effects outside this database. It does not apply messages older than its window,
+// because they may be copies of forgotten ones: they become dead letters. A database outage costs no attempts.
 package inbox
 
 import (
@@ -38,24 +39,24 @@ import (
 	"go.opentelemetry.io/otel/trace"
 )
 
-// Config sets up an Inbox; the zero value is fit for production.
+// Config configures an Inbox. The zero value is fit for production.
 type Config struct {
-	// MaxAttempts is how often a handler may fail on a message before it goes to the dead letters. Default 10.
+	// MaxAttempts is the number of failures after which a message becomes a dead letter. Default 10.
 	MaxAttempts int
-	// RetryBase is the pause after the first failure; it doubles with each further one, plus or minus a quarter at random. Default 1 s.
+	// RetryBase is the pause after the first failure. It doubles with each failure, with a quarter of jitter. Default 1 s.
 	RetryBase time.Duration
-	// RetryMax is the longest pause. Default 10 min: with the other defaults the last attempt comes about 9 minutes after the first.
+	// RetryMax is the longest pause. Default 10 min. With all defaults the last attempt comes 9 minutes after the first.
 	RetryMax time.Duration
-	// HandlerTimeout is how long one run of a handler may take. Default 30 s.
+	// HandlerTimeout bounds one run of a handler. Default 30 s.
 	HandlerTimeout time.Duration
-	// PollInterval is how often due retries are looked for. Default 1 s.
+	// PollInterval is the time between two polls for due retries. Default 1 s.
 	PollInterval time.Duration
-	// AfterCommit is called when something was committed that may have inserted into the outbox: the place for the doorbell.
+	// AfterCommit is called after each commit that may have inserted into the outbox. Ring the doorbell here.
 	AfterCommit func()
-	// OnDead is called in the transaction in which a message becomes a dead letter, for who has to answer for it. An error keeps it from dying: it
-	// is tried again.
+	// OnDead is called in the transaction that makes a message a dead letter. On error the message stays where it is and
+	// is retried.
 	OnDead func(ctx context.Context, tx pgx.Tx, letter deadletter.Letter) error
-	// MeterProvider and TracerProvider take metrics and traces. Default: the global ones.
+	// MeterProvider and TracerProvider receive metrics and traces. Default: the global providers.
 	MeterProvider  metric.MeterProvider
 	TracerProvider trace.TracerProvider
 }
@@ -69,8 +70,8 @@ type Inbox struct {
 	meters meters
 	tracer trace.Tracer
 
-	progress progress
-	untold   untold
+	progress  progress
+	unsettled unsettledRuns
 }
 
 func (c Config) withDefaults() Config {
@@ -82,7 +83,7 @@ func (c Config) withDefaults() Config {
 	return c
 }
 
-// New makes an Inbox.
+// New returns an Inbox. It starts nothing.
 func New(db *pgxpool.Pool, group *Group, config Config) *Inbox {
 	config = config.withDefaults()
 	if config.AfterCommit == nil {
@@ -103,21 +104,21 @@ func New(db *pgxpool.Pool, group *Group, config Config) *Inbox {
 	}
 }
 
-// item is one message of a batch, with all its copies in the batch.
+// item is a message of a batch with all its copies in the batch.
 type item struct {
 	messaging.Delivery
 	identity
 	copies int
-	// outside is why the message must not be applied: by the database's clock it is outside of the window. Known when
-	// it is taken.
+	// outside says why the message must not be applied: by the database's clock it is outside the window. take sets it.
 	outside error
 }
 
-// maxBreaks is how many deliveries of a message may have ended without an ack before it is set aside unhandled.
+// maxBreaks is the number of deliveries without an ack after which a message goes to inbox_retry unhandled.
 const maxBreaks = 2
 
-// Process settles a batch, in its order. When it returns nil, every delivery is applied, known as a duplicate, waiting in inbox_retry,
-// or in dead_letter, all of that committed: they may be acked. An error means that the database could not decide; hand the batch in again.
+// Process settles a batch in order. If it returns nil, each delivery is applied, a duplicate, in inbox_retry or in
+// dead_letter, and that is committed: the caller may ack all of them. An error means that the database could not
+// commit. Hand the batch in again.
 func (b *Inbox) Process(ctx context.Context, deliveries []messaging.Delivery) error {
 	items, letters := b.admit(ctx, deliveries)
 	if err := b.settle(ctx, items); err != nil {
@@ -126,7 +127,7 @@ func (b *Inbox) Process(ctx context.Context, deliveries []messaging.Delivery) er
 	if len(letters) == 0 {
 		return nil
 	}
-	// Last, because nothing tells copies of these: a batch that is handed in again shall not repeat them.
+	// Copies of these cannot be recognized. They come last, so that a batch that is handed in again does not repeat them.
 	err := postgres.Transact(ctx, b.db, func(tx pgx.Tx) error { return b.bury(ctx, tx, letters...) })
 	if err == nil {
 		b.meters.dead(ctx, letters...)
@@ -134,7 +135,7 @@ func (b *Inbox) Process(ctx context.Context, deliveries []messaging.Delivery) er
 	return err
 }
 
-// settle runs items together, and if one of them fails, each by itself.
+// settle runs the items in one transaction. If one of them fails, it runs each in a transaction of its own.
 func (b *Inbox) settle(ctx context.Context, items []*item) error {
 	if len(items) == 0 {
 		return nil
@@ -144,11 +145,11 @@ func (b *Inbox) settle(ctx context.Context, items []*item) error {
 	if !errors.As(err, &failed) {
 		return err
 	}
-	if len(items) == 1 { // it is known which one failed
+	if len(items) == 1 { // it is the one that failed
 		return b.apply(ctx, items, failed)
 	}
-	for _, one := range items {
-		alone := []*item{one}
+	for _, message := range items {
+		alone := []*item{message}
 		err := b.apply(ctx, alone, nil)
 		if errors.As(err, &failed) {
 			err = b.apply(ctx, alone, failed)
@@ -160,32 +161,34 @@ func (b *Inbox) settle(ctx context.Context, items []*item) error {
 	return nil
 }
 
-// admit joins the copies of each message, and makes dead letters of what has no place in the inbox.
-func (b *Inbox) admit(ctx context.Context, deliveries []messaging.Delivery) (items []*item, letters []deadletter.Letter) {
+// admit merges the copies of each message. It returns dead letters for deliveries that the inbox cannot take.
+func (b *Inbox) admit(
+	ctx context.Context, deliveries []messaging.Delivery,
+) (items []*item, letters []deadletter.Letter) {
 	now := time.Now()
 	known := make(map[identity]*item, len(deliveries))
 	for _, delivery := range deliveries {
-		err := wellFormed(delivery) // at first: what is malformed cannot be redriven, whatever else is wrong with it
-		var who identity
+		err := wellFormed(delivery) // checked first: a malformed message can never be redriven
+		var id identity
 		if err == nil {
-			who, err = b.ring.identify(delivery.ID, now)
+			id, err = b.ring.identify(delivery.ID, now)
 		}
 		if err != nil {
 			letters = append(letters, b.letter(ctx, delivery, 0, &failure{err}))
 			continue
 		}
-		if first, again := known[who]; again {
+		if first, again := known[id]; again {
 			first.copies++
 			continue
 		}
-		known[who] = &item{Delivery: delivery, identity: who, copies: 1}
-		items = append(items, known[who])
+		known[id] = &item{Delivery: delivery, identity: id, copies: 1}
+		items = append(items, known[id])
 	}
 	return items, letters
 }
 
-// apply takes items and runs their handlers in one transaction. It returns a *failure if a handler failed, when nothing is
-// written. With known given, the items are not run but set aside for that failure.
+// apply takes items and runs their handlers in one transaction. If a handler fails, it writes nothing and returns a
+// *failure. If known is given, it does not run the items but sets them aside because of that failure.
 func (b *Inbox) apply(ctx context.Context, items []*item, known *failure) error {
 	var done outcome
 	ran := false
@@ -197,20 +200,20 @@ func (b *Inbox) apply(ctx context.Context, items []*item, known *failure) error 
 		}
 		done.copies = copiesIn(items) - len(fresh)
 		failpoint.Hit("consumer.taken")
-		for _, one := range fresh {
+		for _, message := range fresh {
 			switch {
-			case one.outside != nil:
-				err = b.refuse(ctx, tx, one, &done)
+			case message.outside != nil:
+				err = b.refuse(ctx, tx, message, &done)
 			case known != nil:
-				err = b.setAside(ctx, tx, one, known, &done)
-			case waiting[one.Key], one.Count >= maxBreaks:
-				done.aside = append(done.aside, aside{one.Delivery, waitingTurn})
-				if !waiting[one.Key] {
+				err = b.setAside(ctx, tx, message, known, &done)
+			case waiting[message.Key], message.Count >= maxBreaks:
+				done.aside = append(done.aside, aside{message.Delivery, waitingTurn})
+				if !waiting[message.Key] {
 					done.broken++
 				}
-				waiting[one.Key] = one.Key != ""
+				waiting[message.Key] = message.Key != ""
 			default:
-				err = b.run(ctx, tx, one.Delivery)
+				err = b.run(ctx, tx, message.Delivery)
 				done.applied++
 			}
 			if err != nil {
@@ -236,23 +239,24 @@ func (b *Inbox) apply(ctx context.Context, items []*item, known *failure) error 
 }
 
 func copiesIn(items []*item) (n int) {
-	for _, one := range items {
-		n += one.copies
+	for _, message := range items {
+		n += message.copies
 	}
 	return n
 }
 
-// outcome is what one transaction did, for the metrics.
+// outcome counts what one transaction did, for the metrics.
 type outcome struct {
 	applied, copies, retries, broken int
 	dead                             []deadletter.Letter
 	aside                            []aside
 }
 
-// In the order of the primary key, so that two transactions that take the same messages cannot wait for each other. A copy that
-// another transaction is applying right now waits for its end here. Dead versions of the row are left by duplicates only.
+// Inserts in the order of the primary key, so that two transactions that take the same messages cannot deadlock. A copy
+// of a message that another transaction is applying waits here for that transaction. Only duplicates leave dead row
+// versions.
 //
-// The time is read behind the insert, when the slot is locked and no sweep can empty it any more.
+// Reads the clock after the insert, when the slot is locked and no sweep can empty it.
 const takeSQL = `
 INSERT INTO inbox (consumer, slot, message_id, copies)
 SELECT $1, slot, message_id, copies
@@ -261,17 +265,20 @@ ORDER BY slot, message_id
 ON CONFLICT (slot, consumer, message_id) DO UPDATE SET copies = inbox.copies + excluded.copies
 RETURNING message_id, copies, clock_timestamp()`
 
-// take records items as taken, and returns those that were not taken before, in their order, and which of the keys have messages in inbox_retry.
-func (b *Inbox) take(ctx context.Context, tx pgx.Tx, items []*item) (fresh []*item, waiting map[string]bool, err error) {
+// take records items as taken. It returns those that were not taken before, in order, and the keys that have messages
+// in inbox_retry.
+func (b *Inbox) take(
+	ctx context.Context, tx pgx.Tx, items []*item,
+) (fresh []*item, waiting map[string]bool, err error) {
 	type record struct {
 		copies int
 		at     time.Time
 	}
 	taken := make(map[uuid.UUID]record, len(items))
-	// Not uuid.UUIDs: pgx would take what they say to database/sql, texts, and parse them again.
-	slots, ids, copies, keys := make([]int16, len(items)), make([][16]byte, len(items)), make([]int, len(items)), make([]string, len(items))
-	for i, one := range items {
-		slots[i], ids[i], copies[i], keys[i] = one.slot, one.id, one.copies, one.Key
+	slots, copies, keys := make([]int16, len(items)), make([]int, len(items)), make([]string, len(items))
+	ids := make([][16]byte, len(items)) // pgx would format uuid.UUIDs as text and parse them again
+	for i, message := range items {
+		slots[i], ids[i], copies[i], keys[i] = message.slot, message.id, message.copies, message.Key
 	}
 	var batch pgx.Batch
 	batch.Queue(takeSQL, b.group.name, slots, ids, copies).Query(func(rows pgx.Rows) error {
@@ -287,9 +294,10 @@ func (b *Inbox) take(ctx context.Context, tx pgx.Tx, items []*item) (fresh []*it
 	if err := tx.SendBatch(ctx, &batch).Close(); err != nil {
 		return nil, nil, fmt.Errorf("take messages: %w", err)
 	}
-	fresh = slices.DeleteFunc(slices.Clone(items), func(one *item) bool {
-		one.outside = b.ring.judge(one.identity, taken[one.id].at)
-		return taken[one.id].copies != one.copies // more copies than these: it was there
+	fresh = slices.DeleteFunc(slices.Clone(items), func(message *item) bool {
+		record := taken[message.id]
+		message.outside = b.ring.judge(message.identity, record.at)
+		return record.copies != message.copies // the row counts further copies: it existed before
 	})
 	return fresh, waiting, nil
 }

@@ -12,9 +12,9 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-// WhileResumed runs part, and ends its context when operators have paused the group, to run it anew once they have resumed it; until ctx is done.
-// What part has begun by then it finishes: so a paused group holds no deliveries, and the rest stays in the queue. Whether the group is
-// paused is asked every PollInterval; while the database cannot say, it stays as it was.
+// WhileResumed runs part until ctx is done, except while operators have paused the group. A pause ends part's context,
+// and resuming runs part again. part must finish what it has begun, so a paused group holds no deliveries, and further
+// ones stay in the queue. It polls for pauses every PollInterval. While the database is away, nothing changes.
 func (b *Inbox) WhileResumed(ctx context.Context, part func(ctx context.Context) error) error {
 	for paused := false; ctx.Err() == nil; {
 		if paused = b.isPaused(ctx, paused); paused {
@@ -29,7 +29,7 @@ func (b *Inbox) WhileResumed(ctx context.Context, part func(ctx context.Context)
 	return nil
 }
 
-// untilPaused runs part until the group is paused or ctx is done, and waits for its end.
+// untilPaused runs part until the group is paused or ctx is done, and waits until it returns.
 func (b *Inbox) untilPaused(ctx context.Context, part func(ctx context.Context) error) error {
 	ctx, cancel := context.WithCancel(ctx)
 	var watching sync.WaitGroup
@@ -62,16 +62,18 @@ func (b *Inbox) wait(ctx context.Context) {
 	}
 }
 
-// Pause has a group take no more deliveries and try nothing again, as part of tx. It returns false if it is paused already.
+// Pause stops a group's deliveries and retries, in tx. It returns false if the group is already paused.
 func Pause(ctx context.Context, tx pgx.Tx, consumer, actor, reason string) (bool, error) {
-	tag, err := tx.Exec(ctx, `INSERT INTO inbox_pause (consumer, actor, reason) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING`, consumer, actor, reason)
+	tag, err := tx.Exec(ctx, `
+		INSERT INTO inbox_pause (consumer, actor, reason) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING`,
+		consumer, actor, reason)
 	if err != nil {
 		return false, fmt.Errorf("pause group: %w", err)
 	}
 	return tag.RowsAffected() > 0, nil
 }
 
-// Resume takes a pause back, as part of tx. It returns false if there is none.
+// Resume ends a pause, in tx. It returns false if the group is not paused.
 func Resume(ctx context.Context, tx pgx.Tx, consumer string) (bool, error) {
 	tag, err := tx.Exec(ctx, `DELETE FROM inbox_pause WHERE consumer = $1`, consumer)
 	if err != nil {
@@ -80,12 +82,14 @@ func Resume(ctx context.Context, tx pgx.Tx, consumer string) (bool, error) {
 	return tag.RowsAffected() > 0, nil
 }
 
-// ErrBeingTried means that the handler of a message runs at this moment, so that it may just be succeeding.
+// ErrBeingTried means that the handler of a message is running, and may succeed.
 var ErrBeingTried = errors.New("the message is being tried at this moment; try again in a few seconds")
 
-// Bury moves what waits of a key to the dead letters as part of tx: the first message, or all of them. It returns their IDs; what waited behind the
-// first goes on then.
-func Bury(ctx context.Context, tx pgx.Tx, consumer, key string, whole bool, cause string) (messageIDs []string, err error) {
+// Bury makes waiting messages of a key dead letters, in tx: all of them if whole is true, else the first. It returns
+// their IDs. The next message of the key becomes due.
+func Bury(
+	ctx context.Context, tx pgx.Tx, consumer, key string, whole bool, cause string,
+) (messageIDs []string, err error) {
 	err = tx.QueryRow(ctx, `SELECT inbox_bury($1, $2, $3, $4)`, consumer, key, whole, cause).Scan(&messageIDs)
 	switch {
 	case postgres.IsLocked(err):

@@ -149,7 +149,7 @@ func TestStandings(t *testing.T) {
 	testenv.Eventually(t, 10*time.Second, func() error {
 		found, err := GroupStatuses(t.Context(), b.db, []string{"nobody", "group"})
 		if err == nil && len(found[1].Applied) == 0 {
-			err = errors.New("no sign of life")
+			err = errors.New("no heartbeat")
 		}
 		if err == nil {
 			one, applied := found[1], int64(0)

@@ -11,14 +11,15 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-// Drain keeps what the broker gave up delivering to the group, as dead letters. It is the handler of the queue that the broker puts it in.
+// Drain stores deliveries that the broker gave up as dead letters. It handles the group's dead queue.
 func (b *Inbox) Drain(ctx context.Context, deliveries []messaging.Delivery) error {
 	letters := make([]deadletter.Letter, 0, len(deliveries))
 	for _, d := range deliveries {
-		letters = append(letters, b.letter(ctx, d, int(d.Count), &failure{&rejection{deadletter.Undelivered, fmt.Errorf("the broker gave it up: %s", d.Death)}}))
+		cause := &rejection{deadletter.Undelivered, fmt.Errorf("the broker gave it up: %s", d.Death)}
+		letters = append(letters, b.letter(ctx, d, int(d.Count), &failure{cause}))
 	}
 	err := postgres.Transact(ctx, b.db, func(tx pgx.Tx) error {
-		// A letter that is there already proves nothing before it is on the standby, and the broker forgets the message.
+		// The broker forgets the message after the ack, so a dead letter that already exists must be on the standby, too.
 		postgres.ConfirmReads(tx)
 		for _, letter := range letters {
 			if err := b.config.OnDead(ctx, tx, letter); err != nil {
@@ -36,7 +37,8 @@ func (b *Inbox) Drain(ctx context.Context, deliveries []messaging.Delivery) erro
 	return err
 }
 
-// ErrTaken means that the inbox has taken a message already: its effect is committed, or it waits, or it stands in another dead letter.
+// ErrTaken means that the inbox has already taken the message: it is applied, waits in inbox_retry, or is another dead
+// letter.
 var ErrTaken = errors.New("message is taken already")
 
 const requeueTakeSQL = `INSERT INTO inbox (slot, consumer, message_id) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING`
@@ -46,12 +48,13 @@ INSERT INTO inbox_retry (consumer, message_id, type, key, payload, headers, atte
 VALUES ($1, $2, $3, $4, $5, $6, 0, clock_timestamp(), 'redriven')
 ON CONFLICT (consumer, message_id) WHERE message_id <> '' DO NOTHING`
 
-// Requeue has a group try a dead message again, as part of tx, behind whatever waits of its key. Owned says that the letter is of a message
-// that the inbox had taken and never applied; without it, Requeue returns ErrTaken if the inbox has taken the message.
+// Requeue schedules a dead message for another attempt, in tx, behind waiting messages of its key. owned says that the
+// inbox had taken the dead message and never applied it. If owned is false and the inbox has taken the message, Requeue
+// returns ErrTaken.
 func Requeue(ctx context.Context, tx pgx.Tx, consumer string, d messaging.Delivery, owned bool) error {
 	if d.ID != "" {
-		who := identityOf(d.ID, slotLength)
-		tag, err := tx.Exec(ctx, requeueTakeSQL, who.slot, consumer, who.id)
+		message := identityOf(d.ID, slotLength)
+		tag, err := tx.Exec(ctx, requeueTakeSQL, message.slot, consumer, message.id)
 		switch {
 		case err != nil:
 			return fmt.Errorf("take message: %w", err)

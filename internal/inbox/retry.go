@@ -16,23 +16,23 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-// maxCrashes is how many runs of a retried message may have ended with their process, without a word. A handler that
-// takes the process with it (out of memory, a fatal error) reaches this number, and hardly another message: a process
-// has one retry at a time, and takes back what it lives on from.
+// maxCrashes is the number of runs of a message that may end with their process. A handler that kills its process (out
+// of memory, a fatal error) reaches this number. Other messages hardly do: a process runs one retry at a time, and
+// withdraws the runs that it survives.
 const maxCrashes = 3
 
-// Run retries what is due and forgets what is old, until ctx is done. Any number of processes may do so.
+// Run retries due messages and deletes old records until ctx is done. Any number of processes may call it.
 func (b *Inbox) Run(ctx context.Context) error {
 	var chores sync.WaitGroup
 	defer chores.Wait()
-	chores.Go(func() { b.sweepNowAndThen(ctx) })
+	chores.Go(func() { b.sweepRegularly(ctx) })
 	chores.Go(func() { b.heartbeat(ctx) })
 	defer b.observeRetries(0)()
 	defer b.leave(ctx)
 	return b.WhileResumed(ctx, b.retryDue)
 }
 
-// retryDue retries what is due until ctx is done.
+// retryDue retries due messages until ctx is done.
 func (b *Inbox) retryDue(ctx context.Context) error {
 	for ctx.Err() == nil {
 		found, err := b.RetryNext(ctx)
@@ -53,43 +53,42 @@ type retry struct {
 	seq      int64
 	attempts int
 	run      uuid.UUID
-	// unended is how many runs there are of which nothing is known, this one included.
+	// unended is the number of runs without a known end, including this one.
 	unended int
 }
 
-// The run is noted in a transaction of its own, before the handler runs: if the handler takes the process with it,
-// the note stays. Meanwhile the row is not due for as long as a handler may take. Heads of keys have a due time, and
-// nothing else of a key.
+// Records the run in a transaction of its own, before the handler runs: if the handler kills the process, the record
+// stays. The row is not due again for as long as a handler may take. Only the head of a key has a due time.
 //
-// The commit does not wait for the disk or a standby. Losing it takes the claim off a handler whose own connection is
-// lost with it; and a crash of Postgres together with a crash of the handler goes unseen once.
+// The commit waits for neither disk nor standby. A crash of Postgres can lose it, but then the handler has lost its own
+// connection, too. If the handler crashes at the same time, that crash is not counted.
 const claimSQL = `
-WITH hasty AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
+WITH no_sync AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
 UPDATE inbox_retry SET runs = runs || $3::uuid, due_at = clock_timestamp() + $2
-FROM hasty
+FROM no_sync
 WHERE seq = (
     SELECT seq FROM inbox_retry
-    WHERE consumer = $1 AND due_at <= statement_timestamp() -- not clock_timestamp(), which no index can look for
+    WHERE consumer = $1 AND due_at <= statement_timestamp() -- no index can search for clock_timestamp()
     ORDER BY due_at LIMIT 1
     FOR UPDATE SKIP LOCKED)
 RETURNING seq, attempts, cardinality(runs), message_id, type, key, payload, headers`
 
-// RetryNext runs the handler on the message that has been due longest. It returns false if none is due.
+// RetryNext runs the handler on the message that has been due longest. It reports whether one was due.
 func (b *Inbox) RetryNext(ctx context.Context) (found bool, err error) {
-	// First, so that this process has one run at most that it has told nothing of, but for those whose row is
-	// another's at this moment.
-	if err := b.takeBack(ctx); err != nil {
+	// First withdraw earlier runs, so that this process has at most one unsettled run, apart from those whose rows are
+	// locked.
+	if err := b.withdraw(ctx); err != nil {
 		return false, err
 	}
-	one, err := b.claim(ctx)
+	claimed, err := b.claim(ctx)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return false, nil
 	}
 	if err == nil {
-		err = b.retry(ctx, one)
+		err = b.retry(ctx, claimed)
 	}
 	if err != nil {
-		b.disown(ctx, one)
+		b.giveUp(ctx, claimed)
 	}
 	if errors.Is(err, errStolen) {
 		return true, nil
@@ -97,33 +96,33 @@ func (b *Inbox) RetryNext(ctx context.Context) (found bool, err error) {
 	return err == nil, err
 }
 
-// claim takes the message that has been due longest. Its error is pgx.ErrNoRows if there is none. After any other
-// error the claim may stand.
-func (b *Inbox) claim(ctx context.Context) (one retry, err error) {
-	one.run = uuid.New()
+// claim claims the message that has been due longest. It returns pgx.ErrNoRows if none is due. After any other error
+// the claim may be committed.
+func (b *Inbox) claim(ctx context.Context) (r retry, err error) {
+	r.run = uuid.New()
 	err = postgres.Transact(ctx, b.db, func(tx pgx.Tx) error {
-		return tx.QueryRow(ctx, claimSQL, b.group.name, b.config.claim(), one.run).
-			Scan(&one.seq, &one.attempts, &one.unended, &one.ID, &one.Type, &one.Key, &one.Payload, &one.Headers)
+		return tx.QueryRow(ctx, claimSQL, b.group.name, b.config.claim(), r.run).
+			Scan(&r.seq, &r.attempts, &r.unended, &r.ID, &r.Type, &r.Key, &r.Payload, &r.Headers)
 	})
 	if err != nil && !errors.Is(err, pgx.ErrNoRows) {
 		err = fmt.Errorf("claim retry: %w", err)
 	}
-	return one, err
+	return r, err
 }
 
-// retry runs the handler of a message that is claimed, and settles what came of it. After an error the claim stands,
-// unless it is another's.
-func (b *Inbox) retry(ctx context.Context, one retry) error {
-	if one.unended > maxCrashes {
-		crashed := fmt.Errorf("the handler was started %d times without coming to an end", one.unended-1)
-		return b.retryFailed(ctx, one, &failure{&rejection{deadletter.Crashed, crashed}})
+// retry runs the handler of a claimed message and settles the result. After an error the claim remains, unless another
+// process has taken it over.
+func (b *Inbox) retry(ctx context.Context, r retry) error {
+	if r.unended > maxCrashes {
+		crashed := fmt.Errorf("the handler was started %d times and never finished", r.unended-1)
+		return b.retryFailed(ctx, r, &failure{&rejection{deadletter.Crashed, crashed}})
 	}
 	ran := false
 	err := postgres.Transact(ctx, b.db, func(tx pgx.Tx) error {
 		ran = false
-		err := b.remove(ctx, tx, one)
+		err := b.remove(ctx, tx, r)
 		if err == nil {
-			err = b.run(context.WithValue(ctx, attemptKey{}, one.attempts+1), tx, one.Delivery)
+			err = b.run(context.WithValue(ctx, attemptKey{}, r.attempts+1), tx, r.Delivery)
 		}
 		ran = err == nil
 		return err
@@ -131,11 +130,11 @@ func (b *Inbox) retry(ctx context.Context, one retry) error {
 	err = blameHandlers(err, ran)
 	var failed *failure
 	if errors.As(err, &failed) {
-		return b.retryFailed(ctx, one, failed)
+		return b.retryFailed(ctx, r, failed)
 	}
 	if err == nil {
 		b.meters.applied.Add(ctx, 1, b.meters.group)
-		b.progress.note(1, identityOf(one.ID, slotLength))
+		b.progress.note(1, identityOf(r.ID, slotLength))
 		b.config.AfterCommit()
 	}
 	return err
@@ -143,8 +142,8 @@ func (b *Inbox) retry(ctx context.Context, one retry) error {
 
 type attemptKey struct{}
 
-// Attempt returns which attempt at its message a handler is, given the handler's context: 1, and one more for each
-// run that failed. Runs that were broken off, by the end of the process or since the database was away, do not count.
+// Attempt returns the number of the current attempt, given the handler's context: 1 plus the number of failed runs. It
+// does not count runs that ended with the process or because the database was away.
 func Attempt(ctx context.Context) int {
 	if attempt, ok := ctx.Value(attemptKey{}).(int); ok {
 		return attempt
@@ -152,12 +151,12 @@ func Attempt(ctx context.Context) int {
 	return 1
 }
 
-// errStolen: the claim ran out, and another process has the row or is done with it.
+// errStolen means that the claim expired and another process has taken the row over.
 var errStolen = errors.New("retry was taken over by another process")
 
-// remove deletes the row that was claimed, if the claim still holds.
-func (b *Inbox) remove(ctx context.Context, tx pgx.Tx, one retry) error {
-	tag, err := tx.Exec(ctx, `DELETE FROM inbox_retry WHERE seq = $1 AND runs[cardinality(runs)] = $2`, one.seq, one.run)
+// remove deletes a claimed row, or returns errStolen if the claim has expired.
+func (b *Inbox) remove(ctx context.Context, tx pgx.Tx, r retry) error {
+	tag, err := tx.Exec(ctx, `DELETE FROM inbox_retry WHERE seq = $1 AND runs[cardinality(runs)] = $2`, r.seq, r.run)
 	if err == nil && tag.RowsAffected() == 0 {
 		return errStolen
 	}
@@ -168,13 +167,13 @@ const postponeSQL = `
 UPDATE inbox_retry SET attempts = attempts + 1, runs = '{}', due_at = clock_timestamp() + $3, last_error = $4
 WHERE seq = $1 AND runs[cardinality(runs)] = $2`
 
-// retryFailed puts a message off once more, or gives it up.
-func (b *Inbox) retryFailed(ctx context.Context, one retry, cause *failure) error {
-	attempts := one.attempts + 1
+// retryFailed schedules another attempt, or makes the message a dead letter.
+func (b *Inbox) retryFailed(ctx context.Context, r retry, cause *failure) error {
+	attempts := r.attempts + 1
 	if final(cause) || attempts >= b.config.MaxAttempts {
-		letter := b.letter(ctx, one.Delivery, attempts, cause)
+		letter := b.letter(ctx, r.Delivery, attempts, cause)
 		err := postgres.Transact(ctx, b.db, func(tx pgx.Tx) error {
-			if err := b.remove(ctx, tx, one); err != nil {
+			if err := b.remove(ctx, tx, r); err != nil {
 				return err
 			}
 			return b.bury(ctx, tx, letter)
@@ -185,9 +184,9 @@ func (b *Inbox) retryFailed(ctx context.Context, one retry, cause *failure) erro
 		return err
 	}
 	pause := b.pause(attempts)
-	b.warn(ctx, one.Delivery, attempts, cause, pause)
+	b.warn(ctx, r.Delivery, attempts, cause, pause)
 	err := postgres.Transact(ctx, b.db, func(tx pgx.Tx) error {
-		tag, err := tx.Exec(ctx, postponeSQL, one.seq, one.run, pause, messaging.CleanText(cause.Error()))
+		tag, err := tx.Exec(ctx, postponeSQL, r.seq, r.run, pause, messaging.CleanText(cause.Error()))
 		if err == nil && tag.RowsAffected() == 0 {
 			return errStolen
 		}
@@ -199,27 +198,28 @@ func (b *Inbox) retryFailed(ctx context.Context, one retry, cause *failure) erro
 	return err
 }
 
-// warn logs a failure that is not the last.
+// warn logs a failure that will be retried.
 func (b *Inbox) warn(ctx context.Context, d messaging.Delivery, attempt int, cause *failure, pause time.Duration) {
 	slog.WarnContext(traceOf(ctx, d.Headers), "message will be retried", "consumer", b.group.name, "message_id", d.ID,
 		"attempt", attempt, "error", cause, "retry_in", pause)
 }
 
-// pause is exponential, with jitter so that what failed together does not come back together.
+// pause returns the exponential pause with jitter, so that messages that failed together are not retried together.
 func (b *Inbox) pause(attempts int) time.Duration {
 	return time.Duration(float64(b.config.pause(attempts)) * (0.75 + rand.Float64()/2))
 }
 
-// pause is the pause without jitter.
+// pause returns the pause without jitter.
 func (c Config) pause(attempts int) time.Duration {
-	if doublings := attempts - 1; c.RetryBase <= c.RetryMax>>doublings { // shifted this way it cannot overflow
+	if doublings := attempts - 1; c.RetryBase <= c.RetryMax>>doublings { // a right shift cannot overflow
 		return c.RetryBase << doublings
 	}
 	return c.RetryMax
 }
 
-// LongestRetry is how long a message may go on being tried until it is applied or dead, if its own key keeps it from nothing: every attempt takes the
-// whole claim, after as many crashes as are suffered, and every pause is as long as jitter makes it and is noticed one poll late.
+// LongestRetry returns the longest time from a message's first attempt until it is applied or dead, if no other message
+// of its key blocks it. It assumes that every attempt comes after maxCrashes crashes and takes the whole claim, that
+// every pause has the longest jitter, and that every poll comes late.
 func (c Config) LongestRetry() time.Duration {
 	c = c.withDefaults()
 	longest := c.HandlerTimeout
@@ -229,16 +229,16 @@ func (c Config) LongestRetry() time.Duration {
 	return longest
 }
 
-// claim is how long a retry that was claimed is left alone.
+// claim is the time for which no other process takes a claimed retry.
 func (c Config) claim() time.Duration { return c.HandlerTimeout + 5*time.Second }
 
-// final tells whether no retry can help.
+// final reports whether retries cannot help.
 func final(cause *failure) bool {
 	var rejected *rejection
 	return messaging.IsPermanent(cause) || errors.As(cause, &rejected)
 }
 
-// letter makes the dead letter of a message, and logs it.
+// letter returns the dead letter of a message, and logs it.
 func (b *Inbox) letter(ctx context.Context, d messaging.Delivery, attempts int, cause *failure) deadletter.Letter {
 	var rejected *rejection
 	reason := deadletter.Exhausted
@@ -248,14 +248,15 @@ func (b *Inbox) letter(ctx context.Context, d messaging.Delivery, attempts int, 
 	case messaging.IsPermanent(cause):
 		reason = deadletter.Permanent
 	}
-	slog.ErrorContext(traceOf(ctx, d.Headers), "message is dead", "consumer", b.group.name, "message_id", d.ID, "type", d.Type, "attempt", attempts, "reason", reason, "error", cause)
+	slog.ErrorContext(traceOf(ctx, d.Headers), "message is dead", "consumer", b.group.name, "message_id", d.ID,
+		"type", d.Type, "attempt", attempts, "reason", reason, "error", cause)
 	return deadletter.Letter{
 		Consumer: b.group.name, MessageID: d.ID, Type: d.Type, Key: d.Key, Payload: d.Payload, Headers: d.Headers,
 		Reason: reason, Error: cause.Error(), Attempts: attempts,
 	}
 }
 
-// bury keeps letters, and tells who has to answer for them.
+// bury inserts dead letters after calling OnDead for each.
 func (b *Inbox) bury(ctx context.Context, tx pgx.Tx, letters ...deadletter.Letter) error {
 	for _, letter := range letters {
 		if err := b.config.OnDead(ctx, tx, letter); err != nil {

@@ -12,12 +12,12 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-// failure is what a handler failed with; any other error is the database's.
+// failure is the error of a handler. All other errors are the database's.
 type failure struct{ error }
 
 func (f *failure) Unwrap() error { return f.error }
 
-// run runs the handler. What it returns is a *failure, unless the database or the end of ctx is to blame.
+// run runs the handler. Its error is a *failure unless the database or the end of ctx caused it.
 func (b *Inbox) run(ctx context.Context, tx pgx.Tx, delivery messaging.Delivery) error {
 	limited, cancel := context.WithTimeout(ctx, b.config.HandlerTimeout)
 	defer cancel()
@@ -30,18 +30,20 @@ func (b *Inbox) run(ctx context.Context, tx pgx.Tx, delivery messaging.Delivery)
 	case limited.Err() != nil:
 		return &failure{fmt.Errorf("handler ran longer than %s: %w", b.config.HandlerTimeout, err)}
 	}
-	// A database that is away is waited for. An error that only looks like it is the handler's failure, and so is a
-	// database that is busy: waiting for either might never end.
+	// Wait for a database that is away. An error that only looks like an outage is the handler's failure, and so is a busy
+	// database: waiting for either might never end.
 	if postgres.IsAway(tx, err) {
 		return err
 	}
 	return &failure{err}
 }
 
-// blameHandlers makes the handlers' failure of what Postgres refuses at COMMIT although they ran to their end, as it
-// does when a deferred constraint does not hold.
+// blameHandlers turns Postgres' refusal at COMMIT into a failure of the handlers, which returned nil before it. A
+// deferred constraint causes one, for instance.
 func blameHandlers(err error, ran bool) error {
-	for _, other := range []error{postgres.ErrOutcomeUnknown, postgres.ErrUnavailable, context.Canceled, context.DeadlineExceeded} {
+	for _, other := range []error{
+		postgres.ErrOutcomeUnknown, postgres.ErrUnavailable, context.Canceled, context.DeadlineExceeded,
+	} {
 		if errors.Is(err, other) {
 			return err
 		}
@@ -52,8 +54,8 @@ func blameHandlers(err error, ran bool) error {
 	return &failure{err}
 }
 
-// committable returns a *failure if the handler returned nil but left a transaction that cannot be committed. COMMIT
-// would fail each time, and the batch be handed in again and again.
+// committable returns a *failure if the handler returned nil but left a transaction that cannot commit. Otherwise every
+// COMMIT would fail, and the batch would be handed in again without end.
 func committable(tx pgx.Tx) error {
 	if err := postgres.Committable(tx); err != nil {
 		return &failure{fmt.Errorf("the handler returned nil, but its transaction cannot be committed: %w", err)}
@@ -67,10 +69,11 @@ func (b *Inbox) runSafely(ctx context.Context, tx pgx.Tx, delivery messaging.Del
 			switch cause.(type) {
 			case error, string:
 			default:
-				cause = fmt.Sprintf("%T", cause) // a message, perhaps: what is in it is not for the log
+				cause = fmt.Sprintf("%T", cause) // may hold a message, whose content must not be logged
 			}
 			err = fmt.Errorf("handler panicked: %v", cause)
-			slog.ErrorContext(ctx, "handler panicked", "consumer", b.group.name, "message_id", delivery.ID, "panic", cause, "stack", string(debug.Stack()))
+			slog.ErrorContext(ctx, "handler panicked", "consumer", b.group.name, "message_id", delivery.ID, "panic", cause,
+				"stack", string(debug.Stack()))
 		}
 	}()
 	return b.group.handle(ctx, tx, delivery)

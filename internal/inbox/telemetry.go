@@ -18,7 +18,7 @@ import (
 
 const scope = "example.com/shop/internal/inbox"
 
-// meters are what an inbox counts. Counters count when the transaction is committed.
+// meters are an inbox's metrics. Counters change when the transaction is committed.
 type meters struct {
 	group                                             metric.MeasurementOption
 	applied, duplicates, retries, crashes, deadLetter metric.Int64Counter
@@ -34,29 +34,30 @@ func newMeters(provider metric.MeterProvider, group string) meters {
 		return c
 	}
 	m.applied = counter(0, "applied", "Messages whose effect was committed.")
-	m.duplicates = counter(1, "duplicates", "Copies of messages that were taken already; they were absorbed.")
-	m.retries = counter(2, "retries", "Runs of handlers that failed and will be repeated.")
-	m.crashes = counter(3, "crashes", "Messages set aside because their delivery was broken off again and again.")
+	m.duplicates = counter(1, "duplicates", "Copies of messages that were already taken; they were dropped.")
+	m.retries = counter(2, "retries", "Runs of handlers that failed and will be retried.")
+	m.crashes = counter(3, "crashes", "Messages set aside because their deliveries ended repeatedly without an ack.")
 	m.deadLetter = counter(4, "dead_letters", "Messages moved to dead_letter.")
-	m.handler, errs[5] = meter.Float64Histogram("inbox.handler.duration", metric.WithUnit("s"), metric.WithDescription("Time of one run of a handler."),
+	m.handler, errs[5] = meter.Float64Histogram("inbox.handler.duration", metric.WithUnit("s"),
+		metric.WithDescription("Duration of one run of a handler."),
 		metric.WithExplicitBucketBoundaries(.0005, .001, .002, .005, .01, .02, .05, .1, .2, .5, 1, 2, 5, 10, 30))
 	if err := errors.Join(errs[:]...); err != nil {
 		otel.Handle(err)
 	}
-	m.count(context.Background(), &outcome{}) // a counter that first appears with its first event hides that from increase()
+	m.count(context.Background(), &outcome{}) // increase() misses the first event of a counter that first appears with it
 	for _, reason := range reasons {
 		m.deadLetter.Add(context.Background(), 0, m.group, ofReason(reason))
 	}
 	return m
 }
 
-// reasons are those of an inbox.
+// reasons are the reasons for dead letters of an inbox.
 var reasons = []deadletter.Reason{
-	deadletter.NoID, deadletter.OutsideWindow, deadletter.UnknownType, deadletter.Undecodable, deadletter.Permanent, deadletter.Exhausted,
-	deadletter.Crashed, deadletter.Undelivered,
+	deadletter.NoID, deadletter.OutsideWindow, deadletter.UnknownType, deadletter.Undecodable, deadletter.Permanent,
+	deadletter.Exhausted, deadletter.Crashed, deadletter.Undelivered,
 }
 
-// For what it costs to count them, see standingsSQL. It is done once in some seconds, whatever is scraped.
+// groupStatusSQL explains the cost of counting. A sample limits it to once in some seconds.
 const waitingCountSQL = `
 SELECT heads.keyless + keyed.messages, heads.keys, coalesce(heads.oldest, 0)
 FROM (
@@ -65,24 +66,25 @@ FROM (
     FROM inbox_retry WHERE consumer = $1 AND due_at IS NOT NULL) AS heads
 CROSS JOIN (SELECT count(*) AS messages FROM inbox_retry WHERE consumer = $1 AND key <> '') AS keyed`
 
-// waiting is what stands in inbox_retry.
+// waiting counts the rows of inbox_retry.
 type waiting struct {
 	messages, keys int64
 	blocked        float64 // seconds since the first message of a key began to wait
 }
 
-// observeRetries reports what waits in inbox_retry when the metrics are read, for as long as Run runs. What it read is good for maxAge.
+// observeRetries reports the contents of inbox_retry when metrics are read, until stop is called. It reads them at most
+// once in maxAge.
 func (b *Inbox) observeRetries(maxAge time.Duration) (stop func()) {
 	meter := b.config.MeterProvider.Meter(scope)
 	retrying, err1 := meter.Int64ObservableGauge("inbox.retrying", metric.WithUnit("{message}"),
-		metric.WithDescription("Messages that wait for a retry, or behind one of their key."))
+		metric.WithDescription("Messages that wait for a retry, or behind another message of their key."))
 	keys, err2 := meter.Int64ObservableGauge("inbox.blocked_keys", metric.WithUnit("{key}"),
-		metric.WithDescription("Keys whose messages wait for the first of them to be retried."))
+		metric.WithDescription("Keys whose first message is being retried while the others wait."))
 	blocked, err3 := meter.Float64ObservableGauge("inbox.blocked", metric.WithUnit("s"),
-		metric.WithDescription("How long the key that has been blocked longest is blocked; 0 if none is."))
+		metric.WithDescription("Time for which the longest blocked key has been blocked; 0 if none is."))
 	sample := postgres.Sample[waiting]{MaxAge: maxAge, Read: b.countWaiting}
 	registration, err4 := meter.RegisterCallback(func(ctx context.Context, o metric.Observer) error {
-		if found, err := sample.Get(ctx); err == nil { // else Sample has said it; the rest of the metrics is worth having
+		if found, err := sample.Get(ctx); err == nil { // Sample logs the error; report the other metrics
 			o.ObserveInt64(retrying, found.messages, b.meters.group)
 			o.ObserveInt64(keys, found.keys, b.meters.group)
 			o.ObserveFloat64(blocked, found.blocked, b.meters.group)
@@ -105,7 +107,7 @@ func ofReason(reason deadletter.Reason) metric.MeasurementOption {
 	return metric.WithAttributes(attribute.String("reason", string(reason)))
 }
 
-// count counts what a committed transaction did.
+// count adds the outcome of a committed transaction.
 func (m *meters) count(ctx context.Context, done *outcome) {
 	m.applied.Add(ctx, int64(done.applied), m.group)
 	m.duplicates.Add(ctx, int64(done.copies), m.group)
@@ -114,14 +116,14 @@ func (m *meters) count(ctx context.Context, done *outcome) {
 	m.dead(ctx, done.dead...)
 }
 
-// dead counts letters that are committed.
+// dead counts committed dead letters.
 func (m *meters) dead(ctx context.Context, letters ...deadletter.Letter) {
 	for _, letter := range letters {
 		m.deadLetter.Add(ctx, 1, m.group, ofReason(letter.Reason))
 	}
 }
 
-// traceOf returns ctx within the trace that a message carries.
+// traceOf returns ctx with the trace context of a message's headers.
 func traceOf(ctx context.Context, headers map[string]string) context.Context {
 	return propagation.TraceContext{}.Extract(ctx, propagation.MapCarrier(headers))
 }

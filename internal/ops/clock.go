@@ -40,7 +40,7 @@ SELECT format('%s is %s ahead', what, date_trunc('second', written_at - clock_ti
 FROM (
     SELECT 'the last move of shard ' || shard, moved_at FROM outbox_cursor
     UNION ALL SELECT 'the lease of shard ' || shard, lease_expires_at - lease FROM outbox_cursor
-    UNION ALL SELECT 'the sign of life of relay ' || owner, expires_at - lease FROM outbox_relay
+    UNION ALL SELECT 'the heartbeat of relay ' || owner, expires_at - lease FROM outbox_relay
     UNION ALL SELECT 'the count of shard ' || shard, measured_at FROM outbox_backlog
     UNION ALL SELECT 'the oldest message of shard ' || shard, oldest_at FROM outbox_backlog
     UNION ALL SELECT 'the newest message of shard ' || shard, (

@@ -108,7 +108,7 @@ func TestDoctorFinds(t *testing.T) {
 		"ClockSetBack": {`UPDATE outbox_cursor SET moved_at = clock_timestamp() + interval '30 min'`, nil,
 			"clock", Wrong, "Postgres' clock was set back: the last move of shard 0 is 00:2"},
 		"ClockSetBackForConsumers": {`INSERT INTO inbox_consumer (consumer, owner, applied, expires_at, lease)
-			VALUES ('group', 'c', 1, clock_timestamp() + interval '30 min', '3 s')`, nil, "clock", Wrong, "the sign of life of c (group) is 00:2"},
+			VALUES ('group', 'c', 1, clock_timestamp() + interval '30 min', '3 s')`, nil, "clock", Wrong, "the heartbeat of c (group) is 00:2"},
 		"SequenceBehind": {`INSERT INTO operator_audit (action, target, reason, actor) VALUES ('a', 't', 'r', 'a'), ('a', 't', 'r', 'a');
 			SELECT setval(pg_get_serial_sequence('operator_audit', 'id'), 1)`, nil, "sequences", Wrong, "operator_audit.id goes on from 1, and 2 is in use"},
 		"SequenceNeverUsed": {`UPDATE outbox_cursor SET top_id = 8`, nil, "sequences", Wrong, "outbox.id goes on from 0, and 8 is in use"},

@@ -182,7 +182,9 @@ ORDER BY o.placed_at DESC, o.id DESC
 LIMIT $5`
 
 // ListOrders implements orders.v1.OrderService.
-func (s *Service) ListOrders(ctx context.Context, req *ordersv1.ListOrdersRequest) (*ordersv1.ListOrdersResponse, error) {
+func (s *Service) ListOrders(
+	ctx context.Context, req *ordersv1.ListOrdersRequest,
+) (*ordersv1.ListOrdersResponse, error) {
 	size := int(req.GetPageSize())
 	if size == 0 {
 		size = 50
@@ -240,7 +242,8 @@ func parseStatus(text string) ordersv1.OrderStatus {
 	return ordersv1.OrderStatus(ordersv1.OrderStatus_value["ORDER_STATUS_"+strings.ToUpper(text)])
 }
 
-// pageToken encodes the position of the last order of a page: its time in microseconds, Postgres' resolution, and its ID.
+// pageToken encodes the position of the last order of a page: its time in microseconds, Postgres' resolution, and its
+// ID.
 func pageToken(last *ordersv1.Order) string {
 	id := uuid.MustParse(last.GetId())
 	token := binary.BigEndian.AppendUint64(nil, uint64(last.GetPlacedAt().AsTime().UnixMicro()))

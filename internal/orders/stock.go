@@ -61,7 +61,8 @@ func readStock(ctx context.Context, db interface {
 	return &stock, err
 }
 
-// Fulfillment returns the consumer group that reserves stock for placed orders and releases the stock of cancelled ones.
+// Fulfillment returns the consumer group that reserves stock for placed orders and releases the stock of cancelled
+// ones.
 func (s *Service) Fulfillment() *inbox.Group {
 	group := inbox.NewGroup("fulfillment")
 	inbox.Handle(group, s.reserve)
@@ -75,7 +76,8 @@ const lockSQL = `
 WITH placed AS MATERIALIZED (
     SELECT id FROM orders WHERE id = $1 AND status = 'placed' FOR UPDATE
 )
-SELECT FROM stock WHERE sku IN (SELECT sku FROM order_lines JOIN placed ON order_id = placed.id) ORDER BY sku FOR UPDATE`
+SELECT FROM stock
+WHERE sku IN (SELECT sku FROM order_lines JOIN placed ON order_id = placed.id) ORDER BY sku FOR UPDATE`
 
 // reserveSQL is a separate statement because a statement does not see changes that others commit after it began. The
 // stock may change while lockSQL waits.
