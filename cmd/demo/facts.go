@@ -139,7 +139,7 @@ func groups() []*inbox.Group {
 	return []*inbox.Group{service.Fulfillment(), service.Notifications()}
 }
 
-func queueOf(group *inbox.Group) string { return "orders." + group.Name() }
+func queueOf(group *inbox.Group) string { return "shop." + group.Name() }
 
 func read[T any](ctx context.Context, db *pgxpool.Pool, sql string, args ...any) ([]T, error) {
 	rows, _ := db.Query(ctx, sql, args...) // CollectRows returns its error

@@ -90,7 +90,7 @@ func TestWrongArguments(t *testing.T) {
 		"below nothing":           {"-module github.com/acme/billing -service billing DIR/none/billing", "no folder to make it in"},
 		"below a file":            {"-module github.com/acme/billing -service billing FULL/file/billing", "no folder to make it in"},
 		"in the template":         {"-module github.com/acme/billing -service billing ../billing", "would lie in the template itself"},
-		"in the template, hidden": {"-module github.com/acme/billing -service billing ../../.stack/billing", "would lie in the template itself"},
+		"in the template, hidden": {"-module github.com/acme/billing -service billing ../../.github/billing", "would lie in the template itself"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

@@ -68,7 +68,7 @@ func TestOutboxShards(t *testing.T) {
 	if _, err := tx.Exec(t.Context(), `SELECT outbox_insert('type', '', '')`); err != nil {
 		t.Fatal(err)
 	}
-	o.says(1, "outbox shards 3 --timeout=2s", `outbox is in use: some transaction that has inserted stays open`)
+	o.says(1, "outbox shards 3 --timeout=2s", `outbox is in use: a transaction that has inserted messages stays open`)
 }
 
 func TestOutboxReplay(t *testing.T) {
