@@ -236,7 +236,7 @@ func share(view []shardView, me string) (take []int16, give int16) {
 	if len(view) == 0 {
 		return nil, give
 	}
-	holds := map[string]int{}
+	holds := map[string]int{me: 0} // a starved relay's registration may expire before it reads the view
 	for _, relay := range view[0].Relays {
 		holds[relay] = 0
 	}

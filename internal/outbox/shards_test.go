@@ -24,18 +24,20 @@ func TestShare(t *testing.T) {
 		take    []int16
 		give    int16
 	}{
-		"AllIsFree":                      {"....", "a", []int16{0, 1, 2, 3}, none},
-		"AllIsFreeForTwo":                {"....", "ab", []int16{0, 1}, none},
-		"TheRestIsFree":                  {"bb..", "ab", []int16{2, 3}, none},
-		"ANewcomerIsGivenOne":            {"aaaa", "ab", nil, 3},
-		"AndAnother":                     {"aaab", "ab", nil, 2},
-		"AndNoMore":                      {"aabb", "ab", nil, none},
-		"OneMoreThanAnotherIsFair":       {"aab", "ab", nil, none},
-		"MoreRelaysThanShards":           {"b", "abc", nil, none},
-		"OfADeadRelayIsNotTakenTooEarly": {"aaxx", "a", nil, none},
-		"OfADeadRelayWhenItIsFree":       {"aa..", "a", []int16{2, 3}, none},
-		"ThirdOfFour":                    {"aabb", "abc", nil, 1},
-		"NothingToShare":                 {"", "a", nil, none},
+		"AllIsFree":                               {"....", "a", []int16{0, 1, 2, 3}, none},
+		"AllIsFreeForTwo":                         {"....", "ab", []int16{0, 1}, none},
+		"TheRestIsFree":                           {"bb..", "ab", []int16{2, 3}, none},
+		"ANewcomerIsGivenOne":                     {"aaaa", "ab", nil, 3},
+		"AndAnother":                              {"aaab", "ab", nil, 2},
+		"AndNoMore":                               {"aabb", "ab", nil, none},
+		"OneMoreThanAnotherIsFair":                {"aab", "ab", nil, none},
+		"MoreRelaysThanShards":                    {"b", "abc", nil, none},
+		"OfADeadRelayIsNotTakenTooEarly":          {"aaxx", "a", nil, none},
+		"OfADeadRelayWhenItIsFree":                {"aa..", "a", []int16{2, 3}, none},
+		"ThirdOfFour":                             {"aabb", "abc", nil, 1},
+		"AStarvedRelayWhoseRegistrationExpired":   {"..", "", []int16{0, 1}, none},
+		"AStarvedRelayWhoseRegistrationIsMissing": {"b..", "b", []int16{1, 2}, none},
+		"NothingToShare":                          {"", "a", nil, none},
 	} {
 		t.Run(name, func(t *testing.T) {
 			var view []shardView
