@@ -17,10 +17,12 @@ const (
 var backlogRow = row{
 	name:  "backlog",
 	title: "Backlog",
-	how: "The relay on backlogs of 10,000, 100,000 and 1,000,000 messages. Of the largest its first 100,000 are published in each round, which isolates " +
-		"what a message costs with a million waiting; and once all of it, when the queue is emptied every second, as consumers would: one that holds a million slows " +
-		"its publishers down by itself.",
-	limit: "RabbitMQ, as without a backlog: a page is found by index, whatever waits behind it.",
+	how: "The relay on backlogs of 10,000, 100,000 and 1,000,000 messages. Each round publishes the first 100,000 of " +
+		"the largest backlog, which isolates the cost of a message while a million wait. One run publishes all of it. " +
+		"During that run the benchmark empties the queue every second, as consumers would, because a queue of a " +
+		"million " +
+		"messages slows its publishers down.",
+	limit: "RabbitMQ, as without a backlog: the relay finds a page by index, however many messages wait behind it.",
 	contestants: []contestant{
 		{name: "10k", run: drain(small, 1)},
 		{name: "100k", run: drain(medium, 1)},
@@ -30,23 +32,26 @@ var backlogRow = row{
 	lines: []line{
 		{label: "10,000", contestant: "10k", metric: rate, unit: "msg/s"},
 		{label: "100,000", contestant: "100k", metric: rate, unit: "msg/s", against: "10k"},
-		{label: "1,000,000, the first 100,000", contestant: "1M, first 100k", metric: rate, unit: "msg/s", against: "100k", least: 0.9},
+		{label: "1,000,000, the first 100,000", contestant: "1M, first 100k", metric: rate, unit: "msg/s",
+			against: "100k", least: 0.9},
 		{label: "1,000,000, all", contestant: "1M", metric: rate, unit: "msg/s", against: "100k", least: 0.9},
 		{label: "1,000,000, all: resident", contestant: "1M", metric: memory, unit: "MiB", most: 100},
 	},
 }
 
 func drainFirst(n, part int) func(ctx context.Context, b *bench) (measured, error) {
-	return func(ctx context.Context, b *bench) (measured, error) { return drainBeside(ctx, b, n, part, 1, nil) }
+	return func(ctx context.Context, b *bench) (measured, error) { return drainDisturbed(ctx, b, n, part, 1, nil) }
 }
 
 func drainAll(n int) func(ctx context.Context, b *bench) (measured, error) {
 	return func(ctx context.Context, b *bench) (measured, error) {
-		return drainBeside(ctx, b, n, n, 1, func(ctx context.Context, _ string) (func(), error) { return b.keepEmpty(ctx) })
+		return drainDisturbed(ctx, b, n, n, 1, func(ctx context.Context, _ string) (func(), error) {
+			return b.keepEmpty(ctx)
+		})
 	}
 }
 
-// keepEmpty empties the queue every second until end is called.
+// keepEmpty purges the queue every second until end is called.
 func (b *bench) keepEmpty(ctx context.Context) (end func(), err error) {
 	conn, err := amqp.Dial(b.AMQPURL)
 	if err != nil {
@@ -57,7 +62,7 @@ func (b *bench) keepEmpty(ctx context.Context) (end func(), err error) {
 	emptying.Go(func() {
 		for ctx.Err() == nil {
 			if ch, err := conn.Channel(); err == nil {
-				_, _ = ch.QueuePurge(queue, false) // which closes the channel if the queue is not there yet
+				_, _ = ch.QueuePurge(queue, false) // closes the channel if the queue does not exist yet
 				_ = ch.Close()
 			}
 			select {
@@ -72,9 +77,11 @@ func (b *bench) keepEmpty(ctx context.Context) (end func(), err error) {
 var heldRow = row{
 	name:  "held",
 	title: "Held transactions",
-	how: "A backlog of 30,000 while a transaction stays open that was there before the first message was published: a REPEATABLE READ one that has read something " +
-		"(a report, a dump, a forgotten psql), or one that has inserted a message of its own. The SKIP LOCKED loop of the peers row for comparison.",
-	limit: "RabbitMQ, as without: the log leaves no dead rows to wade through, and the cursor is found by place; the loop's deleted rows stay and are passed again.",
+	how: "A backlog of 30,000 messages drains beside an open transaction that began before the first message was " +
+		"published: a REPEATABLE READ transaction that has read something (a report, a dump, a forgotten psql), or one " +
+		"that has inserted a message of its own. The SKIP LOCKED loop of the peers row is there for comparison.",
+	limit: "RabbitMQ, as without such a transaction: the log leaves no dead rows to skip, and the relay finds the " +
+		"cursor by place. The rows that the loop deletes stay, and each scan passes them again.",
 	contestants: []contestant{
 		{name: "relay", run: drain(heldMessages, 1)},
 		{name: "relay, snapshot", run: drainHeld(holdSnapshot)},
@@ -84,19 +91,22 @@ var heldRow = row{
 	},
 	lines: []line{
 		{label: "relay, nothing held", contestant: "relay", metric: rate, unit: "msg/s"},
-		{label: "relay, snapshot held", contestant: "relay, snapshot", metric: rate, unit: "msg/s", against: "relay", least: 0.9},
-		{label: "relay, write transaction open", contestant: "relay, write", metric: rate, unit: "msg/s", against: "relay", least: 0.9},
+		{label: "relay, snapshot held", contestant: "relay, snapshot", metric: rate, unit: "msg/s",
+			against: "relay", least: 0.9},
+		{label: "relay, write transaction open", contestant: "relay, write", metric: rate, unit: "msg/s",
+			against: "relay", least: 0.9},
 		{label: "SKIP LOCKED loop, nothing held", contestant: "loop", metric: rate, unit: "msg/s", against: "relay"},
-		{label: "SKIP LOCKED loop, snapshot held", contestant: "loop, snapshot", metric: rate, unit: "msg/s", against: "loop"},
+		{label: "SKIP LOCKED loop, snapshot held", contestant: "loop, snapshot", metric: rate, unit: "msg/s",
+			against: "loop"},
 	},
 }
 
-// disturbance brings a database into a state, and returns what ends it.
+// disturbance brings a database into a state, and returns the function that ends it.
 type disturbance = func(ctx context.Context, url string) (end func(), err error)
 
 func drainHeld(disturb disturbance) func(ctx context.Context, b *bench) (measured, error) {
 	return func(ctx context.Context, b *bench) (measured, error) {
-		return drainBeside(ctx, b, heldMessages, heldMessages, 1, disturb)
+		return drainDisturbed(ctx, b, heldMessages, heldMessages, 1, disturb)
 	}
 }
 

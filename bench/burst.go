@@ -20,9 +20,11 @@ const (
 var burstRow = row{
 	name:  "burst",
 	title: "Burst",
-	how: fmt.Sprintf("Orders arrive over HTTP at %d/s, in an open loop. Idle queue: the consumers take what comes. Burst: they take %d/s, so the queue grows all the time; when "+
-		"the burst is over they take what comes again, and the time until the last order has its effect is measured. Latency is that of the call.", burstRate, burstConsumers),
-	limit: "The disk, which each order's commit waits for. Nothing on the way of a call looks at the queue.",
+	how: fmt.Sprintf("Orders arrive over HTTP at %d/s, in an open loop. Idle queue: the consumers keep up. Burst: they "+
+		"take %d/s, so the queue grows throughout. After the burst they run at full speed again, until the last "+
+		"order has "+
+		"its effect. Latency is that of the call.", burstRate, burstConsumers),
+	limit: "The disk: each order's commit waits for it. A call never looks at the queue.",
 	contestants: []contestant{
 		{name: "idle queue", run: burst(burstRate * 100)},
 		{name: "burst", run: burst(burstConsumers)},
@@ -30,14 +32,17 @@ var burstRow = row{
 	lines: []line{
 		{label: "PlaceOrder, queue idle, p50", contestant: "idle queue", metric: "call p50", unit: "ms"},
 		{label: "PlaceOrder, queue idle, p99", contestant: "idle queue", metric: "call p99", unit: "ms"},
-		{label: "PlaceOrder, 10 times what consumers take, p50", contestant: "burst", metric: "call p50", unit: "ms", against: "idle queue"},
-		{label: "PlaceOrder, 10 times what consumers take, p99", contestant: "burst", metric: "call p99", unit: "ms", against: "idle queue", most: 2},
+		{label: "PlaceOrder, 10 times what consumers take, p50", contestant: "burst", metric: "call p50", unit: "ms",
+			against: "idle queue"},
+		{label: "PlaceOrder, 10 times what consumers take, p99", contestant: "burst", metric: "call p99", unit: "ms",
+			against: "idle queue", most: 2},
 		{label: "without effect when the burst is over", contestant: "burst", metric: "left", unit: "orders"},
 		{label: "until all have it", contestant: "burst", metric: "drained", unit: "s"},
 	},
 }
 
-// burst measures calls while consumers take so many orders a second at most, and how long they need for what is left then.
+// burst measures calls while consumers take a limited number of orders a second, and then the time that unlimited
+// consumers need for the rest.
 func burst(consumersTake throttle.Limit) func(ctx context.Context, b *bench) (measured, error) {
 	return func(ctx context.Context, b *bench) (found measured, err error) {
 		err = b.withParts(ctx, func(p *parts) error {

@@ -18,17 +18,22 @@ import (
 var callsRow = row{
 	name:  "calls",
 	title: "Durable calls",
-	how: fmt.Sprintf("Processes of the binary, called over HTTP. PlaceOrder and its submission (Prefer: respond-async): %d callers, each with one call after the other, and of the service "+
-		"only the API runs. Submit → result: all three processes run, with nothing else to do; one call after the other is submitted and waited for, 50 ms apart.", placeWorkers),
-	limit: "Submission: as PlaceOrder, one commit. The result: five trips to the disk one after the other (submission, claim, queue, effect with result) and the doorbell back.",
+	how: fmt.Sprintf("Processes of the binary, called over HTTP. PlaceOrder and its submission (Prefer: "+
+		"respond-async): "+
+		"%d callers make one call after the other, and only the API process runs. Submit → result: all three processes "+
+		"run, otherwise idle; one caller submits a call, waits for its result, and repeats after 50 ms.", placeWorkers),
+	limit: "Submission: one commit, as in PlaceOrder. Result: five consecutive trips to the disk (submission, claim, " +
+		"queue, effect with result) and the doorbell on the way back.",
 	contestants: []contestant{
 		{name: "place", run: calls([]string{"api"}, placeWorkers, 0, (*caller).place)},
 		{name: "submit", run: calls([]string{"api"}, placeWorkers, 0, (*caller).submitOnly)},
-		{name: "result", run: calls([]string{"api", "relay", "consumer"}, 1, 50*time.Millisecond, (*caller).submitAndWait)},
+		{name: "result", run: calls([]string{"api", "relay", "consumer"}, 1, 50*time.Millisecond,
+			(*caller).submitAndWait)},
 	},
 	lines: []line{
 		{label: "PlaceOrder", contestant: "place", metric: rate, unit: "calls/s"},
-		{label: "submit PlaceOrder", contestant: "submit", metric: rate, unit: "calls/s", against: "place", least: 0.85},
+		{label: "submit PlaceOrder", contestant: "submit", metric: rate, unit: "calls/s", against: "place",
+			least: 0.85},
 		{label: "submit → result, idle, p50", contestant: "result", metric: "p50", unit: "ms", most: 15},
 		{label: "submit → result, idle, p99", contestant: "result", metric: "p99", unit: "ms"},
 	},
@@ -69,7 +74,9 @@ func (c *caller) submitAndWait(ctx context.Context) error {
 }
 
 // calls measures callers of the service's processes.
-func calls(processes []string, callers int, pause time.Duration, call func(c *caller, ctx context.Context) error) func(ctx context.Context, b *bench) (measured, error) {
+func calls(
+	processes []string, callers int, pause time.Duration, call func(c *caller, ctx context.Context) error,
+) func(ctx context.Context, b *bench) (measured, error) {
 	return func(ctx context.Context, b *bench) (found measured, err error) {
 		err = b.withDatabase(ctx, nothing, migrated, func(url string) error {
 			defer b.deleteQueues(serviceTopology)
@@ -80,8 +87,12 @@ func calls(processes []string, callers int, pause time.Duration, call func(c *ca
 			return b.withService(url, addr, processes, nil, func([]int) error {
 				transport := &http.Transport{MaxIdleConnsPerHost: placeWorkers}
 				defer transport.CloseIdleConnections()
-				client := connect.NewClient(connecthttp.NewTransport(&http.Client{Transport: transport}, "http://"+addr))
-				c := &caller{ordersv1connect.NewOrderServiceClient(client), operationsv1connect.NewOperationServiceClient(client)}
+				client := connect.NewClient(connecthttp.NewTransport(&http.Client{Transport: transport}, "http://"+
+					addr))
+				c := &caller{
+					orders:     ordersv1connect.NewOrderServiceClient(client),
+					operations: operationsv1connect.NewOperationServiceClient(client),
+				}
 				if err := untilDone(ctx, func() error { return call(c, ctx) }); err != nil {
 					return err
 				}
@@ -93,8 +104,10 @@ func calls(processes []string, callers int, pause time.Duration, call func(c *ca
 	}
 }
 
-// serviceTopology is what the service's processes declare.
-var serviceTopology = rabbit.Topology{Exchange: exchange, Queues: []rabbit.Queue{{Name: "shop.fulfillment"}, {Name: "shop.notifications"}, {Name: "shop.operations"}}}
+// serviceTopology names the exchange and the queues that the service's processes declare.
+var serviceTopology = rabbit.Topology{Exchange: exchange, Queues: []rabbit.Queue{
+	{Name: "shop.fulfillment"}, {Name: "shop.notifications"}, {Name: "shop.operations"},
+}}
 
 func freeAddress() (string, error) {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
@@ -105,7 +118,7 @@ func freeAddress() (string, error) {
 	return listener.Addr().String(), nil
 }
 
-// untilDone tries something until it is well, for as long as a service may take to start.
+// untilDone retries until try succeeds, or for as long as a service may take to start.
 func untilDone(ctx context.Context, try func() error) error {
 	for began := time.Now(); ; time.Sleep(20 * time.Millisecond) {
 		err := try()

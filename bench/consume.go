@@ -17,7 +17,7 @@ import (
 
 const (
 	consumeMessages = 20_000
-	// consumeSlowly is for those who commit once a message.
+	// consumeSlowly is for contestants that commit every message separately.
 	consumeSlowly = 2_000
 	prefetch      = 300
 )
@@ -25,10 +25,14 @@ const (
 var consumeRow = row{
 	name:  "consume",
 	title: "Consumer vs. raw acks",
-	how: fmt.Sprintf("A queue of %d messages (%d for the last two). Raw: consume and ack, by one ack for a hundred, with no work at all. Batch: the inbox as the "+
-		"service has it, each handler inserting one row. Single: the same with one message a transaction. Plain: the loop that everybody writes, which inserts the "+
-		"message's ID on conflict do nothing and the effect in a transaction of its own, and acks. All with prefetch %d and one goroutine.", consumeMessages, consumeSlowly, prefetch),
-	limit: "Postgres: one round trip for each handler's statement, and for those who commit once a message the disk.",
+	how: fmt.Sprintf("A queue of %d messages (%d for the last two). Raw: consume without any work, with one ack for a "+
+		"hundred messages. Batch: the service's inbox, whose handler inserts one row. Single: the same with one "+
+		"message "+
+		"per transaction. Plain: the loop that everybody writes; one transaction per message inserts its ID on "+
+		"conflict do "+
+		"nothing and its effect, then the loop acks. All use prefetch %d and one goroutine.",
+		consumeMessages, consumeSlowly, prefetch),
+	limit: "Postgres: one round trip for each handler's statement. With one commit per message also the disk.",
 	contestants: []contestant{
 		{name: "raw", run: consume(consumeMessages, consumeRaw)},
 		{name: "batch", run: consume(consumeMessages, consumeInbox(0))},
@@ -44,7 +48,7 @@ var consumeRow = row{
 	},
 }
 
-// consumer takes deliveries until ctx is done, and calls done with how many it has finished.
+// consumer takes deliveries until ctx is done, and calls done with the number that it has finished.
 type consumer func(ctx context.Context, b *bench, db *pgxpool.Pool, done func(n int)) error
 
 // consume measures a consumer on a queue of n messages. The clock runs from its first finished message to its last.
@@ -55,7 +59,8 @@ func consume(n int, run consumer) func(ctx context.Context, b *bench) (measured,
 			if err := migrated(ctx, url); err != nil {
 				return err
 			}
-			return execute(ctx, url, `CREATE TABLE effect (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, payload bytea NOT NULL)`,
+			return execute(ctx, url,
+				`CREATE TABLE effect (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, payload bytea NOT NULL)`,
 				`CREATE TABLE plain_inbox (message_id uuid PRIMARY KEY, received_at timestamptz NOT NULL DEFAULT now())`)
 		}
 		err = b.withDatabase(ctx, "effects", prepare, func(url string) error {
@@ -70,7 +75,9 @@ func consume(n int, run consumer) func(ctx context.Context, b *bench) (measured,
 					return err
 				}
 				return withPool(ctx, postgres.Config{URL: url}, func(db *pgxpool.Pool) error {
-					found, err = countUntil(ctx, n, func(ctx context.Context, done func(n int)) error { return run(ctx, b, db, done) })
+					found, err = countUntil(ctx, n, func(ctx context.Context, done func(n int)) error {
+						return run(ctx, b, db, done)
+					})
 					return err
 				})
 			})
@@ -79,7 +86,7 @@ func consume(n int, run consumer) func(ctx context.Context, b *bench) (measured,
 	}
 }
 
-// countUntil runs fn until n are done, and returns the rate between the first of them and the last.
+// countUntil runs fn until n messages are done, and returns the rate between the first and the last.
 func countUntil(ctx context.Context, n int, fn func(ctx context.Context, done func(n int)) error) (measured, error) {
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Minute)
 	defer cancel()
@@ -109,7 +116,9 @@ func consumeInbox(batch int) consumer {
 			return err
 		})
 		box := inbox.New(db, group, inbox.Config{})
-		config := rabbit.ConsumerConfig{URL: b.AMQPURL, Topology: topology, Queue: queue, Prefetch: prefetch, Batch: batch}
+		config := rabbit.ConsumerConfig{
+			URL: b.AMQPURL, Topology: topology, Queue: queue, Prefetch: prefetch, Batch: batch,
+		}
 		return rabbit.NewConsumer(config, counting(box.Process, done)).Run(ctx)
 	}
 }
@@ -119,8 +128,9 @@ const effectSQL = `INSERT INTO effect (payload) VALUES ($1)`
 func consumePlain(ctx context.Context, b *bench, db *pgxpool.Pool, done func(n int)) error {
 	return eachDelivery(ctx, b, func(_ int, delivery *amqp.Delivery) error {
 		err := pgx.BeginFunc(ctx, db, func(tx pgx.Tx) error {
-			taken, err := tx.Exec(ctx, `INSERT INTO plain_inbox (message_id) VALUES ($1) ON CONFLICT DO NOTHING`, delivery.MessageId)
-			if err != nil || taken.RowsAffected() == 0 {
+			tag, err := tx.Exec(ctx, `INSERT INTO plain_inbox (message_id) VALUES ($1) ON CONFLICT DO NOTHING`,
+				delivery.MessageId)
+			if err != nil || tag.RowsAffected() == 0 {
 				return err
 			}
 			_, err = tx.Exec(ctx, effectSQL, delivery.Body)
@@ -134,7 +144,7 @@ func consumePlain(ctx context.Context, b *bench, db *pgxpool.Pool, done func(n i
 	})
 }
 
-// eachDelivery calls fn for one delivery after the other, counted from 1.
+// eachDelivery calls fn for each delivery in turn, counted from 1.
 func eachDelivery(ctx context.Context, b *bench, fn func(i int, delivery *amqp.Delivery) error) error {
 	conn, err := amqp.Dial(b.AMQPURL)
 	if err != nil {

@@ -17,14 +17,16 @@ const (
 var idleRow = row{
 	name:  "idle",
 	title: "Idle",
-	how: fmt.Sprintf("API, relay and consumer as three processes of the binary, with nothing to do: their processor time in %s, from /proc, after %s to settle down. "+
-		"Postgres: what its backends for them used meanwhile.", idleWindow, idleSettle),
-	limit: "Looks once a second (relay, backlog, scheduled messages, retries), heartbeats, and leases.",
+	how: fmt.Sprintf("API, relay and consumer run as three idle processes of the binary. The row reads from /proc the "+
+		"processor time that they use in %s, after %s to settle down. Postgres: the time that their backends use "+
+		"meanwhile.", idleWindow, idleSettle),
+	limit: "Polls once a second (relay, backlog, scheduled messages, retries), heartbeats and leases.",
 	contestants: []contestant{
 		{name: "processes", run: runIdle},
 	},
 	lines: []line{
-		{label: "api, relay and consumer together", contestant: "processes", metric: "processes", unit: "% of a core", most: 2},
+		{label: "api, relay and consumer together", contestant: "processes", metric: "processes", unit: "% of a core",
+			most: 2},
 		{label: "api", contestant: "processes", metric: "api", unit: "% of a core"},
 		{label: "relay", contestant: "processes", metric: "relay", unit: "% of a core"},
 		{label: "consumer", contestant: "processes", metric: "consumer", unit: "% of a core"},
@@ -45,13 +47,17 @@ func runIdle(ctx context.Context, b *bench) (found measured, err error) {
 	return found, err
 }
 
-// withService calls fn while processes of the service run, the API at an address.
+// withService calls fn while the named processes of the service run. The API listens on addr. started contains the
+// PIDs of the processes that already run.
 func (b *bench) withService(url, addr string, names []string, started []int, fn func(pids []int) error) error {
 	if len(started) == len(names) {
 		return fn(started)
 	}
 	name := names[len(started)]
-	environment := []string{"POSTGRES_URL=" + url, "AMQP_URL=" + b.AMQPURL, "EXCHANGE=" + exchange, "OPS_LISTEN=127.0.0.1:0", "LOG_LEVEL=error"}
+	environment := []string{
+		"POSTGRES_URL=" + url, "AMQP_URL=" + b.AMQPURL, "EXCHANGE=" + exchange,
+		"OPS_LISTEN=127.0.0.1:0", "LOG_LEVEL=error",
+	}
 	if name == "api" {
 		environment = append(environment, "LISTEN="+addr, "INSECURE_NO_AUTH=true", "CALLER_RATE=0")
 	}
@@ -60,7 +66,7 @@ func (b *bench) withService(url, addr string, names []string, started []int, fn 
 	})
 }
 
-// idleTimes measures the processes, and the backends of Postgres that work for them.
+// idleTimes measures the processes and their Postgres backends.
 func idleTimes(ctx context.Context, url string, pids []int) (measured, error) {
 	conn, err := pgx.Connect(ctx, url)
 	if err != nil {
@@ -68,7 +74,8 @@ func idleTimes(ctx context.Context, url string, pids []int) (measured, error) {
 	}
 	defer conn.Close(ctx)
 	time.Sleep(idleSettle)
-	rows, _ := conn.Query(ctx, `SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()`)
+	rows, _ := conn.Query(ctx, `
+		SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()`)
 	backends, err := pgx.CollectRows(rows, pgx.RowTo[int])
 	if err != nil {
 		return nil, err
@@ -97,7 +104,7 @@ func idleTimes(ctx context.Context, url string, pids []int) (measured, error) {
 	return found, nil
 }
 
-// cpuTimes returns what each process has used; one that has ended meanwhile is an error.
+// cpuTimes returns the CPU time of each process. A process that has ended is an error.
 func cpuTimes(pids []int) (all []time.Duration, err error) {
 	for _, pid := range pids {
 		used, err := cpuTime(pid)

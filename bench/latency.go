@@ -20,18 +20,22 @@ import (
 
 const (
 	latencyDuration = 8 * time.Second
-	// warmUp is how long the load runs before it is measured: connections are made, statements prepared, plans found.
+	// warmUp is the time before the measurement. Meanwhile connections open and sessions prepare and plan statements.
 	warmUp = time.Second
 )
 
 var latencyRow = row{
 	name:  "latency",
 	title: "Latency",
-	how: "Orders arrive at their times whether or not those before them are through (an open loop, so that a standstill is measured and not skipped). The parts of " +
-		"the three processes, wired as internal/app wires them, run in the benchmark's process with connections of their own, doorbell over NOTIFY included. Commit: the handler " +
-		"has returned. Confirm: the relay has heard the broker's. Effect: the transaction of the fulfillment group that reserves the stock has committed. At 200/s " +
-		"there are no consumers, and the same messages are published without any database.",
-	limit: "Three trips to the disk one after the other (claim, queue, effect), and from 500/s on the processors, which the servers share with the load.",
+	how: "Orders arrive on schedule, even while earlier orders are in progress (an open loop, which measures a " +
+		"standstill and does not skip it). The benchmark's process runs the parts of the three processes, wired as in " +
+		"internal/app, each with its own connections and with the doorbell over NOTIFY. Commit: the handler has " +
+		"returned. " +
+		"Confirm: the relay has received the broker's confirm. Effect: the transaction of the fulfillment group that " +
+		"reserves the stock has committed. At 200/s there are no consumers, and the raw contestant publishes the same " +
+		"messages without a database.",
+	limit: "Three consecutive trips to the disk (claim, queue, effect). From 500/s on, the processors, which the " +
+		"servers share with the load.",
 	contestants: []contestant{
 		{name: "raw 200", run: rawLatency(200)},
 		{name: "200", run: chain(200, false)},
@@ -42,8 +46,10 @@ var latencyRow = row{
 	lines: []line{
 		{label: "publish → confirm, 200/s, no database, p50", contestant: "raw 200", metric: "confirm p50", unit: "ms"},
 		{label: "publish → confirm, 200/s, no database, p99", contestant: "raw 200", metric: "confirm p99", unit: "ms"},
-		{label: "commit → confirm, 200/s, p50", contestant: "200", metric: "confirm p50", unit: "ms", against: "raw 200", most: 2},
-		{label: "commit → confirm, 200/s, p99", contestant: "200", metric: "confirm p99", unit: "ms", against: "raw 200"},
+		{label: "commit → confirm, 200/s, p50", contestant: "200", metric: "confirm p50", unit: "ms",
+			against: "raw 200", most: 2},
+		{label: "commit → confirm, 200/s, p99", contestant: "200", metric: "confirm p99", unit: "ms",
+			against: "raw 200"},
 		{label: "commit → confirm, 100/s, p50", contestant: "100", metric: "confirm p50", unit: "ms"},
 		{label: "commit → confirm, 100/s, p99", contestant: "100", metric: "confirm p99", unit: "ms"},
 		{label: "commit → effect, 100/s, p50", contestant: "100", metric: "effect p50", unit: "ms"},
@@ -59,7 +65,7 @@ var latencyRow = row{
 	},
 }
 
-// rawLatency publishes from memory, one message a call.
+// rawLatency publishes from memory, one message per call.
 func rawLatency(perSecond int) func(ctx context.Context, b *bench) (measured, error) {
 	return func(ctx context.Context, b *bench) (found measured, err error) {
 		err = b.withQueue(ctx, topology, func() error {
@@ -69,7 +75,7 @@ func rawLatency(perSecond int) func(ctx context.Context, b *bench) (measured, er
 			}
 			defer to.close()
 			watch := newStopwatch()
-			found, err = underLoad(ctx, perSecond, map[string]*stopwatch{"confirm": watch}, func(ctx context.Context) error {
+			publish := func(ctx context.Context) error {
 				message := makeMessages(1)[0]
 				watch.start(message.ID.String())
 				confirm, err := to.publish(message)
@@ -78,15 +84,18 @@ func rawLatency(perSecond int) func(ctx context.Context, b *bench) (measured, er
 				}
 				watch.stop(message.ID.String())
 				return err
-			})
+			}
+			found, err = underLoad(ctx, perSecond, map[string]*stopwatch{"confirm": watch}, publish)
 			return err
 		})
 		return found, err
 	}
 }
 
-// underLoad calls fn at a rate, and returns the percentiles of what the stopwatches say after the warm-up.
-func underLoad(ctx context.Context, perSecond int, watches map[string]*stopwatch, fn func(ctx context.Context) error) (measured, error) {
+// underLoad calls fn at a rate, and returns the percentiles of the stopwatches after the warm-up.
+func underLoad(
+	ctx context.Context, perSecond int, watches map[string]*stopwatch, fn func(ctx context.Context) error,
+) (measured, error) {
 	if err := openLoop(ctx, perSecond, warmUp, fn); err != nil {
 		return nil, err
 	}
@@ -97,17 +106,17 @@ func underLoad(ctx context.Context, perSecond int, watches map[string]*stopwatch
 		return nil, err
 	}
 	found := measured{}
-	for what, watch := range watches {
+	for name, watch := range watches {
 		all, err := watch.settled(ctx)
 		if err != nil {
-			return nil, fmt.Errorf("%s: %w", what, err)
+			return nil, fmt.Errorf("%s: %w", name, err)
 		}
-		found[what+" p50"], found[what+" p99"] = milliseconds(all, 50), milliseconds(all, 99)
+		found[name+" p50"], found[name+" p99"] = milliseconds(all, 50), milliseconds(all, 99)
 	}
 	return found, nil
 }
 
-// chain measures the way of an order: from the handler's return to the confirm, and to the effect if there are consumers.
+// chain measures an order from the handler's return to the confirm, and with consumers also to the effect.
 func chain(perSecond int, consumers bool) func(ctx context.Context, b *bench) (measured, error) {
 	return func(ctx context.Context, b *bench) (found measured, err error) {
 		err = b.withParts(ctx, func(p *parts) error {
@@ -124,7 +133,7 @@ func chain(perSecond int, consumers bool) func(ctx context.Context, b *bench) (m
 	}
 }
 
-// withParts calls fn with the parts of a service that has stock, on a database and queues of their own.
+// withParts calls fn with the parts of a service with stock. They use a fresh database and fresh queues.
 func (b *bench) withParts(ctx context.Context, fn func(p *parts) error) error {
 	return b.withDatabase(ctx, nothing, migrated, func(url string) error {
 		return withPool(ctx, postgres.Config{URL: url}, func(db *pgxpool.Pool) error {
@@ -133,7 +142,10 @@ func (b *bench) withParts(ctx context.Context, fn func(p *parts) error) error {
 			if err := stockUp(ctx, service); err != nil {
 				return err
 			}
-			p := &parts{bench: b, url: url, service: service, bell: bell, topology: topologyOf(service), confirm: newStopwatch(), effect: newStopwatch()}
+			p := &parts{
+				bench: b, url: url, service: service, bell: bell, topology: topologyOf(service),
+				confirm: newStopwatch(), effect: newStopwatch(),
+			}
 			return b.withQueue(ctx, p.topology, func() error { return fn(p) })
 		})
 	})
@@ -141,7 +153,8 @@ func (b *bench) withParts(ctx context.Context, fn func(p *parts) error) error {
 
 func stockUp(ctx context.Context, service *orders.Service) error {
 	for i := range skus {
-		if _, err := service.SetStock(ctx, &ordersv1.SetStockRequest{Sku: fmt.Sprintf("sku-%d", i), Total: 1_000_000}); err != nil {
+		stock := &ordersv1.SetStockRequest{Sku: fmt.Sprintf("sku-%d", i), Total: 1_000_000}
+		if _, err := service.SetStock(ctx, stock); err != nil {
 			return err
 		}
 	}
@@ -156,14 +169,14 @@ func topologyOf(service *orders.Service) rabbit.Topology {
 	return found
 }
 
-// parts are those of the service's processes, as internal/app wires them, with stopwatches at two places.
+// parts contains the parts of the service's processes, wired as in internal/app, with stopwatches in two places.
 type parts struct {
 	*bench
 	url             string
 	service         *orders.Service
 	bell            *outbox.NotifyBell
 	topology        rabbit.Topology
-	confirm, effect *stopwatch // by order
+	confirm, effect *stopwatch // by order ID
 	throttle        func(handle rabbit.Handler) rabbit.Handler
 }
 
@@ -184,7 +197,9 @@ func (p *parts) run(ctx context.Context, consumers bool, fn func(ctx context.Con
 			ctx, cancel := context.WithCancel(ctx)
 			group, ctx := errgroup.WithContext(ctx)
 			group.Go(func() error { p.bell.Run(ctx); return nil })
-			relay := newRelay(p.flags, relayDB, p.topology, func(to messaging.Publisher) messaging.Publisher { return &watchedPublisher{to, p.sawConfirm} })
+			relay := newRelay(p.flags, relayDB, p.topology, func(to messaging.Publisher) messaging.Publisher {
+				return &watchedPublisher{to, p.sawConfirm}
+			})
 			group.Go(func() error { return relay.Run(ctx) })
 			group.Go(func() error { relay.Listen(ctx, p.url); return nil })
 			if consumers {
@@ -200,9 +215,11 @@ func (p *parts) run(ctx context.Context, consumers bool, fn func(ctx context.Con
 func (p *parts) startConsumers(ctx context.Context, group *errgroup.Group, db *pgxpool.Pool) {
 	bell := outbox.NewNotifyBell(p.url)
 	group.Go(func() error { bell.Run(ctx); return nil })
-	for _, one := range []*inbox.Group{p.service.Fulfillment(), p.service.Notifications()} {
-		box := inbox.New(db, one, inbox.Config{AfterCommit: bell.Ring})
-		config := rabbit.ConsumerConfig{URL: p.AMQPURL, Topology: p.topology, Queue: "bench." + one.Name(), Prefetch: prefetch}
+	for _, consumers := range []*inbox.Group{p.service.Fulfillment(), p.service.Notifications()} {
+		box := inbox.New(db, consumers, inbox.Config{AfterCommit: bell.Ring})
+		config := rabbit.ConsumerConfig{
+			URL: p.AMQPURL, Topology: p.topology, Queue: "bench." + consumers.Name(), Prefetch: prefetch,
+		}
 		handle := watching(box.Process, p.sawEffects)
 		if p.throttle != nil {
 			handle = p.throttle(handle)
@@ -220,9 +237,9 @@ func (p *parts) sawConfirm(m messaging.Message) {
 }
 
 func (p *parts) sawEffects(deliveries []messaging.Delivery) {
-	for _, one := range deliveries {
-		if one.Type == placedType {
-			p.effect.stop(one.Key)
+	for _, delivery := range deliveries {
+		if delivery.Type == placedType {
+			p.effect.stop(delivery.Key)
 		}
 	}
 }

@@ -13,7 +13,7 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-// describeMachine names what the numbers belong to.
+// describeMachine names the hardware and the versions that the numbers were measured with.
 func describeMachine(ctx context.Context, f *flags) (string, error) {
 	conn, err := pgx.Connect(ctx, f.PostgresURL)
 	if err != nil {
@@ -21,7 +21,8 @@ func describeMachine(ctx context.Context, f *flags) (string, error) {
 	}
 	defer conn.Close(ctx)
 	var postgres string
-	if err := conn.QueryRow(ctx, `SELECT split_part(current_setting('server_version'), ' ', 1)`).Scan(&postgres); err != nil {
+	const versionSQL = `SELECT split_part(current_setting('server_version'), ' ', 1)`
+	if err := conn.QueryRow(ctx, versionSQL).Scan(&postgres); err != nil {
 		return "", err
 	}
 	broker, err := rabbit.Version(ctx, f.AMQPURL)
@@ -29,11 +30,12 @@ func describeMachine(ctx context.Context, f *flags) (string, error) {
 		return "", err
 	}
 	kernel, _ := os.ReadFile("/proc/sys/kernel/osrelease")
-	return fmt.Sprintf("%s, %d cores, Linux %s, %s, Postgres %s, %s, all on this one machine", field("/proc/cpuinfo", "model name"), runtime.NumCPU(),
-		strings.TrimSpace(string(kernel)), runtime.Version(), postgres, broker), nil
+	return fmt.Sprintf("%s, %d cores, Linux %s, %s, Postgres %s, %s, all on this one machine",
+		field("/proc/cpuinfo", "model name"), runtime.NumCPU(), strings.TrimSpace(string(kernel)), runtime.Version(),
+		postgres, broker), nil
 }
 
-// field returns what stands behind a name and a colon in a file of /proc, the first time.
+// field returns the first value of a "name: value" line in a file of /proc.
 func field(file, name string) string {
 	text, _ := os.ReadFile(file)
 	for text := range strings.Lines(string(text)) {
@@ -44,7 +46,7 @@ func field(file, name string) string {
 	return "?"
 }
 
-// maxRSS is the most memory that a process has had resident, in MiB.
+// maxRSS returns the peak resident memory of a process in MiB.
 func maxRSS(pid int) float64 {
 	kib, _ := strconv.ParseFloat(strings.TrimSuffix(field(fmt.Sprintf("/proc/%d/status", pid), "VmHWM"), " kB"), 64)
 	return kib / 1024
@@ -53,13 +55,13 @@ func maxRSS(pid int) float64 {
 // ticks is the unit of CPU time in /proc: USER_HZ, which is 100 on every Linux architecture that Go runs on.
 const ticks = 100
 
-// cpuTime is what a process has used, in user mode and in the kernel.
+// cpuTime returns the CPU time of a process in user mode and in the kernel.
 func cpuTime(pid int) (time.Duration, error) {
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {
 		return 0, err
 	}
-	// The fields behind the name, which is in parentheses and may hold anything: utime and stime are the 14th and 15th of all.
+	// Skip the PID and the name, which is in parentheses and may contain anything. utime and stime are fields 14 and 15.
 	fields := strings.Fields(string(text[strings.LastIndexByte(string(text), ')')+1:]))
 	if fields[0] == "Z" {
 		return 0, fmt.Errorf("process %d has ended", pid)

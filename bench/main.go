@@ -1,5 +1,6 @@
-// Command bench measures the service against its own ceilings and against its peers. A row is a scenario whose contestants take turns within
-// each round, so that whatever else the machine does falls on all of them. What counts is the ratio within a round, not the rate.
+// Command bench measures the service against its own ceilings and against its peers. A row is a scenario. Its
+// contestants take turns within each round, so that other load on the machine affects all of them. Compare the ratios
+// within a round, not the rates.
 package main
 
 import (
@@ -17,28 +18,32 @@ import (
 )
 
 type flags struct {
-	PostgresURL string `name:"postgres-url" env:"POSTGRES_URL" required:"" help:"A Postgres in which databases may be created, as superuser."`
+	PostgresURL string `name:"postgres-url" env:"POSTGRES_URL" required:"" help:"Postgres; a superuser's URL."`
 	AMQPURL     string `name:"amqp-url" env:"AMQP_URL" required:"" help:"RabbitMQ."`
 
 	Run   runCommand   `cmd:"" default:"withargs" help:"Measure."`
-	Relay relayCommand `cmd:"" name:"run-relay" hidden:"" help:"The relay under test, in a process of its own."`
+	Relay relayCommand `cmd:"" name:"run-relay" hidden:"" help:"Run the relay under test in its own process."`
 }
 
 type runCommand struct {
-	Rows   []string `arg:"" optional:"" help:"Rows to measure; all of them if none is named."`
+	Rows   []string `arg:"" optional:"" help:"Rows to measure (default: all)."`
 	Rounds int      `default:"5" help:"Runs of each contestant."`
-	Quick  bool     `help:"A tenth of the messages: to try things out, not to quote."`
+	Quick  bool     `help:"Use a tenth of the messages. The numbers are not fit to quote."`
 	Binary string   `default:"bin/shop" help:"The service's binary, for the rows that measure whole processes."`
-	Out    string   `help:"Write the table to this file too."`
+	Out    string   `help:"Also write the table to this file."`
 }
 
-// rows are all there are, in the order of the table.
-var rows = []row{relayRow, consumeRow, placeRow, latencyRow, burstRow, rpcRow, callsRow, heldRow, backlogRow, peersRow, peerLatencyRow, idleRow}
+// rows lists all rows in the order of the table.
+var rows = []row{
+	relayRow, consumeRow, placeRow, latencyRow, burstRow, rpcRow, callsRow, heldRow, backlogRow, peersRow,
+	peerLatencyRow,
+	idleRow,
+}
 
 func main() {
 	var f flags
 	command := kong.Parse(&f, kong.Name("bench"))
-	// What is measured is quiet when it is well, and its warnings matter.
+	// The contestants log nothing below warnings, and their warnings matter.
 	slog.SetDefault(slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelWarn})))
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer stop()
@@ -58,12 +63,12 @@ func (c *runCommand) Run(ctx context.Context, f *flags) error {
 		return err
 	}
 	report := report{machine: machine, began: time.Now(), rounds: c.Rounds, quick: c.Quick}
-	for _, one := range chosen {
-		results, err := one.measure(ctx, b, c.Rounds)
+	for _, row := range chosen {
+		results, err := row.measure(ctx, b, c.Rounds)
 		if err != nil {
-			return fmt.Errorf("row %s: %w", one.name, err)
+			return fmt.Errorf("row %s: %w", row.name, err)
 		}
-		report.add(one, results)
+		report.add(row, results)
 	}
 	if err := report.write(os.Stdout); err != nil {
 		return err
@@ -74,7 +79,7 @@ func (c *runCommand) Run(ctx context.Context, f *flags) error {
 		}
 	}
 	if len(report.missed) > 0 {
-		return fmt.Errorf("not as good as wanted: %s", strings.Join(report.missed, "; "))
+		return fmt.Errorf("missed targets: %s", strings.Join(report.missed, "; "))
 	}
 	return nil
 }
@@ -91,7 +96,7 @@ func choose(names []string) ([]row, error) {
 			for _, r := range rows {
 				known = append(known, r.name)
 			}
-			return nil, fmt.Errorf("there is no row %q; the rows are %s", name, strings.Join(known, ", "))
+			return nil, fmt.Errorf("no row %q; the rows are %s", name, strings.Join(known, ", "))
 		}
 		chosen = append(chosen, rows[i])
 	}

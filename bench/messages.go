@@ -18,9 +18,9 @@ import (
 
 const (
 	messageType = "google.protobuf.BytesValue"
-	// payloadBytes is a small protobuf event with room to spare.
+	// payloadBytes is generous for a small protobuf event.
 	payloadBytes = 512
-	// keys is how many different keys the messages have.
+	// keys is the number of different keys.
 	keys = 1000
 )
 
@@ -35,7 +35,8 @@ func makeMessages(n int) []messaging.Message {
 	return messages
 }
 
-// insertAtOnce is how many messages a transaction of a backlog inserts: few transactions, so that the preparation is quick.
+// insertAtOnce is the number of messages that each transaction inserts into a backlog. Few transactions are quick to
+// prepare.
 const insertAtOnce = 500
 
 // backlog returns a function that prepares a database with n messages in the outbox.
@@ -57,7 +58,7 @@ func backlog(n int, shards int) func(ctx context.Context, url string) error {
 	}
 }
 
-// inBatches calls insert with n messages in all.
+// inBatches calls insert with batches of n messages in total.
 func inBatches(n int, insert func(messages []messaging.Message) error) error {
 	for n > 0 {
 		batch := min(n, insertAtOnce)
@@ -69,7 +70,7 @@ func inBatches(n int, insert func(messages []messaging.Message) error) error {
 	return nil
 }
 
-// publishing is a message as our relay sends it.
+// publishing returns a message as our relay sends it.
 func publishing(m messaging.Message) amqp.Publishing {
 	return amqp.Publishing{
 		MessageId: m.ID.String(), Type: m.Type, ContentType: "application/protobuf", DeliveryMode: amqp.Persistent,
@@ -77,7 +78,7 @@ func publishing(m messaging.Message) amqp.Publishing {
 	}
 }
 
-// confirming is a channel in confirm mode, as the client library has it.
+// confirming is a plain channel of the client library in confirm mode.
 type confirming struct {
 	conn *amqp.Connection
 	ch   *amqp.Channel
@@ -114,7 +115,7 @@ func (c *confirming) publishAll(messages []messaging.Message, window int) error 
 		for confirm := range pending {
 			if !confirm.Wait() {
 				failed <- fmt.Errorf("not confirmed")
-				for range pending { // so that the publisher does not wait for room
+				for range pending { // keep the publisher from blocking on a full channel
 				}
 				return
 			}

@@ -11,13 +11,13 @@ import (
 	"golang.org/x/sync/errgroup"
 )
 
-// countdown measures the rate of something that is done n times, and then ends it.
+// countdown measures the rate of messages, and calls end after want of them.
 type countdown struct {
 	want int
 	end  func()
 
 	mu          sync.Mutex
-	n, first    int // first is how many were done at once at the beginning, when the clock starts
+	n, first    int // first is the size of the first batch, which starts the clock
 	began, last time.Time
 }
 
@@ -46,7 +46,7 @@ func (c *countdown) rate() (measured, error) {
 	return measured{rate: float64(c.n-c.first) / c.last.Sub(c.began).Seconds()}, nil
 }
 
-// stopwatch measures from one moment to another, which may be heard of in either order.
+// stopwatch measures the time between two moments per ID. The two may be reported in either order.
 type stopwatch struct {
 	mu          sync.Mutex
 	began, over map[string]time.Time
@@ -56,7 +56,6 @@ func newStopwatch() *stopwatch {
 	return &stopwatch{began: map[string]time.Time{}, over: map[string]time.Time{}}
 }
 
-// reset forgets what was measured so far.
 func (s *stopwatch) reset() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -71,12 +70,12 @@ func (s *stopwatch) note(moments map[string]time.Time, id string) {
 	now := time.Now()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if _, again := moments[id]; !again { // copies do not count
+	if _, again := moments[id]; !again { // ignore duplicates
 		moments[id] = now
 	}
 }
 
-// times returns what was measured, and how many are not over yet.
+// times returns the measured times, and the number of IDs that have not stopped yet.
 func (s *stopwatch) times() (all []time.Duration, open int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -90,7 +89,7 @@ func (s *stopwatch) times() (all []time.Duration, open int) {
 	return all, open
 }
 
-// settled waits until everything that began is over, and returns the times.
+// settled waits until every started ID has stopped, and returns the times.
 func (s *stopwatch) settled(ctx context.Context) ([]time.Duration, error) {
 	for began := time.Now(); ; time.Sleep(20 * time.Millisecond) {
 		all, open := s.times()
@@ -98,13 +97,13 @@ func (s *stopwatch) settled(ctx context.Context) ([]time.Duration, error) {
 			return all, nil
 		}
 		if err := ctx.Err(); err != nil || time.Since(began) > time.Minute {
-			return nil, fmt.Errorf("%d of %d have not come to an end", open, open+len(all))
+			return nil, fmt.Errorf("%d of %d have not ended", open, open+len(all))
 		}
 	}
 }
 
-// openLoop calls fn so many times a second, at its time whether or not the calls before have ended: a system that stands still is
-// asked all the same, and so the time in which it stands still is measured.
+// openLoop calls fn perSecond times a second, on schedule even while earlier calls are in progress. The calls thus also
+// measure the time during which the system does not respond.
 func openLoop(ctx context.Context, perSecond int, duration time.Duration, fn func(ctx context.Context) error) error {
 	group, ctx := errgroup.WithContext(ctx)
 	began := time.Now()
@@ -118,7 +117,7 @@ func openLoop(ctx context.Context, perSecond int, duration time.Duration, fn fun
 	return group.Wait()
 }
 
-// counting calls done after each batch that a handler settled.
+// counting calls done after each batch that the handler has processed.
 func counting(handle rabbit.Handler, done func(n int)) rabbit.Handler {
 	return watching(handle, func(deliveries []messaging.Delivery) { done(len(deliveries)) })
 }
@@ -133,8 +132,8 @@ func watching(handle rabbit.Handler, seen func(deliveries []messaging.Delivery))
 	}
 }
 
-// watchedPublisher tells which messages were confirmed. It tells so when the relay has heard it of the whole page, which is later than the
-// confirm of most of them.
+// watchedPublisher reports confirmed messages. It does so when the relay has all confirms of a page, which is later
+// than the confirm of most of its messages.
 type watchedPublisher struct {
 	messaging.Publisher
 	confirmed func(m messaging.Message)

@@ -16,17 +16,17 @@ import (
 
 const (
 	peerMessages = 20_000
-	// peerSlowly is for those who forward one message after the other.
+	// peerSlowly is for peers that forward one message after the other.
 	peerSlowly = 2_000
 )
 
-// peer is an outbox: a way to insert messages in a transaction, and something that publishes them.
+// peer is an outbox.
 type peer struct {
 	name    string
 	prepare func(ctx context.Context, url string) error
-	// insert opens a way to commit a transaction with messages.
+	// insert returns a function that commits a transaction with messages.
 	insert func(ctx context.Context, url string) (insert insertFunc, end func(), err error)
-	// relay publishes until ctx is done, and calls confirmed when the broker has confirmed a message.
+	// relay publishes until ctx is done, and calls confirmed for each message that the broker has confirmed.
 	relay func(ctx context.Context, b *bench, url string, confirmed func(id string)) error
 }
 
@@ -35,12 +35,18 @@ type insertFunc func(ctx context.Context, messages ...messaging.Message) error
 var peersRow = row{
 	name:  "peers",
 	title: "Peers, draining",
-	how: fmt.Sprintf("A backlog of %d messages (Watermill: %d) goes to the same queue, confirmed, from the first confirm to the last. River: jobs inserted in the transaction, workers "+
-		"that publish and wait for the confirm; its defaults are 100 workers (as in its documentation) and a fetch each 100 ms; tuned, it has 500 workers that share one channel, so that confirms "+
-		"are pipelined, and the least fetch cooldown it takes (1 ms). Watermill: its forwarder from watermill-sql (batches of 1,000, polling each 10 ms) to a publisher with "+
-		"ConfirmDelivery and a pooled channel. SKIP LOCKED loop: select 500 FOR UPDATE SKIP LOCKED, publish them with pipelined confirms, delete them, commit.", peerMessages, peerSlowly),
-	limit: "RabbitMQ for the relay; for the others what they wait for between messages: commits of job states, a confirm for each message, the loop's own pauses " +
-		"between reading, publishing and deleting.",
+	how: fmt.Sprintf("A backlog of %d messages (Watermill and River with defaults: %d) goes to the same queue with "+
+		"confirms, timed from the first confirm to the last. River: the transaction inserts jobs, and workers "+
+		"publish and "+
+		"wait for the confirm. Its defaults are 100 workers (as in its documentation) and a fetch every 100 ms. "+
+		"Tuned, it "+
+		"has 500 workers that share one channel, which pipelines confirms, and the shortest fetch cooldown it accepts "+
+		"(1 ms). Watermill: its forwarder reads from watermill-sql (batches of 1,000, polling every 10 ms) and "+
+		"publishes "+
+		"with ConfirmDelivery and a pooled channel. SKIP LOCKED loop: select 500 rows FOR UPDATE SKIP LOCKED, publish "+
+		"them with pipelined confirms, delete them, commit.", peerMessages, peerSlowly),
+	limit: "Relay: RabbitMQ. Others: their waits between messages, which are commits of job states, a confirm for each " +
+		"message, or the loop's pauses between reading, publishing and deleting.",
 	contestants: []contestant{
 		{name: "relay", run: drainPeer(ours, peerMessages, nil)},
 		{name: "loop", run: drainPeer(skipLocked, peerMessages, nil)},
@@ -66,9 +72,10 @@ const peerRate = 200
 var peerLatencyRow = row{
 	name:  "peer-latency",
 	title: "Peers, latency",
-	how: fmt.Sprintf("%d transactions a second insert one message each (open loop); from the return of the commit to the confirm. The loop polls each 10 ms; everyone else is woken "+
-		"or polls as in the row before.", peerRate),
-	limit: "Two trips to the disk for the relay (claim, queue); for the others polling and what they commit before they publish.",
+	how: fmt.Sprintf("%d transactions a second insert one message each (open loop), timed from the return of the "+
+		"commit "+
+		"to the confirm. The loop polls every 10 ms. The others are woken or poll as in the row above.", peerRate),
+	limit: "Relay: two trips to the disk (claim, queue). Others: polling, and their commits before they publish.",
 	contestants: []contestant{
 		{name: "relay", run: peerLatency(ours)},
 		{name: "loop", run: peerLatency(skipLocked)},
@@ -79,14 +86,19 @@ var peerLatencyRow = row{
 	lines: []line{
 		{label: "this relay, p50", contestant: "relay", metric: "confirm p50", unit: "ms"},
 		{label: "this relay, p99", contestant: "relay", metric: "confirm p99", unit: "ms"},
-		{label: "SKIP LOCKED loop, p50", contestant: "loop", metric: "confirm p50", unit: "ms", against: "relay", least: 1},
+		{label: "SKIP LOCKED loop, p50", contestant: "loop", metric: "confirm p50", unit: "ms",
+			against: "relay", least: 1},
 		{label: "SKIP LOCKED loop, p99", contestant: "loop", metric: "confirm p99", unit: "ms", against: "relay"},
-		{label: "River, defaults, p50", contestant: "river", metric: "confirm p50", unit: "ms", against: "relay", least: 1},
+		{label: "River, defaults, p50", contestant: "river", metric: "confirm p50", unit: "ms",
+			against: "relay", least: 1},
 		{label: "River, defaults, p99", contestant: "river", metric: "confirm p99", unit: "ms", against: "relay"},
-		{label: "River, tuned, p50", contestant: "river, tuned", metric: "confirm p50", unit: "ms", against: "relay", least: 1},
+		{label: "River, tuned, p50", contestant: "river, tuned", metric: "confirm p50", unit: "ms",
+			against: "relay", least: 1},
 		{label: "River, tuned, p99", contestant: "river, tuned", metric: "confirm p99", unit: "ms", against: "relay"},
-		{label: "Watermill forwarder, p50", contestant: "watermill", metric: "confirm p50", unit: "ms", against: "relay", least: 1},
-		{label: "Watermill forwarder, p99", contestant: "watermill", metric: "confirm p99", unit: "ms", against: "relay"},
+		{label: "Watermill forwarder, p50", contestant: "watermill", metric: "confirm p50", unit: "ms",
+			against: "relay", least: 1},
+		{label: "Watermill forwarder, p99", contestant: "watermill", metric: "confirm p99", unit: "ms",
+			against: "relay"},
 	},
 }
 
@@ -138,7 +150,8 @@ func peerLatency(p peer) func(ctx context.Context, b *bench) (measured, error) {
 				ctx, cancel := context.WithCancel(ctx)
 				group, ctx := errgroup.WithContext(ctx)
 				group.Go(func() error { return p.relay(ctx, b, url, watch.stop) })
-				found, err = underLoad(ctx, peerRate, map[string]*stopwatch{"confirm": watch}, func(ctx context.Context) error {
+				watches := map[string]*stopwatch{"confirm": watch}
+				found, err = underLoad(ctx, peerRate, watches, func(ctx context.Context) error {
 					messages := makeMessages(1)
 					err := insert(ctx, messages...)
 					watch.start(messages[0].ID.String())
@@ -155,7 +168,7 @@ func peerLatency(p peer) func(ctx context.Context, b *bench) (measured, error) {
 	}
 }
 
-// ours is the relay as a peer among others: in the benchmark's own process, as they are.
+// ours is our relay. Like the other peers it runs in the benchmark's process.
 var ours = peer{
 	name:    "ours",
 	prepare: migrated,
@@ -192,13 +205,15 @@ const (
 	loopPause = 10 * time.Millisecond
 )
 
-// skipLocked is what everybody writes, well done: batches, pipelined confirms, rows deleted in the transaction that locks them.
+// skipLocked is the loop that everybody writes, written well: batches, pipelined confirms, and rows that are deleted in
+// the transaction that locks them.
 var skipLocked = peer{
 	name: "skip locked",
 	prepare: func(ctx context.Context, url string) error {
 		return execute(ctx, url, `CREATE TABLE plain_outbox (
 			id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, message_id uuid NOT NULL, type text NOT NULL, key text NOT NULL,
-			payload bytea NOT NULL, headers jsonb NOT NULL DEFAULT '{}', created_at timestamptz NOT NULL DEFAULT clock_timestamp())`)
+			payload bytea NOT NULL, headers jsonb NOT NULL DEFAULT '{}',
+			created_at timestamptz NOT NULL DEFAULT clock_timestamp())`)
 	},
 	insert: func(ctx context.Context, url string) (insertFunc, func(), error) {
 		db, err := postgres.Open(ctx, postgres.Config{URL: url})
@@ -209,7 +224,8 @@ var skipLocked = peer{
 			return pgx.BeginFunc(ctx, db, func(tx pgx.Tx) error {
 				batch := &pgx.Batch{}
 				for _, m := range messages {
-					batch.Queue(`INSERT INTO plain_outbox (message_id, type, key, payload) VALUES ($1, $2, $3, $4)`, m.ID, m.Type, m.Key, m.Payload)
+					batch.Queue(`INSERT INTO plain_outbox (message_id, type, key, payload) VALUES ($1, $2, $3, $4)`,
+						m.ID, m.Type, m.Key, m.Payload)
 				}
 				return tx.SendBatch(ctx, batch).Close()
 			})
@@ -243,7 +259,7 @@ const loopSQL = `
 SELECT id, message_id, type, key, payload, created_at FROM plain_outbox
 ORDER BY id LIMIT $1 FOR UPDATE SKIP LOCKED`
 
-// loopOnce publishes a batch, and returns how many messages it had.
+// loopOnce publishes a batch, and returns the number of its messages.
 func loopOnce(ctx context.Context, db *pgxpool.Pool, to *confirming, confirmed func(id string)) (n int, err error) {
 	err = pgx.BeginFunc(ctx, db, func(tx pgx.Tx) error {
 		rows, err := tx.Query(ctx, loopSQL, loopBatch)

@@ -36,10 +36,13 @@ const (
 var placeRow = row{
 	name:  "place",
 	title: "PlaceOrder, price of the pattern",
-	how: fmt.Sprintf("%d callers at once, each with one order of two lines after the other. With: the service's own handler, doorbell included. Without: the same "+
-		"work and statement in the same kind of transaction, without the message, its insert and the doorbell. Over HTTP: through the service's server and a Connect client, in one process; "+
-		"handler: the method called directly.", placeWorkers),
-	limit:      "Processor time: each commit waits for the disk together with others, and the insert, which is sent with COMMIT, is one more row with three indexes beside the orders' six.",
+	how: fmt.Sprintf("%d concurrent callers place orders of two lines, one after the other. With: the service's own "+
+		"handler, doorbell included. Without: the same work and statement in the same kind of transaction, but no "+
+		"message, "+
+		"no insert and no doorbell. Over HTTP: through the service's server and a Connect client, in one process. "+
+		"Handler: the method called directly.", placeWorkers),
+	limit: "Processor time. Commits share their waits for the disk. The insert is sent with COMMIT; it adds one row " +
+		"with three indexes to the orders' six.",
 	shortTurns: 4,
 	contestants: []contestant{
 		{name: "http, without", run: place(true, false)},
@@ -49,9 +52,11 @@ var placeRow = row{
 	},
 	lines: []line{
 		{label: "over HTTP, without the insert", contestant: "http, without", metric: rate, unit: "orders/s"},
-		{label: "over HTTP, with the insert", contestant: "http, with", metric: rate, unit: "orders/s", against: "http, without", least: 0.85},
+		{label: "over HTTP, with the insert", contestant: "http, with", metric: rate, unit: "orders/s",
+			against: "http, without", least: 0.85},
 		{label: "handler, without the insert", contestant: "handler, without", metric: rate, unit: "orders/s"},
-		{label: "handler, with the insert", contestant: "handler, with", metric: rate, unit: "orders/s", against: "handler, without", least: 0.85},
+		{label: "handler, with the insert", contestant: "handler, with", metric: rate, unit: "orders/s",
+			against: "handler, without", least: 0.85},
 	},
 }
 
@@ -67,7 +72,9 @@ func place(overHTTP, withOutbox bool) func(ctx context.Context, b *bench) (measu
 				group := errgroup.Group{}
 				group.Go(func() error { bell.Run(ctx); return nil })
 				defer func() { cancel(); _ = group.Wait() }()
-				var service ordersv1connect.OrderServiceHandler = orders.NewService(db, outbox.NewWriter(db, bell, nil), changes.New(changes.Config{}))
+				writer := outbox.NewWriter(db, bell, nil)
+				var service ordersv1connect.OrderServiceHandler = orders.NewService(db, writer,
+					changes.New(changes.Config{}))
 				if !withOutbox {
 					service = &bareService{service, db}
 				}
@@ -85,8 +92,8 @@ func place(overHTTP, withOutbox bool) func(ctx context.Context, b *bench) (measu
 	}
 }
 
-// placeMany measures callers that have nothing else to do. What they do at first is not counted: each connection is made, and its session parses and
-// plans every statement anew a few times.
+// placeMany measures callers that place one order after the other. It does not count the warm-up: connections open, and
+// each session parses and plans every statement a few times.
 func placeMany(ctx context.Context, call placeFunc, duration time.Duration) (measured, error) {
 	if _, err := placeFor(ctx, call, placeWarmUp); err != nil {
 		return nil, err
@@ -115,26 +122,35 @@ func placeFor(ctx context.Context, call placeFunc, duration time.Duration) (int6
 	return placed.Load(), err
 }
 
-// skus is how many different things are sold: enough that orders seldom wait for each other's stock.
+// skus is the number of different products: enough that orders seldom wait for each other's stock.
 const skus = 100
 
 func newOrder() *ordersv1.PlaceOrderRequest {
 	id := uuid.Must(uuid.NewV7())
-	return &ordersv1.PlaceOrderRequest{OrderId: id.String(), CustomerId: fmt.Sprintf("customer-%d", id[15]), Lines: []*ordersv1.Line{
-		{Sku: fmt.Sprintf("sku-%d", int(id[14])%skus), Quantity: 1}, {Sku: fmt.Sprintf("sku-%d", (int(id[14])+1)%skus), Quantity: 2},
-	}}
+	return &ordersv1.PlaceOrderRequest{
+		OrderId: id.String(), CustomerId: fmt.Sprintf("customer-%d", id[15]),
+		Lines: []*ordersv1.Line{
+			{Sku: fmt.Sprintf("sku-%d", int(id[14])%skus), Quantity: 1},
+			{Sku: fmt.Sprintf("sku-%d", (int(id[14])+1)%skus), Quantity: 2},
+		},
+	}
 }
 
-// serve serves the service until ctx is done, and returns a client's method.
-func serve(ctx context.Context, group *errgroup.Group, service ordersv1connect.OrderServiceHandler) (placeFunc, error) {
+// serve serves the service until ctx is done, and returns a client's PlaceOrder.
+func serve(
+	ctx context.Context, group *errgroup.Group, service ordersv1connect.OrderServiceHandler,
+) (placeFunc, error) {
 	addr, err := freeAddress()
 	if err != nil {
 		return nil, err
 	}
-	server := rpcserver.New(rpcserver.Config{Addr: addr, Log: slog.Default()}, func(s *connect.Server) { ordersv1connect.RegisterOrderServiceHandler(s, service) })
+	server := rpcserver.New(rpcserver.Config{Addr: addr, Log: slog.Default()}, func(s *connect.Server) {
+		ordersv1connect.RegisterOrderServiceHandler(s, service)
+	})
 	group.Go(func() error { return server.Run(ctx) })
 	transport := &http.Transport{MaxIdleConnsPerHost: placeWorkers}
-	client := ordersv1connect.NewOrderServiceClient(connect.NewClient(connecthttp.NewTransport(&http.Client{Transport: transport}, "http://"+addr)))
+	client := ordersv1connect.NewOrderServiceClient(connect.NewClient(
+		connecthttp.NewTransport(&http.Client{Transport: transport}, "http://"+addr)))
 	context.AfterFunc(ctx, transport.CloseIdleConnections)
 	place := func(ctx context.Context, req *ordersv1.PlaceOrderRequest) (*ordersv1.PlaceOrderResponse, error) {
 		return client.PlaceOrder(ctx, req)
@@ -145,13 +161,13 @@ func serve(ctx context.Context, group *errgroup.Group, service ordersv1connect.O
 	})
 }
 
-// bareService does what the service does, but tells nobody.
+// bareService does the work of the service without sending messages.
 type bareService struct {
 	ordersv1connect.OrderServiceHandler
 	db *pgxpool.Pool
 }
 
-// barePlaceSQL is internal/orders' own statement.
+// barePlaceSQL is the statement of internal/orders.
 const barePlaceSQL = `
 WITH placed AS (
     INSERT INTO orders (id, customer_id) VALUES ($1, $2) ON CONFLICT (id) DO NOTHING RETURNING id, placed_at
@@ -161,12 +177,16 @@ WITH placed AS (
 )
 SELECT placed_at FROM placed`
 
-func (s *bareService) PlaceOrder(ctx context.Context, req *ordersv1.PlaceOrderRequest) (*ordersv1.PlaceOrderResponse, error) {
+func (s *bareService) PlaceOrder(
+	ctx context.Context, req *ordersv1.PlaceOrderRequest,
+) (*ordersv1.PlaceOrderResponse, error) {
 	id, err := uuid.Parse(req.GetOrderId())
 	if err != nil {
 		return nil, err
 	}
-	lines := slices.SortedFunc(slices.Values(req.GetLines()), func(a, b *ordersv1.Line) int { return strings.Compare(a.GetSku(), b.GetSku()) })
+	lines := slices.SortedFunc(slices.Values(req.GetLines()), func(a, b *ordersv1.Line) int {
+		return strings.Compare(a.GetSku(), b.GetSku())
+	})
 	var names []string
 	var quantities []int32
 	for _, line := range lines {
@@ -181,6 +201,7 @@ func (s *bareService) PlaceOrder(ctx context.Context, req *ordersv1.PlaceOrderRe
 	}
 	at := timestamppb.New(placedAt)
 	return &ordersv1.PlaceOrderResponse{Order: &ordersv1.Order{
-		Id: id.String(), CustomerId: req.GetCustomerId(), Lines: lines, Status: ordersv1.OrderStatus_ORDER_STATUS_PLACED, PlacedAt: at, UpdatedAt: at,
+		Id: id.String(), CustomerId: req.GetCustomerId(), Lines: lines,
+		Status: ordersv1.OrderStatus_ORDER_STATUS_PLACED, PlacedAt: at, UpdatedAt: at,
 	}}, nil
 }

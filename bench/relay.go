@@ -19,9 +19,11 @@ const relayMessages = 50_000
 var relayRow = row{
 	name:  "relay",
 	title: "Relay vs. raw confirms",
-	how: fmt.Sprintf("%d messages of %d bytes. Raw: the client library publishing from memory on one channel, with %d pipelined confirms, as many as the relay has in "+
-		"flight. Relay: a process of its own drains an outbox with as many messages, from its first claim to its last recorded delivery.", relayMessages, payloadBytes, window),
-	limit:      "RabbitMQ, which writes every message to its log; the relay gives back in fewer system calls most of what reading and claiming costs it.",
+	how: fmt.Sprintf("%d messages of %d bytes. Raw: the client library publishes from memory on one channel, with %d "+
+		"pipelined confirms, as many as the relay has in flight. Relay: a separate process drains an outbox of as many "+
+		"messages, from its first claim to its last recorded delivery.", relayMessages, payloadBytes, window),
+	limit: "RabbitMQ, which writes every message to its log. Reading and claiming cost the relay time, but it makes up " +
+		"for most of that with fewer system calls.",
 	shortTurns: 4,
 	contestants: []contestant{
 		{name: "raw", run: runRaw},
@@ -30,13 +32,14 @@ var relayRow = row{
 	},
 	lines: []line{
 		{label: "raw pipelined confirms", contestant: "raw", metric: rate, unit: "msg/s"},
-		{label: "relay, 1 shard", contestant: "relay, 1 shard", metric: rate, unit: "msg/s", against: "raw", least: 0.9},
+		{label: "relay, 1 shard", contestant: "relay, 1 shard", metric: rate, unit: "msg/s",
+			against: "raw", least: 0.9},
 		{label: "relay, 4 shards", contestant: "relay, 4 shards", metric: rate, unit: "msg/s", against: "raw"},
 		{label: "relay, 1 shard", contestant: "relay, 1 shard", metric: memory, unit: "MiB", most: 100},
 	},
 }
 
-// window is how many messages the raw publisher has without confirm.
+// window is the maximum number of unconfirmed messages of the raw publisher.
 var window = outbox.Config{}.MaxInFlight()
 
 func runRaw(ctx context.Context, b *bench) (found measured, err error) {
@@ -55,7 +58,7 @@ func runRaw(ctx context.Context, b *bench) (found measured, err error) {
 	return found, err
 }
 
-// relayCommand is the relay as the service runs it.
+// relayCommand runs the relay as the service does.
 type relayCommand struct{}
 
 func (c *relayCommand) Run(ctx context.Context, f *flags) error {
@@ -64,15 +67,18 @@ func (c *relayCommand) Run(ctx context.Context, f *flags) error {
 	})
 }
 
-// relayPool is as internal/app sets it up.
+// relayPool configures the pool as internal/app does.
 func relayPool(url string) postgres.Config {
 	return postgres.Config{URL: url, MaxConns: 8, GenericPlans: true, IdleInTransaction: 5 * time.Second}
 }
 
-// newRelay makes a relay as internal/app does; its publisher may be wrapped.
-func newRelay(f *flags, db *pgxpool.Pool, topology rabbit.Topology, wrap func(messaging.Publisher) messaging.Publisher) *outbox.Relay {
+// newRelay makes a relay as internal/app does. wrap may wrap its publisher.
+func newRelay(
+	f *flags, db *pgxpool.Pool, topology rabbit.Topology, wrap func(messaging.Publisher) messaging.Publisher,
+) *outbox.Relay {
 	return outbox.NewRelay(db, func() messaging.Publisher {
-		var publisher messaging.Publisher = rabbit.NewPublisher(rabbit.PublisherConfig{URL: f.AMQPURL, Topology: topology, Window: window})
+		config := rabbit.PublisherConfig{URL: f.AMQPURL, Topology: topology, Window: window}
+		var publisher messaging.Publisher = rabbit.NewPublisher(config)
 		if wrap != nil {
 			publisher = wrap(publisher)
 		}
@@ -82,15 +88,20 @@ func newRelay(f *flags, db *pgxpool.Pool, topology rabbit.Topology, wrap func(me
 
 // drain measures a relay on a backlog of n.
 func drain(n, shards int) func(ctx context.Context, b *bench) (measured, error) {
-	return func(ctx context.Context, b *bench) (measured, error) { return drainBeside(ctx, b, n, n, shards, nil) }
+	return func(ctx context.Context, b *bench) (measured, error) {
+		return drainDisturbed(ctx, b, n, n, shards, nil)
+	}
 }
 
-// drainBeside lets a relay in a process of its own publish the first part of a backlog while the database is in a state that disturb makes;
-// what disturb returns ends it. The clock runs from the cursor's first claim to its last move, as the database tells them, so that the start of the
-// process does not count.
-func drainBeside(ctx context.Context, b *bench, n, part, shards int, disturb func(ctx context.Context, url string) (func(), error)) (found measured, err error) {
+// drainDisturbed measures a relay in a separate process that publishes the first part of a backlog during a
+// disturbance. The clock runs from the cursor's first claim to its last move by the database's clock, so the start of
+// the process does not count.
+func drainDisturbed(
+	ctx context.Context, b *bench, n, part, shards int, disturb disturbance,
+) (found measured, err error) {
 	n, part = b.some(n), b.some(part)
-	err = b.withDatabase(ctx, fmt.Sprintf("backlog of %d in %d shards", n, shards), backlog(n, shards), func(url string) error {
+	content := fmt.Sprintf("backlog of %d in %d shards", n, shards)
+	err = b.withDatabase(ctx, content, backlog(n, shards), func(url string) error {
 		if disturb != nil {
 			end, err := disturb(ctx, url)
 			if err != nil {
@@ -104,7 +115,8 @@ func drainBeside(ctx context.Context, b *bench, n, part, shards int, disturb fun
 				if err != nil {
 					return err
 				}
-				return withProcess(exec.Command(self, "run-relay"), []string{"POSTGRES_URL=" + url, "AMQP_URL=" + b.AMQPURL}, func(pid int) error {
+				environment := []string{"POSTGRES_URL=" + url, "AMQP_URL=" + b.AMQPURL}
+				return withProcess(exec.Command(self, "run-relay"), environment, func(pid int) error {
 					took, published, err := watchCursor(ctx, db, part)
 					found = measured{rate: float64(published) / took.Seconds(), memory: maxRSS(pid)}
 					return err
@@ -117,7 +129,8 @@ func drainBeside(ctx context.Context, b *bench, n, part, shards int, disturb fun
 
 const cursorSQL = `SELECT sum(published)::bigint, bool_or(claimed IS NOT NULL), clock_timestamp() FROM outbox_cursor`
 
-// watchCursor returns how long it took to publish at least n messages, and how many they were.
+// watchCursor waits until n messages are published. It returns the time that this took, and the exact number of
+// messages.
 func watchCursor(ctx context.Context, db *pgxpool.Pool, n int) (took time.Duration, published int, err error) {
 	var claimed time.Time
 	for began := time.Now(); time.Since(began) < 5*time.Minute; {
@@ -132,7 +145,7 @@ func watchCursor(ctx context.Context, db *pgxpool.Pool, n int) (took time.Durati
 		if published >= n {
 			return now.Sub(claimed), published, nil
 		}
-		time.Sleep(10 * time.Millisecond) // seldom enough to cost the measured one nothing
+		time.Sleep(10 * time.Millisecond) // rare enough not to slow the relay
 	}
 	return 0, 0, fmt.Errorf("published %d of %d after 5 minutes", published, n)
 }

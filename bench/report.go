@@ -7,9 +7,10 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode/utf8"
 )
 
-// report is the table, as Markdown.
+// report prints the results as Markdown: the page docs/benchmarks.md.
 type report struct {
 	machine string
 	began   time.Time
@@ -17,19 +18,20 @@ type report struct {
 	quick   bool
 	rows    []row
 	results []results
-	missed  []string // lines that are not as good as wanted
+	missed  []string // lines outside their bounds
 }
 
-func (r *report) add(one row, found results) {
-	r.rows, r.results = append(r.rows, one), append(r.results, found)
-	for _, l := range one.lines {
+func (r *report) add(row row, found results) {
+	r.rows, r.results = append(r.rows, row), append(r.results, found)
+	for _, l := range row.lines {
 		if !l.holds(found) {
-			r.missed = append(r.missed, fmt.Sprintf("row %s, %s: %s instead of %s", one.name, l.label, number(l.judged(found)), l.wanted()))
+			r.missed = append(r.missed, fmt.Sprintf("row %s, %s: %s instead of %s",
+				row.name, l.label, number(l.judged(found)), l.wanted()))
 		}
 	}
 }
 
-// judged is the number that the bounds are about.
+// judged returns the number that the bounds apply to.
 func (l line) judged(found results) float64 {
 	if l.against != "" {
 		return found.ratio(l).median
@@ -58,41 +60,67 @@ func (l line) wanted() string {
 
 func (r *report) write(w io.Writer) error {
 	var text strings.Builder
-	fmt.Fprintf(&text, "# Benchmarks\n\nMade by `make bench` on %s", r.began.UTC().Format("2006-01-02 15:04 MST"))
+	made := "Made by `make bench` on " + r.began.UTC().Format("2006-01-02 15:04 MST")
 	if r.quick {
-		text.WriteString(", **with few messages: not to be quoted**")
+		made += ", **with few messages: do not quote it**"
 	}
-	fmt.Fprintf(&text, ".\n\nMachine: %s.\n\n", r.machine)
-	fmt.Fprintf(&text, "Median (least to most) of %d rounds, in each of which the contestants of a row take turns. A ratio is one of two runs of the same round, so "+
-		"it holds on a busy machine too, where rates do not; its median, least and most are over the rounds. Postgres commits with fsync, all queues are quorum "+
-		"queues with the arguments of a consumer group's queue, messages are persistent and mandatory, and confirms are waited for.\n\n", r.rounds)
-	text.WriteString("| Row | Contestant | Unit | Median | Least to most | Ratio | Least to most | To | Wanted |\n|---|---|---|--:|--:|--:|--:|---|---|\n")
-	for i, one := range r.rows {
-		for _, l := range one.lines {
-			text.WriteString(l.markdown(one, r.results[i], r.rounds))
+	fmt.Fprintf(&text, "# Benchmarks\n\n%s.\n\n%s\n\n", made, wrapped("Machine: "+r.machine+"."))
+	text.WriteString(wrapped(fmt.Sprintf("Median (least to most) of %d rounds. The contestants of a row take turns "+
+		"within each round. A ratio compares two runs of the same round, so unlike a rate it also holds on a busy "+
+		"machine; its median, least and most are over the rounds. Postgres commits with fsync. All queues are quorum "+
+		"queues with the arguments of a consumer group's queue. Messages are persistent and mandatory, and publishers "+
+		"wait for confirms.", r.rounds)) + "\n\n")
+	text.WriteString("| Row | Contestant | Unit | Median | Least to most | Ratio | Least to most | To | Wanted |\n")
+	text.WriteString("|---|---|---|--:|--:|--:|--:|---|---|\n")
+	for i, row := range r.rows {
+		for _, l := range row.lines {
+			text.WriteString(l.markdown(row, r.results[i], r.rounds))
 		}
 	}
 	text.WriteString("\n## What is measured, and what limits it\n\n")
-	for _, one := range r.rows {
-		fmt.Fprintf(&text, "- **%s** (`make bench ROWS=%s`). %s *Limit:* %s\n", one.title, one.name, one.how, one.limit)
+	for _, row := range r.rows {
+		text.WriteString(wrapped(fmt.Sprintf("- **%s** (`make bench ROWS=%s`). %s *Limit:* %s",
+			row.title, row.name, row.how, row.limit)) + "\n")
 	}
 	for _, missed := range r.missed {
-		fmt.Fprintf(&text, "\nNot as good as wanted: %s.\n", missed)
+		fmt.Fprintf(&text, "\nMissed target: %s.\n", missed)
 	}
 	_, err := io.WriteString(w, text.String())
 	return err
 }
 
-func (l line) markdown(one row, found results, rounds int) string {
+// wrapped breaks a paragraph, or an item of a list, into lines of at most 120 columns.
+func wrapped(paragraph string) string {
+	indent := ""
+	if strings.HasPrefix(paragraph, "- ") {
+		indent = "  "
+	}
+	var lines []string
+	line := ""
+	for i, word := range strings.Fields(paragraph) {
+		switch {
+		case i == 0:
+			line = word
+		case utf8.RuneCountInString(line+" "+word) > 120:
+			lines, line = append(lines, line), indent+word
+		default:
+			line += " " + word
+		}
+	}
+	return strings.Join(append(lines, line), "\n")
+}
+
+func (l line) markdown(row row, found results, rounds int) string {
 	value := found.value(l)
 	label := l.label
 	if value.n != rounds {
 		label += fmt.Sprintf(" (runs: %d)", value.n)
 	}
-	cells := []string{one.title, label, l.unit, number(value.median), span(value), "", "", "", l.wanted()}
+	cells := []string{row.title, label, l.unit, number(value.median), span(value), "", "", "", l.wanted()}
 	if l.against != "" {
 		ratio := found.ratio(l)
-		cells[5], cells[6], cells[7] = number(ratio.median), span(ratio), strings.Replace(l.against, ":", ", ", 1)
+		cells[5], cells[6] = number(ratio.median), span(ratio)
+		cells[7] = strings.Replace(l.against, ":", ", ", 1)
 	}
 	switch {
 	case cells[8] == "":
@@ -111,7 +139,7 @@ func span(s spread) string {
 	return number(s.least) + " – " + number(s.most)
 }
 
-// number prints three significant digits, and thousands with a comma.
+// number prints at least three significant digits, and a comma before the last three digits from 10,000 on.
 func number(v float64) string {
 	switch {
 	case math.Abs(v) >= 10_000:

@@ -16,7 +16,8 @@ import (
 	"github.com/riverqueue/river/rivermigrate"
 )
 
-// River as an outbox: a job is inserted in the business transaction, and its worker publishes the message and waits for the confirm.
+// River as an outbox: the business transaction inserts a job. Its worker publishes the message and waits for the
+// confirm.
 var (
 	riverDefault = newRiver("river", 100, 0)
 	riverTuned   = newRiver("river tuned", 500, river.FetchCooldownMin)
@@ -32,7 +33,7 @@ type riverJob struct {
 
 func (riverJob) Kind() string { return "publish" }
 
-// riverWorker publishes over the one channel of all workers: that is what pipelines their confirms.
+// riverWorker publishes over a channel that all workers share, which pipelines their confirms.
 type riverWorker struct {
 	river.WorkerDefaults[riverJob]
 	to        *confirming
@@ -40,7 +41,9 @@ type riverWorker struct {
 }
 
 func (w *riverWorker) Work(ctx context.Context, job *river.Job[riverJob]) error {
-	m := messaging.Message{ID: job.Args.ID, Type: job.Args.Type, Key: job.Args.Key, Payload: job.Args.Payload, CreatedAt: job.CreatedAt}
+	m := messaging.Message{
+		ID: job.Args.ID, Type: job.Args.Type, Key: job.Args.Key, Payload: job.Args.Payload, CreatedAt: job.CreatedAt,
+	}
 	confirm, err := w.to.publish(m)
 	if err != nil {
 		return err
@@ -78,7 +81,7 @@ func newRiver(name string, workers int, cooldown time.Duration) peer {
 	}
 }
 
-// quiet takes what River says at each shutdown.
+// quiet discards the log lines that River writes at each shutdown.
 var quiet = slog.New(slog.NewTextHandler(io.Discard, nil))
 
 func openRiver(ctx context.Context, url string) (insertFunc, func(), error) {
@@ -120,7 +123,9 @@ func runRiver(ctx context.Context, b *bench, url string, queue river.QueueConfig
 	defer db.Close()
 	workers := river.NewWorkers()
 	river.AddWorker(workers, &riverWorker{to: to, confirmed: confirmed})
-	client, err := river.NewClient(riverpgxv5.New(db), &river.Config{Queues: map[string]river.QueueConfig{river.QueueDefault: queue}, Workers: workers, Logger: quiet})
+	client, err := river.NewClient(riverpgxv5.New(db), &river.Config{
+		Queues: map[string]river.QueueConfig{river.QueueDefault: queue}, Workers: workers, Logger: quiet,
+	})
 	if err != nil {
 		return err
 	}
@@ -128,7 +133,7 @@ func runRiver(ctx context.Context, b *bench, url string, queue river.QueueConfig
 		return err
 	}
 	<-ctx.Done()
-	ending, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
 	defer cancel()
-	return client.StopAndCancel(ending)
+	return client.StopAndCancel(ctx)
 }

@@ -9,48 +9,50 @@ import (
 	"time"
 )
 
-// row is a scenario: contestants that take turns, and the lines of the table that come of their runs.
+// row is a scenario: contestants that take turns, and the table lines that show their results.
 type row struct {
 	name  string
 	title string
-	// how says what is measured, and limit what the numbers are limited by: a sentence each, for the text under the table.
+	// The text under the table: how describes the measurement, limit names the bottleneck.
 	how, limit  string
 	contestants []contestant
 	lines       []line
-	// shortTurns makes this many rounds of each one, for contestants that differ so little that the machine must not change between them.
+	// shortTurns splits each round into this many. Contestants that differ little need it: they must run under the same
+	// conditions.
 	shortTurns int
 }
 
-// contestant is one of those that are compared.
+// contestant is a system or setup under comparison.
 type contestant struct {
 	name string
 	run  func(ctx context.Context, b *bench) (measured, error)
-	// once: too long for every round. It runs in the first one, and its line says so.
+	// once limits a contestant that takes too long for every round to the first one. Its line says so.
 	once bool
 }
 
-// measured is what one run found: a number for each metric.
+// measured contains the result of a run for each metric.
 type measured map[string]float64
 
-// The metrics; a contestant may have others.
+// The common metrics. Contestants may report others.
 const (
 	rate   = "rate"   // messages a second
-	memory = "memory" // MiB resident at most
+	memory = "memory" // peak resident MiB
 )
 
-// line is a line of the table: a metric of a contestant, maybe against that of another.
+// line is a line of the table: a metric of a contestant, optionally compared with another contestant.
 type line struct {
 	label, contestant, metric, unit string
-	// against names the contestant, and maybe after a colon the metric, that the ratio divides by.
+	// against names the contestant that the ratio divides by. After a colon it may name another metric.
 	against string
-	// least and most bound the median: of the ratio if there is one, else of the value. 0 means no bound.
+	// least and most bound the median of the ratio, or of the value if there is no ratio. 0 means no bound.
 	least, most float64
 }
 
-// results are the runs of each contestant, a round each.
+// results contains the runs of each contestant, one for each round.
 type results map[string][]measured
 
-// measure runs the contestants in turns; every other round goes backwards, so that none always follows the same one.
+// measure runs the contestants in turns. Every second round runs them in reverse, so that none always follows the same
+// contestant.
 func (r row) measure(ctx context.Context, b *bench, rounds int) (results, error) {
 	found := results{}
 	for round := range rounds * cmp.Or(r.shortTurns, 1) {
@@ -58,17 +60,18 @@ func (r row) measure(ctx context.Context, b *bench, rounds int) (results, error)
 		if round%2 == 1 {
 			slices.Reverse(turns)
 		}
-		for _, one := range turns {
-			if one.once && round > 0 {
+		for _, c := range turns {
+			if c.once && round > 0 {
 				continue
 			}
 			began := time.Now()
-			values, err := one.run(ctx, b)
+			values, err := c.run(ctx, b)
 			if err != nil {
-				return nil, fmt.Errorf("%s: %w", one.name, err)
+				return nil, fmt.Errorf("%s: %w", c.name, err)
 			}
-			found[one.name] = append(found[one.name], values)
-			fmt.Fprintf(os.Stderr, "%s round %d: %s: %s(%.0f s)\n", r.name, round+1, one.name, values, time.Since(began).Seconds())
+			found[c.name] = append(found[c.name], values)
+			fmt.Fprintf(os.Stderr, "%s round %d: %s: %s(%.0f s)\n",
+				r.name, round+1, c.name, values, time.Since(began).Seconds())
 		}
 	}
 	return found, nil

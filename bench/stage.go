@@ -17,12 +17,12 @@ import (
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 
-// bench is what the contestants run on.
+// bench gives contestants their databases, queues and processes.
 type bench struct {
 	*flags
 	quick     bool
 	binary    string
-	templates map[string]string // databases that were filled in this run, by what they hold
+	templates map[string]string // databases that this run filled, by content
 }
 
 // some returns n, or a tenth of it for a quick run.
@@ -35,34 +35,39 @@ func (b *bench) some(n int) int {
 
 const (
 	database = "orders_bench"
-	// nothing is what an empty database holds, see withDatabase.
+	// nothing names the content of an empty database, see withDatabase.
 	nothing = "nothing"
 )
 
-// withDatabase calls fn with the URL of a database that holds what prepare puts there. It prepares once a run and hands out copies: every
-// contestant begins with the same rows in the same places, and none waits for them to be inserted.
-func (b *bench) withDatabase(ctx context.Context, what string, prepare func(ctx context.Context, url string) error, fn func(url string) error) error {
-	template, ready := b.templates[what]
+// withDatabase calls fn with the URL of a database that prepare has filled. It prepares each content once a run and
+// hands out copies: every contestant begins with the same rows in the same places, and none waits for inserts.
+func (b *bench) withDatabase(
+	ctx context.Context, content string, prepare func(ctx context.Context, url string) error, fn func(url string) error,
+) error {
+	template, ready := b.templates[content]
 	if !ready {
 		template = fmt.Sprintf("%s_template_%d", database, len(b.templates))
-		if err := b.admin(ctx, `DROP DATABASE IF EXISTS `+template+` WITH (FORCE)`, `CREATE DATABASE `+template); err != nil {
+		if err := b.admin(ctx, `DROP DATABASE IF EXISTS `+template+` WITH (FORCE)`, `CREATE DATABASE `+
+			template); err != nil {
 			return err
 		}
 		url := b.urlOf(template)
 		if err := prepare(ctx, url); err != nil {
-			return fmt.Errorf("prepare %s: %w", what, err)
+			return fmt.Errorf("prepare %s: %w", content, err)
 		}
-		// What autovacuum would do at a time of its own. It leaves empty tables alone: plans that are made for a table known to be empty, and kept while
-		// it is filled, are bad ones.
-		if what != nothing {
+		// Do now what autovacuum would do later. Skip empty tables: Postgres would plan for an empty table and keep that
+		// plan, which is a bad one, while the table fills.
+		if content != nothing {
 			if err := execute(ctx, url, `VACUUM ANALYZE`); err != nil {
 				return err
 			}
 		}
-		b.templates[what] = template
+		b.templates[content] = template
 	}
-	// By files: through the log, which is the default, a large copy would still be written out when the measurement begins.
-	err := b.admin(ctx, `DROP DATABASE IF EXISTS `+database+` WITH (FORCE)`, `CREATE DATABASE `+database+` TEMPLATE `+template+` STRATEGY file_copy`, `CHECKPOINT`)
+	// Copy files. The default strategy copies through the log, and Postgres would still be writing a large copy when the
+	// measurement begins.
+	err := b.admin(ctx, `DROP DATABASE IF EXISTS `+database+` WITH (FORCE)`,
+		`CREATE DATABASE `+database+` TEMPLATE `+template+` STRATEGY file_copy`, `CHECKPOINT`)
 	if err != nil {
 		return err
 	}
@@ -99,10 +104,11 @@ func execute(ctx context.Context, url string, statements ...string) error {
 func (b *bench) urlOf(name string) string {
 	config, err := pgx.ParseConfig(b.PostgresURL)
 	if err != nil {
-		return b.PostgresURL // whoever connects is told
+		return b.PostgresURL // connecting to it returns the error
 	}
 	quote := strings.NewReplacer(`\`, `\\`, `'`, `\'`).Replace
-	return fmt.Sprintf("host='%s' port=%d user='%s' password='%s' dbname=%s", quote(config.Host), config.Port, quote(config.User), quote(config.Password), name)
+	return fmt.Sprintf("host='%s' port=%d user='%s' password='%s' dbname=%s",
+		quote(config.Host), config.Port, quote(config.User), quote(config.Password), name)
 }
 
 func migrated(ctx context.Context, url string) error {
@@ -110,7 +116,7 @@ func migrated(ctx context.Context, url string) error {
 	return err
 }
 
-// withPool calls fn with a pool as the service's.
+// withPool calls fn with a pool that is set up like the service's.
 func withPool(ctx context.Context, config postgres.Config, fn func(db *pgxpool.Pool) error) error {
 	db, err := postgres.Open(ctx, config)
 	if err != nil {
@@ -125,10 +131,11 @@ const (
 	queue    = "bench.queue"
 )
 
-// topology is that of a service with one consumer group: everyone publishes over the same route to the same kind of queue.
+// topology is that of a service with one consumer group. All contestants publish over the same route to the same kind
+// of queue.
 var topology = rabbit.Topology{Exchange: exchange, Queues: []rabbit.Queue{{Name: queue, Types: []string{messageType}}}}
 
-// withQueue calls fn with the topology in place and its queues empty.
+// withQueue declares the topology, calls fn with empty queues and deletes them.
 func (b *bench) withQueue(ctx context.Context, topology rabbit.Topology, fn func() error) error {
 	b.deleteQueues(topology)
 	if err := topology.Declare(ctx, b.AMQPURL); err != nil {
@@ -144,8 +151,8 @@ func (b *bench) deleteQueues(topology rabbit.Topology) {
 		return
 	}
 	defer conn.Close()
-	for _, one := range topology.Queues {
-		for _, name := range []string{one.Name, rabbit.DeadQueue(one.Name)} {
+	for _, queue := range topology.Queues {
+		for _, name := range []string{queue.Name, rabbit.DeadQueue(queue.Name)} {
 			if ch, err := conn.Channel(); err == nil {
 				_, _ = ch.QueueDelete(name, false, false, false)
 			}

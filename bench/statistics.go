@@ -7,7 +7,8 @@ import (
 	"time"
 )
 
-// spread is what is told of the runs of a contestant, or of their ratios.
+// spread summarizes the runs of a contestant, or their ratios. Why not golang.org/x/perf/benchmath, as benchstat does:
+// it compares the centers of two independent samples. The runs here are paired, and each round has its own ratio.
 type spread struct {
 	median, least, most float64
 	n                   int
@@ -33,10 +34,10 @@ func (r results) values(contestant, metric string) []float64 {
 	return all
 }
 
-// value is the spread of a line's values.
+// value returns the spread of a line's values.
 func (r results) value(l line) spread { return spreadOf(r.values(l.contestant, l.metric)) }
 
-// ratio is the spread of the ratios within each round: what the machine did to both in a round cancels out.
+// ratio returns the spread of the ratios within each round. Load that affects both runs of a round cancels out.
 func (r results) ratio(l line) spread {
 	contestant, metric, given := strings.Cut(l.against, ":")
 	if !given {

@@ -12,7 +12,7 @@ import (
 	wsql "github.com/ThreeDotsLabs/watermill-sql/v3/pkg/sql"
 	"github.com/ThreeDotsLabs/watermill/components/forwarder"
 	"github.com/ThreeDotsLabs/watermill/message"
-	_ "github.com/lib/pq" // the driver that its documentation uses
+	_ "github.com/lib/pq" // the driver in Watermill's documentation
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 
@@ -23,8 +23,8 @@ const (
 
 var watermillSchema = wsql.DefaultPostgreSQLSchema{SubscribeBatchSize: watermillBatch}
 
-// watermillForwarder is Watermill's own outbox: messages are stored by its SQL publisher in the business transaction, and its forwarder
-// publishes what the SQL subscriber reads.
+// watermillForwarder is Watermill's outbox: its SQL publisher stores messages in the business transaction, and its
+// forwarder publishes the messages that the SQL subscriber reads.
 var watermillForwarder = peer{
 	name: "watermill",
 	prepare: func(ctx context.Context, url string) error {
@@ -77,8 +77,9 @@ func runWatermill(ctx context.Context, b *bench, url string, confirmed func(id s
 	}
 	defer db.Close()
 	from, err := wsql.NewSubscriber(db, wsql.SubscriberConfig{
-		ConsumerGroup: "forwarder", SchemaAdapter: watermillSchema, OffsetsAdapter: wsql.DefaultPostgreSQLOffsetsAdapter{},
-		PollInterval: 10 * time.Millisecond, InitializeSchema: true,
+		ConsumerGroup: "forwarder", SchemaAdapter: watermillSchema,
+		OffsetsAdapter: wsql.DefaultPostgreSQLOffsetsAdapter{},
+		PollInterval:   10 * time.Millisecond, InitializeSchema: true,
 	}, watermill.NopLogger{})
 	if err != nil {
 		return err
@@ -96,7 +97,8 @@ func runWatermill(ctx context.Context, b *bench, url string, confirmed func(id s
 		return err
 	}
 	defer to.Close()
-	forward, err := forwarder.NewForwarder(from, &watermillWatch{to, confirmed}, watermill.NopLogger{}, forwarder.Config{ForwarderTopic: watermillTopic, CloseTimeout: time.Second})
+	forward, err := forwarder.NewForwarder(from, &watermillWatch{to, confirmed}, watermill.NopLogger{},
+		forwarder.Config{ForwarderTopic: watermillTopic, CloseTimeout: time.Second})
 	if err != nil {
 		return err
 	}
@@ -110,7 +112,7 @@ func runWatermill(ctx context.Context, b *bench, url string, confirmed func(id s
 	}
 }
 
-// watermillWatch tells which messages were confirmed: Publish returns only then.
+// watermillWatch reports confirmed messages. Publish returns only after the confirm.
 type watermillWatch struct {
 	message.Publisher
 	confirmed func(id string)

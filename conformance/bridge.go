@@ -14,8 +14,8 @@ import (
 	"example.com/shop/internal/unary"
 )
 
-// newBridge returns an HTTP server that forwards unary calls over RabbitMQ. It has no limit and no opinion of its
-// own, so that what the runner sees is what the queue's client was told.
+// newBridge returns an HTTP server that forwards unary calls over RabbitMQ. It has no limits and changes nothing, so
+// the runner sees the answers that the queue's client received.
 func newBridge(transport *rabbitrpc.Transport) *http.Server {
 	services := connect.NewServer()
 	register(services)
@@ -32,7 +32,7 @@ func newBridge(transport *rabbitrpc.Transport) *http.Server {
 	return &http.Server{Handler: mux, Protocols: protocols}
 }
 
-// forward calls the procedure that was called, with its metadata and deadline, and answers as it was answered.
+// forward makes the same call over the queue, with its metadata and deadline, and returns the same answer.
 func forward(client *connect.Client) connect.ServerFunc {
 	return func(ctx context.Context, spec connect.Spec, stream connect.ServerStream) error {
 		method, _ := unary.Describe(spec)
@@ -40,15 +40,15 @@ func forward(client *connect.Client) connect.ServerFunc {
 		if err != nil {
 			return err
 		}
-		here, _ := connect.CallInfoForServerContext(ctx)
-		ctx, there := connect.NewClientContext(ctx)
-		copyHeader(there.RequestHeader(), here.RequestHeader())
+		incoming, _ := connect.CallInfoForServerContext(ctx)
+		ctx, outgoing := connect.NewClientContext(ctx)
+		copyHeader(outgoing.RequestHeader(), incoming.RequestHeader())
 		res := unary.New(method.Output())
 		err = client.CallUnary(ctx, spec, req, res)
-		copyHeader(here.ResponseHeader(), there.ResponseHeader())
-		copyHeader(here.ResponseTrailer(), there.ResponseTrailer())
+		copyHeader(incoming.ResponseHeader(), outgoing.ResponseHeader())
+		copyHeader(incoming.ResponseTrailer(), outgoing.ResponseTrailer())
 		var remote *connect.Error
-		if errors.As(err, &remote) { // made anew: Connect does not pass on the errors of other servers
+		if errors.As(err, &remote) { // copy it, because Connect does not pass on errors of other servers
 			own := connect.NewError(remote.Code(), remote.Message())
 			for _, detail := range remote.Details() {
 				own = own.WithDetail(detail)

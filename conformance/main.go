@@ -1,13 +1,13 @@
-// Command conformance is the API of the service with the domain of Connect's conformance suite in place of its own:
-// what the suite's runner (connectrpc.com/conformance) starts and calls. `make conformance` runs it.
+// Command conformance serves the domain of Connect's conformance suite with the service's API. The suite's runner
+// (connectrpc.com/conformance) starts and calls it. `make conformance` runs it.
 //
 //	connectconformance --mode server --conf http.yaml --known-failing @http-known-failing.txt -- conformance
 //	connectconformance --mode server --conf queue.yaml --max-servers 1 -- conformance queue
 //
-// The first line calls the API over HTTP. The second calls it over RabbitMQ, through an HTTP server that does nothing
-// but forward unary calls; all replicas share the service's queue, hence one at a time.
+// The first line calls the API over HTTP. The second calls it over RabbitMQ, through an HTTP server that only forwards
+// unary calls. All replicas share the service's queue, so it allows one server at a time.
 //
-// It takes Postgres from POSTGRES_URL, with the schema of `shop migrate`, and RabbitMQ from AMQP_URL.
+// It uses the Postgres of POSTGRES_URL, with the schema of `shop migrate`, and the RabbitMQ of AMQP_URL.
 package main
 
 import (
@@ -42,11 +42,11 @@ func main() {
 	}
 }
 
-// run starts what the runner asks for on standard input, says on standard output where it is, and serves until ctx is
-// done.
+// run starts the server that the runner requests on standard input, writes its address to standard output, and serves
+// until ctx is done.
 func run(ctx context.Context, queue bool) (err error) {
-	asked := new(conformancev1.ServerCompatRequest)
-	if err := receive(os.Stdin, asked); err != nil {
+	request := new(conformancev1.ServerCompatRequest)
+	if err := receive(os.Stdin, request); err != nil {
 		return fmt.Errorf("read the runner's request: %w", err)
 	}
 	scratch, err := os.MkdirTemp("", "conformance-")
@@ -58,7 +58,7 @@ func run(ctx context.Context, queue bool) (err error) {
 	if err != nil {
 		return err
 	}
-	config, err := configure(asked, address, scratch)
+	config, err := configure(request, address, scratch)
 	if err != nil {
 		return err
 	}
@@ -69,41 +69,41 @@ func run(ctx context.Context, queue bool) (err error) {
 	group.Go(func() error { return app.RunAPI(ctx, config) })
 	group.Go(func() error {
 		if queue {
-			return tellOfBridge(ctx, group, config)
+			return startBridge(ctx, group, config)
 		}
 		if err := untilListening(ctx, address.String()); err != nil {
 			return err
 		}
-		return tell(asked, address)
+		return announce(request, address)
 	})
 	return group.Wait()
 }
 
-// configure sets up the API within its usual limits, but for the size of a message, which the suite gives, and the
-// number of calls, since the runner is a single caller.
-func configure(asked *conformancev1.ServerCompatRequest, address *net.TCPAddr, scratch string) (app.Config, error) {
+// configure configures the API with its usual limits, with two exceptions: the suite sets the size of a message, and
+// the limits per caller are high, because the runner is a single caller.
+func configure(request *conformancev1.ServerCompatRequest, address *net.TCPAddr, scratch string) (app.Config, error) {
 	config := app.Config{
 		PostgresURL: os.Getenv("POSTGRES_URL"), Exchange: "events", Addr: address.String(), MaxConns: 4,
 		RPCPrefetch: 64, Version: "conformance",
 		Edge: app.Edge{
-			NoAuth: true, ReadMaxBytes: int(asked.GetMessageReceiveLimit()),
+			NoAuth: true, ReadMaxBytes: int(request.GetMessageReceiveLimit()),
 			Limit: rpcserver.LimitConfig{Rate: 100_000, Concurrent: 200},
 		},
 	}.WithServices(register)
-	creds, files := asked.GetServerCreds(), &config.Edge.TLS
-	for _, one := range []struct {
+	creds, files := request.GetServerCreds(), &config.Edge.TLS
+	for _, file := range []struct {
 		path    *string
 		name    string
 		content []byte
 	}{
 		{&files.Cert, "server.pem", creds.GetCert()}, {&files.Key, "server.key", creds.GetKey()},
-		{&files.ClientCA, "clients.pem", asked.GetClientTlsCert()},
+		{&files.ClientCA, "clients.pem", request.GetClientTlsCert()},
 	} {
-		if len(one.content) == 0 {
+		if len(file.content) == 0 {
 			continue
 		}
-		*one.path = filepath.Join(scratch, one.name)
-		if err := os.WriteFile(*one.path, one.content, 0o600); err != nil {
+		*file.path = filepath.Join(scratch, file.name)
+		if err := os.WriteFile(*file.path, file.content, 0o600); err != nil {
 			return config, err
 		}
 	}
@@ -111,8 +111,8 @@ func configure(asked *conformancev1.ServerCompatRequest, address *net.TCPAddr, s
 	return config, nil
 }
 
-// tellOfBridge serves the bridge, and names it to the runner once a replica answers from the queue.
-func tellOfBridge(ctx context.Context, group *errgroup.Group, config app.Config) error {
+// startBridge serves the bridge, and announces it to the runner once a replica answers from the queue.
+func startBridge(ctx context.Context, group *errgroup.Group, config app.Config) error {
 	transport := rabbitrpc.NewTransport(rabbitrpc.TransportConfig{
 		URL: config.AMQPURL, Name: "conformance", Timeout: noTimeout,
 	})
@@ -125,17 +125,17 @@ func tellOfBridge(ctx context.Context, group *errgroup.Group, config app.Config)
 	if err := untilServed(ctx, transport); err != nil {
 		return err
 	}
-	return tell(new(conformancev1.ServerCompatRequest), listener.Addr().(*net.TCPAddr))
+	return announce(new(conformancev1.ServerCompatRequest), listener.Addr().(*net.TCPAddr))
 }
 
-// tell says where the server is. The certificate is the one that the runner has made.
-func tell(asked *conformancev1.ServerCompatRequest, address *net.TCPAddr) error {
+// announce tells the runner the server's address, and its certificate, which the runner made.
+func announce(request *conformancev1.ServerCompatRequest, address *net.TCPAddr) error {
 	return send(os.Stdout, &conformancev1.ServerCompatResponse{
-		Host: "127.0.0.1", Port: uint32(address.Port), PemCert: asked.GetServerCreds().GetCert(),
+		Host: "127.0.0.1", Port: uint32(address.Port), PemCert: request.GetServerCreds().GetCert(),
 	})
 }
 
-// freeAddress returns an address that nobody listens on.
+// freeAddress returns an unused address.
 func freeAddress() (*net.TCPAddr, error) {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -154,7 +154,7 @@ func untilListening(ctx context.Context, address string) error {
 	})
 }
 
-// until tries something every 20 ms until it succeeds, for 30 s at most.
+// until retries every 20 ms until try succeeds, for 30 s at most.
 func until(ctx context.Context, try func(context.Context) error) error {
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
@@ -171,7 +171,7 @@ func until(ctx context.Context, try func(context.Context) error) error {
 	}
 }
 
-// receive and send exchange messages with the runner: the length in four bytes, then the message.
+// receive reads a message from the runner: the length in four bytes, then the message.
 func receive(from io.Reader, message proto.Message) error {
 	var length [4]byte
 	if _, err := io.ReadFull(from, length[:]); err != nil {
@@ -184,6 +184,7 @@ func receive(from io.Reader, message proto.Message) error {
 	return proto.Unmarshal(encoded, message)
 }
 
+// send writes a message to the runner in the same format.
 func send(to io.Writer, message proto.Message) error {
 	encoded, err := proto.Marshal(message)
 	if err != nil {

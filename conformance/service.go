@@ -15,8 +15,8 @@ import (
 	"google.golang.org/protobuf/types/known/anypb"
 )
 
-// service answers each request as the request itself says. The comments of the suite's service.proto say how.
-// Unimplemented stays as it is generated.
+// service answers each request as the request specifies, see the comments of the suite's service.proto. It does not
+// implement the procedure Unimplemented.
 type service struct {
 	conformancev1connect.UnimplementedConformanceServiceHandler
 }
@@ -59,11 +59,11 @@ func (service) ClientStream(
 	return &conformancev1.ClientStreamResponse{Payload: payload}, err
 }
 
-// answer is the one answer to what was received.
+// answer returns the single answer to the received messages.
 func answer(
 	ctx context.Context, definition *conformancev1.UnaryResponseDefinition, received ...proto.Message,
 ) (*conformancev1.ConformancePayload, error) {
-	asked, err := requestInfo(ctx, received...)
+	info, err := requestInfo(ctx, received...)
 	if err != nil {
 		return nil, err
 	}
@@ -72,9 +72,9 @@ func answer(
 		return nil, err
 	}
 	if failure := definition.GetError(); failure != nil {
-		return nil, newError(failure, asked)
+		return nil, newError(failure, info)
 	}
-	return &conformancev1.ConformancePayload{Data: definition.GetResponseData(), RequestInfo: asked}, nil
+	return &conformancev1.ConformancePayload{Data: definition.GetResponseData(), RequestInfo: info}, nil
 }
 
 func (service) ServerStream(
@@ -139,15 +139,15 @@ func (service) BidiStream(
 	return out.rest(ctx, received...)
 }
 
-// responses are those of a stream.
+// responses sends the responses of a stream.
 type responses struct {
 	definition *conformancev1.StreamResponseDefinition
 	send       func(*conformancev1.ConformancePayload) error
 	sent       int
 }
 
-// next sends the next response, after its delay. The first one says what was asked, later ones what was received
-// since the last.
+// next sends the next response after its delay. The first response describes the request, and later ones contain the
+// messages received since the previous one.
 func (r *responses) next(ctx context.Context, received ...proto.Message) error {
 	payload := &conformancev1.ConformancePayload{Data: r.definition.GetResponseData()[r.sent]}
 	var err error
@@ -168,7 +168,7 @@ func (r *responses) next(ctx context.Context, received ...proto.Message) error {
 	return r.send(payload)
 }
 
-// rest sends what was not sent yet, and ends as the stream is to end.
+// rest sends the remaining responses, and returns the error that ends the stream.
 func (r *responses) rest(ctx context.Context, received ...proto.Message) error {
 	for r.sent < len(r.definition.GetResponseData()) {
 		if err := r.next(ctx, received...); err != nil {
@@ -214,11 +214,11 @@ func setMetadata(ctx context.Context, definition interface {
 	}
 }
 
-// noTimeout is the deadline that calls over RabbitMQ get whose caller has set none: there, every call has one. It is
-// longer than any of the suite's.
+// noTimeout is the timeout of calls over RabbitMQ whose caller has set none, because every call over RabbitMQ has one.
+// It is longer than any timeout of the suite.
 const noTimeout = time.Hour
 
-// requestInfo says what the server saw of a call.
+// requestInfo describes a call as the server received it.
 func requestInfo(
 	ctx context.Context, received ...proto.Message,
 ) (*conformancev1.ConformancePayload_RequestInfo, error) {
@@ -244,32 +244,32 @@ func requestInfo(
 
 func packed(messages []proto.Message) (all []*anypb.Any, err error) {
 	for _, message := range messages {
-		one, err := anypb.New(message)
+		packed, err := anypb.New(message)
 		if err != nil {
 			return nil, err
 		}
-		all = append(all, one)
+		all = append(all, packed)
 	}
 	return all, nil
 }
 
-// newError makes the error that was asked for, with what was asked as a further detail if it is given.
-func newError(wanted *conformancev1.Error, asked *conformancev1.ConformancePayload_RequestInfo) error {
-	made := connect.NewError(connect.Code(wanted.GetCode()), wanted.GetMessage())
-	details := wanted.GetDetails()
-	if asked != nil {
-		detail, err := anypb.New(asked)
+// newError returns the error that the request specifies. A non-nil info becomes a further detail.
+func newError(specified *conformancev1.Error, info *conformancev1.ConformancePayload_RequestInfo) error {
+	result := connect.NewError(connect.Code(specified.GetCode()), specified.GetMessage())
+	details := specified.GetDetails()
+	if info != nil {
+		detail, err := anypb.New(info)
 		if err != nil {
 			return err
 		}
 		details = append(details, detail)
 	}
-	for _, one := range details {
-		detail, err := connectproto.NewErrorDetail(one)
+	for _, message := range details {
+		detail, err := connectproto.NewErrorDetail(message)
 		if err != nil {
 			return err
 		}
-		made = made.WithDetail(detail)
+		result = result.WithDetail(detail)
 	}
-	return made
+	return result
 }

@@ -20,10 +20,10 @@ import (
 	"google.golang.org/protobuf/types/known/wrapperspb"
 )
 
-// message is a request to the management API, and what the page says becomes of it.
+// message matches a request to the management API, and the outcome that the page shows for it.
 var message = regexp.MustCompile("(?ms)^```json message\n(.*?)^```$\n\n```text\n(.*?)\n```$")
 
-// The examples of docs/foreign-publishers.md end as the page says.
+// The examples of docs/foreign-publishers.md have the outcomes that the page shows.
 func TestTheExamplesForForeignPublishers(t *testing.T) {
 	t.Parallel()
 	text, err := os.ReadFile("foreign-publishers.md")
@@ -33,15 +33,16 @@ func TestTheExamplesForForeignPublishers(t *testing.T) {
 	amqpURL := testenv.AMQP(t)
 	outcomes := startGroup(t, testenv.Postgres(t), amqpURL)
 	examples := message.FindAllStringSubmatch(string(text), -1)
-	for _, one := range examples {
-		publish(t, amqpURL, one[1])
+	for _, example := range examples {
+		body, want := example[1], example[2]
+		publish(t, amqpURL, body)
 		select {
 		case got := <-outcomes:
-			if !strings.HasPrefix(got, one[2]) {
-				t.Errorf("%sbecomes\n%s\nand not\n%s", one[1], got, one[2])
+			if !strings.HasPrefix(got, want) {
+				t.Errorf("%s: got\n%s\nwant\n%s", body, got, want)
 			}
 		case <-time.After(30 * time.Second):
-			t.Fatalf("nothing becomes of\n%s", one[1])
+			t.Fatalf("no outcome within 30 s of\n%s", body)
 		}
 	}
 	if len(examples) < 6 {
@@ -52,7 +53,7 @@ func TestTheExamplesForForeignPublishers(t *testing.T) {
 const lettersSQL = `
 SELECT count(*), coalesce((array_agg(reason || ': ' || error ORDER BY id DESC))[1], '') FROM dead_letter`
 
-// startGroup runs a consumer group for texts until the test ends. It tells what becomes of each message.
+// startGroup runs a consumer group for texts until the test ends. It sends the outcome of each message.
 func startGroup(t *testing.T, db *pgxpool.Pool, amqpURL string) (outcomes chan string) {
 	t.Helper()
 	outcomes = make(chan string, 100)
@@ -94,7 +95,7 @@ func startGroup(t *testing.T, db *pgxpool.Pool, amqpURL string) (outcomes chan s
 	return outcomes
 }
 
-// publish has the management API publish what the page shows, as the page says.
+// publish publishes a request of the page through the management API.
 func publish(t *testing.T, amqpURL, body string) {
 	t.Helper()
 	broker, err := url.Parse(amqpURL)
@@ -114,6 +115,6 @@ func publish(t *testing.T, amqpURL, body string) {
 	defer response.Body.Close()
 	answer, err := io.ReadAll(response.Body)
 	if err != nil || !strings.Contains(string(answer), `"routed":true`) {
-		t.Fatalf("%s\nis answered %s, %s (%v)", body, response.Status, answer, err)
+		t.Fatalf("%s\nreturned %s, %s (%v)", body, response.Status, answer, err)
 	}
 }

@@ -1,4 +1,4 @@
-// Package docs holds the test that runs what docs/outbox.md shows.
+// Package docs tests the examples in the documentation.
 package docs
 
 import (
@@ -16,17 +16,17 @@ import (
 
 func TestMain(m *testing.M) { testenv.Main(m) }
 
-// firstXID and lastXID are between what the page has for transaction IDs.
+// firstXID and lastXID bound the transaction IDs on the page.
 const firstXID, lastXID = 801, 899
 
 var (
-	// step is a session's SQL and, if the page says so, what it prints.
+	// step matches a session's SQL and, if the page shows it, the output.
 	step   = regexp.MustCompile("(?ms)^```sql (\\w+)\n(.*?)^```$(?:\n\n```text\n(.*?)^```$)?")
 	number = regexp.MustCompile(`\d+`)
 )
 
-// The page's example prints what the page says: statement by statement, each in its session. It has a cluster of its own, for in one that others work in
-// transaction IDs would not be consecutive, and snapshots would name theirs.
+// Each statement of the page's example, run in its session, prints the output that the page shows. The test needs a
+// private cluster: with other users, transaction IDs would not be consecutive and snapshots would contain theirs.
 func TestTheExampleOfTheOutbox(t *testing.T) {
 	t.Parallel()
 	text, err := os.ReadFile("outbox.md")
@@ -38,19 +38,20 @@ func TestTheExampleOfTheOutbox(t *testing.T) {
 		t.Fatal(err)
 	}
 	run := sessions(t, url)
-	run("admin", "ALTER SYSTEM SET autovacuum = off") // it has transactions of its own
+	run("admin", "ALTER SYSTEM SET autovacuum = off") // it uses transaction IDs
 	run("admin", "SELECT pg_reload_conf()")
 	next, err := strconv.Atoi(strings.Fields(run("admin", "SELECT pg_snapshot_xmax(pg_current_snapshot())"))[1])
 	if err != nil {
 		t.Fatal(err)
 	}
 	steps, printed := step.FindAllStringSubmatch(string(text), -1), 0
-	for _, one := range steps {
-		got := shift(run(one[1], shift(one[2], firstXID, next)), next, firstXID)
-		if want := strings.ReplaceAll(one[3], "|", " "); want != "" {
+	for _, match := range steps {
+		session, sql, output := match[1], match[2], match[3]
+		got := shift(run(session, shift(sql, firstXID, next)), next, firstXID)
+		if want := strings.ReplaceAll(output, "|", " "); want != "" {
 			printed++
 			if strings.Join(strings.Fields(got), " ") != strings.Join(strings.Fields(want), " ") {
-				t.Errorf("%s:\n%s\nprints\n%s\nand not\n%s", one[1], one[2], got, want)
+				t.Errorf("%s:\n%s\ngot\n%s\nwant\n%s", session, sql, got, want)
 			}
 		}
 	}
@@ -59,7 +60,8 @@ func TestTheExampleOfTheOutbox(t *testing.T) {
 	}
 }
 
-// sessions returns a function that runs SQL in the session of a name, and returns the last result that has columns: their names, and the rows.
+// sessions returns a function that runs SQL in a named session. It returns the column names and rows of the last result
+// that has columns.
 func sessions(t *testing.T, url string) func(session, sql string) string {
 	conns := map[string]*pgx.Conn{}
 	return func(session, sql string) (printed string) {
@@ -75,16 +77,16 @@ func sessions(t *testing.T, url string) func(session, sql string) string {
 		if err != nil {
 			t.Fatalf("%s: %v", sql, err)
 		}
-		for _, one := range results {
-			if len(one.FieldDescriptions) == 0 {
+		for _, result := range results {
+			if len(result.FieldDescriptions) == 0 {
 				continue
 			}
 			var lines []string
-			for _, field := range one.FieldDescriptions {
+			for _, field := range result.FieldDescriptions {
 				lines = append(lines, field.Name)
 			}
 			lines = append(lines, "\n")
-			for _, row := range one.Rows {
+			for _, row := range result.Rows {
 				for _, value := range row {
 					lines = append(lines, string(value))
 				}
@@ -96,7 +98,7 @@ func sessions(t *testing.T, url string) func(session, sql string) string {
 	}
 }
 
-// shift gives transaction IDs that count from one number those that count from another.
+// shift replaces transaction IDs that count from the number from by IDs that count from to.
 func shift(text string, from, to int) string {
 	return number.ReplaceAllStringFunc(text, func(digits string) string {
 		n, err := strconv.Atoi(digits)

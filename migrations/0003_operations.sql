@@ -1,62 +1,64 @@
--- Durable calls, and the answers that repeated calls get again.
+-- Durable calls, and the stored responses for repeated calls.
 
 -- +goose Up
 
--- One row a durable call. Rows are found by ID, by key, or by caller, and never by scanning for work: what waits for a worker is a message.
--- So old versions of rows, of which each call leaves two, cost room until the next vacuum and no time, and a DELETE past the
--- retention may add one more. Slots that are emptied as a whole, as the outbox has them, could not hold the unique key below.
+-- One row per durable call. Rows are found by ID, by key or by caller, and never by scanning for work, because messages
+-- trigger the workers. So the two dead row versions of each call cost space until the next vacuum, but no time, and the
+-- DELETE after the retention may add a third. Slots that are truncated as a whole, as in the outbox, could not enforce
+-- the unique key below.
 CREATE TABLE operation (
-    -- A UUIDv7, and the ID of the message that has a worker execute it.
+    -- A UUIDv7, and also the ID of the message that makes a worker execute the call.
     id              uuid        NOT NULL CONSTRAINT operation_pkey PRIMARY KEY,
     caller          text        NOT NULL,
-    -- '' for none.
+    -- '' if the call has none.
     idempotency_key text        NOT NULL,
     method          text        NOT NULL,
-    -- The body stands here and not in the message: a worker reads this row anyway, a body may be larger than a message, and it is gone
-    -- as soon as the call has ended, while messages are kept for replay. '' then.
+    -- The request body is here and not in the message: a worker reads this row anyway, a body may be larger than a
+    -- message, and the body is removed when the call ends, while messages are kept for replay. '' after the end.
     request         bytea       NOT NULL,
     request_hash    bytea       NOT NULL,
-    -- Who the caller is, as internal/auth or another gives it, and the signature over this and the call.
+    -- The caller's identity, as internal/auth or another source provides it, and a signature over identity and call.
     identity        bytea       NOT NULL,
     signature       bytea       NOT NULL,
     state           text        NOT NULL DEFAULT 'pending',
     attempts        integer     NOT NULL DEFAULT 0,
-    -- A google.protobuf.Any, and an shop.operations.v1.Status; while the call runs, that of its last attempt.
+    -- A google.protobuf.Any and a shop.operations.v1.Status. While the call runs, error is from its last attempt.
     response        bytea,
     error           bytea,
     created_at      timestamptz NOT NULL DEFAULT clock_timestamp(),
     started_at      timestamptz,
     ended_at        timestamptz,
     CONSTRAINT operation_state_known CHECK (state IN ('pending', 'running', 'succeeded', 'failed', 'cancelled')),
-    CONSTRAINT operation_ended_iff_final CHECK ((ended_at IS NOT NULL) = (state IN ('succeeded', 'failed', 'cancelled'))),
+    CONSTRAINT operation_ended_iff_final
+        CHECK ((ended_at IS NOT NULL) = (state IN ('succeeded', 'failed', 'cancelled'))),
     CONSTRAINT operation_response_iff_succeeded CHECK ((response IS NOT NULL) = (state = 'succeeded')),
     CONSTRAINT operation_error_if_failed CHECK (error IS NOT NULL OR state NOT IN ('failed', 'cancelled'))
 );
 
--- "Was this key used before?"
+-- Finds the call that used a key before.
 CREATE UNIQUE INDEX operation_key_idx ON operation (caller, idempotency_key) WHERE idempotency_key <> '';
--- ListOperations: pages of a caller's operations, the newest first.
+-- Serves ListOperations: pages of a caller's operations, newest first.
 CREATE INDEX operation_caller_idx ON operation (caller, id DESC);
--- The sweep.
+-- Serves the sweep.
 CREATE INDEX operation_ended_at_idx ON operation (ended_at) WHERE ended_at IS NOT NULL;
 
--- One row a key, written in the transaction of its effect.
+-- One row per idempotency key, written in the transaction of the call's effect.
 CREATE TABLE idempotency_key (
     caller       text        NOT NULL,
     key          text        NOT NULL,
     method       text        NOT NULL,
     request_hash bytea       NOT NULL,
-    -- NULL only within the transaction that executes the call.
+    -- NULL only inside the transaction that executes the call.
     response     bytea,
     created_at   timestamptz NOT NULL DEFAULT clock_timestamp(),
     CONSTRAINT idempotency_key_pkey PRIMARY KEY (caller, key)
 );
 
--- The sweep.
+-- Serves the sweep.
 CREATE INDEX idempotency_key_created_at_idx ON idempotency_key (created_at);
 
--- Forgets operations that ended longer ago than that, some thousands at a time and for some seconds at most, and returns how many. What has not
--- ended is kept, however old.
+-- Deletes operations that ended longer ago than the retention, in batches of 5,000 and for about 10 s at most, and
+-- returns how many. Operations that have not ended are kept, however old they are.
 -- +goose StatementBegin
 CREATE FUNCTION operation_sweep(retention interval) RETURNS bigint
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
@@ -68,7 +70,8 @@ BEGIN
     PERFORM needs_read_committed();
     LOOP
         DELETE FROM operation WHERE id = ANY (ARRAY(
-            SELECT id FROM operation WHERE ended_at < began - retention ORDER BY ended_at LIMIT 5000 FOR UPDATE SKIP LOCKED));
+            SELECT id FROM operation WHERE ended_at < began - retention ORDER BY ended_at LIMIT 5000
+            FOR UPDATE SKIP LOCKED));
         GET DIAGNOSTICS batch = ROW_COUNT;
         deleted := deleted + batch;
         EXIT WHEN batch < 5000 OR clock_timestamp() > began + interval '10 s';
@@ -78,7 +81,7 @@ END
 $$;
 -- +goose StatementEnd
 
--- The same for keys.
+-- The same for idempotency keys.
 -- +goose StatementBegin
 CREATE FUNCTION idempotency_key_sweep(retention interval) RETURNS bigint
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
@@ -90,7 +93,8 @@ BEGIN
     PERFORM needs_read_committed();
     LOOP
         DELETE FROM idempotency_key WHERE ctid = ANY (ARRAY(
-            SELECT ctid FROM idempotency_key WHERE created_at < began - retention ORDER BY created_at LIMIT 5000 FOR UPDATE SKIP LOCKED));
+            SELECT ctid FROM idempotency_key WHERE created_at < began - retention ORDER BY created_at LIMIT 5000
+            FOR UPDATE SKIP LOCKED));
         GET DIAGNOSTICS batch = ROW_COUNT;
         deleted := deleted + batch;
         EXIT WHEN batch < 5000 OR clock_timestamp() > began + interval '10 s';
@@ -100,12 +104,14 @@ END
 $$;
 -- +goose StatementEnd
 
--- Calls off an operation that no worker has begun, and tells whether it could: operators may do this to anybody's, and nothing else.
+-- Cancels an operation that no worker has started, and returns whether it did. Operators may cancel any caller's
+-- operation, and cannot change operations in any other way.
 -- +goose StatementBegin
 CREATE FUNCTION operation_cancel(operation_id uuid, status bytea) RETURNS boolean
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
 BEGIN
-    UPDATE operation SET state = 'cancelled', request = '', error = status, ended_at = clock_timestamp() WHERE id = operation_id AND state = 'pending';
+    UPDATE operation SET state = 'cancelled', request = '', error = status, ended_at = clock_timestamp()
+    WHERE id = operation_id AND state = 'pending';
     RETURN FOUND;
 END
 $$;
@@ -115,7 +121,7 @@ REVOKE EXECUTE ON FUNCTION operation_sweep, operation_cancel, idempotency_key_sw
 GRANT EXECUTE ON FUNCTION operation_cancel TO shop_operator;
 GRANT EXECUTE ON FUNCTION operation_sweep TO shop_consumer;
 GRANT EXECUTE ON FUNCTION idempotency_key_sweep TO shop_api;
--- Workers insert, too: a handler may stage another call.
+-- Workers insert as well, because a handler may stage another call.
 GRANT SELECT, INSERT ON operation TO shop_api, shop_consumer;
 GRANT UPDATE (state, request, error, ended_at) ON operation TO shop_api;
 GRANT UPDATE (state, request, response, error, attempts, started_at, ended_at) ON operation TO shop_consumer;

@@ -1,4 +1,4 @@
--- The example domain. Nothing in the core names these tables: delete them together with internal/orders.
+-- The example domain. The core names none of these tables: delete this file together with internal/orders.
 
 -- +goose Up
 
@@ -14,10 +14,10 @@ CREATE TABLE orders (
     CONSTRAINT orders_reason_iff_rejected CHECK ((status = 'rejected') = (reject_reason <> ''))
 );
 
--- ListOrders: pages of all orders, the newest first.
+-- Serves ListOrders: pages of all orders, newest first.
 CREATE INDEX orders_by_time ON orders (placed_at DESC, id DESC);
 
--- ListOrders with a customer: pages of one customer's orders.
+-- Serves ListOrders for one customer.
 CREATE INDEX orders_by_customer ON orders (customer_id, placed_at DESC, id DESC);
 
 CREATE TABLE order_lines (
@@ -29,7 +29,7 @@ CREATE TABLE order_lines (
     CONSTRAINT order_lines_quantity_positive CHECK (quantity > 0)
 );
 
--- total is what SetStock says; free follows from it, so that "total = free + reserved" cannot be violated.
+-- SetStock sets total. free is computed, so total = free + reserved always holds.
 CREATE TABLE stock (
     sku      text    NOT NULL,
     total    integer NOT NULL,
@@ -40,7 +40,7 @@ CREATE TABLE stock (
     CONSTRAINT stock_free_not_negative CHECK (free >= 0)
 );
 
--- What confirmed orders hold: the sum over an SKU is stock.reserved.
+-- Stock reserved by confirmed orders. The quantities of an SKU add up to stock.reserved.
 CREATE TABLE reservations (
     order_id uuid    NOT NULL,
     sku      text    NOT NULL,
@@ -49,8 +49,8 @@ CREATE TABLE reservations (
     CONSTRAINT reservations_quantity_positive CHECK (quantity > 0)
 );
 
--- (order_id, kind) is not unique, on purpose. One notification an order and kind is what the inbox promises; a constraint
--- here would hide a broken promise from whoever counts.
+-- (order_id, kind) is deliberately not unique. The inbox guarantees one notification per order and kind; a constraint
+-- here would hide a violation from tests that count the rows.
 CREATE TABLE notifications (
     id          bigint      GENERATED ALWAYS AS IDENTITY,
     order_id    uuid        NOT NULL,
@@ -61,10 +61,10 @@ CREATE TABLE notifications (
     CONSTRAINT notifications_kind_known CHECK (kind IN ('confirmed', 'rejected'))
 );
 
--- Support: which notifications did this order cause?
+-- For support: finds the notifications of an order.
 CREATE INDEX notifications_by_order ON notifications (order_id);
 
--- What the API may do, consumers may, too: they execute its durable calls.
+-- Consumers have all of the API's privileges, because they execute its durable calls.
 GRANT SELECT, INSERT, UPDATE ON orders, stock TO shop_api, shop_consumer;
 GRANT SELECT, INSERT ON order_lines TO shop_api, shop_consumer;
 GRANT SELECT, INSERT, DELETE ON reservations TO shop_consumer;

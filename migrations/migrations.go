@@ -1,7 +1,7 @@
-// Package migrations holds the database's schema as goose migrations, embedded into the binary.
+// Package migrations contains the database schema as goose migrations, embedded into the binary.
 //
-// Up is safe to call from any number of processes at once: a session-level advisory lock lets one of them work and the others wait.
-// Migrations need a direct connection, since a transaction-mode pooler has no sessions.
+// Any number of processes may call Up at once: with a session-level advisory lock, one of them works while the others
+// wait. Migrations need a direct connection, because a transaction-mode pooler has no sessions.
 package migrations
 
 import (
@@ -21,12 +21,12 @@ import (
 	"github.com/pressly/goose/v3/lock"
 )
 
-// FS holds the migrations, named NNNN_name.sql.
+// FS contains the migrations, named NNNN_name.sql.
 //
 //go:embed *.sql
 var FS embed.FS
 
-// Up brings the database at url to the newest version and returns the names of the migrations that it applied.
+// Up migrates the database at url to the newest version and returns the names of the migrations that it applied.
 func Up(ctx context.Context, url string) (applied []string, err error) {
 	config, err := pgx.ParseConfig(url)
 	if err != nil {
@@ -54,8 +54,8 @@ func Up(ctx context.Context, url string) (applied []string, err error) {
 	return applied, nil
 }
 
-// check refuses a database in which the service could not work. It looks at a session as others get it, psql and those
-// behind a pooler among them, and not at one that is set up by us.
+// check refuses a database in which the service cannot work. It inspects a session with the server's default settings,
+// as psql or a connection behind a pooler gets it, and not one that this service has set up.
 func check(ctx context.Context, config *pgx.ConnConfig) error {
 	conn, err := pgx.ConnectConfig(ctx, config)
 	if err != nil {
@@ -63,16 +63,17 @@ func check(ctx context.Context, config *pgx.ConnConfig) error {
 	}
 	defer conn.Close(context.WithoutCancel(ctx)) // bounded by pgx itself
 	var encoding, path, schema string
-	err = conn.QueryRow(ctx, `SELECT current_setting('server_encoding'), current_setting('search_path'), coalesce(current_schema(), '')`).
+	err = conn.QueryRow(ctx, `
+		SELECT current_setting('server_encoding'), current_setting('search_path'), coalesce(current_schema(), '')`).
 		Scan(&encoding, &path, &schema)
 	switch {
 	case err != nil:
-		return fmt.Errorf("look at the session: %w", err)
+		return fmt.Errorf("inspect the session: %w", err)
 	case encoding != "UTF8":
-		return fmt.Errorf("the encoding of database %s is %s, and messages may hold any text: create it with ENCODING 'UTF8'",
-			conn.Config().Database, encoding)
+		return fmt.Errorf("the encoding of database %s is %s, but messages may contain any text: "+
+			"create the database with ENCODING 'UTF8'", conn.Config().Database, encoding)
 	case schema != "public":
-		return fmt.Errorf("search_path is %q, by which tables would be made in schema %q, and this service works in public: "+
+		return fmt.Errorf("search_path is %q, so tables would be created in schema %q, but this service needs public: "+
 			"RESET search_path for the database and role %s", path, schema, conn.Config().User)
 	}
 	return nil
@@ -81,12 +82,13 @@ func check(ctx context.Context, config *pgx.ConnConfig) error {
 var (
 	// ErrNoSchema means that no migration was ever applied.
 	ErrNoSchema = errors.New("there is no schema in this database")
-	// ErrPending means that the database lacks migrations that this binary holds.
+	// ErrPending means that some migrations of this binary are not applied.
 	ErrPending = errors.New("migrations of this binary are not applied")
 )
 
-// Check returns ErrNoSchema or ErrPending unless each migration of this binary is applied; ErrPending names those that are not. A schema that
-// has more of them is a newer version's, and fine: old processes go on with a newer schema.
+// Check returns ErrNoSchema or ErrPending unless all migrations of this binary are applied. ErrPending names the
+// missing ones. Additional migrations belong to a newer version and are fine: old processes continue with a newer
+// schema.
 func Check(ctx context.Context, db *pgxpool.Pool) error {
 	var never bool
 	if err := db.QueryRow(ctx, `SELECT to_regclass('public.goose_db_version') IS NULL`).Scan(&never); err != nil {
@@ -111,7 +113,7 @@ func Check(ctx context.Context, db *pgxpool.Pool) error {
 	return nil
 }
 
-// versions are the numbers of the migrations in FS.
+// versions returns the numbers of the migrations in FS.
 var versions = sync.OnceValue(func() (numbers []int64) {
 	names, err := fs.Glob(FS, "*.sql")
 	for _, name := range names {
@@ -119,16 +121,17 @@ var versions = sync.OnceValue(func() (numbers []int64) {
 		numbers, err = append(numbers, number), errors.Join(err, failed)
 	}
 	if err != nil {
-		panic("migrations: " + err.Error()) // a name that goose would refuse as well
+		panic("migrations: " + err.Error()) // goose would refuse the name as well
 	}
 	return numbers
 })
 
 func newProvider(db *sql.DB) (*goose.Provider, error) {
-	// Asked for each second, for five minutes: by default a process that comes second waits at least five seconds.
+	// Try once a second, for five minutes. By default, a process that does not get the lock at once waits at least five
+	// seconds.
 	locker, err := lock.NewPostgresSessionLocker(lock.WithLockTimeout(1, 300))
 	if err != nil {
-		return nil, fmt.Errorf("make migration lock: %w", err)
+		return nil, fmt.Errorf("create migration lock: %w", err)
 	}
 	provider, err := goose.NewProvider(goose.DialectPostgres, db, FS, goose.WithSessionLocker(locker))
 	if err != nil {

@@ -10,9 +10,9 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// attach places the load on a service that runs already, and balances what became of it. It breaks nothing; what breaks meanwhile is
-// somebody else's doing, and has to balance all the same. Other orders may be there, from before or at the same time: the ledger is of
-// ours alone, but for what lies on the queues.
+// attach places the load on a running service and balances the ledger. It breaks nothing, but the ledger must balance
+// even if something else breaks meanwhile. The service may have other orders, older or concurrent ones. The ledger
+// covers only our own, except for the messages left on the queues.
 func attach(ctx context.Context, flags cli, screen *screen) (balanced bool, err error) {
 	d := &demo{flags: flags, screen: screen}
 	d.load = newLoad(flags.Attach, flags.APIKey, newPlan(flags.Orders, "-"+uuid.NewString()[:8]), flags.Rate)

@@ -20,14 +20,18 @@ import (
 
 func TestMain(m *testing.M) { testenv.Main(m) }
 
-// service runs all of the service until the test ends, and returns the URL of its API.
+// service runs the whole service until the test ends, and returns the URL of its API.
 func service(t *testing.T, postgresURL, amqpURL string) (url string) {
 	t.Helper()
 	addr, opsAddr := testenv.FreeAddress(t), testenv.FreeAddress(t)
 	ctx, cancel := context.WithCancel(context.Background())
 	var running sync.WaitGroup
 	running.Go(func() {
-		if err := app.RunAll(ctx, app.Config{PostgresURL: postgresURL, AMQPURL: amqpURL, Exchange: exchange, Addr: addr, OpsAddr: opsAddr, Edge: app.Edge{NoAuth: true}}); err != nil {
+		config := app.Config{
+			PostgresURL: postgresURL, AMQPURL: amqpURL, Exchange: exchange, Addr: addr, OpsAddr: opsAddr,
+			Edge: app.Edge{NoAuth: true},
+		}
+		if err := app.RunAll(ctx, config); err != nil {
 			t.Error(err)
 		}
 	})
@@ -40,14 +44,14 @@ func service(t *testing.T, postgresURL, amqpURL string) (url string) {
 		}
 		defer response.Body.Close()
 		if response.StatusCode != http.StatusOK {
-			return fmt.Errorf("/readyz answers %s", response.Status)
+			return fmt.Errorf("/readyz returned %s", response.Status)
 		}
 		return nil
 	})
 	return "http://" + addr
 }
 
-// A load on a service that runs already balances, whatever is there from others, and not when something of its own is amiss.
+// The load on a running service balances despite other orders and messages, but not if one of its own effects is wrong.
 func TestAttach(t *testing.T) {
 	t.Parallel()
 	flags := cli{PostgresURL: testenv.PostgresURL(t), AMQPURL: testenv.AMQP(t), Orders: 100, Rate: 200}
@@ -79,20 +83,24 @@ func TestAttach(t *testing.T) {
 		}
 	}
 
-	// An order that nobody here placed, and a letter of somebody else's.
-	mustExec(`INSERT INTO orders (id, customer_id) VALUES (gen_random_uuid(), 'somebody else')`)
+	// An order and a dead letter that are not part of the load.
+	mustExec(`INSERT INTO orders (id, customer_id) VALUES (gen_random_uuid(), 'another')`)
 	mustExec(`INSERT INTO dead_letter (consumer, message_id, type, key, payload, headers, reason, error, attempts)
 		VALUES ('', 'm', 'another.v1.Event', 'another', '', '{}', 'test', '', 1)`)
 	for range 2 {
 		if balanced, text := play(); !balanced || !strings.Contains(text, "  placed                     100  ✓") {
-			t.Fatalf("does not balance:\n%s", text)
+			t.Fatalf("the ledger does not balance:\n%s", text)
 		}
 	}
 
 	mustExec(`CREATE FUNCTION twice() RETURNS trigger LANGUAGE plpgsql AS $$
-		BEGIN INSERT INTO notifications (order_id, kind, customer_id) VALUES (NEW.order_id, NEW.kind, NEW.customer_id); RETURN NULL; END $$`)
-	mustExec(`CREATE TRIGGER twice AFTER INSERT ON notifications FOR EACH ROW WHEN (pg_trigger_depth() = 0) EXECUTE FUNCTION twice()`)
+		BEGIN
+			INSERT INTO notifications (order_id, kind, customer_id) VALUES (NEW.order_id, NEW.kind, NEW.customer_id);
+			RETURN NULL;
+		END $$`)
+	mustExec(`CREATE TRIGGER twice AFTER INSERT ON notifications
+		FOR EACH ROW WHEN (pg_trigger_depth() = 0) EXECUTE FUNCTION twice()`)
 	if balanced, text := play(); balanced || !strings.Contains(text, "orders that were notified twice") {
-		t.Errorf("two notifications of each order, and yet:\n%s", text)
+		t.Errorf("the ledger misses that each order was notified twice:\n%s", text)
 	}
 }

@@ -2,5 +2,5 @@ package main
 
 import "syscall"
 
-// endWithUs makes the kernel end the child when we are killed.
+// endWithUs makes the kernel kill the child when the demo is killed.
 func endWithUs(attr *syscall.SysProcAttr) { attr.Pdeathsig = syscall.SIGKILL }

@@ -4,5 +4,6 @@ package main
 
 import "syscall"
 
-// endWithUs does nothing: only Linux can. Ctrl-C and SIGTERM end the children everywhere, SIGKILL leaves them behind.
+// endWithUs does nothing, because only Linux supports it. Ctrl-C and SIGTERM end the children everywhere, but SIGKILL
+// leaves them running.
 func endWithUs(*syscall.SysProcAttr) {}

@@ -14,7 +14,7 @@ import (
 	"golang.org/x/sync/errgroup"
 )
 
-// demo is one run and what it works with.
+// demo contains the parts of a run.
 type demo struct {
 	flags  cli
 	screen *screen
@@ -26,7 +26,7 @@ type demo struct {
 	faults []fault
 }
 
-// run does everything from the build to the ledger, and tells whether the ledger balances.
+// run does everything from the build to the ledger, and reports whether the ledger balances.
 func run(ctx context.Context, flags cli, screen *screen) (balanced bool, err error) {
 	dir, err := os.MkdirTemp("", "shop-demo-")
 	if err != nil {
@@ -36,7 +36,7 @@ func run(ctx context.Context, flags cli, screen *screen) (balanced bool, err err
 	defer cancel(nil)
 	d := &demo{flags: flags, screen: screen}
 	defer func() {
-		// A broken-off run says why: a process that ended by itself, rather than what failed because of it.
+		// Report the cause of an aborted run, such as a process that ended, rather than the errors that followed from it.
 		if cause := context.Cause(ctx); err != nil && cause != nil {
 			err = cause
 		}
@@ -71,7 +71,7 @@ func run(ctx context.Context, flags cli, screen *screen) (balanced bool, err err
 	return d.count(ctx)
 }
 
-// start brings up the schema, the tap and the processes.
+// start prepares the schema and the broker, opens the tap and starts the processes.
 func (d *demo) start(ctx context.Context) (err error) {
 	if err := d.fleet.prepare(ctx, d.box); err != nil {
 		return err
@@ -96,13 +96,13 @@ func (d *demo) start(ctx context.Context) (err error) {
 	return nil
 }
 
-// runLoad places the orders and does the damage meanwhile.
+// runLoad places the orders and injects the faults meanwhile.
 func (d *demo) runLoad(ctx context.Context) error {
 	d.load = newLoad("http://"+d.fleet.addr("api"), d.fleet.apiKey, newPlan(d.flags.Orders, ""), d.flags.Rate)
-	return d.place(ctx, d.doDamage)
+	return d.place(ctx, d.injectFaults)
 }
 
-// place runs the load, and with it what else is to happen, and then waits until all has come to rest.
+// place runs the load and meanwhile together, and then waits until all messages are applied.
 func (d *demo) place(ctx context.Context, meanwhile func(context.Context) error) error {
 	defer d.load.close()
 	if err := d.load.stockUp(ctx); err != nil {
@@ -136,7 +136,7 @@ func (d *demo) showProgress(now sample) {
 		float64(d.load.placed.Load())/float64(d.flags.Orders))
 }
 
-// count stops the processes before it balances, so that what a consumer still held is back on its queue.
+// count stops the processes before it balances, so that unacked messages return to their queues.
 func (d *demo) count(ctx context.Context) (balanced bool, err error) {
 	if err := d.fleet.stop(); err != nil {
 		return false, err
@@ -144,7 +144,7 @@ func (d *demo) count(ctx context.Context) (balanced bool, err error) {
 	return d.balance(ctx)
 }
 
-// balance draws up the ledger.
+// balance prints the ledger, and reports whether it balances.
 func (d *demo) balance(ctx context.Context) (balanced bool, err error) {
 	facts, err := d.readFacts(ctx)
 	if err != nil {
@@ -153,21 +153,22 @@ func (d *demo) balance(ctx context.Context) (balanced bool, err error) {
 	findings := judge(facts)
 	d.screen.block(report(facts, findings, d.load.summary(), d.faults))
 	if len(findings) == 0 {
-		d.screen.verdict(true, "Balanced: nothing lost, nothing doubled, order kept. %.0f s.", d.screen.elapsed().Seconds())
+		d.screen.verdict(true, "Balanced: nothing lost, nothing doubled, order kept. %.0f s.",
+			d.screen.elapsed().Seconds())
 	} else {
 		d.screen.verdict(false, "NOT balanced.")
 	}
 	return len(findings) == 0, nil
 }
 
-// clean removes what the run has made, or says where it is.
+// clean removes the database, the vhost and the logs, or prints where they are.
 func (d *demo) clean(dir string, keep bool) error {
 	if keep && d.fleet != nil {
 		d.screen.note("kept: database and vhost %s, logs in %s", d.box.name, dir)
 		d.box.close()
 		return nil
 	}
-	// Also after Ctrl-C.
+	// Clean up after Ctrl-C too.
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
 	return errors.Join(d.box.remove(ctx), os.RemoveAll(dir))

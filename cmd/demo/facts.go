@@ -17,14 +17,14 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// facts is all that is known when everything has stopped: what callers were told, what the tables hold, what the tap saw.
+// facts contains the state after the run: acknowledged calls, rows of the tables, and messages that the tap saw.
 type facts struct {
-	acked         []string // IDs of orders whose callers had a good answer
+	acked         []string // IDs of acknowledged orders
 	orders        []order
 	messages      []message // by ID
 	published     int
 	parked        int
-	copies        int // seen by the tap
+	copies        int // messages seen by the tap, duplicates included
 	arrivals      []arrival
 	taken         []taken
 	notifications []notification
@@ -32,8 +32,8 @@ type facts struct {
 	initial       map[string]int // pieces of each SKU before the load
 	deadLetters   int
 	retrying      int
-	queued        map[string]int // messages left, by queue
-	groups        map[string]string
+	queued        map[string]int    // messages left, by queue
+	groups        map[string]string // consumer group by message type
 }
 
 type order struct{ ID, Status string }
@@ -57,14 +57,14 @@ type taken struct {
 
 type notification struct{ OrderID, Kind string }
 
-// stock is a row of stock, with what it should agree with.
+// stock is a row of stock, with the sums that it must agree with.
 type stock struct {
 	SKU       string
 	Total     int
 	Free      int
 	Reserved  int
-	Held      int // by reservations
-	Confirmed int // asked for by confirmed orders
+	Held      int // sum of the reservations
+	Confirmed int // sum of the confirmed orders
 }
 
 const stockSQL = `
@@ -74,7 +74,7 @@ SELECT sku, total, free, reserved,
         WHERE order_lines.sku = stock.sku AND orders.status = 'confirmed') AS confirmed
 FROM stock WHERE $1::text[] IS NULL OR sku = ANY($1) ORDER BY sku`
 
-// readFacts reads what is left when all has come to rest.
+// readFacts reads the state after the run.
 func (d *demo) readFacts(ctx context.Context) (f facts, err error) {
 	db := d.watch.db
 	now, err := d.watch.sample(ctx)
@@ -88,12 +88,13 @@ func (d *demo) readFacts(ctx context.Context) (f facts, err error) {
 	if ours != nil {
 		skus = slices.Collect(maps.Keys(f.initial))
 	}
-	f.orders, err = read[order](ctx, db, `SELECT id::text, status FROM orders WHERE $1::uuid[] IS NULL OR id = ANY($1)`, ours)
+	f.orders, err = read[order](ctx, db, `
+		SELECT id::text, status FROM orders WHERE $1::uuid[] IS NULL OR id = ANY($1)`, ours)
 	if err != nil {
 		return f, err
 	}
-	f.messages, err = read[message](ctx, db,
-		`SELECT id, message_id::text, type, key, created_at FROM outbox WHERE $1::text[] IS NULL OR key = ANY($1) ORDER BY id`, ours)
+	f.messages, err = read[message](ctx, db, `SELECT id, message_id::text, type, key, created_at FROM outbox
+		WHERE $1::text[] IS NULL OR key = ANY($1) ORDER BY id`, ours)
 	if err != nil {
 		return f, err
 	}
@@ -110,14 +111,15 @@ func (d *demo) readFacts(ctx context.Context) (f facts, err error) {
 	if f.stock, err = read[stock](ctx, db, stockSQL, skus); err != nil {
 		return f, err
 	}
-	err = db.QueryRow(ctx, `SELECT count(*) FROM dead_letter WHERE $1::text[] IS NULL OR key = ANY($1)`, ours).Scan(&f.deadLetters)
+	err = db.QueryRow(ctx, `
+		SELECT count(*) FROM dead_letter WHERE $1::text[] IS NULL OR key = ANY($1)`, ours).Scan(&f.deadLetters)
 	if err != nil {
 		return f, fmt.Errorf("count dead letters: %w", err)
 	}
 	return f, d.readQueues(&f)
 }
 
-// readQueues asks the broker what is left there.
+// readQueues reads the depth of each queue.
 func (d *demo) readQueues(f *facts) (err error) {
 	f.groups, f.queued = map[string]string{}, map[string]int{}
 	for _, group := range groups() {
@@ -133,9 +135,9 @@ func (d *demo) readQueues(f *facts) (err error) {
 	return nil
 }
 
-// groups are the service's consumer groups.
+// groups returns the service's consumer groups.
 func groups() []*inbox.Group {
-	service := orders.NewService(nil, nil, changes.New(changes.Config{})) // only asked for them
+	service := orders.NewService(nil, nil, changes.New(changes.Config{})) // only describes its groups
 	return []*inbox.Group{service.Fulfillment(), service.Notifications()}
 }
 

@@ -9,14 +9,14 @@ import (
 	"time"
 )
 
-// fault is one that happened.
+// fault is a fault that was injected.
 type fault struct {
 	kind   string
 	at     time.Time
-	healed time.Time // when all that was committed by the end of the outage had been applied
+	healed time.Time // when every message committed by the end of the outage was applied
 }
 
-// schedule says what breaks, and at which share of the load.
+// schedule lists the faults, each with the share of the load at which it happens.
 var schedule = []struct {
 	share float64
 	run   func(d *demo, ctx context.Context) error
@@ -28,7 +28,7 @@ var schedule = []struct {
 	{0.75, (*demo).killConsumer},
 }
 
-func (d *demo) doDamage(ctx context.Context) error {
+func (d *demo) injectFaults(ctx context.Context) error {
 	ticker := time.NewTicker(10 * time.Millisecond)
 	defer ticker.Stop()
 	for _, next := range schedule {
@@ -47,7 +47,9 @@ func (d *demo) doDamage(ctx context.Context) error {
 }
 
 func (d *demo) killRelay(ctx context.Context) error {
-	return d.killAndRestart(ctx, "relay", "took over the lease", func(before, now sample) bool { return now.Epoch > before.Epoch })
+	return d.killAndRestart(ctx, "relay", "took over the lease", func(before, now sample) bool {
+		return now.Epoch > before.Epoch
+	})
 }
 
 func (d *demo) killConsumer(ctx context.Context) error {
@@ -56,8 +58,10 @@ func (d *demo) killConsumer(ctx context.Context) error {
 	})
 }
 
-// killAndRestart kills a process and starts it again at once, as a supervisor does.
-func (d *demo) killAndRestart(ctx context.Context, name, sign string, back func(before, now sample) bool) error {
+// killAndRestart kills a process and restarts it immediately, as a supervisor does.
+func (d *demo) killAndRestart(
+	ctx context.Context, name, sign string, recovered func(before, now sample) bool,
+) error {
 	at := time.Now()
 	pid := d.fleet.kill(name)
 	before, err := d.watch.sample(ctx)
@@ -70,7 +74,7 @@ func (d *demo) killAndRestart(ctx context.Context, name, sign string, back func(
 	}
 	return d.heal(ctx, fault{kind: name + " killed", at: at}, func(took float64) string {
 		return fmt.Sprintf("%s back (pid %d), %s after %.1f s", name, d.fleet.pid(name), sign, took)
-	}, func(now sample) bool { return back(before, now) })
+	}, func(now sample) bool { return recovered(before, now) })
 }
 
 func (d *demo) cutConnections(ctx context.Context) error {
@@ -84,23 +88,28 @@ func (d *demo) cutConnections(ctx context.Context) error {
 	return d.heal(ctx, fault{kind: "connections cut", at: at}, func(took float64) string {
 		return fmt.Sprintf("all connected again, publishing and applying after %.1f s", took)
 	}, func(now sample) bool {
-		return d.over(now) || d.box.proxy.open() >= cut && now.Published > before.Published && now.Applied > before.Applied
+		return d.over(now) ||
+			d.box.proxy.open() >= cut && now.Published > before.Published && now.Applied > before.Applied
 	})
 }
 
-// over tells that there is nothing left by which a recovery could be noticed, as when the load was short.
+// over reports that no message is left that could show a recovery, which happens if the load is short.
 func (d *demo) over(now sample) bool { return d.load.progress() >= 1 && now.quiet() }
 
-// heal waits until the service is back, and until it has caught up.
-func (d *demo) heal(ctx context.Context, f fault, say func(took float64) string, back func(sample) bool) error {
-	now, err := d.watch.await(ctx, recoveryPatience, back)
+// heal waits until the service has recovered, and then until it has caught up.
+func (d *demo) heal(
+	ctx context.Context, f fault, describe func(took float64) string, recovered func(sample) bool,
+) error {
+	now, err := d.watch.await(ctx, recoveryPatience, recovered)
 	if err == nil {
 		took := time.Since(f.at).Seconds()
-		_, err = d.watch.await(ctx, recoveryPatience, func(later sample) bool { return later.Applied+later.Parked >= now.Messages })
+		_, err = d.watch.await(ctx, recoveryPatience, func(later sample) bool {
+			return later.Applied+later.Parked >= now.Messages
+		})
 		if err == nil {
 			f.healed = time.Now()
 			d.faults = append(d.faults, f)
-			d.screen.event("%s; caught up after %.1f s", say(took), f.healed.Sub(f.at).Seconds())
+			d.screen.event("%s; caught up after %.1f s", describe(took), f.healed.Sub(f.at).Seconds())
 			return nil
 		}
 	}

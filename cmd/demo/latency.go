@@ -7,7 +7,7 @@ import (
 	"time"
 )
 
-// latency is how long messages took.
+// latency summarizes the latency of messages.
 type latency struct {
 	count    int
 	p50, p99 time.Duration
@@ -22,8 +22,8 @@ func measure(took []time.Duration) latency {
 	return latency{len(took), at(0.50), at(0.99)}
 }
 
-// latencies measures all messages, and those that were committed while nothing was broken. Each message is measured from the
-// insert of its outbox row.
+// latencies measures all messages, and separately those that were committed outside of faults. The latency of a message
+// starts with the insert of its outbox row.
 func latencies(messages []message, faults []fault, end func(message) (time.Time, bool)) (all, calm latency) {
 	var took, tookCalm []time.Duration
 	for _, m := range messages {
@@ -41,7 +41,7 @@ func latencies(messages []message, faults []fault, end func(message) (time.Time,
 
 func during(faults []fault, at time.Time) bool {
 	return slices.ContainsFunc(faults, func(f fault) bool {
-		// Messages that were committed just before the fault may have been caught by it.
+		// The fault may also have affected messages that were committed just before it.
 		return at.After(f.at.Add(-100*time.Millisecond)) && at.Before(f.healed)
 	})
 }

@@ -26,14 +26,14 @@ const (
 	rowDisorder      row = "out of order"
 )
 
-// finding is something that does not balance: what, and where.
+// finding is a discrepancy in a row.
 type finding struct {
 	row  row
-	what string
+	text string
 	ids  []string // of orders, messages, SKUs or queues
 }
 
-// eventPlaced and the others are the messages of the domain.
+// The message types of the domain.
 const (
 	eventPlaced    = "orders.v1.OrderPlaced"
 	eventConfirmed = "orders.v1.OrderConfirmed"
@@ -41,7 +41,7 @@ const (
 	eventCancelled = "orders.v1.OrderCancelled"
 )
 
-// judge compares what was promised with what is there. No findings mean that everything balances.
+// judge compares the facts with the guarantees. The run balances if it returns no findings.
 func judge(f facts) []finding {
 	var found findings
 	found.judgeOrders(f)
@@ -50,7 +50,8 @@ func judge(f facts) []finding {
 	found.judgeNotifications(f)
 	found.judgeStock(f)
 	if f.published+f.parked != len(f.messages) {
-		found.add(rowPublished, fmt.Sprintf("the relay counts %d published and %d parked of %d messages", f.published, f.parked, len(f.messages)), "outbox_cursor")
+		found.add(rowPublished, fmt.Sprintf("the relay counts %d published and %d parked of %d messages",
+			f.published, f.parked, len(f.messages)), "outbox_cursor")
 	}
 	if f.parked > 0 {
 		found.add(rowPublished, fmt.Sprintf("%d parked by the relay", f.parked), "outbox_cursor")
@@ -71,29 +72,30 @@ func judge(f facts) []finding {
 
 type findings []finding
 
-// add notes something about an ID, together with the others of its sort.
-func (l *findings) add(row row, what, id string) {
+// add adds an ID to the finding with the same row and text.
+func (l *findings) add(row row, text, id string) {
 	for i := range *l {
-		if one := &(*l)[i]; one.row == row && one.what == what {
-			one.ids = append(one.ids, id)
+		if f := &(*l)[i]; f.row == row && f.text == text {
+			f.ids = append(f.ids, id)
 			return
 		}
 	}
-	*l = append(*l, finding{row, what, []string{id}})
+	*l = append(*l, finding{row, text, []string{id}})
 }
 
-// of returns how many things are wrong in a row.
+// of returns the number of IDs in a row's findings.
 func (l findings) of(row row) int {
 	count := 0
-	for _, one := range l {
-		if one.row == row {
-			count += len(one.ids)
+	for _, finding := range l {
+		if finding.row == row {
+			count += len(finding.ids)
 		}
 	}
 	return count
 }
 
-// judgeOrders: an order exists if and only if its caller was told so, is told of once, and comes to its end.
+// judgeOrders: an order exists if and only if its caller got an acknowledgement. It has one message of each type at
+// most, and it reaches a final state.
 func (l *findings) judgeOrders(f facts) {
 	events := count(f.messages, func(m message) [2]string { return [2]string{m.Key, m.Type} })
 	status := make(map[string]string, len(f.orders))
@@ -101,25 +103,25 @@ func (l *findings) judgeOrders(f facts) {
 	for _, id := range f.acked {
 		acked[id] = true
 	}
-	for _, one := range f.orders {
-		status[one.ID] = one.Status
-		if !acked[one.ID] {
-			l.add(rowPlaced, "orders that no caller knows of", one.ID)
+	for _, order := range f.orders {
+		status[order.ID] = order.Status
+		if !acked[order.ID] {
+			l.add(rowPlaced, "orders without an acknowledged call", order.ID)
 		}
-		if one.Status == "placed" {
-			l.add(rowLost, "orders that were neither confirmed nor rejected nor cancelled", one.ID)
+		if order.Status == "placed" {
+			l.add(rowLost, "orders that were neither confirmed nor rejected nor cancelled", order.ID)
 		}
 		for _, kind := range []string{eventPlaced, eventConfirmed, eventRejected, eventCancelled} {
-			if events[[2]string{one.ID, kind}] > 1 {
-				l.add(rowDoubled, "orders with two messages "+kind, one.ID)
+			if events[[2]string{order.ID, kind}] > 1 {
+				l.add(rowDoubled, "orders with two messages "+kind, order.ID)
 			}
 		}
-		if events[[2]string{one.ID, eventPlaced}] == 0 {
-			l.add(rowLost, "orders without their message "+eventPlaced, one.ID)
+		if events[[2]string{order.ID, eventPlaced}] == 0 {
+			l.add(rowLost, "orders without their message "+eventPlaced, order.ID)
 		}
 		// A confirmed order may have been cancelled since.
-		if final := eventOf[one.Status]; final != "" && events[[2]string{one.ID, final}] == 0 {
-			l.add(rowStates, "orders that are "+one.Status+" without a message that says so", one.ID)
+		if final := eventOf[order.Status]; final != "" && events[[2]string{order.ID, final}] == 0 {
+			l.add(rowStates, order.Status+" orders without the message "+final, order.ID)
 		}
 	}
 	for _, id := range f.acked {
@@ -129,19 +131,19 @@ func (l *findings) judgeOrders(f facts) {
 	}
 }
 
-// eventOf is the message that tells of a final state.
+// eventOf maps a final state to the type of its message.
 var eventOf = map[string]string{"confirmed": eventConfirmed, "rejected": eventRejected, "cancelled": eventCancelled}
 
-// judgeMessages: what is committed reaches the broker and its group, and nothing else does.
+// judgeMessages: every committed message reaches the broker and its consumer group, and no other message does.
 func (l *findings) judgeMessages(f facts) {
 	committed := make(map[string]bool, len(f.messages))
 	seen := make(map[string]bool, len(f.arrivals))
 	applied := make(map[[2]string]bool, len(f.taken))
-	for _, one := range f.arrivals {
-		seen[one.messageID] = true
+	for _, arrival := range f.arrivals {
+		seen[arrival.messageID] = true
 	}
-	for _, one := range f.taken {
-		applied[[2]string{one.Consumer, one.MessageID}] = true
+	for _, row := range f.taken {
+		applied[[2]string{row.Consumer, row.MessageID}] = true
 	}
 	for _, m := range f.messages {
 		committed[m.MessageID] = true
@@ -152,22 +154,22 @@ func (l *findings) judgeMessages(f facts) {
 			l.add(rowLost, "messages that never reached "+group, m.MessageID)
 		}
 	}
-	for _, one := range f.arrivals {
-		if !committed[one.messageID] {
-			l.add(rowInvented, "messages on the exchange that were never committed", one.messageID)
+	for _, arrival := range f.arrivals {
+		if !committed[arrival.messageID] {
+			l.add(rowInvented, "messages on the exchange that were never committed", arrival.messageID)
 		}
 	}
 }
 
-// judgeOrder: the first copies of a key's messages come in the order in which they were committed, which is that of outbox.id.
+// judgeOrder: the first copies of a key's messages arrive in commit order, which is the order of outbox.id.
 func (l *findings) judgeOrder(f facts) {
 	rows := make(map[string]message, len(f.messages))
 	for _, m := range f.messages {
 		rows[m.MessageID] = m
 	}
 	last := map[string]int64{}
-	for _, one := range f.arrivals {
-		m, ok := rows[one.messageID]
+	for _, arrival := range f.arrivals {
+		m, ok := rows[arrival.messageID]
 		if !ok || m.Key == "" {
 			continue
 		}
@@ -178,7 +180,8 @@ func (l *findings) judgeOrder(f facts) {
 	}
 }
 
-// judgeNotifications: exactly one for each confirmation and each rejection. Nothing in the table prevents a second one.
+// judgeNotifications: each confirmation and each rejection has exactly one notification. No constraint on the table
+// prevents a second one.
 func (l *findings) judgeNotifications(f facts) {
 	events := count(f.messages, func(m message) [2]string { return [2]string{m.Key, m.Type} })
 	sent := count(f.notifications, func(n notification) [2]string { return [2]string{n.OrderID, eventOf[n.Kind]} })
@@ -187,7 +190,7 @@ func (l *findings) judgeNotifications(f facts) {
 		case sent[at] > 1:
 			l.add(rowDoubled, "orders that were notified twice", at[0])
 		case events[at] == 0:
-			l.add(rowNotifications, "notifications of something that did not happen", at[0])
+			l.add(rowNotifications, "notifications without their event", at[0])
 		}
 	}
 	for _, at := range sorted(events) {
@@ -196,11 +199,11 @@ func (l *findings) judgeNotifications(f facts) {
 		}
 	}
 	for _, id := range both(sent) {
-		l.add(rowNotifications, "orders that were notified of confirmation and of rejection", id)
+		l.add(rowNotifications, "orders with notifications of both confirmation and rejection", id)
 	}
 }
 
-// both returns the orders with notifications of either kind.
+// both returns the orders with notifications of both kinds.
 func both(sent map[[2]string]int) (ids []string) {
 	for _, at := range sorted(sent) {
 		if at[1] == eventConfirmed && sent[[2]string{at[0], eventRejected}] > 0 {
@@ -210,29 +213,31 @@ func both(sent map[[2]string]int) (ids []string) {
 	return ids
 }
 
-// judgeStock: what was there at first is free now or held by confirmed orders.
+// judgeStock: the initial stock is now free or belongs to confirmed orders.
 func (l *findings) judgeStock(f facts) {
 	known := map[string]bool{}
 	for _, s := range f.stock {
 		known[s.SKU] = true
 		if f.initial[s.SKU] != s.Free+s.Confirmed || s.Free < 0 {
-			l.add(rowStock, fmt.Sprintf("%d at first is not %d free + %d in confirmed orders", f.initial[s.SKU], s.Free, s.Confirmed), s.SKU)
+			l.add(rowStock, fmt.Sprintf("%d at first is not %d free + %d in confirmed orders",
+				f.initial[s.SKU], s.Free, s.Confirmed), s.SKU)
 		}
 		if s.Reserved != s.Held || s.Total != s.Free+s.Reserved {
-			l.add(rowStock, fmt.Sprintf("%d in all, %d free, %d reserved, but reservations of %d", s.Total, s.Free, s.Reserved, s.Held), s.SKU)
+			l.add(rowStock, fmt.Sprintf("%d in total, %d free, %d reserved, but reservations of %d",
+				s.Total, s.Free, s.Reserved, s.Held), s.SKU)
 		}
 	}
 	for _, sku := range slices.Sorted(maps.Keys(f.initial)) {
 		if !known[sku] {
-			l.add(rowStock, "stock that is gone", sku)
+			l.add(rowStock, "stock that is missing", sku)
 		}
 	}
 }
 
 func count[T any, K comparable](all []T, key func(T) K) map[K]int {
 	counts := make(map[K]int, len(all))
-	for _, one := range all {
-		counts[key(one)]++
+	for _, element := range all {
+		counts[key(element)]++
 	}
 	return counts
 }

@@ -21,15 +21,15 @@ import (
 )
 
 const (
-	// workers is how many orders are being placed at once.
+	// workers is the number of orders that are placed concurrently.
 	workers = 16
-	// callTimeout is when a call is given up and made again.
+	// callTimeout bounds a call before it is retried.
 	callTimeout = 5 * time.Second
-	// orderPatience is when an order is given up, and the run with it.
+	// orderPatience bounds the retries of an order. Then the run fails.
 	orderPatience = 30 * time.Second
 )
 
-// protocol is one way in.
+// protocol is a client of the API over one of its protocols.
 type protocol struct {
 	name   string
 	client ordersv1connect.OrderServiceClient
@@ -45,7 +45,7 @@ type load struct {
 
 	placed   atomic.Int64 // orders acknowledged
 	calls    atomic.Int64 // of PlaceOrder
-	repeated atomic.Int64 // calls that failed and were made again
+	repeated atomic.Int64 // retried calls
 
 	mu    sync.Mutex
 	acked []string // IDs of acknowledged orders
@@ -65,10 +65,11 @@ func newProtocol(name, url, apiKey string, http2 bool, options ...connecthttp.Op
 	protocols.SetUnencryptedHTTP2(http2)
 	client := &http.Client{Transport: &http.Transport{Protocols: protocols, MaxIdleConnsPerHost: 3 * workers}}
 	transport := connecthttp.NewTransport(client, url, options...)
-	return &protocol{name: name, http: client, client: ordersv1connect.NewOrderServiceClient(connect.NewClient(transport, withKey(apiKey)))}
+	orders := ordersv1connect.NewOrderServiceClient(connect.NewClient(transport, withKey(apiKey)))
+	return &protocol{name: name, http: client, client: orders}
 }
 
-// withKey sends the API key with each call, if there is one.
+// withKey sends the API key, if there is one, with each call.
 func withKey(apiKey string) connect.ClientInterceptor {
 	return func(next connect.ClientFunc) connect.ClientFunc {
 		return func(ctx context.Context, spec connect.Spec) (connect.ClientStream, error) {
@@ -86,7 +87,7 @@ func (l *load) close() {
 	}
 }
 
-// progress is the share of orders that are placed.
+// progress returns the share of orders that are placed.
 func (l *load) progress() float64 { return float64(l.placed.Load()) / float64(len(l.plan.orders)) }
 
 func (l *load) stockUp(ctx context.Context) error {
@@ -99,7 +100,7 @@ func (l *load) stockUp(ctx context.Context) error {
 	return nil
 }
 
-// run places all orders, a third of them over each protocol, at no more than the rate.
+// run places all orders at the rate or slower, a third of them over each protocol.
 func (l *load) run(ctx context.Context) error {
 	group, ctx := errgroup.WithContext(ctx)
 	due := make(chan int)
@@ -137,14 +138,14 @@ func (l *load) run(ctx context.Context) error {
 	return group.Wait()
 }
 
-// place places an order until it is acknowledged, with all the calls that were planned for it.
+// place makes all planned calls for an order until it is acknowledged.
 func (l *load) place(ctx context.Context, i int) error {
 	ctx, cancel := context.WithTimeout(ctx, orderPatience)
 	defer cancel()
 	order := &l.plan.orders[i]
 	group, calling := errgroup.WithContext(ctx)
 	for n := range order.calls {
-		// Calls for one order at once come over different protocols, as from different callers.
+		// Concurrent calls for an order use different protocols, as different callers would.
 		over := l.protocols[(i+n)%len(l.protocols)]
 		group.Go(func() error { return l.call(calling, over, order) })
 	}
@@ -160,7 +161,7 @@ func (l *load) place(ctx context.Context, i int) error {
 	return nil
 }
 
-// cancel calls an order off when its time has come.
+// cancel waits for the planned time and cancels the order.
 func (l *load) cancel(ctx context.Context, i int) error {
 	ctx, stop := context.WithTimeout(ctx, orderPatience)
 	defer stop()
@@ -171,9 +172,10 @@ func (l *load) cancel(ctx context.Context, i int) error {
 		return ctx.Err()
 	}
 	return l.retry(ctx, false, func(ctx context.Context) error {
-		_, err := l.protocols[i%len(l.protocols)].client.CancelOrder(ctx, &ordersv1.CancelOrderRequest{OrderId: order.id})
+		_, err := l.protocols[i%len(l.protocols)].client.CancelOrder(ctx,
+			&ordersv1.CancelOrderRequest{OrderId: order.id})
 		if err != nil && connect.CodeOf(err) == connect.CodeFailedPrecondition {
-			return nil // it was rejected already
+			return nil // already rejected
 		}
 		return err
 	})
@@ -182,16 +184,18 @@ func (l *load) cancel(ctx context.Context, i int) error {
 func (l *load) call(ctx context.Context, over *protocol, order *plannedOrder) error {
 	return l.retry(ctx, order.impatient, func(ctx context.Context) error {
 		l.calls.Add(1)
-		answer, err := over.client.PlaceOrder(ctx, &ordersv1.PlaceOrderRequest{OrderId: order.id, CustomerId: order.customer, Lines: order.lines})
+		answer, err := over.client.PlaceOrder(ctx, &ordersv1.PlaceOrderRequest{
+			OrderId: order.id, CustomerId: order.customer, Lines: order.lines,
+		})
 		if err == nil && answer.GetOrder().GetId() != order.id {
-			return fmt.Errorf("the answer is about order %s", answer.GetOrder().GetId())
+			return fmt.Errorf("the answer contains order %s", answer.GetOrder().GetId())
 		}
 		return err
 	})
 }
 
-// retry calls until there is an answer. After an error that says nothing of the outcome the same call is simply made again: the ID that
-// the caller chose makes that safe.
+// retry calls until there is an answer. It repeats the same call after an error that leaves the outcome open. That is
+// safe because the caller chose the order's ID.
 func (l *load) retry(ctx context.Context, impatient bool, call func(context.Context) error) error {
 	patience := callTimeout
 	if impatient {
@@ -214,16 +218,18 @@ func (l *load) retry(ctx context.Context, impatient bool, call func(context.Cont
 	}
 }
 
-// unknown tells whether the call may have done its work nevertheless, or may do it next time.
+// unknown reports whether the call may have succeeded despite the error, or may succeed on a retry.
 func unknown(err error) bool {
 	switch connect.CodeOf(err) {
-	case connect.CodeUnavailable, connect.CodeDeadlineExceeded, connect.CodeCanceled, connect.CodeAborted, connect.CodeResourceExhausted:
+	case connect.CodeUnavailable, connect.CodeDeadlineExceeded, connect.CodeCanceled, connect.CodeAborted,
+		connect.CodeResourceExhausted:
 		return true
 	}
-	return errors.Is(err, io.ErrUnexpectedEOF) // the server died in the middle of its answer, which connect calls internal
+	// Connect reports CodeInternal if the server dies in the middle of its answer.
+	return errors.Is(err, io.ErrUnexpectedEOF)
 }
 
-// traffic is what the load has done.
+// traffic counts the calls of the load.
 type traffic struct {
 	calls, repeated int64
 	byProtocol      string

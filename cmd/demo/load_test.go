@@ -11,17 +11,18 @@ import (
 
 func TestCallsWithoutAnAnswerAreRepeated(t *testing.T) {
 	t.Parallel()
-	for _, one := range []struct {
+	const incomplete = "protocol error: incomplete envelope: %s"
+	for _, test := range []struct {
 		err  error
 		want bool
 	}{
 		{connect.Errorf(connect.CodeUnavailable, "away"), true},
-		{connect.Errorf(connect.CodeInternal, "protocol error: incomplete envelope: %s", io.ErrUnexpectedEOF).WithCause(io.ErrUnexpectedEOF), true},
+		{connect.Errorf(connect.CodeInternal, incomplete, io.ErrUnexpectedEOF).WithCause(io.ErrUnexpectedEOF), true},
 		{connect.Errorf(connect.CodeInternal, "a fault"), false},
 		{connect.Errorf(connect.CodeInvalidArgument, "no lines"), false},
 	} {
-		if got := unknown(one.err); got != one.want {
-			t.Errorf("%v: %t", one.err, got)
+		if got := unknown(test.err); got != test.want {
+			t.Errorf("%v: got %t, want %t", test.err, got, test.want)
 		}
 	}
 }

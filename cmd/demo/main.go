@@ -1,17 +1,18 @@
 //go:build unix
 
-// Command demo runs the service through its worst day and then counts: api, relay and consumer as processes of their own, a load of orders
-// over Connect, gRPC and gRPC-Web with repeated calls, while relay and consumer are killed and the broker's connections are cut.
+// Command demo runs the service through its worst day and then counts. It starts api, relay and consumer as processes
+// and places orders over Connect, gRPC and gRPC-Web, many of them by repeated calls. Meanwhile it kills relay and
+// consumer and cuts the connections to the broker.
 //
 //	make demo
 //	go run ./cmd/stack -- go run ./cmd/demo [--orders N] [--rate N] [--keep]
-//	go run ./cmd/demo --attach http://127.0.0.1:8080    the load and the ledger alone, on a service that runs already
+//	go run ./cmd/demo --attach http://127.0.0.1:8080    only the load and the ledger, on a running service
 //
-// It works in a database and a vhost of its own, both called orders_demo_ and eight digits, which it removes unless something failed. Its
-// processes never outlive it (on Linux, not even if it is killed).
+// It creates a database and a vhost, both named orders_demo_ and eight digits, and removes them unless something
+// failed. Its processes never outlive it (on Linux, not even if it is killed).
 //
-// The ledger at the end is read from the tables and from a tap on the exchange, not from what the processes say of themselves. Exit status
-// 0 if it balances, 1 if not or if the run was broken off, 2 on bad arguments.
+// The ledger reads the tables and a tap on the exchange. It does not trust the processes' own reports. The exit status
+// is 0 if the ledger balances, 1 if not or if the run was aborted, and 2 on bad arguments.
 package main
 
 import (
@@ -37,19 +38,28 @@ const (
 	exitUsage   = 2
 )
 
-// cli is every flag and environment variable of the demo.
+// cli contains the flags and environment variables of the demo.
 type cli struct {
-	PostgresURL   string `name:"postgres-url" env:"POSTGRES_URL" help:"Postgres server; the demo makes a database of its own there."`
-	AMQPURL       string `name:"amqp-url" env:"AMQP_URL" help:"RabbitMQ server; the demo makes a vhost of its own there."`
-	ManagementURL string `name:"management-url" env:"RABBITMQ_MANAGEMENT_URL" help:"RabbitMQ's management API with credentials. Default: the AMQP URL's host and user, port 15672."`
+	PostgresURL   string `name:"postgres-url" env:"POSTGRES_URL" help:"Postgres server; the demo creates a database."`
+	AMQPURL       string `name:"amqp-url" env:"AMQP_URL" help:"RabbitMQ server; the demo creates a vhost."`
+	ManagementURL string `name:"management-url" env:"RABBITMQ_MANAGEMENT_URL" help:"${management_help}"`
 	Orders        int    `default:"2400" help:"Orders to place."`
-	Rate          int    `help:"Orders placed a second, at most. Default: 110, or fewer so that the load lasts for 18 s and the faults fall into it."`
-	Attach        string `placeholder:"URL" help:"API of a service that runs already: place the orders there, break nothing, and balance what became of them. The URLs are then those of its own database and vhost, which keep what they have."`
-	APIKey        string `name:"api-key" env:"API_KEY" help:"With --attach: the API key, if the API asks for one."`
-	Keep          bool   `help:"Keep database, vhost and logs also when all is well."`
+	Rate          int    `help:"${rate_help}"`
+	Attach        string `placeholder:"URL" help:"${attach_help}"`
+	APIKey        string `name:"api-key" env:"API_KEY" help:"With --attach: the API key, if the API requires one."`
+	Keep          bool   `help:"Keep the database, the vhost and the logs even if the ledger balances."`
 }
 
-// Validate is called by kong. Its errors quote no URL: there are passwords in them.
+// help contains texts that are too long for a tag.
+var help = kong.Vars{
+	"management_help": "RabbitMQ's management API with credentials. Default: the AMQP URL's host and user, port 15672.",
+	"rate_help": "Maximum orders per second. Default: 110, or fewer so that the load lasts for 18 s and all faults " +
+		"happen during it.",
+	"attach_help": "API of a running service: place the orders there, break nothing, and balance the ledger. The other " +
+		"URLs must be those of the service's database and vhost. The demo leaves both as they are.",
+}
+
+// Validate is called by kong. Its errors must not quote URLs, because URLs contain passwords.
 func (c *cli) Validate() error {
 	if c.PostgresURL == "" || c.AMQPURL == "" {
 		return errors.New("set POSTGRES_URL and AMQP_URL, or run `make demo`, which starts private servers")
@@ -66,7 +76,9 @@ func (c *cli) Validate() error {
 	case err != nil:
 		return errors.New("--amqp-url: not an AMQP URL")
 	case c.Attach == "" && broker.Scheme != "amqp":
-		return errors.New("--amqp-url: the demo cuts connections in a proxy of its own, which TLS would not accept: use amqp, not " + broker.Scheme)
+		return errors.New("--amqp-url: the demo connects through its own proxy, which TLS does not accept: use " +
+			"amqp, not " +
+			broker.Scheme)
 	case c.Orders < 100 || c.Orders > 100_000:
 		return fmt.Errorf("--orders: %d is not between 100 and 100000", c.Orders)
 	case c.Rate < 0 || c.Rate > 10_000:
@@ -78,8 +90,10 @@ func (c *cli) Validate() error {
 
 func main() {
 	var flags cli
-	parser := kong.Must(&flags, kong.Name("demo"), kong.Description("Kill the relay and the consumer, cut the connections, and count that nothing is lost or doubled. "+
-		"The processes run with RELAY_LEASE=1s (default 5s), so that the demo need not wait long for a killed relay's lease to end."))
+	parser := kong.Must(&flags, help, kong.Name("demo"), kong.Description("Kill the relay and the consumer, cut the "+
+		"connections, and count that nothing is lost or doubled. The processes run with RELAY_LEASE=1s (default "+
+		"5s), so "+
+		"that a killed relay's lease ends soon."))
 	if _, err := parser.Parse(os.Args[1:]); err != nil {
 		fail(exitUsage, err.Error())
 	}
@@ -106,10 +120,10 @@ func fail(status int, text string) {
 	os.Exit(status)
 }
 
-// watchParent ends the demo when `go run` is gone: it does not pass SIGTERM on.
+// watchParent ends the demo when `go run` ends, which does not forward SIGTERM.
 func watchParent(ctx context.Context, cancel context.CancelCauseFunc) {
 	if binary, err := os.Executable(); err != nil || !strings.Contains(binary, "go-build") {
-		return // any other parent may go without that meaning anything
+		return // the end of any other parent means nothing
 	}
 	parent := os.Getppid()
 	ticker := time.NewTicker(200 * time.Millisecond)
@@ -121,5 +135,5 @@ func watchParent(ctx context.Context, cancel context.CancelCauseFunc) {
 		case <-ticker.C:
 		}
 	}
-	cancel(errors.New("go run is gone"))
+	cancel(errors.New("go run has ended"))
 }

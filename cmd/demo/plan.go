@@ -11,62 +11,63 @@ import (
 	"github.com/google/uuid"
 )
 
-// What of the load is out of the ordinary, as shares of all orders.
+// The unusual parts of the load, as shares of all orders.
 const (
-	repeatedShare  = 0.20 // placed by two or three calls at once
-	impatientShare = 0.05 // placed by a caller who hangs up after some milliseconds and calls again
-	cancelledShare = 0.03 // half of them at once, so mostly before they are confirmed, the others later
-	scarceShare    = 0.13 // asks for something of which there is too little
+	repeatedShare  = 0.20 // placed by two or three concurrent calls
+	impatientShare = 0.05 // placed by a caller that hangs up after some milliseconds and retries
+	cancelledShare = 0.03 // half of them immediately, so mostly before they are confirmed, the others later
+	scarceShare    = 0.13 // contains a scarce SKU
 )
 
 const (
 	commonSKUs = 6
-	// scarceSupply is which part of the demand for scarce goods can be met. What is missing makes 5 to 10 % of all orders fail.
+	// scarceSupply is the share of the demand for scarce SKUs that the stock covers. The shortage rejects 5 to 10 % of all
+	// orders.
 	scarceSupply = 0.4
 )
 
-// plannedOrder is an order that is to be placed.
+// plannedOrder is an order of the load.
 type plannedOrder struct {
 	id        string
 	customer  string
 	lines     []*ordersv1.Line
-	calls     int  // at once, all with the same ID and content
-	impatient bool // the first call is given up early
+	calls     int  // concurrent, all with the same ID and content
+	impatient bool // the first call has a short timeout
 	cancel    bool // after it was placed
 	cancelIn  time.Duration
 }
 
-// plan is the whole load, and the stock it meets.
+// plan contains the whole load and the initial stock.
 type plan struct {
 	orders []plannedOrder
 	stock  map[string]int
 }
 
-// newPlan draws a load. The SKUs end in suffix, so that a load may have its own where there are others.
+// newPlan makes a random load. Its SKUs end in suffix, which separates them from those of other loads.
 func newPlan(orders int, suffix string) plan {
 	p := plan{stock: map[string]int{}}
 	demand := map[string]int{}
 	for range orders {
-		one := plannedOrder{id: uuid.NewString(), customer: fmt.Sprintf("customer-%d", rand.IntN(200)), calls: 1}
+		order := plannedOrder{id: uuid.NewString(), customer: fmt.Sprintf("customer-%d", rand.IntN(200)), calls: 1}
 		switch dice := rand.Float64(); {
 		case dice < repeatedShare:
-			one.calls = 2 + rand.IntN(2)
+			order.calls = 2 + rand.IntN(2)
 		case dice < repeatedShare+impatientShare:
-			one.impatient = true
+			order.impatient = true
 		}
-		if one.cancel = rand.Float64() < cancelledShare; one.cancel && rand.IntN(2) == 0 {
-			one.cancelIn = rand.N(2 * time.Second)
+		if order.cancel = rand.Float64() < cancelledShare; order.cancel && rand.IntN(2) == 0 {
+			order.cancelIn = rand.N(2 * time.Second)
 		}
 		for _, n := range rand.Perm(commonSKUs)[:1+rand.IntN(2)] {
-			one.lines = append(one.lines, line(fmt.Sprintf("common-%d%s", n+1, suffix)))
+			order.lines = append(order.lines, line(fmt.Sprintf("common-%d%s", n+1, suffix)))
 		}
 		if rand.Float64() < scarceShare {
-			one.lines = append(one.lines, line(fmt.Sprintf("scarce-%d%s", 1+rand.IntN(2), suffix)))
+			order.lines = append(order.lines, line(fmt.Sprintf("scarce-%d%s", 1+rand.IntN(2), suffix)))
 		}
-		for _, line := range one.lines {
+		for _, line := range order.lines {
 			demand[line.GetSku()] += int(line.GetQuantity())
 		}
-		p.orders = append(p.orders, one)
+		p.orders = append(p.orders, order)
 	}
 	for sku, wanted := range demand {
 		p.stock[sku] = wanted
@@ -77,11 +78,11 @@ func newPlan(orders int, suffix string) plan {
 	return p
 }
 
-// ids are the orders' IDs, which are the keys of their messages too.
+// ids returns the orders' IDs, which are also the keys of their messages.
 func (p plan) ids() []string {
 	ids := make([]string, len(p.orders))
-	for i, one := range p.orders {
-		ids[i] = one.id
+	for i, order := range p.orders {
+		ids[i] = order.id
 	}
 	return ids
 }

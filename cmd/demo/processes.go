@@ -31,19 +31,19 @@ import (
 var processNames = []string{"api", "relay", "consumer"}
 
 const (
-	// relayLease is as short as the relay allows, so that the successor of a killed relay need not wait long.
+	// relayLease is the relay's minimum, so that the successor of a killed relay does not wait long.
 	relayLease = "1s"
-	// startPatience bounds how long a process may take to be ready.
+	// startPatience bounds the time until a process is ready.
 	startPatience = 30 * time.Second
-	// stopPatience is more than the processes' own drain timeout.
+	// stopPatience is longer than the processes' drain timeout.
 	stopPatience = 15 * time.Second
 )
 
-// build compiles the service, which is in the same module, whatever that is called.
+// build compiles the service. It belongs to the same module, whose path may differ in services made from the template.
 func build(ctx context.Context, binary string) error {
 	self, ok := debug.ReadBuildInfo()
 	if !ok {
-		return errors.New("build cmd/shop: this program does not know its own module")
+		return errors.New("build cmd/shop: this binary has no build information")
 	}
 	output, err := exec.CommandContext(ctx, "go", "build", "-o", binary, self.Main.Path+"/cmd/shop").CombinedOutput()
 	if err != nil {
@@ -52,29 +52,29 @@ func build(ctx context.Context, binary string) error {
 	return nil
 }
 
-// fleet is the service's processes, each a child of ours.
+// fleet runs the service's processes as children.
 type fleet struct {
 	binary string
-	dir    string // of logs
+	dir    string // of the logs
 	env    []string
-	own    map[string][]string     // of each process alone: how it logs in
-	apiKey string                  // of the load
-	addrs  map[string]string       // of the API
-	ops    map[string]string       // of each process's operators' port
-	fail   context.CancelCauseFunc // called when a process ends that should not
+	own    map[string][]string     // additional environment by process: its logins
+	apiKey string                  // for the load
+	addrs  map[string]string       // listen address by process
+	ops    map[string]string       // address of the operators' port by process
+	fail   context.CancelCauseFunc // called when a process ends unexpectedly
 	starts chan func()
 
 	mu      sync.Mutex
 	running map[string]*process
 }
 
-// process is one child.
+// process is a child.
 type process struct {
 	name    string
 	command *exec.Cmd
-	done    chan struct{} // closed when it has ended
-	err     error         // how, once done is closed
-	ending  bool          // we ended it; guarded by fleet.mu
+	done    chan struct{} // closed when the process has ended
+	err     error         // of Wait, valid once done is closed
+	ending  bool          // set when we signal it; guarded by fleet.mu
 }
 
 func newFleet(binary, dir string, box *sandbox, fail context.CancelCauseFunc) (*fleet, error) {
@@ -83,11 +83,14 @@ func newFleet(binary, dir string, box *sandbox, fail context.CancelCauseFunc) (*
 		return nil, err
 	}
 	f := &fleet{
-		binary: binary, dir: dir, fail: fail, apiKey: apiKey, addrs: map[string]string{}, ops: map[string]string{}, running: map[string]*process{},
+		binary: binary, dir: dir, fail: fail, apiKey: apiKey,
 		env: append(withoutService(os.Environ()), "RELAY_LEASE="+relayLease, "TOPOLOGY=given",
-			// One caller stands for all customers, so the limit of one is not its own.
+			// The load is a single caller with the calls of all customers: lift the limits per caller.
 			"API_KEYS="+line, "CALLER_RATE=0", "CALLER_CONCURRENCY=0", "CALL_KEYS="+newCallKey()),
-		own:    map[string][]string{"migrate": {"POSTGRES_URL=" + box.postgresURL}, "topology": {"AMQP_URL=" + box.direct}},
+		own: map[string][]string{
+			"migrate": {"POSTGRES_URL=" + box.postgresURL}, "topology": {"AMQP_URL=" + box.direct},
+		},
+		addrs: map[string]string{}, ops: map[string]string{}, running: map[string]*process{},
 		starts: make(chan func()),
 	}
 	for _, name := range processNames {
@@ -96,12 +99,12 @@ func newFleet(binary, dir string, box *sandbox, fail context.CancelCauseFunc) (*
 			if err != nil {
 				return nil, fmt.Errorf("find a free port: %w", err)
 			}
-			defer listener.Close() // not before all ports are found: they must differ
+			defer listener.Close() // only after all ports are chosen, because they must differ
 			addrs[name] = listener.Addr().String()
 		}
 	}
 	go func() {
-		// Linux ties the death signal to the thread that started the child: this one lives as long as we do.
+		// Linux sends the death signal when the thread that started the child ends. This thread lives as long as the demo.
 		runtime.LockOSThread()
 		for start := range f.starts {
 			start()
@@ -110,18 +113,19 @@ func newFleet(binary, dir string, box *sandbox, fail context.CancelCauseFunc) (*
 	return f, nil
 }
 
-// newCallKey makes a key that signs the callers of durable calls, for this run.
+// newCallKey makes a key that signs the callers of durable calls in this run.
 func newCallKey() string {
 	var key [32]byte
 	_, _ = rand.Read(key[:]) // never fails
 	return base64.StdEncoding.EncodeToString(key[:])
 }
 
-// withoutService drops the service's own settings: the processes run with their defaults.
+// withoutService removes the service's settings, so that the processes run with their defaults.
 func withoutService(environ []string) []string {
 	prefixes := []string{
 		"LISTEN=", "OPS_LISTEN=", "EXCHANGE=", "LOG_", "RELAY_", "CONSUMER_", "POSTGRES_", "AMQP_URL=", "TOPOLOGY=",
-		"API_KEYS", "JWT_", "TLS_", "CALLER_", "CORS_", "INSECURE_", "HTTP_MAX_CONNS", "READ_MAX_BYTES=", "IN_FLIGHT_MAX_BYTES=", "CALL_", "RPC_", "OUTBOX_", "MAX_BACKLOG",
+		"API_KEYS", "JWT_", "TLS_", "CALLER_", "CORS_", "INSECURE_", "HTTP_MAX_CONNS", "READ_MAX_BYTES=",
+		"IN_FLIGHT_MAX_BYTES=", "CALL_", "RPC_", "OUTBOX_", "MAX_BACKLOG",
 	}
 	return slices.DeleteFunc(environ, func(entry string) bool {
 		return slices.ContainsFunc(prefixes, func(prefix string) bool { return strings.HasPrefix(entry, prefix) })
@@ -136,7 +140,7 @@ func (f *fleet) pid(name string) int {
 	return f.running[name].command.Process.Pid
 }
 
-// prepare makes schema and topology, and for each process a login that may do what the process does and no more.
+// prepare creates the schema and the topology, and for each process logins with only the permissions that it needs.
 func (f *fleet) prepare(ctx context.Context, box *sandbox) error {
 	if _, err := f.call(ctx, "migrate"); err != nil {
 		return err
@@ -162,7 +166,7 @@ func (f *fleet) prepare(ctx context.Context, box *sandbox) error {
 	return nil
 }
 
-// call runs a command of the service to its end.
+// call runs a command of the service and returns its output.
 func (f *fleet) call(ctx context.Context, args ...string) ([]byte, error) {
 	command := exec.CommandContext(ctx, f.binary, args...)
 	command.Env = slices.Concat(f.env, f.own[args[0]])
@@ -175,17 +179,17 @@ func (f *fleet) call(ctx context.Context, args ...string) ([]byte, error) {
 	return output, nil
 }
 
-// start starts a process and returns when it is ready. Its log goes behind that of its predecessor.
+// start starts a process and returns when it is ready. It appends to the log of its predecessor.
 func (f *fleet) start(ctx context.Context, name string) error {
 	log, err := os.OpenFile(f.logPath(name), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
 		return err
 	}
-	defer log.Close() // the child has its own
+	defer log.Close() // the child has its own descriptor
 	command := exec.Command(f.binary, name)
 	command.Env = slices.Concat(f.env, f.own[name], []string{"LISTEN=" + f.addrs[name], "OPS_LISTEN=" + f.ops[name]})
 	command.Stdout, command.Stderr = log, log
-	// In a group of its own, so that Ctrl-C comes to us alone and the children are stopped in order.
+	// Use a separate process group, so that Ctrl-C reaches only the demo, which then stops its children in order.
 	command.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	endWithUs(command.SysProcAttr)
 	started := make(chan error)
@@ -208,11 +212,11 @@ func (f *fleet) reap(p *process) {
 	f.mu.Unlock()
 	close(p.done)
 	if !expected {
-		f.fail(fmt.Errorf("%s ended by itself: %w%s", p.name, orZero(p.err), f.tail(p.name)))
+		f.fail(fmt.Errorf("%s ended unexpectedly: %w%s", p.name, orZero(p.err), f.tail(p.name)))
 	}
 }
 
-// orZero gives a process that ended without an error one.
+// orZero returns an error for a process that ended without one.
 func orZero(err error) error {
 	if err == nil {
 		return errors.New("exit status 0")
@@ -233,7 +237,7 @@ func (f *fleet) awaitReady(ctx context.Context, p *process) error {
 		case <-ctx.Done():
 			return fmt.Errorf("%s is not ready: %w%s", p.name, ctx.Err(), f.tail(p.name))
 		case <-p.done:
-			return fmt.Errorf("%s ended at its start: %w%s", p.name, orZero(p.err), f.tail(p.name))
+			return fmt.Errorf("%s ended during its start: %w%s", p.name, orZero(p.err), f.tail(p.name))
 		case <-ticker.C:
 		}
 	}
@@ -252,7 +256,7 @@ func ready(ctx context.Context, url string) bool {
 	return response.StatusCode == http.StatusOK
 }
 
-// kill ends a process with SIGKILL and waits for its end.
+// kill sends SIGKILL to a process and waits until it has ended.
 func (f *fleet) kill(name string) (pid int) {
 	p := f.end(name, syscall.SIGKILL)
 	<-p.done
@@ -264,11 +268,12 @@ func (f *fleet) end(name string, signal syscall.Signal) *process {
 	defer f.mu.Unlock()
 	p := f.running[name]
 	p.ending = true
-	_ = p.command.Process.Signal(signal) // fails only if it has ended
+	_ = p.command.Process.Signal(signal) // fails only if the process has ended
 	return p
 }
 
-// stop ends all processes in good order. It may be called twice; the error is of those that did not do it well.
+// stop ends all processes with SIGTERM, and returns the errors of those that did not stop cleanly. It may be called
+// twice.
 func (f *fleet) stop() error {
 	f.mu.Lock()
 	names := slices.Sorted(maps.Keys(f.running))

@@ -10,7 +10,9 @@ import (
 	"time"
 )
 
-// proxy forwards TCP connections to the broker until it is told to cut them.
+// proxy forwards TCP connections to the broker and cuts them on demand. Why not toxiproxy's package: it cannot reset
+// connections that are already open (its reset_peer toxic sets SO_LINGER only as a connection starts), and it does not
+// count them.
 type proxy struct {
 	listener net.Listener
 	target   string
@@ -20,7 +22,7 @@ type proxy struct {
 	links map[*link]bool
 }
 
-// link is one forwarded connection.
+// link is a forwarded connection.
 type link struct{ client, server *net.TCPConn }
 
 func newProxy(target string) (*proxy, error) {
@@ -35,14 +37,14 @@ func newProxy(target string) (*proxy, error) {
 
 func (p *proxy) addr() string { return p.listener.Addr().String() }
 
-// open returns how many connections there are.
+// open returns the number of connections.
 func (p *proxy) open() int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return len(p.links)
 }
 
-// cut resets all connections on both sides and returns how many. What was under way is lost, as when a machine dies.
+// cut resets all connections on both sides and returns their number. Data in flight is lost, as when a machine dies.
 func (p *proxy) cut() int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -81,10 +83,10 @@ func (p *proxy) serve(client *net.TCPConn) {
 	p.mu.Lock()
 	p.links[l] = true
 	p.mu.Unlock()
-	// AMQP has no use for half a connection: when one side ends, both do. A process that was killed ends its side at once.
+	// AMQP does not use half-closed connections: when one side ends, end the other.
 	var both sync.WaitGroup
 	forward := func(to, from *net.TCPConn) {
-		_, _ = io.Copy(to, from) // the end is all that it tells
+		_, _ = io.Copy(to, from) // the reason for its end does not matter
 		l.close()
 	}
 	both.Go(func() { forward(l.server, l.client) })

@@ -20,19 +20,19 @@ import (
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 
-// sandbox is a database and a vhost of the run's own, and the proxy through which the processes reach the broker.
+// sandbox is the database and the vhost of a run, and the proxy between the processes and the broker.
 type sandbox struct {
-	name        string // of both
+	name        string // of database and vhost
 	postgresURL string
-	direct      string // past it, for the tap
+	direct      string // AMQP URL that bypasses the proxy, for the tap
 	proxy       *proxy
-	users       []string // of the broker, made for the processes
+	users       []string // of the broker, one for each process
 
 	serverURL  string // of the Postgres server, as given
 	management *url.URL
 }
 
-// newSandbox leaves nothing behind if it fails.
+// newSandbox creates a sandbox. It leaves nothing behind if it fails.
 func newSandbox(ctx context.Context, flags cli) (_ *sandbox, err error) {
 	b := &sandbox{name: "orders_demo_" + uuid.NewString()[:8], serverURL: flags.PostgresURL}
 	broker, err := amqp.ParseURI(flags.AMQPURL)
@@ -49,11 +49,13 @@ func newSandbox(ctx context.Context, flags cli) (_ *sandbox, err error) {
 		if err != nil {
 			ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
 			defer cancel()
-			_ = b.remove(ctx) // err says what is wrong
+			_ = b.remove(ctx) // err is the error to report
 		}
 	}()
-	login := url.UserPassword(broker.Username, broker.Password)
-	b.direct = (&url.URL{Scheme: "amqp", User: login, Host: net.JoinHostPort(broker.Host, fmt.Sprint(broker.Port)), Path: b.name}).String()
+	b.direct = (&url.URL{
+		Scheme: "amqp", User: url.UserPassword(broker.Username, broker.Password),
+		Host: net.JoinHostPort(broker.Host, fmt.Sprint(broker.Port)), Path: b.name,
+	}).String()
 	if b.postgresURL, err = withDatabase(flags.PostgresURL, b.name); err != nil {
 		return nil, err
 	}
@@ -61,7 +63,8 @@ func newSandbox(ctx context.Context, flags cli) (_ *sandbox, err error) {
 		return nil, fmt.Errorf("create database: %w", err)
 	}
 	if err := b.manage(ctx, http.MethodPut, nil, "vhosts", b.name); err != nil {
-		return nil, fmt.Errorf("create vhost: %w; the demo needs RabbitMQ's management plugin, and RABBITMQ_MANAGEMENT_URL if it is not on port 15672", err)
+		return nil, fmt.Errorf("create vhost: %w; the demo needs RabbitMQ's management plugin, "+
+			"and RABBITMQ_MANAGEMENT_URL if it is not on port 15672", err)
 	}
 	all := map[string]string{"configure": ".*", "write": ".*", "read": ".*"}
 	if err := b.manage(ctx, http.MethodPut, all, "permissions", b.name, broker.Username); err != nil {
@@ -70,7 +73,7 @@ func newSandbox(ctx context.Context, flags cli) (_ *sandbox, err error) {
 	return b, nil
 }
 
-// remove drops database and vhost. On nil it does nothing.
+// remove drops the database, the vhost and the users. On nil it does nothing.
 func (b *sandbox) remove(ctx context.Context) error {
 	if b == nil {
 		return nil
@@ -93,7 +96,7 @@ func (b *sandbox) remove(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
-// addUser makes a user of the broker with these permissions, and returns the URL by which a process logs in as it.
+// addUser creates a user of the broker with these permissions, and returns the URL with its login.
 func (b *sandbox) addUser(ctx context.Context, process string, permissions rabbit.Permissions) (string, error) {
 	name, password := b.name+"_"+process, rand.Text()
 	err := b.manage(ctx, http.MethodPut, map[string]string{"password": password, "tags": ""}, "users", name)
@@ -104,10 +107,11 @@ func (b *sandbox) addUser(ctx context.Context, process string, permissions rabbi
 	if err := b.manage(ctx, http.MethodPut, permissions, "permissions", b.name, name); err != nil {
 		return "", fmt.Errorf("grant permissions to %s: %w", name, err)
 	}
-	return (&url.URL{Scheme: "amqp", User: url.UserPassword(name, password), Host: b.proxy.addr(), Path: b.name}).String(), nil
+	login := url.UserPassword(name, password)
+	return (&url.URL{Scheme: "amqp", User: login, Host: b.proxy.addr(), Path: b.name}).String(), nil
 }
 
-// withRole is the database's URL for a session that has the rights of a role, and no others.
+// withRole returns the database's URL for sessions with the rights of a role and no others.
 func (b *sandbox) withRole(role string) string {
 	if !strings.Contains(b.postgresURL, "://") {
 		return b.postgresURL + " role=" + role
@@ -119,14 +123,14 @@ func (b *sandbox) withRole(role string) string {
 	return b.postgresURL + separator + "role=" + role
 }
 
-// close ends the proxy. On nil it does nothing.
+// close stops the proxy. On nil it does nothing.
 func (b *sandbox) close() {
 	if b != nil {
 		b.proxy.close()
 	}
 }
 
-// execute runs a statement on the server's own database.
+// execute runs a statement in the database of the given URL, not in that of the sandbox.
 func (b *sandbox) execute(ctx context.Context, sql string) error {
 	conn, err := pgx.Connect(ctx, b.serverURL)
 	if err != nil {
@@ -163,22 +167,23 @@ func (b *sandbox) manage(ctx context.Context, method string, body any, path ...s
 	return nil
 }
 
-// managementURL guesses where the API is if it was not given.
+// managementURL returns the given URL of the management API, or guesses it.
 func managementURL(given string, broker amqp.URI) (*url.URL, error) {
+	login := url.UserPassword(broker.Username, broker.Password)
 	if given == "" {
-		return &url.URL{Scheme: "http", User: url.UserPassword(broker.Username, broker.Password), Host: net.JoinHostPort(broker.Host, "15672")}, nil
+		return &url.URL{Scheme: "http", User: login, Host: net.JoinHostPort(broker.Host, "15672")}, nil
 	}
 	parsed, err := url.Parse(given)
 	if err != nil || parsed.Host == "" {
 		return nil, errors.New("RABBITMQ_MANAGEMENT_URL is not a URL")
 	}
 	if parsed.User == nil {
-		parsed.User = url.UserPassword(broker.Username, broker.Password)
+		parsed.User = login
 	}
 	return parsed, nil
 }
 
-// withDatabase names another database in a URL, or in a string of libpq keywords, of which the last one counts.
+// withDatabase replaces the database in a URL or a libpq connection string, in which the last keyword wins.
 func withDatabase(given, name string) (string, error) {
 	if !strings.HasPrefix(given, "postgres://") && !strings.HasPrefix(given, "postgresql://") {
 		return given + " dbname=" + name, nil

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"fmt"
 	"strings"
 	"testing"
 
@@ -27,16 +28,17 @@ func TestWithDatabase(t *testing.T) {
 			t.Errorf("%s: %v", changed, err)
 			continue
 		}
-		if config.Database != "orders_demo_1" || config.Host != "db.example" || config.Port != 5433 || config.Password != "p@ss" {
-			t.Errorf("%s: got %s at %s:%d with password %s", given, config.Database, config.Host, config.Port, config.Password)
+		got := fmt.Sprintf("%s at %s:%d with password %s", config.Database, config.Host, config.Port, config.Password)
+		if want := "orders_demo_1 at db.example:5433 with password p@ss"; got != want {
+			t.Errorf("%s: got %s, want %s", given, got, want)
 		}
 	}
 }
 
 func TestBadArgumentsAreOneLineWithoutPasswords(t *testing.T) {
 	t.Parallel()
-	fine := cli{PostgresURL: "postgres://u:secret@h/d", AMQPURL: "amqp://u:secret@h/", Orders: 3000, Rate: 160}
-	if err := fine.Validate(); err != nil {
+	valid := cli{PostgresURL: "postgres://u:secret@h/d", AMQPURL: "amqp://u:secret@h/", Orders: 3000, Rate: 160}
+	if err := valid.Validate(); err != nil {
 		t.Fatal(err)
 	}
 	for name, spoil := range map[string]func(*cli){
@@ -47,9 +49,9 @@ func TestBadArgumentsAreOneLineWithoutPasswords(t *testing.T) {
 		"few orders":   func(c *cli) { c.Orders = 1 },
 		"no rate":      func(c *cli) { c.Rate = -1 },
 	} {
-		one := fine
-		spoil(&one)
-		err := one.Validate()
+		flags := valid
+		spoil(&flags)
+		err := flags.Validate()
 		if err == nil || strings.Contains(err.Error(), "\n") || strings.Contains(err.Error(), "secret") {
 			t.Errorf("%s: got %v", name, err)
 		}

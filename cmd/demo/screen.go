@@ -12,7 +12,7 @@ import (
 	"time"
 )
 
-// plainInterval is how often progress is printed where lines cannot be overwritten.
+// plainInterval is the interval between progress lines where they cannot be overwritten.
 const plainInterval = 2 * time.Second
 
 // barWidth leaves room for the numbers on a terminal of 80 columns.
@@ -26,7 +26,7 @@ const (
 	reset     = "\x1b[0m"
 )
 
-// screen prints what happens. On a terminal its last line is the progress and is overwritten.
+// screen prints events. On a terminal its last line shows the progress and is overwritten.
 type screen struct {
 	out     io.Writer
 	live    bool
@@ -34,7 +34,7 @@ type screen struct {
 	started time.Time
 
 	mu       sync.Mutex
-	status   string // the progress line that is on the terminal
+	status   string // the current progress line on the terminal
 	lastLine time.Time
 }
 
@@ -51,21 +51,21 @@ func (s *screen) event(format string, args ...any) {
 	s.line(s.color(dim, fmt.Sprintf("%6.1f s", s.elapsed().Seconds())) + "  " + fmt.Sprintf(format, args...))
 }
 
-// note prints a line without time.
+// note prints a line without a time.
 func (s *screen) note(format string, args ...any) {
 	s.line("          " + fmt.Sprintf(format, args...))
 }
 
 // verdict prints the last line.
 func (s *screen) verdict(good bool, format string, args ...any) {
-	paint := red
+	color := red
 	if good {
-		paint = green
+		color = green
 	}
-	s.line("\n  " + s.color(paint, fmt.Sprintf(format, args...)))
+	s.line("\n  " + s.color(color, fmt.Sprintf(format, args...)))
 }
 
-// block prints a text as it is, but for the colours of its marks.
+// block prints a text and colors its marks.
 func (s *screen) block(text string) {
 	s.line(strings.NewReplacer(good, s.color(green, good), bad, s.color(red, bad)).Replace(text))
 }
@@ -80,13 +80,14 @@ func (s *screen) line(text string) {
 	fmt.Fprint(s.out, s.status)
 }
 
-// progress shows where things stand; share is the part of the load that is done.
+// progress shows the progress. share is the part of the load that is done.
 func (s *screen) progress(text string, share float64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.live {
 		full := min(int(share*barWidth), barWidth)
-		s.status = "  " + s.color(green, strings.Repeat("█", full)) + s.color(dim, strings.Repeat("░", barWidth-full)) + "  " + text
+		bar := s.color(green, strings.Repeat("█", full)) + s.color(dim, strings.Repeat("░", barWidth-full))
+		s.status = "  " + bar + "  " + text
 		fmt.Fprint(s.out, eraseLine+s.status)
 		return
 	}

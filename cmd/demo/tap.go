@@ -12,14 +12,14 @@ import (
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 
-// exchange is where the service publishes by default.
+// exchange is the service's default.
 const exchange = "events"
 
-// tap sees every copy of every message: a queue of its own on the exchange, over a connection that is never cut.
+// tap sees every copy of every message. It has its own queue on the exchange and a connection that the demo never cuts.
 type tap struct {
 	conn *amqp.Connection
 	done chan struct{}
-	// keys are those of the messages that count; nil if all do.
+	// keys restricts the tap to the messages with these keys. Nil means all messages.
 	keys map[string]bool
 
 	mu     sync.Mutex
@@ -34,11 +34,11 @@ type arrival struct {
 	at        time.Time
 }
 
-// openTap opens the tap for the messages with one of some keys, or, if there are none, for all.
+// openTap opens a tap for the messages with these keys. Nil means all messages.
 func openTap(url string, keys []string) (*tap, error) {
 	conn, err := amqp.Dial(url)
 	if err != nil {
-		return nil, fmt.Errorf("connect the tap: %w", err)
+		return nil, fmt.Errorf("connect to rabbitmq: %w", err)
 	}
 	t := &tap{conn: conn, done: make(chan struct{}), seen: map[string]bool{}}
 	if keys != nil {
@@ -68,7 +68,7 @@ func (t *tap) listen() (<-chan amqp.Delivery, error) {
 	if err != nil {
 		return nil, err
 	}
-	// As the service declares it, which has not started yet.
+	// The service has not started yet. Declare the exchange as it does.
 	if err := channel.ExchangeDeclare(exchange, amqp.ExchangeTopic, true, false, false, false, nil); err != nil {
 		return nil, err
 	}
@@ -93,21 +93,21 @@ func (t *tap) see(messageID string) {
 	}
 }
 
-// distinct returns how many messages were seen.
+// distinct returns the number of messages seen, duplicates excluded.
 func (t *tap) distinct() int {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return len(t.firsts)
 }
 
-// all returns how many copies were seen, and the first one of each message in the order of their arrival.
+// all returns the number of copies seen, and the first copy of each message in the order of arrival.
 func (t *tap) all() (copies int, firsts []arrival) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return t.copies, slices.Clone(t.firsts)
 }
 
-// broken tells whether the tap has gone blind.
+// broken reports whether the tap has lost its connection.
 func (t *tap) broken() bool {
 	select {
 	case <-t.done:
@@ -117,7 +117,7 @@ func (t *tap) broken() bool {
 	}
 }
 
-// depth returns how many messages lie on a queue.
+// depth returns the number of messages on a queue.
 func (t *tap) depth(queue string) (int, error) {
 	channel, err := t.conn.Channel()
 	if err != nil {
@@ -126,12 +126,12 @@ func (t *tap) depth(queue string) (int, error) {
 	defer channel.Close()
 	state, err := channel.QueueDeclarePassive(queue, true, false, false, false, nil)
 	if err != nil {
-		return 0, fmt.Errorf("look at queue %s: %w", queue, err)
+		return 0, fmt.Errorf("inspect queue %s: %w", queue, err)
 	}
 	return state.Messages, nil
 }
 
-// drained tells whether the groups' queues are empty: the last copies, which nobody waits for, are taken too.
+// drained reports whether the groups' queues are empty, which includes the late copies that nothing else waits for.
 func (t *tap) drained() bool {
 	for _, group := range groups() {
 		if depth, err := t.depth(queueOf(group)); err != nil || depth > 0 {

@@ -13,36 +13,36 @@ import (
 )
 
 const (
-	// watchInterval is short, for it is also how exactly a recovery is timed.
+	// watchInterval is short, because it bounds the precision of recovery times.
 	watchInterval = 100 * time.Millisecond
-	// recoveryPatience is how long the service may take to be back after a fault.
+	// recoveryPatience bounds the time until the service has recovered from a fault.
 	recoveryPatience = 30 * time.Second
-	// settlePatience bounds the wait after the load, and stallPatience how long nothing may move meanwhile.
+	// settlePatience bounds the wait after the load, stallPatience the time without any progress during that wait.
 	settlePatience = 2 * time.Minute
 	stallPatience  = 10 * time.Second
 )
 
-// watch looks at the tables while the load runs.
+// watch samples the tables while the load runs.
 type watch struct {
 	db *pgxpool.Pool
-	// orders are the IDs of those that count, in a database with others. Nil in one of our own, where everything counts.
+	// orders contains the IDs to count in a database with other orders. Nil means all.
 	orders []string
 }
 
-// sample is where things stand.
+// sample is the state of the tables at a moment.
 type sample struct {
 	Messages  int   // committed to the outbox
 	Published int   // confirmed by the broker
-	Parked    int   // given up by the relay
-	Epoch     int64 // which lease of the relay it is
-	Applied   int   // taken by a consumer group; every message has exactly one group here
+	Parked    int   // parked by the relay
+	Epoch     int64 // of the relay's lease
+	Applied   int   // taken by a consumer group; every message of the demo has exactly one group
 	Retrying  int
 	Open      int // orders without final state
 }
 
 func (s sample) backlog() int { return s.Messages - s.Parked - s.Applied }
 
-// quiet tells that everything committed is published and applied.
+// quiet reports whether every committed message is published and applied.
 func (s sample) quiet() bool { return s.Published+s.Parked == s.Messages && s.backlog() == 0 }
 
 const sampleSQL = `
@@ -51,15 +51,18 @@ SELECT (SELECT count(*) FROM outbox) AS messages, cursor.published, cursor.parke
        (SELECT count(*) FROM orders WHERE status = 'placed') AS open
 FROM outbox_cursor AS cursor WHERE shard = 0`
 
-// sampleOfSQL is the same for some orders. The relay counts all that it publishes, so here it is the cursor that tells which of theirs it has
-// passed: what is visible in it, as the outbox defines it. What it passed and could not publish lies among the dead letters.
+// sampleOfSQL does the same for some orders. The relay's counters cover all messages, so this statement counts the rows
+// that the cursor has passed: those that are visible in it, as the outbox defines it. Among them are the messages that
+// the relay parked. They are dead letters.
 const sampleOfSQL = `
 WITH ours AS (SELECT message_id, shard, xid, id FROM outbox WHERE key = ANY($1)),
      parked AS (SELECT count(*) AS n FROM dead_letter WHERE consumer = '' AND key = ANY($1)),
      passed AS (
          SELECT count(*) AS n FROM ours JOIN outbox_cursor AS cursor USING (shard)
-         WHERE pg_visible_in_snapshot(xid, delivered) OR batch IS NOT NULL AND id <= last_id AND pg_visible_in_snapshot(xid, batch))
-SELECT (SELECT count(*) FROM ours) AS messages, passed.n - parked.n AS published, parked.n AS parked, 0::bigint AS epoch,
+         WHERE pg_visible_in_snapshot(xid, delivered)
+            OR batch IS NOT NULL AND id <= last_id AND pg_visible_in_snapshot(xid, batch))
+SELECT (SELECT count(*) FROM ours) AS messages, passed.n - parked.n AS published, parked.n AS parked,
+       0::bigint AS epoch,
        (SELECT count(*) FROM inbox JOIN ours USING (message_id)) AS applied,
        (SELECT count(*) FROM inbox_retry WHERE key = ANY($1)) AS retrying,
        (SELECT count(*) FROM orders WHERE status = 'placed' AND id = ANY($1::uuid[])) AS open
@@ -73,7 +76,7 @@ func (w *watch) sample(ctx context.Context) (sample, error) {
 	rows, _ := w.db.Query(ctx, sql, args...) // CollectExactlyOneRow returns its error
 	now, err := pgx.CollectExactlyOneRow(rows, pgx.RowToStructByName[sample])
 	if err != nil {
-		return sample{}, fmt.Errorf("look at the tables: %w", err)
+		return sample{}, fmt.Errorf("sample the tables: %w", err)
 	}
 	return now, nil
 }
@@ -119,8 +122,8 @@ func (w *watch) await(ctx context.Context, patience time.Duration, reached func(
 	}
 }
 
-// settle waits until every message is published, seen by the tap and applied. If nothing moves any more it returns too: the ledger
-// says what is missing.
+// settle waits until every message is published, seen by the tap and applied. It also returns if there is no more
+// progress: the ledger then shows the missing messages.
 func (w *watch) settle(ctx context.Context, tap *tap) error {
 	var last sample
 	moved := time.Now()
@@ -133,7 +136,7 @@ func (w *watch) settle(ctx context.Context, tap *tap) error {
 		return settled || tap.broken() || time.Since(moved) > stallPatience
 	})
 	if tap.broken() {
-		return errors.New("the tap lost its connection to the broker, so there is nothing to count with")
+		return errors.New("the tap lost its connection to the broker, so the ledger would be incomplete")
 	}
 	if errors.Is(err, errNoRecovery) {
 		return nil

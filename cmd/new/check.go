@@ -18,14 +18,20 @@ import (
 // serviceShape is what is at once a Go package, a protobuf package, a database, a container and a Kubernetes object.
 var serviceShape = regexp.MustCompile(`^[a-z][a-z0-9]{1,29}$`)
 
-// reserved are names that mean something else where the service's name is used: commands and packages of the template come from its tree.
+// reserved are names that mean something else where the service's name is used: commands and packages of the template
+// come from its tree.
 var reserved = map[string]string{
-	"template0": "a database of Postgres", "template1": "a database of Postgres", "postgres": "a database of Postgres", "rabbitmq": "a service of docker-compose.yml",
-	"internal": "a folder that Go gives a meaning", "testdata": "a folder that Go gives a meaning", "vendor": "a folder that Go gives a meaning",
-	"test": "a target of make and a command of Go", "buf": "a folder of proto/", "google": "a protobuf package",
-	"bench": "a folder of the template", "conformance": "a folder of the template", "tools": "a folder of the template", "web": "a folder of the template", "migrations": "a package of the template",
-	"load": "an image of the template", "api": "a process of the service", "relay": "a process of the service", "consumer": "a process of the service",
-	"true": "a value in YAML", "false": "a value in YAML", "yes": "a value in YAML", "no": "a value in YAML", "on": "a value in YAML", "off": "a value in YAML", "null": "a value in YAML",
+	"template0": "a database of Postgres", "template1": "a database of Postgres", "postgres": "a database of Postgres",
+	"rabbitmq": "a service of docker-compose.yml",
+	"internal": "a folder that Go gives a meaning", "testdata": "a folder that Go gives a meaning",
+	"vendor": "a folder that Go gives a meaning",
+	"test":   "a target of make and a command of Go", "buf": "a folder of proto/", "google": "a protobuf package",
+	"bench": "a folder of the template", "conformance": "a folder of the template", "tools": "a folder of the template",
+	"web": "a folder of the template", "migrations": "a package of the template",
+	"load": "an image of the template", "api": "a process of the service", "relay": "a process of the service",
+	"consumer": "a process of the service",
+	"true":     "a value in YAML", "false": "a value in YAML", "yes": "a value in YAML", "no": "a value in YAML",
+	"on": "a value in YAML", "off": "a value in YAML", "null": "a value in YAML",
 }
 
 // sqlWords are those which Postgres takes for a database's name only in quotes.

@@ -17,7 +17,8 @@ import (
 	"time"
 )
 
-// These make services and run their tests, which takes minutes: `make new-test`. They start servers of their own, as a newcomer's machine does.
+// These make services and run their tests, which takes minutes: `make new-test`. They start servers of their own, as a
+// newcomer's machine does.
 
 // block is a piece of code of the guide: what to run, or what to put into a file.
 var block = regexp.MustCompile("(?ms)^```(\\w+)(?: file=(\\S+))?\n(.*?)^```$")
@@ -32,7 +33,8 @@ func TestMadeByTheGuide(t *testing.T) {
 	s := &shell{t: t, dir: template, env: environment()}
 	port := freePort(t)
 	s.env = append(s.env, "API_PORT="+port)
-	for _, name := range []string{"CONSOLE_PORT", "API_OPS_PORT", "RELAY_OPS_PORT", "CONSUMER_OPS_PORT", "CONSOLE_OPS_PORT"} {
+	for _, name := range []string{"CONSOLE_PORT", "API_OPS_PORT", "RELAY_OPS_PORT", "CONSUMER_OPS_PORT",
+		"CONSOLE_OPS_PORT"} {
 		s.env = append(s.env, name+"="+freePort(t))
 	}
 	t.Cleanup(func() { s.run("make -s down || true") })
@@ -59,7 +61,8 @@ func TestMadeByTheGuide(t *testing.T) {
 	}
 }
 
-// With MADE_FULL=1 it is the whole of make test: else what deals with the new names. The core is the same as in the tree of the guide.
+// With MADE_FULL=1 it is the whole of make test: else what deals with the new names. The core is the same as in the
+// tree of the guide.
 func TestMadeWithTheExample(t *testing.T) {
 	s := &shell{t: t, dir: checkout(t), env: environment()}
 	s.run("go run ./cmd/new -example -module github.com/acme/pay -service pay ../pay\ncd ../pay")
@@ -96,13 +99,15 @@ func TestMadeByGonew(t *testing.T) {
 		.stack/bin/stack --profile test -- go run ./cmd/demo --orders 400`, proxy))
 }
 
-// checkout is a repository with what this one's folders hold now, so that what is made lies beside it in a folder of the test's.
+// checkout is a repository with what this one's folders hold now, so that what is made lies beside it in a folder of
+// the test's.
 func checkout(t *testing.T) string {
 	t.Helper()
 	dir := filepath.Join(t.TempDir(), "template")
 	s := &shell{t: t, dir: filepath.Join("..", ".."), env: environment()}
 	s.run(`mkdir "` + dir + `"
-		git ls-files -z --cached --others --exclude-standard | tar --null --ignore-failed-read -c -T - | tar -x -C "` + dir + `"
+		git ls-files -z --cached --others --exclude-standard | tar --null --ignore-failed-read -c -T - | tar -x -C "` +
+		dir + `"
 		cd "` + dir + `"
 		git init -q -b main
 		git add -A
@@ -114,7 +119,8 @@ func checkout(t *testing.T) string {
 func environment() []string {
 	return slices.DeleteFunc(os.Environ(), func(one string) bool {
 		name, _, _ := strings.Cut(one, "=")
-		return slices.Contains([]string{"POSTGRES_URL", "AMQP_URL", "RABBITMQ_MANAGEMENT_URL", "MAKEFLAGS", "MFLAGS", "MAKELEVEL"}, name)
+		return slices.Contains([]string{"POSTGRES_URL", "AMQP_URL", "RABBITMQ_MANAGEMENT_URL", "MAKEFLAGS", "MFLAGS",
+			"MAKELEVEL"}, name)
 	})
 }
 
@@ -139,8 +145,10 @@ func (s *shell) run(script string) (output string) {
 	var out bytes.Buffer
 	command.Stdout, command.Stderr = &out, &out
 	if err := command.Run(); err != nil {
-		text := regexp.MustCompile(`(?m)^time=.*\n`).ReplaceAllString(out.String(), "")                  // what services under test log
-		failed := regexp.MustCompile(`(?m)^ *(--- FAIL|\w+_test\.go:\d+:).*\n`).FindAllString(text, 100) // in front of what may be very long
+		// What services under test log.
+		text := regexp.MustCompile(`(?m)^time=.*\n`).ReplaceAllString(out.String(), "")
+		// In front of what may be very long.
+		failed := regexp.MustCompile(`(?m)^ *(--- FAIL|\w+_test\.go:\d+:).*\n`).FindAllString(text, 100)
 		s.t.Fatalf("%s: %v\n%s\n%s", script, err, strings.Join(failed, ""), text[max(0, len(text)-10_000):])
 	}
 	s.t.Logf("%4.0f s  %s", time.Since(began).Seconds(), strings.TrimSpace(script))

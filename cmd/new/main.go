@@ -2,8 +2,9 @@
 //
 //	go run ./cmd/new -module github.com/acme/billing -service billing ../billing
 //
-// It copies what git knows of, gives everything the new names, generates code anew, and leaves a repository with one commit. With -bare the
-// example domain stays behind: what is left builds, migrates, starts and passes the core's tests.
+// It copies what git knows of, gives everything the new names, generates code anew, and leaves a repository with one
+// commit. With -bare the example domain stays behind: what is left builds, migrates, starts and passes the core's
+// tests.
 //
 // Either the folder is there in the end and complete, or it is not there.
 package main
@@ -85,7 +86,8 @@ func (o *order) report(out io.Writer) {
 	if o.bare {
 		kind, next = "without a domain", "docs/make-it-yours.md # your first RPC and event"
 	}
-	fmt.Fprintf(out, "\n%s: the service %s, module %s, %s, one commit. Next:\n\n  cd %s\n  make test             # every test, on real servers\n  %s\n",
+	fmt.Fprintf(out, "\n%s: the service %s, module %s, %s, one commit. Next:\n\n  cd %s\n  make test             # "+
+		"every test, on real servers\n  %s\n",
 		o.folder, o.service, o.module, kind, o.folder, next)
 }
 

@@ -7,8 +7,8 @@ import (
 	"strings"
 )
 
-// In files that stay, lines between "# example" and "# /example" go with the example, and lines between "# template" and "# /template" with the template.
-// The comment is the file's own: # or // or -- or <!-- -->.
+// In files that stay, lines between "# example" and "# /example" go with the example, and lines between "# template"
+// and "# /template" with the template. The comment is the file's own: # or // or -- or <!-- -->.
 var mark = regexp.MustCompile(`^\s*(?:#|//|--|<!--) (/?)(example|template)(?: -->)?$`)
 
 // unmarked leaves the marks out, and with them what is not wanted.
@@ -41,8 +41,8 @@ var (
 	exampleTests = regexp.MustCompile("(?:, `orders\\.Test\\w+`)+ \\|\n")
 )
 
-// tabled leaves out rows of a page's tables, between which no mark can stand: those that lead to what is left behind, and those that only the example
-// keeps.
+// tabled leaves out rows of a page's tables, between which no mark can stand: those that lead to what is left behind,
+// and those that only the example keeps.
 func (o *order) tabled(name, text string) string {
 	var kept strings.Builder
 	for line := range strings.Lines(text) {

@@ -64,39 +64,58 @@ func TestWrongArguments(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name, test := range map[string]struct{ args, want string }{
-		"nothing":                 {"", "usage: "},
-		"no module":               {"-service billing DIR/billing", "usage: "},
-		"no service":              {"-module github.com/acme/billing DIR/billing", "usage: "},
-		"no folder":               {"-module github.com/acme/billing -service billing", "usage: "},
-		"two folders":             {"-module github.com/acme/billing -service billing DIR/billing DIR/more", "usage: "},
-		"flag after the folder":   {"-module github.com/acme/billing -service billing DIR/billing -bare", "usage: "},
-		"unknown flag":            {"-modul github.com/acme/billing -service billing DIR/billing", "not defined: -modul"},
-		"both forms":              {"-bare -example -module github.com/acme/billing -service billing DIR/billing", "exclude each other"},
-		"module with spaces":      {"-module github.com/acme/bil+,ling -service billing DIR/billing", "-module: malformed"},
-		"module without a dot":    {"-module billing -service billing DIR/billing", "-module: malformed"},
-		"module with a version":   {"-module github.com/acme/billing@v1 -service billing DIR/billing", "-module: malformed"},
-		"capitals":                {"-module github.com/acme/billing -service Billing DIR/billing", `"Billing" is not 2 to 30 lower-case`},
-		"a hyphen":                {"-module github.com/acme/billing -service my-billing DIR/billing", "is not 2 to 30 lower-case"},
-		"a digit first":           {"-module github.com/acme/billing -service 2pay DIR/billing", "is not 2 to 30 lower-case"},
-		"a path":                  {"-module github.com/acme/billing -service ../x DIR/billing", "is not 2 to 30 lower-case"},
-		"a word of Go":            {"-module github.com/acme/billing -service func DIR/billing", `"func" is a word of Go`},
-		"a word of SQL":           {"-module github.com/acme/billing -service user DIR/billing", `"user" is a word of SQL`},
-		"a package of the core":   {"-module github.com/acme/billing -service outbox DIR/billing", `"outbox" is internal/outbox of the template`},
-		"another":                 {"-module github.com/acme/billing -service stack DIR/billing", `"stack" is cmd/stack of the template`},
-		"a folder of Go":          {"-module github.com/acme/billing -service internal DIR/billing", `"internal" is a folder`},
-		"what everybody tries":    {"-module github.com/acme/billing -service test DIR/billing", `"test" is `},
-		"a folder that exists":    {"-module github.com/acme/billing -service billing FULL", "exists already"},
-		"a file that exists":      {"-module github.com/acme/billing -service billing FULL/file", "exists already"},
-		"below nothing":           {"-module github.com/acme/billing -service billing DIR/none/billing", "no folder to make it in"},
-		"below a file":            {"-module github.com/acme/billing -service billing FULL/file/billing", "no folder to make it in"},
-		"in the template":         {"-module github.com/acme/billing -service billing ../billing", "would lie in the template itself"},
-		"in the template, hidden": {"-module github.com/acme/billing -service billing ../../.github/billing", "would lie in the template itself"},
+		"nothing":               {"", "usage: "},
+		"no module":             {"-service billing DIR/billing", "usage: "},
+		"no service":            {"-module github.com/acme/billing DIR/billing", "usage: "},
+		"no folder":             {"-module github.com/acme/billing -service billing", "usage: "},
+		"two folders":           {"-module github.com/acme/billing -service billing DIR/billing DIR/more", "usage: "},
+		"flag after the folder": {"-module github.com/acme/billing -service billing DIR/billing -bare", "usage: "},
+		"unknown flag": {"-modul github.com/acme/billing -service billing DIR/billing",
+			"not defined: -modul"},
+		"both forms": {"-bare -example -module github.com/acme/billing -service billing DIR/billing",
+			"exclude each other"},
+		"module with spaces": {"-module github.com/acme/bil+,ling -service billing DIR/billing",
+			"-module: malformed"},
+		"module without a dot": {"-module billing -service billing DIR/billing", "-module: malformed"},
+		"module with a version": {"-module github.com/acme/billing@v1 -service billing DIR/billing",
+			"-module: malformed"},
+		"capitals": {"-module github.com/acme/billing -service Billing DIR/billing",
+			`"Billing" is not 2 to 30 lower-case`},
+		"a hyphen": {"-module github.com/acme/billing -service my-billing DIR/billing",
+			"is not 2 to 30 lower-case"},
+		"a digit first": {"-module github.com/acme/billing -service 2pay DIR/billing",
+			"is not 2 to 30 lower-case"},
+		"a path": {"-module github.com/acme/billing -service ../x DIR/billing",
+			"is not 2 to 30 lower-case"},
+		"a word of Go": {"-module github.com/acme/billing -service func DIR/billing",
+			`"func" is a word of Go`},
+		"a word of SQL": {"-module github.com/acme/billing -service user DIR/billing",
+			`"user" is a word of SQL`},
+		"a package of the core": {"-module github.com/acme/billing -service outbox DIR/billing",
+			`"outbox" is internal/outbox of the template`},
+		"another": {"-module github.com/acme/billing -service stack DIR/billing",
+			`"stack" is cmd/stack of the template`},
+		"a folder of Go": {"-module github.com/acme/billing -service internal DIR/billing",
+			`"internal" is a folder`},
+		"what everybody tries": {"-module github.com/acme/billing -service test DIR/billing", `"test" is `},
+		"a folder that exists": {"-module github.com/acme/billing -service billing FULL", "exists already"},
+		"a file that exists":   {"-module github.com/acme/billing -service billing FULL/file", "exists already"},
+		"below nothing": {"-module github.com/acme/billing -service billing DIR/none/billing",
+			"no folder to make it in"},
+		"below a file": {"-module github.com/acme/billing -service billing FULL/file/billing",
+			"no folder to make it in"},
+		"in the template": {"-module github.com/acme/billing -service billing ../billing",
+			"would lie in the template itself"},
+		"in the template, hidden": {"-module github.com/acme/billing -service billing ../../.github/billing",
+			"would lie in the template itself"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			dir := t.TempDir()
-			status, stderr := call(t, ".", strings.Fields(strings.NewReplacer("DIR", dir, "FULL", full).Replace(test.args))...)
-			if status != 2 || strings.Count(stderr, "\n") != 1 || !strings.HasPrefix(stderr, "new: ") || !strings.Contains(stderr, test.want) {
+			status, stderr := call(t, ".", strings.Fields(strings.NewReplacer("DIR", dir, "FULL",
+				full).Replace(test.args))...)
+			if status != 2 || strings.Count(stderr, "\n") != 1 || !strings.HasPrefix(stderr, "new: ") ||
+				!strings.Contains(stderr, test.want) {
 				t.Errorf("exit status %d, %q, want %q", status, stderr, test.want)
 			}
 			wantEmpty(t, dir)
@@ -107,7 +126,8 @@ func TestWrongArguments(t *testing.T) {
 func TestWantsACheckout(t *testing.T) {
 	t.Parallel()
 	outside, dir := t.TempDir(), t.TempDir()
-	status, stderr := call(t, outside, "-module", "github.com/acme/billing", "-service", "billing", filepath.Join(dir, "billing"))
+	status, stderr := call(t, outside, "-module", "github.com/acme/billing", "-service", "billing",
+		filepath.Join(dir, "billing"))
 	if status != 2 || stderr != "new: this is no git checkout of the template: clone it, and call this there\n" {
 		t.Errorf("exit status %d, %q", status, stderr)
 	}
@@ -118,7 +138,8 @@ func TestWantsACheckout(t *testing.T) {
 func TestInterruptLeavesNothingBehind(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	command := exec.CommandContext(t.Context(), binary(), "-module", "github.com/acme/billing", "-service", "billing", filepath.Join(dir, "billing"))
+	command := exec.CommandContext(t.Context(), binary(), "-module", "github.com/acme/billing", "-service", "billing",
+		filepath.Join(dir, "billing"))
 	var stderr bytes.Buffer
 	command.Stderr = &stderr
 	stdout, err := command.StdoutPipe()
@@ -172,11 +193,13 @@ func TestNameOfTheServiceIsRenamedEverywhere(t *testing.T) {
 	t.Parallel()
 	tree := copied(t, "-example", "billing")
 	everyText(t, tree, func(name, line string) {
-		if strings.Contains(strings.ToLower(line), "shop") || strings.Contains(line, "cmd/new") || strings.Contains(line, "new-test") {
+		if strings.Contains(strings.ToLower(line), "shop") || strings.Contains(line, "cmd/new") ||
+			strings.Contains(line, "new-test") {
 			t.Errorf("%s: %s", name, line)
 		}
 	})
-	for _, name := range []string{"internal/orders/orders.go", "proto/orders/v1/orders.proto", "proto/billing/operations/v1/operations.proto", "cmd/billing/main.go"} {
+	for _, name := range []string{"internal/orders/orders.go", "proto/orders/v1/orders.proto",
+		"proto/billing/operations/v1/operations.proto", "cmd/billing/main.go"} {
 		if _, err := os.Stat(filepath.Join(tree, filepath.FromSlash(name))); err != nil {
 			t.Error(err)
 		}
@@ -194,7 +217,8 @@ func TestTheServicesNameStandsAlone(t *testing.T) {
 	})
 }
 
-// Marks are gone, pages lead to files that are there, and workflows and compose files are the same but for names and marks.
+// Marks are gone, pages lead to files that are there, and workflows and compose files are the same but for names and
+// marks.
 func TestPagesOfANewTreeLeadSomewhere(t *testing.T) {
 	t.Parallel()
 	for _, form := range []string{"-bare", "-example"} {
@@ -218,13 +242,16 @@ func TestPagesOfANewTreeLeadSomewhere(t *testing.T) {
 
 func TestMarks(t *testing.T) {
 	t.Parallel()
-	const text = "a\n  # example\nb\n  # /example\n<!-- template -->\nc\n<!-- /template -->\n// example of something\nd\n"
-	for bare, want := range map[bool]string{true: "a\n// example of something\nd\n", false: "a\nb\n// example of something\nd\n"} {
+	const text = "a\n  # example\nb\n  # /example\n<!-- template -->\nc\n<!-- /template -->\n// example of " +
+		"something\nd\n"
+	for bare, want := range map[bool]string{true: "a\n// example of something\nd\n",
+		false: "a\nb\n// example of something\nd\n"} {
 		if got, err := (&order{bare: bare}).unmarked(text); err != nil || got != want {
 			t.Errorf("bare %v: %q, %v", bare, got, err)
 		}
 	}
-	for _, wrong := range []string{"# example\n", "# /example\n", "# example\n# template\n", "# example\n# /template\n"} {
+	for _, wrong := range []string{"# example\n", "# /example\n", "# example\n# template\n",
+		"# example\n# /template\n"} {
 		if got, err := new(order).unmarked(wrong); err == nil {
 			t.Errorf("%q became %q", wrong, got)
 		}

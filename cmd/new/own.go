@@ -31,7 +31,8 @@ func (o *order) rewritten(name, text string) (string, error) {
 		return bareDomain, nil
 	}
 	if o.bare && name == "docs/benchmarks.md" {
-		text = strings.Replace(text, "\n\n", "\n\nMeasured with the template that this service is made from; its `make bench` measures anew.\n\n", 1)
+		text = strings.Replace(text, "\n\n", "\n\nMeasured with the template that this service is made from; its "+
+			"`make bench` measures anew.\n\n", 1)
 	}
 	text, err := o.unmarked(text)
 	if path.Ext(name) == ".md" {

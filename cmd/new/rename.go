@@ -16,7 +16,8 @@ const (
 // guideExamples replace calls and events of the example domain in a bare tree, which has none of them. Their
 // replacements are the ones that the guide adds.
 var guideExamples = strings.NewReplacer(
-	"orders.v1", "invoices.v1", "orders/v1", "invoices/v1", "ordersv1", "invoicesv1", "internal/orders", "internal/invoices", `orders\.v1`, `invoices\.v1`, "OrderService", "InvoiceService",
+	"orders.v1", "invoices.v1", "orders/v1", "invoices/v1", "ordersv1", "invoicesv1", "internal/orders",
+	"internal/invoices", `orders\.v1`, `invoices\.v1`, "OrderService", "InvoiceService",
 	"OrderPlaced", "InvoiceCreated", "OrderConfirmed", "InvoiceConfirmed", "OrderArchived", "InvoiceArchived",
 	"PlaceOrder", "CreateInvoice", "SetStock", "CreateInvoice", "GetOrder", "GetBalance", "order-", "invoice-",
 	`{"sku": "apple", "total": 10}`,

@@ -14,35 +14,37 @@ import (
 	"example.com/shop/internal/outbox"
 )
 
-// deskFlags are those of every operator's command. They print for people, or JSON.
-type deskFlags struct {
-	PostgresURL postgresURL `name:"postgres-url" env:"POSTGRES_URL" required:"" help:"Postgres to work on (URL or libpq keywords)."`
+// adminFlags are the flags of every operator's command.
+type adminFlags struct {
+	PostgresURL postgresURL `name:"postgres-url" env:"POSTGRES_URL" required:"" help:"Postgres URL or libpq keywords."`
 	JSON        bool        `name:"json" help:"Print JSON."`
 }
 
-// work runs fn at a desk on the database.
-func (f *deskFlags) work(ctx context.Context, fn func(desk *app.Admin) error) error {
-	return atDesk(ctx, app.Config{PostgresURL: string(f.PostgresURL)}, fn)
+// withAdmin runs fn with an Admin of the database.
+func (f *adminFlags) withAdmin(ctx context.Context, fn func(admin *app.Admin) error) error {
+	return withAdmin(ctx, app.Config{PostgresURL: string(f.PostgresURL)}, fn)
 }
 
-func atDesk(ctx context.Context, config app.Config, fn func(desk *app.Admin) error) error {
-	desk, err := app.OpenAdmin(ctx, config)
+func withAdmin(ctx context.Context, config app.Config, fn func(admin *app.Admin) error) error {
+	admin, err := app.OpenAdmin(ctx, config)
 	if err != nil {
 		return err
 	}
-	defer desk.Close()
-	return fn(desk)
+	defer admin.Close()
+	return fn(admin)
 }
 
-// usageError is an argument that turns out to be wrong only when the command runs.
+// usageError is a wrong argument that only a running command can detect.
 type usageError struct{ error }
 
-func wrongUsage(format string, args ...any) error { return usageError{fmt.Errorf(format, args...)} }
+func usageErrorf(format string, args ...any) error { return usageError{fmt.Errorf(format, args...)} }
 
-// moment is a time, or how long ago it was.
+// moment is a time, given as such or as an age.
 type moment struct{ time.Time }
 
-var momentLayouts = []string{time.RFC3339, "2006-01-02T15:04:05", "2006-01-02 15:04:05", "2006-01-02T15:04", "2006-01-02 15:04", time.DateOnly}
+var momentLayouts = []string{
+	time.RFC3339, "2006-01-02T15:04:05", "2006-01-02 15:04:05", "2006-01-02T15:04", "2006-01-02 15:04", time.DateOnly,
+}
 
 func (m *moment) UnmarshalText(text []byte) error {
 	for _, layout := range momentLayouts {
@@ -53,16 +55,17 @@ func (m *moment) UnmarshalText(text []byte) error {
 	}
 	ago, err := time.ParseDuration(string(text))
 	if err != nil || ago < 0 {
-		return fmt.Errorf("%q is neither a time, such as 2026-01-31T09:00:00Z or 2026-01-31, nor how long ago, such as 90m", text)
+		return fmt.Errorf("%q is neither a time, such as 2026-01-31T09:00:00Z or 2026-01-31, nor an age, such as 90m",
+			text)
 	}
 	m.Time = time.Now().Add(-ago)
 	return nil
 }
 
-// period is from when, and up to but without when.
+// period is a time range that includes Since and excludes Until.
 type period struct {
-	Since moment `help:"From this time on: 2026-01-31T09:00:00Z, 2026-01-31 (local time), or how long ago, such as 90m." placeholder:"TIME"`
-	Until moment `help:"Before this time." placeholder:"TIME"`
+	Since moment `help:"${since}" placeholder:"TIME"`
+	Until moment `help:"End time, exclusive." placeholder:"TIME"`
 }
 
 func (p *period) check() error {
@@ -72,7 +75,7 @@ func (p *period) check() error {
 	return nil
 }
 
-// place is how far a replay came, as SHARD:ID.
+// place is the progress of a replay, written as SHARD:ID.
 type place outbox.Place
 
 func (p *place) UnmarshalText(text []byte) error {
@@ -80,7 +83,7 @@ func (p *place) UnmarshalText(text []byte) error {
 	s, errShard := strconv.ParseInt(shard, 10, 16)
 	i, errID := strconv.ParseInt(id, 10, 64)
 	if errors.Join(errShard, errID) != nil || s < 0 || i < 0 {
-		return fmt.Errorf("%q is not a place as a replay names it, such as 0:4711", text)
+		return fmt.Errorf("%q is not a SHARD:ID as a replay prints it, such as 0:4711", text)
 	}
 	*p = place{Shard: int16(s), ID: i}
 	return nil
@@ -88,8 +91,8 @@ func (p *place) UnmarshalText(text []byte) error {
 
 func (p place) String() string { return fmt.Sprintf("%d:%d", p.Shard, p.ID) }
 
-// person is who works here, for the audit log: the name given, or the one logged in with, or "".
-func person(given string) string {
+// actorName returns the given name for the audit log, else the login name, else "".
+func actorName(given string) string {
 	if name := strings.TrimSpace(given); name != "" {
 		return name
 	}

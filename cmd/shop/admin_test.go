@@ -15,8 +15,8 @@ import (
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 
-// office is a database and a broker of a test's own, and the program as an operator calls it: with the rights of shop_operator.
-type office struct {
+// fixture is a database, a broker, and the program as an operator runs it: as shop_operator.
+type fixture struct {
 	*pgxpool.Pool
 	t            *testing.T
 	environment  []string
@@ -24,98 +24,107 @@ type office struct {
 	group, other ops.Group // those of internal/app/probes.go
 }
 
-func newOffice(t *testing.T) *office {
+func newFixture(t *testing.T) *fixture {
 	t.Helper()
 	t.Parallel()
-	o := &office{Pool: testenv.Postgres(t), t: t, amqpURL: testenv.AMQP(t)}
-	url := o.Config().ConnString()
-	o.environment = []string{
-		"POSTGRES_URL=" + testenv.As(t, url, "shop_operator"), "POSTGRES_LISTEN_URL=" + url, "AMQP_URL=" + o.amqpURL, "USER=ann", "TZ=UTC",
+	f := &fixture{Pool: testenv.Postgres(t), t: t, amqpURL: testenv.AMQP(t)}
+	url := f.Config().ConnString()
+	f.environment = []string{
+		"POSTGRES_URL=" + testenv.As(t, url, "shop_operator"), "POSTGRES_LISTEN_URL=" + url, "AMQP_URL=" + f.amqpURL,
+		"USER=ann", "TZ=UTC",
 	}
-	o.group, o.other = ops.Group{Name: "probes", Types: []string{"google.protobuf.StringValue"}}, ops.Group{Name: "others"}
-	return o
+	f.group = ops.Group{Name: "probes", Types: []string{"google.protobuf.StringValue"}}
+	f.other = ops.Group{Name: "others"}
+	return f
 }
 
-func (o *office) exec(sql string, args ...any) {
-	o.t.Helper()
-	if _, err := o.Exec(o.t.Context(), sql, args...); err != nil {
-		o.t.Fatalf("%s: %v", sql, err)
+func (f *fixture) exec(sql string, args ...any) {
+	f.t.Helper()
+	if _, err := f.Exec(f.t.Context(), sql, args...); err != nil {
+		f.t.Fatalf("%s: %v", sql, err)
 	}
 }
 
-// want checks what a query finds, as one text.
-func (o *office) want(want, sql string, args ...any) {
-	o.t.Helper()
-	rows, err := o.Query(o.t.Context(), sql, args...)
+// wantRows checks the rows of a query, joined into one text.
+func (f *fixture) wantRows(want, sql string, args ...any) {
+	f.t.Helper()
+	rows, err := f.Query(f.t.Context(), sql, args...)
 	if err != nil {
-		o.t.Fatal(err)
+		f.t.Fatal(err)
 	}
 	got, err := pgx.CollectRows(rows, pgx.RowTo[string])
 	if joined := strings.Join(got, ", "); err != nil || joined != want {
-		o.t.Errorf("%s: got %q, %v, want %q", sql, joined, err, want)
+		f.t.Errorf("%s: got %q, %v, want %q", sql, joined, err, want)
 	}
 }
 
-// run runs a command, checks its exit status, and that an error is one line without a password.
-func (o *office) run(status int, args ...string) (stdout, stderr string) {
-	o.t.Helper()
-	got, stdout, stderr := call(o.t, o.environment, args...)
+// run runs a command, and checks its exit status and that an error is one line without a password.
+func (f *fixture) run(status int, args ...string) (stdout, stderr string) {
+	f.t.Helper()
+	got, stdout, stderr := call(f.t, f.environment, args...)
 	lines := strings.Count(stderr, "\n")
-	if got != status || status == 0 && lines != 0 || status != 0 && lines != 1 || strings.Contains(stdout+stderr, "hunter2") {
-		o.t.Errorf("shop %v: exit status %d, want %d\n%s%s", args, got, status, stdout, stderr)
+	wantLines := 0
+	if status != 0 {
+		wantLines = 1
+	}
+	if got != status || lines != wantLines || strings.Contains(stdout+stderr, "hunter2") {
+		f.t.Errorf("shop %v: exit status %d, want %d\n%s%s", args, got, status, stdout, stderr)
 	}
 	return stdout, stderr
 }
 
-// says runs a command and checks that its output matches each expression.
-func (o *office) says(status int, args string, expressions ...string) {
-	o.t.Helper()
-	stdout, stderr := o.run(status, strings.Fields(args)...)
-	for _, one := range expressions {
-		if !regexp.MustCompile(one).MatchString(stdout + stderr) {
-			o.t.Errorf("shop %s: no %s in\n%s%s", args, one, stdout, stderr)
+// wantOutput runs a command and checks that its output matches each pattern.
+func (f *fixture) wantOutput(status int, args string, patterns ...string) {
+	f.t.Helper()
+	stdout, stderr := f.run(status, strings.Fields(args)...)
+	for _, pattern := range patterns {
+		if !regexp.MustCompile(pattern).MatchString(stdout + stderr) {
+			f.t.Errorf("shop %s: no match for %s in\n%s%s", args, pattern, stdout, stderr)
 		}
 	}
 }
 
-// json runs a command with --json and decodes its last line.
-func (o *office) json(status int, args string, into any) {
-	o.t.Helper()
-	stdout, _ := o.run(status, append(strings.Fields(args), "--json")...)
+// runJSON runs a command with --json and decodes the last line of its output.
+func (f *fixture) runJSON(status int, args string, into any) {
+	f.t.Helper()
+	stdout, _ := f.run(status, append(strings.Fields(args), "--json")...)
 	lines := strings.Split(strings.TrimSpace(stdout), "\n")
 	decoder := json.NewDecoder(strings.NewReader(lines[len(lines)-1]))
 	decoder.DisallowUnknownFields()
 	if err := decoder.Decode(into); err != nil {
-		o.t.Errorf("shop %s: %v in\n%s", args, err, stdout)
+		f.t.Errorf("shop %s: %v in\n%s", args, err, stdout)
 	}
 }
 
-// insert puts n messages of the first group into the log, and returns their IDs.
-func (o *office) insert(n int) (ids []string) {
-	o.t.Helper()
+// insertMessages inserts n messages for the first group into the outbox, and returns their IDs.
+func (f *fixture) insertMessages(n int) (ids []string) {
+	f.t.Helper()
 	for range n {
 		id := uuid.Must(uuid.NewV7()).String()
-		o.exec(`SELECT outbox_insert($1::text, 'k', '\x00ff'::bytea, '{}'::jsonb, $2::uuid)`, o.group.Types[0], id)
+		f.exec(`SELECT outbox_insert($1::text, 'k', '\x00ff'::bytea, '{}'::jsonb, $2::uuid)`, f.group.Types[0], id)
 		ids = append(ids, id)
 	}
 	return ids
 }
 
-// delivered records all that is in the log as published.
-func (o *office) delivered() { o.exec(`UPDATE outbox_cursor SET delivered = pg_current_snapshot()`) }
-
-func (o *office) letter(consumer, messageID, reason string) {
-	o.t.Helper()
-	o.exec(`INSERT INTO dead_letter (consumer, message_id, type, key, payload, headers, reason, error, attempts)
-		VALUES ($1, $2, $3, 'k', decode(repeat('c0ffee', 100), 'hex'), '{"tenant": "a"}', $4, E'it is\x1b[31m broken', 3)`, consumer, messageID, o.group.Types[0], reason)
+// markDelivered records every message of the outbox as published.
+func (f *fixture) markDelivered() {
+	f.exec(`UPDATE outbox_cursor SET delivered = pg_current_snapshot()`)
 }
 
-// channel runs fn with a channel to the broker.
-func (o *office) channel(fn func(channel *amqp.Channel) error) {
-	o.t.Helper()
-	conn, err := amqp.Dial(o.amqpURL)
+func (f *fixture) addLetter(consumer, messageID, reason string) {
+	f.t.Helper()
+	f.exec(`INSERT INTO dead_letter (consumer, message_id, type, key, payload, headers, reason, error, attempts)
+		VALUES ($1, $2, $3, 'k', decode(repeat('c0ffee', 100), 'hex'), '{"tenant": "a"}', $4, E'it is\x1b[31m broken', 3)`,
+		consumer, messageID, f.group.Types[0], reason)
+}
+
+// withChannel runs fn with a channel to the broker.
+func (f *fixture) withChannel(fn func(channel *amqp.Channel) error) {
+	f.t.Helper()
+	conn, err := amqp.Dial(f.amqpURL)
 	if err != nil {
-		o.t.Fatal(err)
+		f.t.Fatal(err)
 	}
 	defer conn.Close()
 	channel, err := conn.Channel()
@@ -123,14 +132,14 @@ func (o *office) channel(fn func(channel *amqp.Channel) error) {
 		err = fn(channel)
 	}
 	if err != nil {
-		o.t.Fatal(err)
+		f.t.Fatal(err)
 	}
 }
 
-// ready asks how many messages are in a queue, 0 if there is none.
-func (o *office) ready(queue string) (n int) {
-	o.t.Helper()
-	o.channel(func(channel *amqp.Channel) error {
+// queueDepth returns how many messages a queue has, 0 if it does not exist.
+func (f *fixture) queueDepth(queue string) (n int) {
+	f.t.Helper()
+	f.withChannel(func(channel *amqp.Channel) error {
 		if found, err := channel.QueueDeclarePassive(queue, true, false, false, false, nil); err == nil {
 			n = found.Messages
 		}
@@ -139,16 +148,16 @@ func (o *office) ready(queue string) (n int) {
 	return n
 }
 
-// take takes from the service's queue of a group all that is there: each message's exchange and ID.
-func (o *office) take(group string) (taken []string) {
-	o.t.Helper()
+// takeAll empties the queue of a group, and returns the exchange and ID of each message.
+func (f *fixture) takeAll(group string) (taken []string) {
+	f.t.Helper()
 	queue := app.ServiceName + "." + group
-	n := o.ready(queue)
-	o.channel(func(channel *amqp.Channel) error {
-		deliveries, err := channel.ConsumeWithContext(o.t.Context(), queue, "", true, false, false, false, nil)
+	n := f.queueDepth(queue)
+	f.withChannel(func(channel *amqp.Channel) error {
+		deliveries, err := channel.ConsumeWithContext(f.t.Context(), queue, "", true, false, false, false, nil)
 		for len(taken) < n && err == nil {
-			one := <-deliveries
-			taken = append(taken, one.Exchange+" "+one.MessageId)
+			delivery := <-deliveries
+			taken = append(taken, delivery.Exchange+" "+delivery.MessageId)
 		}
 		return err
 	})
@@ -157,30 +166,32 @@ func (o *office) take(group string) (taken []string) {
 
 func newID() string { return uuid.Must(uuid.NewV7()).String() }
 
-func TestServersAwayIsOneLine(t *testing.T) {
-	o := newOffice(t)
-	good := o.environment
-	o.environment = []string{goodPostgres, goodAMQP, "USER=ann"} // where nobody listens
+func TestUnreachableServersGiveOneLine(t *testing.T) {
+	f := newFixture(t)
+	good := f.environment
+	f.environment = []string{goodPostgres, goodAMQP, "USER=ann"} // closed ports
 	for _, args := range []string{
-		"outbox status", "outbox repair", "outbox shards", "outbox shards 2", "outbox replay --dry-run", "dead list", "dead show 1", "dead redrive --id=1 --reason=x",
-		"dead discard --id=1 --reason=x", "trace x", "doctor", "outbox replay",
+		"outbox status", "outbox repair", "outbox shards", "outbox shards 2", "outbox replay --dry-run",
+		"outbox replay",
+		"dead list", "dead show 1", "dead redrive --id=1 --reason=x", "dead discard --id=1 --reason=x", "trace x",
+		"doctor",
 	} {
-		o.says(1, args, `refused`)
+		f.wantOutput(1, args, `refused`)
 	}
-	o.environment = append(good, goodAMQP)
-	o.says(1, "outbox replay", `^shop: connect to rabbitmq: .*refused`)
+	f.environment = append(good, goodAMQP)
+	f.wantOutput(1, "outbox replay", `^shop: connect to rabbitmq: .*refused`)
 }
 
-func TestWhoWorksHere(t *testing.T) {
+func TestActorName(t *testing.T) {
 	t.Setenv("USER", "ann")
-	if got := person(" "); got != "ann" {
+	if got := actorName(" "); got != "ann" {
 		t.Errorf("got %q", got)
 	}
-	if got := person("bob"); got != "bob" {
+	if got := actorName("bob"); got != "bob" {
 		t.Errorf("got %q", got)
 	}
 	unknown := resolveFlags{letterFilter: letterFilter{ID: []int64{1}}, Reason: "x", Rate: 1}
 	if err := unknown.checkAs(""); err == nil || !strings.Contains(err.Error(), "--actor") {
-		t.Errorf("nobody may resolve letters: %v", err)
+		t.Errorf("error without an actor is %v", err)
 	}
 }

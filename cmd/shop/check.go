@@ -21,7 +21,7 @@ func (a *listenAddress) UnmarshalText(text []byte) error {
 		_, err = net.LookupPort("tcp", port)
 	}
 	if err != nil {
-		return fmt.Errorf("%q is not an address to listen on, such as 127.0.0.1:8080 or :8080", text)
+		return fmt.Errorf("%q is not a listen address, such as 127.0.0.1:8080 or :8080", text)
 	}
 	*a = listenAddress(text)
 	return nil
@@ -39,13 +39,13 @@ func (a *optionalAddress) UnmarshalText(text []byte) error {
 }
 
 func (f *databaseFlags) check() error {
-	// A durable call, another that is tried again, and what the first of them reads.
+	// One for a durable call, one for a call that is retried, and one for what the first call reads.
 	return between("--max-conns", f.MaxConns, 3, 1000)
 }
 
 func (f *brokerFlags) check() error {
 	if f.Exchange == "" || len(f.Exchange) > 255 || strings.HasPrefix(f.Exchange, "amq.") {
-		return fmt.Errorf("--exchange: %q is not the name of an exchange of our own: 1 to 255 bytes, none that begins with amq", f.Exchange)
+		return fmt.Errorf("--exchange: %q must have 1 to 255 bytes, without the reserved prefix amq", f.Exchange)
 	}
 	return nil
 }
@@ -86,16 +86,16 @@ func (f *rpcFlags) check() error {
 	return between("--rpc-prefetch", f.RPCPrefetch, 1, 10_000)
 }
 
-// checkCalls: each call that is executed may need two connections.
+// checkCalls allows for two connections per call that is executed.
 func checkCalls(db *databaseFlags, f *consumerFlags) error {
 	return between("--call-concurrency", f.CallConcurrency, 0, int(db.MaxConns)/2)
 }
 
-// Validate is called by kong, for commands only: each checks the flags that it embeds.
+// kong calls Validate of commands only, so each command checks the flags that it embeds.
 
 func (c *apiCommand) Validate() error {
 	if c.PostgresURL == "" {
-		return nil // kong names all that is missing, but only if nothing else is wrong
+		return nil // kong names all missing flags, but only if nothing else is wrong
 	}
 	if c.RPCOverRabbitMQ && c.AMQPURL == "" {
 		return errors.New("--rpc-over-rabbitmq needs --amqp-url")
@@ -112,17 +112,24 @@ func (c *consoleCommand) Validate() error {
 	return firstOf(&c.databaseFlags, &c.brokerFlags, &c.edgeFlags)
 }
 func (c *runConsumersCommand) Validate() error {
-	return cmp.Or(firstOf(&c.databaseFlags, &c.brokerFlags, &c.consumerFlags), checkCalls(&c.databaseFlags, &c.consumerFlags))
+	return cmp.Or(
+		firstOf(&c.databaseFlags, &c.brokerFlags, &c.consumerFlags),
+		checkCalls(&c.databaseFlags, &c.consumerFlags),
+	)
 }
 func (c *allCommand) Validate() error {
 	if c.PostgresURL == "" || c.AMQPURL == "" {
 		return nil
 	}
-	return cmp.Or(firstOf(&c.databaseFlags, &c.apiFlags, &c.brokerFlags, &c.relayFlags, &c.consumerFlags, &c.edgeFlags, &c.rpcFlags),
-		checkCalls(&c.databaseFlags, &c.consumerFlags))
+	return cmp.Or(
+		firstOf(
+			&c.databaseFlags, &c.apiFlags, &c.brokerFlags, &c.relayFlags, &c.consumerFlags, &c.edgeFlags, &c.rpcFlags,
+		),
+		checkCalls(&c.databaseFlags, &c.consumerFlags),
+	)
 }
 
-// firstOf returns the first error, so that it is one line.
+// firstOf returns the first error only, so that it is one line.
 func firstOf(flags ...interface{ check() error }) error {
 	for _, f := range flags {
 		if err := f.check(); err != nil {
@@ -133,7 +140,7 @@ func firstOf(flags ...interface{ check() error }) error {
 }
 
 func between[N int | int32 | int64 | float64 | time.Duration](flag string, value, least, most N) error {
-	if !(value >= least && value <= most) { // NaN is neither
+	if !(value >= least && value <= most) { // also catches NaN
 		return fmt.Errorf("%s: %v is not between %v and %v", flag, value, least, most)
 	}
 	return nil

@@ -16,26 +16,28 @@ import (
 	"github.com/alecthomas/kong"
 )
 
-var update = flag.Bool("update", false, "write docs/configuration.md anew")
+var update = flag.Bool("update", false, "rewrite docs/configuration.md")
 
-// processes are the commands that run for ever.
+// processes are the commands that run until they are stopped.
 var processes = []string{"api", "relay", "consumer", "console", "all"}
 
 const configurationHead = `# Configuration
 
-Every setting is a flag, and most are environment variables, too; a flag counts more. ` + "`shop COMMAND --help`" + ` shows the same. A wrong
-value is one line that names it, and exit status 2, before anything is done.
+Every setting is a flag, and most are also environment variables; a flag takes precedence. A wrong value gives one line
+that names it and exit status 2, before the command does anything. ` + "`shop COMMAND --help`" + ` prints the same
+texts.
 
-This page is made from the code: ` + "`make docs`" + ` writes it, and a test fails while it is not current.
+This page is generated from the code: ` + "`make docs`" + ` writes it, and a test fails while it is out of date.
 
-TLS to Postgres and RabbitMQ is set up in their URLs ([security](security.md#tls)). What a Postgres URL leaves open, libpq's own variables
-(` + "`PGHOST`, `PGPASSWORD`, …" + `) say. A user without a password in
-` + "`AMQP_URL` or `RABBITMQ_MANAGEMENT_URL`" + ` has the one in ` + "`AMQP_PASSWORD`" + `. Both variables take any text as it is; in a URL a password is
-percent-encoded. Traces are exported if ` + "`OTEL_EXPORTER_OTLP_ENDPOINT`" + ` names a collector; OpenTelemetry's other
-variables work as it defines them ([metrics](metrics.md#traces)).
+TLS to Postgres and RabbitMQ is configured in their URLs ([security](security.md#tls)). libpq's own variables
+(` + "`PGHOST`, `PGPASSWORD`, …" + `) provide what a Postgres URL omits. ` + "`AMQP_PASSWORD`" + ` provides the
+password if ` + "`AMQP_URL` or `RABBITMQ_MANAGEMENT_URL`" + ` names a user without one. Both password variables
+contain the plain text; a URL contains it percent-encoded. Traces are exported if
+` + "`OTEL_EXPORTER_OTLP_ENDPOINT`" + ` names a collector; OpenTelemetry's other variables work as it defines them
+([metrics](metrics.md#traces)).
 `
 
-// The page says what the code does.
+// docs/configuration.md describes the flags of this program.
 func TestConfigurationPage(t *testing.T) {
 	t.Parallel()
 	const name = "../../docs/configuration.md"
@@ -47,14 +49,14 @@ func TestConfigurationPage(t *testing.T) {
 	}
 	got, err := os.ReadFile(filepath.FromSlash(name))
 	if err != nil || string(got) != want {
-		t.Errorf("docs/configuration.md is not current (%v): make docs writes it", err)
+		t.Errorf("docs/configuration.md is out of date (%v): run make docs", err)
 	}
 }
 
-// setting is one environment variable, as each of the commands has it that take it.
+// setting is an environment variable with the flag of each command that uses it.
 type setting struct {
-	takers []string
-	flags  []*kong.Flag
+	commands []string
+	flags    []*kong.Flag
 }
 
 func configurationPage(t *testing.T) string {
@@ -69,8 +71,8 @@ func configurationPage(t *testing.T) string {
 		title string
 		has   func(ofProcesses []string) bool
 	}{
-		{"Servers, and what several processes have in common", func(p []string) bool { return len(p) > 2 && !slices.Equal(p, edge) }},
-		{"Who may call API and console, and what that may cost", func(p []string) bool { return slices.Equal(p, edge) }},
+		{"Servers and shared settings", func(p []string) bool { return len(p) > 2 && !slices.Equal(p, edge) }},
+		{"Access to API and console, and limits", func(p []string) bool { return slices.Equal(p, edge) }},
 		{"API", func(p []string) bool { return slices.Equal(p, []string{"api", "all"}) }},
 		{"Relay", func(p []string) bool { return slices.Equal(p, []string{"relay", "all"}) }},
 		{"Consumer", func(p []string) bool { return slices.Equal(p, []string{"consumer", "all"}) }},
@@ -79,38 +81,40 @@ func configurationPage(t *testing.T) string {
 		}},
 		{"Other commands", func(p []string) bool { return len(p) == 0 }},
 	} {
-		fmt.Fprintf(&out, "\n## %s\n\n| Variable | Flag | Default | Value | Meaning | Taken by |\n|---|---|---|---|---|---|\n", section.title)
-		for _, one := range settings {
-			if section.has(slices.DeleteFunc(slices.Clone(one.takers), func(taker string) bool { return !slices.Contains(processes, taker) })) {
+		fmt.Fprintf(&out, "\n## %s\n\n", section.title)
+		out.WriteString("| Variable | Flag | Default | Value | Meaning | Used by |\n|---|---|---|---|---|---|\n")
+		for _, s := range settings {
+			if section.has(s.processes()) {
 				listed++
-				usual := one.usual()
-				fmt.Fprintf(&out, "| `%s` | `--%s` | %s | %s | %s | %s |\n",
-					usual.Envs[0], usual.Name, one.defaultText(), valueText(usual.Value), meaning(usual.Help), one.takersText(model))
+				usual := s.usual()
+				fmt.Fprintf(&out, "| `%s` | `--%s` | %s | %s | %s | %s |\n", usual.Envs[0], usual.Name,
+					s.defaultText(), valueText(usual.Value), meaning(usual.Help), s.commandsText(model))
 			}
 		}
 	}
 	if listed != len(settings) {
 		t.Errorf("%d of %d settings are in a section", listed, len(settings))
 	}
-	out.WriteString("\n## Commands\n\nWhat they take besides the variables above; a command that is not here takes nothing. `[…]` may be left out, `…` repeated.\n")
+	out.WriteString("\n## Commands\n\nArguments and flags without a variable; commands without any are not listed. " +
+		"`[…]` is optional, `…` may be repeated.\n")
 	for _, leaf := range model.Leaves(true) {
 		writeCommand(&out, leaf)
 	}
 	return out.String()
 }
 
-// settingsOf returns the settings with an environment variable, in the order in which the commands have them.
+// settingsOf returns the settings with an environment variable, in the order of the commands and their flags.
 func settingsOf(model *kong.Application) (all []*setting) {
-	add := func(taker string, flags []*kong.Flag) {
-		for _, one := range flags {
-			if len(one.Envs) == 0 {
+	add := func(command string, flags []*kong.Flag) {
+		for _, f := range flags {
+			if len(f.Envs) == 0 {
 				continue
 			}
-			at := slices.IndexFunc(all, func(known *setting) bool { return known.flags[0].Envs[0] == one.Envs[0] })
+			at := slices.IndexFunc(all, func(known *setting) bool { return known.flags[0].Envs[0] == f.Envs[0] })
 			if at < 0 {
 				all, at = append(all, new(setting)), len(all)
 			}
-			all[at].takers, all[at].flags = append(all[at].takers, taker), append(all[at].flags, one)
+			all[at].commands, all[at].flags = append(all[at].commands, command), append(all[at].flags, f)
 		}
 	}
 	for _, leaf := range model.Leaves(true) {
@@ -119,66 +123,77 @@ func settingsOf(model *kong.Application) (all []*setting) {
 	return all
 }
 
-// commandOf is a command's words without the program's name.
+// commandOf returns a command's words without the program's name.
 func commandOf(leaf *kong.Node) string {
-	if leaf.Parent.DefaultCmd == leaf { // what a command does if none of its own is given
+	if leaf.Parent.DefaultCmd == leaf { // users omit a default command
 		leaf = leaf.Parent
 	}
 	_, words, _ := strings.Cut(leaf.FullPath(), " ")
 	return words
 }
 
-// usual is the setting as most commands describe it.
+// processes returns the processes that use the setting.
+func (s *setting) processes() []string {
+	isOther := func(command string) bool { return !slices.Contains(processes, command) }
+	return slices.DeleteFunc(slices.Clone(s.commands), isOther)
+}
+
+// usual returns the flag with the most common help text.
 func (s *setting) usual() *kong.Flag {
 	times := map[string]int{}
-	for _, one := range s.flags {
-		times[one.Help]++
+	for _, f := range s.flags {
+		times[f.Help]++
 	}
 	return slices.MaxFunc(s.flags, func(a, b *kong.Flag) int { return cmp.Compare(times[a.Help], times[b.Help]) })
 }
 
-// defaultText is the default, or that of each command if they differ, or who must have the setting.
+// defaultText returns the default, or that of each command if they differ, or which commands require the setting.
 func (s *setting) defaultText() string {
 	var optional, defaults []string
-	for i, one := range s.flags {
-		if !one.Required {
-			optional = append(optional, s.takers[i])
+	for i, f := range s.flags {
+		if !f.Required {
+			optional = append(optional, s.commands[i])
 		}
-		defaults = append(defaults, s.takers[i]+": "+code(one.Default))
+		defaults = append(defaults, s.commands[i]+": "+code(f.Default))
 	}
-	same := !slices.ContainsFunc(s.flags, func(one *kong.Flag) bool { return one.Default != s.flags[0].Default })
+	same := !slices.ContainsFunc(s.flags, func(f *kong.Flag) bool { return f.Default != s.flags[0].Default })
 	switch {
 	case len(optional) == 0:
 		return "required"
 	case len(optional) < len(s.flags):
-		return "required, but not for " + strings.Join(optional, ", ")
+		return "required, except for " + strings.Join(optional, ", ")
 	case same:
 		return cmp.Or(code(s.flags[0].Default), "–")
 	}
 	return strings.Join(defaults, ", ")
 }
 
-func (s *setting) takersText(model *kong.Application) string {
-	if len(s.takers) == len(model.Leaves(true)) {
+func (s *setting) commandsText(model *kong.Application) string {
+	if len(s.commands) == len(model.Leaves(true)) {
 		return "every command"
 	}
-	return "`" + strings.Join(s.takers, "`, `") + "`"
+	return "`" + strings.Join(s.commands, "`, `") + "`"
 }
 
-// writeCommand writes what a command takes besides variables, if it takes anything.
+// writeCommand writes the arguments and flags without a variable, if the command has any.
 func writeCommand(out *strings.Builder, leaf *kong.Node) {
 	line, rows := "shop "+commandOf(leaf), ""
-	for _, one := range leaf.Positional {
-		line += " " + strings.ReplaceAll(one.Summary(), " ...", "…")
-		rows += fmt.Sprintf("| `<%s>` | %s | %s | %s |\n", one.Name, cmp.Or(code(one.Default), "–"), valueText(one), meaning(one.Help))
+	row := func(name string, v *kong.Value) {
+		rows += fmt.Sprintf("| `%s` | %s | %s | %s |\n", name, cmp.Or(code(v.Default), "–"), valueText(v),
+			meaning(v.Help))
 	}
-	for _, one := range leaf.Flags {
-		if len(one.Envs) == 0 {
-			rows += fmt.Sprintf("| `--%s` | %s | %s | %s |\n", one.Name, cmp.Or(code(one.Default), "–"), valueText(one.Value), meaning(one.Help))
+	for _, argument := range leaf.Positional {
+		line += " " + strings.ReplaceAll(argument.Summary(), " ...", "…")
+		row("<"+argument.Name+">", argument)
+	}
+	for _, f := range leaf.Flags {
+		if len(f.Envs) == 0 {
+			row("--"+f.Name, f.Value)
 		}
 	}
 	if rows != "" {
-		fmt.Fprintf(out, "\n### shop %s\n\n`%s`: %s\n\n| Flag | Default | Value | Meaning |\n|---|---|---|---|\n%s", commandOf(leaf), line, leaf.Help, rows)
+		fmt.Fprintf(out, "\n### shop %s\n\n`%s`: %s\n\n", commandOf(leaf), line, leaf.Help)
+		out.WriteString("| Flag | Default | Value | Meaning |\n|---|---|---|---|\n" + rows)
 	}
 }
 
@@ -189,12 +204,12 @@ func code(text string) string {
 	return "`" + text + "`"
 }
 
-// meaning is a help text without the limits, which have a column of their own.
+// meaning returns a help text without its limits, which are in the column Value.
 func meaning(help string) string {
 	return strings.ReplaceAll(limits.ReplaceAllString(help, ""), "|", "\\|")
 }
 
-// valueText says what a value looks like, and its limits if the help text has them.
+// valueText returns the kind of a value, with its limits if the help text states them.
 func valueText(v *kong.Value) string {
 	text := kindText(v)
 	if found := limits.FindStringSubmatch(v.Help); found != nil {
@@ -226,7 +241,7 @@ func kindText(v *kong.Value) string {
 	case moment:
 		return "time"
 	case place:
-		return "place"
+		return "SHARD:ID"
 	case postgresURL, amqpURL, managementURL:
 		return "URL"
 	case listenAddress, optionalAddress:

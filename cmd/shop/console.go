@@ -8,7 +8,7 @@ import (
 
 type consoleCommand struct {
 	Listen    listenAddress `env:"LISTEN" default:"127.0.0.1:8090" help:"Address to serve on."`
-	OpsListen listenAddress `env:"OPS_LISTEN" default:"127.0.0.1:9190" help:"Address to answer probes and scrapes on, in plain HTTP: /healthz, /readyz, /metrics."`
+	OpsListen listenAddress `env:"OPS_LISTEN" default:"127.0.0.1:9190" help:"${ops_listen}"`
 	databaseFlags
 	brokerFlags
 	edgeFlags

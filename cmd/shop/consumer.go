@@ -14,27 +14,31 @@ import (
 	"example.com/shop/internal/inbox"
 )
 
-// noteFlags are those of commands that change something.
+// noteFlags are the flags of commands that write to the audit log.
 type noteFlags struct {
-	Reason string `required:"" help:"Why, for the audit log."`
-	Actor  string `help:"Who, for the audit log. Default: the name logged in with." placeholder:"NAME"`
+	Reason string `required:"" help:"Reason, for the audit log."`
+	Actor  string `help:"Actor, for the audit log. Default: the login name." placeholder:"NAME"`
 }
 
 func (f *noteFlags) AfterApply() error {
-	f.Actor = person(f.Actor)
+	f.Actor = actorName(f.Actor)
+	return checkNote(f.Actor, f.Reason)
+}
+
+func checkNote(actor, reason string) error {
 	switch {
-	case strings.TrimSpace(f.Reason) == "":
-		return errors.New("--reason: is empty; it is kept in the audit log")
-	case f.Actor == "":
-		return errors.New("--actor: is not given, and nobody is logged in; it is kept in the audit log")
+	case strings.TrimSpace(reason) == "":
+		return errors.New("--reason: must not be empty, since the audit log records it")
+	case actor == "":
+		return errors.New("--actor: is required, since the audit log records it and no login name is known")
 	}
 	return nil
 }
 
 func (f *noteFlags) note() deadletter.Note { return deadletter.Note{Actor: f.Actor, Reason: f.Reason} }
 
-// done says what was done.
-func (f *deskFlags) done(format string, args ...any) error {
+// done prints what was done.
+func (f *adminFlags) done(format string, args ...any) error {
 	text := fmt.Sprintf(format, args...)
 	if f.JSON {
 		return printJSON(map[string]string{"done": text})
@@ -43,9 +47,9 @@ func (f *deskFlags) done(format string, args ...any) error {
 	return err
 }
 
-type consumerLsCommand struct{ deskFlags }
+type consumerLsCommand struct{ adminFlags }
 
-// groupView is a group as it is printed.
+// groupView is a group in the output.
 type groupView struct {
 	Group     string   `json:"group"`
 	Processes int      `json:"processes"`
@@ -57,24 +61,24 @@ type groupView struct {
 	Lag       *float64 `json:"lag_seconds"`
 }
 
-// mostKeys is how many blocked keys are listed.
-const mostKeys = 100
+// maxKeys bounds how many blocked keys are listed.
+const maxKeys = 100
 
 func (c *consumerLsCommand) Run(ctx context.Context) error {
-	return c.work(ctx, func(desk *app.Admin) error {
-		standings, err := inbox.GroupStatuses(ctx, desk.DB, desk.Acts().Groups)
+	return c.withAdmin(ctx, func(admin *app.Admin) error {
+		statuses, err := inbox.GroupStatuses(ctx, admin.DB, admin.Acts().Groups)
 		if err != nil {
 			return err
 		}
-		keys, err := inbox.Blocked(ctx, desk.DB, mostKeys)
+		keys, err := inbox.Blocked(ctx, admin.DB, maxKeys)
 		if err != nil {
 			return err
 		}
-		groups := make([]groupView, len(standings))
-		for i, one := range standings {
-			groups[i] = groupView{one.Consumer, len(one.Applied), "", "", one.Retrying, one.Oldest, one.Blocked, one.Lag}
-			if one.Paused != nil {
-				groups[i].PausedBy, groups[i].Why = one.Paused.Actor, one.Paused.Reason
+		groups := make([]groupView, len(statuses))
+		for i, s := range statuses {
+			groups[i] = groupView{s.Consumer, len(s.Applied), "", "", s.Retrying, s.Oldest, s.Blocked, s.Lag}
+			if s.Paused != nil {
+				groups[i].PausedBy, groups[i].Why = s.Paused.Actor, s.Paused.Reason
 			}
 		}
 		if c.JSON {
@@ -86,88 +90,89 @@ func (c *consumerLsCommand) Run(ctx context.Context) error {
 
 func printGroups(out io.Writer, groups []groupView, keys []inbox.BlockedKey) error {
 	t := newTable(out, "GROUP", "STATE", "PROCESSES", "RETRYING", "OLDEST", "BLOCKED KEYS")
-	for _, one := range groups {
+	for _, group := range groups {
 		state := "runs"
 		switch {
-		case one.PausedBy != "":
-			state = fmt.Sprintf("paused by %s: %s", one.PausedBy, one.Why)
-		case one.Processes == 0:
+		case group.PausedBy != "":
+			state = fmt.Sprintf("paused by %s: %s", group.PausedBy, group.Why)
+		case group.Processes == 0:
 			state = "no process runs it"
 		}
-		t.row(one.Group, state, one.Processes, one.Retrying, seconds(one.Oldest), one.Blocked)
+		t.row(group.Group, state, group.Processes, group.Retrying, seconds(group.Oldest), group.Blocked)
 	}
 	if err := t.Flush(); err != nil || len(keys) == 0 {
 		return err
 	}
 	fmt.Fprintln(out)
 	t = newTable(out, "GROUP", "KEY", "WAITING", "FOR", "ATTEMPTS", "FIRST MESSAGE", "LAST ERROR")
-	for _, one := range keys {
-		t.row(one.Consumer, one.Key, one.Waiting, time.Since(one.Since).Round(time.Second), one.Attempts, one.MessageID, short(one.LastError, 60))
+	for _, k := range keys {
+		blocked := time.Since(k.Since).Round(time.Second)
+		t.row(k.Consumer, k.Key, k.Waiting, blocked, k.Attempts, k.MessageID, short(k.LastError, 60))
 	}
-	if err := t.Flush(); err != nil || len(keys) < mostKeys {
+	if err := t.Flush(); err != nil || len(keys) < maxKeys {
 		return err
 	}
-	_, err := fmt.Fprintf(out, "\nno more than %d keys are listed, those that have been blocked longest\n", mostKeys)
+	_, err := fmt.Fprintf(out, "\nonly the %d keys that have been blocked longest are listed\n", maxKeys)
 	return err
 }
 
 type consumerPauseCommand struct {
-	deskFlags
+	adminFlags
 	noteFlags
-	Group string `arg:"" help:"The group."`
+	Group string `arg:"" help:"Consumer group."`
 }
 
 func (c *consumerPauseCommand) Run(ctx context.Context) error {
-	return c.work(ctx, func(desk *app.Admin) error {
-		if err := desk.Acts().Pause(ctx, c.Group, c.note()); err != nil {
+	return c.withAdmin(ctx, func(admin *app.Admin) error {
+		if err := admin.Acts().Pause(ctx, c.Group, c.note()); err != nil {
 			return err
 		}
-		return c.done("group %s is paused: what it has begun it finishes, the rest waits", c.Group)
+		return c.done("group %s is paused: it finishes the messages that it has begun, and the others wait", c.Group)
 	})
 }
 
 type consumerResumeCommand struct {
-	deskFlags
+	adminFlags
 	noteFlags
-	Group string `arg:"" help:"The group."`
+	Group string `arg:"" help:"Consumer group."`
 }
 
 func (c *consumerResumeCommand) Run(ctx context.Context) error {
-	return c.work(ctx, func(desk *app.Admin) error {
-		if err := desk.Acts().Resume(ctx, c.Group, c.note()); err != nil {
+	return c.withAdmin(ctx, func(admin *app.Admin) error {
+		if err := admin.Acts().Resume(ctx, c.Group, c.note()); err != nil {
 			return err
 		}
-		return c.done("group %s goes on", c.Group)
+		return c.done("group %s is resumed", c.Group)
 	})
 }
 
 type consumerSkipCommand struct {
-	deskFlags
+	adminFlags
 	noteFlags
-	Group string `arg:"" help:"The group."`
-	Key   string `arg:"" help:"The key."`
+	Group string `arg:"" help:"Consumer group."`
+	Key   string `arg:"" help:"Key."`
 }
 
 func (c *consumerSkipCommand) Run(ctx context.Context) error {
-	return c.work(ctx, func(desk *app.Admin) error {
-		id, err := desk.Acts().SkipHead(ctx, c.Group, c.Key, c.note())
+	return c.withAdmin(ctx, func(admin *app.Admin) error {
+		id, err := admin.Acts().SkipHead(ctx, c.Group, c.Key, c.note())
 		if err != nil {
 			return err
 		}
-		return c.done("message %s is a dead letter; those behind it go on", id)
+		return c.done("message %s is now a dead letter; the messages behind it continue", id)
 	})
 }
 
 type consumerParkCommand struct {
-	deskFlags
+	adminFlags
 	noteFlags
-	Group string `arg:"" help:"The group."`
-	Key   string `arg:"" help:"The key."`
+	Group string `arg:"" help:"Consumer group."`
+	Key   string `arg:"" help:"Key."`
 }
 
 func (c *consumerParkCommand) Run(ctx context.Context) error {
-	return c.work(ctx, func(desk *app.Admin) error {
-		moved, err := desk.Acts().ParkKey(ctx, c.Group, c.Key, c.note())
+	return c.withAdmin(ctx, func(admin *app.Admin) error {
+		moved, err := admin.Acts().ParkKey(ctx, c.Group, c.Key, c.note())
 		if err != nil {
 			return err
 		}

@@ -20,24 +20,24 @@ import (
 
 type deadCommand struct {
 	List    deadListCommand    `cmd:"" help:"List dead letters."`
-	Show    deadShowCommand    `cmd:"" help:"Show one, with its payload and what was done about it."`
-	Redrive deadRedriveCommand `cmd:"" help:"Send their messages on their way again."`
-	Discard deadDiscardCommand `cmd:"" help:"Give them up."`
-	Reopen  deadReopenCommand  `cmd:"" help:"Take back that one was discarded."`
+	Show    deadShowCommand    `cmd:"" help:"Show a dead letter with its payload and audit log."`
+	Redrive deadRedriveCommand `cmd:"" help:"Send dead letters again."`
+	Discard deadDiscardCommand `cmd:"" help:"Discard dead letters."`
+	Reopen  deadReopenCommand  `cmd:"" help:"Reopen a discarded dead letter."`
 }
 
-// letterFilter chooses dead letters.
+// letterFilter selects dead letters.
 type letterFilter struct {
-	ID        []int64 `help:"The letter with this ID; may be repeated." placeholder:"ID"`
-	Group     string  `help:"Letters of this consumer group, or of the relay." placeholder:"GROUP|relay"`
-	MessageID string  `help:"Letters of this message." placeholder:"ID"`
-	Type      string  `help:"Letters of this message type." placeholder:"TYPE"`
-	Key       string  `help:"Letters of this key." placeholder:"KEY"`
-	Cause     string  `help:"Letters that died of this: ${causes}." placeholder:"CAUSE"`
+	ID        []int64 `help:"Only the dead letter with this ID; may be repeated." placeholder:"ID"`
+	Group     string  `help:"Only dead letters of this consumer group, or of the relay." placeholder:"GROUP|relay"`
+	MessageID string  `help:"Only dead letters of this message." placeholder:"ID"`
+	Type      string  `help:"Only dead letters of this message type." placeholder:"TYPE"`
+	Key       string  `help:"Only dead letters of this key." placeholder:"KEY"`
+	Cause     string  `help:"Only dead letters with this cause: ${causes}." placeholder:"CAUSE"`
 	period
 }
 
-// causes are what a letter may have died of.
+// causes lists the causes of dead letters.
 func causes() string {
 	var texts []string
 	for _, reason := range deadletter.Reasons {
@@ -48,7 +48,7 @@ func causes() string {
 
 func (f *letterFilter) check() error {
 	if f.Cause != "" && !slices.Contains(deadletter.Reasons, deadletter.Reason(f.Cause)) {
-		return fmt.Errorf("--cause: %q is none of %s", f.Cause, causes())
+		return fmt.Errorf("--cause: %q is not one of %s", f.Cause, causes())
 	}
 	return f.period.check()
 }
@@ -59,12 +59,12 @@ func (f *letterFilter) isEmpty() bool {
 
 func (f *letterFilter) filter() deadletter.Filter {
 	return deadletter.Filter{
-		IDs: f.ID, Consumer: f.Group, MessageID: f.MessageID, Type: f.Type, Key: f.Key, Reason: deadletter.Reason(f.Cause),
-		Since: f.Since.Time, Until: f.Until.Time,
+		IDs: f.ID, Consumer: f.Group, MessageID: f.MessageID, Type: f.Type, Key: f.Key,
+		Reason: deadletter.Reason(f.Cause), Since: f.Since.Time, Until: f.Until.Time,
 	}
 }
 
-// letterView is a letter as it is printed. Only show fills Payload.
+// letterView is a dead letter in the output. Only show sets Payload.
 type letterView struct {
 	ID         int64                 `json:"id"`
 	Group      string                `json:"group"`
@@ -84,17 +84,18 @@ type letterView struct {
 
 func viewOf(l deadletter.Stored) letterView {
 	return letterView{
-		ID: l.ID, Group: cmp.Or(l.Consumer, deadletter.Relay), MessageID: l.MessageID, Type: l.Type, Key: l.Key, Cause: l.Reason, Error: l.Error,
-		Attempts: l.Attempts, DiedAt: l.DeadAt, Resolution: l.Resolution, ResolvedAt: l.ResolvedAt,
+		ID: l.ID, Group: cmp.Or(l.Consumer, deadletter.Relay), MessageID: l.MessageID, Type: l.Type, Key: l.Key,
+		Cause: l.Reason, Error: l.Error, Attempts: l.Attempts, DiedAt: l.DeadAt,
+		Resolution: l.Resolution, ResolvedAt: l.ResolvedAt,
 	}
 }
 
 type deadListCommand struct {
-	deskFlags
+	adminFlags
 	letterFilter
-	Resolved bool  `help:"Resolved letters, too."`
-	Limit    int   `default:"50" help:"Most letters to list, 1 to 1000."`
-	After    int64 `help:"Letters after this ID: the next page." placeholder:"ID"`
+	Resolved bool  `help:"Include resolved dead letters."`
+	Limit    int   `default:"50" help:"Maximum dead letters to list, 1 to 1000."`
+	After    int64 `help:"Only dead letters after this ID: the next page." placeholder:"ID"`
 }
 
 func (c *deadListCommand) Validate() error {
@@ -105,10 +106,11 @@ func (c *deadListCommand) Validate() error {
 }
 
 func (c *deadListCommand) Run(ctx context.Context) error {
-	return c.work(ctx, func(desk *app.Admin) error {
+	return c.withAdmin(ctx, func(admin *app.Admin) error {
 		filter := c.filter()
 		filter.Resolved = c.Resolved
-		letters, err := deadletter.List(ctx, desk.DB, filter, c.After, c.Limit+1) // one more, to know whether there are more
+		// One more tells if there is a next page.
+		letters, err := deadletter.List(ctx, admin.DB, filter, c.After, c.Limit+1)
 		if err != nil {
 			return err
 		}
@@ -137,8 +139,9 @@ func printLetters(out io.Writer, letters []letterView, next int64) error {
 		return err
 	}
 	t := newTable(out, "ID", "DIED", "GROUP", "CAUSE", "ATTEMPTS", "MESSAGE", "TYPE", "KEY", "STATE", "ERROR")
-	for _, one := range letters {
-		t.row(one.ID, one.DiedAt, one.Group, one.Cause, one.Attempts, one.MessageID, one.Type, one.Key, cmp.Or(one.Resolution, "open"), short(one.Error, 60))
+	for _, l := range letters {
+		state := cmp.Or(l.Resolution, "open")
+		t.row(l.ID, l.DiedAt, l.Group, l.Cause, l.Attempts, l.MessageID, l.Type, l.Key, state, short(l.Error, 60))
 	}
 	if err := t.Flush(); err != nil || next == 0 {
 		return err
@@ -148,14 +151,14 @@ func printLetters(out io.Writer, letters []letterView, next int64) error {
 }
 
 type deadShowCommand struct {
-	deskFlags
-	ID   int64 `arg:"" help:"The letter's ID."`
-	Full bool  `help:"The whole payload, and not only its beginning."`
+	adminFlags
+	ID   int64 `arg:"" help:"ID of the dead letter."`
+	Full bool  `help:"Print the whole payload, not only its beginning."`
 }
 
 func (c *deadShowCommand) Run(ctx context.Context) error {
-	return c.work(ctx, func(desk *app.Admin) error {
-		letter, found, err := deadletter.Get(ctx, desk.DB, c.ID)
+	return c.withAdmin(ctx, func(admin *app.Admin) error {
+		letter, found, err := deadletter.Get(ctx, admin.DB, c.ID)
 		if err != nil {
 			return err
 		}
@@ -164,7 +167,7 @@ func (c *deadShowCommand) Run(ctx context.Context) error {
 		}
 		view := viewOf(letter)
 		view.Headers, view.Payload = letter.Headers, letter.Payload
-		if view.Audit, err = deadletter.Audit(ctx, desk.DB, c.ID); err != nil {
+		if view.Audit, err = deadletter.Audit(ctx, admin.DB, c.ID); err != nil {
 			return err
 		}
 		if c.JSON {
@@ -174,7 +177,7 @@ func (c *deadShowCommand) Run(ctx context.Context) error {
 	})
 }
 
-// previewBytes is a screenful of payload.
+// previewBytes is how much of a payload fits on a screen.
 const previewBytes = 256
 
 func (c *deadShowCommand) print(out io.Writer, v letterView) error {
@@ -192,7 +195,8 @@ func (c *deadShowCommand) print(out io.Writer, v letterView) error {
 		t.row("header "+name, v.Headers[name])
 	}
 	for _, record := range v.Audit {
-		t.row(record.Resolution, fmt.Sprintf("%s by %s: %s %s", cellText(record.At), record.Actor, record.Reason, record.Detail))
+		text := fmt.Sprintf("%s by %s: %s %s", cellText(record.At), record.Actor, record.Reason, record.Detail)
+		t.row(record.Resolution, text)
 	}
 	t.row("payload", count(len(v.Payload), "byte", "bytes"))
 	if err := t.Flush(); err != nil {
@@ -209,29 +213,29 @@ func (c *deadShowCommand) print(out io.Writer, v letterView) error {
 	return err
 }
 
-// resolveFlags are those of redrive and discard.
+// resolveFlags are the flags of redrive and discard.
 type resolveFlags struct {
 	letterFilter
-	All    bool    `help:"All open letters. Needed when no filter is given."`
-	Reason string  `required:"" help:"Why, for the audit log."`
-	Actor  string  `help:"Who, for the audit log. Default: the name logged in with." placeholder:"NAME"`
-	Rate   float64 `default:"100" help:"Most letters a second, 0.01 to 100000."`
-	DryRun bool    `help:"Say what would be done, and change nothing."`
+	All    bool    `help:"All open dead letters. Required without a filter."`
+	Reason string  `required:"" help:"Reason, for the audit log."`
+	Actor  string  `help:"Actor, for the audit log. Default: the login name." placeholder:"NAME"`
+	Rate   float64 `default:"100" help:"Maximum dead letters per second, 0.01 to 100000."`
+	DryRun bool    `help:"Print what would be done, and change nothing."`
 }
 
-func (f *resolveFlags) check() error { return f.checkAs(person(f.Actor)) }
+func (f *resolveFlags) check() error { return f.checkAs(actorName(f.Actor)) }
 
 func (f *resolveFlags) checkAs(actor string) error {
 	f.Actor = actor
+	if err := checkNote(f.Actor, f.Reason); err != nil {
+		return err
+	}
 	switch {
-	case strings.TrimSpace(f.Reason) == "":
-		return errors.New("--reason: is empty; it is kept in the audit log")
-	case f.Actor == "":
-		return errors.New("--actor: is not given, and nobody is logged in; it is kept in the audit log")
 	case f.isEmpty() && !f.All:
-		return errors.New("--all: is needed to resolve every open letter; else choose some by --id or another filter")
+		return errors.New("--all: is required to resolve every open dead letter; select some with --id or another " +
+			"filter")
 	case !f.isEmpty() && f.All:
-		return errors.New("--all: contradicts a filter")
+		return errors.New("--all: cannot be combined with a filter")
 	}
 	if err := between("--rate", f.Rate, 0.01, 1e5); err != nil {
 		return err
@@ -239,80 +243,82 @@ func (f *resolveFlags) checkAs(actor string) error {
 	return f.letterFilter.check()
 }
 
-func (f *resolveFlags) order(desk *app.Admin, tell *teller) ops.Selection {
+func (f *resolveFlags) selection(admin *app.Admin, printer *outcomePrinter) ops.Selection {
 	return ops.Selection{
 		Filter: f.filter(), Note: deadletter.Note{Actor: f.Actor, Reason: f.Reason},
-		PerSecond: f.Rate, DryRun: f.DryRun, Groups: desk.Acts().Groups,
-		Begin: func(total int64) { tell.left = int(total) },
+		PerSecond: f.Rate, DryRun: f.DryRun, Groups: admin.Acts().Groups,
+		Begin: func(total int64) { printer.left = int(total) },
 	}
 }
 
 type deadRedriveCommand struct {
-	deskFlags
+	adminFlags
 	resolveFlags
-	Force bool `help:"Also what may have had its effect already, because its copies cannot be told from it any more."`
+	Force bool `help:"${force}"`
 }
 
 func (c *deadRedriveCommand) Validate() error { return c.resolveFlags.check() }
 
 func (c *deadRedriveCommand) Run(ctx context.Context) error {
-	return c.work(ctx, func(desk *app.Admin) error {
-		tell := newTeller(c.JSON, c.DryRun)
-		order := c.order(desk, tell)
-		order.Force = c.Force
-		return tell.summary(ops.Redrive(ctx, desk.DB, order, tell.letter), deadletter.Redriven, deadletter.Duplicate)
+	return c.withAdmin(ctx, func(admin *app.Admin) error {
+		printer := newOutcomePrinter(c.JSON, c.DryRun)
+		selection := c.selection(admin, printer)
+		selection.Force = c.Force
+		err := ops.Redrive(ctx, admin.DB, selection, printer.letter)
+		return printer.summary(err, deadletter.Redriven, deadletter.Duplicate)
 	})
 }
 
 type deadDiscardCommand struct {
-	deskFlags
+	adminFlags
 	resolveFlags
 }
 
 func (c *deadDiscardCommand) Validate() error { return c.resolveFlags.check() }
 
 func (c *deadDiscardCommand) Run(ctx context.Context) error {
-	return c.work(ctx, func(desk *app.Admin) error {
-		tell := newTeller(c.JSON, c.DryRun)
-		return tell.summary(ops.Discard(ctx, desk.DB, c.order(desk, tell), tell.letter), deadletter.Discarded)
+	return c.withAdmin(ctx, func(admin *app.Admin) error {
+		printer := newOutcomePrinter(c.JSON, c.DryRun)
+		err := ops.Discard(ctx, admin.DB, c.selection(admin, printer), printer.letter)
+		return printer.summary(err, deadletter.Discarded)
 	})
 }
 
 type deadReopenCommand struct {
-	deskFlags
+	adminFlags
 	noteFlags
-	ID int64 `arg:"" help:"The letter's ID."`
+	ID int64 `arg:"" help:"ID of the dead letter."`
 }
 
 func (c *deadReopenCommand) Run(ctx context.Context) error {
-	return c.work(ctx, func(desk *app.Admin) error {
-		if err := ops.Reopen(ctx, desk.DB, c.ID, c.note()); err != nil {
+	return c.withAdmin(ctx, func(admin *app.Admin) error {
+		if err := ops.Reopen(ctx, admin.DB, c.ID, c.note()); err != nil {
 			return err
 		}
 		return c.done("dead letter %d is open again", c.ID)
 	})
 }
 
-// teller prints what became of letters, one line each, and counts.
-type teller struct {
+// outcomePrinter prints the outcome of each dead letter on a line, and counts outcomes.
+type outcomePrinter struct {
 	json, dryRun bool
 	counts       map[deadletter.Resolution]int
 	unresolved   int
-	left         int // of those that were there at the beginning; others may resolve some, too
+	left         int // of the dead letters that were open at the beginning; other operators may resolve some of them
 }
 
-func newTeller(json, dryRun bool) *teller {
-	return &teller{json: json, dryRun: dryRun, counts: map[deadletter.Resolution]int{}}
+func newOutcomePrinter(json, dryRun bool) *outcomePrinter {
+	return &outcomePrinter{json: json, dryRun: dryRun, counts: map[deadletter.Resolution]int{}}
 }
 
-func (t *teller) letter(o ops.Outcome) {
-	t.left--
+func (p *outcomePrinter) letter(o ops.Outcome) {
+	p.left--
 	if o.Err != nil {
-		t.unresolved++
+		p.unresolved++
 	} else {
-		t.counts[o.Resolution]++
+		p.counts[o.Resolution]++
 	}
-	if t.json {
+	if p.json {
 		view := struct {
 			letterView
 			Resolution deadletter.Resolution `json:"resolution,omitempty"`
@@ -322,14 +328,14 @@ func (t *teller) letter(o ops.Outcome) {
 		if o.Err != nil {
 			view.Unresolved = o.Err.Error()
 		}
-		_ = printJSON(view) // the next one fails too, and so does the summary
+		_ = printJSON(view) // the summary fails with the same error
 		return
 	}
 	what := string(o.Resolution)
 	switch {
 	case o.Err != nil:
 		what = "not resolved: " + o.Err.Error()
-	case t.dryRun:
+	case p.dryRun:
 		what = "would be " + what
 	}
 	if o.Detail != "" {
@@ -337,48 +343,49 @@ func (t *teller) letter(o ops.Outcome) {
 	}
 	of := ""
 	if l := o.Letter; l.Reason != "" {
-		of = fmt.Sprintf(" of %s, %s, message %s, key %q", cmp.Or(l.Consumer, deadletter.Relay), l.Reason, cmp.Or(l.MessageID, "without ID"), l.Key)
+		group, message := cmp.Or(l.Consumer, deadletter.Relay), cmp.Or(l.MessageID, "without ID")
+		of = fmt.Sprintf(" of %s, %s, message %s, key %q", group, l.Reason, message, l.Key)
 	}
-	fmt.Println(plain(fmt.Sprintf("letter %d%s: %s", o.Letter.ID, of, what)))
+	fmt.Println(plain(fmt.Sprintf("dead letter %d%s: %s", o.Letter.ID, of, what)))
 }
 
-// summary prints the counts, and returns an error if not all was done.
-func (t *teller) summary(err error, kinds ...deadletter.Resolution) error {
+// summary prints the counts, and returns an error unless every dead letter was resolved.
+func (p *outcomePrinter) summary(err error, kinds ...deadletter.Resolution) error {
 	left := 0
 	if err != nil {
-		left = max(0, t.left)
+		left = max(0, p.left)
 	}
-	if failed := t.print(left, kinds); failed != nil && err == nil {
+	if failed := p.print(left, kinds); failed != nil && err == nil {
 		err = failed
 	}
 	switch {
 	case errors.Is(err, context.Canceled):
-		return fmt.Errorf("broken off with %s to go; what is resolved stays so, and the same command goes on with the rest",
-			count(left, "letter", "letters"))
-	case err == nil && t.unresolved > 0:
-		return fmt.Errorf("%s not resolved", count(t.unresolved, "letter was", "letters were"))
+		return fmt.Errorf("interrupted with %s left; the same command continues with them",
+			count(left, "dead letter", "dead letters"))
+	case err == nil && p.unresolved > 0:
+		return fmt.Errorf("%s not resolved", count(p.unresolved, "dead letter was", "dead letters were"))
 	}
 	return err
 }
 
-func (t *teller) print(left int, kinds []deadletter.Resolution) error {
-	if t.json {
-		counts := map[string]any{"dry_run": t.dryRun, "unresolved": t.unresolved, "left": left}
+func (p *outcomePrinter) print(left int, kinds []deadletter.Resolution) error {
+	if p.json {
+		counts := map[string]any{"dry_run": p.dryRun, "unresolved": p.unresolved, "left": left}
 		for _, kind := range kinds {
-			counts[string(kind)] = t.counts[kind]
+			counts[string(kind)] = p.counts[kind]
 		}
 		return printJSON(map[string]any{"summary": counts})
 	}
 	parts := []string{}
 	for _, kind := range kinds {
-		parts = append(parts, fmt.Sprintf("%d %s", t.counts[kind], kind))
+		parts = append(parts, fmt.Sprintf("%d %s", p.counts[kind], kind))
 	}
-	parts = append(parts, fmt.Sprintf("%d not resolved", t.unresolved))
+	parts = append(parts, fmt.Sprintf("%d not resolved", p.unresolved))
 	if left > 0 {
 		parts = append(parts, fmt.Sprintf("%d left", left))
 	}
 	text := strings.Join(parts, ", ")
-	if t.dryRun {
+	if p.dryRun {
 		text += " (dry run: nothing was changed)"
 	}
 	_, err := fmt.Println(text)

@@ -12,10 +12,10 @@ import (
 )
 
 type doctorCommand struct {
-	deskFlags
+	adminFlags
 	brokerFlags
 	managementFlags
-	ListenURL postgresURL `name:"postgres-listen-url" env:"POSTGRES_LISTEN_URL" help:"Direct connection to the same database, as the relay has it."`
+	ListenURL postgresURL `name:"postgres-listen-url" env:"POSTGRES_LISTEN_URL" help:"The same as for the relay."`
 }
 
 func (c *doctorCommand) Validate() error { return c.brokerFlags.check() }
@@ -24,8 +24,8 @@ func (c *doctorCommand) Run(ctx context.Context) error {
 	database := databaseFlags{PostgresURL: c.PostgresURL, ListenURL: c.ListenURL}
 	config := appConfig("", database, apiFlags{}, c.brokerFlags, relayFlags{}, consumerFlags{})
 	config.ManagementURL = string(c.ManagementURL)
-	return atDesk(ctx, config, func(desk *app.Admin) error {
-		findings := ops.Doctor(ctx, desk.Target())
+	return withAdmin(ctx, config, func(admin *app.Admin) error {
+		findings := ops.Doctor(ctx, admin.Target())
 		var err error
 		if c.JSON {
 			err = printJSON(map[string]any{"verdict": ops.Worst(findings), "findings": findings})
@@ -36,30 +36,30 @@ func (c *doctorCommand) Run(ctx context.Context) error {
 		case err != nil:
 			return err
 		case ctx.Err() != nil:
-			return errors.New("broken off: the other checks were not made")
+			return errors.New("interrupted before the remaining checks ran")
 		}
 		return verdict(findings)
 	})
 }
 
-// verdict is an error unless every check was made and has found nothing wrong.
+// verdict returns an error unless every check ran and none failed.
 func verdict(findings []ops.Finding) error {
 	wrong, unknown := 0, 0
-	for _, one := range findings {
-		switch one.Verdict {
+	for _, finding := range findings {
+		switch finding.Verdict {
 		case ops.Wrong:
 			wrong++
 		case ops.Unknown:
 			unknown++
 		}
-		unknown += len(one.Skipped)
+		unknown += len(finding.Skipped)
 	}
 	var parts []string
 	if wrong > 0 {
-		parts = append(parts, count(wrong, "check has found", "checks have found")+" something wrong")
+		parts = append(parts, count(wrong, "check", "checks")+" failed")
 	}
 	if unknown > 0 {
-		parts = append(parts, count(unknown, "check", "checks")+" could not be made")
+		parts = append(parts, count(unknown, "check", "checks")+" could not run")
 	}
 	if parts == nil {
 		return nil
@@ -69,13 +69,13 @@ func verdict(findings []ops.Finding) error {
 
 func printFindings(out io.Writer, findings []ops.Finding) error {
 	t := newTable(out, "CHECK", "VERDICT", "FOUND")
-	for _, one := range findings {
-		t.row(one.Check, one.Verdict, one.Detail)
-		if one.Cure != "" {
-			t.row(" ", " ", "→ "+one.Cure)
+	for _, finding := range findings {
+		t.row(finding.Check, finding.Verdict, finding.Detail)
+		if finding.Cure != "" {
+			t.row(" ", " ", "→ "+finding.Cure)
 		}
-		if len(one.Skipped) > 0 {
-			t.row(" ", " ", "not made for the same reason: "+strings.Join(one.Skipped, ", "))
+		if len(finding.Skipped) > 0 {
+			t.row(" ", " ", "skipped for the same reason: "+strings.Join(finding.Skipped, ", "))
 		}
 	}
 	return t.Flush()

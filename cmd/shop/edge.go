@@ -10,30 +10,32 @@ import (
 	"example.com/shop/internal/rpcserver"
 )
 
-// edgeFlags say who may call the API, and what a call may cost.
+// edgeFlags configure authentication, TLS and the limits of calls.
 type edgeFlags struct {
 	JWKS        string   `name:"jwks" env:"JWT_JWKS" help:"Keys of the token issuer: an https URL or a file."`
-	Issuer      string   `name:"jwt-issuer" env:"JWT_ISSUER" help:"What a token's iss must be."`
-	Audience    string   `name:"jwt-audience" env:"JWT_AUDIENCE" help:"What a token's aud must contain."`
-	RolesClaim  string   `name:"jwt-roles-claim" env:"JWT_ROLES_CLAIM" default:"roles" help:"Claim that lists a caller's roles: its name, or a path to a nested claim, such as realm_access.roles."`
-	APIKeysFile string   `name:"api-keys-file" env:"API_KEYS_FILE" help:"File of API keys, a line each as 'apikey new' prints it."`
-	APIKeys     string   `name:"api-keys" env:"API_KEYS" help:"Such lines themselves, divided by blanks."`
-	NoAuth      bool     `name:"insecure-no-auth" env:"INSECURE_NO_AUTH" help:"For development only: let everybody call everything."`
-	NoAuthHosts []string `name:"insecure-no-auth-hosts" env:"INSECURE_NO_AUTH_HOSTS" help:"Host names, besides localhost and loopback addresses, under which it is served then, divided by commas."`
+	Issuer      string   `name:"jwt-issuer" env:"JWT_ISSUER" help:"Required issuer (iss) of a token."`
+	Audience    string   `name:"jwt-audience" env:"JWT_AUDIENCE" help:"Required audience (aud) of a token."`
+	RolesClaim  string   `name:"jwt-roles-claim" env:"JWT_ROLES_CLAIM" default:"roles" help:"${roles_claim}"`
+	APIKeysFile string   `name:"api-keys-file" env:"API_KEYS_FILE" help:"File of API keys, as lines from 'apikey new'."`
+	APIKeys     string   `name:"api-keys" env:"API_KEYS" help:"The same lines inline, separated by whitespace."`
+	NoAuth      bool     `name:"insecure-no-auth" env:"INSECURE_NO_AUTH" help:"For development only: allow all calls."`
+	NoAuthHosts []string `name:"insecure-no-auth-hosts" env:"INSECURE_NO_AUTH_HOSTS" help:"${no_auth_hosts}"`
 
-	TLSCert     string `name:"tls-cert" env:"TLS_CERT" help:"Certificate chain (PEM) to serve HTTPS with. A new file is used without a restart."`
-	TLSKey      string `name:"tls-key" env:"TLS_KEY" help:"Its private key (PEM)."`
-	TLSClientCA string `name:"tls-client-ca" env:"TLS_CLIENT_CA" help:"Authorities (PEM) whose client certificates are credentials: common name or SPIFFE ID is the caller, organizations are its roles."`
-	TLSRequire  bool   `name:"tls-client-required" env:"TLS_CLIENT_REQUIRED" help:"Refuse connections without a client certificate."`
+	TLSCert     string `name:"tls-cert" env:"TLS_CERT" help:"${tls_cert}"`
+	TLSKey      string `name:"tls-key" env:"TLS_KEY" help:"Private key (PEM) of the certificate."`
+	TLSClientCA string `name:"tls-client-ca" env:"TLS_CLIENT_CA" help:"${tls_client_ca}"`
+	TLSRequire  bool   `name:"tls-client-required" env:"TLS_CLIENT_REQUIRED" help:"${tls_client_required}"`
 
-	CallerRate        float64  `env:"CALLER_RATE" default:"500" help:"Calls a second of one caller in the long run, 0 to 1000000; 0 for no limit."`
-	CallerBurst       int      `env:"CALLER_BURST" default:"1000" help:"Calls that one caller may make at once after a rest, 1 or more."`
-	CallerConcurrency int      `env:"CALLER_CONCURRENCY" default:"200" help:"Calls of one caller under way, streams included, 0 or more; 0 for no limit."`
-	ReadMaxBytes      int      `env:"READ_MAX_BYTES" default:"4194304" help:"Largest request message in bytes, before and after decompression, 1024 to 67108864."`
-	InFlightMaxBytes  int64    `env:"IN_FLIGHT_MAX_BYTES" default:"0" help:"Most memory in bytes that requests under way may hold together, 0 to 1099511627776, a caller a quarter of it; 0 for a sixth of the memory limit, or 256 MiB without one."`
-	HTTPMaxConns      int      `name:"http-max-conns" env:"HTTP_MAX_CONNS" default:"4096" help:"Most connections to the API, 1 to 1000000."`
-	ConnsPerAddress   int      `name:"http-max-conns-per-address" env:"HTTP_MAX_CONNS_PER_ADDRESS" default:"-1" help:"Most connections to it from one address (of IPv6 a /64), -1 to 1000000; 0 for no limit, -1 for a quarter of --http-max-conns."`
-	CORSOrigins       []string `name:"cors-origins" env:"CORS_ORIGINS" help:"Web origins whose pages may call, such as https://console.example, divided by commas."`
+	CallerRate        float64 `env:"CALLER_RATE" default:"500" help:"${caller_rate}"`
+	CallerBurst       int     `env:"CALLER_BURST" default:"1000" help:"Maximum burst of calls of one caller, 1 or more."`
+	CallerConcurrency int     `env:"CALLER_CONCURRENCY" default:"200" help:"${caller_concurrency}"`
+	ReadMaxBytes      int     `env:"READ_MAX_BYTES" default:"4194304" help:"${read_max_bytes}"`
+	InFlightMaxBytes  int64   `env:"IN_FLIGHT_MAX_BYTES" default:"0" help:"${in_flight_max_bytes}"`
+	HTTPMaxConns      int     `name:"http-max-conns" env:"HTTP_MAX_CONNS" default:"4096" help:"${max_http_conns}"`
+
+	HTTPMaxConnsPerAddress int `env:"HTTP_MAX_CONNS_PER_ADDRESS" default:"-1" help:"${conns_per_address}"`
+
+	CORSOrigins []string `name:"cors-origins" env:"CORS_ORIGINS" help:"${cors_origins}"`
 }
 
 func (f *edgeFlags) check() error {
@@ -57,11 +59,12 @@ func (f *edgeFlags) checkCredentials() error {
 	case tokens && (f.JWKS == "" || f.Issuer == "" || f.Audience == ""):
 		return errors.New("--jwks, --jwt-issuer and --jwt-audience: set all three, or none")
 	case f.APIKeysFile != "" && f.APIKeys != "":
-		return errors.New("--api-keys-file and --api-keys: set one of them")
+		return errors.New("--api-keys-file and --api-keys: set only one of them")
 	case some && f.NoAuth:
-		return errors.New("--insecure-no-auth: credentials are set up as well; take one or the other away")
+		return errors.New("--insecure-no-auth: cannot be combined with credentials")
 	case !some && !f.NoAuth:
-		return errors.New("nobody could call: set --jwks, --api-keys-file or --tls-client-ca, or for development --insecure-no-auth (INSECURE_NO_AUTH=true)")
+		return errors.New("no credentials are accepted: set --jwks, --api-keys-file or --tls-client-ca, " +
+			"or for development --insecure-no-auth (INSECURE_NO_AUTH=true)")
 	}
 	return nil
 }
@@ -79,7 +82,7 @@ func (f *edgeFlags) checkTLS() error {
 }
 
 func (f *edgeFlags) checkLimits() error {
-	if !(f.CallerRate >= 0 && f.CallerRate <= 1e6) { // also what is not a number
+	if !(f.CallerRate >= 0 && f.CallerRate <= 1e6) { // also catches NaN
 		return fmt.Errorf("--caller-rate: %v is not between 0 and 1000000", f.CallerRate)
 	}
 	for _, err := range []error{
@@ -88,7 +91,7 @@ func (f *edgeFlags) checkLimits() error {
 		between("--read-max-bytes", f.ReadMaxBytes, 1<<10, 64<<20),
 		between("--in-flight-max-bytes", f.InFlightMaxBytes, 0, 1<<40),
 		between("--http-max-conns", f.HTTPMaxConns, 1, 1_000_000),
-		between("--http-max-conns-per-address", f.ConnsPerAddress, -1, 1_000_000),
+		between("--http-max-conns-per-address", f.HTTPMaxConnsPerAddress, -1, 1_000_000),
 	} {
 		if err != nil {
 			return err
@@ -101,31 +104,33 @@ func (f *edgeFlags) config() app.Edge {
 	return app.Edge{
 		JWKS: f.JWKS, Tokens: auth.TokenConfig{Issuer: f.Issuer, Audience: f.Audience, RolesClaim: f.RolesClaim},
 		APIKeysFile: f.APIKeysFile, APIKeys: f.APIKeys, NoAuth: f.NoAuth, NoAuthHosts: f.NoAuthHosts,
-		TLS:     rpcserver.TLSFiles{Cert: f.TLSCert, Key: f.TLSKey, ClientCA: f.TLSClientCA, RequireClient: f.TLSRequire},
+		TLS: rpcserver.TLSFiles{Cert: f.TLSCert, Key: f.TLSKey, ClientCA: f.TLSClientCA,
+			RequireClient: f.TLSRequire},
 		Limit:   rpcserver.LimitConfig{Rate: f.CallerRate, Burst: f.CallerBurst, Concurrent: f.CallerConcurrency},
-		Origins: f.CORSOrigins, ReadMaxBytes: f.ReadMaxBytes, InFlightBytes: f.InFlightMaxBytes, MaxConns: f.HTTPMaxConns, MaxConnsPerAddress: f.connsPerAddress(),
+		Origins: f.CORSOrigins, ReadMaxBytes: f.ReadMaxBytes, InFlightBytes: f.InFlightMaxBytes,
+		MaxConns: f.HTTPMaxConns, MaxConnsPerAddress: f.maxConnsPerAddress(),
 	}
 }
 
-// connsPerAddress is the setting in the terms of rpcserver.Config, where 0 is the default and less is no limit.
-func (f *edgeFlags) connsPerAddress() int {
-	switch f.ConnsPerAddress {
+// maxConnsPerAddress converts the setting for rpcserver.Config, where 0 is the default and less is no limit.
+func (f *edgeFlags) maxConnsPerAddress() int {
+	switch f.HTTPMaxConnsPerAddress {
 	case -1:
 		return 0
 	case 0:
 		return -1
 	}
-	return f.ConnsPerAddress
+	return f.HTTPMaxConnsPerAddress
 }
 
-// apiKeyCommand makes API keys. It needs no database: all that is kept of a key is a line of the configuration.
+// apiKeyCommand creates API keys. It needs no database: a key is only a line of the configuration.
 type apiKeyCommand struct {
-	New newAPIKeyCommand `cmd:"" help:"Make an API key: the key for its owner, and the line to keep."`
+	New newAPIKeyCommand `cmd:"" help:"Create an API key: the key for its owner, and the line for the service."`
 }
 
 type newAPIKeyCommand struct {
 	ID    string   `arg:"" help:"Name of the caller: letters, digits, - and _."`
-	Roles []string `arg:"" help:"Its roles, such as customer operator."`
+	Roles []string `arg:"" help:"Roles of the caller, such as customer operator."`
 }
 
 func (c *newAPIKeyCommand) Run() error {
@@ -133,7 +138,7 @@ func (c *newAPIKeyCommand) Run() error {
 	if err != nil {
 		return err
 	}
-	fmt.Println("key: ", key, " (shown only now; send it as x-api-key)")
-	fmt.Println("line:", line, " (into the file of --api-keys-file)")
+	fmt.Println("key: ", key, " (shown only once; send it as x-api-key)")
+	fmt.Println("line:", line, " (for the file of --api-keys-file)")
 	return nil
 }

@@ -11,38 +11,38 @@ import (
 	"github.com/alecthomas/kong"
 )
 
-// limits are what a help text says of the values that are taken: 1 to 1000, or 1 or more.
+// limits matches the limits in a help text: ", 1 to 1000" or ", 1 or more".
 var limits = regexp.MustCompile(`, ([0-9.]+[a-z]*) (?:to ([0-9.]*[0-9][a-z]*)|or more)\b`)
 
-// arguments are what each command needs besides the flag in question.
+// arguments are the arguments that a command requires besides the flag under test.
 var arguments = map[string]string{"redrive": "--reason=x --all", "discard": "--reason=x --all", "call": "a.B/C"}
 
-// What a help text says of limits is what is checked: the limits themselves are taken, and what is just outside is not.
+// Each flag accepts the limits that its help text states, and rejects the values just outside of them.
 func TestLimitsAreThoseOfTheHelp(t *testing.T) {
-	for _, name := range []string{"POSTGRES_URL", "AMQP_URL", "INSECURE_NO_AUTH"} {
-		t.Setenv(name, map[string]string{"POSTGRES_URL": "postgres://h/d", "AMQP_URL": "amqp://h/", "INSECURE_NO_AUTH": "true"}[name])
-	}
+	t.Setenv("POSTGRES_URL", "postgres://h/d")
+	t.Setenv("AMQP_URL", "amqp://h/")
+	t.Setenv("INSECURE_NO_AUTH", "true")
 	found := 0
 	for _, leaf := range newParser(new(cli)).Model.Leaves(true) {
-		for _, one := range leaf.Flags {
-			limit := limits.FindStringSubmatch(one.Help)
+		for _, f := range leaf.Flags {
+			limit := limits.FindStringSubmatch(f.Help)
 			if limit == nil {
 				continue
 			}
 			found++
 			try := func(value string, want bool) {
-				args := append(strings.Fields(commandOf(leaf)+" "+arguments[leaf.Name]), "--"+one.Name+"="+value)
+				args := append(strings.Fields(commandOf(leaf)+" "+arguments[leaf.Name]), "--"+f.Name+"="+value)
 				_, err := newParser(new(cli)).Parse(args)
 				if (err == nil) != want {
-					t.Errorf("%v: taken is %v, and the help says: %s (%v)", args, err == nil, one.Help, err)
+					t.Errorf("%v: accepted is %v, against the help text: %s (%v)", args, err == nil, f.Help, err)
 				}
 			}
-			low, below := limit[1], beside(t, one.Value, limit[1], -1)
+			low, below := limit[1], beside(t, f.Value, limit[1], -1)
 			try(low, true)
 			try(below, false)
 			if high := limit[2]; high != "" {
 				try(high, true)
-				try(beside(t, one.Value, high, 1), false)
+				try(beside(t, f.Value, high, 1), false)
 			}
 		}
 	}
@@ -51,7 +51,7 @@ func TestLimitsAreThoseOfTheHelp(t *testing.T) {
 	}
 }
 
-// beside is the value next to a limit, on one side of it.
+// beside returns the value just below (side is -1) or above (1) a limit.
 func beside(t *testing.T, v *kong.Value, limit string, side int) string {
 	t.Helper()
 	var err error

@@ -1,4 +1,4 @@
-// Command shop is the service: one binary, one process a subcommand.
+// Command shop is the service: one binary with a subcommand for each process.
 package main
 
 import (
@@ -25,65 +25,64 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-// version is set by the linker; without it the build info says what there is to say.
+// version is set by the linker; the default comes from the build info.
 var version = ""
 
 // cli is every flag and environment variable of the service.
 type cli struct {
-	LogLevel  slog.Level `env:"LOG_LEVEL" default:"info" help:"Least level that is logged: debug, info, warn, error."`
-	LogFormat string     `env:"LOG_FORMAT" default:"text" enum:"text,json" help:"text or json."`
+	LogLevel  slog.Level `env:"LOG_LEVEL" default:"info" help:"Lowest level to log: debug, info, warn, error."`
+	LogFormat string     `env:"LOG_FORMAT" default:"text" enum:"text,json" help:"Log format: text or json."`
 
 	API         apiCommand         `cmd:"" name:"api" help:"Serve the RPCs (Connect, gRPC, gRPC-Web)."`
 	Relay       relayCommand       `cmd:"" help:"Publish the outbox to RabbitMQ."`
 	Consumer    consumerCommand    `cmd:"" help:"Run the consumer groups."`
 	Console     consoleCommand     `cmd:"" help:"Serve the operators' console."`
-	All         allCommand         `cmd:"" help:"API, relay, consumers and console in one process."`
-	Migrate     migrateCommand     `cmd:"" help:"Bring the database's schema up to date."`
-	Topology    topologyCommand    `cmd:"" help:"Show what the service needs on the broker and which permissions, or declare it."`
-	Outbox      outboxCommand      `cmd:"" help:"Look after the outbox."`
-	Dead        deadCommand        `cmd:"" help:"Look after dead letters: messages that could not be published or applied."`
-	Trace       traceCommand       `cmd:"" help:"Follow one message."`
-	Doctor      doctorCommand      `cmd:"" help:"Check the database, the broker and the service; exit 1 if something is wrong, or a check could not be made."`
-	APIKey      apiKeyCommand      `cmd:"" name:"apikey" help:"Make an API key."`
-	Healthcheck healthcheckCommand `cmd:"" help:"Ask a running process whether it is ready; exit 1 if not."`
-	RPC         rpcCommands        `cmd:"" name:"rpc" help:"Call services, and see who serves them over RabbitMQ."`
+	All         allCommand         `cmd:"" help:"Run API, relay, consumers and console in one process."`
+	Migrate     migrateCommand     `cmd:"" help:"Migrate the database schema."`
+	Topology    topologyCommand    `cmd:"" help:"${topology}"`
+	Outbox      outboxCommand      `cmd:"" help:"Inspect, replay, reshard or repair the outbox."`
+	Dead        deadCommand        `cmd:"" help:"Resolve dead letters: messages that could not be published or applied."`
+	Trace       traceCommand       `cmd:"" help:"Trace one message."`
+	Doctor      doctorCommand      `cmd:"" help:"${doctor}"`
+	APIKey      apiKeyCommand      `cmd:"" name:"apikey" help:"Create an API key."`
+	Healthcheck healthcheckCommand `cmd:"" help:"Check whether a running process is ready; exit 1 if not."`
+	RPC         rpcCommands        `cmd:"" name:"rpc" help:"Call services, or list those served over RabbitMQ."`
 	Version     versionCommand     `cmd:"" help:"Print the version."`
 }
 
 type databaseFlags struct {
-	PostgresURL postgresURL `name:"postgres-url" env:"POSTGRES_URL" required:"" help:"Postgres to work on (URL or libpq keywords)."`
-	MaxConns    int32       `env:"POSTGRES_MAX_CONNS" default:"10" help:"Most connections of this process to Postgres, 3 to 1000."`
-	ListenURL   postgresURL `name:"postgres-listen-url" env:"POSTGRES_LISTEN_URL" help:"Direct connection to the same database for LISTEN/NOTIFY, if the other one is a transaction-mode pooler."`
+	PostgresURL postgresURL `name:"postgres-url" env:"POSTGRES_URL" required:"" help:"Postgres URL or libpq keywords."`
+	MaxConns    int32       `env:"POSTGRES_MAX_CONNS" default:"10" help:"${max_conns}"`
+	ListenURL   postgresURL `name:"postgres-listen-url" env:"POSTGRES_LISTEN_URL" help:"${listen_url}"`
 }
 
 type brokerFlags struct {
-	AMQPURL  amqpURL `name:"amqp-url" env:"AMQP_URL" required:"" help:"RabbitMQ and vhost to work on."`
-	Exchange string  `env:"EXCHANGE" default:"events" help:"Topic exchange that events are published to."`
-	Topology string  `env:"TOPOLOGY" default:"declare" enum:"declare,given" help:"Whether the process declares exchange and queues, or expects them to be given (${enum})."`
+	AMQPURL  amqpURL `name:"amqp-url" env:"AMQP_URL" required:"" help:"RabbitMQ URL with its vhost."`
+	Exchange string  `env:"EXCHANGE" default:"events" help:"Topic exchange for events."`
+	Topology string  `env:"TOPOLOGY" default:"declare" enum:"declare,given" help:"${topology_mode}"`
 }
 
-// managementFlags are for those who look at more of the broker than AMQP shows.
+// managementFlags give access to what AMQP does not show of the broker.
 type managementFlags struct {
-	ManagementURL managementURL `name:"management-url" env:"RABBITMQ_MANAGEMENT_URL" help:"RabbitMQ's management API, to look for policies that lose messages. Its user needs the tag management."`
+	ManagementURL managementURL `name:"management-url" env:"RABBITMQ_MANAGEMENT_URL" help:"${management_url}"`
 }
 
 type apiFlags struct {
-	MaxBacklog    int64         `env:"MAX_BACKLOG" default:"1000000" help:"Messages waiting for the broker from which on the API answers resource_exhausted, before it writes; 0 for no limit."`
-	MaxBacklogAge time.Duration `env:"MAX_BACKLOG_AGE" default:"0s" help:"Age of the oldest message waiting for the broker, likewise; 0s for no limit."`
+	MaxBacklog    int64         `env:"MAX_BACKLOG" default:"1000000" help:"${max_backlog}"`
+	MaxBacklogAge time.Duration `env:"MAX_BACKLOG_AGE" default:"0s" help:"${max_backlog_age}"`
 }
 
 type relayFlags struct {
-	PageRows     int           `env:"RELAY_PAGE_ROWS" default:"1000" help:"Most messages of one page, 1 to 5000. A crash of the relay repeats at most two pages."`
-	Lease        time.Duration `env:"RELAY_LEASE" default:"5s" help:"How long a relay that went silent keeps its shard, 1s to 5m."`
-	PollInterval time.Duration `env:"RELAY_POLL_INTERVAL" default:"1s" help:"Longest time between two looks at the outbox when no doorbell rings, 10ms to 1m."`
-	Retention    time.Duration `env:"OUTBOX_RETENTION" default:"24h" help:"How long delivered messages are kept for replay at least, 1m to 32h."`
+	PageRows     int           `env:"RELAY_PAGE_ROWS" default:"1000" help:"${page_rows}"`
+	Lease        time.Duration `env:"RELAY_LEASE" default:"5s" help:"How long a silent relay keeps its shard, 1s to 5m."`
+	PollInterval time.Duration `env:"RELAY_POLL_INTERVAL" default:"1s" help:"${poll_interval}"`
+	Retention    time.Duration `env:"OUTBOX_RETENTION" default:"24h" help:"${retention}"`
 }
 
 type callFlags struct {
-	CallKeys []signingKey `env:"CALL_KEYS" help:"Keys that sign the callers of durable calls, the same for api and consumer: base64 of 32 bytes or more, the newest first."`
+	CallKeys []signingKey `env:"CALL_KEYS" help:"${call_keys}"`
 }
 
-// keys returns the keys as they are used.
 func (f *callFlags) keys() (keys [][]byte) {
 	for _, key := range f.CallKeys {
 		keys = append(keys, key)
@@ -92,23 +91,23 @@ func (f *callFlags) keys() (keys [][]byte) {
 }
 
 type consumerFlags struct {
-	Prefetch int `env:"CONSUMER_PREFETCH" default:"300" help:"Most unacked deliveries of one consumer group, 1 to 10000."`
-	Batch    int `env:"CONSUMER_BATCH" default:"100" help:"Most deliveries applied in one transaction, 1 to 1000."`
+	Prefetch int `env:"CONSUMER_PREFETCH" default:"300" help:"Maximum unacked deliveries per group, 1 to 10000."`
+	Batch    int `env:"CONSUMER_BATCH" default:"100" help:"Maximum deliveries per transaction, 1 to 1000."`
 
-	CallConcurrency int            `env:"CALL_CONCURRENCY" default:"0" help:"Most durable calls executed at once, 1 to half of the connections to Postgres; 0 for one less than half."`
-	CallLimit       map[string]int `env:"CALL_LIMIT" placeholder:"METHOD=N" mapsep:"," help:"The same for single methods, such as orders.v1.OrderService/SetStock=1."`
+	CallConcurrency int            `env:"CALL_CONCURRENCY" default:"0" help:"${call_concurrency}"`
+	CallLimit       map[string]int `env:"CALL_LIMIT" placeholder:"METHOD=N" mapsep:"," help:"${call_limit}"`
 }
 
-// rpcFlags are about serving the RPCs from queues.
+// rpcFlags are the flags for serving RPCs from queues.
 type rpcFlags struct {
-	RPCOverRabbitMQ bool `name:"rpc-over-rabbitmq" env:"RPC_OVER_RABBITMQ" help:"Serve the RPCs over RabbitMQ, too."`
-	RPCPrefetch     int  `env:"RPC_PREFETCH" default:"64" help:"Most calls of one service that are executed at once for RabbitMQ, 1 to 10000."`
+	RPCOverRabbitMQ bool `name:"rpc-over-rabbitmq" env:"RPC_OVER_RABBITMQ" help:"Also serve the RPCs over RabbitMQ."`
+	RPCPrefetch     int  `env:"RPC_PREFETCH" default:"64" help:"${rpc_prefetch}"`
 }
 
 type apiCommand struct {
 	Listen    listenAddress `env:"LISTEN" default:"127.0.0.1:8080" help:"Address to serve on."`
-	OpsListen listenAddress `env:"OPS_LISTEN" default:"127.0.0.1:9180" help:"Address to answer probes and scrapes on, in plain HTTP: /healthz, /readyz, /metrics."`
-	AMQPURL   amqpURL       `name:"amqp-url" env:"AMQP_URL" help:"RabbitMQ and vhost, for --rpc-over-rabbitmq."`
+	OpsListen listenAddress `env:"OPS_LISTEN" default:"127.0.0.1:9180" help:"${ops_listen}"`
+	AMQPURL   amqpURL       `name:"amqp-url" env:"AMQP_URL" help:"RabbitMQ URL with its vhost, for --rpc-over-rabbitmq."`
 	databaseFlags
 	apiFlags
 	edgeFlags
@@ -117,24 +116,24 @@ type apiCommand struct {
 }
 
 type relayCommand struct {
-	OpsListen listenAddress `env:"OPS_LISTEN" default:"127.0.0.1:9181" help:"Address to answer probes and scrapes on, in plain HTTP: /healthz, /readyz, /metrics."`
+	OpsListen listenAddress `env:"OPS_LISTEN" default:"127.0.0.1:9181" help:"${ops_listen}"`
 	databaseFlags
 	brokerFlags
 	relayFlags
 }
 
-// consumerCommand runs the groups, unless one of its commands says what else to do with them.
+// consumerCommand runs the consumer groups by default; its other commands manage them.
 type consumerCommand struct {
 	Run    runConsumersCommand   `cmd:"" default:"withargs" help:"Run the consumer groups."`
-	Ls     consumerLsCommand     `cmd:"" help:"List the groups, and the keys that are blocked."`
-	Pause  consumerPauseCommand  `cmd:"" help:"Have a group take no more messages."`
-	Resume consumerResumeCommand `cmd:"" help:"Let it go on."`
-	Skip   consumerSkipCommand   `cmd:"" help:"Move the message that a blocked key waits for to the dead letters."`
-	Park   consumerParkCommand   `cmd:"" help:"Move all that waits on a key to the dead letters."`
+	Ls     consumerLsCommand     `cmd:"" help:"List the groups and the blocked keys."`
+	Pause  consumerPauseCommand  `cmd:"" help:"Pause a group: it takes no more messages."`
+	Resume consumerResumeCommand `cmd:"" help:"Resume a paused group."`
+	Skip   consumerSkipCommand   `cmd:"" help:"Move the first message of a blocked key to the dead letters."`
+	Park   consumerParkCommand   `cmd:"" help:"Move all waiting messages of a key to the dead letters."`
 }
 
 type runConsumersCommand struct {
-	OpsListen listenAddress `env:"OPS_LISTEN" default:"127.0.0.1:9182" help:"Address to answer probes and scrapes on, in plain HTTP: /healthz, /readyz, /metrics."`
+	OpsListen listenAddress `env:"OPS_LISTEN" default:"127.0.0.1:9182" help:"${ops_listen}"`
 	databaseFlags
 	brokerFlags
 	consumerFlags
@@ -143,8 +142,8 @@ type runConsumersCommand struct {
 
 type allCommand struct {
 	Listen      listenAddress   `env:"LISTEN" default:"127.0.0.1:8080" help:"Address to serve on."`
-	OpsListen   listenAddress   `env:"OPS_LISTEN" default:"127.0.0.1:9180" help:"Address to answer probes and scrapes on, in plain HTTP: /healthz, /readyz, /metrics."`
-	ConsoleAddr optionalAddress `env:"CONSOLE_ADDR" default:"127.0.0.1:8090" help:"Address to serve the operators' console on; empty for none."`
+	OpsListen   listenAddress   `env:"OPS_LISTEN" default:"127.0.0.1:9180" help:"${ops_listen}"`
+	ConsoleAddr optionalAddress `env:"CONSOLE_ADDR" default:"127.0.0.1:8090" help:"${console_addr}"`
 	databaseFlags
 	apiFlags
 	edgeFlags
@@ -157,14 +156,16 @@ type allCommand struct {
 }
 
 func (c *apiCommand) Run(ctx context.Context) error {
-	config := appConfig(c.OpsListen, c.databaseFlags, c.apiFlags, brokerFlags{AMQPURL: c.AMQPURL}, relayFlags{}, consumerFlags{})
+	broker := brokerFlags{AMQPURL: c.AMQPURL}
+	config := appConfig(c.OpsListen, c.databaseFlags, c.apiFlags, broker, relayFlags{}, consumerFlags{})
 	config.Addr, config.Edge, config.Calls.Keys = string(c.Listen), c.edgeFlags.config(), c.keys()
 	c.rpcFlags.set(&config)
 	return app.RunAPI(ctx, config)
 }
 
 func (c *relayCommand) Run(ctx context.Context) error {
-	return app.RunRelay(ctx, appConfig(c.OpsListen, c.databaseFlags, apiFlags{}, c.brokerFlags, c.relayFlags, consumerFlags{}))
+	config := appConfig(c.OpsListen, c.databaseFlags, apiFlags{}, c.brokerFlags, c.relayFlags, consumerFlags{})
+	return app.RunRelay(ctx, config)
 }
 
 func (c *runConsumersCommand) Run(ctx context.Context) error {
@@ -185,20 +186,25 @@ func (f *rpcFlags) set(config *app.Config) {
 	config.RPCOverRabbitMQ, config.RPCPrefetch = f.RPCOverRabbitMQ, f.RPCPrefetch
 }
 
-func appConfig(ops listenAddress, db databaseFlags, api apiFlags, broker brokerFlags, relay relayFlags, consumer consumerFlags) app.Config {
+func appConfig(
+	ops listenAddress, db databaseFlags, api apiFlags, broker brokerFlags, relay relayFlags, consumer consumerFlags,
+) app.Config {
 	return app.Config{
-		OpsAddr: string(ops), PostgresURL: string(db.PostgresURL), ListenURL: string(db.ListenURL), MaxConns: db.MaxConns,
+		OpsAddr: string(ops), PostgresURL: string(db.PostgresURL), ListenURL: string(db.ListenURL),
+		MaxConns:  db.MaxConns,
 		HighWater: outbox.GateConfig{MaxMessages: api.MaxBacklog, MaxAge: api.MaxBacklogAge},
 		AMQPURL:   string(broker.AMQPURL), Exchange: broker.Exchange, TopologyGiven: broker.Topology == "given",
-		Relay:    outbox.Config{PageRows: relay.PageRows, Lease: relay.Lease, PollInterval: relay.PollInterval, Retention: relay.Retention},
+		Relay: outbox.Config{
+			PageRows: relay.PageRows, Lease: relay.Lease, PollInterval: relay.PollInterval, Retention: relay.Retention,
+		},
 		Prefetch: consumer.Prefetch, Batch: consumer.Batch, Version: buildVersion(),
 		Calls: app.Calls{Concurrency: consumer.CallConcurrency, Limits: consumer.CallLimit},
 	}
 }
 
 type healthcheckCommand struct {
-	URL     string        `arg:"" optional:"" default:"http://127.0.0.1:9180/readyz" help:"The process's readiness URL, on its operators' port."`
-	Timeout time.Duration `default:"3s" help:"How long to wait for the answer."`
+	URL     string        `arg:"" optional:"" default:"http://127.0.0.1:9180/readyz" help:"${healthcheck_url}"`
+	Timeout time.Duration `default:"3s" help:"How long to wait for the response."`
 }
 
 func (c *healthcheckCommand) Run(ctx context.Context) error {
@@ -237,7 +243,7 @@ func buildVersion() string {
 }
 
 func newParser(flags *cli) *kong.Kong {
-	return kong.Must(flags, kong.Name(app.ServiceName), kong.Vars{"causes": causes()},
+	return kong.Must(flags, kong.Name(app.ServiceName), helpTexts, kong.Vars{"causes": causes()},
 		kong.Description("RPCs over Connect and RabbitMQ, with a transactional outbox."))
 }
 
@@ -262,23 +268,27 @@ func main() {
 	}
 }
 
-// limitMemory has the garbage collector keep the process within its cgroup, with a tenth to spare for what is not Go's. GOMEMLIMIT, if set,
-// counts more. Without either there is no limit.
+// limitMemory sets the garbage collector's limit to nine tenths of the cgroup's memory; the rest is for memory that Go
+// does not manage. GOMEMLIMIT takes precedence. Without either there is no limit.
 func limitMemory(log *slog.Logger) {
-	if _, err := memlimit.Set(); err != nil && !errors.Is(err, memlimit.ErrNoCgroup) && !errors.Is(err, memlimit.ErrCgroupsNotSupported) {
-		log.Warn("no memory limit is known", "error", err)
+	_, err := memlimit.Set()
+	if err != nil && !errors.Is(err, memlimit.ErrNoCgroup) && !errors.Is(err, memlimit.ErrCgroupsNotSupported) {
+		log.Warn("cannot determine the memory limit", "error", err)
 	}
 }
 
 func fail(status int, text string) {
-	text = bounds.URLs(strings.Join(strings.Fields(text), " ")) // drivers break lines
+	text = bounds.URLs(strings.Join(strings.Fields(text), " ")) // errors of drivers contain line breaks
 	fmt.Fprintf(os.Stderr, "%s: %s\n", app.ServiceName, text)
 	os.Exit(status)
 }
 
-// withoutSecrets keeps the values of variables that hold passwords out of error texts: kong quotes the value that it could not use.
+// withoutSecrets removes the values of variables with passwords from an error text: kong quotes the value that it
+// rejects.
 func withoutSecrets(text string) string {
-	for _, name := range []string{"POSTGRES_URL", "POSTGRES_LISTEN_URL", "AMQP_URL", "RABBITMQ_MANAGEMENT_URL", "API_KEYS", "CALL_KEYS"} {
+	for _, name := range []string{
+		"POSTGRES_URL", "POSTGRES_LISTEN_URL", "AMQP_URL", "RABBITMQ_MANAGEMENT_URL", "API_KEYS", "CALL_KEYS",
+	} {
 		if value := os.Getenv(name); value != "" {
 			text = strings.ReplaceAll(text, fmt.Sprintf("%q", value), "…")
 			text = strings.ReplaceAll(text, value, "…")
@@ -287,7 +297,8 @@ func withoutSecrets(text string) string {
 	return text
 }
 
-// postgresURL is checked when flags are read, so that a typo is one line at the start and not an endless retry.
+// postgresURL is checked when flags are parsed, so that a typo ends the process at once instead of causing endless
+// retries.
 type postgresURL string
 
 func (u *postgresURL) UnmarshalText(text []byte) error {
@@ -304,17 +315,16 @@ type signingKey []byte
 func (k *signingKey) UnmarshalText(text []byte) error {
 	key, err := base64.StdEncoding.DecodeString(string(text))
 	if err != nil || len(key) < 32 {
-		return errors.New("not a key of 32 bytes or more in base64, as `openssl rand -base64 32` makes one")
+		return errors.New("not a base64 key of 32 bytes or more, as from `openssl rand -base64 32`")
 	}
 	*k = key
 	return nil
 }
 
-// amqpURL is checked likewise. A user without a password gets that of the environment, as libpq has it with PGPASSWORD: a
-// script need not escape it.
+// amqpURL is checked in the same way. A user without a password gets the one in AMQP_PASSWORD, as libpq uses
+// PGPASSWORD, so scripts need not escape it.
 type amqpURL string
 
-// amqpPassword names the variable.
 const amqpPassword = "AMQP_PASSWORD"
 
 func (u *amqpURL) UnmarshalText(text []byte) error {

@@ -18,13 +18,13 @@ import (
 
 func TestMain(m *testing.M) { testenv.Main(m) }
 
-// binary is the program under test, with probes for a domain, and shipped is the program as it is; each is built once.
+// binary is the program with probes as its domain, and shipped is the program itself. Each is built once.
 var (
 	binary  = sync.OnceValue(func() string { return build("under-test", "probes") })
 	shipped = sync.OnceValue(func() string { return build("shipped-under-test", "") })
 )
 
-// build builds in the folder for what is built: testenv.Main leaves no moment to remove it, and the next run replaces it.
+// build builds into .stack/bin, where the next run replaces the file: testenv.Main offers no hook to remove it.
 func build(name, tags string) string {
 	path, err := filepath.Abs(filepath.Join("..", "..", ".stack", "bin", name))
 	if err != nil {
@@ -42,19 +42,22 @@ const (
 	goodKeys     = "ann:customer:0000000000000000000000000000000000000000000000000000000000000000"
 )
 
-// call runs the program with nothing but the given environment.
+// call runs the program with exactly the given environment.
 func call(t *testing.T, environment []string, args ...string) (status int, stdout, stderr string) {
 	t.Helper()
 	return callProgram(t, binary(), environment, args...)
 }
 
-func callProgram(t *testing.T, program string, environment []string, args ...string) (status int, stdout, stderr string) {
+func callProgram(
+	t *testing.T, program string, environment []string, args ...string,
+) (status int, stdout, stderr string) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second) // what should have been refused runs for ever
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second) // a process that should have failed runs forever
 	defer cancel()
 	command := exec.CommandContext(ctx, program, args...)
 	var out, errs bytes.Buffer
-	command.Env, command.Stdout, command.Stderr = append([]string{}, environment...), &out, &errs // nil would be ours
+	// Nil would inherit ours.
+	command.Env, command.Stdout, command.Stderr = append([]string{}, environment...), &out, &errs
 	err := command.Run()
 	var exit *exec.ExitError
 	if err != nil && !errors.As(err, &exit) {
@@ -65,10 +68,10 @@ func callProgram(t *testing.T, program string, environment []string, args ...str
 
 func TestWrongSettingsAreNamedInOneLine(t *testing.T) {
 	t.Parallel()
-	for name, one := range map[string]struct {
-		environment string // besides good URLs
+	for name, test := range map[string]struct {
+		environment string // in addition to valid URLs
 		args        string
-		names       string // what the line must name
+		names       string // must be in the error line
 	}{
 		"no command":              {"", "", "expected one of"},
 		"unknown command":         {"", "serve", "serve"},
@@ -94,7 +97,7 @@ func TestWrongSettingsAreNamedInOneLine(t *testing.T) {
 		"exchange of topology":    {"", "topology --exchange=amq.fanout", "--exchange"},
 		"declare nowhere":         {"AMQP_URL=", "topology --declare", "--amqp-url"},
 		"shards":                  {"OUTBOX_SHARDS=65", "migrate", "--shards"},
-		"migrate's wait":          {"MIGRATE_WAIT=25h", "migrate", "--wait"},
+		"wait of migrate":         {"MIGRATE_WAIT=25h", "migrate", "--wait"},
 		"no command of outbox":    {"", "outbox", "expected one of"},
 		"replay since":            {"", "outbox replay --since=yesterday", "--since"},
 		"replay until":            {"", "outbox replay --until=-1h", "--until"},
@@ -123,11 +126,11 @@ func TestWrongSettingsAreNamedInOneLine(t *testing.T) {
 		"doctor's exchange":       {"EXCHANGE=amq.fanout", "doctor", "--exchange"},
 		"doctor's listen url":     {"POSTGRES_LISTEN_URL=mysql://u:hunter2@h", "doctor", "--postgres-listen-url"},
 		"doctor's management url": {"RABBITMQ_MANAGEMENT_URL=ftp://u:hunter2@h", "doctor", "--management-url"},
-		"nobody could call":       {"API_KEYS=", "api", "--insecure-no-auth"},
-		"nobody could call it":    {"API_KEYS=", "console", "--insecure-no-auth"},
+		"no credentials":          {"API_KEYS=", "api", "--insecure-no-auth"},
+		"none for the console":    {"API_KEYS=", "console", "--insecure-no-auth"},
 		"console address":         {"CONSOLE_ADDR=nowhere", "all", "--console-addr"},
 		"pause without reason":    {"", "consumer pause g --reason=", "--reason"},
-		"nobody could call all":   {"API_KEYS=", "all", "--insecure-no-auth"},
+		"none for all":            {"API_KEYS=", "all", "--insecure-no-auth"},
 		"keys and no auth":        {"INSECURE_NO_AUTH=true", "api", "--insecure-no-auth"},
 		"half of the tokens":      {"JWT_ISSUER=https://issuer.example", "api", "--jwks"},
 		"keys twice":              {"API_KEYS_FILE=keys", "api", "--api-keys"},
@@ -140,14 +143,14 @@ func TestWrongSettingsAreNamedInOneLine(t *testing.T) {
 		"message size":            {"READ_MAX_BYTES=1", "api", "--read-max-bytes"},
 		"http connections":        {"HTTP_MAX_CONNS=0", "api", "--http-max-conns"},
 		"bytes in flight":         {"IN_FLIGHT_MAX_BYTES=-1", "api", "--in-flight-max-bytes"},
-		"of one address":          {"HTTP_MAX_CONNS_PER_ADDRESS=-2", "api", "--http-max-conns-per-address"},
+		"connections per address": {"HTTP_MAX_CONNS_PER_ADDRESS=-2", "api", "--http-max-conns-per-address"},
 		"operators' address":      {"OPS_LISTEN=nowhere", "relay", "--ops-listen"},
 		"any origin":              {"CORS_ORIGINS=*", "api", "--cors-origins"},
 		"origin with a path":      {"CORS_ORIGINS=https://a.example/b", "api", "--cors-origins"},
 		"rpc without broker":      {"AMQP_URL=", "api --rpc-over-rabbitmq", "--amqp-url"},
 		"rpc prefetch":            {"RPC_PREFETCH=0", "all", "--rpc-prefetch"},
 		"rpc call":                {"", "rpc call orders.v1.OrderService", "SERVICE/METHOD"},
-		"rpc call both ways":      {"", "rpc call a.B/C --amqp --http=http://127.0.0.1:1", "--amqp"},
+		"rpc call over both":      {"", "rpc call a.B/C --amqp --http=http://127.0.0.1:1", "--amqp"},
 		"rpc ls without broker":   {"AMQP_URL=http://x", "rpc ls", "--amqp-url"},
 		"rpc ls for hours":        {"", "rpc ls --rate=1h", "--rate"},
 		"health check timeout":    {"", "healthcheck --timeout=soon", "--timeout"},
@@ -155,18 +158,18 @@ func TestWrongSettingsAreNamedInOneLine(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			environment := []string{goodPostgres, goodAMQP, "API_KEYS=" + goodKeys}
-			if one.environment != "" {
-				environment = append(environment, one.environment) // the last one counts
+			if test.environment != "" {
+				environment = append(environment, test.environment) // overrides the others
 			}
-			status, stdout, stderr := call(t, environment, strings.Fields(one.args)...)
+			status, stdout, stderr := call(t, environment, strings.Fields(test.args)...)
 			if status != 2 || stdout != "" {
 				t.Errorf("exit status %d, output %q", status, stdout)
 			}
-			if strings.Count(stderr, "\n") != 1 || !strings.Contains(stderr, one.names) {
-				t.Errorf("not one line that names %s: %q", one.names, stderr)
+			if strings.Count(stderr, "\n") != 1 || !strings.Contains(stderr, test.names) {
+				t.Errorf("not one line that names %s: %q", test.names, stderr)
 			}
 			if strings.Contains(stderr, "hunter2") {
-				t.Errorf("a password is shown: %q", stderr)
+				t.Errorf("a password is printed: %q", stderr)
 			}
 		})
 	}
@@ -175,8 +178,8 @@ func TestWrongSettingsAreNamedInOneLine(t *testing.T) {
 func TestMissingURLsAreNamed(t *testing.T) {
 	t.Parallel()
 	for command, missing := range map[string][]string{
-		"api": {"--postgres-url"}, "migrate": {"--postgres-url"},
-		"relay": {"--postgres-url", "--amqp-url"}, "consumer": {"--postgres-url", "--amqp-url"}, "all": {"--postgres-url", "--amqp-url"},
+		"api": {"--postgres-url"}, "migrate": {"--postgres-url"}, "relay": {"--postgres-url", "--amqp-url"},
+		"consumer": {"--postgres-url", "--amqp-url"}, "all": {"--postgres-url", "--amqp-url"},
 	} {
 		status, _, stderr := call(t, nil, command)
 		if status != 2 || strings.Count(stderr, "\n") != 1 {
@@ -190,7 +193,8 @@ func TestMissingURLsAreNamed(t *testing.T) {
 	}
 }
 
-// secretURLs are the settings that take a URL, each with a secret in every part that may hold one. Nobody listens there.
+// secretURLs are the settings that take a URL, each with a secret in every part that can contain one. Their ports are
+// closed.
 var secretURLs = map[string]string{
 	"POSTGRES_URL":            "postgres://u:hunter2@127.0.0.1:1/d?options=-chunter2",
 	"POSTGRES_LISTEN_URL":     "postgres://u:hunter2@127.0.0.1:1/d?options=-chunter2",
@@ -199,21 +203,25 @@ var secretURLs = map[string]string{
 	"JWT_JWKS":                "https://hunter2:hunter2@127.0.0.1:1/keys?token=hunter2#hunter2",
 }
 
-// secretEnvironment is secretURLs with what goes along, OpenTelemetry's variables among it.
+// secretEnvironment contains secretURLs and the other settings of the processes, such as OpenTelemetry's.
 func secretEnvironment() []string {
-	all := []string{"JWT_ISSUER=i", "JWT_AUDIENCE=a", "LOG_LEVEL=debug", "AMQP_USERS_PASSWORD=hunter2", "OTEL_BSP_SCHEDULE_DELAY=10",
-		"OTEL_EXPORTER_OTLP_ENDPOINT=http://hunter2:hunter2@127.0.0.1:1/?token=hunter2", "OTEL_EXPORTER_OTLP_HEADERS=authorization=hunter2"}
+	all := []string{
+		"JWT_ISSUER=i", "JWT_AUDIENCE=a", "LOG_LEVEL=debug", "AMQP_USERS_PASSWORD=hunter2",
+		"OTEL_BSP_SCHEDULE_DELAY=10",
+		"OTEL_EXPORTER_OTLP_ENDPOINT=http://hunter2:hunter2@127.0.0.1:1/?token=hunter2",
+		"OTEL_EXPORTER_OTLP_HEADERS=authorization=hunter2",
+	}
 	for name, value := range secretURLs {
 		all = append(all, name+"="+value)
 	}
 	return all
 }
 
-// No process and no command shows the secrets of a URL, whatever fails: neither in its log nor in its output.
+// No process and no command writes the secrets of a URL to its log or its output, whichever step fails.
 func TestNothingShowsTheSecretsOfURLs(t *testing.T) {
 	t.Parallel()
-	for _, one := range settingsOf(newParser(new(cli)).Model) {
-		if name := one.flags[0].Envs[0]; secretURLs[name] == "" && strings.Contains(name+one.flags[0].Help, "URL") {
+	for _, s := range settingsOf(newParser(new(cli)).Model) {
+		if name := s.flags[0].Envs[0]; secretURLs[name] == "" && strings.Contains(name+s.flags[0].Help, "URL") {
 			t.Errorf("%s takes a URL: add it to secretURLs", name)
 		}
 	}
@@ -221,21 +229,23 @@ func TestNothingShowsTheSecretsOfURLs(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			p := startProcess(t, name, secretEnvironment()...)
-			p.shows = func(log string) {
+			p.checkLog = func(log string) {
 				if strings.Contains(log, "hunter2") {
-					t.Errorf("%s shows a secret:\n%s", name, log)
+					t.Errorf("%s logs a secret:\n%s", name, log)
 				}
 				if name == "api" && !strings.Contains(log, "127.0.0.1:1/keys?…") {
-					t.Errorf("%s does not say which keys cannot be fetched:\n%s", name, log)
+					t.Errorf("%s does not log which keys it cannot fetch:\n%s", name, log)
 				}
 			}
-			p.says(t, "database")
+			p.await(t, "database")
 		})
 	}
 	for _, command := range []string{
-		"doctor", "doctor --json", "migrate", "topology --declare", "topology --declare --users=x", "outbox status", "outbox replay --since=1h",
-		"dead list", "consumer ls", "rpc ls", "rpc call --amqp a.B/C", "rpc call --http=http://u:hunter2@127.0.0.1:1/?hunter2 a.B/C",
-		"healthcheck http://u:hunter2@127.0.0.1:1/?hunter2", "api --amqp-url=http://u:hunter2@h?hunter2", "api --jwks=ftp://u:hunter2@h?hunter2",
+		"doctor", "doctor --json", "migrate", "topology --declare", "topology --declare --users=x", "outbox status",
+		"outbox replay --since=1h", "dead list", "consumer ls", "rpc ls", "rpc call --amqp a.B/C",
+		"rpc call --http=http://u:hunter2@127.0.0.1:1/?hunter2 a.B/C",
+		"healthcheck http://u:hunter2@127.0.0.1:1/?hunter2",
+		"api --amqp-url=http://u:hunter2@h?hunter2", "api --jwks=ftp://u:hunter2@h?hunter2",
 	} {
 		status, stdout, stderr := call(t, secretEnvironment(), strings.Fields(command)...)
 		if status == 0 || strings.Contains(stdout+stderr, "hunter2") {
@@ -244,7 +254,7 @@ func TestNothingShowsTheSecretsOfURLs(t *testing.T) {
 	}
 }
 
-func TestFailuresAreOneLineToo(t *testing.T) {
+func TestFailuresGiveOneLine(t *testing.T) {
 	t.Parallel()
 	for command, environment := range map[string]string{
 		"migrate":                               goodPostgres,
@@ -257,7 +267,7 @@ func TestFailuresAreOneLineToo(t *testing.T) {
 	}
 }
 
-// What flags alone cannot show is found at the start, likewise.
+// A process that cannot use a file or address names it in one line and ends.
 func TestUnusableFilesAreNamedInOneLine(t *testing.T) {
 	t.Parallel()
 	for environment, names := range map[string]string{
@@ -267,7 +277,8 @@ func TestUnusableFilesAreNamedInOneLine(t *testing.T) {
 		"TLS_CERT=/does/not/exist TLS_KEY=x API_KEYS=" + goodKeys: "/does/not/exist",
 	} {
 		status, _, stderr := call(t, append([]string{goodPostgres}, strings.Fields(environment)...), "api")
-		if status != 1 || strings.Count(stderr, "\n") != 1 || !strings.Contains(stderr, names) || strings.Contains(stderr, "hunter2") {
+		oneLine := strings.Count(stderr, "\n") == 1
+		if status != 1 || !oneLine || !strings.Contains(stderr, names) || strings.Contains(stderr, "hunter2") {
 			t.Errorf("%s: exit status %d, %q", environment, status, stderr)
 		}
 	}
@@ -276,17 +287,20 @@ func TestUnusableFilesAreNamedInOneLine(t *testing.T) {
 func TestAPIKeyIsShownOnceAndKeptAsAHash(t *testing.T) {
 	t.Parallel()
 	status, stdout, _ := call(t, nil, "apikey", "new", "ann", "customer", "operator")
-	if status != 0 || !regexp.MustCompile(`^key:  ann\.[A-Z2-7]{26} .*\nline: ann:customer,operator:[0-9a-f]{64} .*\n$`).MatchString(stdout) {
+	want := regexp.MustCompile(`^key:  ann\.[A-Z2-7]{26} .*\nline: ann:customer,operator:[0-9a-f]{64} .*\n$`)
+	if status != 0 || !want.MatchString(stdout) {
 		t.Errorf("exit status %d, output %q", status, stdout)
 	}
-	if status, _, stderr := call(t, nil, "apikey", "new", "a:b", "customer"); status != 1 || strings.Count(stderr, "\n") != 1 {
+	status, _, stderr := call(t, nil, "apikey", "new", "a:b", "customer")
+	if status != 1 || strings.Count(stderr, "\n") != 1 {
 		t.Errorf("exit status %d, %q", status, stderr)
 	}
 }
 
 func TestVersion(t *testing.T) {
 	t.Parallel()
-	if status, stdout, _ := call(t, nil, "version"); status != 0 || !strings.HasPrefix(stdout, app.ServiceName+" ") {
+	status, stdout, _ := call(t, nil, "version")
+	if status != 0 || !strings.HasPrefix(stdout, app.ServiceName+" ") {
 		t.Errorf("exit status %d, output %q", status, stdout)
 	}
 }

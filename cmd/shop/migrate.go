@@ -13,9 +13,9 @@ import (
 )
 
 type migrateCommand struct {
-	PostgresURL postgresURL   `name:"postgres-url" env:"POSTGRES_URL" required:"" help:"Postgres to work on, as a direct connection."`
-	Shards      int           `env:"OUTBOX_SHARDS" default:"0" help:"Shards to spread the outbox over, 0 to 64: at most so many relays work at once. 0 leaves it as it is, 1 at first."`
-	Wait        time.Duration `env:"MIGRATE_WAIT" default:"0s" help:"How long to wait for a Postgres that does not answer or lets nobody in yet, 0s to 24h."`
+	PostgresURL postgresURL   `name:"postgres-url" env:"POSTGRES_URL" required:"" help:"Direct connection to Postgres."`
+	Shards      int           `env:"OUTBOX_SHARDS" default:"0" help:"${shards}"`
+	Wait        time.Duration `env:"MIGRATE_WAIT" default:"0s" help:"${migrate_wait}"`
 }
 
 func (c *migrateCommand) Validate() error {
@@ -25,7 +25,7 @@ func (c *migrateCommand) Validate() error {
 	return between("--shards", c.Shards, 0, ops.MaxShards)
 }
 
-// shardsTimeout is how long migrate waits for transactions that have inserted and stay open.
+// shardsTimeout is how long migrate waits for open transactions that have inserted messages.
 const shardsTimeout = time.Minute
 
 func (c *migrateCommand) spread(ctx context.Context) error {
@@ -38,7 +38,7 @@ func (c *migrateCommand) spread(ctx context.Context) error {
 	defer db.Close()
 	changed, err := ops.EnsureShards(ctx, db, c.Shards)
 	if changed && err == nil {
-		fmt.Printf("outbox is spread over %d shards from now on\n", c.Shards)
+		fmt.Printf("the outbox now has %d shards\n", c.Shards)
 	}
 	return err
 }
@@ -63,8 +63,8 @@ func (c *migrateCommand) Run(ctx context.Context) error {
 // waitPause is the time between two attempts to reach Postgres.
 const waitPause = time.Second
 
-// up migrates as soon as it can connect, for as long as it may wait. A server that is only being set up refuses in many ways: nobody listens, or it
-// does not know the database or the role.
+// up migrates as soon as it can connect, and tries to connect for c.Wait. A server that is still being set up fails in
+// many ways: its port is closed, or the database or the role does not exist yet.
 func (c *migrateCommand) up(ctx context.Context) (applied []string, err error) {
 	started := time.Now()
 	for warned := false; ; warned = true {
@@ -73,7 +73,7 @@ func (c *migrateCommand) up(ctx context.Context) (applied []string, err error) {
 			return applied, err
 		}
 		if !warned {
-			slog.WarnContext(ctx, "postgres cannot be reached, waiting for it", "error", err, "for", c.Wait)
+			slog.WarnContext(ctx, "postgres is unreachable, waiting for it", "error", err, "for", c.Wait)
 		}
 		select {
 		case <-ctx.Done():

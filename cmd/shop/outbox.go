@@ -18,15 +18,15 @@ import (
 )
 
 type outboxCommand struct {
-	Status outboxStatusCommand `cmd:"" help:"Show the shards: who holds them, what waits, how far they came."`
-	Repair outboxRepairCommand `cmd:"" help:"Make the outbox usable after the database was restored into another cluster."`
-	Replay outboxReplayCommand `cmd:"" help:"Publish delivered messages again. Who has applied them absorbs the copies."`
-	Shards outboxShardsCommand `cmd:"" help:"Show the shards, or spread the outbox over another number of them."`
+	Status outboxStatusCommand `cmd:"" help:"Show the relay, backlog and progress of each shard."`
+	Repair outboxRepairCommand `cmd:"" help:"Repair the outbox after a restore into another cluster."`
+	Replay outboxReplayCommand `cmd:"" help:"Publish delivered messages again. Groups absorb copies of what they applied."`
+	Shards outboxShardsCommand `cmd:"" help:"Show the shards, or change their number."`
 }
 
-type outboxStatusCommand struct{ deskFlags }
+type outboxStatusCommand struct{ adminFlags }
 
-// outboxStatus is what status prints.
+// outboxStatus is the output of status.
 type outboxStatus struct {
 	Shards  []ops.Shard `json:"shards"`
 	Backlog int64       `json:"backlog"`
@@ -34,15 +34,15 @@ type outboxStatus struct {
 }
 
 func (c *outboxStatusCommand) Run(ctx context.Context) error {
-	return c.work(ctx, func(desk *app.Admin) error {
-		shards, err := ops.Shards(ctx, desk.DB)
+	return c.withAdmin(ctx, func(admin *app.Admin) error {
+		shards, err := ops.Shards(ctx, admin.DB)
 		if err != nil {
 			return err
 		}
 		status := outboxStatus{Shards: shards}
-		for _, one := range shards {
-			if !one.Drained {
-				status.Backlog, status.Lag = status.Backlog+one.Backlog, max(status.Lag, one.Lag)
+		for _, shard := range shards {
+			if !shard.Drained {
+				status.Backlog, status.Lag = status.Backlog+shard.Backlog, max(status.Lag, shard.Lag)
 			}
 		}
 		if c.JSON {
@@ -54,9 +54,11 @@ func (c *outboxStatusCommand) Run(ctx context.Context) error {
 
 func (s outboxStatus) print(out io.Writer) error {
 	t := newTable(out, "SHARD", "RELAY", "EPOCH", "BACKLOG", "LAG", "PUBLISHED", "PARKED", "LAST MOVE")
-	for _, one := range s.Shards {
-		if !one.Drained {
-			t.row(one.Shard, one.Owner, one.Epoch, one.Backlog, seconds(one.Lag), one.Published, one.Parked, one.MovedAt)
+	for _, shard := range s.Shards {
+		if !shard.Drained {
+			t.row(shard.Shard, shard.Owner, shard.Epoch, shard.Backlog, seconds(shard.Lag), shard.Published,
+				shard.Parked,
+				shard.MovedAt)
 		}
 	}
 	if err := t.Flush(); err != nil {
@@ -64,17 +66,18 @@ func (s outboxStatus) print(out io.Writer) error {
 	}
 	waits := "nothing waits to be published"
 	if s.Backlog > 0 {
-		waits = fmt.Sprintf("%s to be published, the oldest for %s", count(s.Backlog, "message waits", "messages wait"), seconds(s.Lag))
+		messages := count(s.Backlog, "message waits", "messages wait")
+		waits = fmt.Sprintf("%s to be published, the oldest for %s", messages, seconds(s.Lag))
 	}
 	_, err := fmt.Fprintf(out, "\n%s\n", waits)
 	return err
 }
 
-type outboxRepairCommand struct{ deskFlags }
+type outboxRepairCommand struct{ adminFlags }
 
 func (c *outboxRepairCommand) Run(ctx context.Context) error {
-	return c.work(ctx, func(desk *app.Admin) error {
-		waiting, err := ops.Repair(ctx, desk.DB)
+	return c.withAdmin(ctx, func(admin *app.Admin) error {
+		waiting, err := ops.Repair(ctx, admin.DB)
 		intact := errors.Is(err, ops.ErrNoRepairNeeded)
 		switch {
 		case err != nil && !intact:
@@ -84,23 +87,24 @@ func (c *outboxRepairCommand) Run(ctx context.Context) error {
 		case intact:
 			fmt.Println("nothing to repair: the outbox's cursor belongs to this cluster, and no sequence is behind")
 		default:
-			fmt.Printf("repaired: %s to be published, some of them maybe again; start the relay\n", count(waiting, "message is", "messages are"))
+			fmt.Printf("repaired: %s will be published, some possibly again; start the relay\n",
+				count(waiting, "message", "messages"))
 		}
 		return nil
 	})
 }
 
 type outboxReplayCommand struct {
-	deskFlags
+	adminFlags
 	brokerFlags
 	period
 	Type   []string    `sep:"none" help:"Only messages of this type; may be repeated." placeholder:"TYPE"`
 	Key    []string    `sep:"none" help:"Only messages of this key; may be repeated." placeholder:"KEY"`
 	ID     []uuid.UUID `sep:"none" help:"Only the message with this ID; may be repeated." placeholder:"UUID"`
-	Group  string      `help:"Only to this consumer group's queue, such as a new one's, and only what it handles." placeholder:"GROUP"`
-	Rate   float64     `default:"500" help:"Most messages a second, 0.01 to 1000000."`
-	After  place       `help:"Go on from where another replay with the same filters was broken off." placeholder:"SHARD:ID"`
-	DryRun bool        `help:"Count, and publish nothing."`
+	Group  string      `help:"${replay_group}" placeholder:"GROUP"`
+	Rate   float64     `default:"500" help:"Maximum messages per second, 0.01 to 1000000."`
+	After  place       `help:"${replay_after}" placeholder:"SHARD:ID"`
+	DryRun bool        `help:"Count the messages, and publish nothing."`
 }
 
 func (c *outboxReplayCommand) Validate() error {
@@ -111,46 +115,49 @@ func (c *outboxReplayCommand) Validate() error {
 }
 
 func (c *outboxReplayCommand) Run(ctx context.Context) error {
-	config := appConfig("", databaseFlags{PostgresURL: c.PostgresURL}, apiFlags{}, c.brokerFlags, relayFlags{}, consumerFlags{})
-	return atDesk(ctx, config, func(desk *app.Admin) error {
-		types, err := c.types(desk.Groups())
+	database := databaseFlags{PostgresURL: c.PostgresURL}
+	config := appConfig("", database, apiFlags{}, c.brokerFlags, relayFlags{}, consumerFlags{})
+	return withAdmin(ctx, config, func(admin *app.Admin) error {
+		types, err := c.types(admin.Groups())
 		if err != nil {
 			return err
 		}
 		filter := outbox.ReplayFilter{
-			Since: c.Since.Time, Until: c.Until.Time, Types: types, Keys: c.Key, IDs: c.ID, After: outbox.Place(c.After),
+			Since: c.Since.Time, Until: c.Until.Time, Types: types, Keys: c.Key, IDs: c.ID,
+			After: outbox.Place(c.After),
 		}
 		if c.DryRun {
-			done, err := outbox.Replay(ctx, desk.DB, nil, filter, c.Rate, nil)
+			done, err := outbox.Replay(ctx, admin.DB, nil, filter, c.Rate, nil)
 			return c.report(done, err)
 		}
-		// Said at once; later the replay waits for a broker that goes away.
-		if err := desk.CheckBroker(ctx); err != nil {
+		// Fail at once if the broker is unreachable; a running replay waits for it instead.
+		if err := admin.CheckBroker(ctx); err != nil {
 			return err
 		}
-		publisher := desk.Publisher(c.Group)
+		publisher := admin.Publisher(c.Group)
 		defer publisher.Close()
-		return c.report(c.replay(ctx, desk, publisher, filter))
+		return c.report(c.replay(ctx, admin, publisher, filter))
 	})
 }
 
-// types are the types to replay. What goes to a group's queue past the exchange must be what the exchange would send there: of anything else the group
-// would make dead letters.
+// types returns the types to replay. A replay to a group's queue bypasses the exchange, so it must only send types that
+// the exchange would route there: other messages would become dead letters of the group.
 func (c *outboxReplayCommand) types(groups []ops.Group) ([]string, error) {
 	if c.Group == "" {
 		return c.Type, nil
 	}
 	var names []string
-	for _, one := range groups {
-		names = append(names, one.Name)
+	for _, group := range groups {
+		names = append(names, group.Name)
 	}
 	i := slices.Index(names, c.Group)
 	if i < 0 {
-		return nil, wrongUsage("--group: there is no consumer group %q, only %s", c.Group, strings.Join(names, ", "))
+		return nil, usageErrorf("--group: there is no consumer group %q, only %s", c.Group, strings.Join(names, ", "))
 	}
 	for _, wanted := range c.Type {
 		if !slices.Contains(groups[i].Types, wanted) {
-			return nil, wrongUsage("--type: group %s does not handle %q, only %s", c.Group, wanted, strings.Join(groups[i].Types, ", "))
+			return nil, usageErrorf("--type: group %s does not handle %q, only %s",
+				c.Group, wanted, strings.Join(groups[i].Types, ", "))
 		}
 	}
 	if len(c.Type) > 0 {
@@ -159,8 +166,10 @@ func (c *outboxReplayCommand) types(groups []ops.Group) ([]string, error) {
 	return groups[i].Types, nil
 }
 
-// replay shows its progress if somebody watches.
-func (c *outboxReplayCommand) replay(ctx context.Context, desk *app.Admin, publisher messaging.Publisher, filter outbox.ReplayFilter) (outbox.Replayed, error) {
+// replay shows its progress on a terminal.
+func (c *outboxReplayCommand) replay(
+	ctx context.Context, admin *app.Admin, publisher messaging.Publisher, filter outbox.ReplayFilter,
+) (outbox.Replayed, error) {
 	var show func(outbox.Replayed)
 	if isTerminal(os.Stderr) && !c.JSON {
 		began := time.Now()
@@ -169,23 +178,26 @@ func (c *outboxReplayCommand) replay(ctx context.Context, desk *app.Admin, publi
 		}
 		defer fmt.Fprint(os.Stderr, "\r\x1b[K")
 	}
-	return outbox.Replay(ctx, desk.DB, publisher, filter, c.Rate, show)
+	return outbox.Replay(ctx, admin.DB, publisher, filter, c.Rate, show)
 }
 
 func progressLine(done outbox.Replayed, elapsed time.Duration) string {
-	return fmt.Sprintf("%d published, %.0f/s, up to %s", done.Published, float64(done.Published)/max(elapsed.Seconds(), 0.001), cellText(done.LastAt))
+	rate := float64(done.Published) / max(elapsed.Seconds(), 0.001)
+	return fmt.Sprintf("%d published, %.0f/s, up to %s", done.Published, rate, cellText(done.LastAt))
 }
 
-// report says what was done, also when it was broken off.
+// report prints what was done, even by an interrupted replay.
 func (c *outboxReplayCommand) report(done outbox.Replayed, err error) error {
-	goOn := place(done.Last)
+	last := place(done.Last)
 	if c.JSON {
-		summary := map[string]any{"dry_run": c.DryRun, "published": done.Published, "unroutable": done.Unroutable, "complete": err == nil}
+		summary := map[string]any{"dry_run": c.DryRun, "complete": err == nil}
 		if c.DryRun {
-			summary = map[string]any{"dry_run": true, "to_publish": done.Published, "complete": err == nil}
+			summary["to_publish"] = done.Published
+		} else {
+			summary["published"], summary["unroutable"] = done.Published, done.Unroutable
 		}
 		if err != nil && done.Last != (outbox.Place{}) {
-			summary["after"] = goOn.String()
+			summary["after"] = last.String()
 		}
 		if printErr := printJSON(summary); printErr != nil {
 			return printErr
@@ -197,9 +209,9 @@ func (c *outboxReplayCommand) report(done outbox.Replayed, err error) error {
 	case err == nil || done.Last == (outbox.Place{}):
 		return err
 	case errors.Is(err, context.Canceled):
-		err = errors.New("broken off")
+		err = errors.New("interrupted")
 	}
-	return fmt.Errorf("%w; %s; the same command with --after=%s goes on", err, c.summary(done), goOn)
+	return fmt.Errorf("%w; %s; continue with the same command and --after=%s", err, c.summary(done), last)
 }
 
 func (c *outboxReplayCommand) summary(done outbox.Replayed) string {
@@ -212,15 +224,15 @@ func (c *outboxReplayCommand) summary(done outbox.Replayed) string {
 	}
 	text := count(done.Published, "message", "messages") + " published again" + target
 	if done.Unroutable > 0 {
-		text += fmt.Sprintf(", %d left out that no queue wants", done.Unroutable)
+		text += fmt.Sprintf(", %d unroutable", done.Unroutable)
 	}
 	return text
 }
 
 type outboxShardsCommand struct {
-	deskFlags
-	N       *int          `arg:"" optional:"" name:"n" help:"Number of shards from now on, 1 to 64."`
-	Timeout time.Duration `default:"1m" help:"How long to wait for transactions that are under way, 2s to 1h."`
+	adminFlags
+	N       *int          `arg:"" optional:"" name:"n" help:"New number of shards, 1 to 64."`
+	Timeout time.Duration `default:"1m" help:"How long to wait for open transactions, 2s to 1h."`
 }
 
 func (c *outboxShardsCommand) Validate() error {
@@ -233,15 +245,15 @@ func (c *outboxShardsCommand) Validate() error {
 }
 
 func (c *outboxShardsCommand) Run(ctx context.Context) error {
-	return c.work(ctx, func(desk *app.Admin) error {
+	return c.withAdmin(ctx, func(admin *app.Admin) error {
 		if c.N != nil {
 			waiting, cancel := context.WithTimeout(ctx, c.Timeout)
 			defer cancel()
-			if err := ops.SetShards(waiting, desk.DB, *c.N); err != nil {
+			if err := ops.SetShards(waiting, admin.DB, *c.N); err != nil {
 				return err
 			}
 		}
-		shards, err := ops.Shards(ctx, desk.DB)
+		shards, err := ops.Shards(ctx, admin.DB)
 		if err != nil {
 			return err
 		}
@@ -255,31 +267,31 @@ func (c *outboxShardsCommand) Run(ctx context.Context) error {
 func printShards(out io.Writer, shards []ops.Shard) error {
 	t := newTable(out, "SHARD", "GENERATION", "STATE", "BACKLOG", "RELAY")
 	oldest := oldestGeneration(shards)
-	for _, one := range shards {
-		t.row(one.Shard, one.Generation, shardState(one, oldest), one.Backlog, one.Owner)
+	for _, shard := range shards {
+		t.row(shard.Shard, shard.Generation, shardState(shard, oldest), shard.Backlog, shard.Owner)
 	}
 	return t.Flush()
 }
 
-// oldestGeneration is the one that is being read.
+// oldestGeneration returns the generation that relays read.
 func oldestGeneration(shards []ops.Shard) int {
 	oldest := -1
-	for _, one := range shards {
-		if !one.Drained && (oldest < 0 || one.Generation < oldest) {
-			oldest = one.Generation
+	for _, shard := range shards {
+		if !shard.Drained && (oldest < 0 || shard.Generation < oldest) {
+			oldest = shard.Generation
 		}
 	}
 	return oldest
 }
 
-func shardState(one ops.Shard, oldest int) string {
+func shardState(shard ops.Shard, oldest int) string {
 	switch {
-	case one.Drained:
+	case shard.Drained:
 		return "drained"
-	case one.Retired:
+	case shard.Retired:
 		return "retired, not drained yet"
-	case one.Generation > oldest:
-		return "waits for the old ones"
+	case shard.Generation > oldest:
+		return "waits for older shards"
 	}
 	return "in use"
 }

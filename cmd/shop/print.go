@@ -12,7 +12,7 @@ import (
 	"unicode"
 )
 
-// table prints rows under a heading, in columns.
+// table prints rows in aligned columns under a heading.
 type table struct{ *tabwriter.Writer }
 
 func newTable(out io.Writer, heading ...any) table {
@@ -45,7 +45,7 @@ func cellText(cell any) string {
 	return "-"
 }
 
-// plain shows what a terminal would obey: messages come from anywhere, and so do their texts.
+// plain escapes control characters: texts of messages come from untrusted senders, and a terminal would obey them.
 func plain(text string) string {
 	var shown strings.Builder
 	for _, r := range text {
@@ -58,15 +58,15 @@ func plain(text string) string {
 	return shown.String()
 }
 
-// short cuts a text that would be too wide for a table.
-func short(text string, most int) string {
-	if runes := []rune(text); len(runes) > most {
-		return string(runes[:most-1]) + "…"
+// short cuts a text to at most limit runes, for a table.
+func short(text string, limit int) string {
+	if runes := []rune(text); len(runes) > limit {
+		return string(runes[:limit-1]) + "…"
 	}
 	return text
 }
 
-// seconds is a duration for people: exact while it is short.
+// seconds returns a duration, rounded to seconds from a minute on.
 func seconds(s float64) time.Duration {
 	d := time.Duration(s * float64(time.Second))
 	if d < time.Minute {
@@ -75,22 +75,21 @@ func seconds(s float64) time.Duration {
 	return d.Round(time.Second)
 }
 
-// count says how many there are of something.
-func count[N int | int64](n N, one, many string) string {
+// count returns a number with its noun.
+func count[N int | int64](n N, singular, plural string) string {
 	if n == 1 {
-		return "1 " + one
+		return "1 " + singular
 	}
-	return fmt.Sprintf("%d %s", n, many)
+	return fmt.Sprintf("%d %s", n, plural)
 }
 
-// printJSON prints a value on one line, so that values can follow each other.
+// printJSON prints a value on one line, so that a command can print several.
 func printJSON(value any) error {
 	encoder := json.NewEncoder(os.Stdout)
 	encoder.SetEscapeHTML(false)
 	return encoder.Encode(value)
 }
 
-// isTerminal tells whether somebody is watching.
 func isTerminal(f *os.File) bool {
 	info, err := f.Stat()
 	return err == nil && info.Mode()&os.ModeCharDevice != 0

@@ -26,17 +26,17 @@ import (
 )
 
 type rpcCommands struct {
-	Ls   rpcLsCommand   `cmd:"" help:"Show which services are served over RabbitMQ, by how many replicas, and how many requests wait."`
+	Ls   rpcLsCommand   `cmd:"" help:"List services on RabbitMQ with their replicas and waiting requests."`
 	Call rpcCallCommand `cmd:"" help:"Call a unary method, over HTTP or over RabbitMQ."`
 }
 
 type rpcLsCommand struct {
-	Services []string      `arg:"" optional:"" help:"Full names of services, such as orders.v1.OrderService. AMQP cannot list them; default are those of this program."`
-	AMQPURL  amqpURL       `name:"amqp-url" env:"AMQP_URL" required:"" help:"RabbitMQ and vhost to look at."`
-	Rate     time.Duration `help:"Also count the requests that come in, for so long, such as 2s, at most 1m. The broker sends copies of them here meanwhile; a request to a service whose last replica leaves just then waits for its deadline."`
+	Services []string      `arg:"" optional:"" help:"${rpc_services}"`
+	AMQPURL  amqpURL       `name:"amqp-url" env:"AMQP_URL" required:"" help:"RabbitMQ URL with its vhost."`
+	Rate     time.Duration `help:"${rpc_rate}"`
 }
 
-// Validate is called by kong. While the copies are counted, requests to a service that has gone wait: see
+// Validate bounds Rate because requests to a service without replicas wait while copies are counted: see
 // rabbitrpc.Rates.
 func (c *rpcLsCommand) Validate() error { return between("--rate", c.Rate, 0, time.Minute) }
 
@@ -51,12 +51,14 @@ func (c *rpcLsCommand) Run(ctx context.Context) error {
 	}
 	var rates map[string]float64
 	if c.Rate > 0 {
-		served := slices.DeleteFunc(slices.Clone(states), func(s rabbitrpc.ServiceState) bool { return s.Replicas == 0 })
-		names := make([]string, len(served))
-		for i := range served {
-			names[i] = served[i].Name
+		var served []string
+		for _, state := range states {
+			if state.Replicas > 0 {
+				served = append(served, state.Name)
+			}
 		}
-		if rates, err = rabbitrpc.Rates(ctx, string(c.AMQPURL), rabbitrpc.DefaultExchange, c.Rate, names...); err != nil {
+		rates, err = rabbitrpc.Rates(ctx, string(c.AMQPURL), rabbitrpc.DefaultExchange, c.Rate, served...)
+		if err != nil {
 			return err
 		}
 	}
@@ -73,16 +75,15 @@ func (c *rpcLsCommand) Run(ctx context.Context) error {
 }
 
 type rpcCallCommand struct {
-	Procedure string            `arg:"" placeholder:"SERVICE/METHOD" help:"The method, such as orders.v1.OrderService/GetOrder."`
-	Data      string            `short:"d" default:"{}" help:"The request as JSON."`
+	Procedure string            `arg:"" placeholder:"SERVICE/METHOD" help:"Method, e.g. orders.v1.OrderService/GetOrder."`
+	Data      string            `short:"d" default:"{}" help:"Request as JSON."`
 	Header    map[string]string `short:"H" help:"Metadata to send, such as authorization=TOKEN."`
-	HTTP      string            `name:"http" xor:"way" placeholder:"URL" help:"Call over HTTP/2 (default, with http://127.0.0.1:8080). A service that is not part of this program is asked for its schema."`
+	HTTP      string            `name:"http" xor:"way" placeholder:"URL" help:"${rpc_http}"`
 	AMQP      bool              `name:"amqp" xor:"way" help:"Call over RabbitMQ."`
-	AMQPURL   amqpURL           `name:"amqp-url" env:"AMQP_URL" help:"RabbitMQ and vhost, for --amqp."`
-	Timeout   time.Duration     `default:"10s" help:"When to give up."`
+	AMQPURL   amqpURL           `name:"amqp-url" env:"AMQP_URL" help:"RabbitMQ URL with its vhost, for --amqp."`
+	Timeout   time.Duration     `default:"10s" help:"Deadline of the call."`
 }
 
-// Validate is called by kong.
 func (c *rpcCallCommand) Validate() error {
 	if c.AMQP && c.AMQPURL == "" {
 		return errors.New("--amqp needs --amqp-url")
@@ -94,7 +95,7 @@ func (c *rpcCallCommand) Validate() error {
 	return nil
 }
 
-// Run prints the answer as JSON.
+// Run prints the response as JSON.
 func (c *rpcCallCommand) Run(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, c.Timeout)
 	defer cancel()
@@ -104,25 +105,27 @@ func (c *rpcCallCommand) Run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	request, answer := dynamicpb.NewMessage(method.Input()), dynamicpb.NewMessage(method.Output())
+	request, response := dynamicpb.NewMessage(method.Input()), dynamicpb.NewMessage(method.Output())
 	if err := protojson.Unmarshal([]byte(c.Data), request); err != nil {
-		return fmt.Errorf("--data is no %s: %w", method.Input().FullName(), err)
+		return fmt.Errorf("--data is not a %s: %w", method.Input().FullName(), err)
 	}
 	ctx, info := connect.NewClientContext(ctx)
 	for name, value := range c.Header {
 		info.RequestHeader().Set(name, value)
 	}
-	spec := connect.Spec{Procedure: fmt.Sprintf("/%s/%s", method.Parent().FullName(), method.Name()), Schema: method}
-	if err := client.CallUnary(ctx, spec, request, answer); err != nil {
+	procedure := fmt.Sprintf("/%s/%s", method.Parent().FullName(), method.Name())
+	spec := connect.Spec{Procedure: procedure, Schema: method}
+	if err := client.CallUnary(ctx, spec, request, response); err != nil {
 		return err
 	}
-	fmt.Println(protojson.Format(answer))
+	fmt.Println(protojson.Format(response))
 	return nil
 }
 
 func (c *rpcCallCommand) client() (client *connect.Client, done func()) {
 	if c.AMQP {
-		transport := rabbitrpc.NewTransport(rabbitrpc.TransportConfig{URL: string(c.AMQPURL), Name: app.ServiceName + " rpc call"})
+		config := rabbitrpc.TransportConfig{URL: string(c.AMQPURL), Name: app.ServiceName + " rpc call"}
+		transport := rabbitrpc.NewTransport(config)
 		return connect.NewClient(transport), func() { _ = transport.Close() }
 	}
 	protocols := new(http.Protocols)
@@ -130,10 +133,11 @@ func (c *rpcCallCommand) client() (client *connect.Client, done func()) {
 	protocols.SetUnencryptedHTTP2(true)
 	transport := &http.Transport{Protocols: protocols}
 	url := cmp.Or(strings.TrimSuffix(c.HTTP, "/"), "http://127.0.0.1:8080")
-	return connect.NewClient(connecthttp.NewTransport(&http.Client{Transport: transport}, url)), transport.CloseIdleConnections
+	client = connect.NewClient(connecthttp.NewTransport(&http.Client{Transport: transport}, url))
+	return client, transport.CloseIdleConnections
 }
 
-// method finds the method's schema: in this program, or else by asking the server, which only HTTP can.
+// method finds the method's schema in this program, else through the server's reflection, which only HTTP offers.
 func (c *rpcCallCommand) method(ctx context.Context, client *connect.Client) (protoreflect.MethodDescriptor, error) {
 	service, name, _ := strings.Cut(strings.TrimPrefix(c.Procedure, "/"), "/")
 	found, err := protoregistry.GlobalFiles.FindDescriptorByName(protoreflect.FullName(service))
@@ -145,20 +149,22 @@ func (c *rpcCallCommand) method(ctx context.Context, client *connect.Client) (pr
 	}
 	descriptor, ok := found.(protoreflect.ServiceDescriptor)
 	if !ok {
-		return nil, fmt.Errorf("%s is no service", service)
+		return nil, fmt.Errorf("%s is not a service", service)
 	}
 	method := descriptor.Methods().ByName(protoreflect.Name(name))
 	if method == nil {
 		return nil, fmt.Errorf("service %s has no method %s", service, name)
 	}
 	if method.IsStreamingClient() || method.IsStreamingServer() {
-		return nil, fmt.Errorf("%s is a stream, and only unary methods can be called", c.Procedure)
+		return nil, fmt.Errorf("%s is a stream; only unary methods can be called", c.Procedure)
 	}
 	return method, nil
 }
 
-// askForSchema takes the service and all that it imports from the server's reflection.
-func askForSchema(ctx context.Context, client *connect.Client, service protoreflect.FullName) (protoreflect.Descriptor, error) {
+// askForSchema gets the service and everything that it imports from the server's reflection.
+func askForSchema(
+	ctx context.Context, client *connect.Client, service protoreflect.FullName,
+) (protoreflect.Descriptor, error) {
 	stream := grpcreflect.NewClient(client).NewStream(ctx)
 	defer stream.Close()
 	missing, err := stream.FileContainingSymbol(service)
@@ -171,7 +177,8 @@ func askForSchema(ctx context.Context, client *connect.Client, service protorefl
 		}
 		files[file.GetName()] = file
 		for _, imported := range file.GetDependency() {
-			if files[imported] == nil && !slices.ContainsFunc(missing, func(f *descriptorpb.FileDescriptorProto) bool { return f.GetName() == imported }) {
+			isImported := func(f *descriptorpb.FileDescriptorProto) bool { return f.GetName() == imported }
+			if files[imported] == nil && !slices.ContainsFunc(missing, isImported) {
 				var more []*descriptorpb.FileDescriptorProto
 				if more, err = stream.FileByFilename(imported); err != nil {
 					break

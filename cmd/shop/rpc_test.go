@@ -20,10 +20,10 @@ import (
 	"google.golang.org/protobuf/types/known/wrapperspb"
 )
 
-// health serves gRPC's health service, which this program knows as it knows its own.
+// health serves gRPC's health service, whose schema is linked into this program.
 func health(s *connect.Server) {
 	spec := connect.Spec{Procedure: healthv1.Health_Check_FullMethodName}
-	s.Register(connect.Method{Spec: spec, Handler: func(ctx context.Context, _ connect.Spec, stream connect.ServerStream) error {
+	handler := func(ctx context.Context, _ connect.Spec, stream connect.ServerStream) error {
 		request := new(healthv1.HealthCheckRequest)
 		if err := stream.Receive(request); err != nil {
 			return err
@@ -32,7 +32,8 @@ func health(s *connect.Server) {
 			return connect.NewError(connect.CodeUnauthenticated, "no token for "+request.GetService())
 		}
 		return stream.Send(&healthv1.HealthCheckResponse{Status: healthv1.HealthCheckResponse_SERVING})
-	}})
+	}
+	s.Register(connect.Method{Spec: spec, Handler: handler})
 }
 
 // serveQueue serves over RabbitMQ until the test ends.
@@ -76,14 +77,15 @@ func TestRPCCallOverRabbitMQ(t *testing.T) {
 	environment := []string{"AMQP_URL=" + url}
 	const method = "grpc.health.v1.Health/Check"
 	status, _, stderr := call(t, environment, "rpc", "call", method, "--amqp")
-	if want := "shop: unavailable: nobody serves grpc.health.v1.Health; nothing was done\n"; status != 1 || stderr != want {
+	want := "shop: unavailable: no replica serves grpc.health.v1.Health; nothing was done\n"
+	if status != 1 || stderr != want {
 		t.Errorf("without a server: exit status %d, %q", status, stderr)
 	}
 	serveQueue(t, url, health)
 	var stdout string
 	testenv.Eventually(t, 20*time.Second, func() error { // it is coming up
 		status, stdout, stderr = call(t, environment, "rpc", "call", method, "--amqp", "--header", "authorization=token")
-		if status != 0 && strings.Contains(stderr, "nobody serves") {
+		if status != 0 && strings.Contains(stderr, "no replica serves") {
 			return context.DeadlineExceeded
 		}
 		return nil
@@ -97,8 +99,9 @@ func TestRPCCallOverRabbitMQ(t *testing.T) {
 
 func TestRPCCallOverHTTP(t *testing.T) {
 	t.Parallel()
-	// rpcserver has a health service of its own.
-	status, stdout, stderr := call(t, nil, "rpc", "call", "/grpc.health.v1.Health/Check", "--http", serveHTTP(t, func(*connect.Server) {}))
+	// rpcserver has its own health service.
+	url := serveHTTP(t, func(*connect.Server) {})
+	status, stdout, stderr := call(t, nil, "rpc", "call", "/grpc.health.v1.Health/Check", "--http", url)
 	if status != 0 {
 		t.Fatal(stderr)
 	}
@@ -106,8 +109,8 @@ func TestRPCCallOverHTTP(t *testing.T) {
 	for args, want := range map[string]string{
 		"grpc.health.v1.Health/None":                     "has no method None",
 		"grpc.health.v1.Health/Watch":                    "is a stream",
-		"grpc.health.v1.Health/Check --data={":           "--data is no grpc.health.v1.HealthCheckRequest",
-		"grpc.health.v1.HealthCheckRequest/Check":        "is no service",
+		"grpc.health.v1.Health/Check --data={":           "--data is not a grpc.health.v1.HealthCheckRequest",
+		"grpc.health.v1.HealthCheckRequest/Check":        "is not a service",
 		"unknown.v1.None/None --http=http://127.0.0.1:1": "find service unknown.v1.None",
 	} {
 		status, _, stderr := call(t, nil, strings.Fields("rpc call "+args)...)
@@ -117,32 +120,36 @@ func TestRPCCallOverHTTP(t *testing.T) {
 	}
 }
 
-// A service that this program does not know: its schema, with what that imports, comes from the server.
+// The schema of a service that is not linked into this program comes from the server, with its imports.
 func TestRPCCallAsksForTheSchema(t *testing.T) {
 	t.Parallel()
 	const text = ".google.protobuf.StringValue"
 	file, err := protodesc.NewFile(&descriptorpb.FileDescriptorProto{
 		Name: proto.String("probe/v1/probe.proto"), Package: proto.String("probe.v1"), Syntax: proto.String("proto3"),
 		Dependency: []string{"google/protobuf/wrappers.proto"},
-		Service: []*descriptorpb.ServiceDescriptorProto{{Name: proto.String("Probe"), Method: []*descriptorpb.MethodDescriptorProto{
-			{Name: proto.String("Echo"), InputType: proto.String(text), OutputType: proto.String(text)},
-		}}},
+		Service: []*descriptorpb.ServiceDescriptorProto{{
+			Name: proto.String("Probe"),
+			Method: []*descriptorpb.MethodDescriptorProto{
+				{Name: proto.String("Echo"), InputType: proto.String(text), OutputType: proto.String(text)},
+			},
+		}},
 	}, protoregistry.GlobalFiles)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := protoregistry.GlobalFiles.RegisterFile(file); err != nil { // of the test, and not of the program that it runs
+	if err := protoregistry.GlobalFiles.RegisterFile(file); err != nil { // only in this process
 		t.Fatal(err)
 	}
 	url := serveHTTP(t, func(s *connect.Server) {
 		spec := connect.Spec{Procedure: "/probe.v1.Probe/Echo", Schema: file.Services().Get(0).Methods().Get(0)}
-		s.Register(connect.Method{Spec: spec, Handler: func(_ context.Context, _ connect.Spec, stream connect.ServerStream) error {
+		echo := func(_ context.Context, _ connect.Spec, stream connect.ServerStream) error {
 			in := new(wrapperspb.StringValue)
 			if err := stream.Receive(in); err != nil {
 				return err
 			}
 			return stream.Send(in)
-		}})
+		}
+		s.Register(connect.Method{Spec: spec, Handler: echo})
 	})
 	status, stdout, stderr := call(t, nil, "rpc", "call", "probe.v1.Probe/Echo", "--data", `"hello"`, "--http", url)
 	if status != 0 || strings.TrimSpace(stdout) != `"hello"` {
@@ -172,18 +179,20 @@ func TestRPCLs(t *testing.T) {
 		}
 		return err
 	})
-	status, stdout, stderr := call(t, environment, "rpc", "ls", "--rate", "100ms", "grpc.health.v1.Health", "none.v1.None")
-	want := [][]string{{"SERVICE", "REPLICAS", "WAITING", "CALLS/S"}, {"grpc.health.v1.Health", "2", "0", "0.0"}, {"none.v1.None", "0", "0", "0.0"}}
+	args := []string{"rpc", "ls", "--rate", "100ms", "grpc.health.v1.Health", "none.v1.None"}
+	status, stdout, stderr := call(t, environment, args...)
+	want := []string{"SERVICE REPLICAS WAITING CALLS/S", "grpc.health.v1.Health 2 0 0.0", "none.v1.None 0 0 0.0"}
 	lines := strings.Split(strings.TrimSpace(stdout), "\n")
 	if status != 0 || len(lines) != len(want) {
 		t.Fatalf("exit status %d, %q, %q", status, stdout, stderr)
 	}
 	for i, line := range lines {
-		if got := strings.Fields(line); strings.Join(got, " ") != strings.Join(want[i], " ") {
+		if collapse(line) != want[i] {
 			t.Errorf("line %q, want %q", line, want[i])
 		}
 	}
-	if _, stdout, _ := call(t, environment, "rpc", "ls"); strings.Contains(stdout, "grpc.") || strings.Count(stdout, "\n") < 2 || !strings.Contains(stdout, " -\n") {
+	_, stdout, _ = call(t, environment, "rpc", "ls")
+	if strings.Contains(stdout, "grpc.") || strings.Count(stdout, "\n") < 2 || !strings.Contains(stdout, " -\n") {
 		t.Errorf("services of this program: %q", stdout)
 	}
 }

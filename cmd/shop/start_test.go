@@ -19,18 +19,18 @@ import (
 type started struct {
 	name, url string
 	ended     chan error
-	log       bytes.Buffer     // to be read once it has ended
-	shows     func(log string) // looks at log then, if set
+	log       bytes.Buffer     // complete once the process has ended
+	checkLog  func(log string) // called with the complete log, unless it is nil
 }
 
-// startProcess starts a command that runs until it is told to stop, at the end of the test at the latest.
+// startProcess starts a command that runs until the test ends.
 func startProcess(t *testing.T, name string, environment ...string) *started {
 	t.Helper()
 	ops := testenv.FreeAddress(t)
 	p := &started{name: name, url: "http://" + ops, ended: make(chan error, 1)}
 	command := exec.Command(binary(), name)
 	command.Env, command.Stderr = append(environment, "LISTEN="+testenv.FreeAddress(t), "OPS_LISTEN="+ops), &p.log
-	if !slices.ContainsFunc(environment, func(one string) bool { return strings.HasPrefix(one, "JWT_") }) {
+	if !slices.ContainsFunc(environment, func(setting string) bool { return strings.HasPrefix(setting, "JWT_") }) {
 		command.Env = append(command.Env, "INSECURE_NO_AUTH=true")
 	}
 	if err := command.Start(); err != nil {
@@ -42,15 +42,15 @@ func startProcess(t *testing.T, name string, environment ...string) *started {
 		if err := <-p.ended; err != nil || t.Failed() {
 			t.Errorf("%s: %v\n%s", name, err, &p.log)
 		}
-		if p.shows != nil {
-			p.shows(p.log.String())
+		if p.checkLog != nil {
+			p.checkLog(p.log.String())
 		}
 	})
 	return p
 }
 
-// says waits until the process says that it is ready, or misses what is named first.
-func (p *started) says(t *testing.T, missing ...string) {
+// await waits until /readyz reports that the process is ready, or that it misses the named requirement.
+func (p *started) await(t *testing.T, missing ...string) {
 	t.Helper()
 	testenv.Eventually(t, 60*time.Second, func() error {
 		response, err := http.Get(p.url + "/readyz")
@@ -63,15 +63,16 @@ func (p *started) says(t *testing.T, missing ...string) {
 			Missing []string
 		}
 		err = json.NewDecoder(response.Body).Decode(&answer)
-		if err != nil || answer.Ready != (len(missing) == 0) || len(missing) > 0 && !slices.Contains(answer.Missing, missing[0]) {
+		if err != nil || answer.Ready != (len(missing) == 0) ||
+			len(missing) > 0 && !slices.Contains(answer.Missing, missing[0]) {
 			return fmt.Errorf("%s misses %q (%v), want %q", p.name, answer.Missing, err, missing)
 		}
 		return nil
 	})
 }
 
-// Processes may start in any order: in the end all are ready, and none has ended meanwhile: processes wait for servers, roles and schema, and migrate waits for
-// its server. Here the server knows not even the roles at first.
+// Processes may start in any order. They wait for servers, roles and schema, and migrate waits for Postgres: in the end
+// all are ready, and none has ended. In this test even the roles do not exist at first.
 func TestAnyOrderOfStart(t *testing.T) {
 	t.Parallel()
 	processes := []string{"api", "relay", "consumer", "console"}
@@ -89,7 +90,7 @@ func TestAnyOrderOfStart(t *testing.T) {
 				all = append(all, startProcess(t, name, "POSTGRES_URL="+testenv.As(t, url, role), "AMQP_URL="+amqp))
 			}
 			for _, p := range all {
-				p.says(t, "database") // it is away, or knows no such role
+				p.await(t, "database") // Postgres is unreachable, or the role does not exist
 			}
 			migrated := make(chan string, 1)
 			go func() {
@@ -100,17 +101,17 @@ func TestAnyOrderOfStart(t *testing.T) {
 			if result := <-migrated; result[0] != '0' {
 				t.Fatalf("migrate: %s", result)
 			}
-			all[0].says(t)
-			all[1].says(t, "broker")
+			all[0].await(t)
+			all[1].await(t, "broker")
 			broker.Refuse(false)
 			for _, p := range all {
-				p.says(t)
+				p.await(t)
 			}
 		})
 	}
 }
 
-// A process is not ready while the schema lacks something that it was built for, and is ready when the schema has more.
+// A process is not ready while the schema lacks one of its migrations; a newer schema does not matter.
 func TestTheSchemaDecidesOnReadiness(t *testing.T) {
 	t.Parallel()
 	db := testenv.Postgres(t)
@@ -121,9 +122,10 @@ func TestTheSchemaDecidesOnReadiness(t *testing.T) {
 		}
 	}
 	exec(`INSERT INTO goose_db_version (version_id, is_applied) VALUES (9999, true);
-		CREATE TABLE kept AS SELECT version_id FROM goose_db_version WHERE version_id = 3; DELETE FROM goose_db_version WHERE version_id = 3`)
+		CREATE TABLE kept AS SELECT version_id FROM goose_db_version WHERE version_id = 3;
+		DELETE FROM goose_db_version WHERE version_id = 3`)
 	p := startProcess(t, "api", "POSTGRES_URL="+testenv.As(t, db.Config().ConnString(), "shop_api"))
-	p.says(t, "schema")
+	p.await(t, "schema")
 	exec(`INSERT INTO goose_db_version (version_id, is_applied) SELECT version_id, true FROM kept`)
-	p.says(t)
+	p.await(t)
 }

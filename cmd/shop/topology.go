@@ -15,18 +15,18 @@ import (
 )
 
 type topologyCommand struct {
-	Exchange string  `env:"EXCHANGE" default:"events" help:"Topic exchange that events are published to."`
+	Exchange string  `env:"EXCHANGE" default:"events" help:"Topic exchange for events."`
 	Declare  bool    `help:"Declare exchange, queues and bindings, for processes that run with TOPOLOGY=given."`
-	AMQPURL  amqpURL `name:"amqp-url" env:"AMQP_URL" help:"RabbitMQ and vhost, as a user who may configure them; needed to declare."`
-	Users    string  `placeholder:"PREFIX" help:"Make a user of the broker for each process, called PREFIX-PROCESS, with the permissions that are printed and no others in the vhost, and no tags."`
+	AMQPURL  amqpURL `name:"amqp-url" env:"AMQP_URL" help:"${topology_amqp_url}"`
+	Users    string  `placeholder:"PREFIX" help:"${users}"`
 	JSON     bool    `help:"Print JSON."`
 	managementFlags
-	UsersPassword string `name:"users-password" env:"AMQP_USERS_PASSWORD" help:"Password of the users that --users makes, any text."`
+	UsersPassword string `name:"users-password" env:"AMQP_USERS_PASSWORD" help:"${users_password}"`
 }
 
 func (c *topologyCommand) Validate() error {
 	if c.Declare && c.AMQPURL == "" {
-		return errors.New("--amqp-url is needed to declare")
+		return errors.New("--declare needs --amqp-url")
 	}
 	if c.Users != "" && (c.AMQPURL == "" || c.ManagementURL == "" || c.UsersPassword == "") {
 		return errors.New("--users needs --amqp-url, --management-url and --users-password")
@@ -43,18 +43,22 @@ func (c *topologyCommand) Run(ctx context.Context) error {
 	}
 	permissions := app.Permissions(c.Exchange)
 	if c.Users != "" {
-		if err := rabbit.MakeUsers(ctx, string(c.ManagementURL), string(c.AMQPURL), c.users(permissions)...); err != nil {
+		users := c.users(permissions)
+		if err := rabbit.MakeUsers(ctx, string(c.ManagementURL), string(c.AMQPURL), users...); err != nil {
 			return err
 		}
 	}
 	if c.JSON {
 		encoder := json.NewEncoder(os.Stdout)
 		encoder.SetIndent("", "  ")
-		return encoder.Encode(map[string]any{"exchange": topology.Exchange, "queues": topology.Queues, "permissions": permissions})
+		return encoder.Encode(map[string]any{
+			"exchange": topology.Exchange, "queues": topology.Queues, "permissions": permissions,
+		})
 	}
 	fmt.Printf("exchange %s (topic)\n", topology.Exchange)
 	for _, queue := range topology.Queues {
-		fmt.Printf("queue    %s for %s; what the broker gives up goes to %s\n", queue.Name, strings.Join(queue.Types, ", "), rabbit.DeadQueue(queue.Name))
+		types, dead := strings.Join(queue.Types, ", "), rabbit.DeadQueue(queue.Name)
+		fmt.Printf("queue    %s for %s; undeliverable messages go to %s\n", queue.Name, types, dead)
 	}
 	show := func(users ...string) {
 		for _, user := range users {
@@ -62,14 +66,15 @@ func (c *topologyCommand) Run(ctx context.Context) error {
 			fmt.Printf("%-10s '%s' '%s' '%s'\n", user, p.Configure, p.Write, p.Read)
 		}
 	}
-	fmt.Println("\nWith TOPOLOGY=given, all that the processes need (rabbitmqctl set_permissions USER CONFIGURE WRITE READ):")
+	fmt.Println("\nPermissions with TOPOLOGY=given (rabbitmqctl set_permissions USER CONFIGURE WRITE READ):")
 	show("relay", "consumer", "console")
-	fmt.Println("\nAn api with RPC_OVER_RABBITMQ, which makes its queues while it serves, and whoever calls it there:")
+	fmt.Println("\nPermissions of an api with RPC_OVER_RABBITMQ, which creates its queues itself, and of its callers:")
 	show("rpc-server", "rpc-client")
 	return nil
 }
 
-// users are one for each process. Users belong to the whole broker, which may have other services: hence the prefix.
+// users returns a user for each process. Users belong to the whole broker, which other services may share: hence the
+// prefix.
 func (c *topologyCommand) users(permissions map[string]rabbit.Permissions) (users []rabbit.User) {
 	for _, process := range slices.Sorted(maps.Keys(permissions)) {
 		name := c.Users + "-" + process

@@ -2,6 +2,7 @@ package main
 
 import (
 	"encoding/json"
+	"fmt"
 	"net/url"
 	"strings"
 	"testing"
@@ -12,7 +13,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// What is printed for people and for programs are the permissions that internal/app's tests run the processes with.
+// The command prints the permissions that internal/app's tests run the processes with, as text and as JSON.
 func TestTopologyNamesThePermissions(t *testing.T) {
 	t.Parallel()
 	want := app.Permissions("events")
@@ -24,7 +25,8 @@ func TestTopologyNamesThePermissions(t *testing.T) {
 		t.Fatal(stderr)
 	}
 	for user, p := range want {
-		if line := strings.Join([]string{user, "'" + p.Configure + "'", "'" + p.Write + "'", "'" + p.Read + "'"}, " "); !strings.Contains(oneBlank(stdout), line) {
+		line := fmt.Sprintf("%s '%s' '%s' '%s'", user, p.Configure, p.Write, p.Read)
+		if !strings.Contains(collapse(stdout), line) {
 			t.Errorf("%q is not in\n%s", line, stdout)
 		}
 	}
@@ -38,18 +40,21 @@ func TestTopologyNamesThePermissions(t *testing.T) {
 	}
 }
 
-func oneBlank(text string) string { return strings.Join(strings.Fields(text), " ") }
+// collapse replaces whitespace by single spaces.
+func collapse(text string) string { return strings.Join(strings.Fields(text), " ") }
 
-// The users that the program makes have the permissions that it prints, and the program logs in as them with any
-// password.
+// The users that the program creates have the permissions that it prints, and any text works as their password.
 func TestTopologyMakesUsers(t *testing.T) {
 	t.Parallel()
 	admin := testenv.AMQP(t)
 	broker, prefix := testenv.Management(t, admin), admin[strings.LastIndexByte(admin, '/')+1:]
 	const password = "p@ss/+ %=:"
-	environment := []string{"AMQP_URL=" + admin, "RABBITMQ_MANAGEMENT_URL=" + broker.URL(), "AMQP_USERS_PASSWORD=" + password}
-	for range 2 { // again is no error
-		if status, _, stderr := callProgram(t, binary(), environment, "topology", "--declare", "--users="+prefix); status != 0 {
+	environment := []string{
+		"AMQP_URL=" + admin, "RABBITMQ_MANAGEMENT_URL=" + broker.URL(), "AMQP_USERS_PASSWORD=" + password,
+	}
+	for range 2 { // repeating it is no error
+		status, _, stderr := callProgram(t, binary(), environment, "topology", "--declare", "--users="+prefix)
+		if status != 0 {
 			t.Fatal(stderr)
 		}
 	}
@@ -71,7 +76,8 @@ func TestTopologyMakesUsers(t *testing.T) {
 	}
 	bare.User = url.User(prefix + "-rpc-server")
 	for given, want := range map[string]int{password: 0, "another": 1} {
-		status, _, stderr := callProgram(t, binary(), []string{"AMQP_URL=" + bare.String(), "AMQP_PASSWORD=" + given}, "rpc", "ls")
+		environment := []string{"AMQP_URL=" + bare.String(), "AMQP_PASSWORD=" + given}
+		status, _, stderr := callProgram(t, binary(), environment, "rpc", "ls")
 		if status != want || strings.Contains(stderr, given) {
 			t.Errorf("with %q: status %d, want %d: %s", given, status, want, stderr)
 		}

@@ -13,61 +13,64 @@ import (
 )
 
 type traceCommand struct {
-	deskFlags
-	MessageID string `arg:"" help:"The message's ID."`
+	adminFlags
+	MessageID string `arg:"" help:"Message ID."`
 }
 
 func (c *traceCommand) Validate() error {
 	if c.MessageID == "" {
-		return errors.New("<message-id>: is empty")
+		return errors.New("<message-id>: must not be empty")
 	}
 	return nil
 }
 
-// entryView is a message as it stands in the outbox.
+// entryView is a message of the outbox in the output.
 type entryView struct {
 	Type          string    `json:"type"`
 	Key           string    `json:"key"`
 	TransactionID uint64    `json:"transaction_id"`
 	Shard         int16     `json:"shard"`
 	InsertedAt    time.Time `json:"inserted_at"`
-	Published     bool      `json:"published"` // or parked, which a dead letter of the relay tells
+	Published     bool      `json:"published"` // or parked, if the relay has a dead letter
 }
 
 func (c *traceCommand) Run(ctx context.Context) error {
-	return c.work(ctx, func(desk *app.Admin) error {
-		journey, err := ops.Trace(ctx, desk.DB, c.MessageID)
+	return c.withAdmin(ctx, func(admin *app.Admin) error {
+		trace, err := ops.Trace(ctx, admin.DB, c.MessageID)
 		if err != nil {
 			return err
 		}
-		if !journey.Known() {
-			return fmt.Errorf("message %s is not known: neither outbox nor inbox nor dead letters hold it, or not any more", plain(c.MessageID))
+		if !trace.Known() {
+			return fmt.Errorf("message %s is unknown: outbox, inbox and dead letters do not contain it, or no longer do",
+				plain(c.MessageID))
 		}
-		steps := journey.Steps(desk.Groups())
+		steps := trace.Steps(admin.Groups())
 		if c.JSON {
-			return c.printJSON(journey, steps)
+			return c.printJSON(trace, steps)
 		}
-		return c.print(os.Stdout, journey, steps)
+		return c.print(os.Stdout, trace, steps)
 	})
 }
 
-func (c *traceCommand) printJSON(journey ops.MessageTrace, steps []ops.Step) error {
+func (c *traceCommand) printJSON(trace ops.MessageTrace, steps []ops.Step) error {
 	entries, letters := []entryView{}, []letterView{}
-	for _, one := range journey.Log {
-		entries = append(entries, entryView{one.Type, one.Key, one.TransactionID, one.Shard, one.CreatedAt, one.Delivered})
+	for _, e := range trace.Log {
+		entries = append(entries, entryView{e.Type, e.Key, e.TransactionID, e.Shard, e.CreatedAt, e.Delivered})
 	}
-	for _, one := range journey.Letters {
-		view := viewOf(one)
-		view.Audit = journey.Audit[one.ID]
+	for _, letter := range trace.Letters {
+		view := viewOf(letter)
+		view.Audit = trace.Audit[letter.ID]
 		letters = append(letters, view)
 	}
-	return printJSON(map[string]any{"message_id": c.MessageID, "outbox": entries, "groups": journey.Groups, "dead_letters": letters, "steps": steps})
+	return printJSON(map[string]any{
+		"message_id": c.MessageID, "outbox": entries, "groups": trace.Groups, "dead_letters": letters, "steps": steps,
+	})
 }
 
-func (c *traceCommand) print(out io.Writer, journey ops.MessageTrace, steps []ops.Step) error {
+func (c *traceCommand) print(out io.Writer, trace ops.MessageTrace, steps []ops.Step) error {
 	fmt.Fprintln(out, "message", plain(c.MessageID))
-	if len(journey.Log) > 0 {
-		fmt.Fprintf(out, "type %s, key %s\n", cellText(journey.Log[0].Type), cellText(journey.Log[0].Key))
+	if len(trace.Log) > 0 {
+		fmt.Fprintf(out, "type %s, key %s\n", cellText(trace.Log[0].Type), cellText(trace.Log[0].Key))
 	}
 	fmt.Fprintln(out)
 	t := newTable(out, "TIME", "WHERE", "WHAT")

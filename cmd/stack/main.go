@@ -8,7 +8,7 @@
 //	stack daemon NAME -- COMMAND ARGS...   run COMMAND in the background until down
 //
 // COMMAND gets POSTGRES_URL, AMQP_URL and RABBITMQ_MANAGEMENT_URL. If the first two
-// are set already, those servers are used and nothing is started.
+// are already set, stack uses those servers and starts nothing.
 //
 // It exits with the status of COMMAND, 128+N if signal N killed it, 127 if it could
 // not be started, 1 on its own errors and 2 on bad arguments.
@@ -41,21 +41,21 @@ const (
 	exitUsage   = 2
 )
 
-// cli is the part of the arguments before "--".
+// cli contains the arguments before "--".
 type cli struct {
-	Profile string `enum:"dev,test" default:"dev" help:"Servers to use: dev keeps its data, test is fast and forgets (dev, test)."`
+	Profile string `enum:"dev,test" default:"dev" help:"Servers to use: dev keeps its data, test is fast and does not."`
 
 	Run    struct{} `cmd:"" default:"1" help:"Run a command with servers: stack [run] -- COMMAND ARGS..."`
 	Up     struct{} `cmd:"" help:"Start the servers, keep them running and print their URLs as shell exports."`
 	Down   struct{} `cmd:"" help:"Stop daemons and servers of all profiles."`
 	Status struct{} `cmd:"" help:"Show what runs."`
 	Daemon struct {
-		Name string `arg:"" help:"Name of its log and for replacing it."`
+		Name string `arg:"" help:"Name of the log. A new daemon replaces the old one with the same name."`
 	} `cmd:"" help:"Run a command in the background: stack daemon NAME -- COMMAND ARGS..."`
 }
 
 func run(args []string, stdout, stderr io.Writer) int {
-	// Cut here and not by kong, so that a COMMAND may be called "up" and have any flags.
+	// Split here and not in kong, so that a COMMAND may be named "up" and have any flags.
 	command := []string(nil)
 	if dashes := slices.Index(args, "--"); dashes >= 0 {
 		args, command = args[:dashes], args[dashes+1:]
@@ -118,11 +118,11 @@ func parse(flags *cli, args, command []string, stdout, stderr io.Writer) (chosen
 	return chosen, 0
 }
 
-// checkCommand says whether the subcommand can do with what followed "--".
+// checkCommand checks that the subcommand has a command after "--" if it needs one.
 func checkCommand(chosen string, command []string) error {
 	switch wants := chosen == "run" || chosen == "daemon"; {
 	case wants && len(command) == 0:
-		return errors.New("no command given: want -- COMMAND ARGS... (see stack --help)")
+		return errors.New("no command: want -- COMMAND ARGS... (see stack --help)")
 	case !wants && len(command) > 0:
 		return fmt.Errorf("%s takes no command", chosen)
 	}
@@ -135,7 +135,7 @@ func up(ctx context.Context, config localstack.Config, stdout, stderr io.Writer)
 		return err
 	}
 	if stack.External {
-		fmt.Fprintln(stderr, "stack: the environment names running servers, nothing was started")
+		fmt.Fprintln(stderr, "stack: the environment names running servers, so nothing was started")
 	}
 	for _, variable := range stack.Environ() {
 		name, value, _ := strings.Cut(variable, "=")
@@ -160,7 +160,8 @@ func status(config localstack.Config, stdout io.Writer) error {
 			if !process.Running {
 				condition = "ended"
 			}
-			fmt.Fprintf(table, "%s\t%s\t%s\tpid %d\t%s\n", status.Profile, process.Name, condition, process.PID, process.Log)
+			fmt.Fprintf(table, "%s\t%s\t%s\tpid %d\t%s\n",
+				status.Profile, process.Name, condition, process.PID, process.Log)
 		}
 		if status.Stack != nil {
 			for _, variable := range status.Stack.Environ() {

@@ -21,7 +21,7 @@ import (
 	"example.com/shop/internal/dev/localstack"
 )
 
-// asStack makes the test binary be the stack command, watchdog included.
+// asStack turns the test binary into the stack command, watchdog included.
 const asStack = "TEST_AS_STACK"
 
 func TestMain(m *testing.M) {
@@ -88,7 +88,7 @@ func TestRun(t *testing.T) {
 	})
 
 	t.Run("StopsServersWhenKilled", func(t *testing.T) {
-		// The signal that ends the shell comes from the kernel.
+		// The kernel sends the signal that ends the shell.
 		marker := filepath.Join(t.TempDir(), "terminated")
 		cmd := stack(t, dir, "--profile", "test", "--", "sh", "-c",
 			`trap 'touch "$0"; exit' TERM; env; echo; while :; do sleep 0.1; done`, marker)
@@ -103,7 +103,7 @@ func TestRun(t *testing.T) {
 		if runtime.GOOS == "linux" {
 			eventually(t, "the command ends", func() bool { _, err := os.Stat(marker); return err == nil })
 		}
-		eventually(t, "nothing is on record", func() bool {
+		eventually(t, "no process is recorded", func() bool {
 			status, err := localstack.List(localstack.Config{Dir: dir})
 			return err == nil && len(status) == 0
 		})
@@ -118,7 +118,7 @@ func TestUpDaemonDown(t *testing.T) {
 		t.Errorf("up printed %q, want three exports", exports)
 	}
 
-	// Started twice: the second replaces the first.
+	// The second daemon replaces the first.
 	done := filepath.Join(t.TempDir(), "terminated")
 	daemon := []string{"--profile", "test", "daemon", "relay", "--", "sh", "-c",
 		`trap 'echo x >>"$0"; exit' TERM; echo "at $POSTGRES_URL"; while :; do sleep 0.1; done`, done}
@@ -137,7 +137,7 @@ func TestUpDaemonDown(t *testing.T) {
 	}
 	mustRun(t, dir, "down")
 	if text, err := os.ReadFile(done); err != nil || string(text) != "x\nx\n" {
-		t.Errorf("got %q, %v: both daemons should have been asked to terminate", text, err)
+		t.Errorf("got %q, %v: want SIGTERM for both daemons", text, err)
 	}
 	if status := mustRun(t, dir, "status"); status != "nothing runs\n" {
 		t.Errorf("after down: %s", status)
@@ -155,8 +155,8 @@ func TestSignalsAreForwarded(t *testing.T) {
 	wantStatus(t, cmd.Wait(), 9)
 }
 
-// stack is a stack command with its folder in dir and nothing else in the
-// environment that would matter.
+// stack returns a stack command with its folder in dir and without other settings in
+// its environment.
 func stack(t *testing.T, dir string, args ...string) *exec.Cmd {
 	t.Helper()
 	self, err := os.Executable()
@@ -164,7 +164,8 @@ func stack(t *testing.T, dir string, args ...string) *exec.Cmd {
 		t.Fatalf("find test binary: %v", err)
 	}
 	cmd := exec.Command(self, args...)
-	cmd.Env = append(os.Environ(), asStack+"=yes", "STACK_DIR="+dir, "POSTGRES_URL=", "AMQP_URL=", "RABBITMQ_MANAGEMENT_URL=")
+	cmd.Env = append(os.Environ(), asStack+"=yes", "STACK_DIR="+dir,
+		"POSTGRES_URL=", "AMQP_URL=", "RABBITMQ_MANAGEMENT_URL=")
 	cmd.Stderr = os.Stderr
 	return cmd
 }
@@ -234,12 +235,12 @@ func reach(t *testing.T, address string) {
 	}
 }
 
-func eventually(t *testing.T, what string, check func() bool) {
+func eventually(t *testing.T, condition string, check func() bool) {
 	t.Helper()
 	deadline := time.Now().Add(20 * time.Second)
 	for !check() {
 		if time.Now().After(deadline) {
-			t.Fatalf("in vain waited until %s", what)
+			t.Fatalf("timeout: wait until %s", condition)
 		}
 		time.Sleep(20 * time.Millisecond)
 	}

@@ -19,10 +19,10 @@ import (
 	"example.com/shop/internal/dev/localstack"
 )
 
-// exitNotStarted is what shells return for a command that does not exist.
+// exitNotStarted is the status that shells return for a command that does not exist.
 const exitNotStarted = 127
 
-// parentPoll is how often we look whether `go run` still lives.
+// parentPoll is the interval of the check that `go run` still runs.
 const parentPoll = 200 * time.Millisecond
 
 // runCommand runs the command with the stack's environment and returns its status.
@@ -34,7 +34,7 @@ func runCommand(ctx context.Context, config localstack.Config, argv []string) (i
 		return exitFailure, err
 	}
 	defer release()
-	// In this order: a signal from here on is in the channel, an earlier one in ctx.
+	// First Notify, then check ctx: later signals are in the channel, earlier ones ended ctx.
 	signals := make(chan os.Signal, 8)
 	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM)
 	defer signal.Stop(signals)
@@ -46,16 +46,16 @@ func runCommand(ctx context.Context, config localstack.Config, argv []string) (i
 
 // supervise runs the command, forwards signals to it and returns its status.
 func supervise(argv, env []string, signals <-chan os.Signal) (int, error) {
-	// Linux ties the death signal to the thread that started the child, so this
-	// thread must stay.
+	// Linux sends the death signal when the thread that started the child ends, so
+	// this thread must stay.
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 
-	// Our terminal sends Ctrl-C to the command as well as to us, and programs take a
-	// second interrupt for "now". So it is forwarded only if the command does not get
-	// it by itself. Then the command has a process group of its own, and the whole
-	// group gets the signal, as it would from a terminal: a shell dies of SIGTERM
-	// without telling what it waits for.
+	// In the foreground the terminal sends Ctrl-C to us and to the command. Programs
+	// read a second interrupt as "stop now", so do not forward it. Otherwise the
+	// command has its own process group, and the whole group gets the signal, as it
+	// would from a terminal: a shell that dies of SIGTERM does not forward it to its
+	// children.
 	shared := inForeground()
 	cmd := exec.Command(argv[0], argv[1:]...)
 	cmd.Env = env
@@ -70,7 +70,7 @@ func supervise(argv, env []string, signals <-chan os.Signal) (int, error) {
 	if shared {
 		return relay(signals, done, func(received syscall.Signal) {
 			if received != syscall.SIGINT {
-				_ = cmd.Process.Signal(received) // fails only if it has ended, which done will say
+				_ = cmd.Process.Signal(received) // fails only if the command has ended; see done
 			}
 		})
 	}
@@ -113,9 +113,9 @@ func inForeground() bool {
 	return err == nil && group == unix.Getpgrp()
 }
 
-// watchParent sends us a SIGTERM when `go run` is gone. That one does not pass the
-// signal on but dies of it, which would leave us and the servers behind. Any other
-// parent may go without that meaning anything (nohup, disown).
+// watchParent sends us a SIGTERM when `go run` has ended. `go run` does not forward
+// the signal but dies of it, which would leave us and the servers running. The end of
+// any other parent means nothing (nohup, disown).
 func watchParent() (stop func()) {
 	parent := os.Getppid()
 	if parentName(parent) != "go" {

@@ -7,7 +7,7 @@ import (
 	"syscall"
 )
 
-// endWithParent makes the kernel end the command when we are killed.
+// endWithParent makes the kernel send SIGTERM to the command when we are killed.
 func endWithParent(attr *syscall.SysProcAttr) { attr.Pdeathsig = syscall.SIGTERM }
 
 func parentName(pid int) string {

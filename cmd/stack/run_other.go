@@ -10,8 +10,8 @@ import (
 	"syscall"
 )
 
-// endWithParent does nothing: only Linux can. A command whose stack was killed
-// loses its servers and ends in its own way.
+// endWithParent does nothing, because only Linux supports it. A command whose stack
+// was killed loses its servers, and must end without a signal.
 func endWithParent(*syscall.SysProcAttr) {}
 
 func parentName(pid int) string {

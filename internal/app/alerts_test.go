@@ -12,6 +12,15 @@ import (
 
 const alertsFolder = "../../deploy/prometheus"
 
+// need installs a program of Prometheus if it is missing.
+func need(t *testing.T, program string) {
+	t.Helper()
+	output, err := exec.Command("bash", "../../scripts/need.sh", program, "prometheus").CombinedOutput()
+	if err != nil {
+		t.Fatalf("%s: %v\n%s", program, err, output)
+	}
+}
+
 func readText(t *testing.T, path string) string {
 	t.Helper()
 	text, err := os.ReadFile(path)
@@ -21,29 +30,27 @@ func readText(t *testing.T, path string) string {
 	return string(text)
 }
 
-// Every test of the alerts is repeated while other services, which are well, are scraped by the same Prometheus: it
-// must come out the same.
+// The alert rules pass all their tests also while the same Prometheus scrapes other, healthy services.
 func TestAlertsFireBesideHealthyServices(t *testing.T) {
 	t.Parallel()
-	if output, err := exec.Command("bash", "../../scripts/need.sh", "promtool", "prometheus").CombinedOutput(); err != nil {
-		t.Fatalf("promtool: %v\n%s", err, output)
-	}
+	need(t, "promtool")
 	rules, err := filepath.Abs(filepath.Join(alertsFolder, "alerts.yml"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	const begin = "\n    input_series:\n"
 	tests := strings.Split(readText(t, filepath.Join(alertsFolder, "alerts_test.yml")), "\n  - name: ")
-	if len(tests) < 4 || !strings.HasPrefix(tests[1], "nothing is wrong\n") || strings.Count(strings.Join(tests, ""), begin) != len(tests)-1 {
-		t.Fatal("the first test must be of a service that is well, and each must have series")
+	if len(tests) < 4 || !strings.HasPrefix(tests[1], "nothing is wrong\n") ||
+		strings.Count(strings.Join(tests, ""), begin) != len(tests)-1 {
+		t.Fatal("the first test must be of a healthy service, and each test must have series")
 	}
 	var healthy strings.Builder
 	own := fmt.Sprintf(`{job=%q,`, ServiceName)
 	for _, line := range regexp.MustCompile(`(?m)^ +- \{series: .*$`).FindAllString(tests[1], -1) {
 		if !strings.Contains(line, own) {
-			t.Fatalf("a series is no job's, or not the first label says whose: %s", line)
+			t.Fatalf("the first label of a series is not its job: %s", line)
 		}
-		for _, other := range []string{"billing", ServiceName + "-archive"} { // one name begins like ours
+		for _, other := range []string{"billing", ServiceName + "-archive"} { // the latter begins with our name
 			healthy.WriteString(strings.Replace(line, own, fmt.Sprintf(`{job=%q,`, other), 1) + "\n")
 		}
 	}
@@ -59,21 +66,23 @@ func TestAlertsFireBesideHealthyServices(t *testing.T) {
 }
 
 var (
-	aggregations = regexp.MustCompile(`\b(sum|min|max|avg|group|stddev|stdvar|count|count_values|topk|bottomk|quantile)\b *((?:by|without)? *\([^)]*\))`)
-	byJob        = regexp.MustCompile(`^by \((.*, )?job(, .*)?\)$`)
-	absences     = regexp.MustCompile(`\babsent(?:_over_time)?\([^)]*`)
+	aggregations = regexp.MustCompile(
+		`\b(sum|min|max|avg|group|stddev|stdvar|count|count_values|topk|bottomk|quantile)\b *` +
+			`((?:by|without)? *\([^)]*\))`)
+	byJob    = regexp.MustCompile(`^by \((.*, )?job(, .*)?\)$`)
+	absences = regexp.MustCompile(`\babsent(?:_over_time)?\([^)]*`)
 )
 
-// hides names what of an expression joins services, so that one that is well hides one that is ill.
+// hides returns the parts of an expression that combine services, so that a healthy one could hide a faulty one.
 func hides(expr string) (found []string) {
-	for _, one := range aggregations.FindAllStringSubmatch(expr, -1) {
-		if !byJob.MatchString(one[2]) {
-			found = append(found, one[0])
+	for _, match := range aggregations.FindAllStringSubmatch(expr, -1) {
+		if !byJob.MatchString(match[2]) {
+			found = append(found, match[0])
 		}
 	}
-	for _, one := range absences.FindAllString(expr, -1) {
-		if !strings.Contains(one, `{job="`) {
-			found = append(found, one)
+	for _, absence := range absences.FindAllString(expr, -1) {
+		if !strings.Contains(absence, `{job="`) {
+			found = append(found, absence)
 		}
 	}
 	return found
@@ -82,8 +91,9 @@ func hides(expr string) (found []string) {
 func TestNoServiceHidesAnother(t *testing.T) {
 	t.Parallel()
 	var exprs []string
-	for _, one := range regexp.MustCompile(`(?m)^ +expr: (.*)$`).FindAllStringSubmatch(readText(t, filepath.Join(alertsFolder, "alerts.yml")), -1) {
-		exprs = append(exprs, one[1])
+	rules := readText(t, filepath.Join(alertsFolder, "alerts.yml"))
+	for _, match := range regexp.MustCompile(`(?m)^ +expr: (.*)$`).FindAllStringSubmatch(rules, -1) {
+		exprs = append(exprs, match[1])
 	}
 	if len(exprs) < 10 {
 		t.Fatalf("only %d alerts found", len(exprs))
@@ -95,12 +105,15 @@ func TestNoServiceHidesAnother(t *testing.T) {
 	}
 	for _, expr := range exprs {
 		if found := hides(expr); found != nil {
-			t.Errorf("%s: not by job, or of any: %q", expr, found)
+			t.Errorf("%s: not limited to one job: %q", expr, found)
 		}
 	}
-	for _, bad := range []string{"max(a) > 1", "sum by (shard) (a)", "sum without (job) (a)", "absent(a)", `absent(a{job=~"b.*"})`, "max by (job) (a) / max by (jobs) (b)"} {
+	for _, bad := range []string{
+		"max(a) > 1", "sum by (shard) (a)", "sum without (job) (a)", "absent(a)", `absent(a{job=~"b.*"})`,
+		"max by (job) (a) / max by (jobs) (b)",
+	} {
 		if hides(bad) == nil {
-			t.Errorf("%s passes", bad)
+			t.Errorf("%s is not detected", bad)
 		}
 	}
 }

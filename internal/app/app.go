@@ -1,5 +1,5 @@
-// Package app wires the processes: which parts each one runs, and with what. It is the only place where the database's side (outbox,
-// inbox) and the broker's side (rabbit) meet.
+// Package app wires the processes: which parts each one runs, and with which dependencies. Only here do the packages of
+// the database (outbox, inbox) and of the broker (rabbit) meet.
 package app
 
 import (
@@ -27,56 +27,60 @@ import (
 	"golang.org/x/sync/errgroup"
 )
 
-// Config is what the processes need to know. Flags and environment are read in cmd/shop.
+// Config configures the processes. cmd/shop fills it from flags and the environment.
 type Config struct {
 	PostgresURL string
-	// ListenURL is a direct connection to the same database, for LISTEN: a transaction-mode pooler has none. Default PostgresURL, unless that
-	// goes to such a pooler, as postgres.Config says; then the relay polls.
+	// ListenURL is a direct connection to the same database, for LISTEN, which a transaction-mode pooler does not
+	// support. The default is PostgresURL; if that is such a pooler (see postgres.Config), the relay polls.
 	ListenURL string
 	AMQPURL   string
-	// ManagementURL is RabbitMQ's management API, for the doctor and the console; "" if nothing is to be asked of it.
+	// ManagementURL is RabbitMQ's management API, for the doctor and the console. They do not use it if it is "".
 	ManagementURL string
-	// Exchange is the topic exchange that events go to.
+	// Exchange is the topic exchange for events.
 	Exchange string
-	// TopologyGiven says that exchange and queues are declared by somebody else, and the processes need no permission to do so.
+	// TopologyGiven means that the exchange and the queues exist, so the processes need no permission to declare them.
 	TopologyGiven bool
-	// Addr is where the API listens. Relay and consumer do not look at it.
+	// Addr is where the API listens. Relay and consumer ignore it.
 	Addr string
-	// OpsAddr is where the process answers probes and scrapes: /healthz, /readyz, /metrics. Default a free port of the loopback interface.
+	// OpsAddr is where the process answers probes and scrapes: /healthz, /readyz, /metrics. The default is a free port
+	// of the loopback interface.
 	OpsAddr string
-	// ConsoleAddr is where RunAll serves the operators' console; "" for nowhere.
+	// ConsoleAddr is where RunAll serves the operators' console; "" for no console.
 	ConsoleAddr string
-	// MaxConns bounds the connections to Postgres of one process.
+	// MaxConns bounds the connections of one process to Postgres.
 	MaxConns int32
 	Relay    outbox.Config
-	// HighWater is the backlog above which the API refuses to write.
+	// HighWater is the backlog at which the API refuses writes.
 	HighWater outbox.GateConfig
-	// Prefetch and Batch set up the consumers; see rabbit.ConsumerConfig.
+	// Prefetch and Batch configure the consumers; see rabbit.ConsumerConfig.
 	Prefetch int
 	Batch    int
-	// RPCOverRabbitMQ has the API serve its RPCs from queues, too. It must know the AMQPURL then, and is ready without the broker as before.
+	// RPCOverRabbitMQ makes the API also serve its RPCs from queues. It needs AMQPURL; readiness still does not depend
+	// on the broker.
 	RPCOverRabbitMQ bool
-	// RPCPrefetch is the most calls of one service that it executes at once for them.
+	// RPCPrefetch bounds how many calls of one service the API executes at once for the queues.
 	RPCPrefetch int
 	Calls       Calls
-	// Version is what telemetry calls the program's version.
+	// Version is the program's version in telemetry.
 	Version string
-	// Spans takes the spans in place of the collector that the environment names: for tests.
+	// Spans receives the spans in tests, instead of the collector that the environment names.
 	Spans sdktrace.SpanExporter
-	// Edge is who may call the API.
+	// Edge configures who may call the API, and the limits of calls.
 	Edge Edge
 
-	// domain makes what the service is about. Default defaultDomain; the core's tests bring their own, for the example will be deleted.
+	// domain makes the domain. The default is defaultDomain; tests of the core bring their own, since users of the
+	// template delete the example.
 	domain func(db *pgxpool.Pool, out *outbox.Writer, hub *changes.Hub) domain
 }
 
-// WithServices returns the config with other services in place of the domain, and no consumer groups: for what tests the processes themselves.
+// WithServices returns the config with the given services instead of the domain, and no consumer groups. It is for
+// tests of the processes themselves.
 func (c Config) WithServices(register func(*connect.Server)) Config {
 	c.domain = func(*pgxpool.Pool, *outbox.Writer, *changes.Hub) domain { return domain{register: register} }
 	return c
 }
 
-// defaultDomain makes what the program is about: newDomain, or what probes.go has in its place.
+// defaultDomain is newDomain, or its replacement in probes.go.
 var defaultDomain = newDomain
 
 // RunAPI serves the RPCs until ctx is done.
@@ -94,12 +98,13 @@ func RunConsumer(ctx context.Context, config Config) error {
 	return run(ctx, config, "consumer", (*process).startConsumer)
 }
 
-// RunAll does all of this in one process, until ctx is done.
+// RunAll runs relay, consumer groups, API and console in one process until ctx is done.
 func RunAll(ctx context.Context, config Config) error {
-	return run(ctx, config, "all", (*process).startRelay, (*process).startConsumer, (*process).startAPI, (*process).startConsole)
+	return run(ctx, config, "all",
+		(*process).startRelay, (*process).startConsumer, (*process).startAPI, (*process).startConsole)
 }
 
-// process is what the parts of one process share.
+// process is the state that the parts of one process share.
 type process struct {
 	config    Config
 	edge      *edge
@@ -107,22 +112,24 @@ type process struct {
 	telemetry *telemetry.Providers
 	db        *pgxpool.Pool
 	relayDB   *pgxpool.Pool
-	readyDB   *pgxpool.Pool // for readiness alone: see openReadiness
-	broker    *rabbit.Gauge // the same of the broker, or nil
+	readyDB   *pgxpool.Pool // only for readiness: see openReadiness
+	broker    *rabbit.Gauge // only for readiness; nil if it does not depend on the broker
 	bell      *outbox.NotifyBell
 	gate      *outbox.Gate
 	changes   *changes.Hub
 	calls     *operations.Operations
 	keys      *idempotency.Keys
 	domain    domain
-	// remembered runs a part that needs an inbox which remembers for long enough; see whenRemembered.
-	remembered func(part func(context.Context) error) error
+	// afterCheck runs a part once the database has passed the checks that parts with an inbox or outbox need; see
+	// afterDatabaseCheck.
+	afterCheck func(part func(context.Context) error) error
 	checks     []rpcserver.Check
 	group      *errgroup.Group
 }
 
-// relayConns is more than a relay with a few shards uses at once: for each shard a connection for pages and one to read ahead, now and then one for
-// its lease, and one for the chores. A relay with more shards waits a moment for a free one.
+// relayConns is more than a relay with a few shards uses at once: one connection per shard for pages, one to read
+// ahead, one at times for its lease, and one in all for maintenance. A relay with more shards waits briefly for a free
+// one.
 const relayConns = 8
 
 // part starts one part of a process in p.group.
@@ -133,22 +140,24 @@ func run(ctx context.Context, config Config, name string, parts ...part) error {
 	if err != nil {
 		return err
 	}
-	tell, err := telemetry.Start(ctx, telemetry.Config{Service: ServiceName, Process: name, Version: config.Version, Exporter: config.Spans})
+	providers, err := telemetry.Start(ctx, telemetry.Config{
+		Service: ServiceName, Process: name, Version: config.Version, Exporter: config.Spans,
+	})
 	if err != nil {
 		return err
 	}
-	defer func() { // last, when there is nothing more to tell of
-		if err := tell.Stop(ctx); err != nil {
-			slog.WarnContext(ctx, "last spans not exported", "error", err)
+	defer func() { // last, so that it exports the spans of everything else
+		if err := providers.Stop(ctx); err != nil {
+			slog.WarnContext(ctx, "cannot export the last spans", "error", err)
 		}
 	}()
-	p := &process{config: config, edge: edge, name: name, telemetry: tell}
+	p := &process{config: config, edge: edge, name: name, telemetry: providers}
 	if err := p.openPools(ctx); err != nil {
 		return err
 	}
 	defer p.closePools()
 	p.group, ctx = errgroup.WithContext(ctx)
-	config.HighWater.MeterProvider = tell.Meter
+	config.HighWater.MeterProvider = providers.Meter
 	if config.domain == nil {
 		config.domain = defaultDomain
 	}
@@ -157,19 +166,20 @@ func run(ctx context.Context, config Config, name string, parts ...part) error {
 	writer := outbox.NewWriter(p.db, p.bell, p.gate)
 	p.domain = config.domain(p.db, writer, p.changes)
 	p.newCalls(writer)
-	p.remembered = whenRemembered(ctx, p.db)
+	p.afterCheck = afterDatabaseCheck(ctx, p.db)
 	defer p.ring(ctx)()
 	p.checks = p.databaseChecks()
 	for _, start := range parts {
 		start(p, ctx)
 	}
-	stopOps, failed := p.startOps(ctx) // last: by now the parts have said what they need
+	stopOps, failed := p.startOps(ctx) // last, since the parts add readiness checks
 	if failed != nil {
-		p.group.Go(func() error { return failed }) // which ends the parts
+		p.group.Go(func() error { return failed }) // stops the parts
 	}
 	defer stopOps()
 	p.group.Go(func() error { p.bell.Run(ctx); return nil })
-	slog.InfoContext(ctx, "started", "process", name, "addr", config.Addr, "ops_addr", config.OpsAddr, "pid", os.Getpid())
+	slog.InfoContext(ctx, "started", "process", name, "addr", config.Addr, "ops_addr", config.OpsAddr,
+		"pid", os.Getpid())
 	err = p.group.Wait()
 	slog.InfoContext(ctx, "stopped", "process", name)
 	return err
@@ -177,15 +187,17 @@ func run(ctx context.Context, config Config, name string, parts ...part) error {
 
 func (p *process) openPools(ctx context.Context) (err error) {
 	config := postgres.Config{
-		URL: p.config.PostgresURL, MaxConns: p.config.MaxConns, ApplicationName: ServiceName + " " + p.name, TracerProvider: p.telemetry.Tracer,
+		URL: p.config.PostgresURL, MaxConns: p.config.MaxConns, ApplicationName: ServiceName + " " + p.name,
+		TracerProvider: p.telemetry.Tracer,
 	}
 	if p.db, err = postgres.Open(ctx, config); err != nil {
 		return err
 	}
-	// The relay has connections of its own: a service whose pool is exhausted must still be able to drain. What it does belongs to no trace.
+	// The relay has its own connections, so that it drains the outbox even if calls use up the other pool. Its work
+	// belongs to no trace.
 	p.relayDB, err = postgres.Open(ctx, postgres.Config{
 		URL: p.config.PostgresURL, MaxConns: relayConns, ApplicationName: ServiceName + " relay", GenericPlans: true,
-		// Another relay that takes over must not wait for a row that this one has locked and, frozen, does not let go.
+		// A frozen relay must not keep rows locked that the relay that takes over needs.
 		IdleInTransaction: p.config.Relay.Lease,
 	})
 	if err != nil {
@@ -209,8 +221,8 @@ func (p *process) closePools() {
 	p.db.Close()
 }
 
-// ring tells other processes of changes until the function that it returns is called: after everything else, for what is committed while the
-// process drains is told of as well.
+// ring notifies other processes of changes until stop is called. Call stop last: commits while the process drains are
+// changes, too.
 func (p *process) ring(ctx context.Context) (stop func()) {
 	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	var ringing sync.WaitGroup
@@ -218,7 +230,8 @@ func (p *process) ring(ctx context.Context) (stop func()) {
 	return func() { cancel(); ringing.Wait() }
 }
 
-// listenURL is where LISTEN works: "" if there is only a pooler in transaction mode, when the relay polls.
+// listenURL returns a URL on which LISTEN works, or "" if there is only a pooler in transaction mode: then the relay
+// polls.
 func (c Config) listenURL() string {
 	if c.ListenURL != "" {
 		return c.ListenURL
@@ -229,10 +242,10 @@ func (c Config) listenURL() string {
 	return c.PostgresURL
 }
 
-// notifyURL is where NOTIFY works, which is everywhere.
+// notifyURL returns a URL for NOTIFY, which works on any connection.
 func (c Config) notifyURL() string { return cmp.Or(c.listenURL(), c.PostgresURL) }
 
-// connectionName is what the broker's operators see.
+// connectionName returns the name that the broker's operators see.
 func (p *process) connectionName(part string) string {
 	host, _ := os.Hostname()
 	return fmt.Sprintf("%s %s on %s/%d", ServiceName, part, host, os.Getpid())
@@ -249,12 +262,11 @@ func (p *process) startAPI(ctx context.Context) {
 	}
 }
 
-// serve serves the given services.
 func (p *process) serve(ctx context.Context, register ...func(*connect.Server)) {
 	p.listen(ctx, p.newServer(register...))
 }
 
-// listen serves a server in the group. It listens before it returns, so that a process that says it is ready can be called.
+// listen runs a server in the group. It opens the port before it returns, so that a ready process accepts calls.
 func (p *process) listen(ctx context.Context, server *rpcserver.Server) {
 	listener, err := server.Listen(ctx)
 	p.group.Go(func() error {
@@ -265,15 +277,16 @@ func (p *process) listen(ctx context.Context, server *rpcserver.Server) {
 	})
 }
 
-// startOps serves the operators' port until stop is called, which is after the parts have ended: probes are answered while they drain.
+// startOps serves the operators' port until stop is called. Call stop after the parts have ended, so that the process
+// answers probes while they drain.
 func (p *process) startOps(ctx context.Context) (stop func(), err error) {
 	listener, err := new(net.ListenConfig).Listen(ctx, "tcp", cmp.Or(p.config.OpsAddr, "127.0.0.1:0"))
 	if err != nil {
-		return func() {}, fmt.Errorf("listen for operators: %w", err)
+		return func() {}, fmt.Errorf("listen on the operators' port: %w", err)
 	}
 	ops := rpcserver.NewOps(rpcserver.OpsConfig{Checks: p.checks, Metrics: p.telemetry.Metrics})
 	ended, served := make(chan struct{}), make(chan struct{})
-	var failed error // once served is closed
+	var failed error // set before served is closed
 	go func() {
 		defer close(served)
 		failed = ops.Serve(ctx, listener, ended)
@@ -282,7 +295,7 @@ func (p *process) startOps(ctx context.Context) (stop func(), err error) {
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-served: // too soon
+		case <-served: // ended before the parts
 			return failed
 		}
 	})

@@ -27,19 +27,19 @@ func TestMain(m *testing.M) {
 	testenv.Main(m)
 }
 
-// serve runs a process until the test ends, and returns what its /readyz answers.
+// serve runs a process until the test ends, and returns a function that gets the status of its /readyz.
 func serve(t *testing.T, run func(context.Context, Config) error, config Config) (ready func() int) {
 	t.Helper()
 	return start(t, run, config).ready
 }
 
-// started is a process that runs until the test ends, or until it is stopped.
+// started is a process that runs until the test ends or stops it.
 type started struct {
-	url, ops string // of the API or the console, and of the operators' port
+	url, ops string // URLs of the API or console, and of the operators' port
 	stop     func()
 }
 
-// ready is what /readyz answers, 0 for nothing.
+// ready returns the status of /readyz, 0 if there is no response.
 func (s *started) ready() int {
 	response, err := web.Get(s.ops + "/readyz")
 	if err != nil {
@@ -49,7 +49,7 @@ func (s *started) ready() int {
 	return response.StatusCode
 }
 
-// start runs a process until the test ends, or until it is stopped.
+// start runs a process until the test ends or stops it.
 func start(t *testing.T, run func(context.Context, Config) error, config Config) *started {
 	t.Helper()
 	config.Addr, config.OpsAddr = testenv.FreeAddress(t), testenv.FreeAddress(t)
@@ -69,20 +69,21 @@ func await(t *testing.T, what string, ready func() int, want int) {
 	t.Helper()
 	testenv.Eventually(t, 20*time.Second, func() error {
 		if got := ready(); got != want {
-			return fmt.Errorf("%s: /readyz answers %d, want %d", what, got, want)
+			return fmt.Errorf("%s: status of /readyz is %d, want %d", what, got, want)
 		}
 		return nil
 	})
 }
 
-// Each process is ready while what it needs is there: all need the database, and all but the API need the broker.
+// Each process is ready while its servers are available: all need the database, and relay and consumer the broker.
 func TestReadiness(t *testing.T) {
 	t.Parallel()
 	for name, process := range map[string]struct {
 		run         func(context.Context, Config) error
 		needsBroker bool
 	}{
-		"API": {RunAPI, false}, "Relay": {RunRelay, true}, "Consumer": {RunConsumer, true}, "All": {RunAll, true}, "Console": {RunConsole, false},
+		"API": {RunAPI, false}, "Relay": {RunRelay, true}, "Consumer": {RunConsumer, true},
+		"All": {RunAll, true}, "Console": {RunConsole, false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -96,7 +97,7 @@ func TestReadiness(t *testing.T) {
 			if process.needsBroker {
 				await(t, "without the broker", ready, http.StatusServiceUnavailable)
 			} else if got := ready(); got != http.StatusOK {
-				t.Errorf("without the broker, which it does not need: %d", got)
+				t.Errorf("status is %d without the broker, which the process does not need", got)
 			}
 			broker.Refuse(false)
 			await(t, "with the broker back", ready, http.StatusOK)
@@ -110,7 +111,7 @@ func TestReadiness(t *testing.T) {
 	}
 }
 
-// A message whose headers the client library cannot read ends as a dead letter that says so, and others are applied.
+// A message whose headers the client library cannot read becomes a malformed dead letter, and the others are applied.
 func TestUnreadableMessagesAreKept(t *testing.T) {
 	t.Parallel()
 	db := testenv.Postgres(t)
@@ -121,7 +122,7 @@ func TestUnreadableMessagesAreKept(t *testing.T) {
 	if err := send(t.Context(), db, "key", "first"); err != nil {
 		t.Fatal(err)
 	}
-	effects(1) // by now exchange and queues are there
+	effects(1) // now the exchange and the queues exist
 	conn, err := amqp.Dial(config.AMQPURL)
 	if err != nil {
 		t.Fatal(err)
@@ -139,7 +140,9 @@ func TestUnreadableMessagesAreKept(t *testing.T) {
 		if err := send(t.Context(), db, "key", fmt.Sprint(i)); err != nil {
 			t.Fatal(err)
 		}
-		unreadable := amqp.Publishing{MessageId: fmt.Sprint("unreadable ", i), Body: []byte("kept"), Headers: amqp.Table{"x": long}}
+		unreadable := amqp.Publishing{
+			MessageId: fmt.Sprint("unreadable ", i), Body: []byte("kept"), Headers: amqp.Table{"x": long},
+		}
 		if err := channel.Publish(config.Exchange, "google.protobuf.StringValue", true, false, unreadable); err != nil {
 			t.Fatal(err)
 		}
@@ -148,18 +151,20 @@ func TestUnreadableMessagesAreKept(t *testing.T) {
 	testenv.Eventually(t, 20*time.Second, func() error {
 		var n int
 		err := db.QueryRow(t.Context(), `
-			SELECT count(*) FROM dead_letter WHERE reason = 'malformed' AND payload = 'kept' AND error LIKE '%more than 8192 elements%'`).Scan(&n)
+			SELECT count(*) FROM dead_letter
+			WHERE reason = 'malformed' AND payload = 'kept' AND error LIKE '%more than 8192 elements%'`).Scan(&n)
 		if err == nil && n != 10 {
-			err = fmt.Errorf("%d letters, want 10", n)
+			err = fmt.Errorf("%d dead letters, want 10", n)
 		}
 		return err
 	})
-	if state, ok := testenv.Management(t, config.AMQPURL).Queue(rabbit.DeadQueue(probeQueue)); !ok || state.Messages > 0 {
-		t.Errorf("the dead queue has %+v", state)
+	if state, ok := testenv.Management(t, config.AMQPURL).Queue(rabbit.DeadQueue(probeQueue)); !ok ||
+		state.Messages > 0 {
+		t.Errorf("state of the dead queue is %+v", state)
 	}
 }
 
-// What the broker gave up ends as a dead letter, where operators look.
+// A message that the broker gave up on becomes a dead letter.
 func TestUndeliveredMessagesAreKept(t *testing.T) {
 	t.Parallel()
 	config := probed(Config{PostgresURL: testenv.PostgresURL(t), AMQPURL: testenv.AMQP(t)})
@@ -170,22 +175,23 @@ func TestUndeliveredMessagesAreKept(t *testing.T) {
 	}
 	defer conn.Close()
 	testenv.Eventually(t, 20*time.Second, func() error {
-		channel, err := conn.Channel() // a failure closes it
+		channel, err := conn.Channel() // errors close a channel
 		if err != nil {
 			return err
 		}
-		_, err = channel.QueueDeclarePassive(rabbit.DeadQueue(probeQueue), true, false, false, false, nil)
+		queue := rabbit.DeadQueue(probeQueue)
+		_, err = channel.QueueDeclarePassive(queue, true, false, false, false, nil)
 		if err != nil {
 			return err
 		}
-		given := amqp.Publishing{MessageId: "given up", Type: "type", Body: []byte("\x00\xff"), Headers: amqp.Table{
+		message := amqp.Publishing{MessageId: "given up", Type: "type", Body: []byte("\x00\xff"), Headers: amqp.Table{
 			"x-death": []any{amqp.Table{"reason": "delivery_limit", "count": int64(1), "queue": probeQueue}},
 		}}
-		// With a confirm: a queue that has only just been declared may have no leader yet, and drop it.
+		// Wait for the confirm: a queue that has just been declared may have no leader yet, and drop the message.
 		if err := channel.Confirm(false); err != nil {
 			return err
 		}
-		confirm, err := channel.PublishWithDeferredConfirmWithContext(t.Context(), "", rabbit.DeadQueue(probeQueue), true, false, given)
+		confirm, err := channel.PublishWithDeferredConfirmWithContext(t.Context(), "", queue, true, false, message)
 		if err != nil {
 			return err
 		}
@@ -202,9 +208,10 @@ func TestUndeliveredMessagesAreKept(t *testing.T) {
 	}
 	defer db.Close()
 	testenv.Eventually(t, 20*time.Second, func() error {
-		letters, err := deadletter.List(t.Context(), db, deadletter.Filter{Consumer: probeGroup, Reason: deadletter.Undelivered}, 0, 10)
+		filter := deadletter.Filter{Consumer: probeGroup, Reason: deadletter.Undelivered}
+		letters, err := deadletter.List(t.Context(), db, filter, 0, 10)
 		if err == nil && len(letters) != 1 {
-			err = fmt.Errorf("there are %d letters", len(letters))
+			err = fmt.Errorf("%d dead letters, want 1", len(letters))
 		}
 		if err != nil {
 			return err
@@ -226,9 +233,11 @@ func TestAnAddressThatIsTakenEndsTheProcess(t *testing.T) {
 	defer listener.Close()
 	config := probed(Config{PostgresURL: testenv.PostgresURL(t), AMQPURL: testenv.AMQP(t)})
 	address := listener.Addr().String()
-	for name, one := range map[string]struct{ api, ops string }{"API": {address, ""}, "operators": {"127.0.0.1:0", address}} {
+	for name, addresses := range map[string]struct{ api, ops string }{
+		"API": {address, ""}, "operators": {"127.0.0.1:0", address},
+	} {
 		config := config
-		config.Addr, config.OpsAddr = one.api, one.ops
+		config.Addr, config.OpsAddr = addresses.api, addresses.ops
 		done := make(chan error, 1)
 		go func() { done <- RunAll(t.Context(), config) }()
 		select {
@@ -238,7 +247,7 @@ func TestAnAddressThatIsTakenEndsTheProcess(t *testing.T) {
 				t.Errorf("%s: error is %v", name, err)
 			}
 		case <-time.After(30 * time.Second):
-			t.Fatalf("%s: still running", name)
+			t.Fatalf("%s: the process is still running", name)
 		}
 	}
 }

@@ -21,17 +21,17 @@ import (
 )
 
 const (
-	// mostAnswer is the most bytes of a refusal, headers and trailers included. JSON shows each detail twice.
-	mostAnswer = 16 << 10
-	// mostTrailers is what common gRPC clients take of headers or trailers.
-	mostTrailers = 8 << 10
-	// mostAllocated is the most bytes that the process allocates for one call, our client's part included.
-	mostAllocated = 128 << 20
-	readMaxBytes  = 4 << 20
+	// maxRefusal bounds the size of a refusal in bytes, headers and trailers included. JSON contains each detail twice.
+	maxRefusal = 16 << 10
+	// maxHeaders is how many bytes of headers, or of trailers, common gRPC clients accept.
+	maxHeaders = 8 << 10
+	// maxAllocated bounds how many bytes the process allocates for one call, our client included.
+	maxAllocated = 128 << 20
+	readMaxBytes = 4 << 20
 )
 
-// Every refusal has a size that a constant bounds, and so has the memory that its call takes.
-// It does not run in parallel: it measures what the process allocates.
+// Constants bound the size of every refusal and the memory that its call takes. The test does not run in parallel,
+// since it measures what the process allocates.
 func TestLargestWrongRequests(t *testing.T) {
 	a := startAPI(t, Edge{NoAuth: true})
 	client := newHTTPClient(t, true)
@@ -41,17 +41,17 @@ func TestLargestWrongRequests(t *testing.T) {
 		if !ok || spec.StreamType == connect.StreamTypeBidi { // reflection, which keeps its stream open
 			continue
 		}
-		for name, one := range largest(spec, method.Input()) {
+		for name, r := range largest(spec, method.Input()) {
 			tried++
-			t.Run(spec.Procedure+"/"+name, func(t *testing.T) { measure(t, client, a.url, one) })
+			t.Run(spec.Procedure+"/"+name, func(t *testing.T) { measure(t, client, a.url, r) })
 		}
 	}
 	if tried == 0 {
-		t.Error("no procedure was tried")
+		t.Error("no procedure was called")
 	}
 }
 
-// largest are requests as large as they may be, of which most are wrong in as many places as possible.
+// largest returns requests of the maximum size, most of them wrong in as many places as possible.
 func largest(spec connect.Spec, input protoreflect.MessageDescriptor) map[string]request {
 	encodings := streamEncodings
 	if spec.StreamType == connect.StreamTypeUnary {
@@ -59,7 +59,7 @@ func largest(spec connect.Spec, input protoreflect.MessageDescriptor) map[string
 	}
 	requests := map[string]request{}
 	for _, e := range encodings {
-		if e.rpc && e.json { // as Connect with JSON, and gRPC
+		if e.rpc && e.json { // covered by Connect with JSON, and by gRPC
 			continue
 		}
 		bodies := largestBinary(input)
@@ -79,7 +79,7 @@ func largest(spec connect.Spec, input protoreflect.MessageDescriptor) map[string
 	return requests
 }
 
-// largestBinary fills a message with empty elements and with text, a field at a time.
+// largestBinary fills one field of a message at a time, with empty elements or with text.
 func largestBinary(input protoreflect.MessageDescriptor) map[string][]byte {
 	bodies := map[string][]byte{"garbage": bytes.Repeat([]byte{0xff}, readMaxBytes)}
 	for i := range input.Fields().Len() {
@@ -88,15 +88,16 @@ func largestBinary(input protoreflect.MessageDescriptor) map[string][]byte {
 		name := string(field.Name())
 		bodies[name+"_all_empty"] = bytes.Repeat(element, readMaxBytes/len(element))
 		bodies[name+"_allowed_empty"] = bytes.Repeat(element, bounds.MaxFields)
-		for label, text := range map[string]string{"text": "\x00", "no_text": "\xff", "wide": "ä"} {
+		for label, text := range map[string]string{"text": "\x00", "invalid_text": "\xff", "wide": "ä"} {
 			long := strings.Repeat(text, (readMaxBytes-16)/len(text))
-			bodies[name+"_"+label] = protowire.AppendBytes(protowire.AppendTag(nil, field.Number(), protowire.BytesType), []byte(long))
+			tag := protowire.AppendTag(nil, field.Number(), protowire.BytesType)
+			bodies[name+"_"+label] = protowire.AppendBytes(tag, []byte(long))
 		}
 	}
 	return bodies
 }
 
-// largestJSON does the same in JSON, where also names can be wrong.
+// largestJSON does the same in JSON, where names can be wrong, too.
 func largestJSON(input protoreflect.MessageDescriptor) map[string][]byte {
 	long := strings.Repeat("ä", (readMaxBytes-100)/2)
 	bodies := map[string][]byte{
@@ -115,12 +116,12 @@ func largestJSON(input protoreflect.MessageDescriptor) map[string][]byte {
 	return bodies
 }
 
-// measure sends a request and fails if the answer or its cost is too large.
+// measure sends a request, and fails if the response is too large or takes too much memory.
 func measure(t *testing.T, client *http.Client, address string, r request) {
 	t.Helper()
 	least := uint64(math.MaxUint64)
-	// Other work of the process, and pools that the garbage collector has emptied, can only add to it.
-	for try := 0; try < 3 && least > mostAllocated; try++ {
+	// Take the minimum: other work of the process, and pools that the garbage collector has emptied, only add to it.
+	for try := 0; try < 3 && least > maxAllocated; try++ {
 		var before, after runtime.MemStats
 		runtime.ReadMemStats(&before)
 		res, body := exchange(t, client, r, http.MethodPost, address+r.procedure, nil)
@@ -128,12 +129,12 @@ func measure(t *testing.T, client *http.Client, address string, r request) {
 		checkSize(t, res, body)
 		least = min(least, after.TotalAlloc-before.TotalAlloc)
 	}
-	if least > mostAllocated {
-		t.Errorf("%d bytes of request made the process allocate %d MiB", len(r.body), least>>20)
+	if least > maxAllocated {
+		t.Errorf("a request of %d bytes made the process allocate %d MiB", len(r.body), least>>20)
 	}
 }
 
-// exchange sends a request and returns its answer. A stream that goes on is left at its first bytes.
+// exchange sends a request and returns its response.
 func exchange(
 	t *testing.T, client *http.Client, r request, method, address string, header http.Header,
 ) (*http.Response, []byte) {
@@ -171,20 +172,20 @@ func checkSize(t *testing.T, res *http.Response, body []byte) {
 	}
 }
 
-// tooLarge says what is too large of an answer, if anything is. Only refusals have a limit for their body.
+// tooLarge returns which part of a response is too large, or "". Only refusals have a limit for their body.
 func tooLarge(res *http.Response, body []byte) string {
 	headers, trailers := sizeOf(res.Header), sizeOf(res.Trailer)
-	if headers > mostTrailers || trailers > mostTrailers {
-		return fmt.Sprintf("answer has %d bytes of headers and %d of trailers", headers, trailers)
+	if headers > maxHeaders || trailers > maxHeaders {
+		return fmt.Sprintf("response has %d bytes of headers and %d of trailers", headers, trailers)
 	}
 	refused := res.StatusCode != http.StatusOK || len(body) == 0
-	if all := headers + trailers + len(body); refused && all > mostAnswer {
-		return fmt.Sprintf("answer %s has %d bytes: %.300q", res.Status, all, body)
+	if all := headers + trailers + len(body); refused && all > maxRefusal {
+		return fmt.Sprintf("response %s has %d bytes: %.300q", res.Status, all, body)
 	}
 	return ""
 }
 
-// sizeOf is a header's size as HTTP/2 counts it.
+// sizeOf returns a header's size as HTTP/2 counts it.
 func sizeOf(header http.Header) (n int) {
 	for name, values := range header {
 		for _, value := range values {
@@ -194,7 +195,7 @@ func sizeOf(header http.Header) (n int) {
 	return n
 }
 
-// What Connect itself refuses has bounds, too: it quotes headers and parameters.
+// Refusals of Connect itself are bounded, too, although they quote headers and parameters.
 func TestRefusalsOfTheProtocolAreBounded(t *testing.T) {
 	t.Parallel()
 	a := startAPI(t, Edge{NoAuth: true})
@@ -202,13 +203,14 @@ func TestRefusalsOfTheProtocolAreBounded(t *testing.T) {
 	long := strings.Repeat("%", 50_000)
 	for _, e := range slices.Concat(unaryEncodings, streamEncodings) {
 		for _, name := range []string{
-			"Connect-Accept-Encoding", "Connect-Content-Encoding", "Connect-Protocol-Version", "Connect-Timeout-Ms", "Content-Encoding",
-			"Accept-Encoding", "Grpc-Encoding", "Grpc-Accept-Encoding", "Grpc-Timeout", "X-Request-Id", "X-Api-Key", "Authorization",
-			"Idempotency-Key", "Prefer", "Traceparent", "Origin", "User-Agent",
+			"Connect-Accept-Encoding", "Connect-Content-Encoding", "Connect-Protocol-Version", "Connect-Timeout-Ms",
+			"Content-Encoding", "Accept-Encoding", "Grpc-Encoding", "Grpc-Accept-Encoding", "Grpc-Timeout",
+			"X-Request-Id", "X-Api-Key", "Authorization", "Idempotency-Key", "Prefer", "Traceparent", "Origin",
+			"User-Agent",
 		} {
 			t.Run(fmt.Sprintf("%s/%s", strings.ReplaceAll(e.contentType, "/", "_"), name), func(t *testing.T) {
-				r := request{encoding: e, body: []byte("{}")}
-				res, body := exchange(t, client, r, http.MethodPost, a.url+"/grpc.health.v1.Health/Check", http.Header{name: {long}})
+				r, header := request{encoding: e, body: []byte("{}")}, http.Header{name: {long}}
+				res, body := exchange(t, client, r, http.MethodPost, a.url+"/grpc.health.v1.Health/Check", header)
 				checkSize(t, res, body)
 			})
 		}
@@ -229,7 +231,7 @@ func TestRefusalsOfTheProtocolAreBounded(t *testing.T) {
 	}
 }
 
-// A few bytes of gzip are enough to try all of this.
+// A few bytes of gzip can expand to the same wrong requests.
 func TestCompressedWrongRequests(t *testing.T) {
 	a := startAPI(t, Edge{NoAuth: true})
 	client := newHTTPClient(t, true)
@@ -248,7 +250,8 @@ func TestCompressedWrongRequests(t *testing.T) {
 				_, _ = zip.Write(body) // to memory
 				_ = zip.Close()
 				r := request{encoding: unaryEncodings[1], body: packed.Bytes()}
-				res, answer := exchange(t, client, r, http.MethodPost, a.url+spec.Procedure, http.Header{"Content-Encoding": {"gzip"}})
+				header := http.Header{"Content-Encoding": {"gzip"}}
+				res, answer := exchange(t, client, r, http.MethodPost, a.url+spec.Procedure, header)
 				checkSize(t, res, answer)
 			})
 		}

@@ -28,7 +28,7 @@ import (
 	"google.golang.org/protobuf/types/known/wrapperspb"
 )
 
-// twoGroups gives a process two groups, which write every text down in the table effects.
+// twoGroups gives a process two groups, which write every text to the table effects.
 func twoGroups(*pgxpool.Pool, *outbox.Writer, *changes.Hub) domain {
 	named := func(name string) group {
 		g := inbox.NewGroup(name)
@@ -44,16 +44,18 @@ func twoGroups(*pgxpool.Pool, *outbox.Writer, *changes.Hub) domain {
 	return domain{register: func(*connect.Server) {}, groups: []group{named("shipping"), named("billing")}}
 }
 
-// corpus are texts that become scripts where somebody forgets that they are texts.
+// corpus contains texts that run as scripts in a page that fails to escape them.
 var corpus = []string{
-	`<script>window.pwned=1</script>`, `<img src=x onerror="window.pwned=1">`, `"><svg onload=window.pwned=1>`, `javascript:window.pwned=1`,
-	`'-(window.pwned=1)-'`, "</textarea></title><iframe srcdoc='<script>parent.pwned=1</script>'>", `{{constructor.constructor('window.pwned=1')()}}`,
-	"\u202eevil\u202c \u0085\u2028", `<a href="javascript:window.pwned=1" autofocus onfocus=window.pwned=1>`, strings.Repeat("W", 200),
+	`<script>window.pwned=1</script>`, `<img src=x onerror="window.pwned=1">`, `"><svg onload=window.pwned=1>`,
+	`javascript:window.pwned=1`, `'-(window.pwned=1)-'`,
+	"</textarea></title><iframe srcdoc='<script>parent.pwned=1</script>'>",
+	`{{constructor.constructor('window.pwned=1')()}}`, "\u202eevil\u202c \u0085\u2028",
+	`<a href="javascript:window.pwned=1" autofocus onfocus=window.pwned=1>`, strings.Repeat("W", 200),
 }
 
-// The console is used in a real browser, against the whole service on real servers, whose broker is taken away meanwhile. It stands behind a proxy that
-// puts a path before its own, as where one host serves several services. What it looked like is in
-// .stack/screenshots afterwards.
+// A real browser uses the console of the whole service on real servers, and the broker fails meanwhile. The console is
+// behind a proxy that adds a prefix to its paths, as if one host served several services. Screenshots are written to
+// .stack/screenshots.
 func TestConsoleInABrowser(t *testing.T) {
 	t.Parallel()
 	root, err := filepath.Abs("../..")
@@ -67,22 +69,24 @@ func TestConsoleInABrowser(t *testing.T) {
 	keys, lines := apiKeys(t, "operator")
 	address := testenv.FreeAddress(t)
 	all := start(t, RunAll, Config{
-		PostgresURL: db.Config().ConnString(), AMQPURL: amqpURL, Exchange: "events", ConsoleAddr: address, Edge: Edge{APIKeys: lines}, domain: twoGroups, Version: "test",
+		PostgresURL: db.Config().ConnString(), AMQPURL: amqpURL, Exchange: "events", ConsoleAddr: address,
+		Edge: Edge{APIKeys: lines}, domain: twoGroups, Version: "test",
 	})
 	await(t, "all", all.ready, http.StatusOK)
-	p := &person{t: t, db: db}
-	p.use(map[string]string{
-		"url": underPath(t, "/some/path", address), "key": keys["operator"], "chromium": chromium, "screenshots": filepath.Join(root, ".stack", "screenshots"),
+	s := &browserSession{t: t, db: db}
+	s.run(map[string]string{
+		"url": underPath(t, "/some/path", address), "key": keys["operator"], "chromium": chromium,
+		"screenshots": filepath.Join(root, ".stack", "screenshots"),
 	}, map[string]func() error{
-		"messages":             p.send,
-		"break broker":         func() error { broker.Refuse(true); broker.Cut(); return nil },
-		"mend broker":          func() error { broker.Refuse(false); return nil },
-		"corpus":               p.corpus,
-		"effect of the letter": func() error { return p.has("shipping a plain text") },
+		"messages":              s.send,
+		"stop broker":           func() error { broker.Refuse(true); broker.Cut(); return nil },
+		"start broker":          func() error { broker.Refuse(false); return nil },
+		"corpus":                s.corpus,
+		"effect of the redrive": func() error { return s.awaitEffect("shipping a plain text") },
 	})
 }
 
-// underPath serves what is at the address under a path, and returns its URL there.
+// underPath serves the address through a proxy that adds the path as a prefix, and returns the URL.
 func underPath(t *testing.T, path, address string) string {
 	t.Helper()
 	proxy := httptest.NewServer(http.StripPrefix(path, &httputil.ReverseProxy{
@@ -96,7 +100,7 @@ func underPath(t *testing.T, path, address string) string {
 	return proxy.URL + path
 }
 
-// browser returns the path of a Chromium, which is installed if there is none, with what drives it.
+// browser returns the path of Chromium. It installs Chromium and its driver if they are missing.
 func browser(t *testing.T, root string) (path string) {
 	t.Helper()
 	find := func() string {
@@ -118,82 +122,84 @@ func browser(t *testing.T, root string) (path string) {
 		t.Fatalf("%v\n%s", err, output)
 	}
 	if path = cmp.Or(path, find()); path == "" {
-		t.Fatal("there is no Chromium")
+		t.Fatal("Chromium is not installed")
 	}
 	return path
 }
 
-// person is who uses the console, and what is done to the stack meanwhile.
-type person struct {
+// browserSession runs a browser, and changes the stack on the browser's request.
+type browserSession struct {
 	t  *testing.T
 	db *pgxpool.Pool
 }
 
-// use runs the browser, and does what it asks for.
-func (p *person) use(config map[string]string, deeds map[string]func() error) {
-	p.t.Helper()
+// run runs the browser, and the actions that it requests.
+func (s *browserSession) run(config map[string]string, actions map[string]func() error) {
+	s.t.Helper()
 	text, err := json.Marshal(config)
 	if err != nil {
-		p.t.Fatal(err)
+		s.t.Fatal(err)
 	}
-	command := exec.CommandContext(p.t.Context(), "node", "console/test/browser.mjs", string(text))
+	command := exec.CommandContext(s.t.Context(), "node", "console/test/browser.mjs", string(text))
 	command.Dir, command.WaitDelay = filepath.Join("..", "..", "web"), time.Second
 	stdin, err1 := command.StdinPipe()
 	stdout, err2 := command.StdoutPipe()
-	command.Stderr = p.t.Output()
+	command.Stderr = s.t.Output()
 	if err := errors.Join(err1, err2, command.Start()); err != nil {
-		p.t.Fatal(err)
+		s.t.Fatal(err)
 	}
 	for lines := bufio.NewScanner(stdout); lines.Scan(); {
 		what, rest, _ := strings.Cut(lines.Text(), " ")
-		switch deed := deeds[rest]; {
+		switch action := actions[rest]; {
 		case what == "problem":
-			p.t.Error(rest)
-		case what == "do" && deed != nil:
-			if err := deed(); err != nil {
-				p.t.Errorf("%s: %v", rest, err)
+			s.t.Error(rest)
+		case what == "do" && action != nil:
+			if err := action(); err != nil {
+				s.t.Errorf("%s: %v", rest, err)
 			}
-			_, _ = io.WriteString(stdin, "done\n") // if it has ended, Wait says so
+			_, _ = io.WriteString(stdin, "done\n") // if the browser has ended, Wait returns the error
 		default:
-			p.t.Log(lines.Text())
+			s.t.Log(lines.Text())
 		}
 	}
 	if err := command.Wait(); err != nil {
-		p.t.Errorf("browser: %v", err)
+		s.t.Errorf("browser: %v", err)
 	}
 }
 
-// send sends some messages over several seconds' worth of keys.
-func (p *person) send() error {
+// send sends 300 messages with ten keys.
+func (s *browserSession) send() error {
 	for i := range 300 {
-		if err := send(p.t.Context(), p.db, fmt.Sprintf("customer-%d", i%10), fmt.Sprintf("order %d", i)); err != nil {
+		if err := send(s.t.Context(), s.db, fmt.Sprintf("customer-%d", i%10), fmt.Sprintf("order %d", i)); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// has waits for an effect.
-func (p *person) has(effect string) error {
-	testenv.Eventually(p.t, 20*time.Second, func() error {
+// awaitEffect waits for an effect.
+func (s *browserSession) awaitEffect(effect string) error {
+	testenv.Eventually(s.t, 20*time.Second, func() error {
 		var found bool
-		err := p.db.QueryRow(p.t.Context(), `SELECT EXISTS (SELECT FROM effects WHERE effect = $1)`, effect).Scan(&found)
+		err := s.db.QueryRow(s.t.Context(), `SELECT EXISTS (SELECT FROM effects WHERE effect = $1)`,
+			effect).Scan(&found)
 		if err == nil && !found {
-			err = errors.New("no such effect")
+			err = fmt.Errorf("there is no effect %q", effect)
 		}
 		return err
 	})
 	return nil
 }
 
-// corpus puts hostile texts into every field that the console shows, and what else there is to be acted on.
-func (p *person) corpus() error {
-	ctx := p.t.Context()
-	const letterSQL = `INSERT INTO dead_letter (consumer, message_id, type, key, payload, headers, reason, error, attempts)
+// corpus puts hostile texts into every field that the console shows, and adds the rows that the browser acts on.
+func (s *browserSession) corpus() error {
+	ctx := s.t.Context()
+	const letterSQL = `INSERT INTO dead_letter (consumer, message_id, type, key, payload, headers, reason, error,
+		attempts)
 		VALUES ($1, $2, $3, $4, $5, jsonb_build_object($2::text, $2::text), $6, $7, 3)`
 	var errs []error
 	exec := func(sql string, args ...any) {
-		_, err := p.db.Exec(ctx, sql, args...)
+		_, err := s.db.Exec(ctx, sql, args...)
 		errs = append(errs, err)
 	}
 	for i, text := range corpus {
@@ -203,16 +209,20 @@ func (p *person) corpus() error {
 		exec(`INSERT INTO operator_audit (action, target, reason, actor, detail) VALUES ($1, $1, $1, $1, $1)`, text)
 		exec(`INSERT INTO inbox_retry (consumer, message_id, type, key, payload, headers, attempts, due_at, last_error)
 			VALUES ($1, $1, $1, $1, '', '{}', 3, now() + interval '1 hour', $1)`, text)
-		errs = append(errs, send(ctx, p.db, text, text))
+		errs = append(errs, send(ctx, s.db, text, text))
 	}
 	const plain = "0190c0de-0000-7000-8000-000000000001"
-	exec(letterSQL, "shipping", plain, "google.protobuf.StringValue", "plain", []byte("\x0a\x0ca plain text"), "permanent", "the address is incomplete")
+	const text = "google.protobuf.StringValue"
+	exec(letterSQL, "shipping", plain, text, "plain", []byte("\x0a\x0ca plain text"),
+		"permanent", "the address is incomplete")
 	for i := range 3 {
-		exec(letterSQL, "billing", fmt.Sprintf("0190c0de-0000-7000-8000-00000000010%d", i), "google.protobuf.StringValue", fmt.Sprintf("customer-%d", i),
-			[]byte("\x0a\x07order 7"), "exhausted", "the bank does not answer: context deadline exceeded")
+		id, key := fmt.Sprintf("0190c0de-0000-7000-8000-00000000010%d", i), fmt.Sprintf("customer-%d", i)
+		exec(letterSQL, "billing", id, text, key, []byte("\x0a\x07order 7"),
+			"exhausted", "the bank does not answer: context deadline exceeded")
 	}
 	exec(`INSERT INTO inbox_retry (consumer, message_id, type, key, payload, headers, attempts, due_at, last_error)
-		SELECT 'shipping', gen_random_uuid()::text, 'google.protobuf.StringValue', 'blocked-key', '', '{}', 4, now() + interval '1 hour', 'the warehouse does not answer'
+		SELECT 'shipping', gen_random_uuid()::text, 'google.protobuf.StringValue', 'blocked-key', '', '{}',
+			4, now() + interval '1 hour', 'the warehouse does not answer'
 		FROM generate_series(1, 3)`)
 	return errors.Join(errs...)
 }

@@ -17,25 +17,29 @@ import (
 
 // Calls sets up durable calls.
 type Calls struct {
-	// Keys sign who the caller of a durable call is; see operations.Config. Without keys the API refuses durable calls, unless authentication is off.
+	// Keys sign the caller of a durable call; see operations.Config. Without keys the API refuses durable calls, unless
+	// authentication is off.
 	Keys [][]byte
-	// Concurrency and Limits say how many calls a consumer process executes at once, in all and of single methods; see operations.WorkerConfig. Each
-	// takes a connection and, now and then, another, so Concurrency must be at most half of MaxConns. Default one less than half.
+	// Concurrency and Limits bound how many calls a consumer process executes at once, in total and per method; see
+	// operations.WorkerConfig. Each call uses a connection and, at times, a second one, so Concurrency must be at most
+	// half of MaxConns. The default is one less than half.
 	Concurrency int
 	Limits      map[string]int
 }
 
-// callsQueue takes durable calls. They have no order, so every consumer process works on it.
-var callsQueue = rabbit.Queue{Name: ServiceName + "." + operations.Consumer, Types: []string{operations.MessageType}, Unordered: true}
+// callsQueue is the queue of durable calls. They have no order, so every consumer process consumes from it.
+var callsQueue = rabbit.Queue{
+	Name: ServiceName + "." + operations.Consumer, Types: []string{operations.MessageType}, Unordered: true,
+}
 
-// newCalls makes what takes durable calls and remembers keys, for the process that serves or executes.
+// newCalls sets up durable calls and idempotency keys, for processes that serve or execute calls.
 func (p *process) newCalls(out *outbox.Writer) {
 	identity := operations.Identity{Name: callerName, Capture: p.captureCaller, Restore: restoreCaller}
 	p.calls = operations.New(p.db, out, p.changes, operations.Config{Identity: identity, Keys: p.config.Calls.Keys})
 	p.keys = idempotency.New(p.db, out, idempotency.Config{Caller: identity.Caller})
 }
 
-// callerName tells callers apart; "" is whoever has no credentials.
+// callerName returns a unique name of the caller, "" without credentials.
 func callerName(ctx context.Context) string {
 	caller, known := auth.FromContext(ctx)
 	if !known {
@@ -44,11 +48,13 @@ func callerName(ctx context.Context) string {
 	return caller.By + ":" + caller.Subject
 }
 
-// captureCaller keeps who calls, and what it may do at this time. Unsigned, that would be worth nothing, unless authentication is off anyway.
+// captureCaller encodes the caller and its roles. It refuses if there is no key to sign them with, unless
+// authentication is off: anybody could forge them.
 func (p *process) captureCaller(ctx context.Context) ([]byte, error) {
 	caller, _ := auth.FromContext(ctx)
 	if len(p.config.Calls.Keys) == 0 && caller.By != "nothing" {
-		return nil, connect.NewError(connect.CodeFailedPrecondition, "durable calls are not set up: the service has no key to sign callers with (CALL_KEYS)")
+		return nil, connect.NewError(connect.CodeFailedPrecondition,
+			"durable calls are not configured: the service has no key to sign callers with (CALL_KEYS)")
 	}
 	return json.Marshal(caller)
 }
@@ -59,28 +65,33 @@ func restoreCaller(ctx context.Context, captured []byte) (context.Context, error
 	return auth.As(ctx, caller), err
 }
 
-// startCalls executes durable calls, by a server of the same services that nobody can reach otherwise.
+// startCalls executes durable calls with an internal server of the same services, which listens on no port.
 func (p *process) startCalls() {
 	meters, tracers := p.telemetry.Meter, p.telemetry.Tracer
-	server := connect.NewServer(append([]connect.ServerInterceptor{rpcserver.Telemetry(meters, tracers)}, rpcserver.Interceptors(slog.Default(), auth.Authorize(slog.Default()))...)...)
+	interceptors := []connect.ServerInterceptor{rpcserver.Telemetry(meters, tracers)}
+	interceptors = append(interceptors, rpcserver.Interceptors(slog.Default(), auth.Authorize(slog.Default()))...)
+	server := connect.NewServer(interceptors...)
 	p.domain.register(server)
 	p.calls.Register(server)
 	config := operations.WorkerConfig{
-		Concurrency: cmp.Or(p.config.Calls.Concurrency, max(1, int(p.db.Config().MaxConns)/2-1)), Limits: p.config.Calls.Limits, Inbox: inboxConfig,
+		Concurrency: cmp.Or(p.config.Calls.Concurrency, max(1, int(p.db.Config().MaxConns)/2-1)),
+		Limits:      p.config.Calls.Limits, Inbox: inboxConfig,
 	}
 	config.Inbox.AfterCommit, config.Inbox.MeterProvider, config.Inbox.TracerProvider = p.bell.Ring, meters, tracers
 	worker := operations.NewWorker(p.db, p.calls, server, config)
 	consumer := rabbit.NewConsumer(rabbit.ConsumerConfig{
-		URL: p.config.AMQPURL, Topology: p.topology(), Queue: callsQueue.Name, Name: p.connectionName("consumer " + operations.Consumer),
+		URL: p.config.AMQPURL, Topology: p.topology(), Queue: callsQueue.Name,
+		Name:      p.connectionName("consumer " + operations.Consumer),
 		Unordered: true, Prefetch: config.Prefetch(), MaxBytes: p.deliveryBytes(), MeterProvider: meters,
 	}, worker.Process)
 	drain := rabbit.NewConsumer(rabbit.ConsumerConfig{
-		URL: p.config.AMQPURL, Topology: p.topology(), Queue: rabbit.DeadQueue(callsQueue.Name), Name: p.connectionName("drain " + operations.Consumer),
+		URL: p.config.AMQPURL, Topology: p.topology(), Queue: rabbit.DeadQueue(callsQueue.Name),
+		Name:     p.connectionName("drain " + operations.Consumer),
 		MaxBytes: p.deliveryBytes(), MeterProvider: meters,
 	}, worker.Drain)
 	p.group.Go(func() error {
-		return p.remembered(func(ctx context.Context) error { return worker.WhileResumed(ctx, consumer.Run) })
+		return p.afterCheck(func(ctx context.Context) error { return worker.WhileResumed(ctx, consumer.Run) })
 	})
-	p.group.Go(func() error { return p.remembered(drain.Run) })
-	p.group.Go(func() error { return p.remembered(worker.Run) })
+	p.group.Go(func() error { return p.afterCheck(drain.Run) })
+	p.group.Go(func() error { return p.afterCheck(worker.Run) })
 }

@@ -21,7 +21,7 @@ import (
 	"google.golang.org/protobuf/types/known/wrapperspb"
 )
 
-// called is probed with a method that writes its text down.
+// called is probed with a method that writes its text to the table effects.
 func called(config Config) Config {
 	config = probed(config)
 	probes := config.domain
@@ -41,7 +41,8 @@ func called(config Config) Config {
 	return config
 }
 
-// A call goes through API, relay, broker and consumer, each with its own rights, and its caller gets to hear of its end. So does a call with a key.
+// A durable call passes API, relay, broker and consumer, each with its own permissions, and its caller gets the
+// result. A repeated call with an idempotency key gets the stored response.
 func TestCallsThroughTheProcesses(t *testing.T) {
 	t.Parallel()
 	owner, admin := testenv.Postgres(t), testenv.AMQP(t)
@@ -68,13 +69,14 @@ func TestCallsThroughTheProcesses(t *testing.T) {
 	await(t, "API", api.ready, http.StatusOK)
 	await(t, "relay", serve(t, RunRelay, config("shop_relay", topology.PublisherPermissions())), http.StatusOK)
 	await(t, "consumer", serve(t, RunConsumer, config("shop_consumer", topology.ConsumerPermissions())), http.StatusOK)
-	client := connect.NewClient(connecthttp.NewTransport(web, api.url), func(next connect.ClientFunc) connect.ClientFunc {
-		return func(ctx context.Context, spec connect.Spec) (connect.ClientStream, error) {
-			info, _ := connect.CallInfoForClientContext(ctx)
-			info.RequestHeader().Set("X-Api-Key", secret)
-			return next(ctx, spec)
-		}
-	})
+	client := connect.NewClient(connecthttp.NewTransport(web, api.url),
+		func(next connect.ClientFunc) connect.ClientFunc {
+			return func(ctx context.Context, spec connect.Spec) (connect.ClientStream, error) {
+				info, _ := connect.CallInfoForClientContext(ctx)
+				info.RequestHeader().Set("X-Api-Key", secret)
+				return next(ctx, spec)
+			}
+		})
 	ctx, info := connect.NewClientContext(t.Context())
 	info.RequestHeader().Set("Prefer", "respond-async")
 	if answer, err := probe.Call(ctx, client, probe.Mutate, "later"); err != nil || answer != "" {

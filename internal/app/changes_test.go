@@ -2,7 +2,7 @@ package app
 
 import (
 	"context"
-	"errors"
+	"fmt"
 	"net/http"
 	"strings"
 	"sync"
@@ -20,20 +20,22 @@ import (
 	"google.golang.org/protobuf/types/known/wrapperspb"
 )
 
-// What a handler changes in the consumer's process is heard by those who watch it at the API's.
+// A watcher in the API process sees what a handler changes in the consumer process.
 func TestChangesCrossProcesses(t *testing.T) {
 	t.Parallel()
 	db := testenv.Postgres(t)
-	if _, err := db.Exec(t.Context(), `CREATE TABLE effects (effect text PRIMARY KEY, times integer NOT NULL)`); err != nil {
+	_, err := db.Exec(t.Context(), `CREATE TABLE effects (effect text PRIMARY KEY, times integer NOT NULL)`)
+	if err != nil {
 		t.Fatal(err)
 	}
 	topics := make(chan *changes.Topic[*wrapperspb.Int32Value], 2)
 	url := db.Config().ConnString()
 	config := Config{PostgresURL: url, AMQPURL: testenv.AMQP(t), Exchange: "events"}
 	config.domain = func(db *pgxpool.Pool, _ *outbox.Writer, hub *changes.Hub) domain {
-		topic := changes.NewTopic(hub, "effect", func(ctx context.Context, keys []string) (map[string]*wrapperspb.Int32Value, error) {
+		type states = map[string]*wrapperspb.Int32Value
+		topic := changes.NewTopic(hub, "effect", func(ctx context.Context, keys []string) (states, error) {
 			rows, _ := db.Query(ctx, `SELECT effect, times FROM effects WHERE effect = ANY ($1)`, keys)
-			found := map[string]*wrapperspb.Int32Value{}
+			found := states{}
 			var effect string
 			var times int32
 			_, err := pgx.ForEachRow(rows, []any{&effect, &times}, func() error {
@@ -47,7 +49,8 @@ func TestChangesCrossProcesses(t *testing.T) {
 		inbox.Handle(counted, func(ctx context.Context, tx pgx.Tx, text *wrapperspb.StringValue) error {
 			topic.Touch(tx, text.GetValue())
 			_, err := tx.Exec(ctx, `
-				INSERT INTO effects VALUES ($1, 1) ON CONFLICT (effect) DO UPDATE SET times = effects.times + 1`, text.GetValue())
+				INSERT INTO effects VALUES ($1, 1) ON CONFLICT (effect) DO UPDATE SET times = effects.times + 1`,
+				text.GetValue())
 			return err
 		})
 		return domain{register: func(*connect.Server) {}, groups: []group{{counted, 1}}}
@@ -57,7 +60,7 @@ func TestChangesCrossProcesses(t *testing.T) {
 	await(t, "consumer", serve(t, RunConsumer, config), http.StatusOK)
 	await(t, "relay", serve(t, RunRelay, config), http.StatusOK)
 
-	// The safety interval would find the change too, if later; so look at the rings themselves.
+	// The safety interval would find the change later anyway, so check the notifications themselves.
 	rung := make(chan string, 100)
 	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
 	var listening sync.WaitGroup
@@ -66,9 +69,10 @@ func TestChangesCrossProcesses(t *testing.T) {
 	testenv.Eventually(t, 20*time.Second, func() error {
 		var listeners int
 		err := db.QueryRow(t.Context(), `
-			SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND query = 'LISTEN "changes"'`).Scan(&listeners)
+			SELECT count(*) FROM pg_stat_activity
+			WHERE datname = current_database() AND query = 'LISTEN "changes"'`).Scan(&listeners)
 		if err == nil && listeners != 2 {
-			err = errors.New("not the API alone, besides the test, listens")
+			err = fmt.Errorf("%d sessions listen, want those of the API and the test", listeners)
 		}
 		return err
 	})

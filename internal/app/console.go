@@ -21,22 +21,23 @@ func RunConsole(ctx context.Context, config Config) error {
 	return run(ctx, config, "console", (*process).startEdge, (*process).startConsole)
 }
 
-// startConsole serves the console on an address of its own, which is for operators. It is ready without the broker: that is when it is needed.
+// startConsole serves the console on its own address, for operators. The console does not need the broker to be ready:
+// operators need it most when the broker is down.
 func (p *process) startConsole(ctx context.Context) {
 	if p.config.ConsoleAddr == "" {
 		return
 	}
 	gauge := rabbit.NewGauge(p.config.AMQPURL, p.connectionName("console"))
-	desk := console.New(console.Config{
+	service := console.New(console.Config{
 		DB: p.db, Operations: p.calls, Groups: p.consoleGroups(), Depths: gauge.Read, Dangers: p.dangers,
 		APIs: []string{ServiceName + " api", ServiceName + " all"}, Service: ServiceName, Version: p.config.Version,
 	})
-	server := p.newConsoleServer(desk)
-	p.group.Go(func() error { defer gauge.Close(); return desk.Run(ctx) })
+	server := p.newConsoleServer(service)
+	p.group.Go(func() error { defer gauge.Close(); return service.Run(ctx) })
 	p.listen(ctx, server)
 }
 
-// dangers are the policies of the broker that are dangerous to the queues; none if nobody may be asked.
+// dangers returns the broker's policies that are dangerous to the queues; none without a management URL.
 func (p *process) dangers(ctx context.Context) ([]rabbit.Danger, error) {
 	if p.config.ManagementURL == "" {
 		return nil, nil
@@ -44,21 +45,22 @@ func (p *process) dangers(ctx context.Context) ([]rabbit.Danger, error) {
 	return p.topology().Policies(ctx, p.config.ManagementURL, p.config.AMQPURL)
 }
 
-// newConsoleServer makes the console's server. It lets in whom the API lets in, but no page of another origin, whatever the API allows.
-func (p *process) newConsoleServer(desk *console.Console) *rpcserver.Server {
+// newConsoleServer makes the console's server. It accepts the credentials of the API, but refuses pages of other
+// origins, even those that the API allows.
+func (p *process) newConsoleServer(service *console.Console) *rpcserver.Server {
 	server := rpcserver.New(rpcserver.Config{
 		Addr: p.config.ConsoleAddr, Checks: p.consoleChecks(), Interceptors: p.edge.interceptors,
 		MeterProvider: p.telemetry.Meter, TracerProvider: p.telemetry.Tracer, TLS: p.edge.tls,
 		ReadMaxBytes: p.edge.ReadMaxBytes, MaxConns: p.edge.MaxConns, MaxConnsPerAddress: p.edge.MaxConnsPerAddress,
 		Budget: p.edge.budget, LocalNames: p.edge.NoAuth, Hosts: p.edge.NoAuthHosts,
-	}, func(s *connect.Server) { opsv1connect.RegisterOpsServiceHandler(s, desk) })
+	}, func(s *connect.Server) { opsv1connect.RegisterOpsServiceHandler(s, service) })
 	server.Handle("GET "+console.Prefix, console.Pages())
 	server.Handle("GET /{$}", redirect(strings.TrimPrefix(console.Prefix, "/")))
 	return server
 }
 
-// redirect leads to a place next to the one that was asked for. http.Redirect makes the path absolute, and behind a proxy that puts a path before ours it
-// would lead out of it.
+// redirect redirects to a relative path. http.Redirect would make it absolute, which is wrong behind a proxy that adds
+// a prefix to our paths.
 func redirect(to string) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Location", to)
@@ -66,7 +68,7 @@ func redirect(to string) http.Handler {
 	})
 }
 
-// consoleGroups are the groups that operators see: the domain's, and that of durable calls.
+// consoleGroups returns the groups that operators see: those of the domain, and the group of durable calls.
 func (p *process) consoleGroups() (groups []console.Group) {
 	for _, g := range p.domain.groups {
 		groups = append(groups, console.Group{Group: ops.Group{Name: g.Name(), Types: g.Types()}, Queue: queueName(g)})

@@ -20,15 +20,15 @@ import (
 	"example.com/shop/internal/telemetry"
 )
 
-// startDesk serves ops.v1 on a database of its own, in which there is something to be found.
-func startDesk(t *testing.T) *api {
+// startConsoleAPI serves ops.v1 on its own database, which contains dead letters and retries.
+func startConsoleAPI(t *testing.T) *api {
 	t.Helper()
 	edge, err := newEdge(Edge{NoAuth: true})
 	if err != nil {
 		t.Fatal(err)
 	}
 	a := &api{db: testenv.Postgres(t)}
-	if _, err := ops.Shards(t.Context(), a.db); err != nil { // from now on counting the backlog adds no row
+	if _, err := ops.Shards(t.Context(), a.db); err != nil { // the first count of the backlog adds a row
 		t.Fatal(err)
 	}
 	_, err = a.db.Exec(t.Context(), `
@@ -40,9 +40,10 @@ func startDesk(t *testing.T) *api {
 		t.Fatal(err)
 	}
 	calls := operations.New(a.db, outbox.NewWriter(a.db, nil, nil), changes.New(changes.Config{}), operations.Config{})
-	desk := console.New(console.Config{DB: a.db, Operations: calls, Groups: []console.Group{{Group: ops.Group{Name: "group"}, Queue: "q"}}})
+	groups := []console.Group{{Group: ops.Group{Name: "group"}, Queue: "q"}}
+	service := console.New(console.Config{DB: a.db, Operations: calls, Groups: groups})
 	p := &process{edge: edge, telemetry: new(telemetry.Providers)}
-	a.server = p.newServer(func(s *connect.Server) { opsv1connect.RegisterOpsServiceHandler(s, desk) })
+	a.server = p.newServer(func(s *connect.Server) { opsv1connect.RegisterOpsServiceHandler(s, service) })
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -60,22 +61,22 @@ func startDesk(t *testing.T) *api {
 	return a
 }
 
-// TestBadInput for what operators call.
+// TestBadInputToTheConsole is TestBadInput for ops.v1.
 func TestBadInputToTheConsole(t *testing.T) {
 	t.Parallel()
 	duration, err := time.ParseDuration(cmp.Or(os.Getenv("FUZZTIME"), "500ms"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	a := startDesk(t)
+	a := startConsoleAPI(t)
 	var all []connect.Spec
 	for spec := range a.server.Specs() {
-		// Watching takes no input, and does not end.
+		// WatchFlow has no input and does not end.
 		if strings.HasPrefix(spec.Procedure, "/ops.") && spec.Procedure != opsv1connect.OpsServiceWatchFlowProcedure {
 			all = append(all, spec)
 		}
 	}
-	for _, spec := range all { // one after the other: whose row it is must be told
+	for _, spec := range all { // sequentially, so that a new row belongs to one procedure
 		f := newFuzz(t, a, spec, all)
 		f.run(duration)
 		f.report()

@@ -19,7 +19,8 @@ import (
 	"example.com/shop/internal/telemetry"
 )
 
-// Every procedure of the console says who may call it: observers look, operators act, and nobody else gets in.
+// Every procedure of the console declares its callers: observers read, operators read and act, and all others are
+// refused.
 func TestConsoleAccess(t *testing.T) {
 	t.Parallel()
 	keys, lines := apiKeys(t, "stranger", "observer", "operator")
@@ -31,7 +32,9 @@ func TestConsoleAccess(t *testing.T) {
 	transport := connecthttp.NewTransport(newHTTPClient(t, true), url)
 	for spec := range consoleServer(t).Specs() {
 		access := auth.AccessTo(spec)
-		if acting := spec.IdempotencyLevel != connect.IdempotencyNoSideEffects && !strings.HasSuffix(spec.Procedure, "/WatchFlow"); acting && strings.HasPrefix(spec.Procedure, "/ops.") {
+		reads := spec.IdempotencyLevel == connect.IdempotencyNoSideEffects ||
+			strings.HasSuffix(spec.Procedure, "/WatchFlow")
+		if !reads && strings.HasPrefix(spec.Procedure, "/ops.") {
 			if acts++; len(access.GetRoles()) != 1 || access.GetRoles()[0] != "operator" {
 				t.Errorf("%s acts, and is open to %v", spec.Procedure, access)
 			}
@@ -53,7 +56,7 @@ func TestConsoleAccess(t *testing.T) {
 	}
 }
 
-// consoleServer knows the console's procedures. It serves nobody.
+// consoleServer returns a server with the console's procedures that serves no calls.
 func consoleServer(t *testing.T) *rpcserver.Server {
 	t.Helper()
 	edge, err := newEdge(Edge{})
@@ -63,34 +66,39 @@ func consoleServer(t *testing.T) *rpcserver.Server {
 	return (&process{edge: edge, telemetry: new(telemetry.Providers)}).newConsoleServer(console.New(console.Config{}))
 }
 
-// A page of another origin can do nothing, nor one whose name was made to lead here.
+// Pages of other origins cannot call the console, not even with DNS rebinding.
 func TestConsoleRefusesOtherOrigins(t *testing.T) {
 	t.Parallel()
-	config := probed(Config{PostgresURL: testenv.PostgresURL(t), AMQPURL: testenv.AMQP(t), Edge: Edge{NoAuth: true, Origins: []string{"https://api.example"}}})
+	config := probed(Config{
+		PostgresURL: testenv.PostgresURL(t), AMQPURL: testenv.AMQP(t),
+		Edge: Edge{NoAuth: true, Origins: []string{"https://api.example"}},
+	})
 	served := start(t, RunConsole, config)
 	await(t, "console", served.ready, http.StatusOK)
-	url := served.url
-	for name, one := range map[string]struct {
+	url := served.url + opsv1connect.OpsServiceGetSessionProcedure
+	for name, test := range map[string]struct {
 		host   string
 		header map[string]string
 		want   int
 	}{
-		"Own":          {"", map[string]string{"Origin": url, "Sec-Fetch-Site": "same-origin"}, http.StatusOK},
-		"Command":      {"", nil, http.StatusOK},
-		"OtherSite":    {"", map[string]string{"Sec-Fetch-Site": "cross-site"}, http.StatusForbidden},
-		"OtherOrigin":  {"", map[string]string{"Origin": "https://evil.example"}, http.StatusForbidden},
-		"OriginOfAPI":  {"", map[string]string{"Origin": "https://api.example"}, http.StatusForbidden},
-		"OtherPort":    {"", map[string]string{"Origin": "http://127.0.0.1:1"}, http.StatusForbidden},
-		"DNSRebinding": {"evil.example:8090", map[string]string{"Sec-Fetch-Site": "same-origin"}, http.StatusMisdirectedRequest},
-		"Localhost":    {"localhost:8090", nil, http.StatusOK},
+		"Own":         {"", map[string]string{"Origin": served.url, "Sec-Fetch-Site": "same-origin"}, http.StatusOK},
+		"Command":     {"", nil, http.StatusOK},
+		"OtherSite":   {"", map[string]string{"Sec-Fetch-Site": "cross-site"}, http.StatusForbidden},
+		"OtherOrigin": {"", map[string]string{"Origin": "https://evil.example"}, http.StatusForbidden},
+		"OriginOfAPI": {"", map[string]string{"Origin": "https://api.example"}, http.StatusForbidden},
+		"OtherPort":   {"", map[string]string{"Origin": "http://127.0.0.1:1"}, http.StatusForbidden},
+		"DNSRebinding": {
+			"evil.example:8090", map[string]string{"Sec-Fetch-Site": "same-origin"}, http.StatusMisdirectedRequest,
+		},
+		"Localhost": {"localhost:8090", nil, http.StatusOK},
 	} {
-		request, err := http.NewRequestWithContext(t.Context(), http.MethodPost, url+opsv1connect.OpsServiceGetSessionProcedure, strings.NewReader("{}"))
+		request, err := http.NewRequestWithContext(t.Context(), http.MethodPost, url, strings.NewReader("{}"))
 		if err != nil {
 			t.Fatal(err)
 		}
-		request.Host = one.host
+		request.Host = test.host
 		request.Header.Set("Content-Type", "application/json")
-		for key, value := range one.header {
+		for key, value := range test.header {
 			request.Header.Set(key, value)
 		}
 		response, err := web.Do(request)
@@ -98,13 +106,14 @@ func TestConsoleRefusesOtherOrigins(t *testing.T) {
 			t.Fatal(err)
 		}
 		response.Body.Close()
-		if response.StatusCode != one.want {
-			t.Errorf("%s: %s, want %d", name, response.Status, one.want)
+		if response.StatusCode != test.want {
+			t.Errorf("%s: %s, want %d", name, response.Status, test.want)
 		}
 	}
 }
 
-// With no more rights than its role and its permissions give, the console sees the flow, and a group that it pauses takes nothing until it is resumed.
+// With only its role and its permissions, the console sees the flow, and a group that it pauses takes no messages
+// until it is resumed.
 func TestConsolePausesAGroup(t *testing.T) {
 	t.Parallel()
 	owner, admin := testenv.Postgres(t), testenv.AMQP(t)
@@ -115,33 +124,42 @@ func TestConsolePausesAGroup(t *testing.T) {
 		t.Fatal(err)
 	}
 	given := func(role string, p rabbit.Permissions) Config {
-		return probed(Config{PostgresURL: testenv.As(t, url, role), TopologyGiven: true, AMQPURL: testenv.Management(t, admin).User(p.Configure, p.Write, p.Read), Edge: Edge{NoAuth: true}})
+		return probed(Config{
+			PostgresURL: testenv.As(t, url, role), TopologyGiven: true,
+			AMQPURL: testenv.Management(t, admin).User(p.Configure, p.Write, p.Read),
+			Edge:    Edge{NoAuth: true},
+		})
 	}
 	await(t, "relay", serve(t, RunRelay, given("shop_relay", topology.PublisherPermissions())), http.StatusOK)
 	await(t, "consumer", serve(t, RunConsumer, given("shop_consumer", topology.ConsumerPermissions())), http.StatusOK)
 	console := start(t, RunConsole, given("shop_operator", topology.ObserverPermissions()))
 	await(t, "console", console.ready, http.StatusOK)
-	client := opsv1connect.NewOpsServiceClient(connect.NewClient(connecthttp.NewTransport(newHTTPClient(t, true), console.url)))
+	transport := connecthttp.NewTransport(newHTTPClient(t, true), console.url)
+	client := opsv1connect.NewOpsServiceClient(connect.NewClient(transport))
 	if err := send(t.Context(), owner, "", "first"); err != nil {
 		t.Fatal(err)
 	}
 	awaitEffects(1)
-	if _, err := client.PauseGroup(t.Context(), &opsv1.PauseGroupRequest{Group: probeGroup, Reason: "why"}); err != nil {
+	if _, err := client.PauseGroup(t.Context(), &opsv1.PauseGroupRequest{Group: probeGroup,
+		Reason: "why"}); err != nil {
 		t.Fatal(err)
 	}
-	awaitQueue(t, client, func(queue *opsv1.Station) bool { return queue.GetWaiting() == 0 && consumersOf(t, admin) == 0 })
+	awaitQueue(t, client, func(queue *opsv1.Station) bool {
+		return queue.GetWaiting() == 0 && consumersOf(t, admin) == 0
+	})
 	if err := send(t.Context(), owner, "", "second"); err != nil {
 		t.Fatal(err)
 	}
 	awaitQueue(t, client, func(queue *opsv1.Station) bool { return queue.GetWaiting() == 1 })
 	awaitEffects(1)
-	if _, err := client.ResumeGroup(t.Context(), &opsv1.ResumeGroupRequest{Group: probeGroup, Reason: "why"}); err != nil {
+	if _, err := client.ResumeGroup(t.Context(), &opsv1.ResumeGroupRequest{Group: probeGroup,
+		Reason: "why"}); err != nil {
 		t.Fatal(err)
 	}
 	awaitEffects(2)
 }
 
-// consumersOf asks the broker how many take from the probes' queue.
+// consumersOf returns how many consumers the probes' queue has.
 func consumersOf(t *testing.T, url string) int {
 	t.Helper()
 	gauge := rabbit.NewGauge(url, "test")
@@ -153,7 +171,7 @@ func consumersOf(t *testing.T, url string) int {
 	return depths[0].Consumers
 }
 
-// awaitQueue watches the flow until the probes' queue is as wanted.
+// awaitQueue watches the flow until the station of the probes' queue satisfies wanted.
 func awaitQueue(t *testing.T, client opsv1connect.OpsServiceClient, wanted func(queue *opsv1.Station) bool) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)

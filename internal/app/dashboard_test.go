@@ -21,7 +21,7 @@ import (
 	"google.golang.org/protobuf/types/known/wrapperspb"
 )
 
-// The questions of the dashboard are put to a real Prometheus that scrapes a process: it understands each, and every panel has something to draw.
+// A real Prometheus that scrapes a process understands each query of the dashboard, and every panel has data.
 func TestDashboardIsDrawn(t *testing.T) {
 	t.Parallel()
 	config := watched(Config{PostgresURL: testenv.PostgresURL(t), AMQPURL: testenv.AMQP(t)})
@@ -33,7 +33,7 @@ func TestDashboardIsDrawn(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	testenv.Eventually(t, time.Minute, func() error { // rates need two samples with something between them
+	testenv.Eventually(t, time.Minute, func() error { // a rate needs two samples that differ
 		commit(t, config.PostgresURL, watchedType, payload)
 		answer, err := http.Post(service.url+watchedProcedure, "application/json", strings.NewReader(`""`))
 		if err != nil {
@@ -46,14 +46,14 @@ func TestDashboardIsDrawn(t *testing.T) {
 		for _, panel := range panels(t) {
 			series := 0
 			for _, target := range panel.Targets {
-				series += ask(t, prometheus, target.Expr)
+				series += query(t, prometheus, target.Expr)
 			}
 			if series == 0 {
 				empty = append(empty, panel.Title)
 			}
 		}
 		if len(empty) > 0 {
-			return fmt.Errorf("nothing to draw: %s", strings.Join(empty, "; "))
+			return fmt.Errorf("panels without data: %s", strings.Join(empty, "; "))
 		}
 		return nil
 	})
@@ -81,35 +81,36 @@ func panels(t *testing.T) []panel {
 	return found
 }
 
-// startPrometheus scrapes the service every second, and returns the address of the API.
+// startPrometheus runs a Prometheus that scrapes the service every second, and returns its URL.
 func startPrometheus(t *testing.T, service string) string {
 	t.Helper()
-	if output, err := exec.Command("bash", "../../scripts/need.sh", "prometheus", "prometheus").CombinedOutput(); err != nil {
-		t.Fatalf("prometheus: %v\n%s", err, output)
-	}
+	need(t, "prometheus")
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
 	address := listener.Addr().String()
-	if err := listener.Close(); err != nil { // Prometheus wants it now
+	if err := listener.Close(); err != nil { // free the port for Prometheus
 		t.Fatal(err)
 	}
 	dir := t.TempDir()
 	config := filepath.Join(dir, "prometheus.yml")
-	text := fmt.Sprintf("scrape_configs: [{job_name: service, scrape_interval: 1s, static_configs: [{targets: [%q]}]}]\n", strings.TrimPrefix(service, "http://"))
+	text := fmt.Sprintf("scrape_configs: [{job_name: service, scrape_interval: 1s, static_configs: [{targets: "+
+		"[%q]}]}]\n",
+		strings.TrimPrefix(service, "http://"))
 	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	var log bytes.Buffer
-	server := exec.Command("prometheus", "--config.file="+config, "--storage.tsdb.path="+filepath.Join(dir, "data"), "--web.listen-address="+address)
+	server := exec.Command("prometheus", "--config.file="+config,
+		"--storage.tsdb.path="+filepath.Join(dir, "data"), "--web.listen-address="+address)
 	server.Stderr = &log
 	if err := server.Start(); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
 		_ = server.Process.Kill()
-		_ = server.Wait() // and only then is the log complete
+		_ = server.Wait() // completes the log
 		if t.Failed() {
 			t.Log(log.String())
 		}
@@ -128,24 +129,24 @@ func startPrometheus(t *testing.T, service string) string {
 	return "http://" + address
 }
 
-// ask returns how many series answer a question of the dashboard.
-func ask(t *testing.T, prometheus, expr string) int {
+// query returns how many series a query of the dashboard returns.
+func query(t *testing.T, prometheus, expr string) int {
 	t.Helper()
 	expr = strings.ReplaceAll(expr, "$__rate_interval", "10s")
-	answer, err := http.Get(prometheus + "/api/v1/query?query=" + url.QueryEscape(expr))
+	response, err := http.Get(prometheus + "/api/v1/query?query=" + url.QueryEscape(expr))
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer answer.Body.Close()
-	var said struct {
+	defer response.Body.Close()
+	var result struct {
 		Status, Error string
 		Data          struct{ Result []json.RawMessage }
 	}
-	if err := json.NewDecoder(answer.Body).Decode(&said); err != nil {
+	if err := json.NewDecoder(response.Body).Decode(&result); err != nil {
 		t.Fatal(err)
 	}
-	if said.Status != "success" {
-		t.Fatalf("%s: %s", expr, said.Error)
+	if result.Status != "success" {
+		t.Fatalf("%s: %s", expr, result.Error)
 	}
-	return len(said.Data.Result)
+	return len(result.Data.Result)
 }

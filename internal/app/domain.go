@@ -10,17 +10,18 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// ServiceName names the service to the broker and to the operator: queues are called after it.
+// ServiceName is the service's name on the broker and for operators; queue names begin with it.
 const ServiceName = "shop"
 
-// domain is all that the core knows of the service. This file is the only one of the core that names it.
+// domain is everything that the core knows about the domain. No other file of the core imports the domain.
 type domain struct {
 	register func(*connect.Server)
 	groups   []group
 }
 
-// group is a consumer group, and how many of its batches may be handled at once: more than one where one does not keep up. Handlers that lock rows
-// which many keys share, as stock is, want one lane: more would wait for each other in the database, or deadlock and start again.
+// group is a consumer group with the number of batches that it handles at once. Use more than one lane if one does not
+// keep up. Use one lane if handlers lock rows that many keys share, such as stock: more lanes would wait for each other
+// in the database, or deadlock and retry.
 type group struct {
 	*inbox.Group
 	lanes int

@@ -18,21 +18,22 @@ import (
 	"example.com/shop/internal/rpcserver"
 )
 
-// Edge says who may call, and what a call may cost. The zero value lets nobody in.
+// Edge configures who may call, and the limits of calls. The zero value accepts no credentials.
 type Edge struct {
-	// JWKS is the URL or file of the keys that tokens are signed with; "" accepts no tokens. Tokens says which ones.
+	// JWKS is the URL or file of the keys that sign tokens; "" accepts no tokens. Tokens configures which tokens are
+	// valid.
 	JWKS   string
 	Tokens auth.TokenConfig
-	// APIKeysFile is a file of lines that auth.Keys documents, APIKeys are such lines themselves.
+	// APIKeysFile is a file of lines as auth.Keys documents; APIKeys contains such lines directly.
 	APIKeysFile, APIKeys string
-	// NoAuth lets everybody do everything who calls this machine by a local name, or by one of NoAuthHosts.
+	// NoAuth allows every call that uses a local name of this machine, or one of NoAuthHosts.
 	NoAuth      bool
 	NoAuthHosts []string
 	Limit       rpcserver.LimitConfig
-	// TLS without a certificate is plain HTTP. Its client certificates count as credentials.
+	// TLS without a certificate means plain HTTP. Client certificates are credentials.
 	TLS rpcserver.TLSFiles
-	// InFlightBytes is the budget of requests under way; see rpcserver.Budget. Default a sixth of the memory limit (GOMEMLIMIT), or 256 MiB
-	// without one.
+	// InFlightBytes is the memory budget of requests in flight; see rpcserver.Budget. The default is a sixth of the memory
+	// limit (GOMEMLIMIT), or 256 MiB without one.
 	InFlightBytes int64
 	// Origins, ReadMaxBytes, MaxConns and MaxConnsPerAddress are those of rpcserver.Config.
 	Origins            []string
@@ -41,21 +42,22 @@ type Edge struct {
 	MaxConnsPerAddress int
 }
 
-// edge is what an Edge opens.
+// edge is an Edge with its files loaded.
 type edge struct {
 	Edge
 	tls  *tls.Config
 	keys *auth.KeySet // nil without tokens
-	// tokensOnly: there are no credentials but tokens.
+	// tokensOnly means that tokens are the only credentials.
 	tokensOnly bool
-	// budget is one for the process, whatever its requests come by.
+	// budget is shared by all transports of the process.
 	budget *rpcserver.Budget
-	// interceptors are for every transport.
+	// interceptors apply to every transport.
 	interceptors []connect.ServerInterceptor
 }
 
 func newEdge(config Edge) (*edge, error) {
-	e := &edge{Edge: config, budget: rpcserver.NewBudget(config.inFlightBytes(), int64(cmp.Or(config.ReadMaxBytes, rpcserver.DefaultReadMaxBytes)))}
+	readMaxBytes := int64(cmp.Or(config.ReadMaxBytes, rpcserver.DefaultReadMaxBytes))
+	e := &edge{Edge: config, budget: rpcserver.NewBudget(config.inFlightBytes(), readMaxBytes)}
 	config.Limit.Budget = e.budget
 	accepts := auth.Config{Off: config.NoAuth, Certificates: config.TLS.ClientCA != ""}
 	var err error
@@ -69,7 +71,7 @@ func newEdge(config Edge) (*edge, error) {
 	}
 	switch {
 	case config.APIKeysFile != "" && config.APIKeys != "":
-		return nil, errors.New("API keys come from a file or from a variable, not from both")
+		return nil, errors.New("API keys must come from a file or from a variable, not from both")
 	case config.APIKeysFile != "":
 		accepts.Keys, err = auth.ReadKeys(config.APIKeysFile)
 	case config.APIKeys != "":
@@ -84,23 +86,26 @@ func newEdge(config Edge) (*edge, error) {
 			return nil, err
 		}
 	}
-	e.interceptors = []connect.ServerInterceptor{auth.Identify(accepts), rpcserver.Limit(config.Limit), auth.Authorize(slog.Default())}
+	e.interceptors = []connect.ServerInterceptor{
+		auth.Identify(accepts), rpcserver.Limit(config.Limit), auth.Authorize(slog.Default()),
+	}
 	return e, nil
 }
 
-// inFlightBytes is the budget: the rest of a memory limit is for connections, answers, and what the process needs when nobody calls.
+// inFlightBytes returns the memory budget. The rest of a memory limit is for connections, responses and the idle
+// process.
 func (c Edge) inFlightBytes() int64 {
 	const part, unlimited = 6, 256 << 20
 	if c.InFlightBytes > 0 {
 		return c.InFlightBytes
 	}
-	if limit := debug.SetMemoryLimit(-1); limit < math.MaxInt64 { // which only asks
+	if limit := debug.SetMemoryLimit(-1); limit < math.MaxInt64 { // -1 changes nothing
 		return limit / part
 	}
 	return unlimited
 }
 
-// newServer makes the server of the API.
+// newServer makes the API's server.
 func (p *process) newServer(services ...func(*connect.Server)) *rpcserver.Server {
 	request, response := headers()
 	return rpcserver.New(rpcserver.Config{
@@ -112,7 +117,7 @@ func (p *process) newServer(services ...func(*connect.Server)) *rpcserver.Server
 	}, services...)
 }
 
-// startEdge runs what the edge needs.
+// startEdge runs the edge's background work.
 func (p *process) startEdge(ctx context.Context) {
 	p.needKeys()
 	if p.edge.keys != nil {
@@ -123,12 +128,13 @@ func (p *process) startEdge(ctx context.Context) {
 	}
 }
 
-// interceptors are what each call goes through, whatever it came by: who it is, what it may, whether it is to be answered later or was answered before.
+// interceptors returns the interceptors of calls over any transport: authentication, limits, authorization, durable
+// calls and idempotency keys.
 func (p *process) interceptors() []connect.ServerInterceptor {
 	return append(slices.Clone(p.edge.interceptors), p.calls.Interceptor(), p.keys.Interceptor())
 }
 
-// headers are those that the interceptors read of requests and write to answers.
+// headers returns the headers that the interceptors read from requests and write to responses.
 func headers() (request, response []string) {
 	for _, of := range []func() (request, response []string){operations.Headers, idempotency.Headers} {
 		read, written := of()
@@ -137,10 +143,11 @@ func headers() (request, response []string) {
 	return request, response
 }
 
-// warnOfNoAuth says every minute what nobody should be able to overlook.
+// warnOfNoAuth logs a warning every minute, so that nobody overlooks it.
 func warnOfNoAuth(ctx context.Context, log *slog.Logger) {
 	for {
-		log.WarnContext(ctx, "AUTHENTICATION IS OFF: whoever reaches this port may call everything. Never do this in production.")
+		log.WarnContext(ctx, "AUTHENTICATION IS OFF: anybody who reaches this port may call everything. "+
+			"Never do this in production.")
 		select {
 		case <-ctx.Done():
 			return

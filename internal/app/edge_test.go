@@ -29,7 +29,7 @@ import (
 	"google.golang.org/protobuf/types/known/emptypb"
 )
 
-// api is the API as it is served, with the real domain.
+// api is a running API with the real domain.
 type api struct {
 	url    string
 	server *rpcserver.Server
@@ -43,7 +43,8 @@ func startAPI(t *testing.T, config Edge, more ...func(*connect.Server)) *api {
 		t.Fatal(err)
 	}
 	db := testenv.Postgres(t)
-	p := &process{edge: edge, telemetry: new(telemetry.Providers), domain: newDomain(db, outbox.NewWriter(db, nil, nil), changes.New(changes.Config{}))}
+	domain := newDomain(db, outbox.NewWriter(db, nil, nil), changes.New(changes.Config{}))
+	p := &process{edge: edge, telemetry: new(telemetry.Providers), domain: domain}
 	a := &api{db: db, server: p.newServer(append(more, p.domain.register)...)}
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -71,7 +72,7 @@ func newHTTPClient(t *testing.T, http2 bool) *http.Client {
 	return &http.Client{Transport: transport}
 }
 
-// apiKeys makes a key for each role and one for none, and the lines that the service keeps.
+// apiKeys makes a key for each role, and the lines that configure the service.
 func apiKeys(t *testing.T, roles ...string) (keys map[string]string, lines string) {
 	t.Helper()
 	keys = make(map[string]string)
@@ -86,7 +87,7 @@ func apiKeys(t *testing.T, roles ...string) (keys map[string]string, lines strin
 	return keys, lines
 }
 
-// protocols are all ways in over HTTP. Those with get are for procedures without side effects only.
+// protocols are all protocols over HTTP. Those with get support only procedures without side effects.
 var protocols = []struct {
 	name       string
 	http2, get bool
@@ -103,7 +104,7 @@ var protocols = []struct {
 	{"gRPC-Web over HTTP/2", true, false, []connecthttp.Option{connecthttp.WithGRPCWeb()}},
 }
 
-// codeOf calls a procedure with an empty message and some headers, and returns the code of the answer; 0 is OK.
+// codeOf calls a procedure with an empty message and the given headers, and returns the response's code; 0 means OK.
 func codeOf(t *testing.T, transport connect.Transport, spec connect.Spec, header map[string]string) connect.Code {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
@@ -124,7 +125,7 @@ func codeOf(t *testing.T, transport connect.Transport, spec connect.Spec, header
 	if err := stream.Send(in); err != nil && !errors.Is(err, io.EOF) {
 		t.Fatal(err)
 	}
-	_ = stream.CloseSend() // an error comes again from Receive
+	_ = stream.CloseSend() // Receive returns the same error
 	if err := stream.Receive(out); err != nil && !errors.Is(err, io.EOF) {
 		return connect.CodeOf(err)
 	}
@@ -133,18 +134,22 @@ func codeOf(t *testing.T, transport connect.Transport, spec connect.Spec, header
 
 var (
 	undeclared         = connect.Spec{Procedure: "/probe.v1.Probe/Undeclared", StreamType: connect.StreamTypeUnary}
-	undeclaredReadable = connect.Spec{Procedure: "/probe.v1.Probe/Readable", StreamType: connect.StreamTypeUnary, IdempotencyLevel: connect.IdempotencyNoSideEffects}
+	undeclaredReadable = connect.Spec{
+		Procedure: "/probe.v1.Probe/Readable", StreamType: connect.StreamTypeUnary,
+		IdempotencyLevel: connect.IdempotencyNoSideEffects,
+	}
 )
 
 func registerUndeclared(s *connect.Server) {
+	handler := func(_ context.Context, _ connect.Spec, stream connect.ServerStream) error {
+		return stream.Send(new(emptypb.Empty))
+	}
 	for _, spec := range []connect.Spec{undeclared, undeclaredReadable} {
-		s.Register(connect.Method{Spec: spec, Handler: func(_ context.Context, _ connect.Spec, stream connect.ServerStream) error {
-			return stream.Send(new(emptypb.Empty))
-		}})
+		s.Register(connect.Method{Spec: spec, Handler: handler})
 	}
 }
 
-// Each procedure, over each protocol, is open to whom its proto file says, and to nobody else.
+// Each procedure is open only to the callers that its proto file declares, over each protocol.
 func TestAccess(t *testing.T) {
 	t.Parallel()
 	roles := map[string]bool{"stranger": true}
@@ -171,25 +176,28 @@ func TestAccess(t *testing.T) {
 				}
 				procedures++
 				access := auth.AccessTo(spec)
-				check := func(who string, header map[string]string, want connect.Code) {
+				check := func(how string, header map[string]string, want connect.Code) {
 					t.Helper()
 					code := codeOf(t, transport, spec, header)
 					denied := code == connect.CodeUnauthenticated || code == connect.CodePermissionDenied
 					if want == 0 && denied || want != 0 && code != want {
-						t.Errorf("%s %s: %s, want %s (0 for allowed)", who, spec.Procedure, code, want)
+						t.Errorf("%s %s: %s, want %s (0 for allowed)", spec.Procedure, how, code, want)
 					}
 				}
-				check("nobody calls", nil, wantCode(access, ""))
-				check("with a wrong key,", map[string]string{"x-api-key": keys["stranger"] + "x"}, connect.CodeUnauthenticated)
-				check("with a wrong token,", map[string]string{"authorization": "Bearer e30.e30."}, connect.CodeUnauthenticated)
-				check("with basic authentication,", map[string]string{"authorization": "Basic YTpi"}, connect.CodeUnauthenticated)
-				check("with two credentials,", map[string]string{"x-api-key": keys["stranger"], "authorization": "Bearer x"}, connect.CodeUnauthenticated)
+				type header = map[string]string
+				const refused = connect.CodeUnauthenticated
+				check("without credentials", nil, wantCode(access, ""))
+				check("with a wrong key", header{"x-api-key": keys["stranger"] + "x"}, refused)
+				check("with a wrong token", header{"authorization": "Bearer e30.e30."}, refused)
+				check("with basic authentication", header{"authorization": "Basic YTpi"}, refused)
+				check("with two credentials", header{"x-api-key": keys["stranger"], "authorization": "Bearer x"},
+					refused)
 				for role, key := range keys {
-					check(role+" calls", map[string]string{"x-api-key": key}, wantCode(access, role))
+					check("as "+role, header{"x-api-key": key}, wantCode(access, role))
 				}
 			}
 			if procedures == 0 {
-				t.Error("no procedure was tried")
+				t.Error("no procedure was called")
 			}
 		})
 	}
@@ -207,38 +215,38 @@ func wantCode(access *authv1.Access, role string) connect.Code {
 	return connect.CodePermissionDenied
 }
 
-// Every procedure declares who may call it; one that does not is closed, as TestAccess shows, and this test finds it. No
-// role opens both API and console.
+// Every procedure declares its callers; TestAccess shows that one without a declaration is closed. No role may call
+// both the API and the console.
 func TestEveryProcedureDeclaresAccess(t *testing.T) {
 	t.Parallel()
-	var ofConsole []string
+	var consoleRoles []string
 	for spec := range consoleServer(t).Specs() {
 		if strings.HasPrefix(spec.Procedure, "/ops.") {
-			ofConsole = append(ofConsole, auth.AccessTo(spec).GetRoles()...)
+			consoleRoles = append(consoleRoles, auth.AccessTo(spec).GetRoles()...)
 		}
 	}
-	if len(ofConsole) == 0 {
-		t.Fatal("the console has no roles: looking in the wrong place")
+	if len(consoleRoles) == 0 {
+		t.Fatal("found no roles of the console")
 	}
 	for spec := range startAPI(t, Edge{}).server.Specs() {
 		access := auth.AccessTo(spec)
 		if access.GetPublic() && (access.GetAuthenticated() || len(access.GetRoles()) > 0) {
-			t.Errorf("%s is public and yet asks for something", spec.Procedure)
+			t.Errorf("%s is public but requires credentials", spec.Procedure)
 		}
 		if !access.GetPublic() && !access.GetAuthenticated() && len(access.GetRoles()) == 0 {
 			t.Errorf("%s has no option (auth.v1.access)", spec.Procedure)
 		}
-		if both := overlapping(access.GetRoles(), ofConsole); len(both) > 0 {
-			t.Errorf("%s is open to %q, which are roles of the console: who has them may act there, too", spec.Procedure, both)
+		if both := overlapping(access.GetRoles(), consoleRoles); len(both) > 0 {
+			t.Errorf("%s is open to %q, which are roles of the console", spec.Procedure, both)
 		}
 	}
 }
 
 func overlapping(a, b []string) []string {
-	return slices.DeleteFunc(slices.Clone(a), func(one string) bool { return !slices.Contains(b, one) })
+	return slices.DeleteFunc(slices.Clone(a), func(role string) bool { return !slices.Contains(b, role) })
 }
 
-// A path that is spelled in another way leads past no check.
+// No other spelling of a path bypasses the checks.
 func TestPathTricks(t *testing.T) {
 	t.Parallel()
 	a := startAPI(t, Edge{}, registerUndeclared)
@@ -249,23 +257,26 @@ func TestPathTricks(t *testing.T) {
 		}
 		p := spec.Procedure
 		for _, path := range []string{
-			"/" + p, p + "/", p + "//", "/." + p, "/x/.." + p, "/%2e" + p, strings.ToLower(p), strings.ToUpper(p), strings.Replace(p, "/", "/%2f", 1),
-			"/" + strings.Replace(p[1:], "/", "%2f", 1), p + "%00", p + ";x", p + "?connect=v1&encoding=json&message=%7B%7D", p + ".json", `\` + p[1:],
+			"/" + p, p + "/", p + "//", "/." + p, "/x/.." + p, "/%2e" + p, strings.ToLower(p), strings.ToUpper(p),
+			strings.Replace(p, "/", "/%2f", 1), "/" + strings.Replace(p[1:], "/", "%2f", 1), p + "%00", p + ";x",
+			p + "?connect=v1&encoding=json&message=%7B%7D", p + ".json", `\` + p[1:],
 		} {
-			for _, method := range []string{http.MethodPost, http.MethodGet, http.MethodPut, http.MethodOptions, http.MethodHead, "post"} {
+			for _, method := range []string{
+				http.MethodPost, http.MethodGet, http.MethodPut, http.MethodOptions, http.MethodHead, "post",
+			} {
 				req, err := http.NewRequestWithContext(t.Context(), method, a.url, strings.NewReader("{}"))
 				if err != nil {
 					t.Fatal(err)
 				}
 				path, query, _ := strings.Cut(path, "?")
-				req.URL.Opaque, req.URL.RawQuery = path, query // goes out as it is
+				req.URL.Opaque, req.URL.RawQuery = path, query // sent unchanged
 				if strings.HasPrefix(path, "//") {
 					req.URL.Opaque = "//" + req.URL.Host + path
 				}
 				req.Header.Set("Content-Type", "application/json")
 				res, err := client.Do(req)
 				if err != nil {
-					continue // not even HTTP
+					continue // not valid HTTP
 				}
 				res.Body.Close()
 				if res.StatusCode < 300 {
@@ -276,27 +287,31 @@ func TestPathTricks(t *testing.T) {
 	}
 }
 
-// The switch for development opens everything, and nobody can overlook it.
+// The switch for development opens every procedure.
 func TestNoAuth(t *testing.T) {
 	t.Parallel()
 	a := startAPI(t, Edge{NoAuth: true})
 	transport := connecthttp.NewTransport(newHTTPClient(t, true), a.url)
 	for spec := range a.server.Specs() {
-		if code := codeOf(t, transport, spec, nil); code == connect.CodeUnauthenticated || code == connect.CodePermissionDenied {
+		code := codeOf(t, transport, spec, nil)
+		if code == connect.CodeUnauthenticated || code == connect.CodePermissionDenied {
 			t.Errorf("%s: %s", spec.Procedure, code)
 		}
 	}
 }
 
-// With authentication off no page whose name was made to lead here may call (DNS rebinding).
+// Without authentication, pages cannot call by DNS rebinding.
 func TestNoAuthIsServedUnderLocalNamesOnly(t *testing.T) {
 	t.Parallel()
 	a := startAPI(t, Edge{NoAuth: true, NoAuthHosts: []string{"api"}}, registerUndeclared)
 	for host, want := range map[string]int{
-		"localhost:8080": http.StatusOK, "127.0.0.1:8080": http.StatusOK, "[::1]:8080": http.StatusOK, "api:8080": http.StatusOK, "api": http.StatusOK,
-		"evil.example:8080": http.StatusMisdirectedRequest, "api.evil.example": http.StatusMisdirectedRequest, "10.0.0.1:8080": http.StatusMisdirectedRequest,
+		"localhost:8080": http.StatusOK, "127.0.0.1:8080": http.StatusOK, "[::1]:8080": http.StatusOK,
+		"api:8080": http.StatusOK, "api": http.StatusOK,
+		"evil.example:8080": http.StatusMisdirectedRequest, "api.evil.example": http.StatusMisdirectedRequest,
+		"10.0.0.1:8080": http.StatusMisdirectedRequest,
 	} {
-		request, err := http.NewRequestWithContext(t.Context(), http.MethodPost, a.url+undeclared.Procedure, strings.NewReader("{}"))
+		url := a.url + undeclared.Procedure
+		request, err := http.NewRequestWithContext(t.Context(), http.MethodPost, url, strings.NewReader("{}"))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -313,7 +328,7 @@ func TestNoAuthIsServedUnderLocalNamesOnly(t *testing.T) {
 	}
 }
 
-func TestNoAuthIsSaidAgainAndAgain(t *testing.T) {
+func TestNoAuthIsLoggedEveryMinute(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		var log bytes.Buffer
@@ -321,12 +336,12 @@ func TestNoAuthIsSaidAgainAndAgain(t *testing.T) {
 		defer cancel()
 		warnOfNoAuth(ctx, slog.New(slog.NewTextHandler(&log, nil)))
 		if n := strings.Count(log.String(), "level=WARN"); n != 3 { // at the start, after a minute, after two
-			t.Errorf("said %d times in two and a half minutes:\n%s", n, &log)
+			t.Errorf("logged %d times in two and a half minutes:\n%s", n, &log)
 		}
 	})
 }
 
-// Probes and metrics are on the operators' port, and only there.
+// Probes and metrics are served only on the operators' port.
 func TestProbesAreNotOnTheCallersPort(t *testing.T) {
 	t.Parallel()
 	config := probed(Config{PostgresURL: testenv.PostgresURL(t), AMQPURL: testenv.AMQP(t), Edge: Edge{NoAuth: true}})

@@ -21,7 +21,7 @@ import (
 	"golang.org/x/sync/errgroup"
 )
 
-// written is probed with a method that writes its text down, or finds that it stands there.
+// written is probed with a method that writes its text to the table effects, unless the table contains it.
 func written(config Config) Config {
 	config = probed(config)
 	config.domain = func(_ *pgxpool.Pool, out *outbox.Writer, _ *changes.Hub) domain {
@@ -39,7 +39,7 @@ func written(config Config) Config {
 	return config
 }
 
-// withHeader makes a context whose calls carry headers.
+// withHeader returns a context whose calls have the given headers.
 func withHeader(ctx context.Context, pairs ...string) context.Context {
 	ctx, info := connect.NewClientContext(ctx)
 	for i := 0; i < len(pairs); i += 2 {
@@ -48,9 +48,9 @@ func withHeader(ctx context.Context, pairs ...string) context.Context {
 	return ctx
 }
 
-// A call that finds what it wants done already says so only if no failover can take that back. Here the standby has
-// gone: the first call is committed on the primary, and its caller is told that the outcome is unknown. A repeat finds
-// the row, and must not be told more.
+// A call that finds its effect done reports success only if no failover can undo the effect. Here the standby is down:
+// the first call commits on the primary, and its caller gets an unknown outcome. A repeat finds the row, and must get
+// an unknown outcome, too.
 func TestDoneAlreadySurvivesAFailover(t *testing.T) {
 	t.Parallel()
 	primary, standby := testenv.Replicated(t)
@@ -59,7 +59,8 @@ func TestDoneAlreadySurvivesAFailover(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer owner.Close(context.WithoutCancel(t.Context()))
-	if _, err := owner.Exec(t.Context(), `CREATE TABLE effects (effect text PRIMARY KEY); GRANT ALL ON effects TO shop_api`); err != nil {
+	const tableSQL = `CREATE TABLE effects (effect text PRIMARY KEY); GRANT ALL ON effects TO shop_api`
+	if _, err := owner.Exec(t.Context(), tableSQL); err != nil {
 		t.Fatal(err)
 	}
 	client := func(url string) *connect.Client {
@@ -85,7 +86,8 @@ func TestDoneAlreadySurvivesAFailover(t *testing.T) {
 			return err
 		},
 		"a durable call": func(client *connect.Client) error {
-			_, err := probe.Call(withHeader(t.Context(), "Idempotency-Key", "durable", "Prefer", "respond-async"), client, probe.Mutate, "durable")
+			ctx := withHeader(t.Context(), "Idempotency-Key", "durable", "Prefer", "respond-async")
+			_, err := probe.Call(ctx, client, probe.Mutate, "durable")
 			return err
 		},
 		"a durable call that is cancelled": func(client *connect.Client) error {
@@ -100,7 +102,8 @@ func TestDoneAlreadySurvivesAFailover(t *testing.T) {
 		for name, call := range calls {
 			all.Go(func() error {
 				var answer *connect.Error
-				if err := call(before); !errors.As(err, &answer) || !strings.Contains(answer.Message(), "outcome is unknown") {
+				err := call(before)
+				if !errors.As(err, &answer) || !strings.Contains(answer.Message(), "outcome is unknown") {
 					t.Errorf("%s, %s: %v, want an unknown outcome", name, which, err)
 				}
 				return nil
@@ -110,7 +113,7 @@ func TestDoneAlreadySurvivesAFailover(t *testing.T) {
 	}
 	var rows int
 	if err := owner.QueryRow(t.Context(), `SELECT count(*) FROM effects`).Scan(&rows); err != nil || rows != 2 {
-		t.Errorf("%d rows on the primary, %v: the repeats had nothing to find", rows, err)
+		t.Errorf("%d rows on the primary, %v, want the 2 that the repeats must find", rows, err)
 	}
 	primary.Kill()
 	after := client(standby.Promote())

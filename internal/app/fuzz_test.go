@@ -29,15 +29,16 @@ import (
 	"google.golang.org/protobuf/types/dynamicpb"
 )
 
-// answers that blame the caller or the call's own deadline. None of the others may be had by bad input.
-var fair = []connect.Code{
-	0, connect.CodeInvalidArgument, connect.CodeNotFound, connect.CodeAlreadyExists, connect.CodeFailedPrecondition, connect.CodeOutOfRange,
-	connect.CodeResourceExhausted, connect.CodeUnimplemented, connect.CodeDeadlineExceeded, connect.CodeCanceled, connect.CodeAborted,
+// allowed are the codes that bad input may cause: those that blame the caller or the call's deadline.
+var allowed = []connect.Code{
+	0, connect.CodeInvalidArgument, connect.CodeNotFound, connect.CodeAlreadyExists, connect.CodeFailedPrecondition,
+	connect.CodeOutOfRange, connect.CodeResourceExhausted, connect.CodeUnimplemented, connect.CodeDeadlineExceeded,
+	connect.CodeCanceled, connect.CodeAborted,
 }
 
-// Whatever a caller sends to any procedure, as JSON or binary, the answer is OK or the caller's own fault, and what is refused leaves no row.
-// FUZZTIME says for how long, for each procedure. All are tried at the same time: those that may write on a database of their own, so that
-// whose row it is can be told, the others on one that was filled before.
+// Any input to any procedure, as JSON or binary, gives OK or an error that blames the caller, and a refused call
+// leaves no row. FUZZTIME is the duration for each procedure. All procedures run at the same time: each one that may
+// write has its own database, so that a new row belongs to it, and the others share a database that contains rows.
 func TestBadInput(t *testing.T) {
 	t.Parallel()
 	duration, err := time.ParseDuration(cmp.Or(os.Getenv("FUZZTIME"), "3s"))
@@ -72,12 +73,13 @@ func TestBadInput(t *testing.T) {
 	running.Wait()
 }
 
-// writes says whether a procedure may write; health and reflection do not, and their proto files cannot say so.
+// writes tells whether a procedure may write. Health and reflection do not, although their proto files do not declare
+// it.
 func writes(spec connect.Spec) bool {
 	return spec.IdempotencyLevel != connect.IdempotencyNoSideEffects && !strings.HasPrefix(spec.Procedure, "/grpc.")
 }
 
-// fuzz attacks one procedure, and others now and then, so that there is something to be found in the database.
+// fuzz calls one procedure with bad input, and at times others, so that the database contains rows.
 type fuzz struct {
 	t       *testing.T
 	api     *api
@@ -88,12 +90,15 @@ type fuzz struct {
 	random  *rand.Rand
 	counter *pgxpool.Pool
 	rowsSQL string
-	answers map[connect.Code]int // of the target
+	codes   map[connect.Code]int // of the target
 }
 
 func newFuzz(t *testing.T, a *api, target connect.Spec, others []connect.Spec) *fuzz {
 	t.Helper()
-	f := &fuzz{t: t, api: a, client: newHTTPClient(t, true), target: target, others: others, seed: rand.Uint64(), answers: map[connect.Code]int{}}
+	f := &fuzz{
+		t: t, api: a, client: newHTTPClient(t, true), target: target, others: others, seed: rand.Uint64(),
+		codes: map[connect.Code]int{},
+	}
 	f.random = rand.New(rand.NewPCG(f.seed, 0))
 	config := a.db.Config()
 	config.MaxConns, config.ConnConfig.RuntimeParams["plan_cache_mode"] = 1, "force_generic_plan"
@@ -119,7 +124,7 @@ func (f *fuzz) run(duration time.Duration) {
 		return
 	}
 	// A busy machine may not get to the target within the duration.
-	for n, end := 0, time.Now().Add(duration); len(f.answers) == 0 || time.Now().Before(end); n++ {
+	for n, end := 0, time.Now().Add(duration); len(f.codes) == 0 || time.Now().Before(end); n++ {
 		spec := f.target
 		if f.random.IntN(5) == 0 {
 			spec = f.others[f.random.IntN(len(f.others))]
@@ -131,19 +136,20 @@ func (f *fuzz) run(duration time.Duration) {
 			return
 		}
 		if spec.Procedure == f.target.Procedure {
-			f.answers[code]++
+			f.codes[code]++
 		}
 		now, err := f.rows(ctx)
 		if err != nil {
 			f.t.Error(err)
 			return
 		}
-		if !slices.Contains(fair, code) {
-			f.t.Errorf("%s: answer is %s: %s\nseed %d, request %d: %s", spec.Procedure, code, text, f.seed, n, request)
+		if !slices.Contains(allowed, code) {
+			f.t.Errorf("%s: code is %s: %s\nseed %d, request %d: %s", spec.Procedure, code, text, f.seed, n, request)
 			return
 		}
 		if mayWrite := code == 0 && writes(spec); now != rows && !mayWrite {
-			f.t.Errorf("%s: answer is %s, and yet there are %d more rows\nseed %d, request %d: %s", spec.Procedure, code, now-rows, f.seed, n, request)
+			f.t.Errorf("%s: code is %s, but there are %d more rows\nseed %d, request %d: %s",
+				spec.Procedure, code, now-rows, f.seed, n, request)
 			return
 		}
 		rows = now
@@ -151,27 +157,28 @@ func (f *fuzz) run(duration time.Duration) {
 }
 
 func (f *fuzz) report() {
-	var told []string
+	var counts []string
 	total := 0
-	for _, code := range slices.Sorted(maps.Keys(f.answers)) {
+	for _, code := range slices.Sorted(maps.Keys(f.codes)) {
 		name := code.String()
 		if code == 0 {
 			name = "ok"
 		}
-		told, total = append(told, fmt.Sprint(f.answers[code], " ", name)), total+f.answers[code]
+		counts, total = append(counts, fmt.Sprint(f.codes[code], " ", name)), total+f.codes[code]
 	}
-	f.t.Logf("%-60s %6d calls: %s", f.target.Procedure, total, strings.Join(told, ", "))
+	f.t.Logf("%-60s %6d calls: %s", f.target.Procedure, total, strings.Join(counts, ", "))
 	if total == 0 {
 		f.t.Errorf("%s was never called", f.target.Procedure)
 	}
 }
 
-// rows counts all rows of the database. There are hundreds of partitions: to plan for them takes far longer than to look.
+// rows counts all rows of the database. Planning for hundreds of partitions takes far longer than counting, hence the
+// generic plans.
 func (f *fuzz) rows(ctx context.Context) (n int, err error) {
 	return n, f.counter.QueryRow(ctx, f.rowsSQL).Scan(&n)
 }
 
-// encoding is one way to send a message.
+// encoding is an encoding of messages in a protocol.
 type encoding struct {
 	contentType       string
 	json, framed, rpc bool // rpc is gRPC
@@ -214,7 +221,7 @@ func (f *fuzz) request(spec connect.Spec) request {
 	return r
 }
 
-// message makes the bytes of a message: sometimes a good one, mostly one that is nearly good, seldom any bytes.
+// message makes the bytes of a message: at times valid, mostly almost valid, rarely random.
 func (f *fuzz) message(spec connect.Spec, asJSON bool) []byte {
 	method, ok := spec.Schema.(protoreflect.MethodDescriptor)
 	if !ok || f.random.IntN(20) == 0 {
@@ -227,7 +234,7 @@ func (f *fuzz) message(spec connect.Spec, asJSON bool) []byte {
 	f.fill(message, 3)
 	var body []byte
 	if asJSON {
-		body, _ = protojson.Marshal(message) // fails for strings that are not UTF-8: an empty body, then
+		body, _ = protojson.Marshal(message) // fails for invalid UTF-8, which gives an empty body
 	} else {
 		body, _ = proto.Marshal(message)
 	}
@@ -238,12 +245,15 @@ func (f *fuzz) message(spec connect.Spec, asJSON bool) []byte {
 }
 
 var oddJSON = []string{
-	"", "null", "[]", `""`, "0", "{", "{}}", `{"":{}}`, `{"a":1,"a":2}`, `{"@type":"type.googleapis.com/google.protobuf.Any"}`, "\xef\xbb\xbf{}", `{"a":"\ud800"}`,
-	strings.Repeat(`{"a":`, 20_000), strings.Repeat("[", 100_000), `{"a":1e999999999}`, `{"orderId":"\u0000"}`, "{} {}", `{"lines":[null]}`, `{"pageSize":1e9}`,
-	`{"pageSize":"1"}`, `{"pageSize":1.5}`, `{"status":99}`, `{"status":"NONE"}`, "// {}", "{'a':1}",
+	"", "null", "[]", `""`, "0", "{", "{}}", `{"":{}}`, `{"a":1,"a":2}`,
+	`{"@type":"type.googleapis.com/google.protobuf.Any"}`, "\xef\xbb\xbf{}", `{"a":"\ud800"}`,
+	strings.Repeat(`{"a":`, 20_000), strings.Repeat("[", 100_000), `{"a":1e999999999}`, `{"orderId":"\u0000"}`, "{} {}",
+	`{"lines":[null]}`, `{"pageSize":1e9}`, `{"pageSize":"1"}`, `{"pageSize":1.5}`, `{"status":99}`,
+	`{"status":"NONE"}`,
+	"// {}", "{'a':1}",
 }
 
-// fill sets fields to values that are often valid and sometimes just not.
+// fill sets fields to values that are mostly valid and at times just outside of the limits.
 func (f *fuzz) fill(message protoreflect.Message, depth int) {
 	fields := message.Descriptor().Fields()
 	for i := range fields.Len() {
@@ -262,11 +272,15 @@ func (f *fuzz) fill(message protoreflect.Message, depth int) {
 	}
 }
 
-func (f *fuzz) value(field protoreflect.FieldDescriptor, empty func() protoreflect.Value, depth int) protoreflect.Value {
+var oddNumbers = []int64{0, -1, math.MaxInt32, math.MinInt32, math.MaxInt64, math.MinInt64, 1 << 20, 1e6, 1e9}
+
+func (f *fuzz) value(
+	field protoreflect.FieldDescriptor, empty func() protoreflect.Value, depth int,
+) protoreflect.Value {
 	odd := func(n int) bool { return f.random.IntN(n) == 0 }
 	number := int64(1 + f.random.IntN(9))
 	if odd(6) {
-		number = []int64{0, -1, math.MaxInt32, math.MinInt32, math.MaxInt64, math.MinInt64, 1 << 20, 1e6, 1e9}[f.random.IntN(9)]
+		number = oddNumbers[f.random.IntN(len(oddNumbers))]
 	}
 	switch field.Kind() {
 	case protoreflect.StringKind:
@@ -295,11 +309,12 @@ func (f *fuzz) value(field protoreflect.FieldDescriptor, empty func() protorefle
 	return value
 }
 
-// text is a string as fields want it, or one of those that break things.
+// text returns a string that fields accept, or one that often breaks programs.
 func (f *fuzz) text() string {
 	switch f.random.IntN(8) {
 	case 0, 1, 2:
-		return fmt.Sprintf("0190c0de-0000-7000-8000-00000000000%d", f.random.IntN(4)) // one that others have used, too
+		// Few values, so that calls share them.
+		return fmt.Sprintf("0190c0de-0000-7000-8000-00000000000%d", f.random.IntN(4))
 	case 3, 4, 5:
 		return []string{"apple", "pear", "plum", "fig"}[f.random.IntN(4)]
 	case 6:
@@ -309,9 +324,12 @@ func (f *fuzz) text() string {
 }
 
 var oddText = []string{
-	"", " ", "\x00", "a\x00b", "'; DROP TABLE orders; --", "%s%n", "\\", "\u202e", "\U0001f600", "\ufffd", "e\u0301", strings.Repeat("a", 65), strings.Repeat("x", 100_000),
-	"0190C0DE-0000-7000-8000-000000000001", "{0190c0de-0000-7000-8000-000000000001}", "urn:uuid:0190c0de-0000-7000-8000-000000000001", "0190c0de000070008000000000000001",
-	"00000000-0000-0000-0000-000000000000", "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA", "__________8AAAAAAAAAAAAAAAAAAAAA", "AAYk2j5cQAABkMDeAABwAIAAAAAAAAAB", "NaN", "-0", "1e999",
+	"", " ", "\x00", "a\x00b", "'; DROP TABLE orders; --", "%s%n", "\\", "\u202e", "\U0001f600", "\ufffd", "e\u0301",
+	strings.Repeat("a", 65), strings.Repeat("x", 100_000),
+	"0190C0DE-0000-7000-8000-000000000001", "{0190c0de-0000-7000-8000-000000000001}",
+	"urn:uuid:0190c0de-0000-7000-8000-000000000001", "0190c0de000070008000000000000001",
+	"00000000-0000-0000-0000-000000000000", "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA",
+	"__________8AAAAAAAAAAAAAAAAAAAAA", "AAYk2j5cQAABkMDeAABwAIAAAAAAAAAB", "NaN", "-0", "1e999",
 }
 
 func (f *fuzz) bytes(most int) []byte {
@@ -322,7 +340,7 @@ func (f *fuzz) bytes(most int) []byte {
 	return b
 }
 
-// mutate flips a bit, cuts, doubles or inserts.
+// mutate flips a bit, truncates, repeats or inserts bytes.
 func (f *fuzz) mutate(b []byte) []byte {
 	if len(b) == 0 {
 		return f.bytes(10)
@@ -341,7 +359,8 @@ func (f *fuzz) mutate(b []byte) []byte {
 	return slices.Concat(b[:at], f.bytes(8), b[at:])
 }
 
-// send makes the call and returns its code and message. An error is of the connection: a panic would be one.
+// send makes the call and returns its code and message. An error is a failure of the connection, as after a panic, or a
+// malformed or too large response.
 func (r request) send(ctx context.Context, client *http.Client, url string) (connect.Code, string, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, url+r.procedure, bytes.NewReader(r.body))
 	if err != nil {
@@ -352,7 +371,7 @@ func (r request) send(ctx context.Context, client *http.Client, url string) (con
 		req.Header.Set("Te", "trailers")
 	}
 	if strings.HasPrefix(r.contentType, "application/connect+") {
-		req.Header.Set("Connect-Timeout-Ms", "50") // streams may go on for ever
+		req.Header.Set("Connect-Timeout-Ms", "50") // streams may not end
 	} else if r.rpc {
 		req.Header.Set("Grpc-Timeout", "10S")
 	}
@@ -376,7 +395,7 @@ func (r request) send(ctx context.Context, client *http.Client, url string) (con
 		status := cmp.Or(res.Trailer.Get("Grpc-Status"), res.Header.Get("Grpc-Status"))
 		code, err := strconv.Atoi(status)
 		if err != nil {
-			return 0, "", fmt.Errorf("gRPC status is %q, HTTP's %s", status, res.Status)
+			return 0, "", fmt.Errorf("gRPC status is %q, HTTP status is %s", status, res.Status)
 		}
 		return connect.Code(code), cmp.Or(res.Trailer.Get("Grpc-Message"), res.Header.Get("Grpc-Message")), nil
 	case r.framed:
@@ -387,7 +406,7 @@ func (r request) send(ctx context.Context, client *http.Client, url string) (con
 	return parseError(body)
 }
 
-// endOfStream returns the error in the last frame of Connect's streams.
+// endOfStream returns the error in the last frame of a Connect stream.
 func endOfStream(body []byte) (connect.Code, string, error) {
 	for len(body) >= 5 {
 		size := int(binary.BigEndian.Uint32(body[1:5]))
@@ -415,7 +434,7 @@ func parseError(body []byte) (connect.Code, string, error) {
 		Message string
 	}
 	if err := json.Unmarshal(body, &failed); err != nil {
-		return 0, "", fmt.Errorf("answer is no error: %q", body)
+		return 0, "", fmt.Errorf("response is not an error: %q", body)
 	}
 	return failed.Code, failed.Message, nil
 }

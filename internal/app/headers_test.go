@@ -15,18 +15,21 @@ import (
 	"example.com/shop/internal/rpcserver"
 )
 
-// notForPages are headers that pages need not send or see, with the reason.
+// notForPages contains headers that pages need not send or read, with the reason.
 var notForPages = map[string]string{
-	"Accept-Encoding": "the browser's own", "If-None-Match": "the browser's own", "Connect-Content-Encoding": "the browser cannot compress",
-	"Content-Type": "always seen", "Content-Length": "always seen", "Content-Encoding": "the browser's own", "Cache-Control": "always seen",
-	"ETag": "of the console's pages", "Vary": "of caches", "Location": "of the console's pages",
-	"X-Content-Type-Options": "of the browser", "Content-Security-Policy": "of the browser", "Referrer-Policy": "of the browser",
-	"Cross-Origin-Resource-Policy": "of the browser", "Cross-Origin-Opener-Policy": "of the browser", "X-Frame-Options": "of the browser",
-	"Strict-Transport-Security": "of the browser",
+	"Accept-Encoding": "set by the browser", "If-None-Match": "set by the browser",
+	"Connect-Content-Encoding": "the browser cannot compress", "Content-Type": "always readable",
+	"Content-Length": "always readable", "Content-Encoding": "handled by the browser",
+	"Cache-Control": "always readable",
+	"ETag":          "only on the console's pages", "Vary": "for caches", "Location": "only on the console's pages",
+	"X-Content-Type-Options": "for the browser", "Content-Security-Policy": "for the browser",
+	"Referrer-Policy": "for the browser", "Cross-Origin-Resource-Policy": "for the browser",
+	"Cross-Origin-Opener-Policy": "for the browser", "X-Frame-Options": "for the browser",
+	"Strict-Transport-Security": "for the browser",
 }
 
-// touched finds the headers that the code of a package reads of requests and writes to answers: the first arguments of Get, Values, Has, Set and Add of
-// something that is called header.
+// touched finds the headers that a package reads from requests and writes to responses: the first arguments of Get,
+// Values, Has, Set and Add on expressions named header.
 func touched(t *testing.T, dir string) (read, written []string) {
 	t.Helper()
 	parsed, constants := []*ast.File{}, map[string]string{}
@@ -84,7 +87,7 @@ func touched(t *testing.T, dir string) (read, written []string) {
 	return read, written
 }
 
-// isHeader tells whether an expression is named as headers are: header, r.Header, w.Header(), info.RequestHeader().
+// isHeader tells whether an expression has a name of headers: header, r.Header, w.Header(), info.RequestHeader().
 func isHeader(x ast.Expr) bool {
 	switch x := x.(type) {
 	case *ast.CallExpr:
@@ -97,7 +100,8 @@ func isHeader(x ast.Expr) bool {
 	return false
 }
 
-// A page of an allowed origin may send every header that the code reads, and see every one that it writes: also the next one that somebody adds.
+// A page of an allowed origin may send every header that the code reads and read every header that it writes,
+// including headers that are added to the code later.
 func TestPagesOfOtherOriginsCanUseEverything(t *testing.T) {
 	t.Parallel()
 	const origin = "https://web.example"
@@ -111,8 +115,9 @@ func TestPagesOfOtherOriginsCanUseEverything(t *testing.T) {
 	}
 	var read, written []string
 	for _, dir := range dirs {
-		// Clients and operators' tools; rabbitrpc has no pages.
-		if info, err := os.Stat(dir); err != nil || !info.IsDir() || slices.Contains([]string{"testenv", "localstack", "rabbitrpc", "ops", "rabbit"}, filepath.Base(dir)) {
+		// Skip clients and operators' tools, and rabbitrpc, which serves no pages.
+		skip := slices.Contains([]string{"testenv", "localstack", "rabbitrpc", "ops", "rabbit"}, filepath.Base(dir))
+		if info, err := os.Stat(dir); err != nil || !info.IsDir() || skip {
 			continue
 		}
 		in, out := touched(t, dir)
@@ -122,23 +127,27 @@ func TestPagesOfOtherOriginsCanUseEverything(t *testing.T) {
 		t.Fatalf("found only %q and %q", read, written)
 	}
 	has := func(list []string, name string) bool {
-		return notForPages[name] != "" || slices.ContainsFunc(list, func(one string) bool { return strings.EqualFold(one, name) })
+		listed := slices.ContainsFunc(list, func(header string) bool { return strings.EqualFold(header, name) })
+		return listed || notForPages[name] != ""
 	}
 	for _, name := range append(read, "traceparent", "tracestate", "baggage") {
 		if !has(listed, name) {
-			t.Errorf("%s is read of requests, and the Headers of no package names it: a page of an allowed origin could not send it", name)
+			t.Errorf("the code reads %s, but no package's Headers lists it: pages of allowed origins cannot send it",
+				name)
 		}
 	}
 	for _, name := range written {
-		// Headers of the code's own requests are read elsewhere.
+		// The code also writes headers to its own requests; another package reads those.
 		if !has(listedOut, name) && !has(listed, name) {
-			t.Errorf("%s is written to answers, and the Headers of no package names it: a page of an allowed origin could not see it", name)
+			t.Errorf("the code writes %s, but no package's Headers lists it: pages of allowed origins cannot read it",
+				name)
 		}
 	}
 	slices.Sort(listed)
 	listed = slices.Compact(listed)
 	for _, name := range listed {
-		request, err := http.NewRequestWithContext(t.Context(), http.MethodOptions, a.url+"/any.v1.Service/Method", nil)
+		url := a.url + "/any.v1.Service/Method"
+		request, err := http.NewRequestWithContext(t.Context(), http.MethodOptions, url, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -156,7 +165,7 @@ func TestPagesOfOtherOriginsCanUseEverything(t *testing.T) {
 	}
 }
 
-// A caller without credentials is told which ones are accepted, over each protocol.
+// A refusal of a caller without credentials names the accepted ones, over each protocol.
 func TestUnauthenticatedNamesTheWaysIn(t *testing.T) {
 	t.Parallel()
 	_, lines := apiKeys(t, "customer")
@@ -167,7 +176,9 @@ func TestUnauthenticatedNamesTheWaysIn(t *testing.T) {
 			procedure = spec.Procedure
 		}
 	}
-	for _, kind := range []string{"application/connect+json", "application/connect+proto", "application/grpc", "application/grpc-web+proto"} {
+	for _, kind := range []string{
+		"application/connect+json", "application/connect+proto", "application/grpc", "application/grpc-web+proto",
+	} {
 		request, err := http.NewRequestWithContext(t.Context(), http.MethodPost, a.url+procedure, http.NoBody)
 		if err != nil {
 			t.Fatal(err)
@@ -178,7 +189,8 @@ func TestUnauthenticatedNamesTheWaysIn(t *testing.T) {
 			t.Fatal(err)
 		}
 		response.Body.Close()
-		if got := response.Header.Values("WWW-Authenticate"); !slices.Equal(got, []string{`ApiKey header="X-Api-Key"`}) {
+		if got := response.Header.Values("WWW-Authenticate"); !slices.Equal(got,
+			[]string{`ApiKey header="X-Api-Key"`}) {
 			t.Errorf("%s: %s, %q", kind, response.Status, got)
 		}
 	}
@@ -191,8 +203,9 @@ func TestUnauthenticatedNamesTheWaysIn(t *testing.T) {
 			t.Fatal(err)
 		}
 		response.Body.Close()
-		if response.StatusCode == http.StatusUnauthorized && len(response.Header.Values("WWW-Authenticate")) != 1 {
-			t.Errorf("%s: %q", spec.Procedure, response.Header.Values("WWW-Authenticate"))
+		challenges := response.Header.Values("WWW-Authenticate")
+		if response.StatusCode == http.StatusUnauthorized && len(challenges) != 1 {
+			t.Errorf("%s: %q", spec.Procedure, challenges)
 		}
 	}
 }

@@ -15,9 +15,9 @@ import (
 	"example.com/shop/internal/rabbit"
 )
 
-// Topology is what the service's groups need on the broker.
+// Topology returns the exchange and queues that the service's groups need.
 func Topology(exchange string) rabbit.Topology {
-	return defaultDomain(nil, nil, changes.New(changes.Config{})).topology(exchange) // nothing is handled with it
+	return defaultDomain(nil, nil, changes.New(changes.Config{})).topology(exchange) // this domain handles no message
 }
 
 func (d domain) topology(exchange string) rabbit.Topology {
@@ -29,7 +29,7 @@ func (d domain) topology(exchange string) rabbit.Topology {
 	return topology
 }
 
-// topology is the same for this process. It declares all of it when it connects, unless that is somebody else's task.
+// topology returns the same for this process, which declares it when it connects, unless Config.TopologyGiven.
 func (p *process) topology() rabbit.Topology {
 	topology := p.domain.topology(p.config.Exchange)
 	topology.Given = p.config.TopologyGiven
@@ -49,21 +49,24 @@ func (p *process) startRelay(ctx context.Context) {
 	config := p.config.Relay
 	config.MeterProvider, config.TracerProvider = p.telemetry.Meter, p.telemetry.Tracer
 	relay := outbox.NewRelay(p.relayDB, newPublisher, config)
-	err := errors.Join(postgres.ObservePool(p.relayDB, "relay", p.telemetry.Meter), ops.ObserveHolders(p.relayDB, p.telemetry.Meter),
-		deadletter.ObserveOpen(p.relayDB, p.telemetry.Meter))
+	err := errors.Join(
+		postgres.ObservePool(p.relayDB, "relay", p.telemetry.Meter),
+		ops.ObserveHolders(p.relayDB, p.telemetry.Meter),
+		deadletter.ObserveOpen(p.relayDB, p.telemetry.Meter),
+	)
 	if err != nil {
 		slog.WarnContext(ctx, "metrics are incomplete", "error", err)
 	}
-	p.group.Go(func() error { return p.remembered(relay.Run) })
+	p.group.Go(func() error { return p.afterCheck(relay.Run) })
 	if url := p.config.listenURL(); url != "" {
 		p.group.Go(func() error { relay.Listen(ctx, url); return nil })
 	}
 }
 
-// deliveryBytes is each consumer's part of the memory for messages that are under way. There are two of each group: for
-// its queue and for its dead queue.
+// deliveryBytes returns each consumer's share of the memory budget for messages in flight. A group has two consumers:
+// one for its queue and one for its dead queue.
 func (p *process) deliveryBytes() int64 {
-	const least = 4 << 20 // four of the largest that the outbox takes
+	const least = 4 << 20 // four messages of the largest size that the outbox accepts
 	consumers := 2 * int64(len(p.domain.groups)+1)
 	return max(least, p.config.Edge.inFlightBytes()/consumers)
 }
@@ -76,19 +79,21 @@ func (p *process) startConsumer(ctx context.Context) {
 		config.AfterCommit, config.MeterProvider, config.TracerProvider = p.bell.Ring, meters, p.telemetry.Tracer
 		box := inbox.New(p.db, group.Group, config)
 		consumer := rabbit.NewConsumer(rabbit.ConsumerConfig{
-			URL: p.config.AMQPURL, Topology: p.topology(), Queue: queueName(group), Name: p.connectionName("consumer " + group.Name()),
+			URL: p.config.AMQPURL, Topology: p.topology(), Queue: queueName(group),
+			Name:  p.connectionName("consumer " + group.Name()),
 			Lanes: group.lanes, Prefetch: p.config.Prefetch, Batch: p.config.Batch, MaxBytes: p.deliveryBytes(),
 			MeterProvider: meters,
 		}, box.Process)
 		drain := rabbit.NewConsumer(rabbit.ConsumerConfig{
-			URL: p.config.AMQPURL, Topology: p.topology(), Queue: rabbit.DeadQueue(queueName(group)), Name: p.connectionName("drain " + group.Name()),
+			URL: p.config.AMQPURL, Topology: p.topology(), Queue: rabbit.DeadQueue(queueName(group)),
+			Name:     p.connectionName("drain " + group.Name()),
 			MaxBytes: p.deliveryBytes(), MeterProvider: meters,
 		}, box.Drain)
 		p.group.Go(func() error {
-			return p.remembered(func(ctx context.Context) error { return box.WhileResumed(ctx, consumer.Run) })
+			return p.afterCheck(func(ctx context.Context) error { return box.WhileResumed(ctx, consumer.Run) })
 		})
-		p.group.Go(func() error { return p.remembered(drain.Run) })
-		p.group.Go(func() error { return p.remembered(box.Run) })
+		p.group.Go(func() error { return p.afterCheck(drain.Run) })
+		p.group.Go(func() error { return p.afterCheck(box.Run) })
 	}
 	p.startCalls()
 }

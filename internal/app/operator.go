@@ -14,48 +14,51 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// Admin is what operators' commands work at: the database, and what the service's wiring knows. It runs nothing.
+// Admin gives operators' commands the database and the service's configuration. It runs no part of the service.
 type Admin struct {
 	DB *pgxpool.Pool
 	process
 }
 
-// deskConns is enough for a person.
-const deskConns = 4
+// adminConns is enough for one operator.
+const adminConns = 4
 
-// OpenAdmin opens the connections. It does not connect.
+// OpenAdmin makes an Admin. Connections are opened on first use.
 func OpenAdmin(ctx context.Context, config Config) (*Admin, error) {
-	db, err := postgres.Open(ctx, postgres.Config{URL: config.PostgresURL, MaxConns: deskConns, ApplicationName: ServiceName + " operator"})
+	db, err := postgres.Open(ctx, postgres.Config{
+		URL: config.PostgresURL, MaxConns: adminConns, ApplicationName: ServiceName + " operator",
+	})
 	if err != nil {
 		return nil, err
 	}
-	return &Admin{DB: db, process: process{config: config, db: db, domain: defaultDomain(db, outbox.NewWriter(db, nil, nil), changes.New(changes.Config{}))}}, nil
+	domain := defaultDomain(db, outbox.NewWriter(db, nil, nil), changes.New(changes.Config{}))
+	return &Admin{DB: db, process: process{config: config, db: db, domain: domain}}, nil
 }
 
 // Close closes the connections.
-func (d *Admin) Close() { d.DB.Close() }
+func (a *Admin) Close() { a.DB.Close() }
 
-// Groups are the service's consumer groups.
-func (d *Admin) Groups() (groups []ops.Group) {
-	for _, g := range d.domain.groups {
+// Groups returns the consumer groups of the domain.
+func (a *Admin) Groups() (groups []ops.Group) {
+	for _, g := range a.domain.groups {
 		groups = append(groups, ops.Group{Name: g.Name(), Types: g.Types()})
 	}
 	return groups
 }
 
-// Acts is what operators do to consumer groups, that of durable calls among them.
-func (d *Admin) Acts() ops.Operator {
-	acts := ops.Operator{DB: d.DB}
-	for _, group := range d.consoleGroups() {
-		acts.Groups = append(acts.Groups, group.Name)
+// Acts returns an Operator for all consumer groups, including the one of durable calls.
+func (a *Admin) Acts() ops.Operator {
+	operator := ops.Operator{DB: a.DB}
+	for _, group := range a.consoleGroups() {
+		operator.Groups = append(operator.Groups, group.Name)
 	}
-	return acts
+	return operator
 }
 
-// Publisher publishes to the exchange, or, if a group is given, to that group's queue alone.
-func (d *Admin) Publisher(group string) messaging.Publisher {
-	config := rabbit.PublisherConfig{URL: d.config.AMQPURL, Topology: d.topology(), Name: d.connectionName("replay")}
-	for _, g := range d.domain.groups {
+// Publisher returns a publisher to the exchange or, if a group is given, only to the queue of that group.
+func (a *Admin) Publisher(group string) messaging.Publisher {
+	config := rabbit.PublisherConfig{URL: a.config.AMQPURL, Topology: a.topology(), Name: a.connectionName("replay")}
+	for _, g := range a.domain.groups {
 		if g.Name() == group {
 			config.Queue = queueName(g)
 		}
@@ -63,28 +66,28 @@ func (d *Admin) Publisher(group string) messaging.Publisher {
 	return rabbit.NewPublisher(config)
 }
 
-// CheckBroker says why the broker cannot be reached.
-func (d *Admin) CheckBroker(ctx context.Context) error { return rabbit.Check(ctx, d.config.AMQPURL) }
+// CheckBroker returns an error if the broker is unreachable.
+func (a *Admin) CheckBroker(ctx context.Context) error { return rabbit.Check(ctx, a.config.AMQPURL) }
 
-// Target is the service as the doctor looks at it.
-func (d *Admin) Target() ops.Target {
+// Target returns what the doctor checks.
+func (a *Admin) Target() ops.Target {
 	return ops.Target{
-		DB: d.DB, PostgresURL: d.config.notifyURL(), ListenURL: d.config.listenURL(), AMQPURL: d.config.AMQPURL,
-		ManagementURL: d.config.ManagementURL, Topology: d.topology(), LongestRedelivery: longestRedelivery(),
+		DB: a.DB, PostgresURL: a.config.notifyURL(), ListenURL: a.config.listenURL(), AMQPURL: a.config.AMQPURL,
+		ManagementURL: a.config.ManagementURL, Topology: a.topology(), LongestRedelivery: longestRedelivery(),
 	}
 }
 
-// longestHandover is how long a page may take from its first publishing to its last: the longest lease of a relay that dies with it, five minutes, and
-// the wait for the confirms, twice.
+// longestHandover is the maximum time between the first and the last time that a page is published: the longest lease,
+// five minutes, of a relay that dies with the page, and twice the wait for the confirms.
 const longestHandover = 6 * time.Minute
 
-// longestRedelivery is how long a message may be under way from its publishing to its effect or its dead letter while everything that is needed is
-// there: the relay's handover, the broker's redeliveries to consumers that take it and never ack, and then the inbox's retries. A message that
-// waits for something that is away, in a queue or behind another of its key, takes longer, without limit; what the inbox remembers
-// beyond this is the time for that.
+// longestRedelivery returns the maximum time from the publishing of a message to its effect or dead letter while
+// everything that it needs is available: the relay's handover, the broker's redeliveries to consumers that never ack,
+// and the inbox's retries. There is no limit for a message that waits in a queue for something unavailable, or behind
+// another message of its key: the time that the inbox keeps entries beyond this value is for such waits.
 func longestRedelivery() time.Duration {
 	return longestHandover + rabbit.LongestRedelivery + inboxConfig.LongestRetry()
 }
 
-// inboxConfig is how all consumer groups try again.
+// inboxConfig configures the retries of all consumer groups.
 var inboxConfig = inbox.Config{}

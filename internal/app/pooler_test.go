@@ -12,7 +12,7 @@ import (
 	"golang.org/x/sync/errgroup"
 )
 
-// Everything works through a pooler in transaction mode, with the doorbell on a direct connection or without a doorbell.
+// The service works through a pooler in transaction mode, with the doorbell on a direct connection or without it.
 func TestThroughAPooler(t *testing.T) {
 	t.Parallel()
 	for name, listens := range map[string]bool{"Listening": true, "Polling": false} {
@@ -22,12 +22,13 @@ func TestThroughAPooler(t *testing.T) {
 			awaitEffects := effectsIn(t, owner)
 			direct := testenv.As(t, owner.Config().ConnString(), "shop_all")
 			pooled := testenv.PgBouncer(t, direct)
-			config := probed(Config{PostgresURL: pooled, AMQPURL: testenv.AMQP(t), Relay: outbox.Config{Lease: time.Second}})
+			config := probed(Config{PostgresURL: pooled, AMQPURL: testenv.AMQP(t),
+				Relay: outbox.Config{Lease: time.Second}})
 			if listens {
 				config.ListenURL = direct
 			}
 			if got := config.listenURL(); got != config.ListenURL {
-				t.Errorf("listens at %q", got)
+				t.Errorf("URL for LISTEN is %q", got)
 			}
 			await(t, "all", serve(t, RunAll, config), http.StatusOK)
 

@@ -13,7 +13,7 @@ import (
 	"example.com/shop/internal/rabbitrpc"
 )
 
-// Each process does its work with its own role in the database, and with no more permissions on the broker than it says it needs.
+// Each process works with its own role in the database, and with exactly its permissions on the broker.
 func TestLeastPrivilege(t *testing.T) {
 	t.Parallel()
 	owner, admin := testenv.Postgres(t), testenv.AMQP(t)
@@ -28,7 +28,8 @@ func TestLeastPrivilege(t *testing.T) {
 		return testenv.Management(t, admin).User(p.Configure, p.Write, p.Read)
 	}
 	config := func(role, name string) Config {
-		return probed(Config{PostgresURL: testenv.As(t, owner.Config().ConnString(), role), TopologyGiven: true, AMQPURL: user(name)})
+		url := testenv.As(t, owner.Config().ConnString(), role)
+		return probed(Config{PostgresURL: url, TopologyGiven: true, AMQPURL: user(name)})
 	}
 	api := config("shop_api", "rpc-server")
 	api.RPCOverRabbitMQ, api.Edge = true, Edge{NoAuth: true}
@@ -49,7 +50,7 @@ func TestLeastPrivilege(t *testing.T) {
 	transport := rabbitrpc.NewTransport(rabbitrpc.TransportConfig{URL: user("rpc-client")})
 	defer transport.Close()
 	client := operationsv1connect.NewOperationServiceClient(connect.NewClient(transport))
-	testenv.Eventually(t, 20*time.Second, func() error { // it is coming up
+	testenv.Eventually(t, 20*time.Second, func() error { // the server is starting
 		_, err := client.ListOperations(t.Context(), &operationsv1.ListOperationsRequest{})
 		return err
 	})

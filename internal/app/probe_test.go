@@ -22,7 +22,7 @@ const (
 	probeQueue = ServiceName + "." + probeGroup
 )
 
-// probed gives a process a domain of one consumer group, which writes every text down in the table effects.
+// probed gives a process a domain of one consumer group, which writes every text to the table effects.
 func probed(config Config) Config {
 	config.Exchange = "events"
 	config.domain = func(*pgxpool.Pool, *outbox.Writer, *changes.Hub) domain {
@@ -36,7 +36,7 @@ func probed(config Config) Config {
 	return config
 }
 
-// effectsIn makes the table effects, and returns what waits until so many different ones have come, each once.
+// effectsIn creates the table effects, and returns a function that waits until it contains n different effects.
 func effectsIn(t *testing.T, db *pgxpool.Pool) (await func(n int)) {
 	t.Helper()
 	_, err := db.Exec(t.Context(), `
@@ -49,7 +49,8 @@ func effectsIn(t *testing.T, db *pgxpool.Pool) (await func(n int)) {
 		t.Helper()
 		testenv.Eventually(t, 30*time.Second, func() error {
 			var all, distinct int
-			err := db.QueryRow(t.Context(), `SELECT count(*), count(DISTINCT effect) FROM effects`).Scan(&all, &distinct)
+			err := db.QueryRow(t.Context(), `SELECT count(*), count(DISTINCT effect) FROM effects`).Scan(&all,
+				&distinct)
 			if err == nil && (all != n || distinct != n) {
 				err = fmt.Errorf("%d effects of %d messages, want %d", all, distinct, n)
 			}

@@ -15,8 +15,8 @@ import (
 	"google.golang.org/protobuf/types/known/wrapperspb"
 )
 
-// With the tag probes, the program deals with nothing but two groups and a method that no schema describes: its own tests want a service to look
-// after, and the example will be deleted.
+// With the tag probes, the domain is two groups and a method without a schema. The program's tests need some domain,
+// and users of the template delete the example.
 func init() {
 	defaultDomain = func(*pgxpool.Pool, *outbox.Writer, *changes.Hub) domain {
 		probes, others := inbox.NewGroup("probes"), inbox.NewGroup("others")

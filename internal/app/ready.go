@@ -22,18 +22,18 @@ func (p *process) openReadiness(ctx context.Context) (err error) {
 	return err
 }
 
-// databaseChecks are what every process needs of Postgres.
+// databaseChecks returns the readiness checks of Postgres, which every process needs.
 func (p *process) databaseChecks() []rpcserver.Check {
 	return []rpcserver.Check{
 		{Name: "database", Ready: p.checkDatabase()},
 		{Name: "schema", Ready: p.checkSchema()},
-		// Before its messages are refused for the time in their IDs.
+		// A wrong clock shows here before Postgres refuses messages for the time in their IDs.
 		{Name: "clock", Ready: func(ctx context.Context) error { return ops.CheckClock(ctx, p.readyDB) }},
 	}
 }
 
-// checkDatabase returns a check of the database: at first over the way that calls take, which may be set up wrongly, and from then on over
-// readiness' own.
+// checkDatabase returns a check of the database. Until it has succeeded once it uses the pool of calls, which may be
+// misconfigured; then it uses the connection for readiness.
 func (p *process) checkDatabase() func(context.Context) error {
 	var reached atomic.Bool
 	return func(ctx context.Context) error {
@@ -47,8 +47,8 @@ func (p *process) checkDatabase() func(context.Context) error {
 	}
 }
 
-// checkSchema returns a check that this binary's migrations are applied. It asks no more once they are, so a lock on the
-// table of versions makes no process less ready. Another check reports a database that does not answer.
+// checkSchema returns a check that this binary's migrations are applied. Once they are it queries no more, so a lock on
+// the table of versions does not affect readiness. The check "database" reports an unavailable database.
 func (p *process) checkSchema() func(context.Context) error {
 	var applied atomic.Bool
 	return func(ctx context.Context) error {
@@ -66,7 +66,7 @@ func (p *process) checkSchema() func(context.Context) error {
 	}
 }
 
-// needBroker makes readiness depend on the broker, which is asked over one connection that is kept.
+// needBroker makes readiness depend on the broker, which it checks over one permanent connection.
 func (p *process) needBroker() {
 	if p.broker != nil {
 		return
@@ -74,20 +74,22 @@ func (p *process) needBroker() {
 	p.broker = rabbit.NewGauge(p.config.AMQPURL, p.connectionName("readiness"))
 	p.checks = append(p.checks, rpcserver.Check{
 		Name: "broker", Ready: p.broker.Check,
-		// Not for the API: it accepts calls while the broker is away, that is what the outbox is for.
+		// Not for the API: thanks to the outbox it accepts calls while the broker is unavailable.
 		Services: []string{""},
 	})
 }
 
-// needKeys makes readiness depend on the first keys of the token issuer, if nobody could call without them. With other credentials set up, an issuer
-// that is away must not keep those out who do not need it; tokens are answered with unavailable meanwhile.
+// needKeys makes readiness depend on the first keys of the token issuer if tokens are the only credentials. Otherwise
+// an unavailable issuer must not block callers with other credentials; calls with tokens fail with unavailable
+// meanwhile.
 func (p *process) needKeys() {
 	if p.edge.tokensOnly {
 		p.checks = append(p.checks, rpcserver.Check{Name: "jwks", Ready: p.edge.keys.Ready})
 	}
 }
 
-// consoleChecks are what the console needs: neither the broker, for it shows that the broker is away, nor the clock.
+// consoleChecks returns the console's readiness checks. It needs neither the broker, since it shows that the broker is
+// down, nor the clock.
 func (p *process) consoleChecks() (needed []rpcserver.Check) {
 	for _, check := range p.checks {
 		if check.Name != "broker" && check.Name != "clock" {

@@ -21,8 +21,8 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// missing waits until /readyz names exactly what is missing.
-func missing(t *testing.T, url string, want ...string) {
+// awaitMissing waits until /readyz lists exactly these failed checks.
+func awaitMissing(t *testing.T, url string, want ...string) {
 	t.Helper()
 	testenv.Eventually(t, 40*time.Second, func() error {
 		response, err := web.Get(url + "/readyz")
@@ -35,13 +35,14 @@ func missing(t *testing.T, url string, want ...string) {
 			return err
 		}
 		if (response.StatusCode == http.StatusOK) != (len(want) == 0) || !slices.Equal(answer.Missing, want) {
-			return fmt.Errorf("%s, and %q is missing, want %q", response.Status, answer.Missing, want)
+			return fmt.Errorf("%s with %q missing, want %q", response.Status, answer.Missing, want)
 		}
 		return nil
 	})
 }
 
-// Calls that hold every connection, because they wait for a lock that a migration has, do not make a process less ready: all replicas would fall at once.
+// A process stays ready while its calls use every connection because they wait for a lock, such as a migration's.
+// Otherwise all replicas would become unready at once.
 func TestReadyWhileCallsHoldAllConnections(t *testing.T) {
 	t.Parallel()
 	db := testenv.Postgres(t)
@@ -52,8 +53,8 @@ func TestReadyWhileCallsHoldAllConnections(t *testing.T) {
 		return domain{register: func(*connect.Server) {}}
 	}
 	url := start(t, RunAPI, config).ops
-	missing(t, url)
-	// Even what readiness reads of the schema is locked.
+	awaitMissing(t, url)
+	// Lock even the table that the check of the schema reads.
 	lock, err := db.Begin(t.Context())
 	if err != nil {
 		t.Fatal(err)
@@ -68,7 +69,8 @@ func TestReadyWhileCallsHoldAllConnections(t *testing.T) {
 	defer cancel()
 	for range 20 {
 		waiting.Go(func() {
-			_, _ = calls.Exec(ctx, `INSERT INTO outbox_message (type, key, payload) VALUES ('t.T', 'k', '')`) // ends with the test
+			// Waits until the test ends.
+			_, _ = calls.Exec(ctx, `INSERT INTO outbox_message (type, key, payload) VALUES ('t.T', 'k', '')`)
 		})
 	}
 	testenv.Eventually(t, 20*time.Second, func() error {
@@ -77,8 +79,8 @@ func TestReadyWhileCallsHoldAllConnections(t *testing.T) {
 		}
 		return nil
 	})
-	// Until Postgres was asked three times more.
-	asked := map[time.Time]bool{}
+	// Wait until readiness has queried Postgres three times more.
+	queries := map[time.Time]bool{}
 	testenv.Eventually(t, 40*time.Second, func() error {
 		response, err := web.Get(url + "/readyz")
 		if err != nil {
@@ -86,26 +88,28 @@ func TestReadyWhileCallsHoldAllConnections(t *testing.T) {
 		}
 		response.Body.Close()
 		if response.StatusCode != http.StatusOK {
-			t.Fatalf("while calls wait: %s", response.Status)
+			t.Fatalf("status while calls wait is %s", response.Status)
 		}
 		var at time.Time
-		if err := db.QueryRow(t.Context(), `SELECT query_start FROM pg_stat_activity WHERE application_name = $1`, ServiceName+" readiness of api").Scan(&at); err != nil {
+		err = db.QueryRow(t.Context(), `SELECT query_start FROM pg_stat_activity WHERE application_name = $1`,
+			ServiceName+" readiness of api").Scan(&at)
+		if err != nil {
 			return err
 		}
-		if asked[at] = true; len(asked) < 4 {
-			return fmt.Errorf("asked %d times", len(asked))
+		if queries[at] = true; len(queries) < 4 {
+			return fmt.Errorf("%d queries", len(queries))
 		}
 		return nil
 	})
 }
 
-// A flood of probes opens no connections, to neither server, whether they are there or not.
+// A flood of probes opens no connections to Postgres or the broker, even if the broker is down.
 func TestAFloodOfProbesOpensNoConnections(t *testing.T) {
 	t.Parallel()
 	broker, amqpURL := testenv.ProxyURL(t, testenv.AMQP(t))
 	database, postgresURL := testenv.ProxyURL(t, testenv.PostgresURL(t))
 	url := start(t, RunRelay, probed(Config{PostgresURL: postgresURL, AMQPURL: amqpURL})).ops
-	missing(t, url)
+	awaitMissing(t, url)
 	flood := func() {
 		t.Helper()
 		var probes sync.WaitGroup
@@ -122,13 +126,13 @@ func TestAFloodOfProbesOpensNoConnections(t *testing.T) {
 	}
 	before := broker.Accepted() + database.Accepted()
 	flood()
-	// The relay itself may still open some of its pool, eight at most; a check a second, one more connection for each at worst.
+	// The relay may still open up to eight connections of its pool, and each check, one per second, at worst one more.
 	if opened, most := broker.Accepted()+database.Accepted()-before, 12; opened > most {
 		t.Errorf("1,000 probes opened %d connections, want at most %d", opened, most)
 	}
 	broker.Refuse(true)
 	broker.Cut()
-	missing(t, url, "broker")
+	awaitMissing(t, url, "broker")
 	started := time.Now()
 	before = broker.Accepted()
 	flood()
@@ -137,16 +141,18 @@ func TestAFloodOfProbesOpensNoConnections(t *testing.T) {
 	}
 }
 
-// Where tokens are the only credentials, nobody can call before the issuer's keys are there. Others who can call are not kept waiting for them.
+// If tokens are the only credentials, a process is not ready before it has the issuer's keys. With other credentials
+// it does not wait for them.
 func TestNotReadyBeforeTheFirstKeys(t *testing.T) {
 	t.Parallel()
-	var there atomic.Bool
+	var available atomic.Bool
 	issuer := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-		if !there.Load() {
+		if !available.Load() {
 			w.WriteHeader(http.StatusServiceUnavailable)
 			return
 		}
-		_, _ = w.Write([]byte(`{"keys":[{"kty":"OKP","crv":"Ed25519","kid":"1","x":"` + strings.Repeat("A", 43) + `"}]}`))
+		_, _ = w.Write([]byte(`{"keys":[{"kty":"OKP","crv":"Ed25519","kid":"1","x":"` + strings.Repeat("A", 43) +
+			`"}]}`))
 	}))
 	defer issuer.Close()
 	tokens := Edge{JWKS: issuer.URL, Tokens: auth.TokenConfig{Issuer: "i", Audience: "a"}}
@@ -155,13 +161,13 @@ func TestNotReadyBeforeTheFirstKeys(t *testing.T) {
 	config := probed(Config{PostgresURL: testenv.PostgresURL(t), AMQPURL: testenv.AMQP(t)})
 	config.Edge = both
 	url := start(t, RunAPI, config).ops
-	missing(t, url)
+	awaitMissing(t, url)
 	config.Edge = tokens
 	api := start(t, RunAPI, config).ops
 	console := start(t, RunConsole, config).ops
-	missing(t, api, "jwks")
-	missing(t, console, "jwks")
-	there.Store(true)
-	missing(t, api)
-	missing(t, console)
+	awaitMissing(t, api, "jwks")
+	awaitMissing(t, console, "jwks")
+	available.Store(true)
+	awaitMissing(t, api)
+	awaitMissing(t, console)
 }

@@ -11,15 +11,16 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// retentionPause is the time between two attempts to ask a database that is away, or that is not migrated yet.
-const retentionPause = time.Second
+// checkPause is the time between two attempts to check a database that is unavailable or not migrated yet.
+const checkPause = time.Second
 
-// whenRemembered returns a function that runs a part of a process once it is known that the inbox remembers for longer
-// than copies of a message may come, and refuses if it does not: a relay would keep for replay what nobody may apply,
-// and a consumer would bury what is new to it. It refuses as well while the numbers that order messages would be drawn
-// twice. The database is asked once a process; while it is away, parts wait for it, as they would anyway.
-func whenRemembered(ctx context.Context, db *pgxpool.Pool) func(part func(context.Context) error) error {
-	remembered := sync.OnceValue(func() error {
+// afterDatabaseCheck returns a function that runs a part of a process if the inbox keeps its entries for longer than
+// copies of a message may arrive, and if no sequence that numbers messages would return a number twice. Otherwise it
+// returns an error: a relay would keep messages for replay that no consumer may apply, and a consumer would park
+// messages that are new to it. The check runs once per process; parts wait for an unavailable database, as they would
+// anyway.
+func afterDatabaseCheck(ctx context.Context, db *pgxpool.Pool) func(part func(context.Context) error) error {
+	check := sync.OnceValue(func() error {
 		for warned := false; ; warned = true {
 			_, err := ops.CheckRetention(ctx, db, longestRedelivery())
 			if err == nil {
@@ -29,16 +30,16 @@ func whenRemembered(ctx context.Context, db *pgxpool.Pool) func(part func(contex
 				return err
 			}
 			if !warned {
-				slog.WarnContext(ctx, "not known whether the database is fit, waiting for it", "error", err)
+				slog.WarnContext(ctx, "cannot check the database yet, waiting for it", "error", err)
 			}
 			select {
 			case <-ctx.Done():
-			case <-time.After(retentionPause):
+			case <-time.After(checkPause):
 			}
 		}
 	})
 	return func(part func(context.Context) error) error {
-		err := remembered()
+		err := check()
 		switch {
 		case ctx.Err() != nil:
 			return nil // stopped while waiting

@@ -13,7 +13,8 @@ import (
 	"example.com/shop/internal/postgres"
 )
 
-// A relay that keeps messages for longer than consumers could take their copies, and a consumer of such an outbox, refuse to run.
+// A relay that keeps messages for longer than the inbox detects copies, and a consumer of such an outbox, refuse to
+// run.
 func TestWhoWouldForgetTooEarlyRefusesToRun(t *testing.T) {
 	t.Parallel()
 	config := probed(Config{PostgresURL: testenv.PostgresURL(t), AMQPURL: testenv.AMQP(t), Addr: "127.0.0.1:0"})
@@ -22,31 +23,34 @@ func TestWhoWouldForgetTooEarlyRefusesToRun(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer db.Close()
-	if _, err := db.Exec(t.Context(), `CREATE OR REPLACE FUNCTION outbox_slot_length() RETURNS interval LANGUAGE sql IMMUTABLE RETURN interval '32 hours'`); err != nil {
+	_, err = db.Exec(t.Context(), `CREATE OR REPLACE FUNCTION outbox_slot_length() RETURNS interval
+		LANGUAGE sql IMMUTABLE RETURN interval '32 hours'`)
+	if err != nil {
 		t.Fatal(err)
 	}
-	for name, one := range map[string]struct {
+	for name, process := range map[string]struct {
 		run  func(context.Context, Config) error
 		role string
 	}{"Relay": {RunRelay, "shop_relay"}, "Consumer": {RunConsumer, "shop_consumer"}, "All": {RunAll, "shop_all"}} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			config := config
-			config.PostgresURL = testenv.As(t, config.PostgresURL, one.role)
+			config.PostgresURL = testenv.As(t, config.PostgresURL, process.role)
 			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 			defer cancel()
-			err := one.run(ctx, config)
-			if !errors.Is(err, ops.ErrForgetful) || strings.Contains(err.Error(), "\n") || !strings.Contains(err.Error(), "6d16h") {
+			err := process.run(ctx, config)
+			if !errors.Is(err, ops.ErrForgetful) || strings.Contains(err.Error(), "\n") ||
+				!strings.Contains(err.Error(), "6d16h") {
 				t.Errorf("error is %v", err)
 			}
 		})
 	}
-	t.Run("API", func(t *testing.T) { // which needs neither
+	t.Run("API", func(t *testing.T) { // uses neither
 		await(t, "API", serve(t, RunAPI, config), 200)
 	})
 }
 
-// Rows that were moved without the sequences that number them: a relay and a consumer refuse to run before the repair.
+// If rows were moved without their sequences, relay and consumer refuse to run before the repair.
 func TestMovedRowsWithoutTheirSequences(t *testing.T) {
 	t.Parallel()
 	config := probed(Config{PostgresURL: testenv.PostgresURL(t), AMQPURL: testenv.AMQP(t), Addr: "127.0.0.1:0"})
@@ -55,12 +59,16 @@ func TestMovedRowsWithoutTheirSequences(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer db.Close()
-	if _, err := db.Exec(t.Context(), `INSERT INTO inbox_retry (consumer, message_id, type, key, payload, headers, attempts, due_at, last_error)
+	_, err = db.Exec(t.Context(), `
+		INSERT INTO inbox_retry (consumer, message_id, type, key, payload, headers, attempts, due_at, last_error)
 		SELECT 'c', n, '', 'k', '', '{}', 1, 'infinity', '' FROM generate_series(1, 3) AS n;
-		ALTER SEQUENCE inbox_retry_seq_seq RESTART`); err != nil {
+		ALTER SEQUENCE inbox_retry_seq_seq RESTART`)
+	if err != nil {
 		t.Fatal(err)
 	}
-	for role, run := range map[string]func(context.Context, Config) error{"shop_relay": RunRelay, "shop_consumer": RunConsumer} {
+	for role, run := range map[string]func(context.Context, Config) error{
+		"shop_relay": RunRelay, "shop_consumer": RunConsumer,
+	} {
 		config := config
 		config.PostgresURL = testenv.As(t, config.PostgresURL, role)
 		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
@@ -77,7 +85,7 @@ func TestMovedRowsWithoutTheirSequences(t *testing.T) {
 	await(t, "consumer", serve(t, RunConsumer, config), 200)
 }
 
-// A process whose clock differs from the database's says that it is not ready, before its messages are refused.
+// A process whose clock differs from the database's is not ready, before Postgres refuses its messages.
 func TestAWrongClockIsNotReady(t *testing.T) {
 	t.Parallel()
 	config := probed(Config{PostgresURL: testenv.PostgresURL(t), Addr: "127.0.0.1:0"})
@@ -93,10 +101,13 @@ func TestAWrongClockIsNotReady(t *testing.T) {
 func TestLongestRedelivery(t *testing.T) {
 	t.Parallel()
 	if longest := longestRedelivery(); longest < 10*time.Hour+45*time.Minute || longest > 12*time.Hour {
-		t.Errorf("it is %s", longest)
+		t.Errorf("got %s", longest)
 	}
-	// Two attempts: the first run, four claims of 3 + 5 s with a poll of 1 s each, and a pause of 2 s at most, plus a quarter.
-	short := inbox.Config{MaxAttempts: 2, HandlerTimeout: 3 * time.Second, RetryBase: 4 * time.Second, RetryMax: 2 * time.Second}
+	// Two attempts: the first run, four claims of 3 + 5 s with a poll of 1 s each, and a pause of at most 2 s plus a
+	// quarter.
+	short := inbox.Config{
+		MaxAttempts: 2, HandlerTimeout: 3 * time.Second, RetryBase: 4 * time.Second, RetryMax: 2 * time.Second,
+	}
 	if got, want := short.LongestRetry(), 3*time.Second+4*9*time.Second+2500*time.Millisecond; got != want {
 		t.Errorf("got %s, want %s", got, want)
 	}

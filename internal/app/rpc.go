@@ -13,21 +13,23 @@ import (
 	"example.com/shop/internal/rpcserver"
 )
 
-// startQueueAPI serves over RabbitMQ what startAPI serves over HTTP, through the same interceptors: who may not call there may not call here.
+// startQueueAPI serves the API over RabbitMQ, through the same interceptors and so with the same access as over HTTP.
 func (p *process) startQueueAPI(ctx context.Context) {
 	rpc := connect.NewServer(rpcserver.Interceptors(slog.Default(), p.interceptors()...)...)
 	p.domain.register(rpc)
 	p.calls.Register(rpc)
 	server := rabbitrpc.NewServer(rabbitrpc.ServerConfig{
-		URL: p.config.AMQPURL, Name: p.connectionName("rpc"), Prefetch: p.config.RPCPrefetch, RequestMaxBytes: p.edge.ReadMaxBytes,
-		MaxBytes:      p.config.Edge.inFlightBytes(),
+		URL: p.config.AMQPURL, Name: p.connectionName("rpc"), Prefetch: p.config.RPCPrefetch,
+		RequestMaxBytes: p.edge.ReadMaxBytes, MaxBytes: p.config.Edge.inFlightBytes(),
 		MeterProvider: p.telemetry.Meter, TracerProvider: p.telemetry.Tracer,
 	}, rpc)
 	p.group.Go(func() error { return server.Run(ctx) })
 }
 
 // Services returns the full names of the services that the API serves.
-func Services() []string { return defaultDomain(nil, nil, changes.New(changes.Config{})).services() } // nothing is served with it
+func Services() []string {
+	return defaultDomain(nil, nil, changes.New(changes.Config{})).services() // this domain serves no call
+}
 
 func (d domain) services() []string {
 	rpc := connect.NewServer()
@@ -41,8 +43,8 @@ func (d domain) services() []string {
 	return slices.Compact(names)
 }
 
-// Permissions are what the users of the broker need, and no more: relay and consumer where their topology is given, an API that serves RPCs from queues
-// (rpc-server), and whoever calls it there (rpc-client).
+// Permissions returns the minimal permissions of the broker's users: relay, consumer and console with a given
+// topology, an API that serves RPCs from queues (rpc-server), and its callers (rpc-client).
 func Permissions(exchange string) map[string]rabbit.Permissions {
 	return defaultDomain(nil, nil, changes.New(changes.Config{})).permissions(exchange)
 }
@@ -50,7 +52,8 @@ func Permissions(exchange string) map[string]rabbit.Permissions {
 func (d domain) permissions(exchange string) map[string]rabbit.Permissions {
 	topology := d.topology(exchange)
 	return map[string]rabbit.Permissions{
-		"relay": topology.PublisherPermissions(), "consumer": topology.ConsumerPermissions(), "console": topology.ObserverPermissions(),
+		"relay": topology.PublisherPermissions(), "consumer": topology.ConsumerPermissions(),
+		"console":    topology.ObserverPermissions(),
 		"rpc-server": rabbitrpc.ServerPermissions(rabbitrpc.DefaultExchange, d.services()...),
 		"rpc-client": rabbitrpc.ClientPermissions(rabbitrpc.DefaultExchange),
 	}

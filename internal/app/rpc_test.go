@@ -18,11 +18,11 @@ import (
 	"google.golang.org/protobuf/types/known/wrapperspb"
 )
 
-// The API serves its RPCs from queues when asked, through the interceptors of HTTP: it lets nobody in who may not call there, either. And
-// HTTP does not depend on it.
+// With RPCOverRabbitMQ the API also serves its RPCs from queues, through the same interceptors as over HTTP, and HTTP
+// does not depend on the broker.
 func TestAPIServesOverRabbitMQ(t *testing.T) {
 	t.Parallel()
-	for name, one := range map[string]struct {
+	for name, test := range map[string]struct {
 		edge Edge
 		want *connect.Error
 	}{
@@ -31,7 +31,7 @@ func TestAPIServesOverRabbitMQ(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			testQueueAPI(t, one.edge, one.want)
+			testQueueAPI(t, test.edge, test.want)
 		})
 	}
 }
@@ -39,12 +39,14 @@ func TestAPIServesOverRabbitMQ(t *testing.T) {
 func testQueueAPI(t *testing.T, edge Edge, want *connect.Error) {
 	spec := connect.Spec{Procedure: "/probe.v1.Probe/Unary"}
 	config := Config{
-		PostgresURL: testenv.As(t, testenv.PostgresURL(t), "shop_api"), RPCOverRabbitMQ: true, RPCPrefetch: 5, Edge: edge,
+		PostgresURL:     testenv.As(t, testenv.PostgresURL(t), "shop_api"),
+		RPCOverRabbitMQ: true, RPCPrefetch: 5, Edge: edge,
 	}
 	var executed atomic.Int64
 	config.domain = func(*pgxpool.Pool, *outbox.Writer, *changes.Hub) domain {
 		return domain{register: func(s *connect.Server) {
-			s.Register(connect.Method{Spec: spec, Handler: func(context.Context, connect.Spec, connect.ServerStream) error {
+			s.Register(connect.Method{Spec: spec, Handler: func(context.Context, connect.Spec,
+				connect.ServerStream) error {
 				executed.Add(1)
 				return errors.New("secret")
 			}})
@@ -61,14 +63,16 @@ func testQueueAPI(t *testing.T, edge Edge, want *connect.Error) {
 	transport := rabbitrpc.NewTransport(rabbitrpc.TransportConfig{URL: amqpURL})
 	defer transport.Close()
 	testenv.Eventually(t, 20*time.Second, func() error {
-		err := connect.NewClient(transport).CallUnary(t.Context(), spec, wrapperspb.String(""), new(wrapperspb.StringValue))
+		client := connect.NewClient(transport)
+		err := client.CallUnary(t.Context(), spec, wrapperspb.String(""), new(wrapperspb.StringValue))
 		var answer *connect.Error
-		if !errors.As(err, &answer) || answer.Code() != want.Code() || want.Message() != "" && answer.Message() != want.Message() {
-			return fmt.Errorf("answered with %w, want %w", err, want)
+		if !errors.As(err, &answer) || answer.Code() != want.Code() ||
+			want.Message() != "" && answer.Message() != want.Message() {
+			return fmt.Errorf("got %w, want %w", err, want)
 		}
 		return nil
 	})
 	if want.Code() == connect.CodeUnauthenticated && executed.Load() > 0 {
-		t.Error("a stranger's call was executed")
+		t.Error("a call without credentials was executed")
 	}
 }

@@ -32,7 +32,7 @@ import (
 	"google.golang.org/protobuf/types/known/wrapperspb"
 )
 
-// logged is what all processes of this package's tests have logged, at debug level.
+// logged contains the logs of all processes of this package's tests, at debug level.
 var logged lockedBuffer
 
 type lockedBuffer struct {
@@ -52,17 +52,17 @@ func (l *lockedBuffer) String() string {
 	return l.b.String()
 }
 
-// family is a metric as /metrics shows it.
+// family is a metric family on /metrics.
 type family struct{ kind, help string }
 
 var (
 	helpLine = regexp.MustCompile(`(?m)^# HELP (\S+) (.*)$`)
 	typeLine = regexp.MustCompile(`(?m)^# TYPE (\S+) (\S+)$`)
-	// foreign are the metrics of the libraries: of Go's runtime and the process.
+	// foreign matches metrics of libraries: Go's runtime and the process.
 	foreign = regexp.MustCompile(`^(go|process)_|^target_info$`)
 )
 
-// web leaves no connections behind.
+// web is a client that keeps no connections.
 var web = &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
 
 func isReady(url string) error {
@@ -95,9 +95,9 @@ func scrape(t *testing.T, url string) (text string, ours map[string]family) {
 		}
 	}
 	for _, found := range helpLine.FindAllStringSubmatch(text, -1) {
-		if one, known := ours[found[1]]; known {
-			one.help = found[2]
-			ours[found[1]] = one
+		if metric, known := ours[found[1]]; known {
+			metric.help = found[2]
+			ours[found[1]] = metric
 		}
 	}
 	return text, ours
@@ -108,10 +108,10 @@ const (
 	watchedProcedure = "/probe.v1.ProbeService/Say"
 )
 
-// watched gives a process a domain of one group and one RPC, that fail with words that quote what they got.
+// watched gives a process a domain of one group and one RPC that fail with errors that quote their input.
 func watched(config Config) Config {
 	config = probed(config)
-	config.Edge.NoAuth = true // its procedures have no proto file that could open them
+	config.Edge.NoAuth = true // the procedure has no proto file to declare its callers
 	config.domain = func(*pgxpool.Pool, *outbox.Writer, *changes.Hub) domain {
 		failing := inbox.NewGroup("failing")
 		inbox.Handle(failing, func(ctx context.Context, tx pgx.Tx, text *wrapperspb.StringValue) error {
@@ -136,7 +136,7 @@ func watched(config Config) Config {
 	return config
 }
 
-// commit commits a message of any type with any payload.
+// commit commits a message with the given type and payload.
 func commit(t *testing.T, postgresURL, kind string, payload []byte) {
 	t.Helper()
 	db, err := postgres.Open(t.Context(), postgres.Config{URL: postgresURL})
@@ -162,7 +162,7 @@ func post(t *testing.T, url, body string) (answer string) {
 	return string(text)
 }
 
-// documented reads docs/metrics.md: a row for each metric.
+// documented returns the metrics of docs/metrics.md, which has a row for each.
 func documented(t *testing.T) map[string]family {
 	t.Helper()
 	text, err := os.ReadFile("../../docs/metrics.md")
@@ -170,13 +170,14 @@ func documented(t *testing.T) map[string]family {
 		t.Fatal(err)
 	}
 	found := map[string]family{}
-	for _, row := range regexp.MustCompile("(?m)^\\| `([a-z_]+)` \\| (\\w+) \\|").FindAllStringSubmatch(string(text), -1) {
+	for _, row := range regexp.MustCompile("(?m)^\\| `([a-z_]+)` \\| (\\w+) \\|").FindAllStringSubmatch(string(text),
+		-1) {
 		found[row[1]] = family{kind: row[2]}
 	}
 	return found
 }
 
-// What /metrics shows is what docs/metrics.md lists, each with help, in names that promtool has nothing against.
+// docs/metrics.md lists exactly the metrics of /metrics. Each has help, and promtool accepts its name.
 func TestMetricsAreDocumentedAndClean(t *testing.T) {
 	t.Parallel()
 	config := watched(Config{PostgresURL: testenv.PostgresURL(t), AMQPURL: testenv.AMQP(t)})
@@ -191,31 +192,29 @@ func TestMetricsAreDocumentedAndClean(t *testing.T) {
 		var shown map[string]family
 		text, shown = scrape(t, url)
 		missing := maps.Clone(docs)
-		for name, one := range shown {
+		for name, metric := range shown {
 			switch {
-			case one.help == "":
+			case metric.help == "":
 				t.Errorf("%s has no help", name)
 			case docs[name].kind == "":
-				t.Errorf("docs/metrics.md does not list %s, a %s: %s", name, one.kind, one.help)
-			case docs[name].kind != one.kind:
-				t.Errorf("%s is a %s, docs/metrics.md says %s", name, one.kind, docs[name].kind)
+				t.Errorf("docs/metrics.md does not list %s, a %s: %s", name, metric.kind, metric.help)
+			case docs[name].kind != metric.kind:
+				t.Errorf("%s is a %s, docs/metrics.md says %s", name, metric.kind, docs[name].kind)
 			}
 			delete(missing, name)
 		}
 		if len(missing) > 0 {
-			return fmt.Errorf("docs/metrics.md lists what /metrics does not show: %v", slices.Sorted(maps.Keys(missing)))
+			return fmt.Errorf("only docs/metrics.md lists %v", slices.Sorted(maps.Keys(missing)))
 		}
 		return nil
 	})
 	checkMetrics(t, text)
 }
 
-// checkMetrics runs promtool's linter, which also knows the conventions for names and units.
+// checkMetrics runs promtool's linter, which also checks names and units.
 func checkMetrics(t *testing.T, text string) {
 	t.Helper()
-	if output, err := exec.Command("bash", "../../scripts/need.sh", "promtool", "prometheus").CombinedOutput(); err != nil {
-		t.Fatalf("promtool: %v\n%s", err, output)
-	}
+	need(t, "promtool")
 	check := exec.CommandContext(t.Context(), "promtool", "check", "metrics")
 	check.Stdin = strings.NewReader(text)
 	if output, err := check.CombinedOutput(); err != nil || len(output) > 0 {
@@ -223,7 +222,7 @@ func checkMetrics(t *testing.T, text string) {
 	}
 }
 
-// Each process serves its own part.
+// Each process exports the metrics of its own parts.
 func TestEachProcessHasMetrics(t *testing.T) {
 	t.Parallel()
 	config := watched(Config{PostgresURL: testenv.PostgresURL(t), AMQPURL: testenv.AMQP(t)})
@@ -231,9 +230,15 @@ func TestEachProcessHasMetrics(t *testing.T) {
 		run  func(context.Context, Config) error
 		want []string
 	}{
-		"API":      {RunAPI, []string{"outbox_gate_refusing", "outbox_backlog", "outbox_lag_seconds", "postgres_pool_connections"}},
-		"Relay":    {RunRelay, []string{"outbox_published_total", "outbox_lease_held", "postgres_vacuum_held_seconds", "rabbit_connects_total"}},
-		"Consumer": {RunConsumer, []string{"inbox_applied_total", "inbox_blocked_keys", "rabbit_consumers", "rabbit_batches_paused"}},
+		"API": {RunAPI, []string{
+			"outbox_gate_refusing", "outbox_backlog", "outbox_lag_seconds", "postgres_pool_connections",
+		}},
+		"Relay": {RunRelay, []string{
+			"outbox_published_total", "outbox_lease_held", "postgres_vacuum_held_seconds", "rabbit_connects_total",
+		}},
+		"Consumer": {RunConsumer, []string{
+			"inbox_applied_total", "inbox_blocked_keys", "rabbit_consumers", "rabbit_batches_paused",
+		}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -245,11 +250,11 @@ func TestEachProcessHasMetrics(t *testing.T) {
 				text, shown := scrape(t, url)
 				for _, name := range append(process.want, "target_info") {
 					if shown[name].kind == "" && !strings.Contains(text, name) {
-						return fmt.Errorf("%s is not shown", name)
+						return fmt.Errorf("%s is missing", name)
 					}
 				}
 				if !strings.Contains(text, `service_name="`+ServiceName+`-`) {
-					t.Errorf("the process does not say who it is")
+					t.Error("target_info does not name the service")
 				}
 				return nil
 			})
@@ -257,7 +262,7 @@ func TestEachProcessHasMetrics(t *testing.T) {
 	}
 }
 
-// What rules and dashboard ask for exists.
+// Alert rules and dashboard use only documented metrics.
 func TestRulesAndDashboardNameMetricsThatExist(t *testing.T) {
 	t.Parallel()
 	docs := documented(t)
@@ -266,20 +271,21 @@ func TestRulesAndDashboardNameMetricsThatExist(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		names := regexp.MustCompile(`\b(?:outbox|inbox|dead_letters|rabbit|postgres|rpc_server)_[a-z_]+`).FindAllString(string(text), -1)
+		metrics := regexp.MustCompile(`\b(?:outbox|inbox|dead_letters|rabbit|postgres|rpc_server)_[a-z_]+`)
+		names := metrics.FindAllString(string(text), -1)
 		if len(names) < 10 {
-			t.Errorf("%s: only %d metrics found, looking in the wrong place", path, len(names))
+			t.Errorf("%s: only %d metrics found", path, len(names))
 		}
 		for _, name := range names {
 			base := regexp.MustCompile(`_(bucket|sum|count)$`).ReplaceAllString(name, "")
 			if docs[name].kind == "" && docs[base].kind != "histogram" {
-				t.Errorf("%s names %s, which docs/metrics.md does not know", path, name)
+				t.Errorf("%s uses %s, which docs/metrics.md does not list", path, name)
 			}
 		}
 	}
 }
 
-// Runbooks that alerts name are there.
+// Each alert refers to its section of the runbook, which exists.
 func TestAlertsHaveRunbooks(t *testing.T) {
 	t.Parallel()
 	rules, err := os.ReadFile("../../deploy/prometheus/alerts.yml")
@@ -299,12 +305,12 @@ func TestAlertsHaveRunbooks(t *testing.T) {
 			t.Errorf("docs/runbook.md has no section %s", alert[1])
 		}
 		if !strings.Contains(string(rules), "docs/runbook.md#"+strings.ToLower(alert[1])+"\n") {
-			t.Errorf("%s does not name its section of the runbook", alert[1])
+			t.Errorf("%s does not refer to its section of the runbook", alert[1])
 		}
 	}
 }
 
-// Neither passwords nor payloads are in what processes log, not even at debug level, when connections fail or handlers do.
+// Processes log neither passwords nor payloads, not even at debug level or when connections or handlers fail.
 func TestLogsHoldNoSecretsAndNoPayloads(t *testing.T) {
 	t.Parallel()
 	const canary, secret = "canaryinthepayload", "canaryinthepassword"
@@ -317,7 +323,7 @@ func TestLogsHoldNoSecretsAndNoPayloads(t *testing.T) {
 	wrong := config
 	wrong.AMQPURL = withPassword(t, amqpURL, secret)
 	start(t, RunConsumer, wrong)
-	awaitLog(t, "Exception (403)") // RabbitMQ 4.3 has other words than older ones
+	awaitLog(t, "Exception (403)") // the rest of the text depends on RabbitMQ's version
 
 	text := func(value string) []byte {
 		payload, err := proto.Marshal(wrapperspb.String(value))
@@ -326,8 +332,8 @@ func TestLogsHoldNoSecretsAndNoPayloads(t *testing.T) {
 		}
 		return payload
 	}
-	commit(t, postgresURL, watchedType, text(canary))                            // the handler fails
-	commit(t, postgresURL, watchedType, text("panic "+canary))                   // or worse
+	commit(t, postgresURL, watchedType, text(canary))                            // the handler returns an error
+	commit(t, postgresURL, watchedType, text("panic "+canary))                   // the handler panics
 	commit(t, postgresURL, watchedType, append([]byte("\xff"), text(canary)...)) // cannot be decoded
 	commit(t, postgresURL, "probe.Nobody", text(canary))                         // unroutable
 	awaitLog(t, "SQLSTATE 22P02")
@@ -339,7 +345,7 @@ func TestLogsHoldNoSecretsAndNoPayloads(t *testing.T) {
 	post(t, url+watchedProcedure, `{"`+canary+`": "`+canary+`"}`)
 	post(t, url+watchedProcedure, canary)
 	post(t, url+"/"+canary, canary)
-	post(t, url+watchedProcedure, `"`+canary+`"`) // which panics
+	post(t, url+watchedProcedure, `"`+canary+`"`) // the handler panics
 	awaitLog(t, "code=invalid_argument")
 	awaitLog(t, "rpc panicked")
 

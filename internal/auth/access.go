@@ -13,16 +13,17 @@ import (
 	"google.golang.org/protobuf/types/descriptorpb"
 )
 
-// listed are services of others, whose proto files cannot say who may call them.
+// listed holds the access to third-party services. We cannot put an access option into their proto files.
 var listed = map[string]*authv1.Access{
-	// Load balancers and orchestrators have no credentials; the answer is a word.
+	// Load balancers and orchestrators have no credentials. The answer is one word.
 	"grpc.health.v1.Health": {Public: true},
-	// Shows every proto file that is linked in.
+	// Reflection shows every proto file that is linked in.
 	"grpc.reflection.v1.ServerReflection":      {Authenticated: true},
 	"grpc.reflection.v1alpha.ServerReflection": {Authenticated: true},
 }
 
-// AccessTo returns who may call a procedure, as its proto file or the list says, and an empty Access, which is nobody, if neither does.
+// AccessTo returns the access to a procedure from listed or from the procedure's proto file. If neither defines it,
+// AccessTo returns an empty Access, which admits nobody.
 func AccessTo(spec connect.Spec) *authv1.Access {
 	service, _, _ := strings.Cut(strings.TrimPrefix(spec.Procedure, "/"), "/")
 	if access, ok := listed[service]; ok {
@@ -39,7 +40,7 @@ func AccessTo(spec connect.Spec) *authv1.Access {
 	return proto.GetExtension(options, authv1.E_Access).(*authv1.Access)
 }
 
-// Authorize returns the interceptor that lets a call through if AccessTo its procedure allows it. It must follow Identify.
+// Authorize returns an interceptor that admits a call if AccessTo its procedure allows it. It must follow Identify.
 func Authorize(log *slog.Logger) connect.ServerInterceptor {
 	return func(next connect.ServerFunc) connect.ServerFunc {
 		return func(ctx context.Context, spec connect.Spec, stream connect.ServerStream) error {
@@ -64,11 +65,12 @@ func authorize(ctx context.Context, log *slog.Logger, spec connect.Spec) error {
 	case access.GetPublic(), access.GetAuthenticated(), overlap(access.GetRoles(), v.Roles):
 		return nil
 	case len(access.GetRoles()) == 0:
-		log.ErrorContext(ctx, "procedure is closed: its proto file does not say who may call it", "procedure", spec.Procedure)
+		log.ErrorContext(ctx, "procedure is closed: its proto file does not declare its access",
+			"procedure", spec.Procedure)
 	}
 	return connect.NewError(connect.CodePermissionDenied, "none of your roles may call this procedure")
 }
 
 func overlap(a, b []string) bool {
-	return slices.ContainsFunc(a, func(one string) bool { return slices.Contains(b, one) })
+	return slices.ContainsFunc(a, func(role string) bool { return slices.Contains(b, role) })
 }

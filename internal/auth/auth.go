@@ -1,8 +1,9 @@
-// Package auth says who calls and whether they may.
+// Package auth authenticates callers and authorizes their calls.
 //
-// It guarantees that a procedure is denied to everybody unless its proto file, or a list in this package, says who may call it; that a
-// credential which is given must be valid, also where none is needed; and that keys of callers are compared in constant time and kept
-// as hashes. It knows nothing of objects: whether a caller may see this order is for the handler to decide, with FromContext.
+// It guarantees three things. A procedure is closed to everybody unless its proto file, or a list in this package,
+// declares its access. A credential that is sent must be valid, even if the procedure needs none. API keys are stored
+// as hashes and compared in constant time. The package does not authorize access to objects: the handler decides with
+// FromContext which objects, for example, a caller may see.
 //
 // The interceptors work over any transport that fills in the request headers of connect.CallInfo.
 package auth
@@ -21,20 +22,21 @@ import (
 	"connectrpc.com/connect/v2/connecthttp"
 )
 
-// Caller is somebody whose credentials were valid.
+// Caller is an authenticated caller.
 type Caller struct {
-	// Subject is the name, unique among the callers of one kind: a token's "sub", an API key's ID, a client certificate's name.
-	// Identify sets names of 1 to 256 bytes of printable UTF-8 only, so that Postgres, logs and headers can take them.
+	// Subject is the name, unique among the callers of one kind: a token's "sub", an API key's ID, or a client
+	// certificate's name. Identify sets only names of 1 to 256 bytes of printable UTF-8, so that Postgres, logs and
+	// headers can take them.
 	Subject string
-	// Roles are what auth.v1.Access asks for.
+	// Roles are compared with the roles in auth.v1.Access.
 	Roles []string
-	// By says how the caller is known: "jwt", "apikey", "mtls", or "nothing" when authentication is off.
+	// By is the kind of credential: "jwt", "apikey", "mtls", or "nothing" when authentication is off.
 	By string
-	// Expires is when the credential ends and, with it, a stream; zero is never.
+	// Expires is when the credential expires, which also ends a stream. Zero means never.
 	Expires time.Time
 }
 
-// visitor is the caller of one call, or the reason why there is none.
+// visitor is the caller of one call, or the error that denied the credentials.
 type visitor struct {
 	Caller
 	denied error
@@ -42,7 +44,8 @@ type visitor struct {
 
 type visitorKey struct{}
 
-// Visit makes room in ctx for the caller of one call, so that what surrounds authentication, such as the access log, can see it afterwards.
+// Visit makes room in ctx for the caller of one call. Code that runs outside of authentication, such as the access
+// log, can then read the caller after the call.
 func Visit(ctx context.Context) context.Context {
 	if _, ok := ctx.Value(visitorKey{}).(*visitor); ok {
 		return ctx
@@ -50,8 +53,8 @@ func Visit(ctx context.Context) context.Context {
 	return context.WithValue(ctx, visitorKey{}, new(visitor))
 }
 
-// As returns a context in which the caller is known to be somebody, for calls that do not come from a client: it was identified before, and whoever
-// says so must be sure of it. Authorize judges it as any other.
+// As returns a context with a caller that was authenticated earlier, for calls that do not come from a client. The code
+// that calls As must be sure of the caller's identity. Authorize treats the caller like any other.
 func As(ctx context.Context, caller Caller) context.Context {
 	v := &visitor{Caller: caller}
 	if caller.By == "" {
@@ -69,15 +72,15 @@ func FromContext(ctx context.Context) (caller Caller, ok bool) {
 	return v.Caller, true
 }
 
-// Config says which credentials are accepted: of none of them, none.
+// Config sets which credentials are accepted. The zero Config accepts none.
 type Config struct {
 	// Tokens are accepted as "authorization: Bearer"; nil accepts none.
 	Tokens *Tokens
 	// Keys are accepted as "x-api-key"; nil accepts none.
 	Keys *Keys
-	// Certificates accepts the client certificates that the server verified.
+	// Certificates accepts client certificates that the server has verified.
 	Certificates bool
-	// Off lets everybody do everything. For development only.
+	// Off turns authentication and authorization off. For development only.
 	Off bool
 }
 
@@ -87,13 +90,14 @@ const (
 	challengeHeader = "WWW-Authenticate"
 )
 
-// Headers returns the headers that Identify reads of requests and writes to answers.
+// Headers returns the headers that Identify reads from requests and writes to responses.
 func Headers() (request, response []string) {
 	return []string{bearerHeader, keyHeader}, []string{challengeHeader}
 }
 
-// challenges are the ways to authenticate (RFC 9110, section 11.6.1), in the order in which clients should try them. API keys and client certificates
-// have no registered scheme; ApiKey is what others call the former.
+// challenges returns the accepted authentication schemes (RFC 9110, section 11.6.1), in the order in which clients
+// should try them. API keys and client certificates have no registered scheme. ApiKey is a common name for the
+// former.
 func (c Config) challenges() (all []string) {
 	if c.Tokens != nil {
 		all = append(all, "Bearer")
@@ -107,31 +111,33 @@ func (c Config) challenges() (all []string) {
 	return all
 }
 
-// challenge says with an answer that lacks credentials which ones are accepted.
+// challenge adds the accepted schemes to the response headers if err is unauthenticated.
 func challenge(info *connect.CallInfo, challenges []string, err error) {
 	if err == nil || connect.CodeOf(err) != connect.CodeUnauthenticated {
 		return
 	}
-	for _, one := range challenges {
-		info.ResponseHeader().Add(challengeHeader, one)
+	for _, scheme := range challenges {
+		info.ResponseHeader().Add(challengeHeader, scheme)
 	}
 }
 
 // errNone means that a call came without credentials.
-var errNone = connect.NewError(connect.CodeUnauthenticated, "credentials are missing: send authorization: Bearer, x-api-key or a client certificate")
+var errNone = connect.NewError(connect.CodeUnauthenticated,
+	"credentials are missing: send authorization: Bearer, x-api-key or a client certificate")
 
-// errInvalid is all that a caller hears of a wrong credential.
+// errInvalid answers every invalid credential. It gives the caller no reason.
 var errInvalid = connect.NewError(connect.CodeUnauthenticated, "credentials are invalid or have expired")
 
-// errUnfitName says the same to the caller. The log says why.
-var errUnfitName = errInvalid.WithCause(fmt.Errorf("the caller's name is not 1 to %d bytes of printable UTF-8", maxName))
+// errUnfitName gives the caller the same message. Only the log has the reason.
+var errUnfitName = errInvalid.WithCause(
+	fmt.Errorf("caller's name is not 1 to %d bytes of printable UTF-8", maxName))
 
 // maxName is the longest name of a caller in bytes.
 const maxName = 256
 
-// fitName tells whether every place that a caller's name gets to can take it. Postgres stores neither NUL nor broken
-// UTF-8. Control and format characters would forge log lines and the names that the audit log shows. Decoders put U+FFFD
-// for what they cannot decode, so two callers could share a name that has it.
+// fitName reports whether a caller's name is safe wherever it is used. Postgres stores neither NUL nor invalid UTF-8.
+// Control and format characters could forge log lines and the names that the audit log shows. Decoders replace invalid
+// bytes with U+FFFD, so two callers could share a name that contains it.
 func fitName(name string) bool {
 	if name == "" || len(name) > maxName || !utf8.ValidString(name) {
 		return false
@@ -139,10 +145,10 @@ func fitName(name string) bool {
 	return !strings.ContainsFunc(name, func(r rune) bool { return r == utf8.RuneError || !unicode.IsPrint(r) })
 }
 
-// Identify returns the interceptor that finds out who calls. It turns nobody away: what it finds is billed by a rate limit first,
-// and then judged by Authorize, which must follow.
+// Identify returns an interceptor that authenticates callers. It rejects no call: the rate limit must be able to charge
+// unauthenticated calls, too. Authorize must follow, and rejects them.
 //
-// An answer that is unauthenticated names the accepted schemes in WWW-Authenticate.
+// Identify adds the accepted schemes to unauthenticated responses, in WWW-Authenticate.
 func Identify(config Config) connect.ServerInterceptor {
 	challenges := config.challenges()
 	return func(next connect.ServerFunc) connect.ServerFunc {
@@ -163,7 +169,7 @@ func Identify(config Config) connect.ServerInterceptor {
 			defer cancel()
 			err := next(live, spec, stream)
 			if err != nil && errors.Is(context.Cause(live), errInvalid) {
-				return errInvalid.WithCause(err) // a stream outlived its credential
+				return errInvalid.WithCause(err) // the credential expired during a stream
 			}
 			return err
 		}
@@ -193,7 +199,7 @@ func (c Config) identify(ctx context.Context, info *connect.CallInfo) (Caller, e
 	return Caller{}, errNone
 }
 
-// clientCertificate returns the certificate that the TLS handshake verified, or nil.
+// clientCertificate returns the client certificate that the TLS handshake verified, or nil.
 func clientCertificate(info *connect.CallInfo) *x509.Certificate {
 	http, ok := info.TransportInfo.(*connecthttp.ServerInfo)
 	if !ok || http.TLS() == nil || len(http.TLS().VerifiedChains) == 0 {
@@ -202,11 +208,15 @@ func clientCertificate(info *connect.CallInfo) *x509.Certificate {
 	return http.TLS().VerifiedChains[0][0]
 }
 
-// fromCertificate takes the name from a SPIFFE ID, or else from the common name, and the roles from the organizations, as Kubernetes
-// does. So whoever can have certificates signed decides on roles: the authority must be the service's own.
+// fromCertificate takes the name from a SPIFFE ID, or else from the common name, and the roles from the
+// organizations, as Kubernetes does. Anyone who can get a certificate signed can therefore choose its roles, so the
+// certificate authority must be the service's own.
 func fromCertificate(certificate *x509.Certificate) Caller {
 	caller := Caller{
-		Subject: certificate.Subject.CommonName, Roles: certificate.Subject.Organization, By: "mtls", Expires: certificate.NotAfter,
+		Subject: certificate.Subject.CommonName,
+		Roles:   certificate.Subject.Organization,
+		By:      "mtls",
+		Expires: certificate.NotAfter,
 	}
 	for _, uri := range certificate.URIs {
 		if uri.Scheme == "spiffe" {

@@ -13,12 +13,12 @@ import (
 	"example.com/shop/internal/reload"
 )
 
-// Keys are the API keys that the service accepts. A key is "id.secret", and all that is kept of it is a line:
+// Keys are the API keys that the service accepts. A key is "id.secret". Only one line of it is stored:
 //
 //	id:role[,role...]:SHA-256 of the whole key, in hexadecimal
 //
-// A plain hash is enough: a secret has 128 random bits, so there is no list to try. An ID may have several lines, so that a new key can be
-// in use before the old one is taken away. Empty lines and those that begin with # mean nothing.
+// A plain hash is enough: a secret has 128 random bits, so no dictionary can find it. An ID may have several lines, so
+// that a new key works before the old one is removed. Empty lines and lines that begin with # are ignored.
 type Keys struct{ byID func() map[string][]key }
 
 type key struct {
@@ -26,7 +26,7 @@ type key struct {
 	hash  [sha256.Size]byte
 }
 
-// ReadKeys reads lines from a file, and again whenever it changes.
+// ReadKeys reads the lines of a file, and reads it again when it changes.
 func ReadKeys(path string) (*Keys, error) {
 	value, err := reload.New(func() (map[string][]key, error) {
 		text, err := os.ReadFile(path)
@@ -41,7 +41,7 @@ func ReadKeys(path string) (*Keys, error) {
 	return &Keys{byID: value.Get}, nil
 }
 
-// ParseKeys takes lines as they are, divided by line breaks or blanks.
+// ParseKeys parses lines that are separated by line breaks or blanks.
 func ParseKeys(text string) (*Keys, error) {
 	keys, err := parseKeys(strings.Join(strings.Fields(text), "\n"))
 	if err != nil {
@@ -52,7 +52,7 @@ func ParseKeys(text string) (*Keys, error) {
 
 var word = regexp.MustCompile(`^[A-Za-z0-9_-]{1,64}$`)
 
-// parseKeys never quotes a line: what was pasted there by mistake may be a key.
+// parseKeys never quotes a line in an error: the line may be a key that was pasted by mistake.
 func parseKeys(text string) (map[string][]key, error) {
 	keys := make(map[string][]key)
 	for n, line := range strings.Split(text, "\n") {
@@ -64,35 +64,35 @@ func parseKeys(text string) (map[string][]key, error) {
 		if len(fields) != 3 {
 			return nil, fmt.Errorf("API key on line %d: want id:role[,role]:sha256, as `apikey new` prints it", n+1)
 		}
-		one := key{roles: strings.Split(fields[1], ",")}
-		if err := checkNames(fields[0], one.roles); err != nil {
+		k := key{roles: strings.Split(fields[1], ",")}
+		if err := checkNames(fields[0], k.roles); err != nil {
 			return nil, fmt.Errorf("API key on line %d: %w", n+1, err)
 		}
 		hash, err := hex.DecodeString(fields[2])
-		if err != nil || copy(one.hash[:], hash) != sha256.Size || len(hash) != sha256.Size {
-			return nil, fmt.Errorf("API key on line %d: its hash is not 64 hexadecimal digits", n+1)
+		if err != nil || copy(k.hash[:], hash) != sha256.Size || len(hash) != sha256.Size {
+			return nil, fmt.Errorf("API key on line %d: hash is not 64 hexadecimal digits", n+1)
 		}
-		keys[fields[0]] = append(keys[fields[0]], one)
+		keys[fields[0]] = append(keys[fields[0]], k)
 	}
 	if len(keys) == 0 {
-		return nil, fmt.Errorf("there are no API keys in it")
+		return nil, fmt.Errorf("no API keys found")
 	}
 	return keys, nil
 }
 
 func checkNames(id string, roles []string) error {
 	if !word.MatchString(id) {
-		return fmt.Errorf("the ID is not 1 to 64 letters, digits, - and _")
+		return fmt.Errorf("ID is not 1 to 64 letters, digits, - and _")
 	}
 	for _, role := range roles {
 		if !word.MatchString(role) {
-			return fmt.Errorf("a role is not 1 to 64 letters, digits, - and _")
+			return fmt.Errorf("role is not 1 to 64 letters, digits, - and _")
 		}
 	}
 	return nil
 }
 
-// NewKey makes a key for an ID, to be shown to its owner once, and the line to keep.
+// NewKey generates a key for an ID. It returns the key, which must be shown to its owner once, and the line to store.
 func NewKey(id string, roles []string) (secret, line string, err error) {
 	if err := checkNames(id, roles); err != nil {
 		return "", "", err
@@ -108,9 +108,9 @@ func (k *Keys) verify(secret string) (Caller, error) {
 	}
 	id, _, _ := strings.Cut(secret, ".")
 	hash := sha256.Sum256([]byte(secret))
-	for _, one := range k.byID()[id] {
-		if subtle.ConstantTimeCompare(hash[:], one.hash[:]) == 1 {
-			return Caller{Subject: id, Roles: one.roles, By: "apikey"}, nil
+	for _, candidate := range k.byID()[id] {
+		if subtle.ConstantTimeCompare(hash[:], candidate.hash[:]) == 1 {
+			return Caller{Subject: id, Roles: candidate.roles, By: "apikey"}, nil
 		}
 	}
 	return Caller{}, errInvalid

@@ -26,7 +26,7 @@ func TestKeys(t *testing.T) {
 	bob, bobLine := newKey(t, "bob", "customer")
 	annNew, annNewLine := newKey(t, "ann", "customer")
 	if strings.Contains(annLine, ann[len("ann."):]) {
-		t.Errorf("the line %s shows the key %s", annLine, ann)
+		t.Errorf("line %s contains the key %s", annLine, ann)
 	}
 	keys, err := ParseKeys(strings.Join([]string{annLine, bobLine, annNewLine}, " "))
 	if err != nil {
@@ -34,24 +34,28 @@ func TestKeys(t *testing.T) {
 	}
 	for key, want := range map[string]Caller{
 		ann:    {Subject: "ann", Roles: []string{"customer", "operator"}},
-		annNew: {Subject: "ann", Roles: []string{"customer"}}, // while both are in use
+		annNew: {Subject: "ann", Roles: []string{"customer"}}, // both keys of ann are valid
 		bob:    {Subject: "bob", Roles: []string{"customer"}},
 	} {
-		if caller, err := keys.verify(key); err != nil || caller.Subject != want.Subject || !slices.Equal(caller.Roles, want.Roles) || caller.By != "apikey" {
+		caller, err := keys.verify(key)
+		if err != nil || caller.Subject != want.Subject || !slices.Equal(caller.Roles, want.Roles) ||
+			caller.By != "apikey" {
 			t.Errorf("%s: got %+v, %v", key, caller, err)
 		}
 	}
 	hash := annLine[strings.LastIndex(annLine, ":")+1:]
 	for _, wrong := range []string{
-		"", ".", "ann", "ann.", ann[:len(ann)-1], ann + "x", strings.ToLower(ann), " " + ann, "bob." + ann[len("ann."):], hash, "ann." + hash, annLine,
-		strings.Repeat("a", 1<<20), "eve." + ann[len("ann."):], "\x00",
+		"", ".", "ann", "ann.", ann[:len(ann)-1], ann + "x", strings.ToLower(ann), " " + ann, "bob." +
+			ann[len("ann."):],
+		hash, "ann." + hash, annLine, strings.Repeat("a", 1<<20), "eve." + ann[len("ann."):], "\x00",
 	} {
-		if caller, err := keys.verify(wrong); connect.CodeOf(err) != connect.CodeUnauthenticated || caller.Subject != "" {
+		if caller, err := keys.verify(wrong); connect.CodeOf(err) != connect.CodeUnauthenticated ||
+			caller.Subject != "" {
 			t.Errorf("%.80q: got %+v, %v", wrong, caller, err)
 		}
 	}
 	if _, err := (*Keys)(nil).verify(ann); err == nil {
-		t.Error("without any keys, one is accepted")
+		t.Error("nil Keys accepted a key")
 	}
 }
 
@@ -59,15 +63,19 @@ func TestMalformedKeysAreRefusedAndNotQuoted(t *testing.T) {
 	t.Parallel()
 	hash := strings.Repeat("0", 64)
 	for _, line := range []string{
-		"", "# only a comment", "hunter2", "hunter2:customer", "hunter2:customer:" + hash[1:], "hunter2:customer:" + hash + "00", "hunter2:customer:" + strings.Repeat("x", 64),
-		"hunter2::" + hash, "hunter2:a,,b:" + hash, "hun.ter2:customer:" + hash, ":customer:" + hash, "hunter2:customer:" + hash + ":x", "hunter2:cust omer:" + hash,
+		"", "# only a comment", "hunter2", "hunter2:customer", "hunter2:customer:" + hash[1:],
+		"hunter2:customer:" + hash + "00", "hunter2:customer:" + strings.Repeat("x", 64), "hunter2::" + hash,
+		"hunter2:a,,b:" + hash, "hun.ter2:customer:" + hash, ":customer:" + hash, "hunter2:customer:" + hash + ":x",
+		"hunter2:cust omer:" + hash,
 	} {
 		_, err := parseKeys(line)
 		if err == nil || strings.Contains(err.Error(), "hunter2") {
 			t.Errorf("%q: got error %v", line, err)
 		}
 	}
-	for _, bad := range [][]string{{""}, {"ann"}, {"ann", ""}, {"a.b", "customer"}, {"a:b", "customer"}, {"ann", "a,b"}, {"ann\n", "customer"}} {
+	for _, bad := range [][]string{
+		{""}, {"ann"}, {"ann", ""}, {"a.b", "customer"}, {"a:b", "customer"}, {"ann", "a,b"}, {"ann\n", "customer"},
+	} {
 		if _, line, err := NewKey(bad[0], bad[1:]); err == nil && len(bad) > 1 {
 			t.Errorf("%q: got %s", bad, line)
 		}
@@ -91,12 +99,14 @@ func TestKeysFollowTheirFile(t *testing.T) {
 	}
 	await := func(key string, good bool) {
 		t.Helper()
-		for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(20 * time.Millisecond) { // a file cannot signal
-			if _, err := keys.verify(key); (err == nil) == good {
+		// Poll: files do not notify.
+		for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+			_, err := keys.verify(key)
+			if (err == nil) == good {
 				return
 			}
 			if time.Now().After(deadline) {
-				t.Fatalf("%s: still not %t", key, good)
+				t.Fatalf("%s: want accepted %t, got %v", key, good, err)
 			}
 		}
 	}
@@ -107,6 +117,6 @@ func TestKeysFollowTheirFile(t *testing.T) {
 	write(nextLine)
 	await(old, false)
 	write("not a key")
-	time.Sleep(1100 * time.Millisecond) // nothing signals that nothing happens
+	time.Sleep(1100 * time.Millisecond) // longer than the reload interval: the bad file must have no effect
 	await(next, true)
 }

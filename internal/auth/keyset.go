@@ -20,31 +20,33 @@ import (
 )
 
 const (
-	// refreshEvery is how long a key that the issuer took back is still accepted, while the issuer can be reached.
+	// refreshEvery is how long a key that the issuer has revoked is still accepted, while the issuer can be reached.
 	refreshEvery = 5 * time.Minute
-	// staleAfter is how long keys are used while the issuer cannot be reached. Then a key that was taken back must not live on for ever.
+	// staleAfter is how long keys are used while the issuer cannot be reached. It bounds the use of a revoked key.
 	staleAfter = time.Hour
-	// refetchAfter is the time between two tries: after a failure, and when tokens name unknown keys, which anybody can make up.
+	// refetchAfter is the least time between two fetches: after a failure, and when tokens name unknown keys. Anybody
+	// can make up a key ID.
 	refetchAfter = 10 * time.Second
-	// fetchTimeout bounds one try.
+	// fetchTimeout bounds one fetch.
 	fetchTimeout = 5 * time.Second
-	// maxKeySet is more than any sane key set has.
+	// maxKeySet is the largest key set in bytes, more than any sane issuer needs.
 	maxKeySet = 1 << 20
 )
 
-// KeySet is the issuer's public keys (JWKS, RFC 7517).
+// KeySet holds the issuer's public keys (JWKS, RFC 7517).
 type KeySet struct {
-	url    string // "" if they come from a file
+	url    string // "" if the keys come from a file
 	file   *reload.Value[keyfunc.Keyfunc]
 	client *http.Client
-	hint   chan struct{} // a token names a key that we do not have
+	hint   chan struct{} // a token names an unknown key
 
 	mu      sync.Mutex
 	keys    keyfunc.Keyfunc
 	fetched time.Time
 }
 
-// NewKeySet makes a key set of a file, which must be there, or of a URL, which Run fetches. A URL has https, unless its host is this machine.
+// NewKeySet makes a key set from a file, which must exist, or from a URL, which Run fetches. A URL must use https
+// unless its host is this machine.
 func NewKeySet(source string) (*KeySet, error) {
 	parsed, err := url.Parse(source)
 	if err != nil {
@@ -53,18 +55,19 @@ func NewKeySet(source string) (*KeySet, error) {
 	switch parsed.Scheme {
 	case "https", "http":
 		if parsed.Host == "" || parsed.Scheme == "http" && !isLocal(parsed.Hostname()) {
-			return nil, errors.New("JWKS: a URL needs https: whoever can change the keys on their way is any caller")
+			return nil, errors.New("JWKS: URL must use https: without TLS an attacker can replace the keys")
 		}
 		client := &http.Client{
 			Timeout:   fetchTimeout,
 			Transport: &http.Transport{Proxy: http.ProxyFromEnvironment, DisableKeepAlives: true},
-			// A redirect could lead anywhere, and to plain http.
+			// A redirect could lead to any host, or to plain http.
 			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 		}
 		return &KeySet{url: source, client: client, hint: make(chan struct{}, 1)}, nil
 	}
 	if strings.Contains(source, "://") {
-		return nil, errors.New("JWKS: a URL needs https, and a file is named by its path") // an error of the file would show it
+		// The error of os.ReadFile would quote the source.
+		return nil, errors.New("JWKS: source must be an https URL or the path of a file")
 	}
 	file, err := reload.New(func() (keyfunc.Keyfunc, error) {
 		text, err := os.ReadFile(source)
@@ -97,14 +100,15 @@ func (s *KeySet) Run(ctx context.Context) {
 	for ctx.Err() == nil {
 		pause := refreshEvery
 		if err := s.fetch(ctx); err != nil {
-			slog.WarnContext(ctx, "keys of the token issuer cannot be fetched", "url", bounds.URLs(s.url), "error", bounds.URLs(err.Error()))
+			slog.WarnContext(ctx, "token issuer's keys cannot be fetched",
+				"url", bounds.URLs(s.url), "error", bounds.URLs(err.Error()))
 			pause = refetchAfter
 		}
 		s.rest(ctx, pause)
 	}
 }
 
-// rest waits until it is time to fetch again, or somebody needs it and the last time is long enough ago.
+// rest waits until the next fetch is due. A hint shortens the pause, but not below refetchAfter.
 func (s *KeySet) rest(ctx context.Context, pause time.Duration) {
 	due, soonest := time.After(pause), time.After(refetchAfter)
 	select {
@@ -119,11 +123,11 @@ func (s *KeySet) rest(ctx context.Context, pause time.Duration) {
 	}
 }
 
-// wake asks for the keys to be fetched soon.
+// wake requests an early fetch.
 func (s *KeySet) wake() {
 	select {
 	case s.hint <- struct{}{}:
-	default: // asked before, or a file, which has no hint
+	default: // requested already, or the keys come from a file, which needs no fetch
 	}
 }
 
@@ -138,7 +142,7 @@ func (s *KeySet) fetch(ctx context.Context) error {
 	}
 	defer response.Body.Close()
 	if response.StatusCode != http.StatusOK {
-		return fmt.Errorf("answer is %s", response.Status)
+		return fmt.Errorf("response status is %s", response.Status)
 	}
 	text, err := io.ReadAll(io.LimitReader(response.Body, maxKeySet))
 	if err != nil {
@@ -154,8 +158,8 @@ func (s *KeySet) fetch(ctx context.Context) error {
 	return nil
 }
 
-// Ready returns an error until the keys were there for the first time. It says nothing of their age: what the issuer's absence means later is the
-// same on every replica, and taking all of them out of service would mend nothing.
+// Ready returns an error until the keys have been fetched once. It ignores their age: a later outage of the issuer
+// affects every replica, and taking all of them out of service would fix nothing.
 func (s *KeySet) Ready(context.Context) error {
 	if s.file != nil {
 		return nil
@@ -168,9 +172,9 @@ func (s *KeySet) Ready(context.Context) error {
 	return nil
 }
 
-var errNeverFetched = errors.New("keys of the token issuer were never fetched")
+var errNeverFetched = errors.New("token issuer's keys were never fetched")
 
-// current returns the keys, or why there are none to be trusted.
+// current returns the keys, or an error if they were never fetched or are stale.
 func (s *KeySet) current() (keyfunc.Keyfunc, error) {
 	if s.file != nil {
 		return s.file.Get(), nil
@@ -181,7 +185,7 @@ func (s *KeySet) current() (keyfunc.Keyfunc, error) {
 		return nil, errNeverFetched
 	}
 	if age := time.Since(s.fetched); age > staleAfter {
-		return nil, fmt.Errorf("keys of the token issuer are %s old", age.Round(time.Second))
+		return nil, fmt.Errorf("token issuer's keys are %s old", age.Round(time.Second))
 	}
 	return s.keys, nil
 }

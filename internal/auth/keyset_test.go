@@ -19,8 +19,11 @@ import (
 func TestKeySetSources(t *testing.T) {
 	t.Parallel()
 	for source, good := range map[string]bool{
-		"https://issuer.example/jwks": true, "http://localhost:1/jwks": true, "http://127.0.0.1:1/": true, "http://[::1]:1/": true,
-		"http://issuer.example/jwks": false, "http://127.0.0.1.example/": false, "https://": false, "/does/not/exist": false, "ftp://h/": false, "\x7f://": false,
+		"https://issuer.example/jwks": true, "http://localhost:1/jwks": true, "http://127.0.0.1:1/": true,
+		"http://[::1]:1/": true,
+
+		"http://issuer.example/jwks": false, "http://127.0.0.1.example/": false, "https://": false,
+		"/does/not/exist": false, "ftp://h/": false, "\x7f://": false,
 	} {
 		if _, err := NewKeySet(source); (err == nil) != good {
 			t.Errorf("%q: got error %v", source, err)
@@ -43,7 +46,7 @@ func TestKeySetFollowsItsFile(t *testing.T) {
 		t.Fatal(err)
 	}
 	token := next.sign(t, jwt.SigningMethodEdDSA, "ed", next.ed, nil)
-	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(20 * time.Millisecond) { // a file cannot signal
+	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(20 * time.Millisecond) { // poll: files do not notify
 		_, err := tokens.verify(t.Context(), token)
 		if err == nil {
 			break
@@ -53,11 +56,11 @@ func TestKeySetFollowsItsFile(t *testing.T) {
 		}
 	}
 	if _, err := tokens.verify(t.Context(), old.sign(t, jwt.SigningMethodEdDSA, "ed", old.ed, nil)); err == nil {
-		t.Error("the key that was taken away still opens")
+		t.Error("a removed key is still accepted")
 	}
 }
 
-// server answers with what it is told, without a network, so that time can be made up.
+// server returns a stored response without a network, so that tests can use synthetic time.
 type server struct {
 	answer atomic.Value // func() *http.Response
 	asked  atomic.Int64
@@ -90,7 +93,7 @@ func TestKeySetFollowsItsURL(t *testing.T) {
 		running.Go(func() { tokens.keys.Run(ctx) })
 		defer running.Wait()
 		defer cancel()
-		// Signed when it is asked, since a day passes here.
+		// Tokens are signed just before use, because more than an hour passes in this test.
 		code := func(i *issuer, id string) connect.Code {
 			synctest.Wait()
 			_, err := tokens.verify(t.Context(), i.sign(t, jwt.SigningMethodEdDSA, id, i.ed, jwt.MapClaims{
@@ -101,16 +104,16 @@ func TestKeySetFollowsItsURL(t *testing.T) {
 			}
 			return connect.CodeOf(err)
 		}
-		want := func(what string, i *issuer, id string, want connect.Code) {
+		want := func(situation string, i *issuer, id string, want connect.Code) {
 			t.Helper()
 			if got := code(i, id); got != want {
-				t.Errorf("%s: got %s, want %s", what, got, want)
+				t.Errorf("%s: got %s, want %s", situation, got, want)
 			}
 		}
 		want("issuer away from the start", old, "ed", connect.CodeUnavailable)
 		source.answer.Store(answer(http.StatusOK, old.jwks))
 		time.Sleep(refetchAfter)
-		want("issuer there", old, "ed", 0)
+		want("issuer back", old, "ed", 0)
 
 		source.answer.Store(answer(http.StatusServiceUnavailable, nil))
 		time.Sleep(staleAfter)
@@ -121,24 +124,26 @@ func TestKeySetFollowsItsURL(t *testing.T) {
 		source.answer.Store(answer(http.StatusOK, next.jwks))
 		time.Sleep(refetchAfter)
 		want("new key", next, "ed", 0)
-		want("key that was taken back", old, "ed", connect.CodeUnauthenticated)
+		want("revoked key", old, "ed", connect.CodeUnauthenticated)
 
-		time.Sleep(refetchAfter) // let rest's lower bound pass
+		time.Sleep(refetchAfter) // pass the lower bound of rest
 		asked := source.asked.Load()
 		for range 1000 {
 			want("made-up key", next, "made up", connect.CodeUnauthenticated)
 		}
 		if n := source.asked.Load() - asked; n != 1 {
-			t.Errorf("a thousand made-up key IDs made us ask the issuer %d times", n)
+			t.Errorf("a thousand made-up key IDs caused %d fetches, want 1", n)
 		}
 	})
 }
 
-func TestKeySetFollowsNoRedirectAndTakesNoGiant(t *testing.T) {
+func TestKeySetRefusesRedirectsAndHugeResponses(t *testing.T) {
 	t.Parallel()
 	i := newIssuer(t)
 	mux := http.NewServeMux()
-	mux.HandleFunc("/moved", func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "/jwks", http.StatusFound) })
+	mux.HandleFunc("/moved", func(w http.ResponseWriter, r *http.Request) {
+		http.Redirect(w, r, "/jwks", http.StatusFound)
+	})
 	mux.HandleFunc("/jwks", func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write(i.jwks) })
 	mux.HandleFunc("/giant", func(w http.ResponseWriter, _ *http.Request) {
 		for range 4 << 10 {

@@ -21,37 +21,37 @@ import (
 const (
 	// leeway is how far the issuer's clock may differ from ours.
 	leeway = 30 * time.Second
-	// maxToken is more than any sane token has. Parsing more would be work for nothing.
+	// maxToken is the longest token in bytes, more than any sane token needs. Longer ones are not parsed.
 	maxToken = 8 << 10
-	// maxLife is the longest lifetime of a token: without a bound, one that leaked opens the door for ever.
+	// maxLife is the longest lifetime of a token. Without a bound, a leaked token could stay valid forever.
 	maxLife = 24 * time.Hour
-	// minRSABits is what NIST asks for since 2014.
+	// minRSABits is the minimum that NIST has required since 2014.
 	minRSABits = 2048
 )
 
-// TokenConfig says which tokens are accepted.
+// TokenConfig sets which tokens are accepted.
 type TokenConfig struct {
-	// Issuer and Audience are what "iss" must be and "aud" must contain. Both are required: without them a token that the same
-	// authority made for another service would open this one.
+	// Issuer must equal "iss", and "aud" must contain Audience. Both are required: without them this service would accept
+	// a token that the same authority issued for another service.
 	Issuer, Audience string
-	// RolesClaim is the claim that lists the caller's roles, a string or several. It is the name of a claim, or if there is
-	// none of that name a path to a nested one, such as "realm_access.roles". Default "roles".
+	// RolesClaim is the claim with the caller's roles: a string or a list of strings. If no claim has this name, it is
+	// the path to a nested claim, such as "realm_access.roles". Default "roles".
 	RolesClaim string
 }
 
-// Tokens verifies JSON web tokens (RFC 7519): signed by EdDSA, RS256 or ES256 with a key of the key set, for this audience, and not expired.
-// The algorithm is never taken from the token alone. It must be one of the three, and each of them takes keys of its own type only, so that
-// a public key cannot be passed off as an HMAC secret.
+// Tokens verifies JSON web tokens (RFC 7519). A token must be signed with EdDSA, RS256 or ES256 by a key of the key
+// set, be issued for this audience, and not have expired. The token alone never chooses the algorithm: it must be one
+// of the three, and each accepts only keys of its own type. So nobody can pass a public key off as an HMAC secret.
 type Tokens struct {
 	config TokenConfig
 	keys   *KeySet
 	parser *jwt.Parser
 }
 
-// NewTokens makes a verifier that takes its keys from the key set.
+// NewTokens returns a verifier that uses the keys of the key set.
 func NewTokens(config TokenConfig, keys *KeySet) (*Tokens, error) {
 	if config.Issuer == "" || config.Audience == "" {
-		return nil, errors.New("tokens need an issuer and an audience")
+		return nil, errors.New("tokens require an issuer and an audience")
 	}
 	if config.RolesClaim == "" {
 		config.RolesClaim = "roles"
@@ -63,7 +63,7 @@ func NewTokens(config TokenConfig, keys *KeySet) (*Tokens, error) {
 	)}, nil
 }
 
-// errKeysAway is for callers whose token may well be good.
+// errKeysAway answers tokens that may be valid, while no current keys are available.
 var errKeysAway = connect.NewError(connect.CodeUnavailable, "tokens cannot be verified at the moment, try again")
 
 func (t *Tokens) verify(ctx context.Context, token string) (Caller, error) {
@@ -83,8 +83,8 @@ func (t *Tokens) verify(ctx context.Context, token string) (Caller, error) {
 		return Caller{}, errInvalid.WithCause(err)
 	}
 	if _, ok := parsed.Header["crit"]; ok {
-		// The header names extensions without which a token means something else (RFC 7515, section 4.1.11). We know none.
-		return Caller{}, errInvalid.WithCause(errors.New("token needs an extension: its header has crit"))
+		// The header lists extensions that a verifier must understand (RFC 7515, section 4.1.11). We support none.
+		return Caller{}, errInvalid.WithCause(errors.New("token requires an extension: its header has crit"))
 	}
 	caller, err := t.caller(claims)
 	if err != nil {
@@ -98,7 +98,7 @@ func (t *Tokens) caller(claims jwt.MapClaims) (Caller, error) {
 	if err != nil {
 		return Caller{}, err
 	}
-	expires, err := claims.GetExpirationTime() // there, or the parser would have refused it
+	expires, err := claims.GetExpirationTime() // not nil: the parser requires it
 	if err != nil {
 		return Caller{}, err
 	}
@@ -119,8 +119,8 @@ func (t *Tokens) caller(claims jwt.MapClaims) (Caller, error) {
 	return caller, nil
 }
 
-// lookup returns the claim of that name. If there is none, the name is a path: what comes before a dot names the object
-// that holds the rest. Names may have dots themselves, so each dot is tried. It returns nil if nothing is found.
+// lookup returns the claim of that name. If there is none, it reads the name as a path: the part before a dot names the
+// object that contains the rest. Names may contain dots, so lookup tries each dot. It returns nil if it finds nothing.
 func lookup(claims map[string]any, name string) any {
 	if value, ok := claims[name]; ok {
 		return value
@@ -135,8 +135,9 @@ func lookup(claims map[string]any, name string) any {
 	return nil
 }
 
-// parseJWKS takes the public keys that can be used here and leaves out the others: a key set may serve other purposes, too. Of each key
-// it takes the numbers only, so that neither a private key is kept nor a certificate's URL followed.
+// parseJWKS returns the usable public keys of a key set and skips the others: a key set may serve other purposes,
+// too. It copies only the numbers of each key, so that it neither stores a private key nor follows a certificate's
+// URL.
 func parseJWKS(text []byte) (keyfunc.Keyfunc, error) {
 	var set jwkset.JWKSMarshal
 	if err := json.Unmarshal(text, &set); err != nil {
@@ -148,7 +149,7 @@ func parseJWKS(text []byte) (keyfunc.Keyfunc, error) {
 		public := jwkset.JWKMarshal{KTY: k.KTY, KID: k.KID, ALG: k.ALG, CRV: k.CRV, X: k.X, Y: k.Y, N: k.N, E: k.E}
 		jwk, err := jwkset.NewJWKFromMarshal(public, jwkset.JWKMarshalOptions{}, jwkset.JWKValidateOptions{})
 		if err != nil || !fit(jwk.Key()) || k.USE == jwkset.UseEnc {
-			slog.Debug("left out a key of the key set", "kid", k.KID, "kty", string(k.KTY))
+			slog.Debug("skipped a key of the key set", "kid", k.KID, "kty", string(k.KTY))
 			continue
 		}
 		if err := storage.KeyWrite(context.Background(), jwk); err != nil {
@@ -157,7 +158,7 @@ func parseJWKS(text []byte) (keyfunc.Keyfunc, error) {
 		usable++
 	}
 	if usable == 0 {
-		return nil, errors.New("no key for EdDSA, RS256 or ES256 in the key set")
+		return nil, errors.New("key set has no key for EdDSA, RS256 or ES256")
 	}
 	return keyfunc.New(keyfunc.Options{Storage: storage})
 }

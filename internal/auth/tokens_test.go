@@ -31,7 +31,7 @@ type issuer struct {
 	rsa   *rsa.PrivateKey
 	ec    *ecdsa.PrivateKey
 	jwks  []byte
-	claim jwt.MapClaims // that make a good token
+	claim jwt.MapClaims // of a valid token
 }
 
 func newIssuer(t *testing.T) *issuer {
@@ -73,7 +73,7 @@ func keySetOf(t *testing.T, keys map[string]crypto.PublicKey) []byte {
 	return set
 }
 
-// sign makes a token with the header and the claims that change from the good ones; nil takes one away.
+// sign returns a token with the valid claims and the given changes. A nil value removes a claim.
 func (i *issuer) sign(t *testing.T, method jwt.SigningMethod, id string, key any, changes jwt.MapClaims) string {
 	t.Helper()
 	claims := jwt.MapClaims{}
@@ -127,22 +127,25 @@ func TestGoodTokens(t *testing.T) {
 	t.Parallel()
 	i := newIssuer(t)
 	tokens := i.tokens(t)
+	with := func(changes jwt.MapClaims) string { return i.sign(t, jwt.SigningMethodEdDSA, "ed", i.ed, changes) }
+	at := func(d time.Duration) int64 { return time.Now().Add(d).Unix() }
 	for name, token := range map[string]string{
-		"EdDSA":                i.sign(t, jwt.SigningMethodEdDSA, "ed", i.ed, nil),
+		"EdDSA":                with(nil),
 		"RS256":                i.sign(t, jwt.SigningMethodRS256, "rsa", i.rsa, nil),
 		"ES256":                i.sign(t, jwt.SigningMethodES256, "ec", i.ec, nil),
 		"without a key ID":     i.sign(t, jwt.SigningMethodES256, "", i.ec, nil),
-		"one audience":         i.sign(t, jwt.SigningMethodEdDSA, "ed", i.ed, jwt.MapClaims{"aud": "shop"}),
-		"one role as a string": i.sign(t, jwt.SigningMethodEdDSA, "ed", i.ed, jwt.MapClaims{"roles": "customer"}),
-		"clock ahead":          i.sign(t, jwt.SigningMethodEdDSA, "ed", i.ed, jwt.MapClaims{"iat": time.Now().Add(leeway / 2).Unix()}),
-		"just expired":         i.sign(t, jwt.SigningMethodEdDSA, "ed", i.ed, jwt.MapClaims{"exp": time.Now().Add(-leeway / 2).Unix()}),
+		"one audience":         with(jwt.MapClaims{"aud": "shop"}),
+		"one role as a string": with(jwt.MapClaims{"roles": "customer"}),
+		"clock ahead":          with(jwt.MapClaims{"iat": at(leeway / 2)}),
+		"just expired":         with(jwt.MapClaims{"exp": at(-leeway / 2)}),
 	} {
 		caller, err := tokens.verify(t.Context(), token)
-		if err != nil || caller.Subject != "ann" || !slices.Equal(caller.Roles, []string{"customer"}) || caller.By != "jwt" {
+		if err != nil || caller.Subject != "ann" || !slices.Equal(caller.Roles, []string{"customer"}) ||
+			caller.By != "jwt" {
 			t.Errorf("%s: got %+v, %v", name, caller, err)
 		}
 		if !caller.Expires.After(time.Now()) {
-			t.Errorf("%s: has expired at %s already", name, caller.Expires)
+			t.Errorf("%s: expired at %s already", name, caller.Expires)
 		}
 	}
 }
@@ -156,10 +159,13 @@ func TestBadTokens(t *testing.T) {
 		t.Fatal(err)
 	}
 	publicPEM := pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: rsaPublic})
+	edPublic := i.ed.Public().(ed25519.PublicKey)
 	with := func(changes jwt.MapClaims) string { return i.sign(t, jwt.SigningMethodEdDSA, "ed", i.ed, changes) }
 	at := func(d time.Duration) int64 { return time.Now().Add(d).Unix() }
 	good := with(nil)
 	parts := strings.Split(good, ".")
+	forged := encode(t, jwt.MapClaims{"iss": "https://issuer.example", "sub": "eve"})
+	listKID := encode(t, map[string]any{"alg": "EdDSA", "kid": []string{"ed"}})
 	for name, token := range map[string]string{
 		"nothing":                    "",
 		"no token":                   "hello",
@@ -168,12 +174,12 @@ func TestBadTokens(t *testing.T) {
 		"alg NONE":                   encode(t, map[string]any{"alg": "NONE", "typ": "JWT"}) + "." + parts[1] + ".",
 		"HMAC with public RSA PEM":   i.sign(t, jwt.SigningMethodHS256, "rsa", publicPEM, nil),
 		"HMAC with public RSA DER":   i.sign(t, jwt.SigningMethodHS256, "rsa", rsaPublic, nil),
-		"HMAC with public Ed25519":   i.sign(t, jwt.SigningMethodHS256, "ed", []byte(i.ed.Public().(ed25519.PublicKey)), nil),
+		"HMAC with public Ed25519":   i.sign(t, jwt.SigningMethodHS256, "ed", []byte(edPublic), nil),
 		"key of another type":        i.sign(t, jwt.SigningMethodES256, "rsa", i.ec, nil),
 		"RS512":                      i.sign(t, jwt.SigningMethodRS512, "rsa", i.rsa, nil),
 		"PS256":                      i.sign(t, jwt.SigningMethodPS256, "rsa", i.rsa, nil),
 		"another issuer's key":       i.sign(t, jwt.SigningMethodEdDSA, "ed", stranger.ed, nil),
-		"another one, no key ID":     i.sign(t, jwt.SigningMethodEdDSA, "", stranger.ed, nil),
+		"the same without key ID":    i.sign(t, jwt.SigningMethodEdDSA, "", stranger.ed, nil),
 		"unknown key ID":             i.sign(t, jwt.SigningMethodEdDSA, "new", i.ed, nil),
 		"key ID that is a path":      i.sign(t, jwt.SigningMethodEdDSA, "../../../../dev/null", i.ed, nil),
 		"key in the token's header":  withKeyInHeader(t, stranger),
@@ -183,24 +189,24 @@ func TestBadTokens(t *testing.T) {
 		"no audience":                with(jwt.MapClaims{"aud": nil}),
 		"expired":                    with(jwt.MapClaims{"exp": at(-leeway - 5*time.Second)}),
 		"without expiry":             with(jwt.MapClaims{"exp": nil}),
-		"expiry that is no number":   with(jwt.MapClaims{"exp": "tomorrow"}),
+		"expiry that is a string":    with(jwt.MapClaims{"exp": "tomorrow"}),
 		"valid for a year":           with(jwt.MapClaims{"exp": at(365 * 24 * time.Hour)}),
 		"not valid yet":              with(jwt.MapClaims{"nbf": at(time.Minute)}),
-		"made in the future":         with(jwt.MapClaims{"iat": at(time.Minute)}),
+		"issued in the future":       with(jwt.MapClaims{"iat": at(time.Minute)}),
 		"subject that is a list":     with(jwt.MapClaims{"sub": []string{"ann"}}),
 		"crit":                       withHeader(t, i, "crit", []string{"exp"}),
 		"empty crit":                 withHeader(t, i, "crit", []string{}),
 		"crit that is null":          withHeader(t, i, "crit", nil),
 		"subject of a megabyte":      with(jwt.MapClaims{"sub": strings.Repeat("a", 1<<20)}),
-		"changed claims":             parts[0] + "." + encode(t, jwt.MapClaims{"iss": "https://issuer.example", "sub": "eve"}) + "." + parts[2],
+		"changed claims":             parts[0] + "." + forged + "." + parts[2],
 		"cut signature":              good[:len(good)-8],
 		"no signature":               parts[0] + "." + parts[1] + ".",
-		"blanks around it":           " " + good + " ",
+		"surrounded by blanks":       " " + good + " ",
 		"a megabyte of dots":         strings.Repeat(".", 1<<20),
 		"deeply nested header":       strings.Repeat("[", 4000) + "." + parts[1] + "." + parts[2],
 		"claims that are an array":   parts[0] + "." + encode(t, []int{1}) + "." + parts[2],
-		"header that names no alg":   encode(t, map[string]any{"kid": "ed"}) + "." + parts[1] + "." + parts[2],
-		"header with a list for kid": encode(t, map[string]any{"alg": "EdDSA", "kid": []string{"ed"}}) + "." + parts[1] + "." + parts[2],
+		"header without alg":         encode(t, map[string]any{"kid": "ed"}) + "." + parts[1] + "." + parts[2],
+		"header with a list for kid": listKID + "." + parts[1] + "." + parts[2],
 	} {
 		caller, err := tokens.verify(t.Context(), token)
 		if connect.CodeOf(err) != connect.CodeUnauthenticated || caller.Subject != "" {
@@ -208,12 +214,12 @@ func TestBadTokens(t *testing.T) {
 		}
 		var answer *connect.Error
 		if errors.As(err, &answer) && answer.Message() != errInvalid.Message() {
-			t.Errorf("%s: tells the caller why: %s", name, answer.Message())
+			t.Errorf("%s: the error tells the caller the reason: %s", name, answer.Message())
 		}
 	}
 }
 
-// withHeader is a good token but for one field of its header.
+// withHeader returns a token that is valid except for one header field.
 func withHeader(t *testing.T, i *issuer, name string, value any) string {
 	t.Helper()
 	token := jwt.NewWithClaims(jwt.SigningMethodEdDSA, i.claim)
@@ -245,10 +251,11 @@ func TestRolesOfAClaim(t *testing.T) {
 		"https://example.com/roles":       {"named"},
 		"realm_access.roles":              {"nested"},
 		"resource_access.my.client.roles": {"deep"},
-		"both.roles":                      {"named"}, // a claim of exactly this name counts first
+		"both.roles":                      {"named"}, // a claim with exactly this name comes first
 		"a.b.c":                           {"dotted"},
-		"no.roles":                        nil, "realm_access": nil, "realm_access.": nil, ".roles": nil, "roles.customer": nil,
-		"realm_access.roles.nested": nil, "realm_access.number": nil, "missing.roles": nil, "....": nil,
+		"no.roles":                        nil, "realm_access": nil, "realm_access.": nil, ".roles": nil,
+		"roles.customer": nil, "realm_access.roles.nested": nil, "realm_access.number": nil, "missing.roles": nil,
+		"....": nil,
 	} {
 		caller, err := tokensWithRolesIn(t, claim, path).verify(t.Context(), token)
 		if err != nil || !slices.Equal(caller.Roles, want) {
@@ -257,7 +264,7 @@ func TestRolesOfAClaim(t *testing.T) {
 	}
 }
 
-// withKeyInHeader brings its own key, which RFC 7515 allows and nobody should believe.
+// withKeyInHeader returns a token that contains its own key. RFC 7515 allows this, but verifiers must not trust it.
 func withKeyInHeader(t *testing.T, i *issuer) string {
 	t.Helper()
 	var set struct{ Keys []map[string]any }
@@ -287,7 +294,7 @@ func encode(t *testing.T, value any) string {
 	return base64.RawURLEncoding.EncodeToString(text)
 }
 
-func TestKeySetTakesGoodKeysOnly(t *testing.T) {
+func TestKeySetTakesUsableKeysOnly(t *testing.T) {
 	t.Parallel()
 	weak, err := rsa.GenerateKey(rand.Reader, 1024)
 	if err != nil {
@@ -297,22 +304,24 @@ func TestKeySetTakesGoodKeysOnly(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	ed := string(keySetOf(t, map[string]crypto.PublicKey{"ed": ed25519.PublicKey(make([]byte, 32))}))
 	for name, set := range map[string]string{
 		"weak RSA key":    string(keySetOf(t, map[string]crypto.PublicKey{"weak": weak.Public()})),
 		"another curve":   string(keySetOf(t, map[string]crypto.PublicKey{"p384": other.Public()})),
 		"shared secret":   `{"keys":[{"kty":"oct","kid":"s","k":"c2VjcmV0"}]}`,
-		"for encryption":  strings.Replace(string(keySetOf(t, map[string]crypto.PublicKey{"ed": ed25519.PublicKey(make([]byte, 32))})), `"kid"`, `"use":"enc","kid"`, 1),
+		"for encryption":  strings.Replace(ed, `"kid"`, `"use":"enc","kid"`, 1),
 		"no keys":         `{"keys":[]}`,
-		"another thing":   `<html>`,
+		"not JSON":        `<html>`,
 		"malformed key":   `{"keys":[{"kty":"OKP","crv":"Ed25519","kid":"s","x":"AA"}]}`,
 		"certificate URL": `{"keys":[{"kty":"RSA","kid":"s","x5u":"https://127.0.0.1:1/"}]}`,
 	} {
 		if _, err := parseJWKS([]byte(set)); err == nil {
-			t.Errorf("%s: was taken", name)
+			t.Errorf("%s: no error", name)
 		}
 	}
 	good := newIssuer(t)
-	mixed := strings.Replace(string(good.jwks), `{"keys":[`, `{"keys":[{"kty":"oct","kid":"s","k":"c2VjcmV0"},{"kty":"new"},`, 1)
+	const unusable = `{"kty":"oct","kid":"s","k":"c2VjcmV0"},{"kty":"new"},`
+	mixed := strings.Replace(string(good.jwks), `{"keys":[`, `{"keys":[`+unusable, 1)
 	keys, err := parseJWKS([]byte(mixed))
 	if err != nil {
 		t.Fatal(err)

@@ -7,16 +7,16 @@ import (
 	"connectrpc.com/connect/v2"
 )
 
-// Limits of what an error tells, chosen so that gRPC's trailers stay below the 8 KiB that common clients take: the text
-// stands there twice, once percent-encoded and once in base64 beside the details.
+// These limits of an error keep gRPC's trailers below the 8 KiB that common clients accept. The trailers contain the
+// text twice: percent-encoded, and in base64 together with the details.
 const (
-	// MaxErrorText is the longest text of an error in bytes.
+	// MaxErrorText is the longest text of an error, in bytes.
 	MaxErrorText = 1 << 10
-	// MaxErrorDetails is the most bytes of all details of an error.
+	// MaxErrorDetails is the largest total size of an error's details, in bytes.
 	MaxErrorDetails = 2 << 10
 )
 
-// Error returns err within the limits: its text cut, and without the details that do not fit.
+// Error returns err within the limits. It cuts the text and drops details that do not fit.
 func Error(err *connect.Error) *connect.Error {
 	details, size := err.Details(), 0
 	fits := details[:0]
@@ -36,7 +36,7 @@ func Error(err *connect.Error) *connect.Error {
 	return short
 }
 
-// Text returns text as valid UTF-8 of at most that many bytes, with an ellipsis where something is missing.
+// Text returns text as valid UTF-8 of at most that many bytes. If it cuts the text, it appends an ellipsis.
 func Text(text string, most int) string {
 	const more = "…"
 	short := strings.ToValidUTF8(text[:min(len(text), most)], "\ufffd")

@@ -1,6 +1,5 @@
-// Package bounds limits what one message can cost and what errors and logs tell: the memory that decoding takes, the size
-// of an error, and the parts of a URL that may be secret.
-// Transports and consumers share it, so that no way in is wider than another.
+// Package bounds limits the memory that decoding a message takes, the size of errors, and the parts of URLs that errors
+// and logs show. Transports and consumers share it, so that the same limits apply everywhere.
 package bounds
 
 import (
@@ -12,23 +11,23 @@ import (
 	"google.golang.org/protobuf/reflect/protoreflect"
 )
 
-// MaxFields is the most fields, list elements and map entries of one message, those of nested messages included. An
-// empty element takes two bytes on the wire and some hundred in memory, so a limit of bytes alone bounds nothing: 4 MiB
-// of empty elements decode to 200 MiB.
+// MaxFields is the largest number of fields, list elements and map entries in one message, including its nested
+// messages. A limit of bytes alone does not bound the memory: an empty element takes two bytes on the wire and about
+// a hundred in memory, so 4 MiB of empty elements decode to 200 MiB.
 const MaxFields = 1 << 16
 
 // ErrTooManyFields means that a message has more than MaxFields fields.
 var ErrTooManyFields = fmt.Errorf("message has more than %d fields and elements", MaxFields)
 
-// errMalformed ends the count. The decoder finds the same fault, and describes it.
+// errMalformed stops the count. The decoder finds the same fault and describes it.
 var errMalformed = errors.New("malformed")
 
-// FieldBytes is about what an element or field takes in memory, of which two bytes may be all that was sent.
+// FieldBytes is the approximate memory of an element or field. It may take only two bytes on the wire.
 const FieldBytes = 128
 
-// Unmarshal decodes the protobuf binary encoding. It returns ErrTooManyFields before it allocates anything.
+// Unmarshal decodes protobuf's binary encoding. It returns ErrTooManyFields before it allocates anything.
 func Unmarshal(body []byte, message proto.Message) error {
-	if len(body) > MaxFields { // else it cannot have more
+	if len(body) > MaxFields { // a shorter body cannot have more fields
 		if _, err := Fields(body, message); err != nil {
 			return err
 		}
@@ -36,11 +35,11 @@ func Unmarshal(body []byte, message proto.Message) error {
 	return proto.Unmarshal(body, message)
 }
 
-// smallBody is the size in bytes up to which a body is not worth being looked at.
+// smallBody is the size in bytes up to which Fields estimates instead of counting.
 const smallBody = 4 << 10
 
-// Fields returns how many fields body has, in protobuf's binary encoding of a message, or ErrTooManyFields. It estimates
-// the number for a small body.
+// Fields returns the number of fields in body, which is the binary encoding of a message, or ErrTooManyFields. For a
+// small body it returns an estimate.
 func Fields(body []byte, message proto.Message) (int, error) {
 	if len(body) <= smallBody {
 		return len(body) / 2, nil
@@ -52,7 +51,7 @@ func Fields(body []byte, message proto.Message) (int, error) {
 	return MaxFields - left, nil
 }
 
-// count takes the fields of body off what is left.
+// count subtracts the number of fields in body from left.
 func count(body []byte, descriptor protoreflect.MessageDescriptor, left *int) error {
 	for len(body) > 0 {
 		number, kind, n := protowire.ConsumeTag(body)
@@ -72,13 +71,13 @@ func count(body []byte, descriptor protoreflect.MessageDescriptor, left *int) er
 	return nil
 }
 
-// countValue counts one field, and what its value holds.
+// countValue counts one field and the fields in its value.
 func countValue(value []byte, kind protowire.Type, field protoreflect.FieldDescriptor, left *int) error {
 	if *left--; *left < 0 {
 		return ErrTooManyFields
 	}
 	switch {
-	case field == nil: // unknown: kept as bytes
+	case field == nil: // unknown fields stay bytes
 		return nil
 	case kind == protowire.BytesType && field.Message() != nil:
 		value, _ = protowire.ConsumeBytes(value)
@@ -97,7 +96,7 @@ func packable(kind protoreflect.Kind) bool {
 	return kind != protoreflect.StringKind && kind != protoreflect.BytesKind
 }
 
-// countPacked counts the numbers of a packed list.
+// countPacked counts the numbers in a packed list.
 func countPacked(list []byte, kind protoreflect.Kind, left *int) error {
 	switch kind {
 	case protoreflect.Fixed32Kind, protoreflect.Sfixed32Kind, protoreflect.FloatKind:
@@ -117,7 +116,7 @@ func countPacked(list []byte, kind protoreflect.Kind, left *int) error {
 	return nil
 }
 
-// JSONFields returns how many values text, a message as JSON, has at most, or ErrTooManyFields.
+// JSONFields returns an upper bound on the number of values in text, a message as JSON, or ErrTooManyFields.
 func JSONFields(text []byte) (int, error) {
 	values, quoted := 1, false
 	for i := 0; i < len(text) && values <= MaxFields; i++ {

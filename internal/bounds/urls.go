@@ -5,12 +5,12 @@ import (
 	"strings"
 )
 
-// anyURL finds what may be a URL. It ends where error texts end their quotations.
+// anyURL matches possible URLs. A match ends at the quotation marks that error texts use.
 var anyURL = regexp.MustCompile("[A-Za-z][A-Za-z0-9+.-]*://[^\\s\"'`<>]*")
 
-// URLs returns text with its URLs cut down to scheme, host and path. User info, query and fragment may hold passwords and
-// tokens; an ellipsis stands for them. If it is not certain where a secret ends, because the URL is malformed, only the
-// scheme stays.
+// URLs returns text with its URLs reduced to scheme, host and path. User info, query and fragment may contain passwords
+// and tokens, so an ellipsis replaces them. If a URL is malformed and the end of a secret is uncertain, only its scheme
+// stays.
 func URLs(text string) string {
 	if !strings.Contains(text, "://") {
 		return text

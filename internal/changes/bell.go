@@ -15,18 +15,19 @@ import (
 const channel = "changes"
 
 const (
-	// notifyInterval is the least time between two notifications of one process. Changes within it share one.
+	// notifyInterval is the least time between two notifications of one process. Changes in between share one.
 	notifyInterval = 5 * time.Millisecond
 	// notifyTimeout bounds one notification.
 	notifyTimeout = 2 * time.Second
-	// maxKeys is how many changes one round of notifications names. If there are more, it says that everything may have changed: that costs each
-	// process one reading of what it watches, which is less than hearing of everything else.
+	// maxKeys is the largest number of changes that one round of notifications names. If there are more, the notification
+	// says that everything may have changed. Each process then reads everything it watches once, which costs less than
+	// receiving all the names.
 	maxKeys = 2000
-	// maxPayload is the size of a notification. Postgres takes less than 8000 bytes.
+	// maxPayload is the largest payload of a notification, in bytes. Postgres accepts less than 8000.
 	maxPayload = 7900
 )
 
-// bell collects what is to be told to other processes.
+// bell collects changes to send to other processes.
 type bell struct {
 	mu      sync.Mutex
 	pending map[change]struct{}
@@ -36,7 +37,7 @@ type bell struct {
 
 type change struct{ topic, key string }
 
-// flag is raised or not. It has one taker, who takes it down before looking for what it was raised for.
+// flag is raised or not. One goroutine waits for it, and lowers it before it looks for work.
 type flag chan struct{}
 
 func newFlag() flag { return make(flag, 1) }
@@ -44,7 +45,7 @@ func newFlag() flag { return make(flag, 1) }
 func (f flag) raise() {
 	select {
 	case f <- struct{}{}:
-	default: // it is up
+	default: // raised already
 	}
 }
 
@@ -54,8 +55,8 @@ func newBell() bell {
 
 func (b *bell) ring(changed ...change) {
 	b.mu.Lock()
-	for _, one := range changed {
-		b.pending[one] = struct{}{}
+	for _, c := range changed {
+		b.pending[c] = struct{}{}
 	}
 	if len(changed) == 0 || len(b.pending) > maxKeys {
 		b.all = true
@@ -64,15 +65,16 @@ func (b *bell) ring(changed ...change) {
 	b.rung.raise()
 }
 
-// take empties the bell. It returns the keys by topic, none of which means everything, and whether there is anything to tell.
+// take empties the bell. It returns whether there are changes, and their keys by topic. No keys mean that everything
+// may have changed.
 func (b *bell) take() (keys map[string][]string, some bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	some = b.all || len(b.pending) > 0
 	keys = map[string][]string{}
 	if !b.all {
-		for one := range b.pending {
-			keys[one.topic] = append(keys[one.topic], one.key)
+		for c := range b.pending {
+			keys[c.topic] = append(keys[c.topic], c.key)
 		}
 	}
 	clear(b.pending)
@@ -80,8 +82,9 @@ func (b *bell) take() (keys map[string][]string, some bool) {
 	return keys, some
 }
 
-// Ring tells the other processes what was touched here, until ctx is done; what was touched before that is told even then. It connects when there is
-// something to tell for the first time. Where no Ring runs, others find changes at their safety interval.
+// Ring notifies other processes of the changes of this one until ctx is done. Before it returns, it sends the changes
+// that were made by then. It connects at the first change. Without Ring, other processes find changes at their safety
+// interval.
 func (h *Hub) Ring(ctx context.Context) {
 	select {
 	case <-ctx.Done():
@@ -94,12 +97,12 @@ func (h *Hub) Ring(ctx context.Context) {
 	default:
 		return
 	}
-	// The last word of the process, for which it may never have had a connection.
+	// Send the last changes. There may have been no connection until now.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), notifyTimeout)
 	defer cancel()
 	err := session.With(ctx, h.config.NotifyURL, func(conn *pgx.Conn) error { return h.notify(ctx, conn) })
 	if err != nil {
-		slog.WarnContext(ctx, "last changes not told to other processes", "error", err)
+		slog.WarnContext(ctx, "last changes not sent to other processes", "error", err)
 	}
 }
 
@@ -111,7 +114,7 @@ func (h *Hub) ring(ctx context.Context, conn *pgx.Conn) error {
 		case <-h.bell.rung:
 		}
 		if err := h.notify(ctx, conn); err != nil {
-			h.bell.ring() // what was taken is gone
+			h.bell.ring() // the keys that notify took are lost
 			return err
 		}
 		select {
@@ -121,7 +124,7 @@ func (h *Hub) ring(ctx context.Context, conn *pgx.Conn) error {
 	}
 }
 
-// notify sends what the bell has collected in one statement. The end of ctx does not break it off.
+// notify sends the changes of the bell in one statement, even if ctx is done.
 func (h *Hub) notify(ctx context.Context, conn *pgx.Conn) error {
 	keys, some := h.bell.take()
 	if !some {
@@ -129,11 +132,13 @@ func (h *Hub) notify(ctx context.Context, conn *pgx.Conn) error {
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), notifyTimeout)
 	defer cancel()
-	_, err := conn.Exec(ctx, `SELECT pg_notify($1, payload) FROM unnest($2::text[]) AS payload`, channel, payloads(h.self, keys))
+	_, err := conn.Exec(ctx, `SELECT pg_notify($1, payload) FROM unnest($2::text[]) AS payload`,
+		channel, payloads(h.self, keys))
 	return err
 }
 
-// news is the payload of a notification. Without a topic, everything may have changed; without keys, everything of the topic.
+// news is the payload of a notification. Without a topic, everything may have changed. Without keys, everything in the
+// topic may have changed.
 type news struct {
 	From  string   `json:"from"`
 	Topic string   `json:"topic,omitempty"`
@@ -142,33 +147,33 @@ type news struct {
 
 func parse(payload string) (n news) {
 	if json.Unmarshal([]byte(payload), &n) != nil {
-		return news{} // somebody else's, or of another version
+		return news{} // from another program or another version
 	}
 	return n
 }
 
 func (n news) String() string {
-	text, _ := json.Marshal(n) // strings always can be
+	text, _ := json.Marshal(n) // cannot fail: news has only strings
 	return string(text)
 }
 
-// payloads packs keys into as few notifications as they fit in.
+// payloads packs keys into as few notifications as possible.
 func payloads(self string, keys map[string][]string) (all []string) {
 	if len(keys) == 0 {
 		return []string{news{From: self}.String()}
 	}
 	for topic, keys := range keys {
 		frame := len(news{From: self, Topic: topic, Keys: []string{""}}.String())
-		size, one := frame, news{From: self, Topic: topic}
+		size, payload := frame, news{From: self, Topic: topic}
 		for _, key := range keys {
 			text, _ := json.Marshal(key)
 			if size += len(text) + 1; size > maxPayload {
-				all = append(all, one.String())
-				size, one.Keys = frame+len(text)+1, nil
+				all = append(all, payload.String())
+				size, payload.Keys = frame+len(text)+1, nil
 			}
-			one.Keys = append(one.Keys, key)
+			payload.Keys = append(payload.Keys, key)
 		}
-		all = append(all, one.String())
+		all = append(all, payload.String())
 	}
 	return all
 }

@@ -19,7 +19,7 @@ import (
 	"google.golang.org/protobuf/types/known/wrapperspb"
 )
 
-func TestWatchYieldsThePresentStateAndThenEachOther(t *testing.T) {
+func TestWatchYieldsTheCurrentStateAndThenLaterOnes(t *testing.T) {
 	t.Parallel()
 	url := newDatabase(t)
 	p := start(t, url, Config{NotifyURL: url, ListenURL: url, SafetyInterval: never})
@@ -27,8 +27,8 @@ func TestWatchYieldsThePresentStateAndThenEachOther(t *testing.T) {
 	p.set(t, "one", "a", "b")
 	w := p.watch(t, "a")
 	w.want(t, "one")
-	p.set(t, "one", "a")  // touched, and not changed
-	p.set(t, "else", "b") // somebody else's
+	p.set(t, "one", "a")  // touched but not changed
+	p.set(t, "else", "b") // another key
 	p.set(t, "two", "a")
 	w.want(t, "two")
 	p.watch(t, "a").want(t, "two")
@@ -55,7 +55,7 @@ func TestWatchEndsWithItsContext(t *testing.T) {
 		if states++; states == 1 {
 			cancel()
 		} else if !errors.Is(err, context.Canceled) {
-			t.Errorf("ended with %v", err)
+			t.Errorf("ended with error %v", err)
 		}
 	}
 	if states != 2 || len(p.watchers) != 0 || len(p.stale) != 0 {
@@ -63,15 +63,15 @@ func TestWatchEndsWithItsContext(t *testing.T) {
 	}
 }
 
-// 1,000 watchers cost the database what one does, be it that they watch the same or each something else.
+// 1,000 watchers cost the database as much as one, whether they watch the same key or different ones.
 func TestManyWatchersCostWhatOneDoes(t *testing.T) {
 	t.Parallel()
 	const changed = 20
 	same := func(int) string { return "key" }
 	cost := map[string]int64{
 		"one":                    statements(t, 1, changed, same),
-		"many of the same":       statements(t, 1000, changed, same),
-		"many of one thing each": statements(t, 1000, changed, func(i int) string { return fmt.Sprint("key-", i) }),
+		"many of the same key":   statements(t, 1000, changed, same),
+		"many of different keys": statements(t, 1000, changed, func(i int) string { return fmt.Sprint("key-", i) }),
 	}
 	t.Logf("statements for %d changes: %v", changed, cost)
 	for name, n := range cost {
@@ -81,7 +81,8 @@ func TestManyWatchersCostWhatOneDoes(t *testing.T) {
 	}
 }
 
-// statements returns how many of them it takes to tell watchers of some changes of what they watch. Each change is made when all have seen the one before.
+// statements returns how many statements it takes to deliver a number of changes to watchers. It makes each change
+// after all watchers have seen the one before.
 func statements(t *testing.T, watchers, changed int, key func(i int) string) int64 {
 	t.Helper()
 	url := newDatabase(t)
@@ -114,14 +115,14 @@ func statements(t *testing.T, watchers, changed int, key func(i int) string) int
 		case changed:
 			return p.reads.Load()
 		case 0:
-			p.reads.Store(0) // how many rounds it took until all had joined depends on how fast they came
+			p.reads.Store(0) // the number of rounds until all have joined depends on how fast they join
 		}
 		p.set(t, fmt.Sprint(n+1), keys...)
 	}
 	return 0
 }
 
-func TestNobodyWatchingCostsNothing(t *testing.T) {
+func TestWithoutWatchersNothingIsRead(t *testing.T) {
 	t.Parallel()
 	url := newDatabase(t)
 	p := start(t, url, Config{NotifyURL: url, ListenURL: url, SafetyInterval: time.Millisecond})
@@ -134,7 +135,7 @@ func TestNobodyWatchingCostsNothing(t *testing.T) {
 		p.set(t, fmt.Sprint(i), "a")
 	}
 	if n := p.reads.Load(); n != before {
-		t.Errorf("%d statements", n-before)
+		t.Errorf("got %d statements, want none", n-before)
 	}
 }
 
@@ -160,12 +161,12 @@ func TestChangesOfAnotherProcess(t *testing.T) {
 	}
 	writer.set(t, "many", many...)
 	w.want(t, "many")
-	// A key that no notification can hold is refused by Postgres, and then everything may have changed.
+	// Postgres refuses a key that is too long for a notification. Then everything may have changed.
 	writer.set(t, "long", "a", strings.Repeat("x", 2000)+strings.Repeat("\x01", 2000))
 	w.want(t, "long")
 }
 
-// awaitListening returns when p hears what is rung in its database, which it is told in no other way.
+// awaitListening returns when p receives notifications. Only a read that a notification causes shows this.
 func (p *process) awaitListening(t *testing.T, key string, w watch) {
 	t.Helper()
 	before := p.reads.Load()
@@ -175,7 +176,7 @@ func (p *process) awaitListening(t *testing.T, key string, w watch) {
 				return err
 			}
 			if p.reads.Load() == before {
-				return errors.New("does not listen yet")
+				return errors.New("process does not listen yet")
 			}
 			return nil
 		})
@@ -186,7 +187,7 @@ func (p *process) awaitListening(t *testing.T, key string, w watch) {
 	}
 }
 
-// What is rung while nobody listens is found when listening has begun again.
+// Changes that are rung while the connection is lost are found when the process listens again.
 func TestListeningConnectionLost(t *testing.T) {
 	t.Parallel()
 	url := newDatabase(t)
@@ -203,7 +204,7 @@ func TestListeningConnectionLost(t *testing.T) {
 			line.Refuse(true)
 			if line.Cut() == 0 {
 				line.Refuse(false)
-				return errors.New("there is no connection to cut yet")
+				return errors.New("no connection to cut yet")
 			}
 			return nil
 		})
@@ -215,8 +216,8 @@ func TestListeningConnectionLost(t *testing.T) {
 	}
 }
 
-// A ring that never comes, as from a process that was killed after its commit, costs time and no state. Nor does it matter if there is no
-// connection to listen on.
+// A lost ring, such as that of a process that was killed after its commit, delays a state but does not lose it. The
+// same is true without a connection to listen on.
 func TestLostRings(t *testing.T) {
 	t.Parallel()
 	for name, config := range map[string]Config{
@@ -243,7 +244,7 @@ func TestLostRings(t *testing.T) {
 	}
 }
 
-// What is being changed all the time keeps nobody else waiting for the safety interval.
+// A key that changes constantly does not delay the safety reads of other keys.
 func TestABusyKeyDoesNotStarveTheOthers(t *testing.T) {
 	t.Parallel()
 	url := newDatabase(t)
@@ -256,14 +257,14 @@ func TestABusyKeyDoesNotStarveTheOthers(t *testing.T) {
 	p.run(t, func(ctx context.Context) {
 		for ctx.Err() == nil {
 			p.touched("busy")
-			time.Sleep(time.Millisecond) // a load
+			time.Sleep(time.Millisecond) // constant load
 		}
 	})
 	silent.set(t, "1", "quiet")
 	quiet.want(t, "1")
 }
 
-func TestASlowWatcherGetsTheLastStateAndHoldsUpNobody(t *testing.T) {
+func TestASlowWatcherGetsTheLastStateAndDelaysNobody(t *testing.T) {
 	t.Parallel()
 	url := newDatabase(t)
 	p := start(t, url, Config{NotifyURL: url, ListenURL: url, SafetyInterval: never})
@@ -275,14 +276,14 @@ func TestASlowWatcherGetsTheLastStateAndHoldsUpNobody(t *testing.T) {
 		p.set(t, fmt.Sprint(i), "a")
 		quick.want(t, fmt.Sprint(i))
 	}
-	// One state may have been put in its box before it was last busy; the next one is the last.
+	// The mailbox has room for one state, so the next one is the last.
 	got, err, _ := slow.next()
 	if err != nil || got.GetValue() != "20" {
-		t.Errorf("got %v, %v, want the last state", got, err)
+		t.Errorf("got state %v, error %v, want the last state", got, err)
 	}
 }
 
-// Who has a state waits for the database to come back; who has none is told at once.
+// A watcher with a state waits until the database is back. A watcher without one gets an error at once.
 func TestDatabaseAway(t *testing.T) {
 	t.Parallel()
 	url := newDatabase(t)
@@ -297,7 +298,7 @@ func TestDatabaseAway(t *testing.T) {
 	w.want(t, "1")
 }
 
-// What a process did last is told before it ends.
+// A process sends its last changes before it ends.
 func TestLastWord(t *testing.T) {
 	t.Parallel()
 	url := newDatabase(t)
@@ -311,7 +312,7 @@ func TestLastWord(t *testing.T) {
 		stop := writer.run(t, writer.hub.Ring)
 		writer.set(t, fmt.Sprint("first ", i), "a")
 		w.want(t, fmt.Sprint("first ", i))
-		writer.set(t, "x", "other") // mostly, the last change comes while the bell rests from this
+		writer.set(t, "x", "other") // usually the last change comes during the notifyInterval after this one
 		writer.set(t, fmt.Sprint("last ", i), "a")
 		stop()
 		w.want(t, fmt.Sprint("last ", i))
@@ -319,7 +320,7 @@ func TestLastWord(t *testing.T) {
 		writer = newProcess(t, url, Config{NotifyURL: url})
 		writer.set(t, fmt.Sprint("only ", i), "a")
 		stop = writer.run(t, writer.hub.Ring)
-		stop() // it has hardly begun to connect
+		stop() // before it has connected
 		w.want(t, fmt.Sprint("only ", i))
 	}
 }
@@ -333,16 +334,16 @@ func TestMoreKeysThanOneStatementReads(t *testing.T) {
 	}
 	p.run(t, p.hub.Follow)
 	for _, w := range all {
-		if got := <-w.mail; !errors.Is(got.err, ErrNotFound) {
+		if got := <-w.mailbox; !errors.Is(got.err, ErrNotFound) {
 			t.Fatalf("got %v", got)
 		}
 	}
 	if n := p.reads.Load(); n != 3 {
-		t.Errorf("%d statements, want 3", n)
+		t.Errorf("got %d statements, want 3", n)
 	}
 }
 
-func TestTheBellNamesSoMuchAndThenSaysAll(t *testing.T) {
+func TestTheBellNamesUpToMaxKeys(t *testing.T) {
 	t.Parallel()
 	b := newBell()
 	for i := range maxKeys {
@@ -350,20 +351,20 @@ func TestTheBellNamesSoMuchAndThenSaysAll(t *testing.T) {
 	}
 	b.ring(change{"people", "0"}) // again
 	if keys, some := b.take(); !some || len(keys["people"]) != maxKeys {
-		t.Errorf("%d keys", len(keys["people"]))
+		t.Errorf("got %d keys, want %d", len(keys["people"]), maxKeys)
 	}
 	for i := range maxKeys + 1 {
 		b.ring(change{"people", fmt.Sprint(i)})
 	}
 	if keys, some := b.take(); !some || len(keys) != 0 {
-		t.Errorf("%d keys", len(keys["people"]))
+		t.Errorf("got %d keys, want none, which means all", len(keys["people"]))
 	}
 	if _, some := b.take(); some {
-		t.Error("there is something left")
+		t.Error("changes are left in the bell")
 	}
 }
 
-func TestPayloadsFitAndNameAll(t *testing.T) {
+func TestPayloadsFitAndNameEveryKey(t *testing.T) {
 	t.Parallel()
 	keys := map[string][]string{}
 	want := map[change]bool{}
@@ -377,22 +378,23 @@ func TestPayloadsFitAndNameAll(t *testing.T) {
 	packed := payloads("self", keys)
 	for _, payload := range packed {
 		if len(payload) > maxPayload {
-			t.Errorf("%d bytes", len(payload))
+			t.Errorf("payload has %d bytes, want at most %d", len(payload), maxPayload)
 		}
 		var got news
-		if err := json.Unmarshal([]byte(payload), &got); err != nil || got.From != "self" || got.Topic == "" || len(got.Keys) == 0 {
-			t.Fatalf("%v in %s", err, payload)
+		err := json.Unmarshal([]byte(payload), &got)
+		if err != nil || got.From != "self" || got.Topic == "" || len(got.Keys) == 0 {
+			t.Fatalf("got payload %s, error %v", payload, err)
 		}
 		for _, key := range got.Keys {
 			delete(want, change{got.Topic, key})
 		}
 	}
 	if len(want) != 0 || len(packed) > 60 {
-		t.Errorf("%d keys are in none of %d payloads", len(want), len(packed))
+		t.Errorf("%d keys are missing from %d payloads", len(want), len(packed))
 	}
 }
 
-func TestTopicsHaveNamesOfTheirOwn(t *testing.T) {
+func TestTopicNamesAreUnique(t *testing.T) {
 	t.Parallel()
 	p := newProcess(t, newDatabase(t), Config{})
 	defer func() {

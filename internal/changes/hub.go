@@ -1,23 +1,25 @@
-// Package changes lets any number of watchers follow the present state of things, at a cost to the database that does not depend on how
-// many they are.
+// Package changes lets any number of watchers follow the current state of objects. The cost to the
+// database does not depend on the number of watchers.
 //
-// # How
+// # How it works
 //
-// Who changes a thing says so in its transaction (Topic.Touch). After the commit the process rings: it wakes its own watchers, and tells the other
-// processes by a NOTIFY that many changes share, outside of any business transaction, where it would take a lock over the whole cluster. A process
-// that has watchers listens on one connection. For each topic it collects what was touched and is watched, reads all of that in one
-// statement, and hands each state to everyone who watches it. Who begins to watch is served by the same statement.
+// A transaction that changes an object calls Topic.Touch. After the commit the process rings: it wakes its own
+// watchers and sends a NOTIFY to the other processes. Many changes share one NOTIFY. It is sent outside of business
+// transactions, because in them it would take a lock on the whole cluster. A process with watchers listens on one
+// connection. For each topic it collects the keys that were touched and are watched, reads their states in one
+// statement, and passes each state to all of its watchers. The same statement serves new watchers.
 //
 // # What it guarantees
 //
-// A watcher gets the state that was present after it began to watch, and in the end the last one, whatever is lost on the way: a ring is only a hint.
-// It is lost if a process dies between its commit and the ring, or if the listening connection breaks; so everything watched is read again when that
-// connection is back, and every few seconds besides. Without a direct connection, behind a transaction-mode pooler, that is all there is.
+// A watcher gets a state that was current after it began to watch, and eventually the last state, even if rings are
+// lost. A ring is only a hint. It is lost if a process dies between its commit and the ring, or if the listening
+// connection breaks. So the process reads everything it watches again when that connection is back, and every few
+// seconds besides. Without a direct connection, behind a pooler in transaction mode, only this polling is left.
 //
-// States never go backwards. Of several changes in quick succession a watcher may get only the last; a slow one misses those that were replaced
-// while it was busy, and holds up nobody.
+// States never go backwards. After several changes in quick succession, a watcher may get only the last state. A slow
+// watcher misses the states that were replaced while it was busy, and delays no other watcher.
 //
-// It does not promise that a change is seen within a given time, nor that each is seen.
+// The package does not guarantee that a watcher sees a change within a given time, or that it sees every change.
 package changes
 
 import (
@@ -33,19 +35,19 @@ import (
 
 // Config sets up a Hub.
 type Config struct {
-	// NotifyURL is the database to ring in, also through a pooler. ListenURL is a direct connection to the same one, or "" if there is none: then
-	// changes of other processes are found by polling.
+	// NotifyURL is the database to ring in, directly or through a pooler. ListenURL is a direct connection to the same
+	// database. Without it, the hub finds changes of other processes by polling.
 	NotifyURL, ListenURL string
-	// PollInterval is how often everything watched is read without a ListenURL. Default 1 s.
+	// PollInterval is the time between two reads of everything watched, without a ListenURL. Default 1 s.
 	PollInterval time.Duration
-	// SafetyInterval is the same with a ListenURL, for rings that were lost. Default 5 s.
+	// SafetyInterval is the same with a ListenURL, in case rings are lost. Default 5 s.
 	SafetyInterval time.Duration
 }
 
-// Hub carries changes between the topics of this process and those of others.
+// Hub passes changes between the topics of this process and those of other processes.
 type Hub struct {
 	config Config
-	self   string // tells this process's notifications from those of others
+	self   string // marks this process's own notifications
 	bell   bell
 
 	mu     sync.Mutex
@@ -54,9 +56,9 @@ type Hub struct {
 
 // topic is a Topic of any message.
 type topic interface {
-	// touched says that the states of keys may have changed; none means all.
+	// touched marks the states of keys as possibly changed. Without keys, it marks all states.
 	touched(keys ...string)
-	// follow keeps the watchers up to date until ctx is done.
+	// follow updates the watchers until ctx is done.
 	follow(ctx context.Context, interval time.Duration)
 }
 
@@ -71,12 +73,12 @@ func (h *Hub) add(name string, t topic) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if _, taken := h.topics[name]; taken {
-		panic(fmt.Sprintf("changes: topic %s exists", name))
+		panic(fmt.Sprintf("changes: topic %s exists already", name))
 	}
 	h.topics[name] = t
 }
 
-// Follow serves the watchers of this process until ctx is done. Topics must have been made before.
+// Follow serves the watchers of this process until ctx is done. All topics must have been added before.
 func (h *Hub) Follow(ctx context.Context) {
 	interval := h.config.SafetyInterval
 	if h.config.ListenURL == "" {
@@ -92,10 +94,10 @@ func (h *Hub) Follow(ctx context.Context) {
 	}
 }
 
-// hear takes a notification; "" means that some may have been missed.
+// hear handles a notification. An empty payload means that notifications may have been missed.
 func (h *Hub) hear(payload string) {
 	switch news := parse(payload); {
-	case news.From == h.self: // its watchers were woken when it rang
+	case news.From == h.self: // Touch has woken our watchers already
 	case news.Topic == "":
 		for _, t := range h.all() {
 			t.touched()

@@ -20,16 +20,16 @@ import (
 
 func TestMain(m *testing.M) { testenv.Main(m) }
 
-// never is a safety interval that no test lives to see: what arrives was rung for.
+// never is an interval that does not end during a test, so that only rings can cause reads.
 const never = time.Hour
 
-// process is a hub with a topic of probes: rows of a table, each with a text.
+// process is a hub with a topic of probes, which are rows of a table with a text each.
 type process struct {
 	*Topic[*wrapperspb.StringValue]
 	hub   *Hub
 	db    *pgxpool.Pool
 	reads atomic.Int64 // statements that read probes
-	away  atomic.Bool  // the database, for reading
+	away  atomic.Bool  // reads fail
 }
 
 // newDatabase returns the URL of a database with a table of probes.
@@ -108,7 +108,7 @@ func (p *process) TraceQueryStart(ctx context.Context, _ *pgx.Conn, query pgx.Tr
 // TraceQueryEnd implements pgx.QueryTracer.
 func (p *process) TraceQueryEnd(context.Context, *pgx.Conn, pgx.TraceQueryEndData) {}
 
-// set commits a value for keys, and touches them.
+// set commits a value for keys and touches them.
 func (p *process) set(t *testing.T, value string, keys ...string) {
 	t.Helper()
 	err := postgres.Transact(t.Context(), p.db, func(tx pgx.Tx) error {
@@ -123,12 +123,12 @@ func (p *process) set(t *testing.T, value string, keys ...string) {
 	}
 }
 
-// watch is a watcher whose states are pulled one by one.
+// watch is a watcher from which a test pulls one state after another.
 type watch struct {
 	next func() (*wrapperspb.StringValue, error, bool)
 }
 
-// watch begins to watch, until the test ends.
+// watch watches a key until the test ends.
 func (p *process) watch(t *testing.T, key string) watch {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), 30*time.Second)
@@ -150,6 +150,6 @@ func (w watch) wantError(t *testing.T, want error) {
 		t.Fatalf("got %q, %v, want error %v", got.GetValue(), err, want)
 	}
 	if _, _, more := w.next(); more {
-		t.Error("it goes on after an error")
+		t.Error("the watcher yields after an error")
 	}
 }

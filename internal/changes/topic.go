@@ -17,50 +17,52 @@ import (
 )
 
 const (
-	// roundInterval is the time between two readings of a topic that changes all the time: 50 times a second. A few may follow each other at once:
-	// who begins to watch causes one, and the change that it waits for may be right behind.
+	// roundInterval is the average time between two reads of a topic that changes constantly: 50 reads per second. A few
+	// reads may follow each other at once, because a new watcher causes a read, and the change that it waits for may come
+	// right after it.
 	roundInterval = 20 * time.Millisecond
 	roundBurst    = 5
-	// failurePause is the time between two readings while the database does not answer.
+	// failurePause is the time between two reads while the database does not answer.
 	failurePause = time.Second
-	// readTimeout bounds one reading.
+	// readTimeout bounds one read.
 	readTimeout = 10 * time.Second
-	// maxRead is how many states are read by one statement. More are read by as many as it takes.
+	// maxRead is the largest number of states that one statement reads. More states take more statements.
 	maxRead = 5000
 )
 
-// ErrNotFound means that what is watched does not exist, or not any more.
+// ErrNotFound means that a watched state does not exist, or no longer exists.
 var ErrNotFound = errors.New("watched state does not exist")
 
-// Read returns the present states of keys, by key, in one statement. What does not exist is left out. The states belong to all
-// watchers: nobody may change them.
+// Read returns the current states of keys, by key, in one statement. It omits keys that do not exist. All watchers
+// share the states, so nobody may change them.
 type Read[M proto.Message] func(ctx context.Context, keys []string) (map[string]M, error)
 
-// Topic is one kind of thing that can be watched. Its keys are their IDs.
+// Topic is one kind of object that can be watched. Its keys are the IDs of the objects.
 type Topic[M proto.Message] struct {
 	hub  *Hub
 	name string
 	read Read[M]
-	wake flag // something is stale
+	wake flag // raised if a key is stale
 
 	mu       sync.Mutex
-	watchers map[string]map[*watcher[M]]struct{} // by key; none of them empty
-	stale    map[string]struct{}                 // keys with watchers whose state may not be the one that they have
+	watchers map[string]map[*watcher[M]]struct{} // by key; no inner map is empty
+	stale    map[string]struct{}                 // keys whose watchers may have an old state
 }
 
 // watcher is one call of Watch.
 type watcher[M proto.Message] struct {
-	// mail has room for one: what was not looked at is replaced by what came later. Only the topic's follow puts something in.
-	mail   chan letter[M]
-	served bool // has had a state; follow's own
+	// mailbox has room for one update. A new update replaces one that was not received. Only follow sends.
+	mailbox chan update[M]
+	served  bool // has been sent a state; only follow uses it
 }
 
-type letter[M proto.Message] struct {
+type update[M proto.Message] struct {
 	state M
 	err   error
 }
 
-// NewTopic makes a Topic. Its name is the same in all processes, and unique in each: it panics if the hub has it.
+// NewTopic adds a Topic to a hub. Its name must be the same in all processes and unique in each. NewTopic panics if the
+// hub already has a topic of that name.
 func NewTopic[M proto.Message](hub *Hub, name string, read Read[M]) *Topic[M] {
 	t := &Topic[M]{
 		hub: hub, name: name, read: read, wake: newFlag(),
@@ -70,10 +72,10 @@ func NewTopic[M proto.Message](hub *Hub, name string, read Read[M]) *Topic[M] {
 	return t
 }
 
-// Touch says that tx, which postgres.Transact must have begun, changes what is watched under keys.
+// Touch declares that tx changes the states of keys. postgres.Transact must have begun tx.
 func (t *Topic[M]) Touch(tx pgx.Tx, keys ...string) {
 	if len(keys) == 0 {
-		return // further on that means everything
+		return // for touched and ring, no keys would mean all
 	}
 	changed := make([]change, 0, len(keys))
 	for _, key := range keys {
@@ -85,9 +87,9 @@ func (t *Topic[M]) Touch(tx pgx.Tx, keys ...string) {
 	})
 }
 
-// Watch yields the state of a key as it is now, and then each other one, until ctx is done or the caller has seen enough. It ends with an
-// error: that of ctx, ErrNotFound, or that of the reading if there is no first state to give. Later failures of the database are waited out.
-// It yields only while the hub follows. The states are shared: they must not be changed.
+// Watch yields the current state of a key, and then later states, until ctx is done or the caller stops. It ends with
+// an error: that of ctx, ErrNotFound, or that of the read if it cannot get a first state. It waits out later failures
+// of the database. It yields only while Hub.Follow runs. The states are shared and must not be changed.
 func (t *Topic[M]) Watch(ctx context.Context, key string) iter.Seq2[M, error] {
 	return func(yield func(M, error) bool) {
 		w := t.join(key)
@@ -98,7 +100,7 @@ func (t *Topic[M]) Watch(ctx context.Context, key string) iter.Seq2[M, error] {
 			case <-ctx.Done():
 				yield(none, ctx.Err())
 				return
-			case got := <-w.mail:
+			case got := <-w.mailbox:
 				if got.err != nil {
 					yield(none, got.err)
 					return
@@ -116,7 +118,7 @@ func (t *Topic[M]) Watch(ctx context.Context, key string) iter.Seq2[M, error] {
 }
 
 func (t *Topic[M]) join(key string) *watcher[M] {
-	w := &watcher[M]{mail: make(chan letter[M], 1)}
+	w := &watcher[M]{mailbox: make(chan update[M], 1)}
 	t.mu.Lock()
 	if t.watchers[key] == nil {
 		t.watchers[key] = map[*watcher[M]]struct{}{}
@@ -184,8 +186,9 @@ func (t *Topic[M]) follow(ctx context.Context, interval time.Duration) {
 	}
 }
 
-// round reads what is stale and hands it out. Who joins meanwhile waits for the next round: this one's statement may have begun before, and
-// what it shows be older than what the caller knows.
+// round reads the stale states and sends them to their watchers. A watcher that joins meanwhile waits for the next
+// round: this round's statement may have begun before, and may return a state that is older than the one its caller
+// has seen.
 func (t *Topic[M]) round(ctx context.Context) error {
 	waiting := t.take()
 	if len(waiting) == 0 {
@@ -198,14 +201,14 @@ func (t *Topic[M]) round(ctx context.Context) error {
 		state, found := states[key]
 		for _, w := range watchers {
 			switch {
-			case err != nil && w.served: // has a state, and gets the next when the database is back
+			case err != nil && w.served: // gets the next state when the database is back
 			case err != nil:
-				w.put(letter[M]{err: err})
+				w.put(update[M]{err: err})
 			case !found:
-				w.put(letter[M]{err: ErrNotFound})
+				w.put(update[M]{err: ErrNotFound})
 			default:
 				w.served = true
-				w.put(letter[M]{state: state})
+				w.put(update[M]{state: state})
 			}
 		}
 	}
@@ -215,7 +218,7 @@ func (t *Topic[M]) round(ctx context.Context) error {
 	return err
 }
 
-// take returns stale keys with their watchers, and remembers the rest for the next round.
+// take returns up to maxRead stale keys with their watchers, and leaves the rest for the next round.
 func (t *Topic[M]) take() map[string][]*watcher[M] {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -231,11 +234,11 @@ func (t *Topic[M]) take() map[string][]*watcher[M] {
 	return waiting
 }
 
-// put replaces what the watcher has not looked at.
-func (w *watcher[M]) put(l letter[M]) {
+// put sends an update to the watcher, and replaces one that the watcher has not received.
+func (w *watcher[M]) put(u update[M]) {
 	select {
-	case <-w.mail:
+	case <-w.mailbox:
 	default:
 	}
-	w.mail <- l
+	w.mailbox <- u
 }

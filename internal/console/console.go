@@ -1,8 +1,8 @@
 // Package console serves the operators' console: ops.v1.OpsService, and the page that talks to it.
 //
-// It guarantees that what it changes goes through package ops, as the commands do, and so is recorded with the caller's name and a reason in the
-// transaction that changes it. Looking costs the same however many look: one reading of the database and the broker a second serves all. It keeps no
-// more than 15 minutes of numbers, in memory.
+// It guarantees that what it changes goes through package ops, as the commands do, and so is recorded with the caller's
+// name and a reason in the transaction that changes it. Looking costs the same however many look: one reading of the
+// database and the broker a second serves all. It keeps no more than 15 minutes of numbers, in memory.
 package console
 
 import (

@@ -41,15 +41,18 @@ func setup(t *testing.T) *bundle {
 	t.Helper()
 	b := &bundle{owner: testenv.Postgres(t)}
 	b.broker = func() ([]rabbit.Depth, error) { return []rabbit.Depth{{Queue: "s.group", Ready: 7, Consumers: 1}}, nil }
-	db, err := postgres.Open(t.Context(), postgres.Config{URL: testenv.As(t, b.owner.Config().ConnString(), "shop_operator"), MaxConns: 8})
+	db, err := postgres.Open(t.Context(), postgres.Config{URL: testenv.As(t, b.owner.Config().ConnString(),
+		"shop_operator"), MaxConns: 8})
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(db.Close)
 	hub := changes.New(changes.Config{})
 	b.Console = New(Config{
-		DB: db, Operations: operations.New(db, outbox.NewWriter(db, nil, nil), hub, operations.Config{}), APIs: []string{"s api"},
-		Groups:  []Group{{Group: ops.Group{Name: "group", Types: []string{"google.protobuf.StringValue"}}, Queue: "s.group"}},
+		DB: db, Operations: operations.New(db, outbox.NewWriter(db, nil, nil), hub, operations.Config{}),
+		APIs: []string{"s api"},
+		Groups: []Group{{Group: ops.Group{Name: "group", Types: []string{"google.protobuf.StringValue"}},
+			Queue: "s.group"}},
 		Depths:  func(context.Context, []string) ([]rabbit.Depth, error) { return b.broker() },
 		Dangers: func(context.Context) ([]rabbit.Danger, error) { return b.dangers, nil },
 	})
@@ -75,7 +78,8 @@ func (b *bundle) text(t *testing.T, sql string) (text string) {
 func (b *bundle) letters(t *testing.T, n int) {
 	t.Helper()
 	b.exec(t, `INSERT INTO dead_letter (consumer, message_id, type, key, payload, headers, reason, error, attempts)
-		SELECT 'group', gen_random_uuid()::text, 'google.protobuf.StringValue', 'k' || n % 1000, '\x0a0161', '{"h": "<b>"}', 'permanent', 'broken', 1
+		SELECT 'group', gen_random_uuid()::text, 'google.protobuf.StringValue', 'k' || n % 1000, '\x0a0161',
+			'{"h": "<b>"}', 'permanent', 'broken', 1
 		FROM generate_series(1, $1::integer) AS n`, n)
 }
 
@@ -140,7 +144,8 @@ func TestPagingOf100000DeadLetters(t *testing.T) {
 		t.Errorf("saw %d letters, one page of a hundred took %s", seen, late)
 	}
 	plan := b.text(t, `EXPLAIN (FORMAT JSON) SELECT id FROM dead_letter WHERE id < 50000 AND resolution IS NULL ORDER BY id DESC LIMIT 51`)
-	if !strings.Contains(plan, "dead_letter_open_idx") && !strings.Contains(plan, "dead_letter_pkey") || strings.Contains(plan, `"Sort"`) {
+	if !strings.Contains(plan, "dead_letter_open_idx") && !strings.Contains(plan, "dead_letter_pkey") ||
+		strings.Contains(plan, `"Sort"`) {
 		t.Errorf("not by an index: %s", plan)
 	}
 }
@@ -151,17 +156,20 @@ func TestResolve(t *testing.T) {
 	b := setup(t)
 	b.letters(t, 3)
 	b.exec(t, `INSERT INTO inbox (slot, consumer, message_id) SELECT -1, 'group', gen_random_uuid()`)
-	resolve := func(resolution opsv1.Resolution, dry bool, filter *opsv1.DeadLetterFilter) *opsv1.ResolveDeadLettersResponse {
+	resolve := func(resolution opsv1.Resolution, dry bool,
+		filter *opsv1.DeadLetterFilter) *opsv1.ResolveDeadLettersResponse {
 		t.Helper()
 		stream := &heard{}
-		err := b.resolve(asAnn(t), &opsv1.ResolveDeadLettersRequest{Filter: filter, Resolution: resolution, DryRun: dry, Reason: "why"}, stream.Send)
+		err := b.resolve(asAnn(t), &opsv1.ResolveDeadLettersRequest{Filter: filter, Resolution: resolution, DryRun: dry,
+			Reason: "why"}, stream.Send)
 		if err != nil {
 			t.Fatal(err)
 		}
 		return stream.last()
 	}
 	const redrive, discard = opsv1.Resolution_RESOLUTION_REDRIVE, opsv1.Resolution_RESOLUTION_DISCARD
-	if got := resolve(redrive, true, &opsv1.DeadLetterFilter{}); got.GetTotal() != 3 || got.GetRedriven() != 3 || !got.GetDone() {
+	if got := resolve(redrive, true, &opsv1.DeadLetterFilter{}); got.GetTotal() != 3 || got.GetRedriven() != 3 ||
+		!got.GetDone() {
 		t.Errorf("dry run: %v", got)
 	}
 	if open := b.text(t, `SELECT count(*)::text FROM dead_letter WHERE resolution IS NULL`); open != "3" {
@@ -176,7 +184,8 @@ func TestResolve(t *testing.T) {
 	if got := resolve(redrive, false, &opsv1.DeadLetterFilter{}); got.GetRedriven() != 3 || got.GetUnresolved() != 0 {
 		t.Errorf("redrive: %v", got)
 	}
-	if got := resolve(redrive, false, &opsv1.DeadLetterFilter{Ids: []int64{1}}); got.GetUnresolved() != 1 || got.GetProblem() == "" {
+	if got := resolve(redrive, false, &opsv1.DeadLetterFilter{Ids: []int64{1}}); got.GetUnresolved() != 1 ||
+		got.GetProblem() == "" {
 		t.Errorf("redriven twice: %v", got)
 	}
 	_, err := b.ReopenDeadLetter(asAnn(t), &opsv1.ReopenDeadLetterRequest{Id: 1, Reason: "mistake"})
@@ -210,7 +219,8 @@ func TestGroupsAndKeys(t *testing.T) {
 	}
 	_, err := b.PauseGroup(ctx, &opsv1.PauseGroupRequest{Group: "group", Reason: "why"})
 	wantCode(t, err, connect.CodeFailedPrecondition)
-	if got, err := b.BuryKey(ctx, &opsv1.BuryKeyRequest{Group: "group", Key: "k", Reason: "why"}); err != nil || got.GetMoved() != 1 {
+	if got, err := b.BuryKey(ctx, &opsv1.BuryKeyRequest{Group: "group", Key: "k", Reason: "why"}); err != nil ||
+		got.GetMoved() != 1 {
 		t.Errorf("skip: %v, %v", got, err)
 	}
 	list, err := b.ListGroups(ctx, &opsv1.ListGroupsRequest{})
@@ -223,7 +233,8 @@ func TestGroupsAndKeys(t *testing.T) {
 	if k := list.GetBlockedKeys(); len(k) != 1 || k[0].GetMessageId() != "2" || k[0].GetWaiting() != 2 {
 		t.Errorf("blocked keys %v", k)
 	}
-	if got, err := b.BuryKey(ctx, &opsv1.BuryKeyRequest{Group: "group", Key: "k", Whole: true, Reason: "why"}); err != nil || got.GetMoved() != 2 {
+	if got, err := b.BuryKey(ctx, &opsv1.BuryKeyRequest{Group: "group", Key: "k", Whole: true,
+		Reason: "why"}); err != nil || got.GetMoved() != 2 {
 		t.Errorf("park: %v, %v", got, err)
 	}
 	if _, err := b.ResumeGroup(ctx, &opsv1.ResumeGroupRequest{Group: "group", Reason: "why"}); err != nil {
@@ -244,7 +255,8 @@ func TestMessages(t *testing.T) {
 		t.Fatal(err)
 	}
 	for i := range 120 {
-		b.exec(t, `SELECT outbox_insert('google.protobuf.StringValue', $1::text, $2::bytea)`, fmt.Sprint("k", i%2), payload)
+		b.exec(t, `SELECT outbox_insert('google.protobuf.StringValue', $1::text, $2::bytea)`, fmt.Sprint("k", i%2),
+			payload)
 	}
 	b.exec(t, `SELECT outbox_insert('unknown.Type', 'k', '\x00ff'::bytea)`)
 	found := map[string]bool{}
@@ -263,7 +275,8 @@ func TestMessages(t *testing.T) {
 	if len(found) != 60 {
 		t.Errorf("found %d", len(found))
 	}
-	none, err := b.SearchMessages(t.Context(), &opsv1.SearchMessagesRequest{Until: timestamppb.New(time.Now().Add(-time.Hour))})
+	none, err := b.SearchMessages(t.Context(),
+		&opsv1.SearchMessagesRequest{Until: timestamppb.New(time.Now().Add(-time.Hour))})
 	if err != nil || len(none.GetMessages()) != 0 {
 		t.Errorf("an hour ago: %v, %v", none, err)
 	}
@@ -272,7 +285,8 @@ func TestMessages(t *testing.T) {
 		t.Fatalf("newest: %v, %v", newest, err)
 	}
 	for i, want := range []string{"00000000  00 ff", `"\u003cscript\u003e"`} {
-		one, err := b.GetMessage(t.Context(), &opsv1.GetMessageRequest{MessageId: newest.GetMessages()[i].GetMessageId()})
+		one, err := b.GetMessage(t.Context(),
+			&opsv1.GetMessageRequest{MessageId: newest.GetMessages()[i].GetMessageId()})
 		if err != nil || len(one.GetSteps()) != 2 {
 			t.Fatalf("%v, %v", one, err)
 		}
@@ -280,7 +294,8 @@ func TestMessages(t *testing.T) {
 			t.Errorf("payload %q", text)
 		}
 	}
-	_, err = b.SearchMessages(t.Context(), &opsv1.SearchMessagesRequest{Since: &timestamppb.Timestamp{Seconds: 1 << 60}})
+	_, err = b.SearchMessages(t.Context(),
+		&opsv1.SearchMessagesRequest{Since: &timestamppb.Timestamp{Seconds: 1 << 60}})
 	wantCode(t, err, connect.CodeInvalidArgument)
 	_, err = b.ListDeadLetters(t.Context(), &opsv1.ListDeadLettersRequest{PageToken: 1 << 62})
 	if err != nil {
@@ -294,7 +309,8 @@ func TestCancelOfAnybodysOperation(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
 	for _, state := range []string{"pending", "running"} {
-		b.exec(t, `INSERT INTO operation (id, caller, idempotency_key, method, request, request_hash, identity, signature, state)
+		b.exec(t, `INSERT INTO operation (id, caller, idempotency_key, method, request, request_hash, identity,
+			signature, state)
 			VALUES (outbox_uuidv7(), 'apikey:bob', '', 'a.B/C', '', '', '', '', $1)`, state)
 	}
 	list, err := b.ListOperations(t.Context(), &opsv1.ListOperationsRequest{})
@@ -303,7 +319,8 @@ func TestCancelOfAnybodysOperation(t *testing.T) {
 	}
 	for _, one := range list.GetOperations() {
 		_, err := b.CancelOperation(asAnn(t), &opsv1.CancelOperationRequest{Id: one.GetId(), Reason: "why"})
-		if one.GetState() == "pending" && err != nil || one.GetState() == "running" && connect.CodeOf(err) != connect.CodeFailedPrecondition {
+		if one.GetState() == "pending" && err != nil || one.GetState() == "running" &&
+			connect.CodeOf(err) != connect.CodeFailedPrecondition {
 			t.Errorf("%s: %v", one.GetState(), err)
 		}
 	}
@@ -346,11 +363,18 @@ func TestFaultsAreShownWhereTheyAre(t *testing.T) {
 		t.Fatalf("at first:\n%s", got)
 	}
 	for name, one := range map[string]struct{ do, undo, want string }{
-		"NoRelay":      {`DELETE FROM outbox_relay`, `INSERT INTO outbox_relay (owner, expires_at, lease) VALUES ('r', now() + interval '1 hour', '1 hour')`, "relay: No relay is running."},
-		"NoLease":      {`UPDATE outbox_cursor SET lease_expires_at = now()`, `UPDATE outbox_cursor SET lease_expires_at = now() + interval '1 hour', lease = '1 hour'`, "relay: No relay holds the lease of shard 0."},
-		"RelayBlocked": {`UPDATE outbox_relay SET problem = 'blocked'`, `UPDATE outbox_relay SET problem = ''`, "relay: It cannot publish: blocked"},
-		"NoConsumer":   {`DELETE FROM inbox_consumer`, healthy[strings.LastIndex(healthy, "INSERT"):], "group: No process runs this group."},
-		"Paused":       {`INSERT INTO inbox_pause (consumer, actor, reason) VALUES ('group', 'ann', 'why')`, `DELETE FROM inbox_pause`, "group: Paused by ann: why"},
+		"NoRelay": {`DELETE FROM outbox_relay`,
+			`INSERT INTO outbox_relay (owner, expires_at, lease) VALUES ('r', now() + interval '1 hour', '1 hour')`,
+			"relay: No relay is running."},
+		"NoLease": {`UPDATE outbox_cursor SET lease_expires_at = now()`,
+			`UPDATE outbox_cursor SET lease_expires_at = now() + interval '1 hour', lease = '1 hour'`,
+			"relay: No relay holds the lease of shard 0."},
+		"RelayBlocked": {`UPDATE outbox_relay SET problem = 'blocked'`, `UPDATE outbox_relay SET problem = ''`,
+			"relay: It cannot publish: blocked"},
+		"NoConsumer": {`DELETE FROM inbox_consumer`, healthy[strings.LastIndex(healthy, "INSERT"):],
+			"group: No process runs this group."},
+		"Paused": {`INSERT INTO inbox_pause (consumer, actor, reason) VALUES ('group', 'ann', 'why')`,
+			`DELETE FROM inbox_pause`, "group: Paused by ann: why"},
 		"BlockedKey": {`INSERT INTO inbox_retry (consumer, message_id, type, key, payload, headers, attempts, due_at, last_error) VALUES ('group', 'm', 't', 'k', '', '{}', 1, now(), '')`,
 			`DELETE FROM inbox_retry`, "group: 1 key waits for a retry, the longest for "},
 	} {
@@ -361,16 +385,20 @@ func TestFaultsAreShownWhereTheyAre(t *testing.T) {
 		b.exec(t, one.undo)
 	}
 	b.dangers = []rabbit.Danger{
-		{Queue: "other.dead", Policy: "limits", Setting: "expires=1", Loses: true}, {Queue: "s.group", Policy: "limits", Setting: "max-length=9"},
-		{Queue: "s.group.dead", Policy: "limits", Setting: "message-ttl=60000", Effect: "what waits longer is lost", Loses: true},
+		{Queue: "other.dead", Policy: "limits", Setting: "expires=1", Loses: true},
+		{Queue: "s.group", Policy: "limits", Setting: "max-length=9"},
+		{Queue: "s.group.dead", Policy: "limits", Setting: "message-ttl=60000", Effect: "what waits longer is lost",
+			Loses: true},
 	}
-	if got := faults(); got != "s.group: Messages can be lost: policy limits sets message-ttl=60000 on queue s.group.dead: what waits longer is lost." {
+	if got := faults(); got != "s.group: Messages can be lost: policy limits sets message-ttl=60000 on queue "+
+		"s.group.dead: what waits longer is lost." {
 		t.Errorf("policy:\n%s", got)
 	}
 	b.broker = func() ([]rabbit.Depth, error) {
 		return nil, errors.New("connect to rabbitmq: dial tcp: connection\nrefused")
 	}
-	if got := faults(); got != "RabbitMQ: The broker cannot be reached: connection refused.\ns.group: Not known while the broker is away." {
+	if got := faults(); got != "RabbitMQ: The broker cannot be reached: connection refused.\ns.group: Not known "+
+		"while the broker is away." {
 		t.Errorf("broker away:\n%s", got)
 	}
 	b.db.Close()

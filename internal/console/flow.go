@@ -14,7 +14,8 @@ const (
 	// interval is the time between two samples, and keep how many are remembered: 15 minutes.
 	interval = time.Second
 	keep     = 900
-	// window is how many samples a rate is made of: the processes tell their counts once a second, but not in step with us.
+	// window is how many samples a rate is made of: the processes tell their counts once a second, but not in step with
+	// us.
 	window = 5
 )
 
@@ -79,13 +80,16 @@ func (c *Console) Run(ctx context.Context) error {
 }
 
 // WatchFlow implements ops.v1.OpsService.
-func (c *Console) WatchFlow(ctx context.Context, _ *opsv1.WatchFlowRequest, stream opsv1connect.OpsServiceWatchFlowServerStream) error {
+func (c *Console) WatchFlow(
+	ctx context.Context, _ *opsv1.WatchFlowRequest, stream opsv1connect.OpsServiceWatchFlowServerStream,
+) error {
 	for first := true; ; {
 		sample, renewed := c.flow.now()
 		if sample != nil {
 			if first {
 				first = false
-				sample = &opsv1.WatchFlowResponse{History: c.flow.history(), Point: sample.GetPoint(), Stations: sample.GetStations()}
+				sample = &opsv1.WatchFlowResponse{History: c.flow.history(), Point: sample.GetPoint(),
+					Stations: sample.GetStations()}
 			}
 			if err := stream.Send(sample); err != nil {
 				return err

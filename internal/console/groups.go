@@ -34,13 +34,15 @@ func (c *Console) ListGroups(ctx context.Context, _ *opsv1.ListGroupsRequest) (*
 	}
 	for _, one := range blocked {
 		response.BlockedKeys = append(response.BlockedKeys, &opsv1.BlockedKey{
-			Group: one.Consumer, Key: one.Key, Waiting: int64(one.Waiting), Since: timestamppb.New(one.Since), MessageId: one.MessageID,
-			Attempts: int32(one.Attempts), DueTime: timestamppb.New(one.DueAt), LastError: one.LastError,
+			Group: one.Consumer, Key: one.Key, Waiting: int64(one.Waiting), Since: timestamppb.New(one.Since),
+			MessageId: one.MessageID,
+			Attempts:  int32(one.Attempts), DueTime: timestamppb.New(one.DueAt), LastError: one.LastError,
 		})
 	}
 	for _, one := range entries {
 		response.Audit = append(response.Audit, &opsv1.AuditEntry{
-			At: timestamppb.New(one.At), Actor: one.Actor, Action: one.Action, Target: one.Target, Reason: one.Reason, Detail: one.Detail,
+			At: timestamppb.New(one.At), Actor: one.Actor, Action: one.Action, Target: one.Target, Reason: one.Reason,
+			Detail: one.Detail,
 		})
 	}
 	return response, nil

@@ -16,18 +16,23 @@ import (
 
 func filterOf(f *opsv1.DeadLetterFilter) (deadletter.Filter, error) {
 	return deadletter.Filter{
-		IDs: f.GetIds(), Consumer: f.GetGroup(), MessageID: f.GetMessageId(), Type: f.GetType(), Key: f.GetKey(), Reason: deadletter.Reason(f.GetCause()),
-		Since: moment(f.GetSince()), Until: moment(f.GetUntil()), Resolved: f.GetResolved(),
-	}, cmp.Or(storable(f.GetGroup(), f.GetMessageId(), f.GetType(), f.GetKey(), f.GetCause()), dated(f.GetSince(), f.GetUntil()))
+			IDs: f.GetIds(), Consumer: f.GetGroup(), MessageID: f.GetMessageId(), Type: f.GetType(), Key: f.GetKey(),
+			Reason: deadletter.Reason(f.GetCause()),
+			Since:  moment(f.GetSince()), Until: moment(f.GetUntil()), Resolved: f.GetResolved(),
+		}, cmp.Or(storable(f.GetGroup(), f.GetMessageId(), f.GetType(), f.GetKey(), f.GetCause()),
+			dated(f.GetSince(), f.GetUntil()))
 }
 
 // ListDeadLetters implements ops.v1.OpsService.
-func (c *Console) ListDeadLetters(ctx context.Context, req *opsv1.ListDeadLettersRequest) (*opsv1.ListDeadLettersResponse, error) {
+func (c *Console) ListDeadLetters(
+	ctx context.Context, req *opsv1.ListDeadLettersRequest,
+) (*opsv1.ListDeadLettersResponse, error) {
 	filter, err := filterOf(req.GetFilter())
 	if err != nil {
 		return nil, err
 	}
-	letters, err := deadletter.Newest(ctx, c.db, filter, req.GetPageToken(), pageRows+1) // one more, to know whether there are more
+	// One more, to know whether there are more.
+	letters, err := deadletter.Newest(ctx, c.db, filter, req.GetPageToken(), pageRows+1)
 	if err != nil {
 		return nil, tell(err)
 	}
@@ -47,13 +52,17 @@ func (c *Console) ListDeadLetters(ctx context.Context, req *opsv1.ListDeadLetter
 
 func letterOf(l deadletter.Stored) *opsv1.DeadLetter {
 	return &opsv1.DeadLetter{
-		Id: l.ID, Group: cmp.Or(l.Consumer, deadletter.Relay), MessageId: l.MessageID, Type: l.Type, Key: l.Key, Cause: string(l.Reason), Error: l.Error,
-		Attempts: int32(l.Attempts), DeadTime: timestamppb.New(l.DeadAt), Resolution: string(l.Resolution), ResolveTime: stamp(l.ResolvedAt),
+		Id: l.ID, Group: cmp.Or(l.Consumer, deadletter.Relay), MessageId: l.MessageID, Type: l.Type, Key: l.Key,
+		Cause: string(l.Reason), Error: l.Error,
+		Attempts: int32(l.Attempts), DeadTime: timestamppb.New(l.DeadAt), Resolution: string(l.Resolution),
+		ResolveTime: stamp(l.ResolvedAt),
 	}
 }
 
 // GetDeadLetter implements ops.v1.OpsService.
-func (c *Console) GetDeadLetter(ctx context.Context, req *opsv1.GetDeadLetterRequest) (*opsv1.GetDeadLetterResponse, error) {
+func (c *Console) GetDeadLetter(
+	ctx context.Context, req *opsv1.GetDeadLetterRequest,
+) (*opsv1.GetDeadLetterResponse, error) {
 	letter, found, err := deadletter.Get(ctx, c.db, req.GetId())
 	switch {
 	case err != nil:
@@ -70,14 +79,16 @@ func (c *Console) GetDeadLetter(ctx context.Context, req *opsv1.GetDeadLetterReq
 	}
 	for _, one := range records {
 		response.Audit = append(response.Audit, &opsv1.AuditEntry{
-			At: timestamppb.New(one.At), Actor: one.Actor, Action: string(one.Resolution), Reason: one.Reason, Detail: one.Detail,
+			At: timestamppb.New(one.At), Actor: one.Actor, Action: string(one.Resolution), Reason: one.Reason,
+			Detail: one.Detail,
 		})
 	}
 	return response, nil
 }
 
 const (
-	// pace is how many letters a second are resolved: what failed together should not come back at once. A dry run takes what it can get.
+	// pace is how many letters a second are resolved: what failed together should not come back at once. A dry run takes
+	// what it can get.
 	pace    = 200
 	dryPace = 1e5
 	// tellEvery is how often progress is told.
@@ -85,11 +96,16 @@ const (
 )
 
 // ResolveDeadLetters implements ops.v1.OpsService.
-func (c *Console) ResolveDeadLetters(ctx context.Context, req *opsv1.ResolveDeadLettersRequest, stream opsv1connect.OpsServiceResolveDeadLettersServerStream) error {
+func (c *Console) ResolveDeadLetters(
+	ctx context.Context, req *opsv1.ResolveDeadLettersRequest,
+	stream opsv1connect.OpsServiceResolveDeadLettersServerStream,
+) error {
 	return c.resolve(ctx, req, stream.Send)
 }
 
-func (c *Console) resolve(ctx context.Context, req *opsv1.ResolveDeadLettersRequest, send func(*opsv1.ResolveDeadLettersResponse) error) error {
+func (c *Console) resolve(
+	ctx context.Context, req *opsv1.ResolveDeadLettersRequest, send func(*opsv1.ResolveDeadLettersResponse) error,
+) error {
 	order, err := c.orderOf(ctx, req)
 	if err != nil {
 		return err
@@ -161,7 +177,9 @@ func count(p *opsv1.ResolveDeadLettersResponse, o ops.Outcome) {
 }
 
 // ReopenDeadLetter implements ops.v1.OpsService.
-func (c *Console) ReopenDeadLetter(ctx context.Context, req *opsv1.ReopenDeadLetterRequest) (*opsv1.ReopenDeadLetterResponse, error) {
+func (c *Console) ReopenDeadLetter(
+	ctx context.Context, req *opsv1.ReopenDeadLetterRequest,
+) (*opsv1.ReopenDeadLetterResponse, error) {
 	if err := storable(req.GetReason()); err != nil {
 		return nil, err
 	}

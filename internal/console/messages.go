@@ -15,11 +15,14 @@ import (
 const pageRows = 50
 
 // SearchMessages implements ops.v1.OpsService.
-func (c *Console) SearchMessages(ctx context.Context, req *opsv1.SearchMessagesRequest) (*opsv1.SearchMessagesResponse, error) {
+func (c *Console) SearchMessages(
+	ctx context.Context, req *opsv1.SearchMessagesRequest,
+) (*opsv1.SearchMessagesResponse, error) {
 	if err := cmp.Or(storable(req.GetType(), req.GetKey()), dated(req.GetSince(), req.GetUntil())); err != nil {
 		return nil, err
 	}
-	search := ops.Search{Type: req.GetType(), Key: req.GetKey(), Since: moment(req.GetSince()), Until: moment(req.GetUntil())}
+	search := ops.Search{Type: req.GetType(), Key: req.GetKey(), Since: moment(req.GetSince()),
+		Until: moment(req.GetUntil())}
 	found, last, err := ops.SearchLog(ctx, c.db, search, req.GetPageToken(), pageRows)
 	if err != nil {
 		return nil, tell(err)
@@ -51,7 +54,8 @@ func (c *Console) GetMessage(ctx context.Context, req *opsv1.GetMessageRequest) 
 	case err != nil:
 		return nil, tell(err)
 	case !journey.Known():
-		return nil, connect.NewError(connect.CodeNotFound, "no message of this ID is known: neither outbox nor inbox nor dead letters hold it, or not any more")
+		return nil, connect.NewError(connect.CodeNotFound,
+			"no message of this ID is known: neither outbox nor inbox nor dead letters hold it, or not any more")
 	}
 	response := &opsv1.GetMessageResponse{}
 	for _, one := range journey.Log {

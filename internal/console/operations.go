@@ -18,13 +18,17 @@ import (
 const statePrefix = "OPERATION_STATE_"
 
 // ListOperations implements ops.v1.OpsService.
-func (c *Console) ListOperations(ctx context.Context, req *opsv1.ListOperationsRequest) (*opsv1.ListOperationsResponse, error) {
+func (c *Console) ListOperations(
+	ctx context.Context, req *opsv1.ListOperationsRequest,
+) (*opsv1.ListOperationsResponse, error) {
 	listing := operations.Listing{Limit: pageRows + 1}
-	listing.State = operationsv1.OperationState(operationsv1.OperationState_value[statePrefix+strings.ToUpper(req.GetState())])
+	listing.State = operationsv1.OperationState(operationsv1.OperationState_value[statePrefix+
+		strings.ToUpper(req.GetState())])
 	if req.GetPageToken() != "" {
 		before, err := uuid.Parse(req.GetPageToken())
 		if err != nil {
-			return nil, connect.NewError(connect.CodeInvalidArgument, "page_token is not one that ListOperations returned")
+			return nil, connect.NewError(connect.CodeInvalidArgument,
+				"page_token is not one that ListOperations returned")
 		}
 		listing.Before = &before
 	}
@@ -41,14 +45,17 @@ func (c *Console) ListOperations(ctx context.Context, req *opsv1.ListOperationsR
 		response.Operations = append(response.Operations, &opsv1.Operation{
 			Id: one.ID.String(), Method: one.Method, Caller: one.Caller, Attempts: one.Attempts,
 			State:      strings.ToLower(strings.TrimPrefix(one.State.String(), statePrefix)),
-			CreateTime: one.CreateTime, StartTime: one.StartTime, EndTime: one.EndTime, Error: one.GetError().GetMessage(),
+			CreateTime: one.CreateTime, StartTime: one.StartTime, EndTime: one.EndTime,
+			Error: one.GetError().GetMessage(),
 		})
 	}
 	return response, nil
 }
 
 // CancelOperation implements ops.v1.OpsService.
-func (c *Console) CancelOperation(ctx context.Context, req *opsv1.CancelOperationRequest) (*opsv1.CancelOperationResponse, error) {
+func (c *Console) CancelOperation(
+	ctx context.Context, req *opsv1.CancelOperationRequest,
+) (*opsv1.CancelOperationResponse, error) {
 	id, err := uuid.Parse(req.GetId())
 	if err == nil {
 		err = storable(req.GetReason())
@@ -80,8 +87,10 @@ func (c *Console) ListRelays(ctx context.Context, _ *opsv1.ListRelaysRequest) (*
 	for _, one := range shards {
 		if !one.Drained {
 			response.Shards = append(response.Shards, &opsv1.Shard{
-				Shard: int32(one.Shard), Generation: int32(one.Generation), Retired: one.Retired, Owner: one.Owner, Epoch: one.Epoch,
-				Backlog: one.Backlog, Lag: one.Lag, Published: one.Published, Parked: one.Parked, MoveTime: timestamppb.New(one.MovedAt),
+				Shard: int32(one.Shard), Generation: int32(one.Generation), Retired: one.Retired, Owner: one.Owner,
+				Epoch:   one.Epoch,
+				Backlog: one.Backlog, Lag: one.Lag, Published: one.Published, Parked: one.Parked,
+				MoveTime: timestamppb.New(one.MovedAt),
 			})
 		}
 	}

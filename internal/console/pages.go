@@ -22,9 +22,10 @@ var dist embed.FS
 // Prefix is where the pages are served.
 const Prefix = "/console/"
 
-// policy lets the pages load their own files, call their own server, and nothing else: no other origin, no inline script, no frame around them.
-// uPlot sets its styles through the CSSOM, which a policy does not concern.
-const policy = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
+// policy lets the pages load their own files, call their own server, and nothing else: no other origin, no inline
+// script, no frame around them. uPlot sets its styles through the CSSOM, which a policy does not concern.
+const policy = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; " +
+	"form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
 
 // page is a file as it is sent.
 type page struct {
@@ -68,7 +69,8 @@ func newPage(name string, content []byte) (*page, error) {
 	if err == nil {
 		err = writer.Close()
 	}
-	return &page{mime.TypeByExtension(path.Ext(name)), fmt.Sprintf(`"%.16x"`, sha256.Sum256(content)), content, packed.Bytes()}, err
+	return &page{mime.TypeByExtension(path.Ext(name)), fmt.Sprintf(`"%.16x"`, sha256.Sum256(content)), content,
+		packed.Bytes()}, err
 }
 
 func (p *page) serve(w http.ResponseWriter, r *http.Request) {

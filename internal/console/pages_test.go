@@ -25,7 +25,8 @@ func TestPages(t *testing.T) {
 		}
 		response.Body.Close()
 		header := response.Header
-		if response.StatusCode != http.StatusOK || header.Get("Content-Encoding") != "gzip" || header.Get("Content-Security-Policy") != policy {
+		if response.StatusCode != http.StatusOK || header.Get("Content-Encoding") != "gzip" ||
+			header.Get("Content-Security-Policy") != policy {
 			t.Errorf("%q: %s, %v", name, response.Status, header)
 		}
 		packed += int(response.ContentLength)

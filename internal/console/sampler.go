@@ -133,8 +133,8 @@ func (s *sampler) measure(at time.Time, r *reading) *velocity {
 	return v
 }
 
-// progress is what the processes of a group have applied since the last reading. One that is new has applied all it tells, except when we are new
-// ourselves.
+// progress is what the processes of a group have applied since the last reading. One that is new has applied all it
+// tells, except when we are new ourselves.
 func (s *sampler) progress(standing inbox.GroupStatus) (applied int64) {
 	before, known := s.owners[standing.Consumer]
 	for owner, total := range standing.Applied {

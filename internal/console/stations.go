@@ -38,7 +38,8 @@ func (c *Console) judge(r *reading, v *velocity) []*opsv1.Station {
 			depth = r.depths[i]
 		}
 		passed := v.applied[group.Name]
-		all = append(all, queue(r, group, depth, standing, passed), crew(r, standing, depth, passed), effect(r, standing, passed))
+		all = append(all, queue(r, group, depth, standing, passed), crew(r, standing, depth, passed),
+			effect(r, standing, passed))
 	}
 	return append(all, dead(r))
 }
@@ -161,7 +162,8 @@ func queue(r *reading, group Group, depth rabbit.Depth, standing inbox.GroupStat
 }
 
 func crew(r *reading, standing inbox.GroupStatus, depth rabbit.Depth, passed float64) *opsv1.Station {
-	s := &opsv1.Station{Kind: opsv1.StationKind_STATION_KIND_GROUP, Name: standing.Consumer, Group: standing.Consumer, State: fine}
+	s := &opsv1.Station{Kind: opsv1.StationKind_STATION_KIND_GROUP, Name: standing.Consumer, Group: standing.Consumer,
+		State: fine}
 	if r.database != nil {
 		return blind(s)
 	}
@@ -177,7 +179,8 @@ func crew(r *reading, standing inbox.GroupStatus, depth rabbit.Depth, passed flo
 	case r.broker == nil && !depth.Missing && depth.Consumers == 0:
 		return because(s, fault, "Its processes do not take from the queue.")
 	case standing.Blocked > 0:
-		return because(s, attention, "%s for a retry, the longest for %s.", some(standing.Blocked, "key waits", "keys wait"), age(standing.Oldest))
+		return because(s, attention, "%s for a retry, the longest for %s.",
+			some(standing.Blocked, "key waits", "keys wait"), age(standing.Oldest))
 	case standing.Retrying > 0:
 		return because(s, attention, "%s for a retry.", wait(standing.Retrying))
 	}
@@ -185,7 +188,8 @@ func crew(r *reading, standing inbox.GroupStatus, depth rabbit.Depth, passed flo
 }
 
 func effect(r *reading, standing inbox.GroupStatus, passed float64) *opsv1.Station {
-	s := &opsv1.Station{Kind: opsv1.StationKind_STATION_KIND_EFFECT, Name: "effects", Group: standing.Consumer, State: fine}
+	s := &opsv1.Station{Kind: opsv1.StationKind_STATION_KIND_EFFECT, Name: "effects", Group: standing.Consumer,
+		State: fine}
 	if r.database != nil {
 		return blind(s)
 	}

@@ -1,7 +1,8 @@
-// Package deadletter keeps what could not be published or applied, with everything needed to look at it and to send it again.
+// Package deadletter keeps what could not be published or applied, with everything needed to look at it and to send it
+// again.
 //
-// It guarantees that a letter is kept byte for byte in its payload, and in the transaction of the caller: a message leaves the outbox's or
-// the inbox's care in the same commit in which it arrives here.
+// It guarantees that a letter is kept byte for byte in its payload, and in the transaction of the caller: a message
+// leaves the outbox's or the inbox's care in the same commit in which it arrives here.
 package deadletter
 
 import (
@@ -49,7 +50,8 @@ const (
 
 // Reasons are all there are.
 var Reasons = []Reason{
-	Unroutable, Malformed, Refused, NoID, OutsideWindow, UnknownType, Undecodable, Permanent, Exhausted, Crashed, Undelivered, Skipped,
+	Unroutable, Malformed, Refused, NoID, OutsideWindow, UnknownType, Undecodable, Permanent, Exhausted, Crashed,
+	Undelivered, Skipped,
 }
 
 // Letter is one dead message.
@@ -72,7 +74,8 @@ const insertSQL = `
 INSERT INTO dead_letter (consumer, message_id, type, key, payload, headers, reason, error, attempts)
 VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)`
 
-// Insert keeps letters as part of tx. Text that Postgres cannot store (NUL, broken UTF-8) is mended; payloads are kept as they are.
+// Insert keeps letters as part of tx. Text that Postgres cannot store (NUL, broken UTF-8) is mended; payloads are kept
+// as they are.
 func Insert(ctx context.Context, tx pgx.Tx, letters ...Letter) error {
 	batch := &pgx.Batch{}
 	for _, letter := range letters {
@@ -80,8 +83,10 @@ func Insert(ctx context.Context, tx pgx.Tx, letters ...Letter) error {
 		for name, value := range letter.Headers {
 			headers[messaging.CleanText(name)] = messaging.CleanText(value)
 		}
-		batch.Queue(insertSQL, letter.Consumer, messaging.CleanText(letter.MessageID), messaging.CleanText(letter.Type), messaging.CleanText(letter.Key),
-			messaging.NotNil(letter.Payload), headers, letter.Reason, messaging.CleanText(letter.Error), letter.Attempts)
+		batch.Queue(insertSQL, letter.Consumer, messaging.CleanText(letter.MessageID), messaging.CleanText(letter.Type),
+			messaging.CleanText(letter.Key),
+			messaging.NotNil(letter.Payload), headers, letter.Reason, messaging.CleanText(letter.Error),
+			letter.Attempts)
 	}
 	if err := tx.SendBatch(ctx, batch).Close(); err != nil {
 		return fmt.Errorf("insert dead letter: %w", err)

@@ -18,7 +18,8 @@ func TestMain(m *testing.M) { testenv.Main(m) }
 
 func read(t *testing.T, db *pgxpool.Pool) []Letter {
 	t.Helper()
-	rows, err := db.Query(t.Context(), `SELECT consumer, message_id, type, key, payload, headers, reason, error, attempts FROM dead_letter ORDER BY id`)
+	rows, err := db.Query(t.Context(),
+		`SELECT consumer, message_id, type, key, payload, headers, reason, error, attempts FROM dead_letter ORDER BY id`)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -32,9 +33,11 @@ func read(t *testing.T, db *pgxpool.Pool) []Letter {
 // resolve closes a letter as package ops does.
 func resolve(t *testing.T, tx pgx.Tx, id int64, resolution Resolution, note Note) error {
 	t.Helper()
-	_, err := tx.Exec(t.Context(), `UPDATE dead_letter SET resolution = $2, resolved_at = clock_timestamp() WHERE id = $1`, id, resolution)
+	_, err := tx.Exec(t.Context(),
+		`UPDATE dead_letter SET resolution = $2, resolved_at = clock_timestamp() WHERE id = $1`, id, resolution)
 	if err == nil {
-		_, err = tx.Exec(t.Context(), `INSERT INTO dead_letter_audit (letter_id, resolution, reason, actor) VALUES ($1, $2, $3, $4)`,
+		_, err = tx.Exec(t.Context(),
+			`INSERT INTO dead_letter_audit (letter_id, resolution, reason, actor) VALUES ($1, $2, $3, $4)`,
 			id, resolution, note.Reason, note.Actor)
 	}
 	return err
@@ -50,8 +53,12 @@ func TestInsert(t *testing.T) {
 		for i := range every {
 			every[i] = byte(i)
 		}
-		want := Letter{"group", "id", "type", "key", every[:], map[string]string{"a": "ü <&>", "": ""}, Permanent, "error", 3}
-		err := postgres.Transact(t.Context(), db, func(tx pgx.Tx) error { return Insert(t.Context(), tx, want, Letter{Reason: NoID}) })
+		want := Letter{"group", "id", "type", "key", every[:], map[string]string{"a": "ü <&>", "": ""}, Permanent,
+			"error", 3}
+		err := postgres.Transact(t.Context(), db, func(tx pgx.Tx) error {
+			return Insert(t.Context(), tx, want,
+				Letter{Reason: NoID})
+		})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -63,7 +70,8 @@ func TestInsert(t *testing.T) {
 			t.Errorf("got payload %q, headers %q", got[0].Payload, got[0].Headers)
 		}
 		got[0].Payload, got[0].Headers = nil, nil
-		if bare := (Letter{Consumer: "group", MessageID: "id", Type: "type", Key: "key", Reason: Permanent, Error: "error", Attempts: 3}); !equal(got[0], bare) {
+		if bare := (Letter{Consumer: "group", MessageID: "id", Type: "type", Key: "key", Reason: Permanent,
+			Error: "error", Attempts: 3}); !equal(got[0], bare) {
 			t.Errorf("got %+v", got[0])
 		}
 		if len(got[1].Payload) != 0 || len(got[1].Headers) != 0 || got[1].Reason != NoID {
@@ -75,7 +83,8 @@ func TestInsert(t *testing.T) {
 		t.Parallel()
 		db := testenv.Postgres(t)
 		for _, broken := range []string{"\x00", "a\xffb", "\xed\xa0\x80", strings.Repeat("ü\x00", 1<<20)} {
-			letter := Letter{MessageID: broken, Type: broken, Key: broken, Payload: []byte(broken), Headers: map[string]string{broken: broken}, Reason: Malformed, Error: broken}
+			letter := Letter{MessageID: broken, Type: broken, Key: broken, Payload: []byte(broken),
+				Headers: map[string]string{broken: broken}, Reason: Malformed, Error: broken}
 			err := postgres.Transact(t.Context(), db, func(tx pgx.Tx) error { return Insert(t.Context(), tx, letter) })
 			if err != nil {
 				t.Fatalf("%.20q: %v", broken, err)
@@ -85,7 +94,8 @@ func TestInsert(t *testing.T) {
 			if string(got.Payload) != broken {
 				t.Errorf("%.20q: payload became %.20q", broken, got.Payload)
 			}
-			for _, text := range []string{got.MessageID, got.Type, got.Key, got.Error, got.Headers[messaging.CleanText(broken)]} {
+			for _, text := range []string{got.MessageID, got.Type, got.Key, got.Error,
+				got.Headers[messaging.CleanText(broken)]} {
 				if text != messaging.CleanText(broken) {
 					t.Errorf("%.20q became %.20q", broken, text)
 				}
@@ -143,7 +153,8 @@ func TestNothingLeavesSilently(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, sql := range []string{
-		`DELETE FROM dead_letter`, `TRUNCATE dead_letter CASCADE`, `UPDATE dead_letter SET payload = 'x'`, `UPDATE dead_letter SET error = 'x', resolved_at = now()`,
+		`DELETE FROM dead_letter`, `TRUNCATE dead_letter CASCADE`, `UPDATE dead_letter SET payload = 'x'`,
+		`UPDATE dead_letter SET error = 'x', resolved_at = now()`,
 		`DELETE FROM dead_letter_audit`, `TRUNCATE dead_letter_audit`, `UPDATE dead_letter_audit SET actor = 'bob'`,
 	} {
 		if _, err := db.Exec(t.Context(), sql); err == nil || !strings.Contains(err.Error(), "redrive or discard") {
@@ -151,7 +162,10 @@ func TestNothingLeavesSilently(t *testing.T) {
 		}
 	}
 	for _, note := range []Note{{}, {Actor: "ann"}, {Reason: "gone"}} {
-		if err := postgres.Transact(t.Context(), db, func(tx pgx.Tx) error { return resolve(t, tx, 1, Discarded, note) }); err == nil {
+		if err := postgres.Transact(t.Context(), db, func(tx pgx.Tx) error {
+			return resolve(t, tx, 1, Discarded,
+				note)
+		}); err == nil {
 			t.Errorf("%+v is enough of a note", note)
 		}
 	}
@@ -212,7 +226,8 @@ func TestList(t *testing.T) {
 			{MessageID: "1", Type: "a", Key: "k", Reason: Unroutable},
 			{Consumer: "group", MessageID: "2", Type: "a", Key: "k", Reason: Permanent},
 			{Consumer: "group", MessageID: "3", Type: "b", Key: "l", Reason: Exhausted},
-			{Consumer: "relay", MessageID: "4", Type: "b", Key: "l", Reason: Exhausted}, // a group of that name is not the relay
+			// A group of that name is not the relay.
+			{Consumer: "relay", MessageID: "4", Type: "b", Key: "l", Reason: Exhausted},
 		} {
 			if err := Insert(t.Context(), tx, one); err != nil {
 				return err

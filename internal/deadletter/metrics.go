@@ -21,7 +21,8 @@ type open struct {
 	Letters  int64
 }
 
-// ObserveOpen reports the letters that nobody has resolved, by consumer ("" for those that the relay parked) and reason.
+// ObserveOpen reports the letters that nobody has resolved, by consumer ("" for those that the relay parked) and
+// reason.
 func ObserveOpen(db *pgxpool.Pool, provider metric.MeterProvider) error {
 	meter := provider.Meter("example.com/shop/internal/deadletter")
 	gauge, err := meter.Int64ObservableGauge("dead_letters.open", metric.WithUnit("{message}"),
@@ -42,7 +43,8 @@ func ObserveOpen(db *pgxpool.Pool, provider metric.MeterProvider) error {
 			o.ObserveInt64(gauge, 0)
 		}
 		for _, one := range found {
-			o.ObserveInt64(gauge, one.Letters, metric.WithAttributes(attribute.String("consumer", one.Consumer), attribute.String("reason", string(one.Reason))))
+			o.ObserveInt64(gauge, one.Letters, metric.WithAttributes(attribute.String("consumer", one.Consumer),
+				attribute.String("reason", string(one.Reason))))
 		}
 		return nil
 	}, gauge)

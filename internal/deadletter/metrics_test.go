@@ -19,9 +19,12 @@ func TestObserveOpen(t *testing.T) {
 		resolved int64
 		want     map[string]float64
 	}{
-		"none":     {nil, 0, map[string]float64{"dead_letters.open{}": 0}},
-		"open":     {[]Letter{{Consumer: "g", Reason: Permanent}, {Consumer: "g", Reason: Permanent}, {Reason: Unroutable}}, 0, map[string]float64{"dead_letters.open{gpermanent}": 2, "dead_letters.open{unroutable}": 1}},
-		"resolved": {[]Letter{{Consumer: "g", Reason: Permanent}, {Reason: Unroutable}}, 1, map[string]float64{"dead_letters.open{unroutable}": 1}},
+		"none": {nil, 0, map[string]float64{"dead_letters.open{}": 0}},
+		"open": {[]Letter{{Consumer: "g", Reason: Permanent}, {Consumer: "g", Reason: Permanent},
+			{Reason: Unroutable}}, 0, map[string]float64{"dead_letters.open{gpermanent}": 2,
+			"dead_letters.open{unroutable}": 1}},
+		"resolved": {[]Letter{{Consumer: "g", Reason: Permanent}, {Reason: Unroutable}}, 1,
+			map[string]float64{"dead_letters.open{unroutable}": 1}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

@@ -53,7 +53,8 @@ const Relay = "relay"
 const columns = `id, consumer, message_id, type, key, payload, headers, reason, error, attempts, dead_at, coalesce(resolution, ''), resolved_at`
 
 // chosenSQL is a Filter; see args.
-const chosenSQL = `(cardinality($2::bigint[]) = 0 OR id = ANY ($2)) AND ($3 = '' OR consumer = CASE $3 WHEN '` + Relay + `' THEN '' ELSE $3 END)
+const chosenSQL = `(cardinality($2::bigint[]) = 0 OR id = ANY ($2)) AND ($3 = '' OR consumer = CASE $3 WHEN '` + Relay +
+	`' THEN '' ELSE $3 END)
   AND ($4 = '' OR message_id = $4) AND ($5 = '' OR type = $5) AND ($6 = '' OR key = $6) AND ($7 = '' OR reason = $7)
   AND ($8::timestamptz IS NULL OR dead_at >= $8) AND ($9::timestamptz IS NULL OR dead_at < $9) AND ($10 OR resolution IS NULL)`
 
@@ -66,13 +67,15 @@ func (f Filter) args(first any) []any {
 		return &at
 	}
 	return []any{
-		first, append([]int64{}, f.IDs...), f.Consumer, f.MessageID, f.Type, f.Key, f.Reason, optional(f.Since), optional(f.Until), f.Resolved,
+		first, append([]int64{}, f.IDs...), f.Consumer, f.MessageID, f.Type, f.Key, f.Reason, optional(f.Since),
+		optional(f.Until), f.Resolved,
 	}
 }
 
 // Without what a list has no room for: a hundred payloads may be a hundred megabytes.
 const listSQL = `
-SELECT id, consumer, message_id, type, key, ''::bytea, '{}'::jsonb, reason, error, attempts, dead_at, coalesce(resolution, ''), resolved_at
+SELECT id, consumer, message_id, type, key, ''::bytea, '{}'::jsonb, reason, error, attempts, dead_at,
+    coalesce(resolution, ''), resolved_at
 FROM dead_letter WHERE id > $1 AND ` + chosenSQL + ` ORDER BY id LIMIT $11`
 
 // List returns letters whose ID is above after, in that order, at most limit, and without payload and headers.
@@ -81,7 +84,8 @@ func List(ctx context.Context, db *pgxpool.Pool, f Filter, after int64, limit in
 }
 
 const newestSQL = `
-SELECT id, consumer, message_id, type, key, ''::bytea, '{}'::jsonb, reason, left(error, 500), attempts, dead_at, coalesce(resolution, ''), resolved_at
+SELECT id, consumer, message_id, type, key, ''::bytea, '{}'::jsonb, reason, left(error, 500), attempts, dead_at,
+    coalesce(resolution, ''), resolved_at
 FROM dead_letter WHERE ($1::bigint = 0 OR id < $1) AND ` + chosenSQL + ` ORDER BY id DESC LIMIT $11`
 
 // Newest returns letters whose ID is below before, or from the last one on if that is 0, the newest first and at most
@@ -129,7 +133,8 @@ func Count(ctx context.Context, db *pgxpool.Pool, f Filter) (n, last int64, err 
 }
 
 func scan(row pgx.CollectableRow) (s Stored, err error) {
-	err = row.Scan(&s.ID, &s.Consumer, &s.MessageID, &s.Type, &s.Key, &s.Payload, &s.Headers, &s.Reason, &s.Error, &s.Attempts,
+	err = row.Scan(&s.ID, &s.Consumer, &s.MessageID, &s.Type, &s.Key, &s.Payload, &s.Headers, &s.Reason, &s.Error,
+		&s.Attempts,
 		&s.DeadAt, &s.Resolution, &s.ResolvedAt)
 	return s, err
 }
@@ -150,7 +155,8 @@ type Record struct {
 
 // Audit returns what was done about a letter.
 func Audit(ctx context.Context, db *pgxpool.Pool, id int64) ([]Record, error) {
-	rows, err := db.Query(ctx, `SELECT resolution, reason, actor, detail, at FROM dead_letter_audit WHERE letter_id = $1 ORDER BY id`, id)
+	rows, err := db.Query(ctx,
+		`SELECT resolution, reason, actor, detail, at FROM dead_letter_audit WHERE letter_id = $1 ORDER BY id`, id)
 	if err != nil {
 		return nil, fmt.Errorf("read audit log: %w", err)
 	}

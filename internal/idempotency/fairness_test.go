@@ -11,8 +11,8 @@ import (
 	"example.com/shop/internal/postgres"
 )
 
-// Keyed calls of one caller go on while another makes any number of slow ones.
-func TestOneCallersSlowCallsDoNotHoldUpOthers(t *testing.T) {
+// Calls with a key continue for one caller while another makes any number of slow ones.
+func TestOneCallersSlowCallsDoNotBlockOthers(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
 	db, err := postgres.Open(t.Context(), postgres.Config{URL: b.db.Config().ConnString(), MaxConns: 10})
@@ -23,7 +23,7 @@ func TestOneCallersSlowCallsDoNotHoldUpOthers(t *testing.T) {
 	b.db = db
 	b.keys = b.newKeys()
 	b.client = b.serve(t, b.keys)
-	const slow, share = 12, 3 // of four places
+	const slow, share = 12, 3 // there are four places
 	began, finish := make(chan struct{}, slow), make(chan struct{})
 	b.then = func(_ context.Context, text string) error {
 		if strings.HasPrefix(text, "slow") {
@@ -35,7 +35,8 @@ func TestOneCallersSlowCallsDoNotHoldUpOthers(t *testing.T) {
 	var callers sync.WaitGroup
 	for i := range slow {
 		callers.Go(func() {
-			if _, _, err := send(t.Context(), b.client, probe.Mutate, fmt.Sprint("slow", i), fmt.Sprint("key", i), "alice"); err != nil {
+			text, key := fmt.Sprint("slow", i), fmt.Sprint("key", i)
+			if _, _, err := send(t.Context(), b.client, probe.Mutate, text, key, "alice"); err != nil {
 				t.Errorf("slow call: %v", err)
 			}
 		})
@@ -45,7 +46,7 @@ func TestOneCallersSlowCallsDoNotHoldUpOthers(t *testing.T) {
 	}
 	for i := range 5 {
 		if _, _, err := send(t.Context(), b.client, probe.Mutate, "quick", fmt.Sprint("key", i), "bob"); err != nil {
-			t.Errorf("another caller's: %v", err)
+			t.Errorf("call of another caller: %v", err)
 		}
 	}
 	if n := len(began); n > 0 {
@@ -54,6 +55,6 @@ func TestOneCallersSlowCallsDoNotHoldUpOthers(t *testing.T) {
 	close(finish)
 	callers.Wait()
 	if n := len(b.keys.shares.taken); n > 0 {
-		t.Errorf("%d shares are left behind", n)
+		t.Errorf("%d shares are left", n)
 	}
 }

@@ -1,19 +1,21 @@
-// Package idempotency answers a repeated call with the stored response.
+// Package idempotency answers repeated calls with a stored response.
 //
 // # What it guarantees
 //
-// A method opts in with one line of its proto file, option (idempotency.v1.key) = true. A call of it with the header Idempotency-Key is then executed
-// once for its caller and key: key, response and what the handler wrote through postgres.Transact or outbox.Writer.Transact are committed in one
-// transaction, or none of them. A repeat with the same request gets the stored response; one with another request, or of another method,
-// is already_exists; repeats while the first one runs wait for its end.
+// A method opts in with one line in its proto file: option (idempotency.v1.key) = true. A call with the header
+// Idempotency-Key is then executed once for its caller and key. One transaction commits the key, the response, and
+// everything that the handler wrote through postgres.Transact or outbox.Writer.Transact. A repeat with the same request
+// gets the stored response. A repeat with another request or of another method fails with already_exists. Repeats while
+// the first call runs wait for its end.
 //
-// A repeat is answered although the backlog gate is closed (outbox.Gate), because it writes nothing.
+// A repeat is answered even if the backlog gate (outbox.Gate) is closed, because it writes nothing.
 //
-// A call that fails leaves nothing, its key included: a repeat is executed anew. An unknown outcome becomes known by repeating the call.
+// A call that fails leaves nothing, not even its key, so a repeat is executed again. To learn an unknown outcome, the
+// caller repeats the call.
 //
-// It does not promise anything about effects outside of this database, nor about headers of the response, which are not stored. After the retention
-// a key is like new. A mutating unary method that has not opted in refuses calls with the header, for their caller relies on it; reads and streams do
-// not look at it.
+// The package guarantees nothing about effects outside of this database, or about response headers, which are not
+// stored. After the retention a key counts as new. A mutating unary method that has not opted in refuses calls with
+// the header, because the caller relies on it. Reads and streams ignore it.
 package idempotency
 
 import (
@@ -41,27 +43,28 @@ import (
 
 // Config sets up Keys.
 type Config struct {
-	// Caller names who calls: keys of different callers are different. Default: all calls are the same caller's.
+	// Caller returns the name of the caller. Callers do not share keys. By default, all calls have the same caller.
 	Caller func(ctx context.Context) string
-	// Retention is how long a key is remembered. Default 24 h: longer than anybody repeats a call.
+	// Retention is how long a key is stored. Default 24 h: longer than anybody repeats a call.
 	Retention time.Duration
 }
 
-// Keys remembers keys and the responses to their calls.
+// Keys stores idempotency keys and the responses to their calls.
 type Keys struct {
 	db     *pgxpool.Pool
 	out    *outbox.Writer
 	config Config
-	// turns are those of one key.
+	// turns admits one call of a key at a time.
 	turns *turns[account]
-	// room is for the calls that hold a connection. Their handlers may need another one to read, so they get two fifths of the pool: half of it
-	// may be held by durable calls, for which the same is true, and something must be left.
+	// room bounds the calls that use a connection. They get two fifths of the pool: their handlers may need a second
+	// connection to read, durable calls may use half of the pool in the same way, and some connections must be left.
 	room *semaphore.Weighted
-	// shares are what each caller may have of the room: all but one place, so that no caller's slow calls hold up those of others.
+	// shares limits each caller to all places of the room but one, so that the slow calls of one caller do not block
+	// others.
 	shares *turns[string]
 }
 
-// New makes Keys on db, which must be the pool that the handlers write to, through out or by themselves.
+// New makes Keys on db, which must be the pool that the handlers write to, directly or through out.
 func New(db *pgxpool.Pool, out *outbox.Writer, config Config) *Keys {
 	config.Retention = cmp.Or(config.Retention, 24*time.Hour)
 	if config.Caller == nil {
@@ -82,34 +85,37 @@ const (
 	maxKey = 255
 )
 
-// Headers returns the headers that Interceptor reads of requests and writes to answers.
+// Headers returns the headers that Interceptor reads from requests and writes to responses.
 func Headers() (request, response []string) { return []string{keyHeader}, []string{replayedHeader} }
 
-// Interceptor returns the interceptor that honours keys. It must stand within those that know the caller and that check requests, and before it
-// one that makes durable calls, which have keys of their own.
+// Interceptor returns the interceptor that handles keys. It must follow the interceptors that identify the caller and
+// validate requests, and the one that submits durable calls, which handles the keys of those calls itself.
 func (k *Keys) Interceptor() connect.ServerInterceptor {
 	return func(next connect.ServerFunc) connect.ServerFunc {
 		return func(ctx context.Context, spec connect.Spec, stream connect.ServerStream) error {
 			info, ok := connect.CallInfoForServerContext(ctx)
-			reads := spec.StreamType != connect.StreamTypeUnary || spec.IdempotencyLevel == connect.IdempotencyNoSideEffects
+			reads := spec.StreamType != connect.StreamTypeUnary ||
+				spec.IdempotencyLevel == connect.IdempotencyNoSideEffects
 			if !ok || reads || !info.RequestHeader().Has(keyHeader) {
 				return next(ctx, spec, stream)
 			}
 			key := info.RequestHeader().Get(keyHeader)
 			if key == "" || len(key) > maxKey || !messaging.ValidText(key) {
-				return connect.Errorf(connect.CodeInvalidArgument, "an idempotency key is UTF-8 without NUL, of 1 to %d bytes", maxKey)
+				return connect.Errorf(connect.CodeInvalidArgument,
+					"idempotency key must be UTF-8 without NUL, of 1 to %d bytes", maxKey)
 			}
 			method, options := unary.Describe(spec)
 			if optedIn, _ := proto.GetExtension(options, idempotencyv1.E_Key).(bool); !optedIn {
 				return connect.Errorf(connect.CodeFailedPrecondition,
-					"%s does not honour Idempotency-Key: its proto file must declare it with option (idempotency.v1.key) = true", spec.Procedure)
+					"%s does not support Idempotency-Key: its proto file must set option (idempotency.v1.key) = true",
+					spec.Procedure)
 			}
 			request, err := unary.Receive(method, stream)
 			if err != nil {
 				return err
 			}
-			one := call{account: account{k.config.Caller(ctx), key}, method: method, spec: spec, request: request}
-			response, replayed, err := k.once(ctx, one, next)
+			c := call{account: account{k.config.Caller(ctx), key}, method: method, spec: spec, request: request}
+			response, replayed, err := k.once(ctx, c, next)
 			if err != nil {
 				return err
 			}
@@ -121,7 +127,7 @@ func (k *Keys) Interceptor() connect.ServerInterceptor {
 	}
 }
 
-// account is whose key it is.
+// account is a key and its caller.
 type account struct{ caller, key string }
 
 // call is one call with a key.
@@ -133,18 +139,20 @@ type call struct {
 }
 
 // once executes a call, or returns the response that is stored for it.
-func (k *Keys) once(ctx context.Context, one call, next connect.ServerFunc) (response proto.Message, replayed bool, err error) {
-	hash, err := unary.Hash(one.request)
+func (k *Keys) once(
+	ctx context.Context, c call, next connect.ServerFunc,
+) (response proto.Message, replayed bool, err error) {
+	hash, err := unary.Hash(c.request)
 	if err != nil {
 		return nil, false, err
 	}
-	// Repeats in this process wait here, without a connection; those in others wait in the database.
-	leave, err := k.turns.wait(ctx, one.account)
+	// Repeats in this process wait here, without a connection. Repeats in other processes wait in the database.
+	leave, err := k.turns.wait(ctx, c.account)
 	if err != nil {
 		return nil, false, err
 	}
 	defer leave()
-	leaveShare, err := k.shares.wait(ctx, one.caller)
+	leaveShare, err := k.shares.wait(ctx, c.caller)
 	if err != nil {
 		return nil, false, err
 	}
@@ -153,41 +161,43 @@ func (k *Keys) once(ctx context.Context, one call, next connect.ServerFunc) (res
 		return nil, false, err
 	}
 	defer k.room.Release(1)
-	// A repeat writes nothing, so a full backlog is no reason to refuse it.
+	// A repeat writes nothing, so it is answered even if the backlog is full.
 	repeat := func(tx pgx.Tx) (bool, error) {
-		response, replayed, err = find(ctx, tx, one, hash)
+		response, replayed, err = find(ctx, tx, c, hash)
 		return replayed, err
 	}
 	err = k.out.TransactOnce(ctx, repeat, func(tx pgx.Tx) error {
-		taken, err := take(ctx, tx, one, hash)
+		taken, err := take(ctx, tx, c, hash)
 		if err != nil {
 			return err
 		}
 		if replayed = !taken; replayed {
 			var found bool
-			if response, found, err = find(ctx, tx, one, hash); err == nil && !found { // forgotten this very moment
-				err = connect.NewError(connect.CodeAborted, "the idempotency key has just expired; nothing was done, try again")
+			if response, found, err = find(ctx, tx, c, hash); err == nil && !found { // swept between the two statements
+				err = connect.NewError(connect.CodeAborted,
+					"the idempotency key has just expired; nothing was done, try again")
 			}
 			return err
 		}
-		stream := &unary.Stream{Request: one.request}
-		if err := next(postgres.Join(ctx, k.db, tx), one.spec, stream); err != nil {
+		stream := &unary.Stream{Request: c.request}
+		if err := next(postgres.Join(ctx, k.db, tx), c.spec, stream); err != nil {
 			return err
 		}
 		response = stream.Response
-		return keep(ctx, tx, one, response)
+		return store(ctx, tx, c, response)
 	})
 	return response, replayed, err
 }
 
-// Of several calls with one key the first inserts; the others wait for its end here, and then get no row if it was committed.
+// The first of several calls with one key inserts the row. The others wait here until its transaction ends. If it has
+// committed, they insert nothing.
 const takeSQL = `
 INSERT INTO idempotency_key (caller, key, method, request_hash) VALUES ($1, $2, $3, $4)
 ON CONFLICT (caller, key) DO NOTHING`
 
-// take tells whether the key is new, and keeps others from it until the transaction ends.
-func take(ctx context.Context, tx pgx.Tx, one call, hash []byte) (taken bool, err error) {
-	tag, err := tx.Exec(ctx, takeSQL, one.caller, one.key, one.spec.Procedure, hash)
+// take reports whether the key is new. If so, it locks the key until the transaction ends.
+func take(ctx context.Context, tx pgx.Tx, c call, hash []byte) (taken bool, err error) {
+	tag, err := tx.Exec(ctx, takeSQL, c.caller, c.key, c.spec.Procedure, hash)
 	if err != nil {
 		return false, fmt.Errorf("take idempotency key: %w", err)
 	}
@@ -196,36 +206,38 @@ func take(ctx context.Context, tx pgx.Tx, one call, hash []byte) (taken bool, er
 
 const findSQL = `SELECT method, request_hash, response FROM idempotency_key WHERE caller = $1 AND key = $2`
 
-// find returns the stored response to a call, if there is one. It is an error if the key stands for another call.
-func find(ctx context.Context, tx pgx.Tx, one call, hash []byte) (response proto.Message, found bool, err error) {
+// find returns the stored response to a call, if there is one. It returns an error if the key belongs to another call.
+func find(ctx context.Context, tx pgx.Tx, c call, hash []byte) (response proto.Message, found bool, err error) {
 	var method string
 	var storedHash, stored []byte
-	err = tx.QueryRow(ctx, findSQL, one.caller, one.key).Scan(&method, &storedHash, &stored)
+	err = tx.QueryRow(ctx, findSQL, c.caller, c.key).Scan(&method, &storedHash, &stored)
 	switch {
 	case errors.Is(err, pgx.ErrNoRows):
 		return nil, false, nil
 	case err != nil:
 		return nil, false, fmt.Errorf("read idempotency key: %w", err)
-	case method != one.spec.Procedure || !bytes.Equal(storedHash, hash):
-		return nil, false, connect.NewError(connect.CodeAlreadyExists, "the idempotency key was used for another request")
+	case method != c.spec.Procedure || !bytes.Equal(storedHash, hash):
+		return nil, false, connect.NewError(connect.CodeAlreadyExists,
+			"the idempotency key was used for another request")
 	}
-	response = unary.New(one.method.Output())
+	response = unary.New(c.method.Output())
 	if err := proto.Unmarshal(stored, response); err != nil {
 		return nil, false, fmt.Errorf("decode stored response: %w", err)
 	}
 	return response, true, nil
 }
 
-// keep stores the response.
-func keep(ctx context.Context, tx pgx.Tx, one call, response proto.Message) error {
+// store stores the response in the row of the key.
+func store(ctx context.Context, tx pgx.Tx, c call, response proto.Message) error {
 	if response == nil {
-		return errors.New("the handler has sent no response")
+		return errors.New("handler has sent no response")
 	}
 	text, err := proto.Marshal(response)
 	if err != nil {
 		return fmt.Errorf("encode response: %w", err)
 	}
-	_, err = tx.Exec(ctx, `UPDATE idempotency_key SET response = $3 WHERE caller = $1 AND key = $2`, one.caller, one.key, messaging.NotNil(text))
+	_, err = tx.Exec(ctx, `UPDATE idempotency_key SET response = $3 WHERE caller = $1 AND key = $2`,
+		c.caller, c.key, messaging.NotNil(text))
 	if err != nil {
 		return fmt.Errorf("store response: %w", err)
 	}
@@ -235,11 +247,11 @@ func keep(ctx context.Context, tx pgx.Tx, one call, response proto.Message) erro
 // sweepInterval is the time between two sweeps of one process.
 const sweepInterval = 10 * time.Minute
 
-// Run forgets keys that are past their retention, until ctx is done. Any number of processes may do so.
+// Run deletes keys after their retention, until ctx is done. Any number of processes may run it.
 func (k *Keys) Run(ctx context.Context) {
 	for ctx.Err() == nil {
 		if err := k.sweep(ctx); err != nil && ctx.Err() == nil {
-			slog.WarnContext(ctx, "idempotency keys not swept, they grow until they are", "error", err)
+			slog.WarnContext(ctx, "idempotency keys not swept; the table grows until they are", "error", err)
 		}
 		select {
 		case <-ctx.Done():

@@ -26,13 +26,14 @@ func TestMain(m *testing.M) { testenv.Main(m) }
 
 const callerHeader = "Test-Caller"
 
-// bundle is a server whose handler counts its runs, in its answers too, and writes them down.
+// bundle is a server whose handler counts its runs, includes the count in its answer, and writes an effect to the
+// database.
 type bundle struct {
 	client *connect.Client
 	db     *pgxpool.Pool
 	keys   *Keys
 	runs   atomic.Int64
-	// then is what the handler does when its effect is written.
+	// then is what the handler does after it has written its effect.
 	then func(ctx context.Context, text string) error
 }
 
@@ -55,7 +56,7 @@ func (b *bundle) newKeys() *Keys {
 	return New(b.db, outbox.NewWriter(b.db, nil, nil), Config{Caller: caller, Retention: time.Hour})
 }
 
-// serve serves as one process.
+// serve starts a server, as another process would, and returns its client.
 func (b *bundle) serve(t *testing.T, keys *Keys) *connect.Client {
 	t.Helper()
 	server := httptest.NewServer(rpcserver.New(rpcserver.Config{
@@ -81,8 +82,10 @@ func (b *bundle) handle(ctx context.Context, text string) (string, error) {
 	return fmt.Sprintf("%s in run %d", text, run), err
 }
 
-// send makes a call with a key, and says whether the answer was a stored one.
-func send(ctx context.Context, client *connect.Client, spec connect.Spec, text, key, caller string) (answer string, replayed bool, err error) {
+// send makes a call with a key. replayed reports whether the answer was stored.
+func send(
+	ctx context.Context, client *connect.Client, spec connect.Spec, text, key, caller string,
+) (answer string, replayed bool, err error) {
 	ctx, info := connect.NewClientContext(ctx)
 	info.RequestHeader().Set(keyHeader, key)
 	info.RequestHeader().Set(callerHeader, caller)
@@ -94,7 +97,8 @@ func (b *bundle) want(t *testing.T, spec connect.Spec, text, key, caller, want s
 	t.Helper()
 	answer, replayed, err := send(t.Context(), b.client, spec, text, key, caller)
 	if err != nil || answer != want || replayed != stored {
-		t.Errorf("%s with %s by %s: %q, stored %t, %v; want %q, stored %t", text, key, caller, answer, replayed, err, want, stored)
+		t.Errorf("%s with %s by %s: got %q, stored %t, error %v; want %q, stored %t",
+			text, key, caller, answer, replayed, err, want, stored)
 	}
 }
 
@@ -102,7 +106,7 @@ func (b *bundle) wantCode(t *testing.T, spec connect.Spec, text, key string, wan
 	t.Helper()
 	_, _, err := send(t.Context(), b.client, spec, text, key, "alice")
 	if connect.CodeOf(err) != want {
-		t.Errorf("%s with %q: %v, want %s", text, key, err, want)
+		t.Errorf("%s with %q: got error %v, want %s", text, key, err, want)
 	}
 	return err
 }
@@ -111,7 +115,7 @@ func (b *bundle) wantEffects(t *testing.T, want int) {
 	t.Helper()
 	var got int
 	if err := b.db.QueryRow(t.Context(), `SELECT count(*) FROM effects`).Scan(&got); err != nil || got != want {
-		t.Errorf("%d effects, %v, want %d", got, err, want)
+		t.Errorf("got %d effects, error %v, want %d", got, err, want)
 	}
 }
 
@@ -127,7 +131,7 @@ func TestARepeatGetsTheStoredResponse(t *testing.T) {
 	b.wantEffects(t, 3)
 }
 
-// A closed gate refuses what would be executed, and nothing else.
+// A closed gate refuses only calls that would be executed.
 func TestARepeatIsAnsweredWhileTheBacklogIsFull(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -136,8 +140,9 @@ func TestARepeatIsAnsweredWhileTheBacklogIsFull(t *testing.T) {
 	b.want(t, probe.Mutate, "text", "key", "alice", "text in run 1", true)
 	b.wantCode(t, probe.Mutate, "other text", "key", connect.CodeAlreadyExists)
 	b.wantCode(t, probe.Mutate, "text", "other key", connect.CodeResourceExhausted)
-	if _, _, err := send(t.Context(), b.client, probe.Mutate, "text", "key", "bob"); connect.CodeOf(err) != connect.CodeResourceExhausted {
-		t.Errorf("another caller's key: %v", err)
+	_, _, err := send(t.Context(), b.client, probe.Mutate, "text", "key", "bob")
+	if connect.CodeOf(err) != connect.CodeResourceExhausted {
+		t.Errorf("another caller's key: got error %v, want %s", err, connect.CodeResourceExhausted)
 	}
 	b.wantEffects(t, 1)
 }
@@ -153,22 +158,23 @@ func TestAnotherRequestIsRefused(t *testing.T) {
 	b.wantEffects(t, 1)
 }
 
-// A mutating method that does not honour keys says so, and how it would.
-func TestOnlyMethodsThatOptedInTakeKeys(t *testing.T) {
+// A mutating method that has not opted in refuses keys, and the error names the option.
+func TestOnlyMethodsThatOptedInAcceptKeys(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
-	if err := b.wantCode(t, probe.Plain, "text", "key", connect.CodeFailedPrecondition); !strings.Contains(err.Error(), "option (idempotency.v1.key) = true") {
-		t.Errorf("the option is not named: %v", err)
+	err := b.wantCode(t, probe.Plain, "text", "key", connect.CodeFailedPrecondition)
+	if !strings.Contains(err.Error(), "option (idempotency.v1.key) = true") {
+		t.Errorf("error does not name the option: %v", err)
 	}
 	b.wantEffects(t, 0)
 	b.want(t, probe.Read, "text", "key", "alice", "text in run 1", false)
 	b.want(t, probe.Read, "text", "key", "alice", "text in run 2", false)
 	if answer, err := probe.Call(t.Context(), b.client, probe.Plain, "text"); err != nil || answer != "text in run 3" {
-		t.Errorf("without a key: %q, %v", answer, err)
+		t.Errorf("without a key: got %q, error %v", answer, err)
 	}
 }
 
-// A call that fails leaves neither effect nor key.
+// A failed call leaves neither an effect nor a key.
 func TestAFailureLeavesNothing(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -187,7 +193,8 @@ func TestAFailureLeavesNothing(t *testing.T) {
 	b.wantEffects(t, 1)
 }
 
-// Of concurrent repeats over two processes one runs, and all get its answer. There are more of them than connections.
+// One of several concurrent repeats in two processes runs, and all get its answer. There are more repeats than
+// connections.
 func TestConcurrentRepeatsWaitForTheOneThatRuns(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -207,7 +214,7 @@ func TestConcurrentRepeatsWaitForTheOneThatRuns(t *testing.T) {
 		callers.Go(func() {
 			answer, replayed, err := send(t.Context(), clients[i%2], probe.Mutate, "text", "key", "alice")
 			if err != nil || answer != "text in run 1" {
-				t.Errorf("%q, %v", answer, err)
+				t.Errorf("got %q, error %v", answer, err)
 			}
 			if replayed {
 				stored.Add(1)
@@ -216,19 +223,19 @@ func TestConcurrentRepeatsWaitForTheOneThatRuns(t *testing.T) {
 	}
 	<-began
 	if _, err := probe.Call(t.Context(), b.client, probe.Plain, "meanwhile"); err != nil {
-		t.Errorf("another call meanwhile: %v", err)
+		t.Errorf("call without a key meanwhile: %v", err)
 	}
 	close(finish)
 	callers.Wait()
 	if stored.Load() != 29 {
-		t.Errorf("%d answers of 30 were stored ones", stored.Load())
+		t.Errorf("%d of 30 answers were stored ones, want 29", stored.Load())
 	}
 	if len(b.keys.turns.taken) > 0 {
-		t.Errorf("turns left behind: %v", b.keys.turns.taken)
+		t.Errorf("turns are left: %v", b.keys.turns.taken)
 	}
 }
 
-// Who waits for the one that runs inherits the key if that one fails, and gives up at its own deadline.
+// A waiting repeat takes over the key if the running call fails. It gives up at its own deadline.
 func TestAWaitingRepeatTakesOver(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -245,22 +252,26 @@ func TestAWaitingRepeatTakesOver(t *testing.T) {
 	var callers sync.WaitGroup
 	callers.Go(func() { b.wantCode(t, probe.Mutate, "text", "key", connect.CodeInternal) })
 	<-began
-	hasty, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	short, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 	defer cancel()
-	if _, _, err := send(hasty, b.client, probe.Mutate, "text", "key", "alice"); connect.CodeOf(err) != connect.CodeDeadlineExceeded {
-		t.Errorf("the hasty one: %v", err)
+	_, _, err := send(short, b.client, probe.Mutate, "text", "key", "alice")
+	if connect.CodeOf(err) != connect.CodeDeadlineExceeded {
+		t.Errorf("repeat with a short deadline: got error %v, want %s", err, connect.CodeDeadlineExceeded)
 	}
 	other := b.serve(t, b.newKeys())
 	callers.Go(func() {
-		if answer, replayed, err := send(t.Context(), other, probe.Mutate, "text", "key", "alice"); err != nil || replayed || !strings.HasPrefix(answer, "text in run") {
-			t.Errorf("the patient one: %q, %v", answer, err)
+		answer, replayed, err := send(t.Context(), other, probe.Mutate, "text", "key", "alice")
+		if err != nil || replayed || !strings.HasPrefix(answer, "text in run") {
+			t.Errorf("repeat without a deadline: got %q, stored %t, error %v", answer, replayed, err)
 		}
 	})
 	testenv.Eventually(t, 10*time.Second, func() error {
 		var waiting int
-		err := b.db.QueryRow(t.Context(), `SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'`).Scan(&waiting)
+		err := b.db.QueryRow(t.Context(), `
+			SELECT count(*) FROM pg_stat_activity
+			WHERE datname = current_database() AND wait_event_type = 'Lock'`).Scan(&waiting)
 		if err == nil && waiting == 0 {
-			err = errors.New("nobody waits in the database")
+			err = errors.New("no repeat waits in the database")
 		}
 		return err
 	})
@@ -269,12 +280,14 @@ func TestAWaitingRepeatTakesOver(t *testing.T) {
 	b.wantEffects(t, 1)
 }
 
-func TestSweepForgetsOldKeys(t *testing.T) {
+func TestSweepDeletesOldKeys(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
 	b.want(t, probe.Mutate, "text", "old", "alice", "text in run 1", false)
 	b.want(t, probe.Mutate, "text", "young", "alice", "text in run 2", false)
-	if _, err := b.db.Exec(t.Context(), `UPDATE idempotency_key SET created_at = created_at - interval '61 min' WHERE key = 'old'`); err != nil {
+	_, err := b.db.Exec(t.Context(), `
+		UPDATE idempotency_key SET created_at = created_at - interval '61 min' WHERE key = 'old'`)
+	if err != nil {
 		t.Fatal(err)
 	}
 	if err := b.keys.sweep(t.Context()); err != nil {
@@ -284,7 +297,7 @@ func TestSweepForgetsOldKeys(t *testing.T) {
 	b.want(t, probe.Mutate, "text", "old", "alice", "text in run 3", false)
 }
 
-// closedGate is a gate that is closed, because nobody takes what is in the outbox.
+// closedGate returns a gate that stays closed, because no relay empties the outbox.
 func closedGate(t *testing.T, db *pgxpool.Pool) *outbox.Gate {
 	t.Helper()
 	if _, err := db.Exec(t.Context(), `SELECT outbox_insert('type', 'key', '')`); err != nil {

@@ -5,7 +5,8 @@ import (
 	"sync"
 )
 
-// turns lets so many calls of each key go on at a time, in this process. The others of that key wait; those of another key do not.
+// turns limits the calls of each key that run at a time in this process. Further calls of that key wait. Calls of other
+// keys do not.
 type turns[K comparable] struct {
 	each int
 
@@ -13,44 +14,44 @@ type turns[K comparable] struct {
 	taken map[K]*turn
 }
 
-// turn is what the calls of one key compete for.
+// turn is the set of places of one key.
 type turn struct {
-	free   chan struct{} // holds a token for each place that nobody has
-	wanted int           // calls that have a place or wait for one; turns.mu guards it
+	free   chan struct{} // one token per free place
+	wanted int           // calls that have a place or wait for one; guarded by turns.mu
 }
 
 func newTurns[K comparable](each int) *turns[K] { return &turns[K]{each: each, taken: map[K]*turn{}} }
 
-// wait waits until it is the turn of a call.
-func (t *turns[K]) wait(ctx context.Context, who K) (leave func(), err error) {
+// wait waits for a free place of the key. The caller must call leave to free the place.
+func (t *turns[K]) wait(ctx context.Context, key K) (leave func(), err error) {
 	t.mu.Lock()
-	one := t.taken[who]
-	if one == nil {
-		one = &turn{free: make(chan struct{}, t.each)}
+	places := t.taken[key]
+	if places == nil {
+		places = &turn{free: make(chan struct{}, t.each)}
 		for range t.each {
-			one.free <- struct{}{}
+			places.free <- struct{}{}
 		}
-		t.taken[who] = one
+		t.taken[key] = places
 	}
-	one.wanted++
+	places.wanted++
 	t.mu.Unlock()
 	select {
-	case <-one.free:
+	case <-places.free:
 		return func() {
-			one.free <- struct{}{}
-			t.forget(who, one)
+			places.free <- struct{}{}
+			t.release(key, places)
 		}, nil
 	case <-ctx.Done():
-		t.forget(who, one)
+		t.release(key, places)
 		return nil, ctx.Err()
 	}
 }
 
-// forget removes a turn that nobody wants any more.
-func (t *turns[K]) forget(who K, one *turn) {
+// release gives up a call's interest in a turn, and deletes the turn if no other call wants it.
+func (t *turns[K]) release(key K, places *turn) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if one.wanted--; one.wanted == 0 {
-		delete(t.taken, who)
+	if places.wanted--; places.wanted == 0 {
+		delete(t.taken, key)
 	}
 }

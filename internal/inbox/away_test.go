@@ -18,7 +18,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// setupProxied is setup with a second way to the database, which can be broken.
+// setupProxied is setup with a second connection to the database, through a proxy that can cut it.
 func setupProxied(t *testing.T, config Config) (*bundle, *Inbox, *testenv.TCPProxy) {
 	t.Helper()
 	b := setup(t)
@@ -29,7 +29,7 @@ func setupProxied(t *testing.T, config Config) (*bundle, *Inbox, *testenv.TCPPro
 	}), b.group, config), proxy
 }
 
-// breaksTheConnection makes an act that loses its connection, and with it all that the box has.
+// breaksTheConnection returns an act that cuts all connections through the proxy, including its own.
 func breaksTheConnection(proxy *testenv.TCPProxy) act {
 	return func(ctx context.Context, tx pgx.Tx) error {
 		proxy.Cut()
@@ -54,7 +54,7 @@ func TestDatabaseAway(t *testing.T) {
 		}
 		b.wantEffects(t)
 		b.wantWaiting(t)
-		b.wantDead(t) // not even the one that is dead anyway: it would be repeated
+		b.wantDead(t) // not even the message without an ID: its dead letter would be repeated
 		b.on(texts[2], nil)
 		process(t, p, batch...)
 		b.wantEffects(t, texts...)
@@ -66,17 +66,17 @@ func TestDatabaseAway(t *testing.T) {
 		t.Parallel()
 		b, p, proxy := setupProxied(t, eager)
 		proxy.Refuse(true)
-		one := probe("", "one")
-		wantAway(t, p.Process(t.Context(), []messaging.Delivery{one}))
+		message := probe("", "one")
+		wantAway(t, p.Process(t.Context(), []messaging.Delivery{message}))
 		if _, err := p.RetryNext(t.Context()); !errors.Is(err, postgres.ErrUnavailable) {
 			t.Errorf("retry: got error %v", err)
 		}
 		proxy.Refuse(false)
-		process(t, p, one)
+		process(t, p, message)
 		b.wantEffects(t, "one")
 	})
 
-	// The batch fails for another reason, and then the database goes away while it is run one by one.
+	// The batch fails for another reason, and the database becomes unavailable while the messages run one by one.
 	t.Run("CutWhileRunOneByOne", func(t *testing.T) {
 		t.Parallel()
 		b, p, proxy := setupProxied(t, eager)
@@ -118,14 +118,14 @@ func TestCancelledContextCostsNothing(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
 	ctx, cancel := context.WithCancel(t.Context())
-	p, one := b.inbox(eager), probe("k", "one")
+	p, message := b.inbox(eager), probe("k", "one")
 	b.on("one", func(context.Context, pgx.Tx) error { cancel(); return errProbe })
-	if err := p.Process(ctx, []messaging.Delivery{one}); !errors.Is(err, context.Canceled) {
+	if err := p.Process(ctx, []messaging.Delivery{message}); !errors.Is(err, context.Canceled) {
 		t.Errorf("process: got error %v", err)
 	}
 	b.wantWaiting(t)
 	b.on("one", fails)
-	process(t, p, one)
+	process(t, p, message)
 	for range 2 * maxCrashes {
 		ctx, cancel := context.WithCancel(t.Context())
 		b.on("one", func(context.Context, pgx.Tx) error { cancel(); return errProbe })
@@ -137,14 +137,15 @@ func TestCancelledContextCostsNothing(t *testing.T) {
 	b.wantDead(t)
 }
 
-// TestCrashedRuns lets the process of a retry die as the database sees it: the claim is there, and nobody comes back to it.
+// TestCrashedRuns makes the process of a retry die from the database's point of view: the claim exists, and no process
+// settles it.
 func TestCrashedRuns(t *testing.T) {
 	t.Parallel()
 	for name, test := range map[string]struct {
 		count int64
 		want  []string
 	}{
-		// Because it has killed two processes already.
+		// It has killed two processes already.
 		"OfAMessageSetAsideUnhandled": {maxBreaks, []string{"killer 0/1", "killer 0/2", "killer 0/3"}},
 		"OfAMessageThatFailedBefore":  {0, []string{"killer 1/2", "killer 1/3", "killer 1/4"}},
 	} {
@@ -157,7 +158,7 @@ func TestCrashedRuns(t *testing.T) {
 			process(t, p, killer, probe("k", "behind"))
 			before := b.ran("killer")
 			b.on("killer", func(ctx context.Context, tx pgx.Tx) error {
-				proxy.Refuse(true) // what is started cannot be given back
+				proxy.Refuse(true) // so the process cannot undo the run
 				return breaksTheConnection(proxy)(ctx, tx)
 			})
 			for _, want := range test.want {
@@ -165,11 +166,11 @@ func TestCrashedRuns(t *testing.T) {
 				wantAway(t, err)
 				proxy.Refuse(false)
 				b.wantWaiting(t, want, "behind 0/0")
-				p = New(p.db, b.group, p.config) // the process is gone, and with it what it knew
+				p = New(p.db, b.group, p.config) // a new process, which does not know of the aborted run
 				if retryOne(t, p) {
-					t.Error("claimed again while the claim holds")
+					t.Error("claimed again although the claim has not expired")
 				}
-				b.makeDue(t) // the claim runs out
+				b.makeDue(t) // the claim expires
 			}
 			retryAll(t, p)
 			if runs := b.ran("killer") - before; runs != maxCrashes {
@@ -181,8 +182,8 @@ func TestCrashedRuns(t *testing.T) {
 	}
 }
 
-// TestClaimThatRanOut is about a process that was frozen and comes back: its claim is another's by then.
-func TestClaimThatRanOut(t *testing.T) {
+// TestExpiredClaim is about a process that was frozen and continues after another process has claimed the message.
+func TestExpiredClaim(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
 	b.on("one", fails)
@@ -194,22 +195,24 @@ func TestClaimThatRanOut(t *testing.T) {
 	}
 	b.on("one", fails)
 	b.makeDue(t)
-	retryOne(t, p) // another claims it and fails: the counts start anew
+	retryOne(t, p) // another process claims it and fails, which clears the runs
 	b.wantWaiting(t, "one 2/2")
 	for name, late := range map[string]func() error{
 		"Remove": func() error {
-			return postgres.Transact(t.Context(), b.db, func(tx pgx.Tx) error { return p.remove(t.Context(), tx, frozen) })
+			return postgres.Transact(t.Context(), b.db, func(tx pgx.Tx) error {
+				return p.remove(t.Context(), tx, frozen)
+			})
 		},
 		"Give up": func() error {
 			return p.retryFailed(t.Context(), frozen, &failure{messaging.Permanent(errProbe)})
 		},
-		"Put off": func() error { return p.retryFailed(t.Context(), frozen, &failure{errProbe}) },
+		"Postpone": func() error { return p.retryFailed(t.Context(), frozen, &failure{errProbe}) },
 	} {
-		if err := late(); !errors.Is(err, errStolen) {
+		if err := late(); !errors.Is(err, errClaimLost) {
 			t.Errorf("%s: got error %v", name, err)
 		}
 	}
-	p.giveUp(t.Context(), frozen)
+	p.abort(t.Context(), frozen)
 	b.wantWaiting(t, "one 2/2")
 	b.wantDead(t)
 }
@@ -217,7 +220,7 @@ func TestClaimThatRanOut(t *testing.T) {
 func TestAnswerOfCommitLost(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
-	var cut atomic.Int32 // the n-th COMMIT from now on loses its answer
+	var cut atomic.Int32 // n means that the n-th COMMIT from now on loses its answer
 	p := New(openVia(t, b, func(ctx context.Context, network, address string) (net.Conn, error) {
 		conn, err := new(net.Dialer).DialContext(ctx, network, address)
 		return &commitCutter{Conn: conn, left: &cut}, err
@@ -228,29 +231,29 @@ func TestAnswerOfCommitLost(t *testing.T) {
 			t.Errorf("got error %v, want one that wraps ErrOutcomeUnknown", err)
 		}
 	}
-	handIn := func(d ...messaging.Delivery) error { return p.Process(t.Context(), d) }
+	processAll := func(d ...messaging.Delivery) error { return p.Process(t.Context(), d) }
 
-	one, bad := probe("", "one"), probe("k", "bad")
+	good, bad := probe("", "one"), probe("k", "bad")
 	cut.Store(1)
-	wantUnknown(handIn(one))
+	wantUnknown(processAll(good))
 	b.wantEffects(t, "one")
-	process(t, p, one)
+	process(t, p, good)
 	b.wantEffects(t, "one")
 
-	// A message that fails, when it is set aside.
+	// A message fails and is set aside.
 	b.on("bad", fails)
 	cut.Store(1)
-	wantUnknown(handIn(bad))
+	wantUnknown(processAll(bad))
 	process(t, p, bad)
 	b.wantWaiting(t, "bad 1/1")
 
-	// Of a retry that fails, when it is put off: the first COMMIT is the claim's.
+	// A retry fails and is postponed; the first COMMIT is that of the claim.
 	cut.Store(2)
 	_, err := p.RetryNext(t.Context())
 	wantUnknown(err)
 	b.wantWaiting(t, "bad 2/2")
 
-	// Of a retry that succeeds.
+	// A retry succeeds.
 	b.on("bad", nil)
 	cut.Store(2)
 	_, err = p.RetryNext(t.Context())
@@ -261,14 +264,14 @@ func TestAnswerOfCommitLost(t *testing.T) {
 	b.wantDead(t)
 }
 
-// commitCutter is a connection that loses the answer of a COMMIT.
+// commitCutter is a connection that loses the answer to a COMMIT.
 type commitCutter struct {
 	net.Conn
 	left *atomic.Int32
 	cut  atomic.Bool
 }
 
-// Read waits for the answer, so that the commit is certainly done, and then breaks off.
+// Read waits for the answer, so that the commit is certainly done, and then cuts the connection.
 func (c *commitCutter) Read(p []byte) (int, error) {
 	n, err := c.Conn.Read(p)
 	if bytes.Contains(p[:n], []byte("COMMIT\x00")) && c.left.Add(-1) == 0 {

@@ -16,19 +16,20 @@ func TestBackoffDoubles(t *testing.T) {
 	process(t, p, probe("", "bad"))
 	for _, want := range []time.Duration{time.Hour, 2 * time.Hour, 4 * time.Hour, 8 * time.Hour, 8 * time.Hour} {
 		if retryOne(t, p) {
-			t.Fatal("tried again before its time")
+			t.Fatal("retried before it was due")
 		}
 		var pause time.Duration
-		if err := b.db.QueryRow(t.Context(), `SELECT due_at - clock_timestamp() FROM inbox_retry`).Scan(&pause); err != nil {
+		if err := b.db.QueryRow(t.Context(),
+			`SELECT due_at - clock_timestamp() FROM inbox_retry`).Scan(&pause); err != nil {
 			t.Fatal(err)
 		}
 		// A minute for a slow test between writing and reading.
 		if pause < want*3/4-time.Minute || pause > want*5/4 {
-			t.Errorf("pause is %s, want %s give or take a quarter", pause, want)
+			t.Errorf("pause is %s, want %s plus or minus a quarter", pause, want)
 		}
 		b.makeDue(t)
 		if !retryOne(t, p) {
-			t.Fatal("not tried again when due")
+			t.Fatal("not retried when due")
 		}
 	}
 	b.wantDead(t, "exhausted 6")
@@ -44,7 +45,7 @@ func TestPauseIsBounded(t *testing.T) {
 		p := New(nil, NewGroup("group"), Config{RetryBase: base, RetryMax: longest})
 		want := min(float64(base)*math.Exp2(float64(attempts-1)), float64(longest))
 		if pause := float64(p.pause(attempts)); pause < want*0.7499-1 || pause > want*1.2501+1 {
-			t.Fatalf("pause %g after %d attempts, want %g give or take a quarter", pause, attempts, want)
+			t.Fatalf("pause %g after %d attempts, want %g plus or minus a quarter", pause, attempts, want)
 		}
 	})
 }
@@ -56,6 +57,6 @@ func TestPausesDiffer(t *testing.T) {
 		seen[p.pause(5)] = true
 	}
 	if len(seen) < 90 {
-		t.Errorf("100 messages that failed together come back at %d times", len(seen))
+		t.Errorf("100 messages that failed together are retried at only %d different times", len(seen))
 	}
 }

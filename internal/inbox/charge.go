@@ -11,80 +11,82 @@ import (
 	"example.com/shop/internal/postgres"
 )
 
-// unsettledRuns are runs that this process claimed and survived, and whose records still count as crashes: the database
-// was away, the answer to a COMMIT was lost, or the claim expired.
-type unsettledRuns struct {
+// abortedRuns are runs that this process claimed and that did not reach a result, although the process survived: the
+// database was unavailable, the answer to a COMMIT was lost, or the claim expired. Until such a run is removed from
+// inbox_retry, it counts as a crash.
+type abortedRuns struct {
 	mu   sync.Mutex
 	runs []retry
 }
 
-func (u *unsettledRuns) add(r retry) {
-	u.mu.Lock()
-	defer u.mu.Unlock()
-	r.Delivery.Payload, r.Delivery.Headers = nil, nil // may be large, and are not needed
-	u.runs = append(u.runs, r)
+func (a *abortedRuns) add(r retry) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	r.Delivery.Payload, r.Delivery.Headers = nil, nil // they may be large, and may stay here for long
+	a.runs = append(a.runs, r)
 }
 
-func (u *unsettledRuns) all() []retry {
-	u.mu.Lock()
-	defer u.mu.Unlock()
-	return slices.Clone(u.runs)
+func (a *abortedRuns) all() []retry {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return slices.Clone(a.runs)
 }
 
-func (u *unsettledRuns) drop(r retry) {
-	u.mu.Lock()
-	defer u.mu.Unlock()
-	u.runs = slices.DeleteFunc(u.runs, func(other retry) bool { return other.run == r.run })
+func (a *abortedRuns) drop(r retry) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.runs = slices.DeleteFunc(a.runs, func(other retry) bool { return other.run == r.run })
 }
 
-// Skips a row that another transaction has locked: a handler runs on it, or the COMMIT of the claim is still under way.
-// Once this statement has locked the row, no claim of it is open, and the update sees the newest version even if that
-// is younger than the snapshot. The statement may be repeated, and like the claim it need not be durable.
-const withdrawSQL = `
-WITH no_sync AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true)),
+// The statement skips a row that another session has locked: either a handler runs on it, which this process must not
+// wait for, or the COMMIT of the claim itself is still in progress. Once this statement has locked the row, no claim of
+// it is open, and the update sees the newest version of the row, even if that is younger than the statement's snapshot.
+// The statement can be repeated if its answer is lost. Like the claim, it need not be durable.
+const undoRunSQL = `
+WITH async_commit AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true)),
 settled AS (SELECT seq FROM inbox_retry WHERE seq = $1 FOR UPDATE SKIP LOCKED),
 freed AS (
     UPDATE inbox_retry AS retry SET runs = array_remove(runs, $2),
         due_at = CASE WHEN runs[cardinality(runs)] = $2 THEN clock_timestamp() ELSE due_at END
-    FROM no_sync, settled WHERE retry.seq = settled.seq)
+    FROM async_commit, settled WHERE retry.seq = settled.seq)
 SELECT EXISTS (SELECT FROM settled) OR NOT EXISTS (SELECT FROM inbox_retry WHERE seq = $1)`
 
-// withdraw removes the records of unsettled runs, so that they do not count as crashes.
-func (b *Inbox) withdraw(ctx context.Context) error {
-	for _, r := range b.unsettled.all() {
-		var settled bool
-		if err := b.db.QueryRow(ctx, withdrawSQL, r.seq, r.run).Scan(&settled); err != nil {
-			return postgres.Classify(fmt.Errorf("withdraw retry: %w", err))
+// undoRuns removes aborted runs from inbox_retry, because their messages did not cause a crash.
+func (b *Inbox) undoRuns(ctx context.Context) error {
+	for _, r := range b.aborted.all() {
+		var undone bool
+		if err := b.db.QueryRow(ctx, undoRunSQL, r.seq, r.run).Scan(&undone); err != nil {
+			return postgres.Classify(fmt.Errorf("undo run: %w", err))
 		}
-		if settled {
-			b.unsettled.drop(r)
+		if undone {
+			b.aborted.drop(r)
 		}
 	}
 	return nil
 }
 
-// giveUp withdraws a run now if it can, and otherwise when the database answers again.
-func (b *Inbox) giveUp(ctx context.Context, r retry) {
+// abort undoes a run at once if possible, and otherwise as soon as the database answers again.
+func (b *Inbox) abort(ctx context.Context, r retry) {
 	if r.seq == 0 { // not claimed
 		return
 	}
-	b.unsettled.add(r)
-	b.leave(ctx)
+	b.aborted.add(r)
+	b.undoRunsNow(ctx)
 }
 
-// leave withdraws the remaining runs, even after ctx is done. It waits up to 2 s for locked rows: this process may have
-// aborted the run itself, and Postgres may not have noticed yet. A run that is not withdrawn before its process ends
-// counts as a crash.
-func (b *Inbox) leave(ctx context.Context) {
+// undoRunsNow undoes all aborted runs, even if ctx is done. It waits up to two seconds for locked rows: this process
+// may have interrupted the run itself, and Postgres may not have noticed yet. If the process ends before a run is
+// undone, the run counts as a crash.
+func (b *Inbox) undoRunsNow(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*time.Second)
 	defer cancel()
 	for {
-		err := b.withdraw(ctx)
-		if err == nil && len(b.unsettled.all()) == 0 {
+		err := b.undoRuns(ctx)
+		if err == nil && len(b.aborted.all()) == 0 {
 			return
 		}
 		if err != nil || ctx.Err() != nil {
-			slog.WarnContext(ctx, "retry not withdrawn yet", "consumer", b.group.name, "error", err)
+			slog.WarnContext(ctx, "aborted run not undone yet", "consumer", b.group.name, "error", err)
 			return
 		}
 		select {

@@ -16,8 +16,7 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-// flaky is a way to the database that loses the answer of the next COMMIT, and from then on everything, until it is
-// mended.
+// flaky is an Inbox whose connection can lose the answer to the next COMMIT, and can then fail until reconnect.
 type flaky struct {
 	*Inbox
 	cut  atomic.Int32
@@ -37,10 +36,10 @@ func newFlaky(t *testing.T, b *bundle, config Config) *flaky {
 	return f
 }
 
-// loseClaim has the process claim what is due, and not hear of it.
+// loseClaim makes the process claim a due message and lose the answer. With away, the connection then stays down.
 func (f *flaky) loseClaim(t *testing.T, away bool) {
 	t.Helper()
-	if err := f.db.Ping(t.Context()); err != nil { // for the pool to have a connection
+	if err := f.db.Ping(t.Context()); err != nil { // so that the pool has a connection
 		t.Fatal(err)
 	}
 	f.cut.Store(1)
@@ -50,10 +49,10 @@ func (f *flaky) loseClaim(t *testing.T, away bool) {
 	}
 }
 
-func (f *flaky) mend() { f.away.Store(false) }
+func (f *flaky) reconnect() { f.away.Store(false) }
 
-// A claim may stand although its process does not know it and runs nothing. It charges the message with nothing,
-// however often that happens.
+// A claim may be in effect although its process does not know that and runs no handler. Such a claim does not count as
+// a crash of the message, however often it happens.
 func TestARunThatDidNotStartIsNotCharged(t *testing.T) {
 	t.Parallel()
 	db := setup(t).db
@@ -65,7 +64,7 @@ func TestARunThatDidNotStartIsNotCharged(t *testing.T) {
 		process(t, b.inbox(eager), probe("k", "one"))
 		return b
 	}
-	// end wants that the handler has not run since, and that the message is well.
+	// end checks that no run is counted, and that the message can still be applied.
 	end := func(t *testing.T, b *bundle, f *flaky) {
 		t.Helper()
 		b.wantWaiting(t, "one 1/1")
@@ -76,7 +75,7 @@ func TestARunThatDidNotStartIsNotCharged(t *testing.T) {
 		b.wantEffects(t, "one")
 		b.wantDead(t)
 		if again := b.ran("one") - ran; again != 1 {
-			t.Errorf("the handler ran %d times at last, want once", again)
+			t.Errorf("the handler ran %d times in the end, want once", again)
 		}
 	}
 
@@ -91,19 +90,19 @@ func TestARunThatDidNotStartIsNotCharged(t *testing.T) {
 		end(t, b, f)
 	})
 
-	t.Run("TheAnswerIsLostAndTheDatabaseIsAwayForLong", func(t *testing.T) {
+	t.Run("TheAnswerIsLostAndTheDatabaseStaysAway", func(t *testing.T) {
 		t.Parallel()
 		b := begin(t)
 		f := newFlaky(t, b, eager)
 		for range 2 * maxCrashes {
 			f.loseClaim(t, true)
-			b.wantWaiting(t, "one 1/2") // nobody can know yet
+			b.wantWaiting(t, "one 1/2") // the process cannot undo the run yet
 			_, err := f.RetryNext(t.Context())
 			wantAway(t, err)
-			f.mend()
-			b.makeDue(t) // the claim runs out
+			f.reconnect()
+			b.makeDue(t) // the claim expires
 		}
-		if err := f.withdraw(t.Context()); err != nil {
+		if err := f.undoRuns(t.Context()); err != nil {
 			t.Error(err)
 		}
 		end(t, b, f)
@@ -119,9 +118,9 @@ func TestARunThatDidNotStartIsNotCharged(t *testing.T) {
 			b.makeDue(t)
 		}
 		b.wantWaiting(t, "one 1/4")
-		for _, f := range all { // each tells what it knows, the first one after others had the claim
-			f.mend()
-			if err := f.withdraw(t.Context()); err != nil {
+		for _, f := range all { // each undoes its own run, the first one after others had the claim
+			f.reconnect()
+			if err := f.undoRuns(t.Context()); err != nil {
 				t.Error(err)
 			}
 		}
@@ -139,7 +138,7 @@ func TestARunThatDidNotStartIsNotCharged(t *testing.T) {
 					defer cancel()
 					awaitEvent(t, b, "PgSleep")
 				}()
-				_, err := tx.Exec(ctx, `SELECT pg_sleep(60)`) // its connection is closed under it
+				_, err := tx.Exec(ctx, `SELECT pg_sleep(60)`) // pgx closes the connection during this statement
 				return err
 			})
 			if _, err := f.RetryNext(ctx); !errors.Is(err, context.Canceled) {
@@ -150,12 +149,12 @@ func TestARunThatDidNotStartIsNotCharged(t *testing.T) {
 		end(t, b, f)
 	})
 
-	t.Run("TheProcessIsToldToStop", func(t *testing.T) {
+	t.Run("TheProcessStops", func(t *testing.T) {
 		t.Parallel()
 		b := begin(t)
 		f := newFlaky(t, b, eager)
 		f.loseClaim(t, true)
-		f.mend()
+		f.reconnect()
 		ctx, cancel := context.WithCancel(t.Context())
 		cancel()
 		if err := f.Run(ctx); err != nil {
@@ -164,42 +163,42 @@ func TestARunThatDidNotStartIsNotCharged(t *testing.T) {
 		end(t, b, f)
 	})
 
-	// The answer of the COMMIT is given up before Postgres has decided on it, as when the network stands still.
-	t.Run("TheCommitIsStillUnderWay", func(t *testing.T) {
+	// The process gives up waiting for the answer to COMMIT before Postgres has committed, as in a network partition.
+	t.Run("TheCommitIsStillInProgress", func(t *testing.T) {
 		t.Parallel()
 		b := begin(t)
 		f := newFlaky(t, b, eager)
-		one := retry{run: uuid.New()}
+		r := retry{run: uuid.New()}
 		tx, err := db.Begin(t.Context())
 		if err != nil {
 			t.Fatal(err)
 		}
-		err = tx.QueryRow(t.Context(), claimSQL, b.group.name, time.Hour, one.run).
-			Scan(&one.seq, &one.attempts, &one.unended, &one.ID, &one.Type, &one.Key, &one.Payload, &one.Headers)
+		err = tx.QueryRow(t.Context(), claimSQL, b.group.name, time.Hour, r.run).
+			Scan(&r.seq, &r.attempts, &r.unended, &r.ID, &r.Type, &r.Key, &r.Payload, &r.Headers)
 		if err != nil {
 			t.Fatal(err)
 		}
-		f.giveUp(t.Context(), one)
+		f.abort(t.Context(), r)
 		if retryOne(t, f.Inbox) {
-			t.Error("a message was found that is being claimed")
+			t.Error("retried a message that is being claimed")
 		}
 		if err := tx.Commit(t.Context()); err != nil {
 			t.Fatal(err)
 		}
 		b.wantWaiting(t, "one 1/2")
-		if err := f.withdraw(t.Context()); err != nil || len(f.unsettled.all()) > 0 {
-			t.Errorf("%d runs are left, %v", len(f.unsettled.all()), err)
+		if err := f.undoRuns(t.Context()); err != nil || len(f.aborted.all()) > 0 {
+			t.Errorf("%d aborted runs are left, %v", len(f.aborted.all()), err)
 		}
 		end(t, b, f)
 	})
 
-	// The run that is to be taken back belongs to a row on which another's handler runs: others need not wait for that.
-	t.Run("AnotherHasTheMessage", func(t *testing.T) {
+	// Another process runs a handler on the row of the aborted run. Other messages must not wait for that.
+	t.Run("AnotherProcessHasTheMessage", func(t *testing.T) {
 		t.Parallel()
 		b := begin(t)
 		f := newFlaky(t, b, eager)
 		f.loseClaim(t, true)
-		f.mend()
+		f.reconnect()
 		b.makeDue(t)
 		b.on("one", func(ctx context.Context, _ pgx.Tx) error {
 			b.on("other", fails)
@@ -208,20 +207,20 @@ func TestARunThatDidNotStartIsNotCharged(t *testing.T) {
 			if !retryOne(t, f.Inbox) {
 				t.Error("the other message was not found")
 			}
-			if left := len(f.unsettled.all()); left != 1 {
-				t.Errorf("%d runs are to be told of, want 1", left)
+			if left := len(f.aborted.all()); left != 1 {
+				t.Errorf("%d aborted runs are left, want 1", left)
 			}
 			return errProbe
 		})
 		retryOne(t, b.inbox(eager))
 		b.wantWaiting(t, "one 2/2")
-		if err := f.withdraw(t.Context()); err != nil || len(f.unsettled.all()) > 0 {
-			t.Errorf("%d runs are left, %v", len(f.unsettled.all()), err)
+		if err := f.undoRuns(t.Context()); err != nil || len(f.aborted.all()) > 0 {
+			t.Errorf("%d aborted runs are left, %v", len(f.aborted.all()), err)
 		}
 	})
 }
 
-// awaitEvent returns when a session of the database waits for that.
+// awaitEvent waits until a session of the database waits for the event.
 func awaitEvent(t *testing.T, b *bundle, event string) {
 	testenv.Eventually(t, 10*time.Second, func() error {
 		var waits bool
@@ -229,14 +228,14 @@ func awaitEvent(t *testing.T, b *bundle, event string) {
 			SELECT EXISTS (SELECT FROM pg_stat_activity WHERE datname = current_database() AND wait_event = $1)`
 		err := b.db.QueryRow(t.Context(), sql, event).Scan(&waits)
 		if err == nil && !waits {
-			err = errors.New("nobody waits for " + event)
+			err = errors.New("no session waits for " + event)
 		}
 		return err
 	})
 }
 
-// A standby that does not answer holds up every COMMIT that waits for it. The claim does not, so a handler that may
-// run does run.
+// A standby that does not answer delays every COMMIT that waits for it. The claim does not wait for it, so the handler
+// runs.
 func TestAClaimDoesNotWaitForAStandby(t *testing.T) {
 	t.Parallel()
 	url, _ := testenv.Cluster(t)
@@ -256,7 +255,7 @@ func TestAClaimDoesNotWaitForAStandby(t *testing.T) {
 		exec(t, b.db, `ALTER SYSTEM SET synchronous_standby_names = '`+standbys+`'`)
 		exec(t, b.db, `SELECT pg_reload_conf()`)
 	}
-	// Commits go on until one waits: only that shows that Postgres has heard of it.
+	// Commit until a commit waits, which shows that Postgres has applied the setting.
 	ctx, stop := context.WithCancel(t.Context())
 	var others sync.WaitGroup
 	defer others.Wait()

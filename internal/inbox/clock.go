@@ -18,8 +18,8 @@ FROM (
 WHERE written_at > clock_timestamp() + $1
 ORDER BY written_at DESC`
 
-// Ahead describes the times in the inbox that are in the future by more than the tolerance. They show that the
-// database's clock was set back.
+// Ahead describes the times in the inbox that are in the future by more than the tolerance, because the database's
+// clock was set back after they were written.
 func Ahead(ctx context.Context, db *pgxpool.Pool, tolerance time.Duration) ([]string, error) {
 	rows, err := db.Query(ctx, aheadSQL, tolerance)
 	if err != nil {

@@ -7,17 +7,17 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// TestCostStaysFlat compares what Postgres reads with 100 messages behind the head of a key and with 100,000, and as
-// many keys that are not due: a poll, a batch and the end of a head cost the same.
+// TestCostStaysFlat compares what Postgres reads with 100 and with 100,000 waiting messages, a third of which are heads
+// of keys that are not due. A poll, a batch and the removal of a head cost the same.
 func TestCostStaysFlat(t *testing.T) {
 	t.Parallel()
-	for name, known := range map[string]bool{"WhichThePlannerKnows": true, "WhichThePlannerDoesNotKnow": false} {
+	for name, known := range map[string]bool{"WithStatistics": true, "WithoutStatistics": false} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			few, many := costs(t, 100, known), costs(t, 100_000, known)
 			for step, cost := range few {
 				t.Logf("%s: %d buffers with 100 messages, %d with 100,000", step, cost, many[step])
-				// A level more of four indexes, and what a page of a longer table has grown by.
+				// Allow for another level in four indexes, and for the growth of the table.
 				if many[step] > 2*cost+40 {
 					t.Errorf("%s: %d buffers with 100 messages, %d with 100,000", step, cost, many[step])
 				}
@@ -26,12 +26,13 @@ func TestCostStaysFlat(t *testing.T) {
 	}
 }
 
-// costs returns how many buffers each step reads while so many messages wait.
+// costs returns how many buffers each step reads while the given number of messages wait. If known is set, the planner
+// has statistics.
 func costs(t *testing.T, messages int, known bool) map[string]int {
 	t.Helper()
 	b := setup(t)
 	config := b.db.Config().Copy()
-	config.MaxConns = 1 // a session can make only its own counters current
+	config.MaxConns = 1 // a session can flush only its own counters
 	db, err := pgxpool.NewWithConfig(t.Context(), config)
 	if err != nil {
 		t.Fatal(err)
@@ -45,7 +46,7 @@ func costs(t *testing.T, messages int, known bool) map[string]int {
 	found := map[string]int{}
 	step := func(name string, do func()) {
 		t.Helper()
-		do() // with what is read once, such as the catalog's answers for a plan
+		do() // warm up: the first call reads the catalog to plan
 		before := b.buffers(t)
 		do()
 		found[name] = b.buffers(t) - before
@@ -65,7 +66,7 @@ func costs(t *testing.T, messages int, known bool) map[string]int {
 	step("a batch with the key", func() {
 		process(t, box, probe("k", "late"), probe("other", "fine"), probe("", "free"))
 	})
-	step("a poll that finds something which fails again", func() {
+	step("a poll that finds a message, which fails again", func() {
 		b.exec(t, dueSQL, b.group.name)
 		if !retryOne(t, box) {
 			t.Error("nothing was due")
@@ -90,11 +91,11 @@ func costs(t *testing.T, messages int, known bool) map[string]int {
 const dueSQL = `
 UPDATE inbox_retry SET due_at = clock_timestamp() WHERE consumer = $1 AND key = 'k' AND due_at IS NOT NULL`
 
-// fill puts messages behind the head of key k, every third of them as the head of another key that is not due.
+// fill adds waiting messages: a third are heads of other keys that are not due, the rest are behind the head of key k.
 func (b *bundle) fill(t *testing.T, messages int) {
 	t.Helper()
 	good := probe("k", "behind")
-	b.exec(t, `ALTER TABLE inbox_retry DISABLE TRIGGER inbox_retry_join`) // to place each by itself takes long
+	b.exec(t, `ALTER TABLE inbox_retry DISABLE TRIGGER inbox_retry_join`) // the trigger is slow for so many rows
 	b.exec(t, `
 		INSERT INTO inbox_retry (consumer, message_id, type, key, payload, headers, attempts, due_at, last_error)
 		SELECT $1, gen_random_uuid(), $2, CASE WHEN n % 3 = 0 THEN 'key ' || n ELSE 'k' END, $3, '{}', 0,
@@ -103,7 +104,7 @@ func (b *bundle) fill(t *testing.T, messages int) {
 	b.exec(t, `ALTER TABLE inbox_retry ENABLE TRIGGER inbox_retry_join`)
 }
 
-// buffers is what this session has read of inbox_retry and its indexes.
+// buffers returns how many buffers this session has read of inbox_retry and its indexes.
 func (b *bundle) buffers(t *testing.T) (n int) {
 	t.Helper()
 	b.exec(t, `SELECT pg_stat_force_next_flush()`)

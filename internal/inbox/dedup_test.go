@@ -15,23 +15,23 @@ func TestDuplicates(t *testing.T) {
 	t.Run("AreAbsorbedWithinABatch", func(t *testing.T) {
 		t.Parallel()
 		b := setup(t)
-		one, two := probe("", "one"), probe("", "two")
-		process(t, b.inbox(Config{}), one, two, one, one)
+		first, second := probe("", "one"), probe("", "two")
+		process(t, b.inbox(Config{}), first, second, first, first)
 		b.wantEffects(t, "one", "two")
-		b.wantCopies(t, one, 3)
-		b.wantCopies(t, two, 1)
+		b.wantCopies(t, first, 3)
+		b.wantCopies(t, second, 1)
 	})
 
 	t.Run("AreAbsorbedAcrossBatchesAndRestarts", func(t *testing.T) {
 		t.Parallel()
 		b := setup(t)
-		one, two := probe("k", "one"), probe("k", "two")
-		process(t, b.inbox(Config{}), one)
-		process(t, b.inbox(Config{}), one, two, one)
-		process(t, b.inbox(Config{}), two, one)
+		first, second := probe("k", "one"), probe("k", "two")
+		process(t, b.inbox(Config{}), first)
+		process(t, b.inbox(Config{}), first, second, first)
+		process(t, b.inbox(Config{}), second, first)
 		b.wantEffects(t, "one", "two")
-		b.wantCopies(t, one, 4)
-		b.wantCopies(t, two, 2)
+		b.wantCopies(t, first, 4)
+		b.wantCopies(t, second, 2)
 	})
 
 	t.Run("AreAbsorbedWhileTheFirstWaitsOrIsDead", func(t *testing.T) {
@@ -50,7 +50,7 @@ func TestDuplicates(t *testing.T) {
 		b.wantCopies(t, bad, 4)
 	})
 
-	t.Run("BatchOfNothingIsNothing", func(t *testing.T) {
+	t.Run("EmptyBatchHasNoEffect", func(t *testing.T) {
 		t.Parallel()
 		b := setup(t)
 		process(t, b.inbox(Config{}))
@@ -83,7 +83,7 @@ func TestGroupsAreIndependent(t *testing.T) {
 	}
 }
 
-// A key that waits in one group must not hold up the other.
+// A key that waits in one group must not block the same key in another.
 func TestGroupsDoNotWaitForEachOther(t *testing.T) {
 	t.Parallel()
 	first := setup(t)
@@ -99,16 +99,15 @@ func TestGroupsDoNotWaitForEachOther(t *testing.T) {
 	second.wantEffects(t, "good", "bad")
 }
 
-// TestConcurrentProcessors hands the same batch in different orders to many processes at once: what a failing relay and two
-// consumers can come to.
+// TestConcurrentProcessors passes the same batch in different orders to many processes at once, as a failing relay and
+// two consumers could.
 func TestConcurrentProcessors(t *testing.T) {
 	t.Parallel()
 	const processes, messages = 16, 60
 	b := setup(t)
 	b.on("bad", fails)
 	deliveries, texts := probes(messages)
-	// Of every kind: two slots of the ring do not matter here, foreign IDs do, and one that fails sends all of them
-	// through the batch one by one.
+	// Mix the kinds: some messages have foreign IDs, and one message fails, so that the batch runs message by message.
 	for i := range deliveries {
 		if i%3 == 0 {
 			deliveries[i].ID = fmt.Sprintf("foreign %d", i)

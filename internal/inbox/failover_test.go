@@ -9,8 +9,8 @@ import (
 	"example.com/shop/internal/postgres"
 )
 
-// The broker forgets what is acked. So nothing is acked on the strength of a row that a failover could take back:
-// neither a message nor a copy of it, neither what was delivered nor what the broker gave up.
+// The broker forgets acked messages. So a message must not be acked because of a row that a failover could revert. That
+// applies to first deliveries and to copies, and to messages that the broker gave up delivering.
 func TestNothingIsAckedThatAFailoverTakesBack(t *testing.T) {
 	t.Parallel()
 	primary, standby := testenv.Replicated(t)

@@ -27,14 +27,18 @@ func TestOneBadMessageHarmsNoOther(t *testing.T) {
 	b.wantDead(t)
 }
 
-// TestHandlerFailures runs every way to fail between two good messages.
+// TestHandlerFailures runs each way to fail between two good messages.
 func TestHandlerFailures(t *testing.T) {
 	t.Parallel()
 	db := setup(t).db
-	exec(t, db, `CREATE TABLE parent (n integer PRIMARY KEY); CREATE TABLE child (n integer REFERENCES parent DEFERRABLE INITIALLY DEFERRED);
+	exec(t, db, `
+		CREATE TABLE parent (n integer PRIMARY KEY);
+		CREATE TABLE child (n integer REFERENCES parent DEFERRABLE INITIALLY DEFERRED);
 		CREATE TABLE greedy (n integer);
-		CREATE FUNCTION greed() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'probe' USING ERRCODE = '53200'; END $$;
-		CREATE CONSTRAINT TRIGGER greed AFTER INSERT ON greedy DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION greed()`)
+		CREATE FUNCTION greed() RETURNS trigger LANGUAGE plpgsql AS
+			$$ BEGIN RAISE EXCEPTION 'probe' USING ERRCODE = '53200'; END $$;
+		CREATE CONSTRAINT TRIGGER greed AFTER INSERT ON greedy DEFERRABLE INITIALLY DEFERRED
+			FOR EACH ROW EXECUTE FUNCTION greed()`)
 	raise := func(code string) act {
 		return func(ctx context.Context, tx pgx.Tx) error {
 			_, err := tx.Exec(ctx, `DO $$ BEGIN RAISE EXCEPTION 'probe' USING ERRCODE = '`+code+`'; END $$`)
@@ -77,12 +81,12 @@ func TestHandlerFailures(t *testing.T) {
 			_, err := tx.Exec(ctx, `INSERT INTO child VALUES (1)`)
 			return err
 		},
-		"LocksWithoutNumber": raise("53200"),
-		"LocksWithoutNumberAtCommit": func(ctx context.Context, tx pgx.Tx) error {
+		"TooManyLocks": raise("53200"),
+		"TooManyLocksAtCommit": func(ctx context.Context, tx pgx.Tx) error {
 			_, err := tx.Exec(ctx, `INSERT INTO greedy VALUES (1)`)
 			return err
 		},
-		// What reads like the database's trouble, but comes from elsewhere.
+		// These errors look like a failure of the database, but come from elsewhere.
 		"ForeignTableAway":      raise("08001"),
 		"ReadOnlyElsewhere":     func(context.Context, pgx.Tx) error { return &pgconn.PgError{Code: "25006"} },
 		"EndOfFile":             func(context.Context, pgx.Tx) error { return io.ErrUnexpectedEOF },
@@ -98,7 +102,7 @@ func TestHandlerFailures(t *testing.T) {
 			b.wantEffects(t, "before", "after")
 			b.wantWaiting(t, "bad 1/1")
 			if n := retryAll(t, p); n != eager.MaxAttempts-1 {
-				t.Errorf("tried %d times again, want %d", n, eager.MaxAttempts-1)
+				t.Errorf("retried %d times, want %d", n, eager.MaxAttempts-1)
 			}
 			b.wantDead(t, "exhausted 3")
 			b.wantWaiting(t)
@@ -110,7 +114,7 @@ func TestHandlerFailures(t *testing.T) {
 func TestHandlerTimeout(t *testing.T) {
 	t.Parallel()
 	db := setup(t).db
-	const timeout = 2 * time.Second // it also covers the handlers before and after, which write a row
+	const timeout = 2 * time.Second // also long enough for the handlers before and after, which write a row
 	for name, do := range map[string]act{
 		"InAStatement": func(ctx context.Context, tx pgx.Tx) error {
 			_, err := tx.Exec(ctx, `SELECT pg_sleep(60)`)
@@ -152,35 +156,38 @@ func TestPermanentDiesAtOnce(t *testing.T) {
 	b.wantWaiting(t)
 }
 
-// TestUnfitDeliveriesAreKept hands in what a broker that holds anything may hold, amid good messages.
+// TestUnfitDeliveriesAreKept passes messages as any sender may publish them, between good messages.
 func TestUnfitDeliveriesAreKept(t *testing.T) {
 	t.Parallel()
 	db := setup(t).db
+	type delivery = messaging.Delivery
+	const flaw = "header message-key is a list"
+	tooLong := strings.Repeat("k", messaging.MaxKey+1)
 	for name, test := range map[string]struct {
-		spoil  func(d *messaging.Delivery)
+		spoil  func(d *delivery)
 		reason deadletter.Reason
 	}{
-		"Undecodable":           {func(d *messaging.Delivery) { d.Payload = []byte("\x0a\xff\x00\xfe") }, deadletter.Undecodable},
-		"InvalidTextInPayload":  {func(d *messaging.Delivery) { d.Payload = []byte("\x0a\x02\xff\xfe") }, deadletter.Undecodable},
-		"UnknownType":           {func(d *messaging.Delivery) { d.Type = "google.protobuf.Int32Value" }, deadletter.UnknownType},
-		"NoType":                {func(d *messaging.Delivery) { d.Type = "" }, deadletter.UnknownType},
-		"HugeType":              {func(d *messaging.Delivery) { d.Type = strings.Repeat("t", 1<<20) }, deadletter.UnknownType},
-		"NULInID":               {func(d *messaging.Delivery) { d.ID = "a\x00b" }, deadletter.Malformed},
-		"InvalidID":             {func(d *messaging.Delivery) { d.ID = "a\xff" }, deadletter.Malformed},
-		"NULInType":             {func(d *messaging.Delivery) { d.Type += "\x00" }, deadletter.Malformed},
-		"InvalidType":           {func(d *messaging.Delivery) { d.Type = "\xc3" }, deadletter.Malformed},
-		"NULInKey":              {func(d *messaging.Delivery) { d.Key = "\x00" }, deadletter.Malformed},
-		"InvalidKey":            {func(d *messaging.Delivery) { d.Key = "\xed\xa0\x80" }, deadletter.Malformed},
-		"HugeKey":               {func(d *messaging.Delivery) { d.Key = strings.Repeat("k", 1<<20) }, deadletter.Malformed},
-		"KeyOneTooLong":         {func(d *messaging.Delivery) { d.Key = strings.Repeat("k", messaging.MaxKey+1) }, deadletter.Malformed},
-		"NULInHeaderName":       {func(d *messaging.Delivery) { d.Headers["a\x00"] = "1" }, deadletter.Malformed},
-		"NULInHeader":           {func(d *messaging.Delivery) { d.Headers["a"] = "\x00" }, deadletter.Malformed},
-		"InvalidHeader":         {func(d *messaging.Delivery) { d.Headers["a"] = "\xff" }, deadletter.Malformed},
-		"InvalidHeaderName":     {func(d *messaging.Delivery) { d.Headers["\xff"] = "a" }, deadletter.Malformed},
-		"KeyThatIsNoText":       {func(d *messaging.Delivery) { d.Key, d.Flaw = "", "header message-key is a list" }, deadletter.Malformed},
-		"KeyThatIsNoTextNoID":   {func(d *messaging.Delivery) { d.Key, d.ID, d.Flaw = "", "", "header message-key is a list" }, deadletter.Malformed},
-		"NULAndBytesInPayload":  {func(d *messaging.Delivery) { d.ID, d.Payload = "", []byte("\x00\xff\x00") }, deadletter.NoID},
-		"NoPayloadAndNoHeaders": {func(d *messaging.Delivery) { d.ID, d.Payload, d.Headers = "", nil, nil }, deadletter.NoID},
+		"Undecodable":           {func(d *delivery) { d.Payload = []byte("\x0a\xff\x00\xfe") }, deadletter.Undecodable},
+		"InvalidTextInPayload":  {func(d *delivery) { d.Payload = []byte("\x0a\x02\xff\xfe") }, deadletter.Undecodable},
+		"UnknownType":           {func(d *delivery) { d.Type = "google.protobuf.Int32Value" }, deadletter.UnknownType},
+		"NoType":                {func(d *delivery) { d.Type = "" }, deadletter.UnknownType},
+		"HugeType":              {func(d *delivery) { d.Type = strings.Repeat("t", 1<<20) }, deadletter.UnknownType},
+		"NULInID":               {func(d *delivery) { d.ID = "a\x00b" }, deadletter.Malformed},
+		"InvalidID":             {func(d *delivery) { d.ID = "a\xff" }, deadletter.Malformed},
+		"NULInType":             {func(d *delivery) { d.Type += "\x00" }, deadletter.Malformed},
+		"InvalidType":           {func(d *delivery) { d.Type = "\xc3" }, deadletter.Malformed},
+		"NULInKey":              {func(d *delivery) { d.Key = "\x00" }, deadletter.Malformed},
+		"InvalidKey":            {func(d *delivery) { d.Key = "\xed\xa0\x80" }, deadletter.Malformed},
+		"HugeKey":               {func(d *delivery) { d.Key = strings.Repeat("k", 1<<20) }, deadletter.Malformed},
+		"KeyOneByteTooLong":     {func(d *delivery) { d.Key = tooLong }, deadletter.Malformed},
+		"NULInHeaderName":       {func(d *delivery) { d.Headers["a\x00"] = "1" }, deadletter.Malformed},
+		"NULInHeader":           {func(d *delivery) { d.Headers["a"] = "\x00" }, deadletter.Malformed},
+		"InvalidHeader":         {func(d *delivery) { d.Headers["a"] = "\xff" }, deadletter.Malformed},
+		"InvalidHeaderName":     {func(d *delivery) { d.Headers["\xff"] = "a" }, deadletter.Malformed},
+		"KeyIsNotText":          {func(d *delivery) { d.Key, d.Flaw = "", flaw }, deadletter.Malformed},
+		"KeyIsNotTextAndNoID":   {func(d *delivery) { d.Key, d.ID, d.Flaw = "", "", flaw }, deadletter.Malformed},
+		"NULAndBytesInPayload":  {func(d *delivery) { d.ID, d.Payload = "", []byte("\x00\xff\x00") }, deadletter.NoID},
+		"NoPayloadAndNoHeaders": {func(d *delivery) { d.ID, d.Payload, d.Headers = "", nil, nil }, deadletter.NoID},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -195,35 +202,39 @@ func TestUnfitDeliveriesAreKept(t *testing.T) {
 	}
 }
 
-// The letter of a message that cannot be decoded says how its sender labelled the payload, and keeps it.
+// The dead letter of an undecodable message states how the sender labelled the payload, and keeps the label.
 func TestLettersNameTheEncodingOfTheSender(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
 	zipped := probe("k", "unfit")
 	zipped.Payload = []byte("\x1f\x8b\x08\x00")
-	zipped.Headers = map[string]string{messaging.ContentTypeHeader: "application/json", messaging.ContentEncodingHeader: "gzip"}
+	zipped.Headers = map[string]string{
+		messaging.ContentTypeHeader: "application/json", messaging.ContentEncodingHeader: "gzip",
+	}
 	process(t, b.inbox(Config{}), zipped)
 	b.wantDead(t, string(deadletter.Undecodable)+" 1")
 	var text string
 	var headers map[string]string
-	err := b.db.QueryRow(t.Context(), `SELECT error, headers FROM dead_letter WHERE consumer = $1`, b.group.Name()).Scan(&text, &headers)
-	if err != nil {
+	const sql = `SELECT error, headers FROM dead_letter WHERE consumer = $1`
+	if err := b.db.QueryRow(t.Context(), sql, b.group.Name()).Scan(&text, &headers); err != nil {
 		t.Fatal(err)
 	}
 	if !strings.Contains(text, `sent with content-type "application/json", sent with content-encoding "gzip"`) {
-		t.Errorf("the letter says %q", text)
+		t.Errorf("the dead letter has error %q", text)
 	}
-	if headers[messaging.ContentTypeHeader] != "application/json" || headers[messaging.ContentEncodingHeader] != "gzip" {
-		t.Errorf("the letter keeps %v", headers)
+	if headers[messaging.ContentTypeHeader] != "application/json" ||
+		headers[messaging.ContentEncodingHeader] != "gzip" {
+		t.Errorf("the dead letter has headers %v", headers)
 	}
 }
 
-// TestBareDeliveryIsTaken is about what is allowed to be missing: an empty message encodes to no bytes.
+// TestBareDeliveryIsTaken omits everything that is optional, including the payload: an empty message has no bytes.
 func TestBareDeliveryIsTaken(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
 	b.on("", fails)
-	bare := messaging.Delivery{ID: probe("", "").ID, Type: string((*wrapperspb.StringValue)(nil).ProtoReflect().Descriptor().FullName())}
+	name := (*wrapperspb.StringValue)(nil).ProtoReflect().Descriptor().FullName()
+	bare := messaging.Delivery{ID: probe("", "").ID, Type: string(name)}
 	p := b.inbox(eager)
 	process(t, p, bare)
 	b.wantWaiting(t, " 1/1")
@@ -235,7 +246,9 @@ func TestBareDeliveryIsTaken(t *testing.T) {
 func TestErrorTextsOfEveryKindAreKept(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
-	for name, text := range map[string]string{"nul": "a\x00b", "invalid": "a\xffb", "long": strings.Repeat("ü", 1<<20), "empty": ""} {
+	for name, text := range map[string]string{
+		"nul": "a\x00b", "invalid": "a\xffb", "long": strings.Repeat("ü", 1<<20), "empty": "",
+	} {
 		b.on(name, func(context.Context, pgx.Tx) error { return errors.New(text) })
 	}
 	p := b.inbox(eager)

@@ -13,17 +13,17 @@ import (
 	"google.golang.org/protobuf/proto"
 )
 
-// Group is a consumer group: a name and a handler for each message type that it consumes. Every inbox row contains the
-// name, so a renamed group starts from scratch.
+// Group is a consumer group: a name, and a handler for each message type that it consumes. Its name is part of every
+// inbox row, so a renamed group starts from scratch.
 type Group struct {
 	name     string
 	handlers map[string]handler
 }
 
-// handler decodes a message and applies it.
+// handler decodes the payload of a message and runs on it.
 type handler func(ctx context.Context, tx pgx.Tx, delivery messaging.Delivery) error
 
-// NewGroup returns a Group without handlers.
+// NewGroup makes a Group without handlers.
 func NewGroup(name string) *Group {
 	return &Group{name: name, handlers: map[string]handler{}}
 }
@@ -31,17 +31,15 @@ func NewGroup(name string) *Group {
 // Name returns the group's name.
 func (g *Group) Name() string { return g.name }
 
-// Types returns the message types that the group handles, sorted. The group's queue is bound to exactly these.
+// Types returns the message types that the group handles, sorted. Its queue is bound to exactly these types.
 func (g *Group) Types() []string { return slices.Sorted(maps.Keys(g.handlers)) }
 
-// Handle registers fn for messages of the protobuf type M. It panics if M already has a handler.
+// Handle registers fn for messages of the protobuf type M. It panics if M has a handler already.
 //
-// fn runs in the transaction that records the message as taken. Its writes through tx, including outbox.Insert, commit
-// once or not at all. fn may run several times before one run commits, so effects elsewhere, such as mail or HTTP, may
-// happen more than once.
-//
-// If fn returns an error marked by messaging.Permanent, the message becomes a dead letter. After any other error the
-// inbox retries it later, before any other message of its key.
+// fn runs in the transaction that records the message as taken: its writes through tx, including outbox.Insert, are
+// committed once or not at all. Its effects elsewhere (mail, HTTP) may happen more than once. An error marked by
+// messaging.Permanent makes the message a dead letter. After any other error the message is retried later, before any
+// other message of its key. fn may run several times before one run is committed.
 func Handle[M proto.Message](g *Group, fn func(ctx context.Context, tx pgx.Tx, message M) error) {
 	var zero M
 	kind := zero.ProtoReflect().Type()
@@ -52,7 +50,8 @@ func Handle[M proto.Message](g *Group, fn func(ctx context.Context, tx pgx.Tx, m
 	g.handlers[name] = func(ctx context.Context, tx pgx.Tx, delivery messaging.Delivery) error {
 		message := kind.New().Interface().(M)
 		if err := bounds.Unmarshal(delivery.Payload, message); err != nil {
-			return &rejection{deadletter.Undecodable, fmt.Errorf("decode %s%s: %w", name, declared(delivery.Headers), err)}
+			return &rejection{deadletter.Undecodable, fmt.Errorf("decode %s%s: %w", name, declared(delivery.Headers),
+				err)}
 		}
 		return fn(ctx, tx, message)
 	}
@@ -62,12 +61,13 @@ func Handle[M proto.Message](g *Group, fn func(ctx context.Context, tx pgx.Tx, m
 func (g *Group) handle(ctx context.Context, tx pgx.Tx, delivery messaging.Delivery) error {
 	handler, ok := g.handlers[delivery.Type]
 	if !ok {
-		return &rejection{deadletter.UnknownType, fmt.Errorf("group %s has no handler for type %q", g.name, delivery.Type)}
+		return &rejection{deadletter.UnknownType, fmt.Errorf("group %s has no handler for type %q", g.name,
+			delivery.Type)}
 	}
 	return handler(ctx, tx, delivery)
 }
 
-// declared describes the content type and encoding that the sender declared, or returns "".
+// declared returns what the sender says about the payload, if anything.
 func declared(headers map[string]string) (text string) {
 	for _, name := range []string{messaging.ContentTypeHeader, messaging.ContentEncodingHeader} {
 		if value, given := headers[name]; given {
@@ -77,7 +77,7 @@ func declared(headers map[string]string) (text string) {
 	return text
 }
 
-// rejection is an error that a retry cannot fix, with the reason for the dead letter.
+// rejection is an error that no retry can fix, with its reason.
 type rejection struct {
 	reason deadletter.Reason
 	error

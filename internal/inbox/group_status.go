@@ -10,30 +10,32 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// GroupStatus is the state of a consumer group.
+// GroupStatus is the status of a consumer group.
 type GroupStatus struct {
 	Consumer string
-	// Paused says who paused the group and why. It is nil if the group is not paused.
+	// Paused says who paused the group and why; nil if it is not paused.
 	Paused *PausedBy
-	// Applied is the number of messages that each process has applied since its start, by the name of the process. It has
-	// an entry for every running process, also while the group is paused.
+	// Applied is the number of messages that each process has applied since it started, by the name of the process. It
+	// contains every process that runs the group, even a paused group.
 	Applied map[string]int64
-	// Lag is the age in seconds of the last applied message, the largest of all processes. It is nil before the first.
+	// Lag is the age in seconds that the last applied message of a process had, the largest of all processes; nil before
+	// the first message.
 	Lag *float64
-	// Retrying is the number of messages in inbox_retry, Blocked the number of blocked keys, and Oldest the age in seconds
-	// of the oldest message in inbox_retry.
+	// Retrying is the number of messages in inbox_retry, Blocked the number of keys whose messages wait for the first of
+	// them, and Oldest for how many seconds the oldest message has waited.
 	Retrying, Blocked int64
 	Oldest            float64
 }
 
-// PausedBy is a pause.
+// PausedBy describes a pause.
 type PausedBy struct {
 	Actor, Reason string
 	At            time.Time
 }
 
-// The oldest message is always a head, because the messages of a key wait in order. The count reads an index entry for
-// each waiting message: some 700 pages for 100,000 of them, plus the rows that vacuum has not visited yet.
+// The oldest message is a head, because the messages of a key wait in the order in which they arrived. Counting the
+// waiting messages reads one index entry for each (100,000 entries are about 700 pages), and as many rows as vacuum has
+// not processed yet.
 const groupStatusSQL = `
 SELECT name, pause.actor, pause.reason, pause.paused_at, coalesce(alive.applied, '{}'), alive.lag,
     heads.keyless + keyed.messages, heads.keys, coalesce(heads.oldest, 0)
@@ -49,7 +51,7 @@ CROSS JOIN LATERAL (
 CROSS JOIN LATERAL (SELECT count(*) AS messages FROM inbox_retry WHERE consumer = name AND key <> '') AS keyed
 ORDER BY position`
 
-// GroupStatuses returns the states of consumer groups in the given order.
+// GroupStatuses returns the status of consumer groups, in the given order.
 func GroupStatuses(ctx context.Context, db *pgxpool.Pool, groups []string) ([]GroupStatus, error) {
 	rows, err := db.Query(ctx, groupStatusSQL, groups)
 	if err != nil {

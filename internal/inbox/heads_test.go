@@ -17,11 +17,12 @@ import (
 	"golang.org/x/sync/errgroup"
 )
 
-// TestAMessageThatJoinsAKeyIsNeverLeftBehind has one message join a key while the head of that leaves, in every order.
+// TestAMessageThatJoinsAKeyIsNeverLeftBehind lets a message join a key while the head of the key leaves, in every order
+// of events.
 func TestAMessageThatJoinsAKeyIsNeverLeftBehind(t *testing.T) {
 	t.Parallel()
 	db := setup(t).db
-	// begin makes a key with one message, and the two transactions.
+	// begin makes a key with one waiting message, and the two transactions.
 	begin := func(t *testing.T) (b *bundle, leaves, joins pgx.Tx) {
 		t.Helper()
 		b = newBundle(db, t.Name())
@@ -46,7 +47,7 @@ func TestAMessageThatJoinsAKeyIsNeverLeftBehind(t *testing.T) {
 		}
 	}
 	join := func(ctx context.Context, b *bundle, tx pgx.Tx) error {
-		return b.inbox(eager).queue(ctx, tx, []aside{{probe("k", "behind"), waitingTurn}})
+		return b.inbox(eager).queue(ctx, tx, []queued{{probe("k", "behind"), waitingTurn}})
 	}
 	commit := func(t *testing.T, tx pgx.Tx) {
 		t.Helper()
@@ -65,7 +66,7 @@ func TestAMessageThatJoinsAKeyIsNeverLeftBehind(t *testing.T) {
 		t.Parallel()
 		b, leaves, joins := begin(t)
 		leave(t, b, leaves)
-		if err := join(t.Context(), b, joins); err != nil { // nobody waits for who leaves
+		if err := join(t.Context(), b, joins); err != nil { // joining does not wait for the leaving head
 			t.Fatal(err)
 		}
 		commit(t, joins)
@@ -95,7 +96,7 @@ func TestAMessageThatJoinsAKeyIsNeverLeftBehind(t *testing.T) {
 		t.Parallel()
 		b, leaves, joins := begin(t)
 		leave(t, b, leaves)
-		// As if COMMIT had come so far.
+		// Run the deferred trigger, as COMMIT would.
 		if _, err := leaves.Exec(t.Context(), `SET CONSTRAINTS inbox_retry_promote IMMEDIATE`); err != nil {
 			t.Fatal(err)
 		}
@@ -141,7 +142,7 @@ func TestAMessageThatJoinsAKeyIsNeverLeftBehind(t *testing.T) {
 	})
 }
 
-// awaitLock returns when a transaction waits for a lock.
+// awaitLock waits until the transaction waits for a lock.
 func awaitLock(t *testing.T, b *bundle, tx pgx.Tx) {
 	t.Helper()
 	pid := tx.Conn().PgConn().PID()
@@ -150,13 +151,13 @@ func awaitLock(t *testing.T, b *bundle, tx pgx.Tx) {
 		const sql = `SELECT EXISTS (SELECT FROM pg_locks WHERE pid = $1 AND NOT granted)`
 		err := b.db.QueryRow(t.Context(), sql, pid).Scan(&waits)
 		if err == nil && !waits {
-			err = errors.New("it does not wait for a lock")
+			err = errors.New("the transaction does not wait for a lock")
 		}
 		return err
 	})
 }
 
-// A message waits once, whoever brings it.
+// A message waits only once, even if two operators redrive it.
 func TestAMessageIsRedrivenOnceByTwo(t *testing.T) {
 	t.Parallel()
 	db := setup(t).db
@@ -164,9 +165,9 @@ func TestAMessageIsRedrivenOnceByTwo(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			b := newBundle(db, t.Name())
-			one := probe(key, "one")
+			message := probe(key, "one")
 			b.on("one", func(context.Context, pgx.Tx) error { return messaging.Permanent(errProbe) })
-			process(t, b.inbox(eager), one) // taken, and dead
+			process(t, b.inbox(eager), message) // taken, and dead
 			first, err := db.Begin(t.Context())
 			if err != nil {
 				t.Fatal(err)
@@ -175,16 +176,16 @@ func TestAMessageIsRedrivenOnceByTwo(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if err := Requeue(t.Context(), first, b.group.name, one, true); err != nil {
+			if err := Requeue(t.Context(), first, b.group.name, message, true); err != nil {
 				t.Fatal(err)
 			}
-			both := make(chan error, 1)
-			go func() { both <- Requeue(t.Context(), second, b.group.name, one, true) }()
+			requeued := make(chan error, 1)
+			go func() { requeued <- Requeue(t.Context(), second, b.group.name, message, true) }()
 			awaitLock(t, b, second)
 			if err := first.Commit(t.Context()); err != nil {
 				t.Fatal(err)
 			}
-			if err := <-both; !errors.Is(err, ErrTaken) {
+			if err := <-requeued; !errors.Is(err, ErrTaken) {
 				t.Errorf("got error %v, want %v", err, ErrTaken)
 			}
 			if err := second.Rollback(t.Context()); err != nil {
@@ -195,8 +196,8 @@ func TestAMessageIsRedrivenOnceByTwo(t *testing.T) {
 	}
 }
 
-// TestNoKeyIsLeftWaiting lets many processes fail, retry, bury and redrive messages of few keys at once. At no time
-// does a key wait without a head, and at the end every message is applied or dead.
+// TestNoKeyIsLeftWaiting lets many processes fail, retry and bury messages of a few keys at once. A key with waiting
+// messages always has a head, and in the end every message is applied or dead.
 func TestNoKeyIsLeftWaiting(t *testing.T) {
 	t.Parallel()
 	const processes, batches, each = 4, 30, 4
@@ -268,7 +269,7 @@ func TestNoKeyIsLeftWaiting(t *testing.T) {
 	}
 }
 
-// buryOne buries the head of a key, or all of the key.
+// buryOne buries the head of a key, or all its waiting messages.
 func (b *bundle) buryOne(ctx context.Context, key string, whole bool) error {
 	err := postgres.Transact(ctx, b.db, func(tx pgx.Tx) error {
 		_, err := Bury(ctx, tx, b.group.name, key, whole, "probe")

@@ -13,8 +13,8 @@ import (
 	"pgregory.net/rapid"
 )
 
-// bornAt makes a UUIDv7 of a time, in its full resolution of a millisecond.
-func bornAt(at time.Time) string {
+// idAt returns a UUIDv7 with the given time, to the millisecond.
+func idAt(at time.Time) string {
 	id := uuid.Must(uuid.NewV7())
 	var millis [8]byte
 	binary.BigEndian.PutUint64(millis[:], uint64(at.UnixMilli()))
@@ -26,7 +26,7 @@ func TestIdentify(t *testing.T) {
 	t.Parallel()
 	now := time.Date(2026, 3, 10, 23, 59, 59, 0, time.UTC)
 
-	t.Run("RefusesOutsideOfTheWindow", func(t *testing.T) {
+	t.Run("RefusesOutsideTheWindow", func(t *testing.T) {
 		t.Parallel()
 		for age, reason := range map[time.Duration]deadletter.Reason{
 			0:                                "",
@@ -39,20 +39,21 @@ func TestIdentify(t *testing.T) {
 			now.Sub(time.UnixMilli(0)):       deadletter.OutsideWindow,
 			now.Sub(time.UnixMilli(1 << 40)): deadletter.OutsideWindow,
 		} {
-			who, err := days.identify(bornAt(now.Add(-age)), now)
+			id, err := days.identify(idAt(now.Add(-age)), now)
 			if err == nil {
-				err = days.judge(who, now)
+				err = days.judge(id, now)
 			}
 			if got := reasonOf(err); got != reason {
 				t.Errorf("age %s: got %v, want %q", age, err, reason)
 			}
 		}
-		if _, err := days.identify("ffffffff-ffff-7fff-bfff-ffffffffffff", now); reasonOf(err) != deadletter.OutsideWindow {
+		_, err := days.identify("ffffffff-ffff-7fff-bfff-ffffffffffff", now)
+		if reasonOf(err) != deadletter.OutsideWindow {
 			t.Errorf("largest time: got %v", err)
 		}
 	})
 
-	// The process's own clock may be wrong, and decides only what would do harm if it were taken.
+	// The process's own clock may be wrong, so it refuses only messages that would do harm if they were taken.
 	t.Run("LetsTheDatabaseDecide", func(t *testing.T) {
 		t.Parallel()
 		for age, reason := range map[time.Duration]deadletter.Reason{
@@ -60,13 +61,13 @@ func TestIdentify(t *testing.T) {
 			-2 * days.skew():                  "",
 			-2*days.skew() - time.Millisecond: deadletter.OutsideWindow,
 		} {
-			if _, err := days.identify(bornAt(now.Add(-age)), now); reasonOf(err) != reason {
+			if _, err := days.identify(idAt(now.Add(-age)), now); reasonOf(err) != reason {
 				t.Errorf("age %s: got %v, want %q", age, err, reason)
 			}
 		}
 	})
 
-	t.Run("RefusesNoID", func(t *testing.T) {
+	t.Run("RefusesAMissingID", func(t *testing.T) {
 		t.Parallel()
 		if _, err := days.identify("", now); reasonOf(err) != deadletter.NoID {
 			t.Errorf("got %v", err)
@@ -78,53 +79,57 @@ func TestIdentify(t *testing.T) {
 		seen := map[uuid.UUID]string{}
 		v7 := uuid.Must(uuid.NewV7())
 		notRFC := v7
-		notRFC[8] = 0xff // the variant "reserved for the future": what looks like a version is none
-		for _, id := range []string{"1", "2", " 1", "order-1", uuid.NewString(), uuid.Must(uuid.NewV6()).String(), uuid.Nil.String(),
-			notRFC.String(), v7.String() + "x", strings.Repeat("x", 255), "日本"} {
+		notRFC[8] = 0xff // the variant "reserved for the future", which has no version
+		for _, id := range []string{
+			"1", "2", " 1", "order-1", uuid.NewString(), uuid.Must(uuid.NewV6()).String(), uuid.Nil.String(),
+			notRFC.String(), v7.String() + "x", strings.Repeat("x", 255), "日本",
+		} {
 			got, err := days.identify(id, now)
 			if err != nil || got.slot != foreignSlot || got.id.Version() != 8 {
 				t.Errorf("%q: got %+v, %v", id, got, err)
 			}
 			if other, taken := seen[got.id]; taken {
-				t.Errorf("%q and %q are taken for one", id, other)
+				t.Errorf("%q and %q have the same identity", id, other)
 			}
 			seen[got.id] = id
 		}
 	})
 
-	t.Run("DoesNotCareHowAUUIDIsSpelled", func(t *testing.T) {
+	t.Run("IgnoresTheSpellingOfAUUID", func(t *testing.T) {
 		t.Parallel()
-		id := bornAt(now)
+		id := idAt(now)
 		want, _ := days.identify(id, now)
-		for _, spelled := range []string{strings.ToUpper(id), "urn:uuid:" + id, "{" + id + "}", strings.ReplaceAll(id, "-", "")} {
+		for _, spelled := range []string{
+			strings.ToUpper(id), "urn:uuid:" + id, "{" + id + "}", strings.ReplaceAll(id, "-", ""),
+		} {
 			if got, err := days.identify(spelled, now); got != want || err != nil {
 				t.Errorf("%q: got %+v, %v, want %+v", spelled, got, err, want)
 			}
 		}
 	})
 
-	// All copies of a message must meet in one slot whenever they come, and no slot may hold what is younger than the window
-	// by the time its turn comes again.
+	// All copies of a message must meet in the same slot, whenever they arrive, and a slot must contain no message within
+	// the window when its next turn begins.
 	t.Run("SlotFollowsFromTheIDAlone", rapid.MakeCheck(func(t *rapid.T) {
-		born := now.Add(time.Duration(rapid.Int64Range(0, int64(30*24*time.Hour)).Draw(t, "born")))
+		created := now.Add(time.Duration(rapid.Int64Range(0, int64(30*24*time.Hour)).Draw(t, "created")))
 		first := time.Duration(rapid.Int64Range(-int64(days.skew()), int64(days.window())).Draw(t, "first"))
 		second := time.Duration(rapid.Int64Range(-int64(days.skew()), int64(days.window())).Draw(t, "second"))
-		id := bornAt(born)
-		born = born.Truncate(time.Millisecond)
-		one, err := days.identify(id, born.Add(first))
+		id := idAt(created)
+		created = created.Truncate(time.Millisecond)
+		original, err := days.identify(id, created.Add(first))
 		if err != nil {
 			t.Fatal(err)
 		}
-		two, err := days.identify(id, born.Add(second))
-		if err != nil || one != two {
-			t.Fatalf("came to %+v and %+v, %v", one, two, err)
+		copied, err := days.identify(id, created.Add(second))
+		if err != nil || original != copied {
+			t.Fatalf("identities are %+v and %+v, %v", original, copied, err)
 		}
-		if one.slot < 0 || one.slot >= slots {
-			t.Fatalf("slot %d has no partition", one.slot)
+		if original.slot < 0 || original.slot >= slots {
+			t.Fatalf("slot %d has no partition", original.slot)
 		}
-		next, err := days.identify(bornAt(born.Add(slotLength)), born.Add(slotLength))
-		if err != nil || next.slot != (one.slot+1)%slots {
-			t.Fatalf("a day after slot %d comes slot %d, %v", one.slot, next.slot, err)
+		next, err := days.identify(idAt(created.Add(slotLength)), created.Add(slotLength))
+		if err != nil || next.slot != (original.slot+1)%slots {
+			t.Fatalf("a day after slot %d comes slot %d, %v", original.slot, next.slot, err)
 		}
 	}))
 }
@@ -137,7 +142,7 @@ func reasonOf(err error) deadletter.Reason {
 	return ""
 }
 
-// Of two consumers one has a clock that is wrong. What the outbox has accepted by the database's clock, both apply.
+// A consumer whose clock is wrong applies every message that the outbox accepted by the database's clock.
 func TestAConsumersWrongClockRefusesNothing(t *testing.T) {
 	t.Parallel()
 	for _, by := range []time.Duration{-3 * time.Hour, -11 * time.Minute, 11 * time.Minute, 3 * time.Hour} {
@@ -146,7 +151,7 @@ func TestAConsumersWrongClockRefusesNothing(t *testing.T) {
 			b := setup(t)
 			testenv.ShiftClock(t, b.db, by)
 			m := probe("k", "good")
-			m.ID = bornAt(time.Now().Add(by))
+			m.ID = idAt(time.Now().Add(by))
 			process(t, b.inbox(Config{}), m, m)
 			b.wantEffects(t, "good")
 			b.wantDead(t)
@@ -154,41 +159,45 @@ func TestAConsumersWrongClockRefusesNothing(t *testing.T) {
 	}
 }
 
-// The outbox lets in what is ten minutes ahead; then the database's clock is set back by half an hour.
+// The outbox accepts a message that is ten minutes ahead; then the database's clock is set back by half an hour.
 func TestAClockThatIsSetBackRefusesNothing(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
 	m := probe("k", "good")
-	m.ID = bornAt(time.Now().Add(40 * time.Minute))
+	m.ID = idAt(time.Now().Add(40 * time.Minute))
 	process(t, b.inbox(Config{}), m, m)
 	b.wantEffects(t, "good")
 	b.wantDead(t)
 }
 
-// Consumers take every message that the outbox accepts, with time to spare for what comes in between.
+// Consumers take every message that the outbox accepts, with a margin for the time in flight.
 func TestWhatTheOutboxAcceptsConsumersTake(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
 	var ahead, oldest time.Duration
-	if err := b.db.QueryRow(t.Context(), `SELECT outbox_most_ahead(), outbox_oldest()`).Scan(&ahead, &oldest); err != nil {
+	const sql = `SELECT outbox_most_ahead(), outbox_oldest()`
+	if err := b.db.QueryRow(t.Context(), sql).Scan(&ahead, &oldest); err != nil {
 		t.Fatal(err)
 	}
 	if days.skew() < ahead+time.Hour || days.window() < oldest+12*time.Hour {
-		t.Errorf("the outbox accepts what is %s ahead to %s old, consumers %s to %s", ahead, oldest, days.skew(), days.window())
+		t.Errorf("the outbox accepts messages from %s ahead to %s old, consumers from %s to %s",
+			ahead, oldest, days.skew(), days.window())
 	}
 }
 
 func TestOutsideTheWindowNothingIsApplied(t *testing.T) {
 	t.Parallel()
 	for name, at := range map[string]time.Duration{
-		"TooOld": -days.window() - time.Second, "FromTheFuture": days.skew() + time.Minute, "FromFarAhead": 3 * days.skew(),
+		"TooOld":        -days.window() - time.Second,
+		"FromTheFuture": days.skew() + time.Minute,
+		"FromFarAhead":  3 * days.skew(),
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			b := setup(t)
 			b.on("bad", fails)
 			stray, good := probe("k", "stray"), probe("k", "good")
-			stray.ID = bornAt(time.Now().Add(at))
+			stray.ID = idAt(time.Now().Add(at))
 			process(t, b.inbox(Config{}), stray, good)
 			b.wantEffects(t, "good")
 			b.wantKept(t, deadletter.OutsideWindow, stray.Payload)
@@ -204,8 +213,8 @@ func TestEdgesOfTheWindowAreDeduplicated(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
 	old, ahead := probe("", "old"), probe("", "ahead")
-	old.ID = bornAt(time.Now().Add(-days.window() + time.Minute))
-	ahead.ID = bornAt(time.Now().Add(days.skew() - time.Minute))
+	old.ID = idAt(time.Now().Add(-days.window() + time.Minute))
+	ahead.ID = idAt(time.Now().Add(days.skew() - time.Minute))
 	for range 3 {
 		process(t, b.inbox(Config{}), old, ahead)
 	}
@@ -237,5 +246,5 @@ func TestWithoutIDNothingIsApplied(t *testing.T) {
 	other.ID = ""
 	process(t, b.inbox(Config{}), nameless, other, probe("k", "good"))
 	b.wantEffects(t, "good")
-	b.wantDead(t, "no_id 0", "no_id 0") // and not taken for copies of each other
+	b.wantDead(t, "no_id 0", "no_id 0") // they do not count as copies of each other
 }

@@ -1,22 +1,23 @@
-// Package inbox is the Postgres side of receiving: it applies each message's effect once, however many copies arrive.
+// Package inbox is the Postgres side of receiving: it applies the effect of each message once, however many copies
+// arrive.
 //
 // # What it guarantees
 //
-// For a consumer group and a message ID, the transaction with the handler's effect commits at most once, and exactly
-// once unless the message ends in dead_letter. One transaction records the message as taken and either applies it or
-// moves it to inbox_retry or dead_letter. The caller acks only after the commit. So a copy finds the record and is
-// dropped, and a crash before the commit leaves neither record nor effect.
+// For each consumer group and message ID, the transaction with the handler's effect commits at most once, and exactly
+// once unless the message is in dead_letter. The transaction that applies a message also records it as taken, and so
+// does the transaction that moves it to inbox_retry or dead_letter. The caller acks the message only after that commit.
+// So a copy finds the record and is absorbed, and a crash before the commit leaves neither record nor effect.
 //
-// The messages of one key are applied in the order in which they are handed in. If one fails, those behind it wait in
-// inbox_retry until it is applied or dead. Other keys continue.
+// The messages of a key are applied in the order in which they arrive, also when one of them fails: the messages behind
+// it wait in inbox_retry until it is applied or dead, while other keys continue.
 //
-// A bad message does not affect others. A handler's error rolls the batch back and runs it message by message. A
-// message whose delivery ended twice without an ack may be killing the process. The inbox moves it to inbox_retry
-// without running its handler, and from there runs it alone. It records each run before it starts, and a process that
-// survives the run removes the record.
+// A bad message harms no other message. If a handler fails, the batch is rolled back and runs again message by message.
+// A message whose delivery was interrupted twice may be killing the process. It is moved to inbox_retry unhandled, and
+// is retried alone: each run is recorded before it begins, and a process that survives an interrupted run removes the
+// record.
 //
-// The inbox promises nothing about effects outside this database. It does not apply messages older than its window,
-// because they may be copies of forgotten ones: they become dead letters. A database outage costs no attempts.
+// The package guarantees nothing about effects outside this database. Messages older than the window go to dead_letter,
+// because they could be copies of forgotten messages. An unavailable database costs no attempts.
 package inbox
 
 import (
@@ -39,22 +40,24 @@ import (
 	"go.opentelemetry.io/otel/trace"
 )
 
-// Config configures an Inbox. The zero value is fit for production.
+// Config configures an Inbox. The zero value is suitable for production.
 type Config struct {
-	// MaxAttempts is the number of failures after which a message becomes a dead letter. Default 10.
+	// MaxAttempts is how often a handler may fail on a message before it becomes a dead letter. Default 10.
 	MaxAttempts int
-	// RetryBase is the pause after the first failure. It doubles with each failure, with a quarter of jitter. Default 1 s.
+	// RetryBase is the pause after the first failure. Each further failure doubles it, plus or minus a random quarter.
+	// Default 1 s.
 	RetryBase time.Duration
-	// RetryMax is the longest pause. Default 10 min. With all defaults the last attempt comes 9 minutes after the first.
+	// RetryMax is the longest pause. Default 10 min: with the other defaults, the last attempt comes about 9 minutes
+	// after the first.
 	RetryMax time.Duration
-	// HandlerTimeout bounds one run of a handler. Default 30 s.
+	// HandlerTimeout limits one run of a handler. Default 30 s.
 	HandlerTimeout time.Duration
-	// PollInterval is the time between two polls for due retries. Default 1 s.
+	// PollInterval is the interval between polls for due retries. Default 1 s.
 	PollInterval time.Duration
-	// AfterCommit is called after each commit that may have inserted into the outbox. Ring the doorbell here.
+	// AfterCommit is called after a commit that may have inserted into the outbox. Ring the doorbell here.
 	AfterCommit func()
-	// OnDead is called in the transaction that makes a message a dead letter. On error the message stays where it is and
-	// is retried.
+	// OnDead is called in the transaction in which a message becomes a dead letter, for code that must answer for the
+	// message. If it returns an error, the message stays where it was and is tried again.
 	OnDead func(ctx context.Context, tx pgx.Tx, letter deadletter.Letter) error
 	// MeterProvider and TracerProvider receive metrics and traces. Default: the global providers.
 	MeterProvider  metric.MeterProvider
@@ -70,8 +73,8 @@ type Inbox struct {
 	meters meters
 	tracer trace.Tracer
 
-	progress  progress
-	unsettled unsettledRuns
+	stats   stats
+	aborted abortedRuns
 }
 
 func (c Config) withDefaults() Config {
@@ -83,7 +86,7 @@ func (c Config) withDefaults() Config {
 	return c
 }
 
-// New returns an Inbox. It starts nothing.
+// New makes an Inbox.
 func New(db *pgxpool.Pool, group *Group, config Config) *Inbox {
 	config = config.withDefaults()
 	if config.AfterCommit == nil {
@@ -104,21 +107,22 @@ func New(db *pgxpool.Pool, group *Group, config Config) *Inbox {
 	}
 }
 
-// item is a message of a batch with all its copies in the batch.
+// item is one message of a batch, with all its copies in the batch.
 type item struct {
 	messaging.Delivery
 	identity
 	copies int
-	// outside says why the message must not be applied: by the database's clock it is outside the window. take sets it.
+	// outside is why the message must not be applied: by the database's clock, it is outside the window. It is set when
+	// the message is taken.
 	outside error
 }
 
-// maxBreaks is the number of deliveries without an ack after which a message goes to inbox_retry unhandled.
+// maxBreaks is how many deliveries of a message may end without an ack before the message is queued unhandled.
 const maxBreaks = 2
 
-// Process settles a batch in order. If it returns nil, each delivery is applied, a duplicate, in inbox_retry or in
-// dead_letter, and that is committed: the caller may ack all of them. An error means that the database could not
-// commit. Hand the batch in again.
+// Process settles a batch, in its order. When it returns nil, every delivery may be acked: it is applied, recognized as
+// a duplicate, waiting in inbox_retry or in dead_letter, and all of that is committed. An error means that the database
+// could not decide; pass the batch again.
 func (b *Inbox) Process(ctx context.Context, deliveries []messaging.Delivery) error {
 	items, letters := b.admit(ctx, deliveries)
 	if err := b.settle(ctx, items); err != nil {
@@ -127,15 +131,16 @@ func (b *Inbox) Process(ctx context.Context, deliveries []messaging.Delivery) er
 	if len(letters) == 0 {
 		return nil
 	}
-	// Copies of these cannot be recognized. They come last, so that a batch that is handed in again does not repeat them.
-	err := postgres.Transact(ctx, b.db, func(tx pgx.Tx) error { return b.bury(ctx, tx, letters...) })
+	// This comes last, because copies of these messages cannot be recognized: a batch that is passed again must not
+	// repeat them.
+	err := postgres.Transact(ctx, b.db, func(tx pgx.Tx) error { return b.storeDead(ctx, tx, letters...) })
 	if err == nil {
 		b.meters.dead(ctx, letters...)
 	}
 	return err
 }
 
-// settle runs the items in one transaction. If one of them fails, it runs each in a transaction of its own.
+// settle runs items together and, if one of them fails, one by one.
 func (b *Inbox) settle(ctx context.Context, items []*item) error {
 	if len(items) == 0 {
 		return nil
@@ -145,11 +150,11 @@ func (b *Inbox) settle(ctx context.Context, items []*item) error {
 	if !errors.As(err, &failed) {
 		return err
 	}
-	if len(items) == 1 { // it is the one that failed
+	if len(items) == 1 { // this is the item that failed
 		return b.apply(ctx, items, failed)
 	}
-	for _, message := range items {
-		alone := []*item{message}
+	for i := range items {
+		alone := items[i : i+1]
 		err := b.apply(ctx, alone, nil)
 		if errors.As(err, &failed) {
 			err = b.apply(ctx, alone, failed)
@@ -161,20 +166,20 @@ func (b *Inbox) settle(ctx context.Context, items []*item) error {
 	return nil
 }
 
-// admit merges the copies of each message. It returns dead letters for deliveries that the inbox cannot take.
+// admit joins the copies of each message, and makes dead letters of messages that the inbox cannot record.
 func (b *Inbox) admit(
 	ctx context.Context, deliveries []messaging.Delivery,
 ) (items []*item, letters []deadletter.Letter) {
 	now := time.Now()
 	known := make(map[identity]*item, len(deliveries))
 	for _, delivery := range deliveries {
-		err := wellFormed(delivery) // checked first: a malformed message can never be redriven
+		err := wellFormed(delivery) // comes first: malformed messages cannot be redriven, whatever else is wrong
 		var id identity
 		if err == nil {
 			id, err = b.ring.identify(delivery.ID, now)
 		}
 		if err != nil {
-			letters = append(letters, b.letter(ctx, delivery, 0, &failure{err}))
+			letters = append(letters, b.deadLetter(ctx, delivery, 0, &failure{err}))
 			continue
 		}
 		if first, again := known[id]; again {
@@ -188,7 +193,7 @@ func (b *Inbox) admit(
 }
 
 // apply takes items and runs their handlers in one transaction. If a handler fails, it writes nothing and returns a
-// *failure. If known is given, it does not run the items but sets them aside because of that failure.
+// *failure. If known is not nil, apply does not run the items but sets them aside for that failure.
 func (b *Inbox) apply(ctx context.Context, items []*item, known *failure) error {
 	var done outcome
 	ran := false
@@ -200,27 +205,27 @@ func (b *Inbox) apply(ctx context.Context, items []*item, known *failure) error 
 		}
 		done.copies = copiesIn(items) - len(fresh)
 		failpoint.Hit("consumer.taken")
-		for _, message := range fresh {
+		for _, it := range fresh {
 			switch {
-			case message.outside != nil:
-				err = b.refuse(ctx, tx, message, &done)
+			case it.outside != nil:
+				err = b.refuse(ctx, tx, it, &done)
 			case known != nil:
-				err = b.setAside(ctx, tx, message, known, &done)
-			case waiting[message.Key], message.Count >= maxBreaks:
-				done.aside = append(done.aside, aside{message.Delivery, waitingTurn})
-				if !waiting[message.Key] {
+				err = b.setAside(ctx, tx, it, known, &done)
+			case waiting[it.Key], it.Count >= maxBreaks:
+				done.queued = append(done.queued, queued{it.Delivery, waitingTurn})
+				if !waiting[it.Key] {
 					done.broken++
 				}
-				waiting[message.Key] = message.Key != ""
+				waiting[it.Key] = it.Key != ""
 			default:
-				err = b.run(ctx, tx, message.Delivery)
+				err = b.run(ctx, tx, it.Delivery)
 				done.applied++
 			}
 			if err != nil {
 				return err
 			}
 		}
-		if err := b.queue(ctx, tx, done.aside); err != nil {
+		if err := b.queue(ctx, tx, done.queued); err != nil {
 			return err
 		}
 		failpoint.Hit("consumer.handled")
@@ -232,31 +237,31 @@ func (b *Inbox) apply(ctx context.Context, items []*item, known *failure) error 
 	}
 	b.meters.count(ctx, &done)
 	if done.applied > 0 {
-		b.progress.note(done.applied, items[len(items)-1].identity)
+		b.stats.record(done.applied, items[len(items)-1].identity)
 		b.config.AfterCommit()
 	}
 	return nil
 }
 
 func copiesIn(items []*item) (n int) {
-	for _, message := range items {
-		n += message.copies
+	for _, it := range items {
+		n += it.copies
 	}
 	return n
 }
 
-// outcome counts what one transaction did, for the metrics.
+// outcome is what one transaction did, for the metrics.
 type outcome struct {
 	applied, copies, retries, broken int
 	dead                             []deadletter.Letter
-	aside                            []aside
+	queued                           []queued
 }
 
-// Inserts in the order of the primary key, so that two transactions that take the same messages cannot deadlock. A copy
-// of a message that another transaction is applying waits here for that transaction. Only duplicates leave dead row
-// versions.
+// The statement inserts in the order of the primary key, so that two transactions that take the same messages cannot
+// deadlock. If another transaction is applying a copy right now, the statement waits for that transaction to end. Only
+// duplicates leave dead row versions.
 //
-// Reads the clock after the insert, when the slot is locked and no sweep can empty it.
+// The time is read after the insert, when the slot is locked and no sweep can truncate it any more.
 const takeSQL = `
 INSERT INTO inbox (consumer, slot, message_id, copies)
 SELECT $1, slot, message_id, copies
@@ -265,8 +270,8 @@ ORDER BY slot, message_id
 ON CONFLICT (slot, consumer, message_id) DO UPDATE SET copies = inbox.copies + excluded.copies
 RETURNING message_id, copies, clock_timestamp()`
 
-// take records items as taken. It returns those that were not taken before, in order, and the keys that have messages
-// in inbox_retry.
+// take records items as taken. It returns the items that were not taken before, in their order, and the keys that have
+// messages in inbox_retry.
 func (b *Inbox) take(
 	ctx context.Context, tx pgx.Tx, items []*item,
 ) (fresh []*item, waiting map[string]bool, err error) {
@@ -276,9 +281,9 @@ func (b *Inbox) take(
 	}
 	taken := make(map[uuid.UUID]record, len(items))
 	slots, copies, keys := make([]int16, len(items)), make([]int, len(items)), make([]string, len(items))
-	ids := make([][16]byte, len(items)) // pgx would format uuid.UUIDs as text and parse them again
-	for i, message := range items {
-		slots[i], ids[i], copies[i], keys[i] = message.slot, message.id, message.copies, message.Key
+	ids := make([][16]byte, len(items)) // not uuid.UUID: pgx would format each as text and parse it again
+	for i, it := range items {
+		slots[i], ids[i], copies[i], keys[i] = it.slot, it.id, it.copies, it.Key
 	}
 	var batch pgx.Batch
 	batch.Queue(takeSQL, b.group.name, slots, ids, copies).Query(func(rows pgx.Rows) error {
@@ -294,10 +299,9 @@ func (b *Inbox) take(
 	if err := tx.SendBatch(ctx, &batch).Close(); err != nil {
 		return nil, nil, fmt.Errorf("take messages: %w", err)
 	}
-	fresh = slices.DeleteFunc(slices.Clone(items), func(message *item) bool {
-		record := taken[message.id]
-		message.outside = b.ring.judge(message.identity, record.at)
-		return record.copies != message.copies // the row counts further copies: it existed before
+	fresh = slices.DeleteFunc(slices.Clone(items), func(it *item) bool {
+		it.outside = b.ring.judge(it.identity, taken[it.id].at)
+		return taken[it.id].copies != it.copies // more copies than in this batch: it was taken before
 	})
 	return fresh, waiting, nil
 }

@@ -12,9 +12,9 @@ import (
 	"pgregory.net/rapid"
 )
 
-// TestAnyScheduleAppliesEachMessageOnceInOrder lets rapid choose what the broker delivers again, which handlers fail
-// how often, when a batch is broken off, what operators bury, and when retries run. At the end each message is
-// applied exactly once or dead, and the effects of a key are in the order in which its messages first came.
+// TestAnyScheduleAppliesEachMessageOnceInOrder lets rapid choose redeliveries, failures of handlers, interruptions of
+// batches, messages that operators bury, and the times of retries. In the end each message is applied exactly once or
+// dead, and the effects of a key are in the order in which its messages first arrived.
 func TestAnyScheduleAppliesEachMessageOnceInOrder(t *testing.T) {
 	t.Parallel()
 	db, schedules := setup(t).db, 0
@@ -24,7 +24,7 @@ func TestAnyScheduleAppliesEachMessageOnceInOrder(t *testing.T) {
 		r.Repeat(map[string]func(*rapid.T){
 			"deliver":   m.deliver,
 			"redeliver": m.redeliver,
-			"break off": m.breakOff,
+			"interrupt": m.interrupt,
 			"retry":     func(*rapid.T) { retryOne(r, m.box) },
 			"restart":   func(*rapid.T) { m.box = m.bundle.inbox(eager) },
 			"bury":      m.bury,
@@ -35,7 +35,7 @@ func TestAnyScheduleAppliesEachMessageOnceInOrder(t *testing.T) {
 	})
 }
 
-// forever is more failures than a message may have.
+// forever is more failures than a message is allowed.
 const forever = 1 << 20
 
 // model is one queue and its consumer.
@@ -43,8 +43,8 @@ type model struct {
 	bundle *bundle
 	box    *Inbox
 	queue  []messaging.Delivery
-	fate   []int // how often the handler fails on each; -1: permanently
-	next   int   // the first that was never delivered
+	fate   []int // how often the handler fails on each message; -1 means permanently
+	next   int   // the first message that was never delivered
 	buried []string
 }
 
@@ -70,14 +70,14 @@ func newModel(r *rapid.T, b *bundle) *model {
 	return m
 }
 
-// deliver hands in the next few, after some that come again because their ack was lost.
+// deliver passes the next few messages, after some that are redelivered because their ack was lost.
 func (m *model) deliver(r *rapid.T) {
 	from := max(0, m.next-rapid.IntRange(0, 3).Draw(r, "again"))
 	m.next = min(len(m.queue), m.next+rapid.IntRange(1, 4).Draw(r, "new"))
 	process(r, m.box, m.queue[from:m.next]...)
 }
 
-// redeliver hands in copies of what came before, in any order: a relay published them twice.
+// redeliver passes copies of earlier messages in any order, as if a relay had published them twice.
 func (m *model) redeliver(r *rapid.T) {
 	if m.next == 0 {
 		return
@@ -85,8 +85,9 @@ func (m *model) redeliver(r *rapid.T) {
 	process(r, m.box, rapid.SliceOfN(rapid.SampledFrom(m.queue[:m.next]), 1, 4).Draw(r, "copies")...)
 }
 
-// breakOff hands in the next few and ends the context in the handler of one. They are not acked, so they come again.
-func (m *model) breakOff(r *rapid.T) {
+// interrupt passes the next few messages and cancels the context in the handler of one. The messages are not acked, so
+// they are redelivered.
+func (m *model) interrupt(r *rapid.T) {
 	end := min(len(m.queue), m.next+rapid.IntRange(1, 4).Draw(r, "new"))
 	if end == m.next {
 		return
@@ -106,7 +107,7 @@ func (m *model) breakOff(r *rapid.T) {
 	}
 }
 
-// bury moves the head of a key to the dead letters, or all that waits of it.
+// bury moves the head of a key, or all its waiting messages, to dead_letter.
 func (m *model) bury(r *rapid.T) {
 	key, whole := rapid.SampledFrom([]string{"a", "b"}).Draw(r, "key"), rapid.Bool().Draw(r, "whole")
 	err := postgres.Transact(r.Context(), m.bundle.db, func(tx pgx.Tx) error {
@@ -126,7 +127,7 @@ func (m *model) finish(r *rapid.T) {
 
 func (m *model) check(r *rapid.T) {
 	m.bundle.wantWaiting(r)
-	effects := m.bundle.list(r, `SELECT CASE n WHEN 1 THEN name ELSE format('%s x%s', name, n) END FROM effects WHERE consumer = $1 ORDER BY seq`)
+	effects := m.bundle.list(r, listEffectsSQL)
 	dead := m.bundle.list(r, `SELECT headers ->> 'probe' FROM dead_letter WHERE consumer = $1`)
 	byKey := map[string][]string{}
 	for i, d := range m.queue {
@@ -137,7 +138,7 @@ func (m *model) check(r *rapid.T) {
 		}
 		if slices.Contains(m.buried, d.ID) {
 			if !died {
-				r.Errorf("message %s is buried and not dead", text)
+				r.Errorf("message %s is buried but not dead", text)
 			}
 			continue
 		}
@@ -149,7 +150,8 @@ func (m *model) check(r *rapid.T) {
 		}
 	}
 	if len(effects)+len(dead) != len(m.queue) {
-		r.Errorf("%d effects and %d dead letters of %d messages: %q, %q", len(effects), len(dead), len(m.queue), effects, dead)
+		r.Errorf("%d effects and %d dead letters of %d messages: %q, %q",
+			len(effects), len(dead), len(m.queue), effects, dead)
 	}
 	for key, want := range byKey {
 		got := slices.DeleteFunc(slices.Clone(effects), func(text string) bool { return !slices.Contains(want, text) })

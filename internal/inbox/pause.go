@@ -12,9 +12,10 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-// WhileResumed runs part until ctx is done, except while operators have paused the group. A pause ends part's context,
-// and resuming runs part again. part must finish what it has begun, so a paused group holds no deliveries, and further
-// ones stay in the queue. It polls for pauses every PollInterval. While the database is away, nothing changes.
+// WhileResumed runs part until ctx is done. When operators pause the group, it cancels the context of part; when they
+// resume the group, it runs part again. On cancellation, part must finish the work that it has begun, so that a paused
+// group has no deliveries in progress and the rest stays in the queue. WhileResumed polls the state of the group every
+// PollInterval. While the database does not answer, the last known state applies.
 func (b *Inbox) WhileResumed(ctx context.Context, part func(ctx context.Context) error) error {
 	for paused := false; ctx.Err() == nil; {
 		if paused = b.isPaused(ctx, paused); paused {
@@ -29,7 +30,7 @@ func (b *Inbox) WhileResumed(ctx context.Context, part func(ctx context.Context)
 	return nil
 }
 
-// untilPaused runs part until the group is paused or ctx is done, and waits until it returns.
+// untilPaused runs part until the group is paused or ctx is done, and waits for part to end.
 func (b *Inbox) untilPaused(ctx context.Context, part func(ctx context.Context) error) error {
 	ctx, cancel := context.WithCancel(ctx)
 	var watching sync.WaitGroup
@@ -38,7 +39,7 @@ func (b *Inbox) untilPaused(ctx context.Context, part func(ctx context.Context) 
 	watching.Go(func() {
 		for ctx.Err() == nil {
 			if b.isPaused(ctx, false) {
-				slog.InfoContext(ctx, "group is paused by an operator", "consumer", b.group.name)
+				slog.InfoContext(ctx, "group paused by an operator", "consumer", b.group.name)
 				cancel()
 			}
 			b.wait(ctx)
@@ -62,18 +63,19 @@ func (b *Inbox) wait(ctx context.Context) {
 	}
 }
 
-// Pause stops a group's deliveries and retries, in tx. It returns false if the group is already paused.
+const pauseSQL = `INSERT INTO inbox_pause (consumer, actor, reason) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING`
+
+// Pause stops a group from taking deliveries and from retrying messages, as part of tx. It returns false if the group
+// is already paused.
 func Pause(ctx context.Context, tx pgx.Tx, consumer, actor, reason string) (bool, error) {
-	tag, err := tx.Exec(ctx, `
-		INSERT INTO inbox_pause (consumer, actor, reason) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING`,
-		consumer, actor, reason)
+	tag, err := tx.Exec(ctx, pauseSQL, consumer, actor, reason)
 	if err != nil {
 		return false, fmt.Errorf("pause group: %w", err)
 	}
 	return tag.RowsAffected() > 0, nil
 }
 
-// Resume ends a pause, in tx. It returns false if the group is not paused.
+// Resume ends a pause, as part of tx. It returns false if the group is not paused.
 func Resume(ctx context.Context, tx pgx.Tx, consumer string) (bool, error) {
 	tag, err := tx.Exec(ctx, `DELETE FROM inbox_pause WHERE consumer = $1`, consumer)
 	if err != nil {
@@ -82,11 +84,11 @@ func Resume(ctx context.Context, tx pgx.Tx, consumer string) (bool, error) {
 	return tag.RowsAffected() > 0, nil
 }
 
-// ErrBeingTried means that the handler of a message is running, and may succeed.
-var ErrBeingTried = errors.New("the message is being tried at this moment; try again in a few seconds")
+// ErrBeingTried means that the handler of a message is running, and may be about to succeed.
+var ErrBeingTried = errors.New("the handler is running on the message right now; try again in a few seconds")
 
-// Bury makes waiting messages of a key dead letters, in tx: all of them if whole is true, else the first. It returns
-// their IDs. The next message of the key becomes due.
+// Bury moves the first waiting message of a key to dead_letter, or all of them if whole is set, as part of tx. It
+// returns the messages' IDs. If only the first message is moved, those behind it continue.
 func Bury(
 	ctx context.Context, tx pgx.Tx, consumer, key string, whole bool, cause string,
 ) (messageIDs []string, err error) {

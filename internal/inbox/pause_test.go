@@ -44,10 +44,10 @@ func TestAPausedGroupRunsNothing(t *testing.T) {
 		select {
 		case got := <-running:
 			if got != want {
-				t.Fatalf("runs: %t, want %t", got, want)
+				t.Fatalf("part is running: %t, want %t", got, want)
 			}
 		case <-time.After(20 * time.Second):
-			t.Fatalf("never became %t", want)
+			t.Fatalf("running never became %t", want)
 		}
 	}
 	for range 2 {
@@ -55,7 +55,7 @@ func TestAPausedGroupRunsNothing(t *testing.T) {
 		b.transact(t, func(tx pgx.Tx) error {
 			done, err := Pause(t.Context(), tx, "group", "ann", "why")
 			if err == nil && !done {
-				err = errors.New("was paused")
+				err = errors.New("the group was paused already")
 			}
 			return err
 		})
@@ -68,10 +68,13 @@ func TestAPausedGroupRunsNothing(t *testing.T) {
 		})
 		select {
 		case <-running:
-			t.Fatal("runs although it is paused")
+			t.Fatal("part runs although the group is paused")
 		case <-time.After(20 * config.PollInterval):
 		}
-		b.transact(t, func(tx pgx.Tx) error { _, err := Resume(t.Context(), tx, "group"); return err })
+		b.transact(t, func(tx pgx.Tx) error {
+			_, err := Resume(t.Context(), tx, "group")
+			return err
+		})
 	}
 	runs(true)
 	stop()
@@ -81,7 +84,8 @@ func TestAPausedGroupRunsNothing(t *testing.T) {
 	}
 }
 
-// What waits behind the head of a key goes on when the head is skipped; and nothing is moved while a handler may be succeeding.
+// The messages behind the head of a key continue when the head is skipped. No message is moved while its handler may be
+// about to succeed.
 func TestBury(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -115,11 +119,11 @@ func TestBury(t *testing.T) {
 	testenv.Eventually(t, 10*time.Second, func() error {
 		_, err := box.RetryNext(t.Context())
 		if err == nil && b.ran("second") == 0 {
-			err = errors.New("what was second has not gone on")
+			err = errors.New("the second message has not run")
 		}
 		return err
 	})
-	for range 2 { // the rest, and then there is none
+	for range 2 { // the second time, nothing is left
 		if _, err := bury(true); err != nil {
 			t.Fatal(err)
 		}
@@ -127,40 +131,43 @@ func TestBury(t *testing.T) {
 	var waiting, dead int
 	var text string
 	err := b.db.QueryRow(t.Context(), `
-		SELECT (SELECT count(*) FROM inbox_retry), count(*), min(error) FROM dead_letter WHERE consumer = 'group' AND key = 'k' AND reason = 'skipped'`).
-		Scan(&waiting, &dead, &text)
+		SELECT (SELECT count(*) FROM inbox_retry), count(*), min(error)
+		FROM dead_letter WHERE consumer = 'group' AND key = 'k' AND reason = 'skipped'`).Scan(&waiting, &dead, &text)
 	if err != nil || waiting > 1 || dead < 1 || !strings.HasPrefix(text, "skipped by ann; last error: ") {
 		t.Errorf("%d wait, %d dead, %q, %v", waiting, dead, text, err)
 	}
 }
 
-func TestStandings(t *testing.T) {
+func TestGroupStatuses(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
 	box := b.inbox(Config{})
 	b.on("bad", fails)
-	if err := box.Process(t.Context(), []messaging.Delivery{probe("k", "bad"), probe("l", "good"), probe("", "better")}); err != nil {
-		t.Fatal(err)
-	}
+	process(t, box, probe("k", "bad"), probe("l", "good"), probe("", "better"))
 	ctx, stop := context.WithCancel(t.Context())
 	ended := make(chan struct{})
 	go func() { defer close(ended); box.heartbeat(ctx) }()
-	b.transact(t, func(tx pgx.Tx) error { _, err := Pause(t.Context(), tx, "group", "ann", "why"); return err })
+	b.transact(t, func(tx pgx.Tx) error {
+		_, err := Pause(t.Context(), tx, "group", "ann", "why")
+		return err
+	})
 	testenv.Eventually(t, 10*time.Second, func() error {
-		found, err := GroupStatuses(t.Context(), b.db, []string{"nobody", "group"})
+		found, err := GroupStatuses(t.Context(), b.db, []string{"unknown", "group"})
 		if err == nil && len(found[1].Applied) == 0 {
 			err = errors.New("no heartbeat")
 		}
 		if err == nil {
-			one, applied := found[1], int64(0)
-			for _, n := range one.Applied {
+			group, applied := found[1], int64(0)
+			for _, n := range group.Applied {
 				applied += n
 			}
-			if applied != 2 || one.Lag == nil || *one.Lag > 60 || one.Retrying != 1 || one.Blocked != 1 || one.Paused == nil || one.Paused.Reason != "why" {
-				t.Errorf("got %+v", one)
+			if applied != 2 || group.Lag == nil || *group.Lag > 60 || group.Retrying != 1 || group.Blocked != 1 ||
+				group.Paused == nil || group.Paused.Reason != "why" {
+				t.Errorf("got %+v", group)
 			}
-			if none := found[0]; none.Consumer != "nobody" || none.Paused != nil || len(none.Applied) > 0 || none.Lag != nil {
-				t.Errorf("of nobody: %+v", none)
+			none := found[0]
+			if none.Consumer != "unknown" || none.Paused != nil || len(none.Applied) > 0 || none.Lag != nil {
+				t.Errorf("unknown group: %+v", none)
 			}
 		}
 		return err
@@ -168,6 +175,6 @@ func TestStandings(t *testing.T) {
 	stop()
 	<-ended
 	if found, err := GroupStatuses(t.Context(), b.db, []string{"group"}); err != nil || len(found[0].Applied) != 0 {
-		t.Errorf("after its end: %+v, %v", found, err)
+		t.Errorf("after the end of the consumer: %+v, %v", found, err)
 	}
 }

@@ -11,15 +11,17 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-// Drain stores deliveries that the broker gave up as dead letters. It handles the group's dead queue.
+// Drain stores messages that the broker gave up delivering to the group as dead letters. It is the handler of the queue
+// that the broker moves such messages to.
 func (b *Inbox) Drain(ctx context.Context, deliveries []messaging.Delivery) error {
 	letters := make([]deadletter.Letter, 0, len(deliveries))
 	for _, d := range deliveries {
-		cause := &rejection{deadletter.Undelivered, fmt.Errorf("the broker gave it up: %s", d.Death)}
-		letters = append(letters, b.letter(ctx, d, int(d.Count), &failure{cause}))
+		cause := &failure{&rejection{deadletter.Undelivered, fmt.Errorf("the broker gave it up: %s", d.Death)}}
+		letters = append(letters, b.deadLetter(ctx, d, int(d.Count), cause))
 	}
 	err := postgres.Transact(ctx, b.db, func(tx pgx.Tx) error {
-		// The broker forgets the message after the ack, so a dead letter that already exists must be on the standby, too.
+		// If the dead letter exists already, it may not have reached the standby yet. The broker forgets the message once
+		// it is acked, so wait for the standby.
 		postgres.ConfirmReads(tx)
 		for _, letter := range letters {
 			if err := b.config.OnDead(ctx, tx, letter); err != nil {
@@ -37,8 +39,8 @@ func (b *Inbox) Drain(ctx context.Context, deliveries []messaging.Delivery) erro
 	return err
 }
 
-// ErrTaken means that the inbox has already taken the message: it is applied, waits in inbox_retry, or is another dead
-// letter.
+// ErrTaken means that the inbox has taken the message before: its effect is committed, it waits in inbox_retry, or it
+// is in another dead letter.
 var ErrTaken = errors.New("message is taken already")
 
 const requeueTakeSQL = `INSERT INTO inbox (slot, consumer, message_id) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING`
@@ -48,13 +50,13 @@ INSERT INTO inbox_retry (consumer, message_id, type, key, payload, headers, atte
 VALUES ($1, $2, $3, $4, $5, $6, 0, clock_timestamp(), 'redriven')
 ON CONFLICT (consumer, message_id) WHERE message_id <> '' DO NOTHING`
 
-// Requeue schedules a dead message for another attempt, in tx, behind waiting messages of its key. owned says that the
-// inbox had taken the dead message and never applied it. If owned is false and the inbox has taken the message, Requeue
-// returns ErrTaken.
+// Requeue makes a group try a dead message again, as part of tx, behind the waiting messages of its key. With owned,
+// the caller states that the inbox took the message and never applied it. Without owned, Requeue returns ErrTaken if
+// the inbox has taken the message.
 func Requeue(ctx context.Context, tx pgx.Tx, consumer string, d messaging.Delivery, owned bool) error {
 	if d.ID != "" {
-		message := identityOf(d.ID, slotLength)
-		tag, err := tx.Exec(ctx, requeueTakeSQL, message.slot, consumer, message.id)
+		id := identityOf(d.ID, slotLength)
+		tag, err := tx.Exec(ctx, requeueTakeSQL, id.slot, consumer, id.id)
 		switch {
 		case err != nil:
 			return fmt.Errorf("take message: %w", err)

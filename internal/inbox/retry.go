@@ -16,19 +16,19 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-// maxCrashes is the number of runs of a message that may end with their process. A handler that kills its process (out
-// of memory, a fatal error) reaches this number. Other messages hardly do: a process runs one retry at a time, and
-// withdraws the runs that it survives.
+// maxCrashes is how many runs of a retried message may end together with their process. A handler that kills its
+// process (out of memory, a fatal error) reaches this number. Other messages rarely do: a process retries one message
+// at a time, and undoes the aborted runs that it survives.
 const maxCrashes = 3
 
-// Run retries due messages and deletes old records until ctx is done. Any number of processes may call it.
+// Run retries due messages and forgets old ones, until ctx is done. Any number of processes may call it.
 func (b *Inbox) Run(ctx context.Context) error {
 	var chores sync.WaitGroup
 	defer chores.Wait()
-	chores.Go(func() { b.sweepRegularly(ctx) })
+	chores.Go(func() { b.sweepPeriodically(ctx) })
 	chores.Go(func() { b.heartbeat(ctx) })
 	defer b.observeRetries(0)()
-	defer b.leave(ctx)
+	defer b.undoRunsNow(ctx)
 	return b.WhileResumed(ctx, b.retryDue)
 }
 
@@ -53,51 +53,52 @@ type retry struct {
 	seq      int64
 	attempts int
 	run      uuid.UUID
-	// unended is the number of runs without a known end, including this one.
+	// unended is the number of runs whose outcome is unknown, including this one.
 	unended int
 }
 
-// Records the run in a transaction of its own, before the handler runs: if the handler kills the process, the record
-// stays. The row is not due again for as long as a handler may take. Only the head of a key has a due time.
+// The claim records the run in a separate transaction, before the handler runs, so the record remains if the handler
+// kills its process. The row is not due again until the claim expires. Among the messages of a key, only the head has a
+// due time.
 //
-// The commit waits for neither disk nor standby. A crash of Postgres can lose it, but then the handler has lost its own
-// connection, too. If the handler crashes at the same time, that crash is not counted.
+// The commit does not wait for the disk or a standby. If it is lost, the handler loses its claim, but its connection is
+// lost as well. And if Postgres and the handler's process crash together, that crash is not counted.
 const claimSQL = `
-WITH no_sync AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
+WITH async_commit AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
 UPDATE inbox_retry SET runs = runs || $3::uuid, due_at = clock_timestamp() + $2
-FROM no_sync
+FROM async_commit
 WHERE seq = (
     SELECT seq FROM inbox_retry
-    WHERE consumer = $1 AND due_at <= statement_timestamp() -- no index can search for clock_timestamp()
+    WHERE consumer = $1 AND due_at <= statement_timestamp() -- an index scan cannot use clock_timestamp()
     ORDER BY due_at LIMIT 1
     FOR UPDATE SKIP LOCKED)
 RETURNING seq, attempts, cardinality(runs), message_id, type, key, payload, headers`
 
-// RetryNext runs the handler on the message that has been due longest. It reports whether one was due.
+// RetryNext runs the handler on the message that has been due longest. It returns false if none is due.
 func (b *Inbox) RetryNext(ctx context.Context) (found bool, err error) {
-	// First withdraw earlier runs, so that this process has at most one unsettled run, apart from those whose rows are
-	// locked.
-	if err := b.withdraw(ctx); err != nil {
+	// This comes first, so that this process has at most one aborted run, apart from those whose row is locked by another
+	// process right now.
+	if err := b.undoRuns(ctx); err != nil {
 		return false, err
 	}
-	claimed, err := b.claim(ctx)
+	r, err := b.claim(ctx)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return false, nil
 	}
 	if err == nil {
-		err = b.retry(ctx, claimed)
+		err = b.retry(ctx, r)
 	}
 	if err != nil {
-		b.giveUp(ctx, claimed)
+		b.abort(ctx, r)
 	}
-	if errors.Is(err, errStolen) {
+	if errors.Is(err, errClaimLost) {
 		return true, nil
 	}
 	return err == nil, err
 }
 
-// claim claims the message that has been due longest. It returns pgx.ErrNoRows if none is due. After any other error
-// the claim may be committed.
+// claim claims the message that has been due longest. It returns pgx.ErrNoRows if none is due. After any other error,
+// the claim may be in effect.
 func (b *Inbox) claim(ctx context.Context) (r retry, err error) {
 	r.run = uuid.New()
 	err = postgres.Transact(ctx, b.db, func(tx pgx.Tx) error {
@@ -110,8 +111,8 @@ func (b *Inbox) claim(ctx context.Context) (r retry, err error) {
 	return r, err
 }
 
-// retry runs the handler of a claimed message and settles the result. After an error the claim remains, unless another
-// process has taken it over.
+// retry runs the handler of a claimed message and settles the outcome. After an error the claim remains in effect,
+// unless another process has it.
 func (b *Inbox) retry(ctx context.Context, r retry) error {
 	if r.unended > maxCrashes {
 		crashed := fmt.Errorf("the handler was started %d times and never finished", r.unended-1)
@@ -134,7 +135,7 @@ func (b *Inbox) retry(ctx context.Context, r retry) error {
 	}
 	if err == nil {
 		b.meters.applied.Add(ctx, 1, b.meters.group)
-		b.progress.note(1, identityOf(r.ID, slotLength))
+		b.stats.record(1, identityOf(r.ID, slotLength))
 		b.config.AfterCommit()
 	}
 	return err
@@ -142,8 +143,8 @@ func (b *Inbox) retry(ctx context.Context, r retry) error {
 
 type attemptKey struct{}
 
-// Attempt returns the number of the current attempt, given the handler's context: 1 plus the number of failed runs. It
-// does not count runs that ended with the process or because the database was away.
+// Attempt returns the number of the current attempt at a message, given the handler's context: 1, plus one for each
+// failed run. Interrupted runs do not count, whether the process ended or the database was unavailable.
 func Attempt(ctx context.Context) int {
 	if attempt, ok := ctx.Value(attemptKey{}).(int); ok {
 		return attempt
@@ -151,14 +152,14 @@ func Attempt(ctx context.Context) int {
 	return 1
 }
 
-// errStolen means that the claim expired and another process has taken the row over.
-var errStolen = errors.New("retry was taken over by another process")
+// errClaimLost means that the claim expired, and that another process has claimed or settled the message.
+var errClaimLost = errors.New("retry was taken over by another process")
 
-// remove deletes a claimed row, or returns errStolen if the claim has expired.
+// remove deletes the claimed row if the claim is still in effect.
 func (b *Inbox) remove(ctx context.Context, tx pgx.Tx, r retry) error {
 	tag, err := tx.Exec(ctx, `DELETE FROM inbox_retry WHERE seq = $1 AND runs[cardinality(runs)] = $2`, r.seq, r.run)
 	if err == nil && tag.RowsAffected() == 0 {
-		return errStolen
+		return errClaimLost
 	}
 	return err
 }
@@ -167,16 +168,16 @@ const postponeSQL = `
 UPDATE inbox_retry SET attempts = attempts + 1, runs = '{}', due_at = clock_timestamp() + $3, last_error = $4
 WHERE seq = $1 AND runs[cardinality(runs)] = $2`
 
-// retryFailed schedules another attempt, or makes the message a dead letter.
+// retryFailed postpones a message again, or makes it a dead letter.
 func (b *Inbox) retryFailed(ctx context.Context, r retry, cause *failure) error {
 	attempts := r.attempts + 1
 	if final(cause) || attempts >= b.config.MaxAttempts {
-		letter := b.letter(ctx, r.Delivery, attempts, cause)
+		letter := b.deadLetter(ctx, r.Delivery, attempts, cause)
 		err := postgres.Transact(ctx, b.db, func(tx pgx.Tx) error {
 			if err := b.remove(ctx, tx, r); err != nil {
 				return err
 			}
-			return b.bury(ctx, tx, letter)
+			return b.storeDead(ctx, tx, letter)
 		})
 		if err == nil {
 			b.meters.dead(ctx, letter)
@@ -188,7 +189,7 @@ func (b *Inbox) retryFailed(ctx context.Context, r retry, cause *failure) error 
 	err := postgres.Transact(ctx, b.db, func(tx pgx.Tx) error {
 		tag, err := tx.Exec(ctx, postponeSQL, r.seq, r.run, pause, messaging.CleanText(cause.Error()))
 		if err == nil && tag.RowsAffected() == 0 {
-			return errStolen
+			return errClaimLost
 		}
 		return err
 	})
@@ -198,13 +199,14 @@ func (b *Inbox) retryFailed(ctx context.Context, r retry, cause *failure) error 
 	return err
 }
 
-// warn logs a failure that will be retried.
+// warn logs a failure after which the message will be retried.
 func (b *Inbox) warn(ctx context.Context, d messaging.Delivery, attempt int, cause *failure, pause time.Duration) {
 	slog.WarnContext(traceOf(ctx, d.Headers), "message will be retried", "consumer", b.group.name, "message_id", d.ID,
 		"attempt", attempt, "error", cause, "retry_in", pause)
 }
 
-// pause returns the exponential pause with jitter, so that messages that failed together are not retried together.
+// pause returns the pause after so many attempts: exponential, with jitter, so that messages that failed together are
+// not retried together.
 func (b *Inbox) pause(attempts int) time.Duration {
 	return time.Duration(float64(b.config.pause(attempts)) * (0.75 + rand.Float64()/2))
 }
@@ -217,9 +219,9 @@ func (c Config) pause(attempts int) time.Duration {
 	return c.RetryMax
 }
 
-// LongestRetry returns the longest time from a message's first attempt until it is applied or dead, if no other message
-// of its key blocks it. It assumes that every attempt comes after maxCrashes crashes and takes the whole claim, that
-// every pause has the longest jitter, and that every poll comes late.
+// LongestRetry returns the longest time from the first attempt at a message until the message is applied or dead, if it
+// never waits behind another message of its key. In the worst case every attempt crashes as often as allowed, every run
+// lasts as long as its claim, every pause has the maximal jitter, and every poll is one interval late.
 func (c Config) LongestRetry() time.Duration {
 	c = c.withDefaults()
 	longest := c.HandlerTimeout
@@ -229,17 +231,19 @@ func (c Config) LongestRetry() time.Duration {
 	return longest
 }
 
-// claim is the time for which no other process takes a claimed retry.
+// claim returns how long a claim lasts.
 func (c Config) claim() time.Duration { return c.HandlerTimeout + 5*time.Second }
 
-// final reports whether retries cannot help.
+// final reports whether no retry can help.
 func final(cause *failure) bool {
 	var rejected *rejection
 	return messaging.IsPermanent(cause) || errors.As(cause, &rejected)
 }
 
-// letter returns the dead letter of a message, and logs it.
-func (b *Inbox) letter(ctx context.Context, d messaging.Delivery, attempts int, cause *failure) deadletter.Letter {
+// deadLetter makes a dead letter of a message, and logs it.
+func (b *Inbox) deadLetter(
+	ctx context.Context, d messaging.Delivery, attempts int, cause *failure,
+) deadletter.Letter {
 	var rejected *rejection
 	reason := deadletter.Exhausted
 	switch {
@@ -256,8 +260,8 @@ func (b *Inbox) letter(ctx context.Context, d messaging.Delivery, attempts int, 
 	}
 }
 
-// bury inserts dead letters after calling OnDead for each.
-func (b *Inbox) bury(ctx context.Context, tx pgx.Tx, letters ...deadletter.Letter) error {
+// storeDead stores dead letters, after calling OnDead for each.
+func (b *Inbox) storeDead(ctx context.Context, tx pgx.Tx, letters ...deadletter.Letter) error {
 	for _, letter := range letters {
 		if err := b.config.OnDead(ctx, tx, letter); err != nil {
 			return fmt.Errorf("on dead letter: %w", err)

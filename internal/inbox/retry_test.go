@@ -12,7 +12,7 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-// makeDue lets the time until the next attempt pass.
+// makeDue makes all waiting heads due, as if their pauses were over.
 func (b *bundle) makeDue(t testing.TB) {
 	t.Helper()
 	const sql = `UPDATE inbox_retry SET due_at = clock_timestamp() WHERE consumer = $1 AND due_at IS NOT NULL`
@@ -36,7 +36,7 @@ func TestOrderOfAKeySurvivesFailures(t *testing.T) {
 		b.on("k1", nil)
 		retryAll(t, p)
 		b.wantEffects(t, "o1", "free", "o2", "o3", "k1", "k2", "k3")
-		process(t, p, probe("k", "k4")) // nobody waits any more
+		process(t, p, probe("k", "k4")) // nothing waits any more
 		b.wantEffects(t, "o1", "free", "o2", "o3", "k1", "k2", "k3", "k4")
 	})
 
@@ -53,19 +53,19 @@ func TestOrderOfAKeySurvivesFailures(t *testing.T) {
 		b.wantWaiting(t)
 	})
 
-	t.Run("HeadThatIsNotDueHoldsTheOthers", func(t *testing.T) {
+	t.Run("HeadThatIsNotDueBlocksTheOthers", func(t *testing.T) {
 		t.Parallel()
 		b := setup(t)
 		b.on("k1", fails)
 		p := b.inbox(Config{RetryBase: time.Hour})
 		process(t, p, probe("k", "k1"), probe("k", "k2"))
 		if retryOne(t, p) {
-			t.Error("one was found due")
+			t.Error("retried a message that was not due")
 		}
 		b.wantEffects(t)
 	})
 
-	t.Run("DeliveryThatBrokeOffTwiceIsNotHandledInTheBatch", func(t *testing.T) {
+	t.Run("DeliveryInterruptedTwiceIsNotHandledInTheBatch", func(t *testing.T) {
 		t.Parallel()
 		b := setup(t)
 		suspect, once := probe("k", "suspect"), probe("", "once")
@@ -82,7 +82,8 @@ func TestOrderOfAKeySurvivesFailures(t *testing.T) {
 	})
 }
 
-// TestRetryIsOneTransaction looks from outside while the handler of a retry runs: its row is still there, since its effect is not.
+// TestRetryIsOneTransaction looks from another session while the handler of a retry runs: the row still exists, because
+// the effect is not committed.
 func TestRetryIsOneTransaction(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -92,10 +93,10 @@ func TestRetryIsOneTransaction(t *testing.T) {
 	b.on("k1", func(context.Context, pgx.Tx) error {
 		b.wantWaiting(t, "k1 1/2")
 		b.wantEffects(t)
-		// What comes now queues behind, and nobody else takes it or the one that runs.
+		// A later message queues behind, and no other process runs either message.
 		process(t, b.inbox(eager), probe("k", "k2"))
 		if retryOne(t, b.inbox(eager)) {
-			t.Error("somebody else found something due")
+			t.Error("another process found a due message")
 		}
 		return nil
 	})
@@ -104,22 +105,24 @@ func TestRetryIsOneTransaction(t *testing.T) {
 	b.wantWaiting(t, "k2 0/0")
 }
 
-// TestRetrySkipsWhatAnotherHolds has a claim of another process in the middle: it is neither waited for nor claimed a second time, which
-// would count as a start.
-func TestRetrySkipsWhatAnotherHolds(t *testing.T) {
+// TestRetrySkipsLockedMessages retries while another process is claiming a message. The retry neither waits for that
+// message nor claims it, which would count as a start.
+func TestRetrySkipsLockedMessages(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
-	b.on("held", fails)
+	b.on("locked", fails)
 	b.on("free", fails)
 	p := b.inbox(eager)
-	process(t, p, probe("k", "held"), probe("k", "behind"))
+	process(t, p, probe("k", "locked"), probe("k", "behind"))
 	process(t, p, probe("", "free"))
 	b.on("free", nil)
 	err := pgx.BeginFunc(t.Context(), b.db, func(tx pgx.Tx) error {
-		if _, err := tx.Exec(t.Context(), `SELECT FROM inbox_retry WHERE key = 'k' ORDER BY seq LIMIT 1 FOR UPDATE`); err != nil {
+		_, err := tx.Exec(t.Context(), `SELECT FROM inbox_retry WHERE key = 'k' ORDER BY seq LIMIT 1 FOR UPDATE`)
+		if err != nil {
 			return err
 		}
-		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second) // a claim that waits would wait for this transaction
+		// A claim that waits would wait for this transaction, until the timeout.
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 		defer cancel()
 		for _, want := range []bool{true, false} {
 			if found, err := p.RetryNext(ctx); found != want || err != nil {
@@ -132,10 +135,11 @@ func TestRetrySkipsWhatAnotherHolds(t *testing.T) {
 		t.Error(err)
 	}
 	b.wantEffects(t, "free")
-	b.wantWaiting(t, "held 1/1", "behind 0/0")
+	b.wantWaiting(t, "locked 1/1", "behind 0/0")
 }
 
-// TestRetriesByManyProcesses checks that no key runs twice at a time or out of order, whoever retries it.
+// TestRetriesByManyProcesses checks that messages of a key never run concurrently or out of order, although many
+// processes retry them.
 func TestRetriesByManyProcesses(t *testing.T) {
 	t.Parallel()
 	const keys, each, processes = 4, 6, 5
@@ -158,7 +162,7 @@ func TestRetriesByManyProcesses(t *testing.T) {
 		failed := new(atomic.Bool)
 		b.on(text, func(context.Context, pgx.Tx) error {
 			if n.Add(1) > 1 {
-				t.Errorf("key %s is run twice at a time", d.Key)
+				t.Errorf("two handlers run for key %s at once", d.Key)
 			}
 			defer n.Add(-1)
 			if text[1]%2 == 0 && failed.CompareAndSwap(false, true) {
@@ -227,14 +231,14 @@ func TestAfterCommit(t *testing.T) {
 		}
 		calls = 0
 	}
-	one := probe("", "one")
-	process(t, p, one, probe("", "two"))
+	message := probe("", "one")
+	process(t, p, message, probe("", "two"))
 	want("a batch", 1)
-	process(t, p, one)
+	process(t, p, message)
 	want("a duplicate", 0)
 	b.on("bad", fails)
 	process(t, p, probe("k", "bad"), probe("k", "behind"))
-	want("a failure and one that waits behind", 0)
+	want("a failure and a message behind it", 0)
 	retryOne(t, p)
 	want("a retry that failed", 0)
 	b.on("bad", nil)

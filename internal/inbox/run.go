@@ -12,12 +12,12 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-// failure is the error of a handler. All other errors are the database's.
+// failure is an error of a handler. Any other error comes from the database.
 type failure struct{ error }
 
 func (f *failure) Unwrap() error { return f.error }
 
-// run runs the handler. Its error is a *failure unless the database or the end of ctx caused it.
+// run runs the handler. It returns a *failure, unless the database or the end of ctx is to blame.
 func (b *Inbox) run(ctx context.Context, tx pgx.Tx, delivery messaging.Delivery) error {
 	limited, cancel := context.WithTimeout(ctx, b.config.HandlerTimeout)
 	defer cancel()
@@ -30,16 +30,16 @@ func (b *Inbox) run(ctx context.Context, tx pgx.Tx, delivery messaging.Delivery)
 	case limited.Err() != nil:
 		return &failure{fmt.Errorf("handler ran longer than %s: %w", b.config.HandlerTimeout, err)}
 	}
-	// Wait for a database that is away. An error that only looks like an outage is the handler's failure, and so is a busy
-	// database: waiting for either might never end.
+	// Wait for an unavailable database. An error that merely looks like one counts as the handler's failure, and so does
+	// a busy database: waiting for these might never end.
 	if postgres.IsAway(tx, err) {
 		return err
 	}
 	return &failure{err}
 }
 
-// blameHandlers turns Postgres' refusal at COMMIT into a failure of the handlers, which returned nil before it. A
-// deferred constraint causes one, for instance.
+// blameHandlers turns an error at COMMIT into a *failure if the handlers had run to their end: Postgres refused their
+// work, for example because of a deferred constraint.
 func blameHandlers(err error, ran bool) error {
 	for _, other := range []error{
 		postgres.ErrOutcomeUnknown, postgres.ErrUnavailable, context.Canceled, context.DeadlineExceeded,
@@ -54,8 +54,8 @@ func blameHandlers(err error, ran bool) error {
 	return &failure{err}
 }
 
-// committable returns a *failure if the handler returned nil but left a transaction that cannot commit. Otherwise every
-// COMMIT would fail, and the batch would be handed in again without end.
+// committable returns a *failure if the handler returned nil but left a transaction that cannot be committed. COMMIT
+// would fail every time, and the batch would be passed again and again.
 func committable(tx pgx.Tx) error {
 	if err := postgres.Committable(tx); err != nil {
 		return &failure{fmt.Errorf("the handler returned nil, but its transaction cannot be committed: %w", err)}
@@ -69,11 +69,11 @@ func (b *Inbox) runSafely(ctx context.Context, tx pgx.Tx, delivery messaging.Del
 			switch cause.(type) {
 			case error, string:
 			default:
-				cause = fmt.Sprintf("%T", cause) // may hold a message, whose content must not be logged
+				cause = fmt.Sprintf("%T", cause) // it may be a message, whose content must not be logged
 			}
 			err = fmt.Errorf("handler panicked: %v", cause)
-			slog.ErrorContext(ctx, "handler panicked", "consumer", b.group.name, "message_id", delivery.ID, "panic", cause,
-				"stack", string(debug.Stack()))
+			slog.ErrorContext(ctx, "handler panicked", "consumer", b.group.name, "message_id", delivery.ID,
+				"panic", cause, "stack", string(debug.Stack()))
 		}
 	}()
 	return b.group.handle(ctx, tx, delivery)

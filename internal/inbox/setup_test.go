@@ -20,22 +20,22 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	slog.SetDefault(slog.New(slog.DiscardHandler)) // the tests make thousands of messages fail
+	slog.SetDefault(slog.New(slog.DiscardHandler)) // thousands of messages fail in these tests
 	testenv.Main(m)
 }
 
 var days = ring{slotLength}
 
-// act is what the handler does after it has written its effect.
+// act is run by the handler after it has written its effect.
 type act func(ctx context.Context, tx pgx.Tx) error
 
 var errProbe = errors.New("probe failed")
 
-// fails is an act that does nothing else.
+// fails is an act that only fails.
 func fails(context.Context, pgx.Tx) error { return errProbe }
 
-// bundle is a database with a table of effects, and a group whose handler writes to it. A second run of the handler for one
-// text would show as n = 2.
+// bundle is a database with a table of effects, and a group whose handler writes to it. If the handler is committed
+// twice for a text, n is 2.
 type bundle struct {
 	db    *pgxpool.Pool
 	group *Group
@@ -54,7 +54,8 @@ func setupOn(t testing.TB, db *pgxpool.Pool) *bundle {
 	t.Helper()
 	exec(t, db, `
 		CREATE TABLE effects (
-			consumer text, name text, n integer NOT NULL, seq bigint GENERATED ALWAYS AS IDENTITY, PRIMARY KEY (consumer, name))`)
+			consumer text, name text, n integer NOT NULL, seq bigint GENERATED ALWAYS AS IDENTITY,
+			PRIMARY KEY (consumer, name))`)
 	return newBundle(db, "group")
 }
 
@@ -65,7 +66,7 @@ func exec(t testing.TB, db *pgxpool.Pool, sql string, args ...any) {
 	}
 }
 
-// newBundle makes one more group on the same database, for tests of many cases. It sees nothing of the others.
+// newBundle makes another group on the same database, for tests with many cases. It does not see the other groups.
 func newBundle(db *pgxpool.Pool, name string) *bundle {
 	b := &bundle{db: db, group: NewGroup(name), acts: map[string]act{}, runs: map[string]int{}}
 	Handle(b.group, func(ctx context.Context, tx pgx.Tx, message *wrapperspb.StringValue) error {
@@ -83,9 +84,14 @@ func newBundle(db *pgxpool.Pool, name string) *bundle {
 	return b
 }
 
-const effectSQL = `INSERT INTO effects (consumer, name, n) VALUES ($1, $2, 1) ON CONFLICT (consumer, name) DO UPDATE SET n = effects.n + 1`
+const effectSQL = `
+INSERT INTO effects (consumer, name, n) VALUES ($1, $2, 1)
+ON CONFLICT (consumer, name) DO UPDATE SET n = effects.n + 1`
 
-// on sets what the handler does with a text; nil means nothing more.
+const listEffectsSQL = `
+SELECT CASE n WHEN 1 THEN name ELSE format('%s x%s', name, n) END FROM effects WHERE consumer = $1 ORDER BY seq`
+
+// on sets the act for a text; nil means none.
 func (b *bundle) on(text string, do act) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -105,10 +111,12 @@ func (b *bundle) inbox(config Config) *Inbox { return New(b.db, b.group, config)
 
 func probe(key, text string) messaging.Delivery {
 	m := messaging.New(key, wrapperspb.String(text))
-	return messaging.Delivery{ID: m.ID.String(), Type: m.Type, Key: key, Payload: m.Payload, Headers: map[string]string{"probe": text}}
+	return messaging.Delivery{
+		ID: m.ID.String(), Type: m.Type, Key: key, Payload: m.Payload, Headers: map[string]string{"probe": text},
+	}
 }
 
-// probes makes deliveries without a key, with the texts m000, m001 ...
+// probes returns deliveries without a key, with the texts m000, m001 and so on.
 func probes(n int) (deliveries []messaging.Delivery, texts []string) {
 	for i := range n {
 		texts = append(texts, fmt.Sprintf("m%03d", i))
@@ -117,7 +125,7 @@ func probes(n int) (deliveries []messaging.Delivery, texts []string) {
 	return deliveries, texts
 }
 
-// tester is what testing.T and rapid.T share.
+// tester is the interface that testing.T and rapid.T share.
 type tester interface {
 	Helper()
 	Context() context.Context
@@ -132,7 +140,7 @@ func process(t tester, p *Inbox, deliveries ...messaging.Delivery) {
 	}
 }
 
-// retryAll retries until nothing is due, and returns how many there were.
+// retryAll retries until nothing is due, and returns how many messages it retried.
 func retryAll(t tester, p *Inbox) (n int) {
 	t.Helper()
 	for ; retryOne(t, p); n++ {
@@ -170,42 +178,43 @@ func (b *bundle) list(t tester, sql string) []string {
 	return found
 }
 
-// wantEffects checks that these effects are there, once each, in this order, and no others.
+// wantEffects checks that exactly these effects exist, once each and in this order.
 func (b *bundle) wantEffects(t tester, want ...string) {
 	t.Helper()
-	got := b.list(t, `SELECT CASE n WHEN 1 THEN name ELSE format('%s x%s', name, n) END FROM effects WHERE consumer = $1 ORDER BY seq`)
+	got := b.list(t, listEffectsSQL)
 	if !slices.Equal(got, want) {
 		t.Errorf("effects are %q, want %q", got, want)
 	}
 }
 
-// wantWaiting checks what stands in inbox_retry, as "text attempts/starts" in the order of arrival. A start is an
-// attempt, or a run of which nothing is known. It also checks that each key has one head, its first message: else the
-// others would wait without end.
+// wantWaiting checks the rows of inbox_retry, as "text attempts/starts" in the order of arrival. Starts are the
+// attempts plus the runs whose outcome is unknown. It also checks the heads: without a head, a key would wait forever.
 func (b *bundle) wantWaiting(t tester, want ...string) {
 	t.Helper()
 	got := b.list(t, `
 		SELECT format('%s %s/%s', headers ->> 'probe', attempts, attempts + cardinality(runs))
 		FROM inbox_retry WHERE consumer = $1 ORDER BY seq`)
 	if !slices.Equal(got, want) {
-		t.Errorf("waiting are %q, want %q", got, want)
+		t.Errorf("waiting messages are %q, want %q", got, want)
 	}
 	b.wantHeads(t)
 }
 
-// wantHeads checks that the first message of each key that waits is its head, and no other.
+// wantHeads checks that the first waiting message of each key is a head, and that no other message is.
 func (b *bundle) wantHeads(t tester) {
 	t.Helper()
 	wrong := b.list(t, `
 		SELECT format('%s of key %s', headers ->> 'probe', key)
-		FROM (SELECT *, min(seq) OVER (PARTITION BY key) AS first FROM inbox_retry WHERE consumer = $1 AND key <> '') AS one
+		FROM (
+			SELECT *, min(seq) OVER (PARTITION BY key) AS first FROM inbox_retry
+			WHERE consumer = $1 AND key <> '') AS message
 		WHERE (due_at IS NULL) = (seq = first)`)
 	if len(wrong) > 0 {
 		t.Errorf("the heads of the keys are wrong: %q", wrong)
 	}
 }
 
-// wantDead checks the dead letters, as "reason attempts" in the order of their death.
+// wantDead checks the dead letters, as "reason attempts" in the order in which they were stored.
 func (b *bundle) wantDead(t tester, want ...string) {
 	t.Helper()
 	got := b.list(t, `SELECT format('%s %s', reason, attempts) FROM dead_letter WHERE consumer = $1 ORDER BY id`)
@@ -214,18 +223,19 @@ func (b *bundle) wantDead(t tester, want ...string) {
 	}
 }
 
-// errorTexts returns what the dead letters say.
+// errorTexts returns the error texts of the dead letters.
 func (b *bundle) errorTexts(t tester) []string {
 	t.Helper()
 	return b.list(t, `SELECT error FROM dead_letter WHERE consumer = $1 ORDER BY id`)
 }
 
-// wantKept checks that the only dead letter holds a delivery's payload byte for byte.
+// wantKept checks that the only dead letter contains the delivery's payload, byte for byte.
 func (b *bundle) wantKept(t tester, reason deadletter.Reason, payload []byte) {
 	t.Helper()
 	var gotReason deadletter.Reason
 	var gotPayload []byte
-	if err := b.db.QueryRow(t.Context(), `SELECT reason, payload FROM dead_letter WHERE consumer = $1`, b.group.name).Scan(&gotReason, &gotPayload); err != nil {
+	const sql = `SELECT reason, payload FROM dead_letter WHERE consumer = $1`
+	if err := b.db.QueryRow(t.Context(), sql, b.group.name).Scan(&gotReason, &gotPayload); err != nil {
 		t.Fatalf("read dead letter: %v", err)
 	}
 	if gotReason != reason || string(gotPayload) != string(payload) {
@@ -236,18 +246,19 @@ func (b *bundle) wantKept(t tester, reason deadletter.Reason, payload []byte) {
 // wantCopies checks how many copies of a message the inbox has counted.
 func (b *bundle) wantCopies(t tester, d messaging.Delivery, want int) {
 	t.Helper()
-	who, err := days.identify(d.ID, time.Now())
+	id, err := days.identify(d.ID, time.Now())
 	if err != nil {
 		t.Fatalf("identify: %v", err)
 	}
 	var got int
-	err = b.db.QueryRow(t.Context(), `SELECT copies FROM inbox WHERE slot = $1 AND consumer = $2 AND message_id = $3`, who.slot, b.group.name, who.id).Scan(&got)
+	const sql = `SELECT copies FROM inbox WHERE slot = $1 AND consumer = $2 AND message_id = $3`
+	err = b.db.QueryRow(t.Context(), sql, id.slot, b.group.name, id.id).Scan(&got)
 	if err != nil || got != want {
 		t.Errorf("%s has counted %d copies, %v, want %d", b.group.name, got, err, want)
 	}
 }
 
-// wantAway checks that an error says that the database is away and nothing was written.
+// wantAway checks that an error says that the database is unavailable and that nothing was written.
 func wantAway(t tester, err error) {
 	t.Helper()
 	if !errors.Is(err, postgres.ErrUnavailable) {

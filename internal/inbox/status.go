@@ -9,14 +9,14 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// MessageStatus describes what a consumer group has done with a message.
+// MessageStatus is what one consumer group did with a message.
 type MessageStatus struct {
 	Consumer   string    `json:"consumer"`
 	ReceivedAt time.Time `json:"received_at"`
-	// Copies is the number of deliveries, including duplicates.
+	// Copies is the number of deliveries, including absorbed duplicates.
 	Copies int `json:"copies"`
-	// Waits means that the message is in inbox_retry. If it waits behind another message of its key, it has no DueAt.
-	// The following fields are zero if it does not wait.
+	// Waits reports whether the message is in inbox_retry, either because it failed itself or behind another message of
+	// its key; in the second case it has no DueAt. The fields below are zero if it does not wait.
 	Waits     bool       `json:"waits"`
 	Attempts  int        `json:"attempts"`
 	DueAt     *time.Time `json:"due_at,omitempty"`
@@ -30,8 +30,8 @@ FROM inbox LEFT JOIN inbox_retry AS retry ON retry.consumer = inbox.consumer AND
 WHERE slot = $1 AND inbox.message_id = $2
 ORDER BY inbox.consumer`
 
-// StatusesOf returns the status of a message in each consumer group. A group that has not taken the message, or has
-// forgotten it, is missing.
+// StatusesOf returns what each consumer group did with a message. A group that is missing has not taken the message, or
+// has forgotten it.
 func StatusesOf(ctx context.Context, db *pgxpool.Pool, messageID string) ([]MessageStatus, error) {
 	id := identityOf(messageID, slotLength)
 	rows, err := db.Query(ctx, statusSQL, id.slot, id.id, messageID)
@@ -41,7 +41,7 @@ func StatusesOf(ctx context.Context, db *pgxpool.Pool, messageID string) ([]Mess
 	return pgx.CollectRows(rows, pgx.RowToStructByPos[MessageStatus])
 }
 
-// BlockedKey is a key whose first message is being retried while the others wait.
+// BlockedKey is a key whose messages wait for its head.
 type BlockedKey struct {
 	Consumer  string    `json:"consumer"`
 	Key       string    `json:"key"`
@@ -53,8 +53,8 @@ type BlockedKey struct {
 	LastError string    `json:"last_error"`
 }
 
-// Heads have everything but the number of waiting messages. The count reads an index entry for each message of the
-// returned keys.
+// The heads provide everything except the number of waiting messages. Counting those reads one index entry per message,
+// for the returned keys only.
 const blockedSQL = `
 SELECT head.consumer, head.key, waiting.messages, created_at, message_id, attempts, due_at, last_error
 FROM (
@@ -64,9 +64,9 @@ CROSS JOIN LATERAL (
     WHERE message.consumer = head.consumer AND message.key = head.key AND message.key <> '') AS waiting
 ORDER BY created_at`
 
-// Blocked returns at most limit blocked keys of all consumer groups, those blocked longest first.
-func Blocked(ctx context.Context, db *pgxpool.Pool, limit int) ([]BlockedKey, error) {
-	rows, err := db.Query(ctx, blockedSQL, limit)
+// Blocked returns up to most blocked keys of all consumer groups, the longest blocked first.
+func Blocked(ctx context.Context, db *pgxpool.Pool, most int) ([]BlockedKey, error) {
+	rows, err := db.Query(ctx, blockedSQL, most)
 	if err != nil {
 		return nil, fmt.Errorf("read retries: %w", err)
 	}

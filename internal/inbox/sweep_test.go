@@ -13,14 +13,14 @@ import (
 	"github.com/google/uuid"
 )
 
-// brief is an inbox whose slots last only so long.
-func (b *bundle) brief(slot time.Duration) *Inbox {
+// inboxWithSlots returns an inbox with slots of the given length.
+func (b *bundle) inboxWithSlots(slot time.Duration) *Inbox {
 	box := b.inbox(Config{})
 	box.ring = ring{slot}
 	return box
 }
 
-func (b *bundle) remembered(t testing.TB) (n int) {
+func (b *bundle) countRecords(t testing.TB) (n int) {
 	t.Helper()
 	if err := b.db.QueryRow(t.Context(), `SELECT count(*) FROM inbox`).Scan(&n); err != nil {
 		t.Fatal(err)
@@ -28,10 +28,10 @@ func (b *bundle) remembered(t testing.TB) (n int) {
 	return n
 }
 
-// aged makes a delivery whose ID was made so long ago.
+// aged returns a delivery of the given age.
 func aged(age time.Duration, text string) messaging.Delivery {
 	d := probe("", text)
-	d.ID = bornAt(time.Now().Add(-age))
+	d.ID = idAt(time.Now().Add(-age))
 	return d
 }
 
@@ -47,10 +47,11 @@ func sweepOnce(t testing.TB, box *Inbox) []int16 {
 func TestSweepForgetsOnlyWhatIsRefused(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
-	box := b.brief(time.Hour)
+	box := b.inboxWithSlots(time.Hour)
 	memory := box.ring.memory()
 	if box.ring.window() >= memory || memory+box.ring.skew() >= (slots-1)*box.ring.slot {
-		t.Fatalf("window %s, memory %s and skew %s leave no time to sweep", box.ring.window(), memory, box.ring.skew())
+		t.Fatalf("window %s, memory %s and skew %s leave no time for a sweep",
+			box.ring.window(), memory, box.ring.skew())
 	}
 	oldest := aged(box.ring.window()-time.Second, "oldest")
 	process(t, box, oldest, aged(0, "fresh"))
@@ -60,17 +61,19 @@ func TestSweepForgetsOnlyWhatIsRefused(t *testing.T) {
 	process(t, box, oldest) // a copy
 	b.wantEffects(t, "oldest", "fresh")
 	var copies int
-	if err := b.db.QueryRow(t.Context(), `SELECT max(copies) FROM inbox`).Scan(&copies); err != nil || copies != 2 {
+	err := b.db.QueryRow(t.Context(), `SELECT max(copies) FROM inbox`).Scan(&copies)
+	if err != nil || copies != 2 {
 		t.Errorf("%d copies, %v", copies, err)
 	}
 
 	older := aged(memory+time.Second, "older")
-	exec(t, b.db, `UPDATE inbox SET message_id = $1 WHERE message_id = $2`, older.ID, oldest.ID) // as time passes
+	// Age the message.
+	exec(t, b.db, `UPDATE inbox SET message_id = $1 WHERE message_id = $2`, older.ID, oldest.ID)
 	if slots := sweepOnce(t, box); len(slots) != 1 {
 		t.Fatalf("swept %v", slots)
 	}
-	if n := b.remembered(t); n != 1 {
-		t.Errorf("%d are remembered", n)
+	if n := b.countRecords(t); n != 1 {
+		t.Errorf("%d records are left, want 1", n)
 	}
 	process(t, box, older)
 	b.wantEffects(t, "oldest", "fresh")
@@ -81,22 +84,21 @@ func TestSweepOfForeignIDs(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
 	box := b.inbox(Config{})
-	one, other := probe("", "one"), probe("", "other")
-	one.ID, other.ID = "one", uuid.NewString()
-	process(t, box, one, other)
-	exec(t, b.db, `UPDATE inbox SET received_at = clock_timestamp() - interval '8 days' WHERE message_id = $1`, other.ID)
-	exec(t, b.db, `UPDATE inbox SET received_at = clock_timestamp() - interval '8 days' WHERE message_id <> $1`, other.ID)
+	text, v4 := probe("", "text"), probe("", "v4")
+	text.ID, v4.ID = "one", uuid.NewString()
+	process(t, box, text, v4)
+	exec(t, b.db, `UPDATE inbox SET received_at = clock_timestamp() - interval '8 days'`)
 	process(t, box, probe("", "fresh"))
 	exec(t, b.db, `
 		INSERT INTO inbox (slot, consumer, message_id, received_at)
 		SELECT -1, 'group', gen_random_uuid(), clock_timestamp() - interval '8 days' FROM generate_series(1, 25000)`)
 	sweepOnce(t, box)
-	if n := b.remembered(t); n != 1 {
-		t.Errorf("%d are remembered", n)
+	if n := b.countRecords(t); n != 1 {
+		t.Errorf("%d records are left, want 1", n)
 	}
 }
 
-// Whoever holds a slot, be it another sweep, delays the sweep of that slot alone.
+// A session that has locked a slot, even another sweep, delays the sweep of that slot only.
 func TestSweepWaitsForNobody(t *testing.T) {
 	t.Parallel()
 	for name, sql := range map[string]string{
@@ -106,9 +108,10 @@ func TestSweepWaitsForNobody(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			b := setup(t)
-			box := b.brief(time.Hour)
-			old := bornAt(time.Now().Add(-100 * time.Hour))
-			exec(t, b.db, `INSERT INTO inbox (slot, consumer, message_id) VALUES (3, 'group', $1), (5, 'group', $1)`, old)
+			box := b.inboxWithSlots(time.Hour)
+			old := idAt(time.Now().Add(-100 * time.Hour))
+			exec(t, b.db, `INSERT INTO inbox (slot, consumer, message_id) VALUES (3, 'group', $1), (5, 'group', $1)`,
+				old)
 			tx, err := b.db.Begin(t.Context())
 			if err != nil {
 				t.Fatal(err)
@@ -130,31 +133,32 @@ func TestSweepWaitsForNobody(t *testing.T) {
 	}
 }
 
-// A process that was frozen between looking at a message and taking it finds its copies forgotten.
+// A process is frozen between admitting a message and taking it; meanwhile the inbox forgets copies of the message.
 func TestNothingForgottenIsAppliedAgain(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
 	box := b.inbox(Config{})
-	forgotten, remembered, fresh := aged(time.Hour, "forgotten"), aged(time.Hour, "remembered"), probe("", "fresh")
-	process(t, box, remembered)
-	items, letters := box.admit(t.Context(), []messaging.Delivery{forgotten, remembered, fresh})
+	forgotten, known, fresh := aged(time.Hour, "forgotten"), aged(time.Hour, "known"), probe("", "fresh")
+	process(t, box, known)
+	items, letters := box.admit(t.Context(), []messaging.Delivery{forgotten, known, fresh})
 	if len(items) != 3 || len(letters) != 0 {
-		t.Fatalf("admitted %d items and %d letters", len(items), len(letters))
+		t.Fatalf("admitted %d items and %d dead letters", len(items), len(letters))
 	}
-	box.ring = ring{time.Minute} // as time passes
+	box.ring = ring{time.Minute} // shrink the window, as if time had passed
 	if err := box.settle(t.Context(), items); err != nil {
 		t.Fatal(err)
 	}
-	b.wantEffects(t, "remembered", "fresh")
+	b.wantEffects(t, "known", "fresh")
 	b.wantDead(t, "outside_window 0")
 }
 
-// Many turns of the ring, with copies of everything and sweeps in between: no effect is doubled, and in the end nothing is left.
+// During many turns of the ring, with copies of every message and concurrent sweeps, no effect is doubled. In the end
+// no record is left.
 func TestCopiesWhileSlotsAreSwept(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
 	const slot = 200 * time.Millisecond
-	box := b.brief(slot)
+	box := b.inboxWithSlots(slot)
 	ctx, cancel := context.WithCancel(t.Context())
 	var sweeping sync.WaitGroup
 	var emptied int
@@ -176,27 +180,30 @@ func TestCopiesWhileSlotsAreSwept(t *testing.T) {
 			process(t, box, batch...)
 			process(t, box, batch...)
 		}
-		time.Sleep(time.Until(time.UnixMilli((time.Now().UnixMilli()/slot.Milliseconds() + 1) * slot.Milliseconds()))) // the next slot
+		nextSlot := (time.Now().UnixMilli()/slot.Milliseconds() + 1) * slot.Milliseconds()
+		time.Sleep(time.Until(time.UnixMilli(nextSlot)))
 	}
 	cancel()
 	sweeping.Wait()
-	if t.Logf("%d slots emptied meanwhile", emptied); emptied == 0 {
-		t.Error("nothing was swept beside the traffic")
+	if t.Logf("%d slots truncated meanwhile", emptied); emptied == 0 {
+		t.Error("no slot was swept during the traffic")
 	}
 	var doubled int
-	if err := b.db.QueryRow(t.Context(), `SELECT count(*) FROM effects WHERE n > 1`).Scan(&doubled); err != nil || doubled > 0 {
+	err := b.db.QueryRow(t.Context(), `SELECT count(*) FROM effects WHERE n > 1`).Scan(&doubled)
+	if err != nil || doubled > 0 {
 		t.Errorf("%d effects are doubled, %v", doubled, err)
 	}
 	testenv.Eventually(t, time.Minute, func() error {
 		sweepOnce(t, box)
-		if n := b.remembered(t); n > 0 {
-			return fmt.Errorf("%d messages are still remembered", n)
+		if n := b.countRecords(t); n > 0 {
+			return fmt.Errorf("%d records are left", n)
 		}
 		return nil
 	})
 }
 
-// Five turns of the ring, each slot swept at the last moment before it is used again: the size is the same after each turn.
+// During five turns of the ring, each slot is swept at the last moment before it is reused. The size is the same after
+// each turn.
 func TestInboxStaysSmall(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -206,22 +213,26 @@ func TestInboxStaysSmall(t *testing.T) {
 	for n := range len(size) * slots {
 		now := start.Add(time.Duration(n) * ring.slot)
 		oldest := now.Add(-ring.skew() - ring.memory())
-		testenv.Eventually(t, time.Minute, func() error { // autovacuum may hold a slot
+		testenv.Eventually(t, time.Minute, func() error { // autovacuum may have locked a slot
 			var emptied []int16
-			if err := b.db.QueryRow(t.Context(), `SELECT inbox_sweep($1)`, time.Since(oldest)).Scan(&emptied); err != nil {
+			err := b.db.QueryRow(t.Context(), `SELECT inbox_sweep($1)`, time.Since(oldest)).Scan(&emptied)
+			if err != nil {
 				t.Fatal(err)
 			}
 			if n >= slots && len(emptied) != 1 {
-				return fmt.Errorf("slot %d of the run: emptied %v", n, emptied)
+				return fmt.Errorf("slot %d of the run: truncated %v", n, emptied)
 			}
 			return nil
 		})
 		ids := make([]string, 500)
 		for i := range ids {
-			ids[i] = bornAt(now.Add(time.Duration(i) * ring.slot / time.Duration(len(ids))))
+			ids[i] = idAt(now.Add(time.Duration(i) * ring.slot / time.Duration(len(ids))))
 		}
-		exec(t, b.db, `INSERT INTO inbox (slot, consumer, message_id) SELECT $1, 'group', unnest($2::uuid[])`, identityOf(ids[0], ring.slot).slot, ids)
-		err := b.db.QueryRow(t.Context(), `SELECT sum(pg_total_relation_size(relid)) FROM pg_partition_tree('inbox') WHERE isleaf`).Scan(&size[n/slots])
+		exec(t, b.db, `INSERT INTO inbox (slot, consumer, message_id) SELECT $1, 'group', unnest($2::uuid[])`,
+			identityOf(ids[0], ring.slot).slot, ids)
+		err := b.db.QueryRow(t.Context(), `
+			SELECT sum(pg_total_relation_size(relid)) FROM pg_partition_tree('inbox') WHERE isleaf`).
+			Scan(&size[n/slots])
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -240,39 +251,40 @@ func TestStatus(t *testing.T) {
 	first, second, other := probe("k", "first"), probe("k", "second"), probe("o", "other")
 	process(t, box, first, second, other, other)
 	process(t, newBundle(b.db, "another").inbox(Config{}), other)
-	for name, one := range map[string]struct {
+	for name, test := range map[string]struct {
 		id   string
 		want string
 	}{
 		"Failed":  {first.ID, "group 1 true 1 probe failed;"},
-		"Waiting": {second.ID, "group 1 true 0 waits its turn;"},
+		"Waiting": {second.ID, "group 1 true 0 waiting for its turn;"},
 		"Applied": {other.ID, "another 1 false 0 ;group 2 false 0 ;"},
 		"Unknown": {probe("", "").ID, ""},
 	} {
-		passages, err := StatusesOf(t.Context(), b.db, one.id)
+		statuses, err := StatusesOf(t.Context(), b.db, test.id)
 		if err != nil {
 			t.Fatal(err)
 		}
 		var got string
-		for _, p := range passages {
-			got += fmt.Sprintf("%s %d %t %d %s;", p.Consumer, p.Copies, p.Waits, p.Attempts, p.LastError)
+		for _, s := range statuses {
+			got += fmt.Sprintf("%s %d %t %d %s;", s.Consumer, s.Copies, s.Waits, s.Attempts, s.LastError)
 		}
-		if got != one.want {
-			t.Errorf("%s: got %q, want %q", name, got, one.want)
+		if got != test.want {
+			t.Errorf("%s: got %q, want %q", name, got, test.want)
 		}
 	}
 	blocked, err := Blocked(t.Context(), b.db, 10)
 	if err != nil || len(blocked) != 1 {
 		t.Fatalf("blocked: %v, %v", blocked, err)
 	}
-	if k := blocked[0]; k.Key != "k" || k.Waiting != 2 || k.MessageID != first.ID || k.Attempts != 1 || k.LastError != errProbe.Error() {
+	k := blocked[0]
+	if k.Key != "k" || k.Waiting != 2 || k.MessageID != first.ID || k.Attempts != 1 || k.LastError != errProbe.Error() {
 		t.Errorf("blocked: %+v", k)
 	}
 }
 
-// The database's clock was set back by half an hour after retries were put off: they are due within the time that they
-// would have been, and no claim of a running handler is broken.
-func TestRetriesAreNotPutOffByAClockThatIsSetBack(t *testing.T) {
+// After the database's clock was set back by half an hour, a retry whose due time is too far ahead becomes due, and
+// other retries keep their due times.
+func TestAClockThatIsSetBackDoesNotPostponeRetries(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
 	b.on("late", fails)
@@ -288,7 +300,7 @@ func TestRetriesAreNotPutOffByAClockThatIsSetBack(t *testing.T) {
 	}
 	b.on("late", nil)
 	if !retryOne(t, p) || retryOne(t, p) {
-		t.Error("want one retry: the one that was put off by the clock")
+		t.Error("want one retry, of the message whose due time was too far ahead")
 	}
 	b.wantEffects(t, "late")
 }

@@ -7,8 +7,8 @@ import (
 	"fmt"
 )
 
-// StoredHeaders scans the headers of a row of the outbox. A value that is not an object of strings sets Malformed, and does
-// not fail the scan: otherwise one such row would stop everything behind it.
+// StoredHeaders scans the headers of a row of the outbox. A value that is not an object of strings sets Malformed, and
+// does not fail the scan: otherwise one such row would stop everything behind it.
 type StoredHeaders struct {
 	Map       map[string]string
 	Malformed error

@@ -18,11 +18,12 @@ func TestNew(t *testing.T) {
 	if err := m.Validate(); err != nil {
 		t.Errorf("validate: %v", err)
 	}
-	if m.ID.Version() != 7 || m.Type != "google.protobuf.StringValue" || m.Key != "key" || string(m.Payload) != "\n\x04text" {
-		t.Errorf("made %+v", m)
+	const wantType, wantPayload = "google.protobuf.StringValue", "\n\x04text"
+	if m.ID.Version() != 7 || m.Type != wantType || m.Key != "key" || string(m.Payload) != wantPayload {
+		t.Errorf("got %+v", m)
 	}
 	if other := New("key", wrapperspb.String("text")); other.ID == m.ID {
-		t.Error("two messages have one ID")
+		t.Error("two messages have the same ID")
 	}
 	if err := New("", wrapperspb.String("\xff")).Validate(); !errors.Is(err, ErrInvalid) {
 		t.Errorf("a body that cannot be encoded: got %v", err)
@@ -37,6 +38,9 @@ func TestValidate(t *testing.T) {
 			all[fmt.Sprintf("h%d", i)] = "v"
 		}
 		return all
+	}
+	setHeader := func(name, value string) func(m *Message) {
+		return func(m *Message) { m.Headers = map[string]string{name: value} }
 	}
 	for name, test := range map[string]struct {
 		change func(m *Message)
@@ -63,15 +67,15 @@ func TestValidate(t *testing.T) {
 		"PayloadTooLarge":     {func(m *Message) { m.Payload = make([]byte, MaxPayload+1) }, false},
 		"MostHeaders":         {func(m *Message) { m.Headers = headers(MaxHeaders) }, true},
 		"TooManyHeaders":      {func(m *Message) { m.Headers = headers(MaxHeaders + 1) }, false},
-		"LongestHeaderName":   {func(m *Message) { m.Headers = map[string]string{strings.Repeat("h", 64): ""} }, true},
-		"HeaderNameTooLong":   {func(m *Message) { m.Headers = map[string]string{strings.Repeat("h", 65): ""} }, false},
-		"HeaderWithoutName":   {func(m *Message) { m.Headers = map[string]string{"": ""} }, false},
-		"HeaderCC":            {func(m *Message) { m.Headers = map[string]string{"CC": "other"} }, false},
-		"HeaderNewline":       {func(m *Message) { m.Headers = map[string]string{"a\n": ""} }, false},
-		"LongestHeader":       {func(m *Message) { m.Headers = map[string]string{"a": strings.Repeat("v", MaxHeaderValue)} }, true},
-		"HeaderTooLong":       {func(m *Message) { m.Headers = map[string]string{"a": strings.Repeat("v", MaxHeaderValue+1)} }, false},
-		"HeaderWithNUL":       {func(m *Message) { m.Headers = map[string]string{"a": "\x00"} }, false},
-		"HeaderNotUTF8":       {func(m *Message) { m.Headers = map[string]string{"a": "\xff"} }, false},
+		"LongestHeaderName":   {setHeader(strings.Repeat("h", 64), ""), true},
+		"HeaderNameTooLong":   {setHeader(strings.Repeat("h", 65), ""), false},
+		"HeaderWithoutName":   {setHeader("", ""), false},
+		"HeaderCC":            {setHeader("CC", "other"), false},
+		"HeaderNewline":       {setHeader("a\n", ""), false},
+		"LongestHeader":       {setHeader("a", strings.Repeat("v", MaxHeaderValue)), true},
+		"HeaderTooLong":       {setHeader("a", strings.Repeat("v", MaxHeaderValue+1)), false},
+		"HeaderWithNUL":       {setHeader("a", "\x00"), false},
+		"HeaderNotUTF8":       {setHeader("a", "\xff"), false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -82,16 +86,19 @@ func TestValidate(t *testing.T) {
 				t.Errorf("got error %v, want valid %t", err, test.valid)
 			}
 			if err != nil && len(err.Error()) > 2000 {
-				t.Errorf("the error has %d bytes", len(err.Error()))
+				t.Errorf("the error text has %d bytes, want at most 2000", len(err.Error()))
 			}
 		})
 	}
 }
 
-// text draws strings of which many are broken somewhere.
+// text generates strings, many of which contain invalid parts.
 func text() *rapid.Generator[string] {
-	piece := rapid.OneOf(rapid.String(), rapid.SampledFrom([]string{"\x00", "\xff", "\xc3", "\xed\xa0\x80", "ü", "日", "\uFFFD", "😀"}),
-		rapid.Map(rapid.SliceOf(rapid.Byte()), func(b []byte) string { return string(b) }))
+	piece := rapid.OneOf(
+		rapid.String(),
+		rapid.SampledFrom([]string{"\x00", "\xff", "\xc3", "\xed\xa0\x80", "ü", "日", "\uFFFD", "😀"}),
+		rapid.Map(rapid.SliceOf(rapid.Byte()), func(b []byte) string { return string(b) }),
+	)
 	return rapid.Custom(func(t *rapid.T) string {
 		repeat := rapid.SampledFrom([]int{1, 1, 100, 3000}).Draw(t, "repeat")
 		return strings.Repeat(strings.Join(rapid.SliceOfN(piece, 0, 5).Draw(t, "pieces"), ""), repeat)
@@ -107,26 +114,29 @@ func TestCleanText(t *testing.T) {
 			t.Fatalf("%q is not valid", clean)
 		}
 		if len(clean) > 4<<10 {
-			t.Fatalf("%d bytes are left", len(clean))
+			t.Fatalf("the result has %d bytes", len(clean))
 		}
 		if again := CleanText(clean); again != clean {
-			t.Fatalf("cleaned again it is %q", again)
+			t.Fatalf("cleaning twice changes %q to %q", clean, again)
 		}
 		if ValidText(s) && len(s) <= 4<<10 && clean != s {
-			t.Fatalf("valid text became %q", clean)
+			t.Fatalf("valid text %q became %q", s, clean)
 		}
 	})
 	if got := CleanText("a\x00b\xff\xfec"); got != "a\uFFFDb\uFFFDc" {
 		t.Errorf("got %q", got)
 	}
 	if got := CleanText(strings.Repeat("ü", 4<<10)); len(got) < 4<<10-utf8.UTFMax || !strings.HasPrefix(got, "üü") {
-		t.Errorf("of long text %d bytes are left", len(got))
+		t.Errorf("long text was cut to %d bytes", len(got))
 	}
 }
 
 func TestValidText(t *testing.T) {
 	t.Parallel()
-	for s, want := range map[string]bool{"": true, "a": true, "ü😀": true, "\x01": true, "\x00": false, "a\x00": false, "\xff": false, "\xc3": false, "\xed\xa0\x80": false} {
+	for s, want := range map[string]bool{
+		"": true, "a": true, "ü😀": true, "\x01": true,
+		"\x00": false, "a\x00": false, "\xff": false, "\xc3": false, "\xed\xa0\x80": false,
+	} {
 		if got := ValidText(s); got != want {
 			t.Errorf("%q: got %t", s, got)
 		}
@@ -137,13 +147,13 @@ func TestPermanent(t *testing.T) {
 	t.Parallel()
 	cause := errors.New("cause")
 	if err := Permanent(nil); err != nil || IsPermanent(nil) {
-		t.Errorf("of nil it makes %v", err)
+		t.Errorf("Permanent(nil) is %v", err)
 	}
 	err := fmt.Errorf("wrapped: %w", Permanent(cause))
 	if !IsPermanent(err) || !errors.Is(err, cause) || err.Error() != "wrapped: cause" {
 		t.Errorf("got %v", err)
 	}
 	if IsPermanent(cause) {
-		t.Error("every error is permanent")
+		t.Error("an unmarked error is permanent")
 	}
 }

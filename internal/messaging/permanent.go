@@ -2,7 +2,7 @@ package messaging
 
 import "errors"
 
-// Permanent marks a handler's error as final: the message goes to the dead letters at once instead of being retried.
+// Permanent marks a handler's error as final: the message becomes a dead letter at once instead of being retried.
 // Permanent(nil) is nil.
 func Permanent(err error) error {
 	if err == nil {
@@ -11,7 +11,7 @@ func Permanent(err error) error {
 	return &permanentError{err}
 }
 
-// IsPermanent tells whether err, or an error it wraps, was marked by Permanent.
+// IsPermanent reports whether err, or an error that it wraps, was marked by Permanent.
 func IsPermanent(err error) bool {
 	var p *permanentError
 	return errors.As(err, &p)

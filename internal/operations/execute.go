@@ -21,101 +21,106 @@ import (
 	"google.golang.org/protobuf/types/known/anypb"
 )
 
-// execute executes a call in the transaction of its inbox row, and keeps its result there.
+// execute executes a call in the transaction of its inbox row, and stores its result there.
 func (w *Worker) execute(ctx context.Context, tx pgx.Tx, message *operationsv1.OperationSubmitted) error {
-	if ctx.Value(admitted{}) == nil { // it is tried again
+	if ctx.Value(admitted{}) == nil { // a retry, which did not go through Process
 		leave, err := w.enter(ctx, message.GetMethod())
 		if err != nil {
 			return err
 		}
 		defer leave()
 	}
-	one, err := w.begin(ctx, message.GetOperationId())
+	op, err := w.begin(ctx, message.GetOperationId())
 	if errors.Is(err, pgx.ErrNoRows) {
-		return nil // cancelled, or it has a result
+		return nil // cancelled, or has a result
 	}
 	if err != nil {
 		return err
 	}
 	joined := postgres.Join(ctx, w.db, tx)
 	var response proto.Message
-	// A part of its own, so that nothing is left of a call that fails behind one of its transactions.
+	// This nested transaction undoes everything if the call fails after one of its own transactions.
 	err = postgres.Transact(joined, w.db, func(pgx.Tx) error {
-		response, err = w.call(joined, one)
+		response, err = w.call(joined, op)
 		return err
 	})
 	switch {
 	case ctx.Err() != nil:
 		return ctx.Err()
 	case err != nil && retryable(err):
-		w.note(ctx, one, err)
+		w.note(ctx, op, err)
 		return err
 	case err != nil:
-		return w.end(ctx, tx, one, "failed", nil, encode(statusOf(err)))
+		return w.end(ctx, tx, op, "failed", nil, encode(statusOf(err)))
 	}
 	result, err := anypb.New(response)
 	if err != nil {
 		return fmt.Errorf("encode response: %w", err)
 	}
-	return w.end(ctx, tx, one, "succeeded", encode(result), nil)
+	return w.end(ctx, tx, op, "succeeded", encode(result), nil)
 }
 
-// Committed by itself, so that it is seen while the call runs, and without waiting for the disk: the worst that can
-// be lost is the look of it. It may also be committed in vain, when its answer is lost and the call does not run: so
-// it sets the attempt, which the inbox knows, and counts nothing.
+// beginSQL is committed in its own transaction, so that callers see the state while the call runs. The commit does
+// not wait for the disk: a crash can lose only the displayed status. If the answer of the commit is lost, the call
+// does not run although the commit may have succeeded. So the statement does not count: it sets the attempt that the
+// inbox counts.
 const beginSQL = `
-WITH hasty AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
+WITH asynchronous AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
 UPDATE operation
 SET state = 'running', attempts = greatest(attempts, $2), started_at = coalesce(started_at, clock_timestamp())
-FROM hasty WHERE id = $1 AND state IN ('pending', 'running')
+FROM asynchronous WHERE id = $1 AND state IN ('pending', 'running')
 RETURNING id, caller, method, request, identity, signature`
 
-// signed is an operation as it is to be executed.
+// signed is an operation to execute, with its signature.
 type signed struct {
 	ticket
 	signature []byte
 }
 
-// begin records that the call is begun: from now on it cannot be cancelled. It returns pgx.ErrNoRows if there is nothing to begin.
-func (w *Worker) begin(ctx context.Context, text string) (one signed, err error) {
+// begin records that the call has begun. From then on it cannot be cancelled. begin returns pgx.ErrNoRows if the
+// operation does not exist or has ended.
+func (w *Worker) begin(ctx context.Context, text string) (op signed, err error) {
 	id, err := uuid.Parse(text)
 	if err != nil {
-		return one, fmt.Errorf("operation id %q: %w", text, err)
+		return op, fmt.Errorf("operation id %q: %w", text, err)
 	}
 	err = postgres.Transact(ctx, w.db, func(tx pgx.Tx) error {
 		w.operations.topic.Touch(tx, id.String())
 		return tx.QueryRow(ctx, beginSQL, id, inbox.Attempt(ctx)).
-			Scan(&one.id, &one.caller, &one.method, &one.request, &one.identity, &one.signature)
+			Scan(&op.id, &op.caller, &op.method, &op.request, &op.identity, &op.signature)
 	})
 	if err != nil && !errors.Is(err, pgx.ErrNoRows) {
 		err = fmt.Errorf("begin operation: %w", err)
 	}
-	return one, err
+	return op, err
 }
 
 // call makes the call as its caller, and returns its response.
-func (w *Worker) call(ctx context.Context, one signed) (proto.Message, error) {
+func (w *Worker) call(ctx context.Context, op signed) (proto.Message, error) {
 	config := w.operations.config
-	if !config.verify(one.ticket, one.signature) {
-		slog.ErrorContext(ctx, "operation is not executed: its signature is wrong", "operation", one.id, "method", one.method, "caller", one.caller)
-		return nil, connect.NewError(connect.CodePermissionDenied, "the operation was not signed by this service, or its key is no longer accepted")
+	if !config.verify(op.ticket, op.signature) {
+		slog.ErrorContext(ctx, "operation not executed: invalid signature",
+			"operation", op.id, "method", op.method, "caller", op.caller)
+		return nil, connect.NewError(connect.CodePermissionDenied,
+			"the operation was not signed by this service, or its key is no longer accepted")
 	}
-	asCaller, err := config.Identity.restore(ctx, one.identity)
+	asCaller, err := config.Identity.restore(ctx, op.identity)
 	if err != nil {
-		slog.ErrorContext(ctx, "operation is not executed: its caller is not understood", "operation", one.id, "error", err)
-		return nil, connect.NewError(connect.CodeInternal, "the stored identity of the caller is not understood")
+		slog.ErrorContext(ctx, "operation not executed: stored identity of its caller cannot be restored",
+			"operation", op.id, "error", err)
+		return nil, connect.NewError(connect.CodeInternal, "the stored identity of the caller cannot be restored")
 	}
-	method, err := methodOf(one.method)
+	method, err := methodOf(op.method)
 	if err != nil {
 		return nil, err
 	}
 	stream := &unary.Stream{Request: unary.New(method.Input())}
-	if err := proto.Unmarshal(one.request, stream.Request); err != nil {
+	if err := proto.Unmarshal(op.request, stream.Request); err != nil {
 		return nil, connect.NewError(connect.CodeInternal, "the stored request cannot be decoded").WithCause(err)
 	}
 	info := &connect.CallInfo{Protocol: "operation", Codec: connect.CodecNameProto}
-	info.Spec.Procedure = "/" + one.method
-	info.RequestHeader().Set(nameHeader, nameOf(one.id))
+	info.Spec.Procedure = "/" + op.method
+	info.RequestHeader().Set(nameHeader, nameOf(op.id))
 	if err := w.server.Call(asCaller, info.Spec.Procedure, info, stream); err != nil {
 		return nil, err
 	}
@@ -129,31 +134,33 @@ const endSQL = `
 UPDATE operation SET state = $2, request = '', response = $3, error = $4, ended_at = clock_timestamp()
 WHERE id = $1 AND state = 'running'`
 
-// end keeps the result. It is the only one: if the operation has ended meanwhile, an error undoes what the call has done.
-func (w *Worker) end(ctx context.Context, tx pgx.Tx, one signed, state string, response, failed []byte) error {
-	tag, err := tx.Exec(ctx, endSQL, one.id, state, response, failed)
+// end stores the result. An operation has only one: if it has ended meanwhile, end returns an error, which undoes the
+// effects of the call.
+func (w *Worker) end(ctx context.Context, tx pgx.Tx, op signed, state string, response, failed []byte) error {
+	tag, err := tx.Exec(ctx, endSQL, op.id, state, response, failed)
 	if err != nil {
 		return fmt.Errorf("end operation: %w", err)
 	}
 	if tag.RowsAffected() == 0 {
-		return errors.New("the operation has ended while it was executed")
+		return errors.New("operation ended during its execution")
 	}
-	w.operations.topic.Touch(tx, one.id.String())
+	w.operations.topic.Touch(tx, op.id.String())
 	return nil
 }
 
 const noteSQL = `
-WITH hasty AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
-UPDATE operation SET error = $2 FROM hasty WHERE id = $1 AND state = 'running'`
+WITH asynchronous AS MATERIALIZED (SELECT set_config('synchronous_commit', 'off', true))
+UPDATE operation SET error = $2 FROM asynchronous WHERE id = $1 AND state = 'running'`
 
-// note keeps the error of an attempt, for the case that it was the last one. The transaction of the call is to be rolled back, so not there.
-func (w *Worker) note(ctx context.Context, one signed, failed error) {
-	if _, err := w.db.Exec(ctx, noteSQL, one.id, encode(statusOf(failed))); err != nil {
-		slog.WarnContext(ctx, "error of an attempt not kept", "operation", one.id, "error", err)
+// note stores the error of an attempt, in case it was the last one. It does not use the transaction of the call, which
+// will be rolled back.
+func (w *Worker) note(ctx context.Context, op signed, failed error) {
+	if _, err := w.db.Exec(ctx, noteSQL, op.id, encode(statusOf(failed))); err != nil {
+		slog.WarnContext(ctx, "error of an attempt not stored", "operation", op.id, "error", err)
 	}
 }
 
-// retryable tells whether another try may end otherwise.
+// retryable reports whether another attempt may succeed.
 func retryable(err error) bool {
 	switch connect.CodeOf(err) {
 	case connect.CodeUnavailable, connect.CodeAborted:
@@ -165,12 +172,12 @@ func retryable(err error) bool {
 func encode(message proto.Message) []byte {
 	text, err := proto.Marshal(message)
 	if err != nil {
-		panic("operations: " + err.Error()) // texts are cleaned before
+		panic("operations: " + err.Error()) // cannot happen: all texts are valid UTF-8
 	}
 	return messaging.NotNil(text)
 }
 
-// statusOf returns what a caller would have seen of err.
+// statusOf returns err as a caller would have seen it.
 func statusOf(err error) *operationsv1.Status {
 	var known *connect.Error
 	if !errors.As(err, &known) {

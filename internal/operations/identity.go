@@ -10,17 +10,18 @@ import (
 	"github.com/google/uuid"
 )
 
-// Identity is how the caller of a request gets to where it is executed. All of it or nothing must be given.
+// Identity passes the identity of a caller from the submit to the execution. Set all of its fields or none.
 type Identity struct {
-	// Name tells callers apart: nobody sees the operations of another, nor are their keys the same. It is "" for who has no name.
+	// Name returns the name of the caller, or "" if it has none. Callers do not share operations or keys.
 	Name func(ctx context.Context) string
-	// Capture returns what Restore needs to know of the caller: no credentials, since it is stored.
+	// Capture returns the data from which Restore restores the caller. The data is stored, so it must not contain
+	// credentials.
 	Capture func(ctx context.Context) ([]byte, error)
-	// Restore returns a context in which the caller is known, to interceptors that decide what it may do and to handlers.
+	// Restore returns a context with the caller, for interceptors that authorize it and for handlers.
 	Restore func(ctx context.Context, captured []byte) (context.Context, error)
 }
 
-// Caller is Name, for everybody the same if nobody is known.
+// Caller returns Name of ctx, or "" if Name is nil.
 func (i Identity) Caller(ctx context.Context) string {
 	if i.Name == nil {
 		return ""
@@ -56,12 +57,12 @@ const minKey = sha256.Size
 func (c Config) check() {
 	for _, key := range c.Keys {
 		if len(key) < minKey {
-			panic(fmt.Sprintf("operations: a key has %d bytes, and must have %d", len(key), minKey))
+			panic(fmt.Sprintf("operations: a key has %d bytes, but must have at least %d", len(key), minKey))
 		}
 	}
 }
 
-// ticket is what is signed of an operation: who calls what.
+// ticket is the signed part of an operation: its ID, its caller and the call.
 type ticket struct {
 	id       uuid.UUID
 	caller   string
@@ -70,7 +71,7 @@ type ticket struct {
 	identity []byte
 }
 
-// sign returns the signature of the newest key, nil if there is none.
+// sign returns a signature by the first key, or nil if there are no keys.
 func (c Config) sign(t ticket) []byte {
 	if len(c.Keys) == 0 {
 		return nil
@@ -78,7 +79,7 @@ func (c Config) sign(t ticket) []byte {
 	return t.mac(c.Keys[0])
 }
 
-// verify tells whether one of the keys has signed t.
+// verify reports whether one of the keys has signed t. Without keys it accepts everything.
 func (c Config) verify(t ticket, signature []byte) bool {
 	for _, key := range c.Keys {
 		if hmac.Equal(signature, t.mac(key)) {
@@ -88,7 +89,7 @@ func (c Config) verify(t ticket, signature []byte) bool {
 	return len(c.Keys) == 0
 }
 
-// mac covers every field with its length, so that none can be moved into another.
+// mac covers every field together with its length, so that bytes cannot move from one field to another.
 func (t ticket) mac(key []byte) []byte {
 	mac := hmac.New(sha256.New, key)
 	for _, field := range [][]byte{t.id[:], []byte(t.caller), []byte(t.method), t.request, t.identity} {

@@ -10,24 +10,24 @@ import (
 )
 
 const (
-	// preferHeader asks for a durable call with respondAsync (RFC 7240, section 4.1); appliedHeader says that it was granted.
+	// preferHeader with respondAsync requests a durable call (RFC 7240, section 4.1). appliedHeader confirms it.
 	preferHeader  = "Prefer"
 	appliedHeader = "Preference-Applied"
 	respondAsync  = "respond-async"
-	// keyHeader tells a repeated call from a new one.
+	// keyHeader identifies repeated calls.
 	keyHeader = "Idempotency-Key"
-	// nameHeader carries the operation's name in the answer.
+	// nameHeader has the operation's name in the response.
 	nameHeader = "Operation"
 )
 
-// Headers returns the headers that Interceptor reads of requests and writes to answers.
+// Headers returns the headers that Interceptor reads from requests and writes to responses.
 func Headers() (request, response []string) {
 	return []string{preferHeader, keyHeader}, []string{appliedHeader, nameHeader}
 }
 
-// Interceptor returns the interceptor that submits a call with the header Prefer: respond-async instead of executing it. The caller is answered with
-// an empty message, whose header Operation is the operation's name. It must stand within the interceptors that know the caller and that
-// check requests: what they refuse is never submitted.
+// Interceptor returns the interceptor that submits a call with the header Prefer: respond-async instead of executing
+// it. The response is an empty message. Its header Operation is the operation's name. The interceptor must follow
+// those that identify the caller and validate requests, so that calls they refuse are never submitted.
 func (o *Operations) Interceptor() connect.ServerInterceptor {
 	return func(next connect.ServerFunc) connect.ServerFunc {
 		return func(ctx context.Context, spec connect.Spec, stream connect.ServerStream) error {
@@ -40,7 +40,7 @@ func (o *Operations) Interceptor() connect.ServerInterceptor {
 	}
 }
 
-// prefersAsync looks for the preference among others. Its parameters, and those of others, mean nothing.
+// prefersAsync reports whether respond-async is among the preferences. It ignores parameters.
 func prefersAsync(header *connect.Header) bool {
 	for _, line := range header.Values(preferHeader) {
 		for preference := range strings.SplitSeq(line, ",") {
@@ -53,12 +53,17 @@ func prefersAsync(header *connect.Header) bool {
 	return false
 }
 
-func (o *Operations) answer(ctx context.Context, spec connect.Spec, info *connect.CallInfo, stream connect.ServerStream) error {
+func (o *Operations) answer(
+	ctx context.Context, spec connect.Spec, info *connect.CallInfo, stream connect.ServerStream,
+) error {
 	method, _ := unary.Describe(spec)
 	if method == nil {
-		return connect.Errorf(connect.CodeFailedPrecondition, "%s cannot be executed later: it has no proto file", spec.Procedure)
+		return connect.Errorf(connect.CodeFailedPrecondition,
+			"%s cannot be executed later: it has no proto file", spec.Procedure)
 	}
-	call := Call{Procedure: spec.Procedure, Request: unary.New(method.Input()), Key: info.RequestHeader().Get(keyHeader)}
+	call := Call{
+		Procedure: spec.Procedure, Request: unary.New(method.Input()), Key: info.RequestHeader().Get(keyHeader),
+	}
 	if err := submittable(call); err != nil {
 		return err
 	}

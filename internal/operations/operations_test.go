@@ -28,7 +28,7 @@ const (
 	called    = operationsv1.OperationState_OPERATION_STATE_CANCELLED
 )
 
-// resultOf is the text of a response, or the code and the text of an error.
+// resultOf returns the text of a response, or the code and the text of an error.
 func resultOf(t *testing.T, o *operationsv1.Operation) string {
 	t.Helper()
 	if status := o.GetError(); status != nil {
@@ -44,22 +44,24 @@ func resultOf(t *testing.T, o *operationsv1.Operation) string {
 	return text.GetValue()
 }
 
-func TestACallIsTakenNowAndExecutedLater(t *testing.T) {
+func TestACallIsAcceptedNowAndExecutedLater(t *testing.T) {
 	t.Parallel()
 	b := setup(t, WorkerConfig{})
 	for protocol, client := range map[string]*connect.Client{"connect": b.client, "grpc": b.grpc} {
-		name, err := submit(t.Context(), client, probe.Mutate, protocol, preferHeader, "handling=lenient, Respond-Async; x=1")
+		name, err := submit(t.Context(), client, probe.Mutate, protocol, preferHeader,
+			"handling=lenient, Respond-Async; x=1")
 		if err != nil {
 			t.Fatal(err)
 		}
 		first := b.wantState(t, name, pending, "")
-		if runs, _ := b.ran(protocol); runs != 0 || first.GetMethod() != "probe.durable.v1.Probe/Mutate" || first.GetStartTime() != nil {
-			t.Errorf("ran %d times, %v", runs, first)
+		runs, _ := b.ran(protocol)
+		if runs != 0 || first.GetMethod() != "probe.durable.v1.Probe/Mutate" || first.GetStartTime() != nil {
+			t.Errorf("ran %d times before the delivery: %v", runs, first)
 		}
 		b.deliver(t)
 		last := b.wantState(t, name, succeeded, "did "+protocol)
 		if runs, caller := b.ran(protocol); runs != 1 || caller != "alice" {
-			t.Errorf("ran %d times for %q", runs, caller)
+			t.Errorf("ran %d times for %q, want once for alice", runs, caller)
 		}
 		if last.GetAttempts() != 1 || last.GetStartTime() == nil || last.GetEndTime() == nil {
 			t.Errorf("ended as %v", last)
@@ -67,21 +69,21 @@ func TestACallIsTakenNowAndExecutedLater(t *testing.T) {
 		b.exec(t, `DELETE FROM effects WHERE text = $1`, protocol)
 	}
 	if left := b.count(t, `SELECT count(*) FROM operation WHERE request <> ''`); left > 0 {
-		t.Errorf("%d requests are kept after their end", left)
+		t.Errorf("%d requests are left after the end of their operations", left)
 	}
 }
 
-// Without the header a call is what it always was.
+// A call without the header is executed as usual.
 func TestACallWithoutThePreferenceIsExecutedNow(t *testing.T) {
 	t.Parallel()
 	b := setup(t, WorkerConfig{})
 	ctx, info := connect.NewClientContext(t.Context())
 	info.RequestHeader().Set(preferHeader, "respond-asynchronously, wait=1")
 	if answer, err := probe.Call(ctx, b.client, probe.Mutate, "now"); err != nil || answer != "did now" {
-		t.Errorf("%q, %v", answer, err)
+		t.Errorf("got %q, error %v", answer, err)
 	}
 	if n := b.count(t, `SELECT count(*) FROM operation`); n != 0 {
-		t.Errorf("%d operations", n)
+		t.Errorf("got %d operations, want none", n)
 	}
 }
 
@@ -92,7 +94,7 @@ func TestOnlyIdempotentUnaryMethodsCanBeExecutedLater(t *testing.T) {
 		_, err := submit(t.Context(), b.client, spec, "refused")
 		wantCode(t, err, connect.CodeFailedPrecondition)
 		if !strings.Contains(err.Error(), "option idempotency_level = IDEMPOTENT") {
-			t.Errorf("the option is not named: %v", err)
+			t.Errorf("error does not name the option: %v", err)
 		}
 	}
 	ctx, info := connect.NewClientContext(t.Context())
@@ -106,40 +108,40 @@ func TestOnlyIdempotentUnaryMethodsCanBeExecutedLater(t *testing.T) {
 	b.wantEffects(t)
 }
 
-func TestAKeyStandsForOneOperation(t *testing.T) {
+func TestAKeyIdentifiesOneOperation(t *testing.T) {
 	t.Parallel()
 	b := setup(t, WorkerConfig{})
 	first := b.submit(t, "text", keyHeader, "key")
 	if again := b.submit(t, "text", keyHeader, "key"); again != first {
-		t.Errorf("the same call became %s, and %s before", again, first)
+		t.Errorf("the repeat returned %s, want %s", again, first)
 	}
 	_, err := submit(t.Context(), b.client, probe.Mutate, "other", keyHeader, "key")
 	wantCode(t, err, connect.CodeAlreadyExists)
 	_, err = submit(t.Context(), b.client, probe.Slow, "text", keyHeader, "key")
 	wantCode(t, err, connect.CodeAlreadyExists)
 	if others := b.submit(t, "text", keyHeader, "key", callerHeader, "bob"); others == first {
-		t.Error("another caller's key is the same")
+		t.Error("two callers with the same key share an operation")
 	}
 	if other := b.submit(t, "text"); other == first {
-		t.Error("without a key it is the same")
+		t.Error("a call without a key returned the operation of a key")
 	}
 	_, err = submit(t.Context(), b.client, probe.Mutate, "text", keyHeader, strings.Repeat("k", maxKey+1))
 	wantCode(t, err, connect.CodeInvalidArgument)
 	b.deliver(t)
 	if again := b.submit(t, "text", keyHeader, "key"); again != first {
-		t.Errorf("after its end the same call became %s, and %s before", again, first)
+		t.Errorf("the repeat after the end returned %s, want %s", again, first)
 	}
 	b.wantEffects(t, "text", "text", "text")
 }
 
-// A closed gate refuses what would be submitted, and nothing else.
+// A closed gate refuses only calls that would be submitted.
 func TestARepeatedSubmitIsAnsweredWhileTheBacklogIsFull(t *testing.T) {
 	t.Parallel()
 	b := setup(t, WorkerConfig{})
 	first := b.submit(t, "text", keyHeader, "key")
 	b.calls.out = outbox.NewWriter(b.db, nil, closedGate(t, b.db))
 	if again := b.submit(t, "text", keyHeader, "key"); again != first {
-		t.Errorf("the same call became %s, and %s before", again, first)
+		t.Errorf("the repeat returned %s, want %s", again, first)
 	}
 	_, err := submit(t.Context(), b.client, probe.Mutate, "other", keyHeader, "key")
 	wantCode(t, err, connect.CodeAlreadyExists)
@@ -148,7 +150,7 @@ func TestARepeatedSubmitIsAnsweredWhileTheBacklogIsFull(t *testing.T) {
 	_, err = submit(t.Context(), b.client, probe.Mutate, "text")
 	wantCode(t, err, connect.CodeResourceExhausted)
 	if n := b.count(t, `SELECT count(*) FROM operation`); n != 1 {
-		t.Errorf("there are %d operations", n)
+		t.Errorf("got %d operations, want 1", n)
 	}
 }
 
@@ -172,7 +174,7 @@ func TestConcurrentSubmitsOfOneKeyAreOneOperation(t *testing.T) {
 	callers.Wait()
 	b.deliver(t)
 	if len(names) != 1 {
-		t.Errorf("operations: %v", names)
+		t.Errorf("got operations %v, want one", names)
 	}
 	b.wantEffects(t, "text")
 }
@@ -202,7 +204,7 @@ func TestSubmitIsPartOfItsTransaction(t *testing.T) {
 	}
 	b.deliver(t)
 	b.wantState(t, name, succeeded, "did staged")
-	for what, call := range map[string]Call{
+	for name, call := range map[string]Call{
 		"other type": {Procedure: probe.Mutate.Procedure, Request: wrapperspb.Int32(1)},
 		"no method":  {Procedure: "/no.Service/Method", Request: wrapperspb.String("")},
 		"no service": {Procedure: "", Request: wrapperspb.String("")},
@@ -213,12 +215,13 @@ func TestSubmitIsPartOfItsTransaction(t *testing.T) {
 			return err
 		})
 		if code := connect.CodeOf(err); code != connect.CodeInvalidArgument && code != connect.CodeUnimplemented {
-			t.Errorf("%s: %v", what, err)
+			t.Errorf("%s: got error %v", name, err)
 		}
 	}
 }
 
-// An error of the handler is the result, and nothing is left of what the call did, also in a transaction before the error.
+// An error of the handler is the result. It undoes everything that the call did, including its transactions before the
+// error.
 func TestAnErrorIsAResult(t *testing.T) {
 	t.Parallel()
 	b := setup(t, WorkerConfig{})
@@ -226,7 +229,7 @@ func TestAnErrorIsAResult(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for text, one := range map[string]struct {
+	for text, test := range map[string]struct {
 		act  act
 		want string
 	}{
@@ -256,27 +259,28 @@ func TestAnErrorIsAResult(t *testing.T) {
 		}, "failed_precondition: no"},
 		"resource": {fails(connect.NewError(connect.CodeResourceExhausted, "yours")), "resource_exhausted: yours"},
 	} {
-		b.on(text, one.act)
+		b.on(text, test.act)
 		name := b.submit(t, text)
 		b.deliver(t)
-		got := b.wantState(t, name, failed, one.want)
+		got := b.wantState(t, name, failed, test.want)
 		if runs, _ := b.ran(text); runs != 1 {
 			t.Errorf("%s: ran %d times", text, runs)
 		}
 		if text == "connect" {
 			var delay durationpb.Duration
-			if details := got.GetError().GetDetails(); len(details) != 1 || (*anypb.Any)(details[0]).UnmarshalTo(&delay) != nil || delay.GetNanos() != 5 {
-				t.Errorf("details are %v", details)
+			details := got.GetError().GetDetails()
+			if len(details) != 1 || (*anypb.Any)(details[0]).UnmarshalTo(&delay) != nil || delay.GetNanos() != 5 {
+				t.Errorf("got details %v", details)
 			}
 		}
 	}
 	b.wantEffects(t)
 	if n := b.count(t, `SELECT count(*) FROM outbox WHERE type = 'google.protobuf.StringValue'`); n != 0 {
-		t.Errorf("a call that failed has sent %d messages", n)
+		t.Errorf("failed calls have sent %d messages", n)
 	}
 }
 
-func TestWhatMayEndOtherwiseIsTriedAgain(t *testing.T) {
+func TestTransientErrorsAreRetried(t *testing.T) {
 	t.Parallel()
 	b := setup(t, WorkerConfig{})
 	for text, err := range map[string]error{
@@ -289,15 +293,15 @@ func TestWhatMayEndOtherwiseIsTriedAgain(t *testing.T) {
 		name := b.submit(t, text)
 		b.deliver(t)
 		if got := b.wantState(t, name, succeeded, "did "+text); got.GetAttempts() != 3 {
-			t.Errorf("%s: %d attempts", text, got.GetAttempts())
+			t.Errorf("%s: got %d attempts, want 3", text, got.GetAttempts())
 		}
 	}
 	if n := b.count(t, `SELECT count(*) FROM effects`); n != 4 {
-		t.Errorf("%d effects of 4 calls", n)
+		t.Errorf("got %d effects of 4 calls", n)
 	}
 }
 
-// A worker may begin a call and not hear of it: the call does not run, and is no attempt.
+// If a worker begins a call but the answer of the commit is lost, the call does not run and this is no attempt.
 func TestABeginWithoutAnAnswerIsNoAttempt(t *testing.T) {
 	t.Parallel()
 	b := setup(t, WorkerConfig{})
@@ -316,11 +320,11 @@ func TestABeginWithoutAnAnswerIsNoAttempt(t *testing.T) {
 	}
 	lose()
 	if got := b.get(t, name).GetAttempts(); got != 1 {
-		t.Errorf("%d attempts, want 1", got)
+		t.Errorf("got %d attempts, want 1", got)
 	}
 	b.deliver(t)
 	if got := b.wantState(t, name, succeeded, "did call").GetAttempts(); got != 2 {
-		t.Errorf("%d attempts, want 2", got)
+		t.Errorf("got %d attempts, want 2", got)
 	}
 }
 
@@ -331,27 +335,27 @@ func TestWhatIsGivenUpHasAResult(t *testing.T) {
 	exhausted := b.submit(t, "never")
 	b.deliver(t)
 	if got := b.wantState(t, exhausted, failed, "unavailable: never"); got.GetAttempts() != 3 {
-		t.Errorf("%d attempts", got.GetAttempts())
+		t.Errorf("got %d attempts, want 3", got.GetAttempts())
 	}
 
 	crashed := b.submit(t, "crashes")
 	killer := b.messages(t)
-	killer[0].Count = 2 // its deliveries were broken off: the inbox sets it aside
+	killer[0].Count = 2 // its earlier deliveries were interrupted, so the inbox moves it to inbox_retry
 	if err := b.worker.Process(t.Context(), killer); err != nil {
 		t.Fatal(err)
 	}
 	b.exec(t, `UPDATE inbox_retry SET runs = array_fill(gen_random_uuid(), '{9}')`)
 	b.deliver(t)
-	b.wantState(t, crashed, failed, "internal: given up: it did not come to an end")
+	b.wantState(t, crashed, failed, "internal: given up: the call did not complete")
 
 	undelivered := b.submit(t, "undelivered")
 	if err := b.worker.Drain(t.Context(), b.messages(t)); err != nil {
 		t.Fatal(err)
 	}
-	b.wantState(t, undelivered, failed, "unavailable: given up: no worker executed it in time")
+	b.wantState(t, undelivered, failed, "unavailable: given up: no worker executed the call in time")
 
 	b.wantEffects(t)
 	if n := b.count(t, `SELECT count(*) FROM dead_letter`); n != 3 {
-		t.Errorf("%d dead letters", n)
+		t.Errorf("got %d dead letters, want 3", n)
 	}
 }

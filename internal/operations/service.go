@@ -36,7 +36,7 @@ type querier interface {
 	Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error)
 }
 
-// find returns an operation of the caller. Another's does not exist for it.
+// find returns an operation of the caller. The operations of other callers are not found.
 func (o *Operations) find(ctx context.Context, in querier, name string) (*operationsv1.Operation, error) {
 	id, err := parseName(name)
 	if err != nil {
@@ -63,14 +63,16 @@ func (o *Operations) read(ctx context.Context, ids []string) (map[string]*operat
 		return nil, postgres.Classify(fmt.Errorf("read operations: %w", err))
 	}
 	states := make(map[string]*operationsv1.Operation, len(found))
-	for _, one := range found {
-		states[strings.TrimPrefix(one.GetName(), namePrefix)] = one
+	for _, op := range found {
+		states[strings.TrimPrefix(op.GetName(), namePrefix)] = op
 	}
 	return states, nil
 }
 
 // GetOperation implements shop.operations.v1.OperationService.
-func (o *Operations) GetOperation(ctx context.Context, req *operationsv1.GetOperationRequest) (*operationsv1.GetOperationResponse, error) {
+func (o *Operations) GetOperation(
+	ctx context.Context, req *operationsv1.GetOperationRequest,
+) (*operationsv1.GetOperationResponse, error) {
 	found, err := o.find(ctx, o.db, req.GetName())
 	if err != nil {
 		return nil, err
@@ -78,12 +80,14 @@ func (o *Operations) GetOperation(ctx context.Context, req *operationsv1.GetOper
 	return &operationsv1.GetOperationResponse{Operation: found}, nil
 }
 
-// waitTime is how long WaitOperation waits if its caller does not say. It, and the most that may be said, is less than a server that shuts
-// down grants to the calls under way.
+// waitTime is the default timeout of WaitOperation. It and the largest timeout are shorter than the time that a server
+// that shuts down grants to running calls.
 const waitTime = 10 * time.Second
 
 // WaitOperation implements shop.operations.v1.OperationService.
-func (o *Operations) WaitOperation(ctx context.Context, req *operationsv1.WaitOperationRequest) (*operationsv1.WaitOperationResponse, error) {
+func (o *Operations) WaitOperation(
+	ctx context.Context, req *operationsv1.WaitOperationRequest,
+) (*operationsv1.WaitOperationResponse, error) {
 	timeout := waitTime
 	if req.GetTimeout() != nil {
 		timeout = req.GetTimeout().AsDuration()
@@ -102,8 +106,10 @@ func (o *Operations) WaitOperation(ctx context.Context, req *operationsv1.WaitOp
 }
 
 // WatchOperation implements shop.operations.v1.OperationService.
-func (o *Operations) WatchOperation(ctx context.Context, req *operationsv1.WatchOperationRequest,
-	stream operationsv1connect.OperationServiceWatchOperationServerStream) error {
+func (o *Operations) WatchOperation(
+	ctx context.Context, req *operationsv1.WatchOperationRequest,
+	stream operationsv1connect.OperationServiceWatchOperationServerStream,
+) error {
 	first, err := o.find(ctx, o.db, req.GetName())
 	if err != nil {
 		return err
@@ -113,9 +119,11 @@ func (o *Operations) WatchOperation(ctx context.Context, req *operationsv1.Watch
 	})
 }
 
-// follow calls see with the state that is known of an operation and with each that follows, until it has ended. Reading the first one told
-// whether it is the caller's.
-func (o *Operations) follow(ctx context.Context, last *operationsv1.Operation, see func(*operationsv1.Operation) error) error {
+// follow calls see with the last known state of an operation and with each later state, until the operation has ended.
+// The read of the first state has checked that the operation is the caller's.
+func (o *Operations) follow(
+	ctx context.Context, last *operationsv1.Operation, see func(*operationsv1.Operation) error,
+) error {
 	if err := see(last); err != nil || ended(last) {
 		return err
 	}
@@ -125,7 +133,7 @@ func (o *Operations) follow(ctx context.Context, last *operationsv1.Operation, s
 			return errNotFound(last.GetName())
 		case err != nil:
 			return err
-		case proto.Equal(now, last): // nothing has changed since it was found
+		case proto.Equal(now, last): // unchanged since find
 			continue
 		}
 		last = now
@@ -148,7 +156,9 @@ WHERE caller = $1
 ORDER BY id DESC LIMIT $5`
 
 // ListOperations implements shop.operations.v1.OperationService.
-func (o *Operations) ListOperations(ctx context.Context, req *operationsv1.ListOperationsRequest) (*operationsv1.ListOperationsResponse, error) {
+func (o *Operations) ListOperations(
+	ctx context.Context, req *operationsv1.ListOperationsRequest,
+) (*operationsv1.ListOperationsResponse, error) {
 	size := int(req.GetPageSize())
 	if size == 0 {
 		size = 50
@@ -164,7 +174,8 @@ func (o *Operations) ListOperations(ctx context.Context, req *operationsv1.ListO
 	if err != nil {
 		return nil, err
 	}
-	rows, _ := o.db.Query(ctx, listSQL, pgx.QueryExecModeCacheDescribe, o.config.Identity.Caller(ctx), state, method, before, size+1)
+	rows, _ := o.db.Query(ctx, listSQL, pgx.QueryExecModeCacheDescribe,
+		o.config.Identity.Caller(ctx), state, method, before, size+1)
 	found, err := pgx.CollectRows(rows, scan)
 	if err != nil {
 		return nil, postgres.Classify(fmt.Errorf("list operations: %w", err))
@@ -175,7 +186,7 @@ func (o *Operations) ListOperations(ctx context.Context, req *operationsv1.ListO
 	return &operationsv1.ListOperationsResponse{Operations: found[:size], NextPageToken: pageToken(found[size-1])}, nil
 }
 
-// pageToken is the ID of the last operation of a page.
+// pageToken encodes the ID of the last operation of a page.
 func pageToken(last *operationsv1.Operation) string {
 	id := uuid.MustParse(strings.TrimPrefix(last.GetName(), namePrefix))
 	return base64.RawURLEncoding.EncodeToString(id[:])
@@ -199,15 +210,15 @@ UPDATE operation SET state = 'cancelled', request = '', error = $3, ended_at = c
 WHERE id = $1 AND caller = $2 AND state = 'pending'
 RETURNING ` + columns
 
-// Listing chooses operations for an operator, who sees those of all callers; what is empty chooses all.
+// Listing selects operations for an operator, who sees those of all callers. Empty fields select all operations.
 type Listing struct {
 	State operationsv1.OperationState
-	// Before is the ID of the last operation of the page before.
+	// Before is the ID of the last operation of the previous page.
 	Before *uuid.UUID
 	Limit  int
 }
 
-// Listed is an operation, and whose it is.
+// Listed is an operation and its caller.
 type Listed struct {
 	*operationsv1.Operation
 	ID     uuid.UUID
@@ -227,12 +238,12 @@ func (o *Operations) List(ctx context.Context, l Listing) ([]Listed, error) {
 		state = proto.String(stateText(l.State))
 	}
 	rows, _ := o.db.Query(ctx, listAllSQL, pgx.QueryExecModeCacheDescribe, state, l.Before, l.Limit)
-	found, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (one Listed, err error) {
-		one.Operation, err = scan(withCaller{row, &one.Caller})
+	found, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (listed Listed, err error) {
+		listed.Operation, err = scan(withCaller{row, &listed.Caller})
 		if err == nil {
-			one.ID, err = parseName(one.Name)
+			listed.ID, err = parseName(listed.Name)
 		}
-		return one, err
+		return listed, err
 	})
 	if err != nil {
 		return nil, postgres.Classify(fmt.Errorf("list operations: %w", err))
@@ -240,7 +251,7 @@ func (o *Operations) List(ctx context.Context, l Listing) ([]Listed, error) {
 	return found, nil
 }
 
-// withCaller is a row with one column more.
+// withCaller is a row with the caller as an additional column.
 type withCaller struct {
 	pgx.CollectableRow
 	caller *string
@@ -248,13 +259,13 @@ type withCaller struct {
 
 func (r withCaller) Scan(into ...any) error { return r.CollectableRow.Scan(append(into, r.caller)...) }
 
-// StateOf returns the state of an operation as tx sees it, by the ID of its message; OPERATION_STATE_UNSPECIFIED if
-// there is none.
+// StateOf returns the state of an operation as tx sees it, by the ID of its message. If there is no such operation, it
+// returns OPERATION_STATE_UNSPECIFIED.
 func StateOf(ctx context.Context, tx pgx.Tx, messageID string) (operationsv1.OperationState, error) {
 	const none = operationsv1.OperationState_OPERATION_STATE_UNSPECIFIED
 	id, err := uuid.Parse(messageID)
 	if err != nil {
-		return none, nil // not a message of ours
+		return none, nil // not the message of an operation
 	}
 	var state string
 	err = tx.QueryRow(ctx, `SELECT state FROM operation WHERE id = $1`, id).Scan(&state)
@@ -270,9 +281,12 @@ func StateOf(ctx context.Context, tx pgx.Tx, messageID string) (operationsv1.Ope
 // ErrBegun means that an operation is not pending, or does not exist.
 var ErrBegun = errors.New("only an operation that no worker has begun can be cancelled")
 
-// CancelFor calls off anybody's operation, as part of tx, if no worker has begun it; else it returns ErrBegun. Its caller reads why.
-func (o *Operations) CancelFor(ctx context.Context, tx pgx.Tx, id uuid.UUID, why string) error {
-	status := &operationsv1.Status{Code: int32(connect.CodeCanceled), Message: "called off by an operator: " + why}
+// CancelFor cancels an operation of any caller as part of tx, if no worker has begun it. Otherwise it returns ErrBegun.
+// The operation's caller can read the reason.
+func (o *Operations) CancelFor(ctx context.Context, tx pgx.Tx, id uuid.UUID, reason string) error {
+	status := &operationsv1.Status{
+		Code: int32(connect.CodeCanceled), Message: "cancelled by an operator: " + reason,
+	}
 	var done bool
 	if err := tx.QueryRow(ctx, `SELECT operation_cancel($1, $2)`, id, encode(status)).Scan(&done); err != nil {
 		return fmt.Errorf("cancel operation: %w", err)
@@ -284,17 +298,19 @@ func (o *Operations) CancelFor(ctx context.Context, tx pgx.Tx, id uuid.UUID, why
 	return nil
 }
 
-var cancelled = &operationsv1.Status{Code: int32(connect.CodeCanceled), Message: "called off before it began"}
+var cancelled = &operationsv1.Status{Code: int32(connect.CodeCanceled), Message: "cancelled before it began"}
 
 // CancelOperation implements shop.operations.v1.OperationService.
-func (o *Operations) CancelOperation(ctx context.Context, req *operationsv1.CancelOperationRequest) (*operationsv1.CancelOperationResponse, error) {
+func (o *Operations) CancelOperation(
+	ctx context.Context, req *operationsv1.CancelOperationRequest,
+) (*operationsv1.CancelOperationResponse, error) {
 	id, err := parseName(req.GetName())
 	if err != nil {
 		return nil, err
 	}
 	var done *operationsv1.Operation
 	err = postgres.Transact(ctx, o.db, func(tx pgx.Tx) error {
-		postgres.ConfirmReads(tx) // it may be cancelled already
+		postgres.ConfirmReads(tx) // the operation may be cancelled already
 		rows, _ := tx.Query(ctx, cancelSQL, id, o.config.Identity.Caller(ctx), encode(cancelled))
 		done, err = pgx.CollectExactlyOneRow(rows, scan)
 		if errors.Is(err, pgx.ErrNoRows) {
@@ -312,51 +328,54 @@ func (o *Operations) CancelOperation(ctx context.Context, req *operationsv1.Canc
 	return &operationsv1.CancelOperationResponse{Operation: done}, nil
 }
 
-// cancelledBefore returns an operation that is no longer pending if it is because somebody has cancelled it.
+// cancelledBefore returns an operation that was cancelled earlier. It returns an error if the operation is in another
+// state.
 func (o *Operations) cancelledBefore(ctx context.Context, tx pgx.Tx, name string) (*operationsv1.Operation, error) {
 	found, err := o.find(ctx, tx, name)
 	if err == nil && found.GetState() != operationsv1.OperationState_OPERATION_STATE_CANCELLED {
-		err = connect.Errorf(connect.CodeFailedPrecondition, "operation %s is %s: only what has not begun can be cancelled",
-			name, stateText(found.GetState()))
+		err = connect.Errorf(connect.CodeFailedPrecondition,
+			"operation %s is %s: only an operation that has not begun can be cancelled", name,
+			stateText(found.GetState()))
 	}
 	return found, err
 }
 
 func scan(row pgx.CollectableRow) (*operationsv1.Operation, error) {
 	var (
-		one              operationsv1.Operation
+		op               operationsv1.Operation
 		id               uuid.UUID
 		state            string
 		response, failed []byte
 		created          time.Time
 		started, ended   *time.Time
 	)
-	if err := row.Scan(&id, &one.Method, &state, &one.Attempts, &response, &failed, &created, &started, &ended); err != nil {
+	err := row.Scan(&id, &op.Method, &state, &op.Attempts, &response, &failed, &created, &started, &ended)
+	if err != nil {
 		return nil, err
 	}
-	one.Name, one.State = nameOf(id), parseState(state)
-	one.CreateTime = timestamppb.New(created)
+	op.Name, op.State = nameOf(id), parseState(state)
+	op.CreateTime = timestamppb.New(created)
 	if started != nil {
-		one.StartTime = timestamppb.New(*started)
+		op.StartTime = timestamppb.New(*started)
 	}
 	if ended == nil {
-		return &one, nil
+		return &op, nil
 	}
-	one.EndTime = timestamppb.New(*ended)
+	op.EndTime = timestamppb.New(*ended)
 	if response != nil {
 		result := &anypb.Any{}
-		one.Result = &operationsv1.Operation_Response{Response: result}
-		return &one, proto.Unmarshal(response, result)
+		op.Result = &operationsv1.Operation_Response{Response: result}
+		return &op, proto.Unmarshal(response, result)
 	}
-	if one.State == operationsv1.OperationState_OPERATION_STATE_SUCCEEDED { // and its response was not asked for
-		return &one, nil
+	if op.State == operationsv1.OperationState_OPERATION_STATE_SUCCEEDED { // lists do not select the response
+		return &op, nil
 	}
 	status := &operationsv1.Status{}
-	one.Result = &operationsv1.Operation_Error{Error: status}
-	return &one, proto.Unmarshal(failed, status)
+	op.Result = &operationsv1.Operation_Error{Error: status}
+	return &op, proto.Unmarshal(failed, status)
 }
 
-// stateText is the state as the table stores it: OPERATION_STATE_PENDING is "pending".
+// stateText returns a state as the table stores it: OPERATION_STATE_PENDING is "pending".
 func stateText(state operationsv1.OperationState) string {
 	return strings.ToLower(strings.TrimPrefix(state.String(), "OPERATION_STATE_"))
 }

@@ -16,7 +16,7 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 )
 
-func TestCancelBeforeItRuns(t *testing.T) {
+func TestCancelBeforeTheCallRuns(t *testing.T) {
 	t.Parallel()
 	b := setup(t, WorkerConfig{})
 	cancel := func(name string) (*operationsv1.Operation, error) {
@@ -26,11 +26,11 @@ func TestCancelBeforeItRuns(t *testing.T) {
 	name := b.submit(t, "cancelled")
 	for range 2 {
 		if got, err := cancel(name); err != nil || got.GetState() != called {
-			t.Errorf("%v, %v", got, err)
+			t.Errorf("got %v, error %v", got, err)
 		}
 	}
 	b.deliver(t)
-	b.wantState(t, name, called, "canceled: called off before it began")
+	b.wantState(t, name, called, "canceled: cancelled before it began")
 	b.wantEffects(t)
 
 	var during error
@@ -46,7 +46,7 @@ func TestCancelBeforeItRuns(t *testing.T) {
 	wantCode(t, err, connect.CodeFailedPrecondition)
 }
 
-// nameIn is the name of the operation that a handler executes.
+// nameIn returns the name of the operation that a handler executes.
 func nameIn(ctx context.Context) string {
 	info, _ := connect.CallInfoForServerContext(ctx)
 	return info.RequestHeader().Get(nameHeader)
@@ -68,8 +68,9 @@ func TestOthersSeeNothing(t *testing.T) {
 		_, err = stream.Receive()
 	}
 	wantCode(t, err, connect.CodeNotFound)
-	if list, err := b.ListOperations(bob(), &operationsv1.ListOperationsRequest{}); err != nil || len(list.GetOperations()) > 0 {
-		t.Errorf("%v, %v", list, err)
+	list, err := b.ListOperations(bob(), &operationsv1.ListOperationsRequest{})
+	if err != nil || len(list.GetOperations()) > 0 {
+		t.Errorf("got list %v, error %v", list, err)
 	}
 	for _, wrong := range []string{"operations/", "operations/x", "operations/{00000000-0000-7000-8000-000000000000}"} {
 		_, err = b.GetOperation(as(t.Context(), "alice"), &operationsv1.GetOperationRequest{Name: wrong})
@@ -78,27 +79,28 @@ func TestOthersSeeNothing(t *testing.T) {
 	b.wantState(t, name, pending, "")
 }
 
-// Wait answers when the call has ended, in whichever process, and at the end of its time.
+// WaitOperation returns when the call has ended in any process, or at the end of its timeout.
 func TestWait(t *testing.T) {
 	t.Parallel()
 	b := setup(t, WorkerConfig{})
-	b.calls = b.newOperations(t, signing) // the worker's process is another than the one that is asked
+	b.calls = b.newOperations(t, signing) // the worker runs in another process than the server
 	b.worker = b.newWorker(WorkerConfig{})
 	name := b.submit(t, "text")
 	wait := func(timeout time.Duration) (*operationsv1.Operation, error) {
-		response, err := b.WaitOperation(as(t.Context(), "alice"), &operationsv1.WaitOperationRequest{Name: name, Timeout: durationpb.New(timeout)})
+		request := &operationsv1.WaitOperationRequest{Name: name, Timeout: durationpb.New(timeout)}
+		response, err := b.WaitOperation(as(t.Context(), "alice"), request)
 		return response.GetOperation(), err
 	}
 	for _, timeout := range []time.Duration{0, time.Millisecond} {
 		if got, err := wait(timeout); err != nil || got.GetState() != pending {
-			t.Errorf("after %s: %v, %v", timeout, got, err)
+			t.Errorf("after %s: got %v, error %v", timeout, got, err)
 		}
 	}
 	var waiting sync.WaitGroup
 	for range 20 {
 		waiting.Go(func() {
 			if got, err := wait(15 * time.Second); err != nil || got.GetState() != succeeded {
-				t.Errorf("%v, %v", got, err)
+				t.Errorf("got %v, error %v", got, err)
 			}
 		})
 	}
@@ -106,7 +108,7 @@ func TestWait(t *testing.T) {
 	b.deliver(t)
 	waiting.Wait()
 	if took := time.Since(began); took > 10*time.Second {
-		t.Errorf("the end was seen after %s only", took)
+		t.Errorf("WaitOperation returned only after %s", took)
 	}
 	_, err := wait(16 * time.Second)
 	wantCode(t, err, connect.CodeInvalidArgument)
@@ -173,10 +175,10 @@ func TestList(t *testing.T) {
 				t.Fatal(err)
 			}
 			pages++
-			for _, one := range page.GetOperations() {
-				got = append(got, one.GetName())
-				if one.GetResponse() != nil || one.GetState() == failed != (one.GetError() != nil) {
-					t.Errorf("listed %v", one)
+			for _, op := range page.GetOperations() {
+				got = append(got, op.GetName())
+				if op.GetResponse() != nil || op.GetState() == failed != (op.GetError() != nil) {
+					t.Errorf("listed %v", op)
 				}
 			}
 			if req.PageToken = page.GetNextPageToken(); req.PageToken == "" {
@@ -185,19 +187,20 @@ func TestList(t *testing.T) {
 		}
 	}
 	if got, pages := list(&operationsv1.ListOperationsRequest{PageSize: 3}); !slices.Equal(got, names) || pages != 3 {
-		t.Errorf("%d pages of %v, want %v", pages, got, names)
+		t.Errorf("got %d pages of %v, want 3 of %v", pages, got, names)
 	}
 	if got, _ := list(&operationsv1.ListOperationsRequest{State: succeeded}); !slices.Equal(got, names[2:]) {
-		t.Errorf("succeeded are %v, want %v", got, names[2:])
+		t.Errorf("state succeeded: got %v, want %v", got, names[2:])
 	}
-	if got, _ := list(&operationsv1.ListOperationsRequest{Method: probe.Slow.Procedure}); !slices.Equal(got, names[:1]) {
-		t.Errorf("slow are %v, want %v", got, names[:1])
+	if got, _ := list(&operationsv1.ListOperationsRequest{Method: probe.Slow.Procedure}); !slices.Equal(got,
+		names[:1]) {
+		t.Errorf("method Slow: got %v, want %v", got, names[:1])
 	}
 	_, err = b.ListOperations(as(t.Context(), "alice"), &operationsv1.ListOperationsRequest{PageToken: "x"})
 	wantCode(t, err, connect.CodeInvalidArgument)
 }
 
-// What is over the limit of a method waits, and nothing else waits with it.
+// Calls over the limit of a method wait, and do not block other calls.
 func TestLimitOfAMethod(t *testing.T) {
 	t.Parallel()
 	b := setup(t, WorkerConfig{Concurrency: 4, Limits: map[string]int{methodName(probe.Slow.Procedure): 2}})
@@ -223,9 +226,9 @@ func TestLimitOfAMethod(t *testing.T) {
 	}
 	quick := b.submit(t, "quick")
 	var working sync.WaitGroup
-	for _, one := range b.messages(t) {
+	for _, delivery := range b.messages(t) {
 		working.Go(func() {
-			if err := b.worker.Process(t.Context(), append(b.messages(t)[:0], one)); err != nil {
+			if err := b.worker.Process(t.Context(), append(b.messages(t)[:0], delivery)); err != nil {
 				t.Error(err)
 			}
 		})
@@ -251,7 +254,7 @@ func TestLimitOfAMethod(t *testing.T) {
 func TestWhoCalledIsSigned(t *testing.T) {
 	t.Parallel()
 	b := setup(t, WorkerConfig{})
-	for what, forge := range map[string]string{
+	for change, forge := range map[string]string{
 		"another caller":   `caller = 'bob', identity = '"bob"'`,
 		"another identity": `identity = '"bob"'`,
 		"another request":  `request = '\x0a0178'`,
@@ -263,7 +266,7 @@ func TestWhoCalledIsSigned(t *testing.T) {
 		b.deliver(t)
 		b.exec(t, `UPDATE operation SET caller = 'alice' WHERE id = $1`, name[len(namePrefix):])
 		if got := b.get(t, name); got.GetError().GetCode() != int32(connect.CodePermissionDenied) {
-			t.Errorf("%s: %v", what, got)
+			t.Errorf("%s: got %v, want permission_denied", change, got)
 		}
 	}
 	b.wantEffects(t)
@@ -281,19 +284,19 @@ func TestWhoCalledIsSigned(t *testing.T) {
 	b.calls.config.Keys = [][]byte{keyOf("fourth")}
 	b.deliver(t)
 	if got := b.get(t, last).GetError(); got.GetCode() != int32(connect.CodePermissionDenied) {
-		t.Errorf("signed by a key that is gone: %v", got)
+		t.Errorf("signed by a removed key: got %v, want permission_denied", got)
 	}
 }
 
 func TestConfigIsChecked(t *testing.T) {
 	t.Parallel()
-	for what, config := range map[string]Config{
+	for name, config := range map[string]Config{
 		"a short key": {Identity: testIdentity, Keys: [][]byte{keyOf("key"), []byte("short")}},
 	} {
 		func() {
 			defer func() {
 				if recover() == nil {
-					t.Errorf("%s is accepted", what)
+					t.Errorf("%s: no panic", name)
 				}
 			}()
 			config.check()
@@ -301,7 +304,7 @@ func TestConfigIsChecked(t *testing.T) {
 	}
 }
 
-func TestSweepForgetsWhatEndedLongAgo(t *testing.T) {
+func TestSweepDeletesOldResults(t *testing.T) {
 	t.Parallel()
 	b := setup(t, WorkerConfig{Retention: time.Hour})
 	old, young := b.submit(t, "old", keyHeader, "key"), b.submit(t, "young")
@@ -317,6 +320,6 @@ func TestSweepForgetsWhatEndedLongAgo(t *testing.T) {
 	_, err := b.GetOperation(as(t.Context(), "alice"), &operationsv1.GetOperationRequest{Name: old})
 	wantCode(t, err, connect.CodeNotFound)
 	if again := b.submit(t, "old", keyHeader, "key"); again == old {
-		t.Error("its key is remembered")
+		t.Error("its key is still stored")
 	}
 }

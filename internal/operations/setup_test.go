@@ -29,16 +29,17 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	slog.SetDefault(slog.New(slog.DiscardHandler)) // the tests make calls fail
+	slog.SetDefault(slog.New(slog.DiscardHandler)) // the tests cause errors on purpose
 	testenv.Main(m)
 }
 
 var quiet = slog.New(slog.DiscardHandler)
 
-// act is what a handler does besides its effect.
+// act is what a handler does after its effect.
 type act func(ctx context.Context, out *outbox.Writer) error
 
-// bundle is a process that takes durable calls and a worker. The test carries the messages between them, when and as often as it likes.
+// bundle is a process that accepts durable calls, and a worker. The test itself delivers the messages between them, so
+// it controls when and how often they arrive.
 type bundle struct {
 	operationsv1connect.OperationServiceClient
 	client, grpc *connect.Client
@@ -46,15 +47,15 @@ type bundle struct {
 	out          *outbox.Writer
 	calls        *Operations
 	worker       *Worker
-	carried      int64 // id of the last outbox row that messages has returned
+	returned     int64 // id of the last outbox row that messages has returned
 
 	mu      sync.Mutex
-	acts    map[string][]act // by the text of the request; one a run, the last one for all that follow
+	acts    map[string][]act // by the text of the request; one per run, the last one for all further runs
 	runs    map[string]int
-	callers map[string]string // who called, as the handler saw it
+	callers map[string]string // the caller that the handler saw
 }
 
-// callerHeader is how the tests' callers say who they are, and callerKey where the context says it.
+// callerHeader has the name of a test's caller. callerKey is its key in the context.
 const callerHeader = "Test-Caller"
 
 type callerKey struct{}
@@ -109,12 +110,13 @@ func setup(t *testing.T, config WorkerConfig) *bundle {
 	protocols.SetUnencryptedHTTP2(true)
 	transport := &http.Transport{Protocols: protocols}
 	t.Cleanup(transport.CloseIdleConnections)
-	b.grpc = connect.NewClient(connecthttp.NewTransport(&http.Client{Transport: transport}, server.URL, connecthttp.WithGRPC()))
+	b.grpc = connect.NewClient(connecthttp.NewTransport(
+		&http.Client{Transport: transport}, server.URL, connecthttp.WithGRPC()))
 	b.OperationServiceClient = operationsv1connect.NewOperationServiceClient(b.client)
 	return b
 }
 
-// newOperations is another process, with connections of its own for what changes.
+// newOperations makes Operations with a hub of its own, as another process would.
 func (b *bundle) newOperations(t *testing.T, config Config) *Operations {
 	t.Helper()
 	url := b.db.Config().ConnString()
@@ -140,7 +142,7 @@ func (b *bundle) register(server *connect.Server) {
 	}
 }
 
-// handle writes its effect, and then does what the test wants.
+// handle writes its effect and then runs the act that the test has set.
 func (b *bundle) handle(ctx context.Context, text string) (string, error) {
 	b.mu.Lock()
 	run := b.runs[text]
@@ -161,7 +163,7 @@ func (b *bundle) handle(ctx context.Context, text string) (string, error) {
 	return "did " + text, err
 }
 
-// on sets what the handler does with a text: the first act in its first run, and so on.
+// on sets the acts of the handler for a text: the first act is for the first run, and so on.
 func (b *bundle) on(text string, acts ...act) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -176,15 +178,17 @@ func (b *bundle) ran(text string) (runs int, caller string) {
 
 func fails(err error) act { return func(context.Context, *outbox.Writer) error { return err } }
 
-// as is a context of a caller.
+// as returns a client context of a caller.
 func as(ctx context.Context, caller string) context.Context {
 	ctx, info := connect.NewClientContext(ctx)
 	info.RequestHeader().Set(callerHeader, caller)
 	return ctx
 }
 
-// submit makes a durable call over HTTP, with headers as pairs, and returns the operation's name.
-func submit(ctx context.Context, client *connect.Client, spec connect.Spec, text string, headers ...string) (string, error) {
+// submit makes a durable call over HTTP and returns the operation's name. headers are pairs of name and value.
+func submit(
+	ctx context.Context, client *connect.Client, spec connect.Spec, text string, headers ...string,
+) (string, error) {
 	ctx, info := connect.NewClientContext(ctx)
 	info.RequestHeader().Set(preferHeader, respondAsync)
 	info.RequestHeader().Set(callerHeader, "alice")
@@ -193,7 +197,7 @@ func submit(ctx context.Context, client *connect.Client, spec connect.Spec, text
 	}
 	answer, err := probe.Call(ctx, client, spec, text)
 	if err == nil && (answer != "" || info.ResponseHeader().Get(appliedHeader) != respondAsync) {
-		err = fmt.Errorf("answered %q", answer)
+		err = fmt.Errorf("got answer %q, want an empty one", answer)
 	}
 	return info.ResponseHeader().Get(nameHeader), err
 }
@@ -207,12 +211,13 @@ func (b *bundle) submit(t *testing.T, text string, headers ...string) (name stri
 	return name
 }
 
-// messages returns what the outbox took since it was called last.
+// messages returns the messages that were inserted into the outbox since the last call of messages.
 func (b *bundle) messages(t *testing.T) []messaging.Delivery {
 	t.Helper()
-	rows, _ := b.db.Query(t.Context(), `SELECT id, message_id::text, type, payload FROM outbox WHERE id > $1 ORDER BY id`, b.carried)
+	rows, _ := b.db.Query(t.Context(), `
+		SELECT id, message_id::text, type, payload FROM outbox WHERE id > $1 ORDER BY id`, b.returned)
 	found, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (d messaging.Delivery, err error) {
-		return d, row.Scan(&b.carried, &d.ID, &d.Type, &d.Payload)
+		return d, row.Scan(&b.returned, &d.ID, &d.Type, &d.Payload)
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -220,7 +225,7 @@ func (b *bundle) messages(t *testing.T) []messaging.Delivery {
 	return found
 }
 
-// deliver carries messages to the worker, each twice, as messages may come, and has it try again what is to be tried again.
+// deliver delivers messages to the worker, each twice because copies are normal. Then it runs all retries.
 func (b *bundle) deliver(t *testing.T) {
 	t.Helper()
 	batch := b.messages(t)
@@ -246,8 +251,10 @@ func (b *bundle) get(t *testing.T, name string) *operationsv1.Operation {
 	return response.GetOperation()
 }
 
-// wantState checks the state of an operation, and the text of its response or the code of its error.
-func (b *bundle) wantState(t *testing.T, name string, state operationsv1.OperationState, result string) *operationsv1.Operation {
+// wantState checks the state of an operation and its result, as resultOf returns it.
+func (b *bundle) wantState(
+	t *testing.T, name string, state operationsv1.OperationState, result string,
+) *operationsv1.Operation {
 	t.Helper()
 	got := b.get(t, name)
 	if got.GetState() != state || resultOf(t, got) != result {
@@ -256,13 +263,13 @@ func (b *bundle) wantState(t *testing.T, name string, state operationsv1.Operati
 	return got
 }
 
-// wantEffects checks which effects were made, once each.
+// wantEffects checks that exactly these effects were made, once each and in this order.
 func (b *bundle) wantEffects(t *testing.T, want ...string) {
 	t.Helper()
 	rows, _ := b.db.Query(t.Context(), `SELECT text FROM effects ORDER BY seq`)
 	got, err := pgx.CollectRows(rows, pgx.RowTo[string])
 	if err != nil || fmt.Sprint(got) != fmt.Sprint(want) {
-		t.Errorf("effects are %q, %v, want %q", got, err, want)
+		t.Errorf("got effects %q, error %v, want %q", got, err, want)
 	}
 }
 
@@ -293,7 +300,7 @@ func wantCode(t *testing.T, err error, want connect.Code) {
 	}
 }
 
-// closedGate is a gate that is closed, because nobody takes what is in the outbox.
+// closedGate returns a gate that stays closed, because no relay empties the outbox.
 func closedGate(t *testing.T, db *pgxpool.Pool) *outbox.Gate {
 	t.Helper()
 	if _, err := db.Exec(t.Context(), `SELECT outbox_insert('type', 'key', '')`); err != nil {

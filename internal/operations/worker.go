@@ -24,18 +24,20 @@ import (
 
 // WorkerConfig sets up a Worker.
 type WorkerConfig struct {
-	// Concurrency is how many calls are executed at once. Each takes a connection for its transaction and, now and then, another: the pool must have
-	// twice as many. Default 8.
+	// Concurrency is how many calls are executed at once. Each call uses a connection for its transaction and sometimes a
+	// second one, so the pool must have twice as many. Default 8.
 	Concurrency int
-	// Limits is the same for single methods, by the name that Operation.method has. What is over the limit waits in the queue. Default none.
+	// Limits are the same for single methods, by their name in Operation.method. Calls over the limit wait in the queue.
+	// Default none.
 	Limits map[string]int
-	// Retention is how long an operation is kept after its end. Default 7 days.
+	// Retention is how long an operation is stored after its end. Default 7 days.
 	Retention time.Duration
-	// Inbox says how often a call is tried, and for how long. Its OnDead is the worker's own.
+	// Inbox configures how often, and for how long, a call is tried. The worker sets OnDead.
 	Inbox inbox.Config
 }
 
-// Worker executes calls: it is the consumer group "operations". Any number of processes may run one; the limits hold for each.
+// Worker executes calls as the consumer group "operations". Any number of processes may run one. The limits apply to
+// each process.
 type Worker struct {
 	db         *pgxpool.Pool
 	operations *Operations
@@ -46,14 +48,16 @@ type Worker struct {
 	limits     map[string]*semaphore.Weighted
 }
 
-// Consumer is the name of the consumer group, and MessageType the one type that it wants. The order of its messages means nothing.
+// Consumer is the name of the consumer group. MessageType is its only message type. The order of messages does not
+// matter.
 const (
 	Consumer    = "operations"
 	MessageType = "shop.operations.v1.OperationSubmitted"
 )
 
-// NewWorker makes a Worker on db, which must be the pool that server's handlers use: their transactions become parts of the worker's. The server
-// should have the interceptors that calls from outside go through, except for those that find out who the caller is: it is known.
+// NewWorker makes a Worker on db, which must be the pool that the server's handlers use: their transactions become
+// parts of the worker's. The server should have the interceptors that calls from outside pass through, except for
+// those that identify the caller: the worker restores it.
 func NewWorker(db *pgxpool.Pool, operations *Operations, server *connect.Server, config WorkerConfig) *Worker {
 	config.Concurrency = cmp.Or(config.Concurrency, defaultConcurrency)
 	config.Retention = cmp.Or(config.Retention, 7*24*time.Hour)
@@ -73,23 +77,24 @@ func NewWorker(db *pgxpool.Pool, operations *Operations, server *connect.Server,
 
 const defaultConcurrency = 8
 
-// Prefetch is how many deliveries the worker should have at once: more than it executes, so that calls of a method that is at its limit do not
-// keep others waiting behind them.
+// Prefetch returns how many deliveries the worker should have at once. It is more than the worker executes, so that
+// calls of a method at its limit do not block the calls behind them.
 func (c WorkerConfig) Prefetch() int { return 8 * cmp.Or(c.Concurrency, defaultConcurrency) }
 
-// admitted marks a context whose call has its turn already.
+// admitted marks a context whose call has passed enter already.
 type admitted struct{}
 
-// Process settles deliveries as inbox.Inbox.Process does, and each of them when its call has its turn. It waits for that without a transaction.
+// Process settles deliveries as inbox.Inbox.Process does, each as soon as enter admits its call. It waits for enter
+// without a transaction.
 func (w *Worker) Process(ctx context.Context, deliveries []messaging.Delivery) error {
-	for _, one := range deliveries {
+	for _, delivery := range deliveries {
 		message := &operationsv1.OperationSubmitted{}
-		_ = bounds.Unmarshal(one.Payload, message) // what cannot be decoded has no method, and is the inbox's to judge
+		_ = bounds.Unmarshal(delivery.Payload, message) // without a method on error; the inbox rejects the payload
 		leave, err := w.enter(ctx, message.GetMethod())
 		if err != nil {
 			return err
 		}
-		err = w.box.Process(context.WithValue(ctx, admitted{}, true), []messaging.Delivery{one})
+		err = w.box.Process(context.WithValue(ctx, admitted{}, true), []messaging.Delivery{delivery})
 		leave()
 		if err != nil {
 			return err
@@ -98,17 +103,18 @@ func (w *Worker) Process(ctx context.Context, deliveries []messaging.Delivery) e
 	return nil
 }
 
-// Drain keeps what the broker gave up delivering: see inbox.Inbox.Drain.
+// Drain stores messages that the broker gave up delivering. See inbox.Inbox.Drain.
 func (w *Worker) Drain(ctx context.Context, deliveries []messaging.Delivery) error {
 	return w.box.Drain(ctx, deliveries)
 }
 
-// WhileResumed runs part while operators have not paused the group: see inbox.Inbox.WhileResumed.
+// WhileResumed runs part while operators have not paused the group. See inbox.Inbox.WhileResumed.
 func (w *Worker) WhileResumed(ctx context.Context, part func(ctx context.Context) error) error {
 	return w.box.WhileResumed(ctx, part)
 }
 
-// enter waits for the turn of a call of method: at its own limit first, so that who waits there takes no place from others.
+// enter waits until the limits admit a call of method. It waits for the method's own limit first, so that calls that
+// wait there take no place from others.
 func (w *Worker) enter(ctx context.Context, method string) (leave func(), err error) {
 	own := w.limits[method]
 	if own != nil {
@@ -133,14 +139,14 @@ func (w *Worker) enter(ctx context.Context, method string) (leave func(), err er
 // sweepInterval is the time between two sweeps of one process.
 const sweepInterval = 10 * time.Minute
 
-// Run tries again what failed, and forgets what ended long ago, until ctx is done.
+// Run retries failed calls, and deletes operations after their retention, until ctx is done.
 func (w *Worker) Run(ctx context.Context) error {
 	var chores sync.WaitGroup
 	defer chores.Wait()
 	chores.Go(func() {
 		for ctx.Err() == nil {
 			if err := w.sweep(ctx); err != nil && ctx.Err() == nil {
-				slog.WarnContext(ctx, "operations not swept, they grow until they are", "error", err)
+				slog.WarnContext(ctx, "operations not swept; the table grows until they are", "error", err)
 			}
 			select {
 			case <-ctx.Done():
@@ -171,15 +177,18 @@ const giveUpSQL = `
 UPDATE operation SET state = 'failed', request = '', error = coalesce(error, $2), ended_at = clock_timestamp()
 WHERE id = $1 AND state IN ('pending', 'running')`
 
-// giveUp ends an operation whose message is dead: with the error of its last attempt, if there was one.
+// giveUp ends an operation whose message became a dead letter. The result is the error of the last attempt, if there
+// was one.
 func (w *Worker) giveUp(ctx context.Context, tx pgx.Tx, letter deadletter.Letter) error {
 	id, err := uuid.Parse(letter.MessageID)
 	if err != nil {
-		return nil // not a message of ours
+		return nil // not the message of an operation
 	}
-	status := &operationsv1.Status{Code: int32(connect.CodeInternal), Message: "given up: it did not come to an end"}
+	status := &operationsv1.Status{Code: int32(connect.CodeInternal), Message: "given up: the call did not complete"}
 	if letter.Reason == deadletter.OutsideWindow || letter.Reason == deadletter.Undelivered {
-		status = &operationsv1.Status{Code: int32(connect.CodeUnavailable), Message: "given up: no worker executed it in time"}
+		status = &operationsv1.Status{
+			Code: int32(connect.CodeUnavailable), Message: "given up: no worker executed the call in time",
+		}
 	}
 	if _, err := tx.Exec(ctx, giveUpSQL, id, encode(status)); err != nil {
 		return fmt.Errorf("give up operation: %w", err)

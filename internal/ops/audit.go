@@ -20,7 +20,8 @@ type Entry struct {
 
 // Record keeps an entry as part of tx, the transaction of what was done.
 func Record(ctx context.Context, tx pgx.Tx, e Entry) error {
-	_, err := tx.Exec(ctx, `INSERT INTO operator_audit (action, target, reason, actor, detail) VALUES ($1, $2, $3, $4, $5)`,
+	_, err := tx.Exec(ctx,
+		`INSERT INTO operator_audit (action, target, reason, actor, detail) VALUES ($1, $2, $3, $4, $5)`,
 		e.Action, e.Target, e.Reason, e.Actor, e.Detail)
 	if err != nil {
 		return fmt.Errorf("record action: %w", err)
@@ -30,7 +31,8 @@ func Record(ctx context.Context, tx pgx.Tx, e Entry) error {
 
 // Log returns the last entries, the newest first.
 func Log(ctx context.Context, db *pgxpool.Pool, limit int) ([]Entry, error) {
-	rows, err := db.Query(ctx, `SELECT action, target, actor, reason, detail, at FROM operator_audit ORDER BY id DESC LIMIT $1`, limit)
+	rows, err := db.Query(ctx,
+		`SELECT action, target, actor, reason, detail, at FROM operator_audit ORDER BY id DESC LIMIT $1`, limit)
 	if err != nil {
 		return nil, fmt.Errorf("read audit log: %w", err)
 	}

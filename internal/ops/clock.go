@@ -14,8 +14,8 @@ import (
 // half of what is accepted of an ID, so that a process says it is not ready before its messages are refused.
 const maxSkew = 5 * time.Minute
 
-// CheckClock returns outbox.ErrClock if this machine's clock differs from the database's by more than maxSkew. It returns nil
-// if the database does not answer.
+// CheckClock returns outbox.ErrClock if this machine's clock differs from the database's by more than maxSkew. It
+// returns nil if the database does not answer.
 func CheckClock(ctx context.Context, db *pgxpool.Pool) error {
 	ahead, err := skew(ctx, db)
 	if err == nil && ahead.Abs() > maxSkew {
@@ -44,13 +44,14 @@ FROM (
     UNION ALL SELECT 'the count of shard ' || shard, measured_at FROM outbox_backlog
     UNION ALL SELECT 'the oldest message of shard ' || shard, oldest_at FROM outbox_backlog
     UNION ALL SELECT 'the newest message of shard ' || shard, (
-        SELECT created_at FROM outbox WHERE outbox.shard = outbox_cursor.shard ORDER BY id DESC LIMIT 1) FROM outbox_cursor
+        SELECT created_at FROM outbox WHERE outbox.shard = outbox_cursor.shard ORDER BY id DESC LIMIT 1)
+            FROM outbox_cursor
 ) AS stored (what, written_at)
 WHERE written_at > clock_timestamp() + $1
 ORDER BY written_at DESC`
 
-// outboxAhead names the times in the outbox that are by more than the tolerance in the future: the database's clock was set
-// back since.
+// outboxAhead names the times in the outbox that are by more than the tolerance in the future: the database's clock was
+// set back since.
 func outboxAhead(ctx context.Context, db *pgxpool.Pool, tolerance time.Duration) ([]string, error) {
 	rows, err := db.Query(ctx, aheadSQL, tolerance)
 	if err != nil {

@@ -12,7 +12,8 @@ import (
 
 func TestCheckClock(t *testing.T) {
 	t.Parallel()
-	for shift, wrong := range map[time.Duration]bool{0: false, 4 * time.Minute: false, -4 * time.Minute: false, 6 * time.Minute: true, -6 * time.Minute: true} {
+	for shift, wrong := range map[time.Duration]bool{0: false, 4 * time.Minute: false, -4 * time.Minute: false,
+		6 * time.Minute: true, -6 * time.Minute: true} {
 		t.Run(shift.String(), func(t *testing.T) {
 			t.Parallel()
 			db := testenv.Postgres(t)
@@ -50,7 +51,8 @@ func TestAClockThatWasSetBackIsNoticed(t *testing.T) {
 	d.exec(t, `UPDATE outbox_backlog SET measured_at = measured_at + interval '30 min',
 		oldest_at = oldest_at + interval '30 min'`)
 	for _, what := range []string{
-		"last move of shard 0", "lease of shard 0", "count of shard 0", "oldest message of shard 0", "newest message of shard 0",
+		"last move of shard 0", "lease of shard 0", "count of shard 0", "oldest message of shard 0",
+		"newest message of shard 0",
 	} {
 		if found := ahead(); !strings.Contains(found, what+" is 00:2") {
 			t.Errorf("%s is not named: %s", what, found)

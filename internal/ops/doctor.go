@@ -139,6 +139,9 @@ func blind(err error, why cause) Finding {
 // Worst is the most serious verdict among findings.
 func Worst(findings []Finding) Verdict {
 	order := []Verdict{OK, Attention, Unknown, Wrong}
-	worst := slices.MaxFunc(findings, func(a, b Finding) int { return slices.Index(order, a.Verdict) - slices.Index(order, b.Verdict) })
+	worst := slices.MaxFunc(findings, func(a, b Finding) int {
+		return slices.Index(order,
+			a.Verdict) - slices.Index(order, b.Verdict)
+	})
 	return worst.Verdict
 }

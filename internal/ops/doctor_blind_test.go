@@ -51,12 +51,17 @@ func TestDoctorCouldNotLook(t *testing.T) {
 	}{
 		"DatabaseAway": {func(t *testing.T, c *clinic) { c.reach(t, "postgres://u:hunter2@127.0.0.1:1/d") },
 			"database", Unknown, "host and port in POSTGRES_URL", []string{"schema", "cluster", "relay", "retries"}},
-		"DatabaseWrongPassword": {wrongPassword, "database", Unknown, "user and password in POSTGRES_URL", []string{"schema", "cluster", "relay", "retries"}},
+		"DatabaseWrongPassword": {wrongPassword, "database", Unknown, "user and password in POSTGRES_URL",
+			[]string{"schema", "cluster", "relay", "retries"}},
 		"DatabaseUnknownUser": {func(t *testing.T, c *clinic) {
-			c.reach(t, altered(t, c.PostgresURL, func(u *url.URL) { u.User = url.UserPassword("nobody_here", "hunter2") }))
+			c.reach(t, altered(t, c.PostgresURL, func(u *url.URL) {
+				u.User = url.UserPassword("nobody_here",
+					"hunter2")
+			}))
 		}, "database", Unknown, "user and password in POSTGRES_URL", []string{"schema", "cluster", "relay", "retries"}},
 		"DatabaseWrongName": {func(t *testing.T, c *clinic) {
-			c.reach(t, altered(t, testenv.As(t, c.PostgresURL, "shop_operator"), func(u *url.URL) { u.Path = "/nothing" }))
+			c.reach(t, altered(t, testenv.As(t, c.PostgresURL, "shop_operator"),
+				func(u *url.URL) { u.Path = "/nothing" }))
 		}, "database", Unknown, "name in POSTGRES_URL", []string{"schema", "cluster", "relay", "retries"}},
 		"DatabaseNoConnect": {func(t *testing.T, c *clinic) {
 			c.exec(t, `DO $$ BEGIN EXECUTE format('REVOKE CONNECT ON DATABASE %I FROM PUBLIC', current_database()); END $$`)
@@ -64,7 +69,10 @@ func TestDoctorCouldNotLook(t *testing.T) {
 		}, "database", Unknown, "Grant CONNECT", []string{"schema", "cluster", "relay", "retries"}},
 		"DatabaseNoRights": {func(t *testing.T, c *clinic) { c.reach(t, testenv.As(t, c.PostgresURL, "shop_api")) },
 			"clock", Unknown, "Connect as shop_operator", []string{"cluster", "relay", "retries"}},
-		"DatabaseNoRightOnOneTable": {func(t *testing.T, c *clinic) { c.exec(t, `REVOKE SELECT ON inbox_retry FROM shop_operator`) },
+		"DatabaseNoRightOnOneTable": {func(t *testing.T,
+			c *clinic) {
+			c.exec(t, `REVOKE SELECT ON inbox_retry FROM shop_operator`)
+		},
 			"clock", Unknown, "Connect as shop_operator", []string{"retries"}},
 		"NoSchema": {func(t *testing.T, c *clinic) {
 			c.exec(t, `DROP SCHEMA public CASCADE; CREATE SCHEMA public; GRANT USAGE ON SCHEMA public TO PUBLIC`)
@@ -91,13 +99,19 @@ func TestDoctorCouldNotLook(t *testing.T) {
 		"BrokerAway": {func(_ *testing.T, c *clinic) { c.AMQPURL = "amqp://u:hunter2@127.0.0.1:1/" },
 			"broker", Unknown, "host and port in AMQP_URL", []string{"queues"}},
 		"BrokerWrongPassword": {func(t *testing.T, c *clinic) {
-			c.AMQPURL = altered(t, c.AMQPURL, func(u *url.URL) { u.User = url.UserPassword(u.User.Username(), "hunter2") })
+			c.AMQPURL = altered(t, c.AMQPURL, func(u *url.URL) {
+				u.User = url.UserPassword(u.User.Username(),
+					"hunter2")
+			})
 		}, "broker", Unknown, "user and password in AMQP_URL", []string{"queues"}},
 		"BrokerWrongVhost": {func(t *testing.T, c *clinic) {
 			c.AMQPURL = altered(t, c.AMQPURL, func(u *url.URL) { u.Path = "/nothing" })
 		},
 			"broker", Unknown, "vhost in AMQP_URL", []string{"queues"}},
-		"BrokerNoRights": {func(t *testing.T, c *clinic) { c.AMQPURL = testenv.Management(t, c.AMQPURL).User("^$", "^$", "^$") },
+		"BrokerNoRights": {func(t *testing.T, c *clinic) {
+			c.AMQPURL = testenv.Management(t, c.AMQPURL).User("^$", "^$",
+				"^$")
+		},
 			"queues", Unknown, "may configure the queues", nil},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -126,7 +140,8 @@ func TestDoctorCouldNotLook(t *testing.T) {
 				}
 				for _, other := range append(slices.Clone(databaseChecks), brokerChecks...) {
 					if one.Verdict == Unknown && other.cure != "" && one.Cure == other.cure {
-						t.Errorf("%s could not look, and gives the cure of what %s would have found: %s", one.Check, other.name, one.Cure)
+						t.Errorf("%s could not look, and gives the cure of what %s would have found: %s", one.Check,
+							other.name, one.Cure)
 					}
 				}
 			}
@@ -187,31 +202,34 @@ func TestCauses(t *testing.T) {
 		cure  string
 		whole bool
 	}{
-		"password":           {databaseCause(code("28P01"), "X"), "password in X", true},
-		"pg_hba":             {databaseCause(code("28000"), "X"), "pg_hba", true},
-		"database":           {databaseCause(code("3D000"), "X"), "name in X", true},
-		"connections":        {databaseCause(code("53300"), "X"), "connections", true},
-		"starting":           {databaseCause(code("57P03"), "X"), "starting", true},
-		"shut down":          {databaseCause(code("57P01"), "X"), "stopping", true},
-		"permission":         {databaseCause(code("42501"), "X"), "shop_operator", false},
-		"table":              {databaseCause(code("42P01"), "X"), "migrate", false},
-		"function":           {databaseCause(code("42883"), "X"), "migrate", false},
-		"column":             {databaseCause(code("42703"), "X"), "migrate", false},
-		"role":               {databaseCause(code("42704"), "X"), "migrate", false},
-		"statement timeout":  {databaseCause(code("57014"), "X"), "too long", false},
-		"lock timeout":       {databaseCause(code("55P03"), "X"), "too long", false},
-		"own timeout":        {databaseCause(fmt.Errorf("read: %w", context.DeadlineExceeded), "X"), "too long", false},
-		"connection lost":    {databaseCause(fmt.Errorf("read: %w", io.ErrUnexpectedEOF), "X"), "host and port in X", true},
-		"elsewhere":          {databaseCause(elsewhere{"Y", code("28P01")}, "X"), "password in Y", false},
-		"unknown":            {databaseCause(code("XX000"), "X"), "log", false},
-		"unknown here":       {databaseCause(errors.New("odd"), "X"), "Read the error", false},
-		"broker login":       {brokerCause(broker(amqp.AccessRefused, true), "X"), "password in X", true},
-		"broker vhost":       {brokerCause(broker(amqp.NotAllowed, true), "X"), "vhost in X", true},
-		"broker permission":  {brokerCause(broker(amqp.AccessRefused, false), "X"), "may configure", false},
-		"broker error":       {brokerCause(broker(amqp.InternalError, false), "X"), "broker's log", false},
-		"broker cut":         {brokerCause(fmt.Errorf("%w: %w", rabbit.ErrNotConnected, amqp.ErrClosed), "X"), "host and port in X", true},
-		"broker timeout":     {brokerCause(fmt.Errorf("read: %w", context.DeadlineExceeded), "X"), "too long", false},
-		"broker mute socket": {brokerCause(fmt.Errorf("%w: %w", rabbit.ErrNotConnected, amqp.ErrCredentials), "X"), "password in X", true},
+		"password":          {databaseCause(code("28P01"), "X"), "password in X", true},
+		"pg_hba":            {databaseCause(code("28000"), "X"), "pg_hba", true},
+		"database":          {databaseCause(code("3D000"), "X"), "name in X", true},
+		"connections":       {databaseCause(code("53300"), "X"), "connections", true},
+		"starting":          {databaseCause(code("57P03"), "X"), "starting", true},
+		"shut down":         {databaseCause(code("57P01"), "X"), "stopping", true},
+		"permission":        {databaseCause(code("42501"), "X"), "shop_operator", false},
+		"table":             {databaseCause(code("42P01"), "X"), "migrate", false},
+		"function":          {databaseCause(code("42883"), "X"), "migrate", false},
+		"column":            {databaseCause(code("42703"), "X"), "migrate", false},
+		"role":              {databaseCause(code("42704"), "X"), "migrate", false},
+		"statement timeout": {databaseCause(code("57014"), "X"), "too long", false},
+		"lock timeout":      {databaseCause(code("55P03"), "X"), "too long", false},
+		"own timeout":       {databaseCause(fmt.Errorf("read: %w", context.DeadlineExceeded), "X"), "too long", false},
+		"connection lost": {databaseCause(fmt.Errorf("read: %w", io.ErrUnexpectedEOF), "X"), "host and port in X",
+			true},
+		"elsewhere":         {databaseCause(elsewhere{"Y", code("28P01")}, "X"), "password in Y", false},
+		"unknown":           {databaseCause(code("XX000"), "X"), "log", false},
+		"unknown here":      {databaseCause(errors.New("odd"), "X"), "Read the error", false},
+		"broker login":      {brokerCause(broker(amqp.AccessRefused, true), "X"), "password in X", true},
+		"broker vhost":      {brokerCause(broker(amqp.NotAllowed, true), "X"), "vhost in X", true},
+		"broker permission": {brokerCause(broker(amqp.AccessRefused, false), "X"), "may configure", false},
+		"broker error":      {brokerCause(broker(amqp.InternalError, false), "X"), "broker's log", false},
+		"broker cut": {brokerCause(fmt.Errorf("%w: %w", rabbit.ErrNotConnected, amqp.ErrClosed), "X"),
+			"host and port in X", true},
+		"broker timeout": {brokerCause(fmt.Errorf("read: %w", context.DeadlineExceeded), "X"), "too long", false},
+		"broker mute socket": {brokerCause(fmt.Errorf("%w: %w", rabbit.ErrNotConnected, amqp.ErrCredentials), "X"),
+			"password in X", true},
 	} {
 		if test.cause.kind == "" || !strings.Contains(test.cause.cure, test.cure) || test.cause.whole != test.whole {
 			t.Errorf("%s: %+v", name, test.cause)

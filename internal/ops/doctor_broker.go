@@ -26,7 +26,8 @@ func judgeBroker(version string) Finding {
 	major, _, _ := strings.Cut(number, ".")
 	if n, err := strconv.Atoi(major); err != nil || n < oldestRabbitMQ {
 		finding.Verdict = Attention
-		finding.Cure = fmt.Sprintf("Plan the way to RabbitMQ %d: it works with this one, which is not mended any more.", oldestRabbitMQ)
+		finding.Cure = fmt.Sprintf("Plan the way to RabbitMQ %d: it works with this one, which is not mended any more.",
+			oldestRabbitMQ)
 	}
 	return finding
 }

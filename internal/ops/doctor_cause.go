@@ -55,11 +55,13 @@ func databaseCause(err error, setting string) cause {
 	case "42501":
 		return rightsCause(connecting, setting)
 	case "42P01", "42883", "42703", "42704", "3F000": // table, function, column, object, schema
-		return cause{kind: noSchema, cure: "Run the command migrate, on the database that " + setting + " should name; " +
+		return cause{kind: noSchema, cure: "Run the command migrate, on the database that " + setting +
+			" should name; " +
 			"see that its search_path is not changed."}
 	case "53300":
-		return cause{"connections", "All connections are taken: end some of them, or allow for more (max_connections, " +
-			"limits of role and database).", true}
+		return cause{"connections",
+			"All connections are taken: end some of them, or allow for more (max_connections, " +
+				"limits of role and database).", true}
 	case "57P01", "57P02", "57P03":
 		return cause{"starting", "The server is starting or stopping: wait for it, and look at its log.", true}
 	case "57014", "55P03":
@@ -77,7 +79,8 @@ func rightsCause(connecting bool, setting string) cause {
 		return cause{"connect", "Grant CONNECT on the database to this role, or name another role in " +
 			setting + ".", true}
 	}
-	return cause{kind: "rights", cure: "Connect as shop_operator, or as the owner, in " + setting + ". If that is the role, " +
+	return cause{kind: "rights", cure: "Connect as shop_operator, or as the owner, in " + setting +
+		". If that is the role, " +
 		"run the command migrate as the owner."}
 }
 
@@ -100,7 +103,8 @@ func brokerCause(err error, setting string) cause {
 	}
 	switch {
 	case refused.Code == amqp.AccessRefused && connecting:
-		return cause{"login", "Check user and password in " + setting + "; the user guest may connect from the broker's " +
+		return cause{"login", "Check user and password in " + setting +
+			"; the user guest may connect from the broker's " +
 			"own machine only.", true}
 	case refused.Code == amqp.NotAllowed && connecting:
 		return cause{"vhost", "Check the vhost in " + setting + ": it is not there, this user may not use it, " +
@@ -117,11 +121,13 @@ func wayCause(err error, connecting bool, setting, server string) cause {
 	var network net.Error
 	switch {
 	case errors.As(err, new(*tls.CertificateVerificationError)), errors.As(err, new(tls.RecordHeaderError)):
-		return cause{"tls", "Check TLS in " + setting + ": whether the server speaks it there, and which authorities are trusted.", true}
+		return cause{"tls", "Check TLS in " + setting +
+			": whether the server speaks it there, and which authorities are trusted.", true}
 	case errors.Is(err, context.DeadlineExceeded) && !connecting:
 		return slow()
 	case connecting, errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF), errors.As(err, &network):
-		cure := fmt.Sprintf("Check host and port in %s, and that %s is running and can be reached from here.", setting, server)
+		cure := fmt.Sprintf("Check host and port in %s, and that %s is running and can be reached from here.", setting,
+			server)
 		return cause{"way", cure, true}
 	}
 	return cause{kind: err.Error(), cure: "Read the error; this is not one that the doctor knows."}

@@ -17,19 +17,22 @@ func checkDatabase(ctx context.Context, p Target) (Finding, error) {
 	var version string
 	var number int
 	var standby bool
-	err := p.DB.QueryRow(ctx, `SELECT current_setting('server_version'), current_setting('server_version_num')::integer, pg_is_in_recovery()`).
+	err := p.DB.QueryRow(ctx,
+		`SELECT current_setting('server_version'), current_setting('server_version_num')::integer, pg_is_in_recovery()`).
 		Scan(&version, &number, &standby)
 	switch {
 	case err != nil:
 		return Finding{}, err
 	case standby:
 		return Finding{
-			Verdict: Wrong, Detail: "this is a standby, which takes no writes", Cure: "Add target_session_attrs=read-write and all hosts to POSTGRES_URL.",
+			Verdict: Wrong, Detail: "this is a standby, which takes no writes",
+			Cure:  "Add target_session_attrs=read-write and all hosts to POSTGRES_URL.",
 			cause: cause{whole: true},
 		}, nil
 	case number < oldestPostgres*10_000:
 		return Finding{
-			Verdict: Wrong, Detail: "PostgreSQL " + version, Cure: fmt.Sprintf("Use PostgreSQL %d or newer.", oldestPostgres), cause: cause{whole: true},
+			Verdict: Wrong, Detail: "PostgreSQL " + version,
+			Cure: fmt.Sprintf("Use PostgreSQL %d or newer.", oldestPostgres), cause: cause{whole: true},
 		}, nil
 	}
 	return Finding{Detail: "PostgreSQL " + version}, nil
@@ -77,24 +80,29 @@ SELECT format('%s may not %s %s', role, lower(privilege), object) FROM (VALUES
     ('shop_api', 'outbox_message', '{INSERT}'), ('shop_consumer', 'outbox_message', '{INSERT}'), ('shop_operator', 'outbox_message', '{INSERT}'),
     ('shop_relay', 'outbox', '{SELECT}'), ('shop_relay', 'outbox_cursor', '{SELECT,UPDATE}'),
     ('shop_relay', 'outbox_relay', '{SELECT,INSERT,UPDATE,DELETE}'), ('shop_relay', 'dead_letter', '{INSERT}'),
-    ('shop_consumer', 'inbox', '{SELECT,INSERT,UPDATE}'), ('shop_consumer', 'inbox_retry', '{SELECT,INSERT,UPDATE,DELETE}'),
+    ('shop_consumer', 'inbox', '{SELECT,INSERT,UPDATE}'), ('shop_consumer', 'inbox_retry',
+        '{SELECT,INSERT,UPDATE,DELETE}'),
     ('shop_consumer', 'dead_letter', '{SELECT,INSERT}'),
-    ('shop_operator', 'outbox', '{SELECT}'), ('shop_operator', 'outbox_cursor', '{SELECT}'), ('shop_operator', 'outbox_backlog', '{SELECT}'),
+    ('shop_operator', 'outbox', '{SELECT}'), ('shop_operator', 'outbox_cursor', '{SELECT}'), ('shop_operator',
+        'outbox_backlog', '{SELECT}'),
     ('shop_consumer', 'inbox_consumer', '{SELECT,INSERT,UPDATE,DELETE}'), ('shop_consumer', 'inbox_pause', '{SELECT}'),
-    ('shop_operator', 'inbox', '{SELECT,INSERT}'), ('shop_operator', 'inbox_retry', '{SELECT,INSERT}'), ('shop_operator', 'inbox_consumer', '{SELECT}'),
+    ('shop_operator', 'inbox', '{SELECT,INSERT}'), ('shop_operator', 'inbox_retry', '{SELECT,INSERT}'),
+        ('shop_operator', 'inbox_consumer', '{SELECT}'),
     ('shop_operator', 'inbox_pause', '{SELECT,INSERT,DELETE}'), ('shop_operator', 'operator_audit', '{SELECT,INSERT}'),
     ('shop_operator', 'dead_letter', '{SELECT}'), ('shop_operator', 'dead_letter_audit', '{SELECT,INSERT}')
 ) AS wanted (role, object, privileges), unnest(privileges::text[]) AS privilege
 WHERE NOT has_table_privilege(role, object, privilege)
 UNION ALL
-SELECT 'shop_operator may not resolve dead_letter' WHERE NOT has_column_privilege('shop_operator', 'dead_letter', 'resolution', 'UPDATE')
+SELECT 'shop_operator may not resolve dead_letter'
+    WHERE NOT has_column_privilege('shop_operator', 'dead_letter', 'resolution', 'UPDATE')
 UNION ALL
 SELECT format('%s may not call %s', role, oid::regprocedure) FROM (VALUES
     ('{shop_api,shop_consumer,shop_operator}', '{outbox_insert,outbox_schedule,outbox_unschedule}'),
     ('{shop_relay,shop_consumer,shop_operator}', '{sequences_behind,outbox_stray_shards}'),
     ('{shop_api,shop_relay,shop_operator}', '{outbox_measure}'), ('{shop_relay}', '{outbox_sweep,outbox_move_due}'),
     ('{shop_operator}', '{outbox_set_shards,outbox_repair,inbox_bury,operation_cancel}'), ('{shop_consumer}', '{inbox_sweep}')
-) AS wanted (roles, functions), unnest(roles::text[]) AS role, unnest(functions::text[]) AS function JOIN pg_proc ON proname = function
+) AS wanted (roles, functions), unnest(roles::text[]) AS role, unnest(functions::text[]) AS function
+    JOIN pg_proc ON proname = function
 WHERE pg_function_is_visible(oid) AND NOT has_function_privilege(role, oid, 'EXECUTE')`
 
 func checkGrants(ctx context.Context, p Target) (Finding, error) {
@@ -109,8 +117,10 @@ SELECT 'invalid: ' || indexrelid::regclass FROM pg_index WHERE NOT indisvalid AN
 
 func checkIndexes(ctx context.Context, p Target) (Finding, error) {
 	found, err := names(ctx, p, indexesSQL, []string{
-		"outbox_pkey", "outbox_xid_idx", "outbox_created_at_idx", "outbox_cursor_pkey", "outbox_scheduled_pkey", "outbox_scheduled_due_idx",
-		"outbox_scheduled_latest_idx", "inbox_pkey", "inbox_slot_foreign_received_at_idx", "inbox_retry_pkey", "inbox_retry_key_idx", "inbox_retry_due_idx",
+		"outbox_pkey", "outbox_xid_idx", "outbox_created_at_idx", "outbox_cursor_pkey", "outbox_scheduled_pkey",
+		"outbox_scheduled_due_idx",
+		"outbox_scheduled_latest_idx", "inbox_pkey", "inbox_slot_foreign_received_at_idx", "inbox_retry_pkey",
+		"inbox_retry_key_idx", "inbox_retry_due_idx",
 		"inbox_retry_head_idx", "inbox_retry_message_id_idx",
 		"dead_letter_pkey", "dead_letter_open_idx", "dead_letter_message_id_idx", "dead_letter_audit_letter_id_idx",
 		"inbox_pause_pkey", "inbox_consumer_pkey", "operator_audit_pkey",
@@ -123,9 +133,11 @@ SELECT 'synchronous_commit is ' || setting FROM pg_settings WHERE name = 'synchr
 UNION ALL
 SELECT 'fsync is off' FROM pg_settings WHERE name = 'fsync' AND setting = 'off'
 UNION ALL
-SELECT format('synchronous_commit is off for %s', CASE setrole WHEN 0 THEN 'the database' ELSE setrole::regrole::text END)
+SELECT format('synchronous_commit is off for %s',
+    CASE setrole WHEN 0 THEN 'the database' ELSE setrole::regrole::text END)
 FROM pg_db_role_setting
-WHERE 'synchronous_commit=off' = ANY (setconfig) AND setdatabase IN (0, (SELECT oid FROM pg_database WHERE datname = current_database()))
+WHERE 'synchronous_commit=off' = ANY (setconfig) AND setdatabase IN (0, (SELECT oid FROM pg_database
+    WHERE datname = current_database()))
   AND (setrole IN (0, session_user::regrole) OR setrole::regrole::text LIKE 'shop\_%')`
 
 func checkDurability(ctx context.Context, p Target) (Finding, error) {
@@ -172,7 +184,8 @@ func checkBacklog(ctx context.Context, p Target) (Finding, error) {
 	for _, one := range backlog {
 		messages, age = messages+one.Messages, max(age, one.Age)
 	}
-	finding := Finding{Detail: fmt.Sprintf("%d %s, the oldest %s old", messages, plural(int(messages), "message", "messages"), age.Round(time.Second))}
+	finding := Finding{Detail: fmt.Sprintf("%d %s, the oldest %s old", messages,
+		plural(int(messages), "message", "messages"), age.Round(time.Second))}
 	if age > maxLag {
 		finding.Verdict = Wrong
 	}
@@ -214,7 +227,8 @@ func checkVacuum(ctx context.Context, p Target) (Finding, error) {
 	var old []string
 	for _, one := range holders {
 		if one.Seconds > maxHold.Seconds() || one.Kind == "slot" && one.Transactions > 10_000_000 {
-			old = append(old, fmt.Sprintf("%s %s holds it back for %s and %d transactions", one.Kind, one.Name, time.Duration(one.Seconds)*time.Second, one.Transactions))
+			old = append(old, fmt.Sprintf("%s %s holds it back for %s and %d transactions", one.Kind, one.Name,
+				time.Duration(one.Seconds)*time.Second, one.Transactions))
 		}
 	}
 	return none(old, nil, Attention, "nothing holds it back")
@@ -234,5 +248,6 @@ func checkRetries(ctx context.Context, p Target) (Finding, error) {
 			old = append(old, fmt.Sprintf("key %q of %s waits for %s", one.Key, one.Consumer, waits.Round(time.Minute)))
 		}
 	}
-	return none(old[:min(len(old), 5)], nil, Attention, fmt.Sprintf("%d %s for a retry", len(blocked), plural(len(blocked), "key waits", "keys wait")))
+	return none(old[:min(len(old), 5)], nil, Attention,
+		fmt.Sprintf("%d %s for a retry", len(blocked), plural(len(blocked), "key waits", "keys wait")))
 }

@@ -7,7 +7,8 @@ import (
 )
 
 const repairOfQueue = "Look again in a minute. If it stays, restart the broker's node that leads the queue. " +
-	"If that does not help either, delete the queue (rabbitmqctl delete_queue), have it declared (command topology --declare), " +
+	"If that does not help either, delete the queue (rabbitmqctl delete_queue), have it declared (command topology " +
+	"--declare), " +
 	"and replay what stood in it (command outbox replay)."
 
 // brokenQueue makes the finding of a queue that answers INTERNAL_ERROR, if err says so.

@@ -11,7 +11,8 @@ import (
 )
 
 const behindSQL = `
-SELECT format('%s goes on from %s, and %s is in use', col, drawn, used), col IN ('outbox.id', 'inbox_retry.seq') FROM sequences_behind()
+SELECT format('%s goes on from %s, and %s is in use', col, drawn, used), col IN ('outbox.id', 'inbox_retry.seq')
+    FROM sequences_behind()
 UNION ALL
 SELECT format('new messages are put into shard %s, which nobody reads', shard), true FROM outbox_stray_shards() AS shard`
 
@@ -46,7 +47,8 @@ func checkSequences(ctx context.Context, p Target) (Finding, error) {
 
 // ErrBehind means that rows were moved into this database without the sequences that number them. What is numbered then
 // comes before what is older: a message overtakes those of its key.
-var ErrBehind = errors.New("sequences did not move with the rows, and the order of messages would be lost; run the command `outbox repair` once")
+var ErrBehind = errors.New("sequences did not move with the rows, and the order of messages would be lost; run the " +
+	"command `outbox repair` once")
 
 // CheckSequences returns ErrBehind, with the names, if a sequence is behind on which the order of messages depends. A
 // process looks when it starts.

@@ -30,7 +30,8 @@ func checkSettings(ctx context.Context, p Target) (Finding, error) {
 	_, err = pgx.ForEachRow(rows, []any{&whose, &name, &value}, func() error {
 		for _, one := range session.Pinned {
 			if one.Name == name && !strings.EqualFold(one.Value, value) {
-				differ = append(differ, fmt.Sprintf("%s sets %s to %s, and the service to %s", whose, name, value, one.Value))
+				differ = append(differ, fmt.Sprintf("%s sets %s to %s, and the service to %s", whose, name, value,
+					one.Value))
 			}
 		}
 		return nil

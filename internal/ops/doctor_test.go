@@ -17,10 +17,11 @@ type clinic struct {
 	Target
 }
 
-// A server of tests may run without fsync, and it has clocks and sessions that nobody may change. What a database finds in its own schema before it looks
-// at pg_catalog takes their place; the doctor's connections look there first.
+// A server of tests may run without fsync, and it has clocks and sessions that nobody may change. What a database finds
+// in its own schema before it looks at pg_catalog takes their place; the doctor's connections look there first.
 const shadowSQL = `
-CREATE VIEW public.pg_settings AS SELECT name, CASE name WHEN 'fsync' THEN 'on' ELSE setting END AS setting FROM pg_catalog.pg_settings;
+CREATE VIEW public.pg_settings AS SELECT name, CASE name WHEN 'fsync' THEN 'on' ELSE setting END AS setting
+    FROM pg_catalog.pg_settings;
 GRANT SELECT ON public.pg_settings TO PUBLIC;
 UPDATE outbox_cursor SET owner = 'relay', lease_expires_at = clock_timestamp() + interval '1 h', lease = '1 h'`
 
@@ -85,20 +86,28 @@ func TestDoctorFinds(t *testing.T) {
 		want  Verdict
 		names string // what the finding must name
 	}{
-		"DatabaseAway":      {"", func(t *testing.T, c *clinic) { c.DB = open(t, "postgres://u:hunter2@127.0.0.1:1/d") }, "database", Unknown, "refused"},
+		"DatabaseAway": {"", func(t *testing.T, c *clinic) {
+			c.DB = open(t,
+				"postgres://u:hunter2@127.0.0.1:1/d")
+		}, "database", Unknown, "refused"},
 		"MigrationsPending": {`DELETE FROM goose_db_version WHERE version_id = (SELECT max(version_id) FROM goose_db_version)`, nil, "schema", Wrong, "not applied"},
-		"TableGrant":        {`REVOKE UPDATE ON outbox_cursor FROM shop_relay`, nil, "grants", Wrong, "shop_relay may not update outbox_cursor"},
-		"ColumnGrant":       {`REVOKE UPDATE (resolution, resolved_at) ON dead_letter FROM shop_operator`, nil, "grants", Wrong, "shop_operator may not resolve"},
-		"FunctionGrant":     {`REVOKE EXECUTE ON FUNCTION inbox_sweep FROM shop_consumer`, nil, "grants", Wrong, "shop_consumer may not call inbox_sweep"},
-		"IndexMissing":      {`DROP INDEX outbox_xid_idx`, nil, "indexes", Wrong, "missing: outbox_xid_idx"},
-		"IndexInvalid": {`UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'inbox_retry_due_idx'::regclass`, nil,
+		"TableGrant": {`REVOKE UPDATE ON outbox_cursor FROM shop_relay`, nil, "grants", Wrong,
+			"shop_relay may not update outbox_cursor"},
+		"ColumnGrant": {`REVOKE UPDATE (resolution, resolved_at) ON dead_letter FROM shop_operator`, nil,
+			"grants", Wrong, "shop_operator may not resolve"},
+		"FunctionGrant": {`REVOKE EXECUTE ON FUNCTION inbox_sweep FROM shop_consumer`, nil, "grants", Wrong,
+			"shop_consumer may not call inbox_sweep"},
+		"IndexMissing": {`DROP INDEX outbox_xid_idx`, nil, "indexes", Wrong, "missing: outbox_xid_idx"},
+		"IndexInvalid": {`UPDATE pg_index SET indisvalid = false WHERE indexrelid = 'inbox_retry_due_idx'::regclass`,
+			nil,
 			"indexes", Wrong, "invalid: inbox_retry_due_idx"},
 		"AsynchronousCommits": {`DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET synchronous_commit = off', current_database()); END $$`, nil,
 			"durability", Wrong, "off for the database"},
 		"AsynchronousCommitsOfARole": {`DO $$ BEGIN EXECUTE format('ALTER ROLE shop_api IN DATABASE %I SET synchronous_commit = off', current_database()); END $$`, nil,
 			"durability", Wrong, "off for shop_api"},
 		"NoFsync": {`CREATE OR REPLACE VIEW public.pg_settings AS
-			SELECT name, CASE name WHEN 'fsync' THEN 'off' ELSE setting END AS setting FROM pg_catalog.pg_settings`, nil, "durability", Wrong, "fsync is off"},
+			SELECT name, CASE name WHEN 'fsync' THEN 'off' ELSE setting END AS setting FROM pg_catalog.pg_settings`,
+			nil, "durability", Wrong, "fsync is off"},
 		"SettingOfARole": {`DO $$ BEGIN EXECUTE format('ALTER ROLE shop_relay IN DATABASE %I SET search_path = app', current_database()); END $$`, nil,
 			"settings", Attention, "role shop_relay sets search_path to app, and the service to public"},
 		"SettingOfTheDatabase": {`DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET default_transaction_isolation = serializable', current_database()); END $$`,
@@ -108,37 +117,56 @@ func TestDoctorFinds(t *testing.T) {
 		"ClockSetBack": {`UPDATE outbox_cursor SET moved_at = clock_timestamp() + interval '30 min'`, nil,
 			"clock", Wrong, "Postgres' clock was set back: the last move of shard 0 is 00:2"},
 		"ClockSetBackForConsumers": {`INSERT INTO inbox_consumer (consumer, owner, applied, expires_at, lease)
-			VALUES ('group', 'c', 1, clock_timestamp() + interval '30 min', '3 s')`, nil, "clock", Wrong, "the heartbeat of c (group) is 00:2"},
-		"SequenceBehind": {`INSERT INTO operator_audit (action, target, reason, actor) VALUES ('a', 't', 'r', 'a'), ('a', 't', 'r', 'a');
-			SELECT setval(pg_get_serial_sequence('operator_audit', 'id'), 1)`, nil, "sequences", Wrong, "operator_audit.id goes on from 1, and 2 is in use"},
-		"SequenceNeverUsed": {`UPDATE outbox_cursor SET top_id = 8`, nil, "sequences", Wrong, "outbox.id goes on from 0, and 8 is in use"},
+			VALUES ('group', 'c', 1, clock_timestamp() + interval '30 min', '3 s')`, nil, "clock", Wrong,
+			"the heartbeat of c (group) is 00:2"},
+		"SequenceBehind": {`INSERT INTO operator_audit (action, target, reason, actor)
+			VALUES ('a', 't', 'r', 'a'), ('a', 't', 'r', 'a');
+			SELECT setval(pg_get_serial_sequence('operator_audit', 'id'), 1)`, nil, "sequences", Wrong,
+			"operator_audit.id goes on from 1, and 2 is in use"},
+		"SequenceNeverUsed": {`UPDATE outbox_cursor SET top_id = 8`, nil, "sequences", Wrong,
+			"outbox.id goes on from 0, and 8 is in use"},
 		"SequenceOfTheDomain": {`CREATE TABLE of_the_domain (id serial); INSERT INTO of_the_domain VALUES (7)`, nil,
 			"sequences", Wrong, "of_the_domain.id goes on from 0, and 7 is in use"},
-		"StrayShard":     {`SELECT outbox_spread(5, 1)`, nil, "sequences", Wrong, "new messages are put into shard 5, which nobody reads"},
-		"ForeignCluster": {`UPDATE outbox_cursor SET system_identifier = 1`, nil, "cluster", Wrong, "another Postgres cluster"},
-		"NoRelay":        {`UPDATE outbox_cursor SET lease_expires_at = '-infinity'`, nil, "relay", Wrong, "no relay holds shard 0"},
+		"StrayShard": {`SELECT outbox_spread(5, 1)`, nil, "sequences", Wrong,
+			"new messages are put into shard 5, which nobody reads"},
+		"ForeignCluster": {`UPDATE outbox_cursor SET system_identifier = 1`, nil, "cluster", Wrong,
+			"another Postgres cluster"},
+		"NoRelay": {`UPDATE outbox_cursor SET lease_expires_at = '-infinity'`, nil, "relay", Wrong,
+			"no relay holds shard 0"},
 		"Backlog": {`SELECT outbox_insert('type', 'k', ''); UPDATE outbox SET created_at = now() - interval '1 h'`, nil,
 			"backlog", Wrong, "1 message, the oldest 1h0m"},
-		"DoorbellNotHeard": {"", func(t *testing.T, c *clinic) { c.ListenURL = testenv.PostgresURL(t) }, "doorbell", Wrong, "not heard"},
-		"DoorbellAway":     {"", func(t *testing.T, c *clinic) { c.ListenURL = "postgres://u:hunter2@127.0.0.1:1/d" }, "doorbell", Unknown, "refused"},
+		"DoorbellNotHeard": {"", func(t *testing.T, c *clinic) { c.ListenURL = testenv.PostgresURL(t) }, "doorbell",
+			Wrong, "not heard"},
+		"DoorbellAway": {"", func(t *testing.T, c *clinic) { c.ListenURL = "postgres://u:hunter2@127.0.0.1:1/d" },
+			"doorbell", Unknown, "refused"},
 		"OutboxKeepsTooLong": {`CREATE OR REPLACE FUNCTION outbox_slot_length() RETURNS interval LANGUAGE sql IMMUTABLE RETURN interval '2 days'`, nil,
 			"retention", Wrong, "10d, redelivery takes at most 12h, the inbox remembers 6d21h"},
-		"RedeliveryTakesTooLong": {"", func(_ *testing.T, c *clinic) { c.LongestRedelivery = 6 * 24 * time.Hour }, "retention", Wrong, "forgets too early"},
-		"OldTransaction": {`CREATE VIEW public.pg_stat_activity AS SELECT current_database() AS datname, 'report' AS application_name, '' AS backend_type, 0 AS pid,
+		"RedeliveryTakesTooLong": {"", func(_ *testing.T, c *clinic) { c.LongestRedelivery = 6 * 24 * time.Hour },
+			"retention", Wrong, "forgets too early"},
+		"OldTransaction": {`CREATE VIEW public.pg_stat_activity AS
+			SELECT current_database() AS datname, 'report' AS application_name, '' AS backend_type, 0 AS pid,
 			pg_catalog.clock_timestamp() - interval '1 h' AS xact_start, '3'::xid AS backend_xmin, NULL::xid AS backend_xid;
 			GRANT SELECT ON public.pg_stat_activity TO shop_operator`, nil, "vacuum", Attention, "session report/0"},
-		"BlockedKey": {`INSERT INTO inbox_retry (consumer, message_id, type, key, payload, headers, attempts, due_at, last_error, created_at)
-			VALUES ('group', 'm', 'type', 'k', '', '{}', 3, now(), 'broken', now() - interval '1 h')`, nil, "retries", Attention, `key "k" of group waits for 1h`},
-		"BrokerAway": {"", func(_ *testing.T, c *clinic) { c.AMQPURL = "amqp://u:hunter2@127.0.0.1:1/" }, "broker", Unknown, "refused"},
-		"QueueMissing": {"", func(t *testing.T, c *clinic) { testenv.Management(t, c.AMQPURL).DeleteQueue("group.dead") }, "queues", Attention,
+		"BlockedKey": {`INSERT INTO inbox_retry (consumer, message_id, type, key, payload, headers, attempts, due_at,
+			last_error, created_at)
+			VALUES ('group', 'm', 'type', 'k', '', '{}', 3, now(), 'broken', now() - interval '1 h')`, nil, "retries",
+			Attention, `key "k" of group waits for 1h`},
+		"BrokerAway": {"", func(_ *testing.T, c *clinic) { c.AMQPURL = "amqp://u:hunter2@127.0.0.1:1/" }, "broker",
+			Unknown, "refused"},
+		"QueueMissing": {"", func(t *testing.T, c *clinic) {
+			testenv.Management(t,
+				c.AMQPURL).DeleteQueue("group.dead")
+		}, "queues", Attention,
 			"no queue group.dead"},
 		"PolicyThatLoses": {"", func(t *testing.T, c *clinic) { c.policy(t, "message-ttl", 60_000) }, "policies", Wrong,
-			"policy limits sets message-ttl=60000 on queue group.dead: what waits longer is lost"},
-		"PolicyThatHinders": {"", func(t *testing.T, c *clinic) { c.policy(t, "max-length", 1000) }, "policies", Attention,
-			"policy limits sets max-length=1000 on queue group: it refuses what is more"},
+			"policy limits sets message-ttl=60000 on queue group.dead: messages that wait longer are lost"},
+		"PolicyThatHinders": {"", func(t *testing.T, c *clinic) { c.policy(t, "max-length", 1000) }, "policies",
+			Attention,
+			"policy limits sets max-length=1000 on queue group: it refuses messages beyond the limit"},
 		"PoliciesNotToBeSeen": {"", func(_ *testing.T, c *clinic) { c.ManagementURL = "http://u:hunter2@127.0.0.1:1" },
 			"policies", Attention, "refused"},
-		"QueueDiffers": {"", func(t *testing.T, c *clinic) { redeclare(t, c.AMQPURL, "group") }, "queues", Wrong, "group exists with other arguments"},
+		"QueueDiffers": {"", func(t *testing.T, c *clinic) { redeclare(t, c.AMQPURL, "group") }, "queues", Wrong,
+			"group exists with other arguments"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -186,9 +214,11 @@ func redeclare(t *testing.T, url, name string) {
 func TestVersionsOfTheBroker(t *testing.T) {
 	t.Parallel()
 	for version, want := range map[string]Verdict{
-		"RabbitMQ 3.10.8": Attention, "RabbitMQ 3.13.7": Attention, "RabbitMQ 4.0.1": "", "RabbitMQ 4.2.0-rc.1": "", "RabbitMQ 12.0": "", "<nil> <nil>": Attention,
+		"RabbitMQ 3.10.8": Attention, "RabbitMQ 3.13.7": Attention, "RabbitMQ 4.0.1": "", "RabbitMQ 4.2.0-rc.1": "",
+		"RabbitMQ 12.0": "", "<nil> <nil>": Attention,
 	} {
-		if got := judgeBroker(version); got.Verdict != want || got.Detail != version || (want == Attention) != (got.Cure != "") {
+		if got := judgeBroker(version); got.Verdict != want || got.Detail != version ||
+			(want == Attention) != (got.Cure != "") {
 			t.Errorf("%s: %+v", version, got)
 		}
 	}

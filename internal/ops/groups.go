@@ -35,7 +35,9 @@ type Operator struct {
 }
 
 // act runs fn in one transaction with its record in the audit log. What fn returns is the record's detail.
-func (d Operator) act(ctx context.Context, action, group, key string, note deadletter.Note, fn func(tx pgx.Tx) (detail string, err error)) error {
+func (d Operator) act(
+	ctx context.Context, action, group, key string, note deadletter.Note, fn func(tx pgx.Tx) (detail string, err error),
+) error {
 	if err := checked(note); err != nil {
 		return err
 	}
@@ -55,7 +57,8 @@ func (d Operator) act(ctx context.Context, action, group, key string, note deadl
 	})
 }
 
-// Pause has a group take no more messages: what its consumers have taken they finish, the rest stays in the queue and in the retries.
+// Pause has a group take no more messages: what its consumers have taken they finish, the rest stays in the queue and
+// in the retries.
 func (d Operator) Pause(ctx context.Context, group string, note deadletter.Note) error {
 	return d.act(ctx, "pause", group, "", note, func(tx pgx.Tx) (string, error) {
 		done, err := inbox.Pause(ctx, tx, group, note.Actor, note.Reason)
@@ -77,8 +80,8 @@ func (d Operator) Resume(ctx context.Context, group string, note deadletter.Note
 	})
 }
 
-// SkipHead moves the message that a key's others wait for to the dead letters, and returns its ID. To take it back, redrive the letter: the message
-// then comes last of its key.
+// SkipHead moves the message that a key's others wait for to the dead letters, and returns its ID. To take it back,
+// redrive the letter: the message then comes last of its key.
 func (d Operator) SkipHead(ctx context.Context, group, key string, note deadletter.Note) (messageID string, err error) {
 	moved, err := d.bury(ctx, "skip", group, key, false, note)
 	if err != nil {
@@ -87,13 +90,16 @@ func (d Operator) SkipHead(ctx context.Context, group, key string, note deadlett
 	return moved[0], nil
 }
 
-// ParkKey moves all that waits of a key to the dead letters, and returns how many messages. They are redriven in their order.
+// ParkKey moves all that waits of a key to the dead letters, and returns how many messages. They are redriven in their
+// order.
 func (d Operator) ParkKey(ctx context.Context, group, key string, note deadletter.Note) (int, error) {
 	moved, err := d.bury(ctx, "park", group, key, true, note)
 	return len(moved), err
 }
 
-func (d Operator) bury(ctx context.Context, action, group, key string, whole bool, note deadletter.Note) (moved []string, err error) {
+func (d Operator) bury(
+	ctx context.Context, action, group, key string, whole bool, note deadletter.Note,
+) (moved []string, err error) {
 	err = d.act(ctx, action, group, key, note, func(tx pgx.Tx) (string, error) {
 		cause := fmt.Sprintf("skipped by operator %s: %s", note.Actor, note.Reason)
 		moved, err = inbox.Bury(ctx, tx, group, key, whole, cause)

@@ -15,7 +15,8 @@ func TestActsOnGroupsAreRecorded(t *testing.T) {
 	desk := Operator{DB: db, Groups: []string{"group"}}
 	why := deadletter.Note{Actor: "ann", Reason: "why"}
 	for i := range 3 {
-		_, err := db.Exec(t.Context(), `INSERT INTO inbox_retry (consumer, message_id, type, key, payload, headers, attempts, due_at, last_error)
+		_, err := db.Exec(t.Context(), `INSERT INTO inbox_retry (consumer, message_id, type, key, payload, headers,
+			attempts, due_at, last_error)
 			VALUES ('group', $1, 't.T', 'k', '', '{}', 1, now(), 'broken')`, string(rune('a'+i)))
 		if err != nil {
 			t.Fatal(err)
@@ -54,7 +55,8 @@ func TestActsOnGroupsAreRecorded(t *testing.T) {
 	for _, one := range entries {
 		got += one.Action + " " + one.Target + " by " + one.Actor + " (" + one.Reason + ") " + one.Detail + "\n"
 	}
-	want := "park group/k by ann (why) 2 messages\nskip group/k by ann (why) message a\nresume group by ann (why) \npause group by ann (why) \n"
+	want := "park group/k by ann (why) 2 messages\nskip group/k by ann (why) message a\nresume group by ann (why) " +
+		"\npause group by ann (why) \n"
 	if got != want {
 		t.Errorf("audit log:\n%s", got)
 	}
@@ -68,7 +70,8 @@ func TestReopen(t *testing.T) {
 	t.Parallel()
 	db := testenv.Postgres(t)
 	why := deadletter.Note{Actor: "ann", Reason: "why"}
-	_, err := db.Exec(t.Context(), `INSERT INTO dead_letter (consumer, message_id, type, key, payload, headers, reason, error, attempts)
+	_, err := db.Exec(t.Context(), `INSERT INTO dead_letter (consumer, message_id, type, key, payload, headers, reason,
+		error, attempts)
 		VALUES ('group', 'm', 't.T', 'k', '', '{}', 'skipped', 'skipped by ann', 1)`)
 	if err != nil {
 		t.Fatal(err)
@@ -95,7 +98,8 @@ func TestReopen(t *testing.T) {
 		t.Errorf("what was redriven is taken back: %v", err)
 	}
 	records, err := deadletter.Audit(t.Context(), db, 1)
-	if err != nil || len(records) != 3 || records[1].Resolution != deadletter.Reopened || records[2].Resolution != deadletter.Redriven {
+	if err != nil || len(records) != 3 || records[1].Resolution != deadletter.Reopened ||
+		records[2].Resolution != deadletter.Redriven {
 		t.Errorf("audit log: %+v, %v", records, err)
 	}
 }

@@ -13,8 +13,8 @@ import (
 	"go.opentelemetry.io/otel/metric"
 )
 
-// Holder is something that keeps vacuum from removing what is dead: a session with an old snapshot or transaction, a prepared transaction, a
-// replication slot, a standby that tells of its queries.
+// Holder is something that keeps vacuum from removing what is dead: a session with an old snapshot or transaction, a
+// prepared transaction, a replication slot, a standby that tells of its queries.
 type Holder struct {
 	// Kind is session, prepared, slot or standby.
 	Kind string
@@ -26,18 +26,22 @@ type Holder struct {
 	Transactions int64
 }
 
-// Without the rights of pg_monitor, the sessions of other users are seen as such, but not how old they are. Those of other databases hold back
-// nothing of ours.
+// Without the rights of pg_monitor, the sessions of other users are seen as such, but not how old they are. Those of
+// other databases hold back nothing of ours.
 const holdersSQL = `
-SELECT 'session', coalesce(nullif(application_name, ''), backend_type, 'unknown') || '/' || pid, extract(epoch FROM clock_timestamp() - xact_start)::float8,
+SELECT 'session', coalesce(nullif(application_name, ''), backend_type, 'unknown') || '/' || pid, extract(epoch
+    FROM clock_timestamp() - xact_start)::float8,
     age(coalesce(backend_xmin, backend_xid))::bigint
-FROM pg_stat_activity WHERE coalesce(backend_xmin, backend_xid) IS NOT NULL AND pid <> pg_backend_pid() AND xact_start IS NOT NULL
+FROM pg_stat_activity WHERE coalesce(backend_xmin, backend_xid) IS NOT NULL AND pid <> pg_backend_pid()
+    AND xact_start IS NOT NULL
     AND datname = current_database()
 UNION ALL
-SELECT 'prepared', gid, extract(epoch FROM clock_timestamp() - prepared)::float8, age(transaction)::bigint FROM pg_prepared_xacts
+SELECT 'prepared', gid, extract(epoch FROM clock_timestamp() - prepared)::float8, age(transaction)::bigint
+    FROM pg_prepared_xacts
 WHERE database = current_database()
 UNION ALL
-SELECT 'slot', slot_name, 0, greatest(age(xmin), age(catalog_xmin))::bigint FROM pg_replication_slots WHERE coalesce(xmin, catalog_xmin) IS NOT NULL
+SELECT 'slot', slot_name, 0, greatest(age(xmin), age(catalog_xmin))::bigint FROM pg_replication_slots
+    WHERE coalesce(xmin, catalog_xmin) IS NOT NULL
 UNION ALL
 SELECT 'standby', coalesce(nullif(application_name, ''), 'unknown') || '/' || pid, 0, age(backend_xmin)::bigint
 FROM pg_stat_replication WHERE backend_xmin IS NOT NULL
@@ -56,21 +60,26 @@ func holders(ctx context.Context, db *pgxpool.Pool) ([]Holder, error) {
 	return holders, nil
 }
 
-// nameHolders is from what age on a holder is named. Younger ones are the traffic of the day: their names would be a new
-// time series with each scrape.
+// nameHolders is from what age on a holder is named. Younger ones are the traffic of the day: their names would be a
+// new time series with each scrape.
 const nameHolders = 10 * time.Second
 
 // ObserveHolders reports the oldest holder of each kind that keeps vacuum back, see holders.
 func ObserveHolders(db *pgxpool.Pool, provider metric.MeterProvider) error {
-	return observeHolders(&postgres.Sample[[]Holder]{Read: func(ctx context.Context) ([]Holder, error) { return holders(ctx, db) }}, provider)
+	return observeHolders(&postgres.Sample[[]Holder]{Read: func(ctx context.Context) ([]Holder,
+		error) {
+		return holders(ctx, db)
+	}}, provider)
 }
 
 func observeHolders(sample *postgres.Sample[[]Holder], provider metric.MeterProvider) error {
 	meter := provider.Meter("example.com/shop/internal/ops")
 	age, err1 := meter.Float64ObservableGauge("postgres.vacuum.held", metric.WithUnit("s"),
-		metric.WithDescription("Age of the oldest snapshot or transaction that holds back vacuum, by kind, and who holds it. 0 if nobody does."))
+		metric.WithDescription("Age of the oldest snapshot or transaction that holds back vacuum, by kind, and who "+
+			"holds it. 0 if nobody does."))
 	count, err2 := meter.Int64ObservableGauge("postgres.vacuum.held.transactions", metric.WithUnit("{transaction}"),
-		metric.WithDescription("Transactions since the one that holds back vacuum, by kind, and who holds it. 0 if nobody does."))
+		metric.WithDescription("Transactions since the one that holds back vacuum, by kind, and who holds it. 0 if "+
+			"nobody does."))
 	_, err3 := meter.RegisterCallback(func(ctx context.Context, o metric.Observer) error {
 		holders, err := sample.Get(ctx)
 		if err != nil {

@@ -33,7 +33,8 @@ func TestHoldersOfVacuumAreMeasured(t *testing.T) {
 	var found []Holder
 	testenv.Eventually(t, 20*time.Second, func() error { // until it has an age
 		found, err = holders(t.Context(), db)
-		if err == nil && (len(found) == 0 || found[0].Kind != "session" || !strings.HasPrefix(found[0].Name, "forgotten/") ||
+		if err == nil && (len(found) == 0 || found[0].Kind != "session" ||
+			!strings.HasPrefix(found[0].Name, "forgotten/") ||
 			found[0].Seconds < .1 || found[0].Transactions < 2) {
 			err = fmt.Errorf("found %+v", found)
 		}

@@ -29,8 +29,11 @@ func lockLetter(ctx context.Context, tx pgx.Tx, id int64) (letter deadletter.Sto
 }
 
 // resolveLetter closes a dead letter that tx has locked, and records who did it and why.
-func resolveLetter(ctx context.Context, tx pgx.Tx, id int64, resolution deadletter.Resolution, note deadletter.Note, detail string) error {
-	_, err := tx.Exec(ctx, `UPDATE dead_letter SET resolution = $2, resolved_at = clock_timestamp() WHERE id = $1`, id, resolution)
+func resolveLetter(
+	ctx context.Context, tx pgx.Tx, id int64, resolution deadletter.Resolution, note deadletter.Note, detail string,
+) error {
+	_, err := tx.Exec(ctx, `UPDATE dead_letter SET resolution = $2, resolved_at = clock_timestamp() WHERE id = $1`, id,
+		resolution)
 	if err == nil {
 		err = recordLetter(ctx, tx, id, resolution, note, detail)
 	}
@@ -46,7 +49,8 @@ var errNotDiscarded = errors.New("dead letter is not discarded, and only a disca
 // reopenLetter undoes a discard in tx, and records who did it and why. A redrive cannot be undone: its message is under
 // way.
 func reopenLetter(ctx context.Context, tx pgx.Tx, id int64, note deadletter.Note) error {
-	tag, err := tx.Exec(ctx, `UPDATE dead_letter SET resolution = NULL, resolved_at = NULL WHERE id = $1 AND resolution = 'discarded'`, id)
+	tag, err := tx.Exec(ctx,
+		`UPDATE dead_letter SET resolution = NULL, resolved_at = NULL WHERE id = $1 AND resolution = 'discarded'`, id)
 	switch {
 	case err == nil && tag.RowsAffected() == 0:
 		return errNotDiscarded
@@ -59,8 +63,11 @@ func reopenLetter(ctx context.Context, tx pgx.Tx, id int64, note deadletter.Note
 	return nil
 }
 
-func recordLetter(ctx context.Context, tx pgx.Tx, id int64, what deadletter.Resolution, note deadletter.Note, detail string) error {
-	_, err := tx.Exec(ctx, `INSERT INTO dead_letter_audit (letter_id, resolution, reason, actor, detail) VALUES ($1, $2, $3, $4, $5)`,
+func recordLetter(
+	ctx context.Context, tx pgx.Tx, id int64, what deadletter.Resolution, note deadletter.Note, detail string,
+) error {
+	_, err := tx.Exec(ctx,
+		`INSERT INTO dead_letter_audit (letter_id, resolution, reason, actor, detail) VALUES ($1, $2, $3, $4, $5)`,
 		id, what, note.Reason, note.Actor, detail)
 	return err
 }

@@ -27,8 +27,8 @@ type Search struct {
 	Since, Until time.Time // of their insertion
 }
 
-// Reads the newest messages of each shard by its primary key and returns the newest of all. So it reads no more rows than
-// it returns, unless the search selects few of many.
+// Reads the newest messages of each shard by its primary key and returns the newest of all. So it reads no more rows
+// than it returns, unless the search selects few of many.
 const searchSQL = `
 SELECT message.* FROM outbox_cursor AS at, LATERAL (
     SELECT id, message_id, type, key, created_at, at.shard, xid, outbox_delivered(outbox_cursor, xid, id)
@@ -46,8 +46,8 @@ const searchTimeout = 5 * time.Second
 var ErrTooSlow = errors.New("the search took too long; give a message ID, or a shorter time")
 
 // SearchLog returns at most limit messages of the outbox without their payloads, newest first. It starts before the
-// place before, or at the newest message if before is 0. It returns the place of the last message, for the next page. It
-// returns ErrTooSlow after 5 s.
+// place before, or at the newest message if before is 0. It returns the place of the last message, for the next page.
+// It returns ErrTooSlow after 5 s.
 func SearchLog(
 	ctx context.Context, db *pgxpool.Pool, s Search, before int64, limit int,
 ) (found []Logged, last int64, err error) {

@@ -21,7 +21,10 @@ func TestFindInLog(t *testing.T) {
 	var created [8]byte // as of a message that was redriven
 	binary.BigEndian.PutUint64(created[:], uint64(time.Now().Add(-outbox.MaxAge+time.Hour).UnixMilli()))
 	copy(old.ID[:6], created[2:])
-	err := postgres.Transact(t.Context(), db, func(tx pgx.Tx) error { return outbox.Insert(t.Context(), tx, fresh, old) })
+	err := postgres.Transact(t.Context(), db, func(tx pgx.Tx) error {
+		return outbox.Insert(t.Context(), tx, fresh,
+			old)
+	})
 	if err != nil {
 		t.Fatal(err)
 	}

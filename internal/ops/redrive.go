@@ -1,5 +1,5 @@
-// Package ops is what operators do: look, redrive, discard, trace, and ask the doctor. It guarantees that whatever it changes is recorded in the same
-// transaction, with who did it and why.
+// Package ops is what operators do: look, redrive, discard, trace, and ask the doctor. It guarantees that whatever it
+// changes is recorded in the same transaction, with who did it and why.
 package ops
 
 import (
@@ -62,7 +62,8 @@ func Redrive(ctx context.Context, db *pgxpool.Pool, order Selection, each func(O
 
 // Discard gives letters up, and is like Redrive in all else.
 func Discard(ctx context.Context, db *pgxpool.Pool, order Selection, each func(Outcome)) error {
-	return resolve(ctx, db, order, each, func(context.Context, pgx.Tx, deadletter.Stored) (deadletter.Resolution, string, error) {
+	return resolve(ctx, db, order, each, func(context.Context, pgx.Tx, deadletter.Stored) (deadletter.Resolution,
+		string, error) {
 		return deadletter.Discarded, "", nil
 	})
 }
@@ -71,7 +72,8 @@ func Discard(ctx context.Context, db *pgxpool.Pool, order Selection, each func(O
 var errDryRun = errors.New("dry run")
 
 // decide does in tx what a resolution takes, and says which it is.
-type decide func(ctx context.Context, tx pgx.Tx, letter deadletter.Stored) (resolution deadletter.Resolution, detail string, err error)
+type decide func(ctx context.Context, tx pgx.Tx, letter deadletter.Stored) (resolution deadletter.Resolution,
+	detail string, err error)
 
 func resolve(ctx context.Context, db *pgxpool.Pool, order Selection, each func(Outcome), how decide) error {
 	if err := checked(order.Note); err != nil {
@@ -177,11 +179,15 @@ func resolveOne(ctx context.Context, db *pgxpool.Pool, order Selection, letter d
 	return outcome
 }
 
-// owned are the reasons of letters that the inbox wrote for messages which it had taken: their effects were never committed.
-var owned = []deadletter.Reason{deadletter.Exhausted, deadletter.Permanent, deadletter.Crashed, deadletter.UnknownType, deadletter.Undecodable,
+// owned are the reasons of letters that the inbox wrote for messages which it had taken: their effects were never
+// committed.
+var owned = []deadletter.Reason{deadletter.Exhausted, deadletter.Permanent, deadletter.Crashed, deadletter.UnknownType,
+	deadletter.Undecodable,
 	deadletter.Skipped}
 
-func (o Selection) redrive(ctx context.Context, tx pgx.Tx, letter deadletter.Stored) (deadletter.Resolution, string, error) {
+func (o Selection) redrive(
+	ctx context.Context, tx pgx.Tx, letter deadletter.Stored,
+) (deadletter.Resolution, string, error) {
 	if letter.Type == operations.MessageType {
 		if resolution, detail, err := durable(ctx, tx, letter); err != nil || resolution != "" {
 			return resolution, detail, err
@@ -196,10 +202,13 @@ func (o Selection) redrive(ctx context.Context, tx pgx.Tx, letter deadletter.Sto
 	case letter.Reason == deadletter.Malformed:
 		return "", "", errors.New("the message can be neither stored nor applied; discard it")
 	case (letter.Reason == deadletter.NoID || letter.Reason == deadletter.OutsideWindow) && !o.Force:
-		return "", "", fmt.Errorf("reason %s: whether it was applied before cannot be known; force it if applying it again does no harm", letter.Reason)
+		return "", "", fmt.Errorf("reason %s: whether it was applied before cannot be known; force it if applying "+
+			"it again does no harm", letter.Reason)
 	}
-	d := messaging.Delivery{ID: letter.MessageID, Type: letter.Type, Key: letter.Key, Payload: letter.Payload, Headers: letter.Headers}
-	mine := slices.Contains(owned, letter.Reason) || letter.Reason == deadletter.OutsideWindow // which comes here by force only
+	d := messaging.Delivery{ID: letter.MessageID, Type: letter.Type, Key: letter.Key, Payload: letter.Payload,
+		Headers: letter.Headers}
+	// Which comes here by force only.
+	mine := slices.Contains(owned, letter.Reason) || letter.Reason == deadletter.OutsideWindow
 	err := inbox.Requeue(ctx, tx, letter.Consumer, d, mine)
 	if errors.Is(err, inbox.ErrTaken) {
 		return deadletter.Duplicate, err.Error(), nil
@@ -222,13 +231,17 @@ func durable(ctx context.Context, tx pgx.Tx, letter deadletter.Stored) (deadlett
 	case state == operationsv1.OperationState_OPERATION_STATE_FAILED,
 		state == operationsv1.OperationState_OPERATION_STATE_CANCELLED:
 		return "", "", fmt.Errorf("its durable call has ended as %s, and its caller was told so: "+
-			"only the caller can submit it again, without the old idempotency key; discard it", strings.ToLower(strings.TrimPrefix(state.String(), "OPERATION_STATE_")))
+			"only the caller can submit it again, without the old idempotency key; discard it",
+			strings.ToLower(strings.TrimPrefix(state.String(), "OPERATION_STATE_")))
 	}
 	return "", "", nil
 }
 
-// republish puts what the relay parked into the log again, under its own ID. Is that too old to be known by, it takes another.
-func (o Selection) republish(ctx context.Context, tx pgx.Tx, letter deadletter.Stored) (deadletter.Resolution, string, error) {
+// republish puts what the relay parked into the log again, under its own ID. Is that too old to be known by, it takes
+// another.
+func (o Selection) republish(
+	ctx context.Context, tx pgx.Tx, letter deadletter.Stored,
+) (deadletter.Resolution, string, error) {
 	id, err := uuid.Parse(letter.MessageID)
 	if err != nil {
 		return "", "", fmt.Errorf("message ID: %w", err)
@@ -236,13 +249,15 @@ func (o Selection) republish(ctx context.Context, tx pgx.Tx, letter deadletter.S
 	detail := ""
 	if age := time.Since(time.Unix(id.Time().UnixTime())); age > outbox.MaxAge-time.Hour {
 		if !o.Force {
-			return "", "", fmt.Errorf("the message ID is %s old, and consumers would refuse it; force it to be published under a new ID", age.Round(time.Hour))
+			return "", "", fmt.Errorf("the message ID is %s old, and consumers would refuse it; force it to be "+
+				"published under a new ID", age.Round(time.Hour))
 		}
 		if id, err = uuid.NewV7(); err != nil {
 			return "", "", err
 		}
 		detail = "published as " + id.String()
 	}
-	message := messaging.Message{ID: id, Type: letter.Type, Key: letter.Key, Payload: letter.Payload, Headers: letter.Headers}
+	message := messaging.Message{ID: id, Type: letter.Type, Key: letter.Key, Payload: letter.Payload,
+		Headers: letter.Headers}
 	return deadletter.Redriven, detail, outbox.Insert(ctx, tx, message)
 }

@@ -27,7 +27,8 @@ func (d *desk) park(t testing.TB, n int) {
 		SELECT '', id, 'type', 'k', '', '{}', 'unroutable', '312', 1 FROM unnest($1::uuid[]) AS id`, ids)
 }
 
-// A redriven message may come back as a newer letter, as fast as it is redriven. Every command leaves such letters alone.
+// A redriven message may come back as a newer letter, as fast as it is redriven. Every command leaves such letters
+// alone.
 func TestLettersThatComeMeanwhileAreLeftAlone(t *testing.T) {
 	t.Parallel()
 	rehearsal := order
@@ -99,7 +100,8 @@ func TestBreakingOffCountsWhatWasDone(t *testing.T) {
 		t.Parallel()
 		d := newDesk(t)
 		d.park(t, 2)
-		holder, err := d.Begin(t.Context()) // of a lock for which the redrive waits before its COMMIT, which nothing breaks off
+		// Of a lock for which the redrive waits before its COMMIT, which nothing breaks off.
+		holder, err := d.Begin(t.Context())
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -119,7 +121,8 @@ func TestBreakingOffCountsWhatWasDone(t *testing.T) {
 		}()
 		testenv.Eventually(t, 10*time.Second, func() error {
 			var waiting int
-			err := d.QueryRow(t.Context(), `SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'`).Scan(&waiting)
+			err := d.QueryRow(t.Context(),
+				`SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'`).Scan(&waiting)
 			if err == nil && waiting == 0 {
 				err = errors.New("the redrive does not wait")
 			}
@@ -140,7 +143,8 @@ func TestBreakingOffCountsWhatWasDone(t *testing.T) {
 func TestRedriveOfDurableCalls(t *testing.T) {
 	t.Parallel()
 	const insertSQL = `
-		INSERT INTO operation (id, caller, idempotency_key, method, request, request_hash, identity, signature, state, response, error, ended_at)
+		INSERT INTO operation (id, caller, idempotency_key, method, request, request_hash, identity, signature, state,
+			response, error, ended_at)
 		SELECT $1, 'ann', '', 'm', '', '', '', '', $2, CASE $2 WHEN 'succeeded' THEN ''::bytea END,
 			CASE WHEN $2 IN ('failed', 'cancelled') THEN ''::bytea END, CASE WHEN $2 IN ('succeeded', 'failed', 'cancelled') THEN now() END
 		WHERE $2 <> 'forgotten'`
@@ -154,8 +158,10 @@ func TestRedriveOfDurableCalls(t *testing.T) {
 				d := newDesk(t)
 				id := uuid.Must(uuid.NewV7())
 				d.exec(t, insertSQL, id, state)
-				letter := deadletter.Letter{Consumer: consumer, MessageID: id.String(), Type: operations.MessageType, Reason: deadletter.Exhausted}
-				err := postgres.Transact(t.Context(), d.Pool, func(tx pgx.Tx) error { return deadletter.Insert(t.Context(), tx, letter) })
+				letter := deadletter.Letter{Consumer: consumer, MessageID: id.String(), Type: operations.MessageType,
+					Reason: deadletter.Exhausted}
+				err := postgres.Transact(t.Context(), d.Pool,
+					func(tx pgx.Tx) error { return deadletter.Insert(t.Context(), tx, letter) })
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -169,9 +175,13 @@ func TestRedriveOfDurableCalls(t *testing.T) {
 				if want == "redriven" {
 					onItsWay = "1"
 				}
-				d.want(t, "on its way", `SELECT ((SELECT count(*) FROM outbox) + (SELECT count(*) FROM inbox_retry))::text`, onItsWay)
+				d.want(t, "on its way",
+					`SELECT ((SELECT count(*) FROM outbox) + (SELECT count(*) FROM inbox_retry))::text`, onItsWay)
 				if strings.HasPrefix(got[0], "refused") {
-					equal(t, "discarded", collect(t, func(each func(Outcome)) error { return Discard(t.Context(), d.Pool, all, each) }), "discarded")
+					equal(t, "discarded", collect(t, func(each func(Outcome)) error {
+						return Discard(t.Context(),
+							d.Pool, all, each)
+					}), "discarded")
 				}
 			})
 		}

@@ -43,7 +43,8 @@ func newDesk(t testing.TB) *desk {
 		if d.broken.Load() {
 			return errBroken
 		}
-		_, err := tx.Exec(ctx, `INSERT INTO effects VALUES ($1, 1) ON CONFLICT (name) DO UPDATE SET n = effects.n + 1`, message.GetValue())
+		_, err := tx.Exec(ctx, `INSERT INTO effects VALUES ($1, 1) ON CONFLICT (name) DO UPDATE SET n = effects.n + 1`,
+			message.GetValue())
 		return err
 	})
 	d.box = inbox.New(d.Pool, group, inbox.Config{})
@@ -59,7 +60,8 @@ func (d *desk) exec(t testing.TB, sql string, args ...any) {
 
 func delivery(key, text string) messaging.Delivery {
 	m := messaging.New(key, wrapperspb.String(text))
-	return messaging.Delivery{ID: m.ID.String(), Type: m.Type, Key: key, Payload: m.Payload, Headers: map[string]string{"tenant": "a"}}
+	return messaging.Delivery{ID: m.ID.String(), Type: m.Type, Key: key, Payload: m.Payload,
+		Headers: map[string]string{"tenant": "a"}}
 }
 
 func (d *desk) process(t testing.TB, deliveries ...messaging.Delivery) {
@@ -109,7 +111,8 @@ func (d *desk) wantLetters(t testing.TB, want ...string) {
 
 func (d *desk) wantAudit(t testing.TB, want ...string) {
 	t.Helper()
-	d.want(t, "audit", `SELECT format('%s by %s: %s', resolution, actor, reason) FROM dead_letter_audit ORDER BY id`, want...)
+	d.want(t, "audit", `SELECT format('%s by %s: %s', resolution, actor, reason) FROM dead_letter_audit ORDER BY id`,
+		want...)
 }
 
 func (d *desk) want(t testing.TB, what, sql string, want ...string) {
@@ -214,7 +217,8 @@ func TestRedriveOfTheRelaysLetters(t *testing.T) {
 		old[i] = byte(oldest >> (40 - 8*i))
 	}
 	err := postgres.Transact(t.Context(), d.Pool, func(tx pgx.Tx) error {
-		letter := deadletter.Letter{Type: "type", Key: "k", Payload: []byte{0, 255}, Headers: map[string]string{"tenant": "a"}, Reason: deadletter.Unroutable}
+		letter := deadletter.Letter{Type: "type", Key: "k", Payload: []byte{0, 255},
+			Headers: map[string]string{"tenant": "a"}, Reason: deadletter.Unroutable}
 		other := letter
 		letter.MessageID, other.MessageID = young.String(), old.String()
 		return deadletter.Insert(t.Context(), tx, letter, other)
@@ -241,20 +245,27 @@ func TestRedriveRefuses(t *testing.T) {
 		forced bool
 		want   string
 	}{
-		"NoID":             {deadletter.Letter{Consumer: "group", Reason: deadletter.NoID}, false, "force it"},
-		"NoIDForced":       {deadletter.Letter{Consumer: "group", Reason: deadletter.NoID}, true, ""},
-		"TooOld":           {deadletter.Letter{Consumer: "group", MessageID: "a", Reason: deadletter.OutsideWindow}, false, "force it"},
-		"TooOldForced":     {deadletter.Letter{Consumer: "group", MessageID: "a", Reason: deadletter.OutsideWindow}, true, ""},
-		"Malformed":        {deadletter.Letter{Consumer: "group", MessageID: "a", Reason: deadletter.Malformed}, true, "discard it"},
-		"UnknownGroup":     {deadletter.Letter{Consumer: "gone", MessageID: "a", Reason: deadletter.Exhausted}, true, `no consumer group "gone"`},
-		"RelaysInvalidID":  {deadletter.Letter{MessageID: "a", Type: "t", Reason: deadletter.Malformed}, true, "message ID"},
-		"RelaysBadMessage": {deadletter.Letter{MessageID: uuid.Must(uuid.NewV7()).String(), Reason: deadletter.Malformed}, true, "type"},
+		"NoID":       {deadletter.Letter{Consumer: "group", Reason: deadletter.NoID}, false, "force it"},
+		"NoIDForced": {deadletter.Letter{Consumer: "group", Reason: deadletter.NoID}, true, ""},
+		"TooOld": {deadletter.Letter{Consumer: "group", MessageID: "a", Reason: deadletter.OutsideWindow},
+			false, "force it"},
+		"TooOldForced": {deadletter.Letter{Consumer: "group", MessageID: "a", Reason: deadletter.OutsideWindow},
+			true, ""},
+		"Malformed": {deadletter.Letter{Consumer: "group", MessageID: "a", Reason: deadletter.Malformed}, true,
+			"discard it"},
+		"UnknownGroup": {deadletter.Letter{Consumer: "gone", MessageID: "a", Reason: deadletter.Exhausted}, true,
+			`no consumer group "gone"`},
+		"RelaysInvalidID": {deadletter.Letter{MessageID: "a", Type: "t", Reason: deadletter.Malformed}, true,
+			"message ID"},
+		"RelaysBadMessage": {deadletter.Letter{MessageID: uuid.Must(uuid.NewV7()).String(),
+			Reason: deadletter.Malformed}, true, "type"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			d := newDesk(t)
 			test.letter.Headers = map[string]string{}
-			err := postgres.Transact(t.Context(), d.Pool, func(tx pgx.Tx) error { return deadletter.Insert(t.Context(), tx, test.letter) })
+			err := postgres.Transact(t.Context(), d.Pool,
+				func(tx pgx.Tx) error { return deadletter.Insert(t.Context(), tx, test.letter) })
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -289,7 +300,10 @@ func TestDryRunChangesNothing(t *testing.T) {
 	rehearsal := order
 	rehearsal.DryRun = true
 	equal(t, "outcomes", d.redrive(t, rehearsal), "duplicate", "redriven")
-	equal(t, "discarded", collect(t, func(each func(Outcome)) error { return Discard(t.Context(), d.Pool, rehearsal, each) }), "discarded", "discarded")
+	equal(t, "discarded", collect(t, func(each func(Outcome)) error {
+		return Discard(t.Context(), d.Pool, rehearsal,
+			each)
+	}), "discarded", "discarded")
 	d.wantLetters(t, "undelivered open", "permanent open")
 	d.wantAudit(t)
 	d.want(t, "retries", `SELECT message_id FROM inbox_retry`)
@@ -301,7 +315,10 @@ func TestDiscard(t *testing.T) {
 	d.fail(t, delivery("a", "m"), delivery("b", "m"), delivery("b", "m"))
 	chosen := order
 	chosen.Filter.Key = "b"
-	equal(t, "outcomes", collect(t, func(each func(Outcome)) error { return Discard(t.Context(), d.Pool, chosen, each) }), "discarded", "discarded")
+	equal(t, "outcomes", collect(t, func(each func(Outcome)) error {
+		return Discard(t.Context(), d.Pool, chosen,
+			each)
+	}), "discarded", "discarded")
 	d.wantLetters(t, "permanent open", "permanent discarded", "permanent discarded")
 	d.wantAudit(t, "discarded by ann: mended", "discarded by ann: mended")
 }
@@ -361,7 +378,8 @@ func TestTrace(t *testing.T) {
 	t.Parallel()
 	d := newDesk(t)
 	message := messaging.New("k", wrapperspb.String("m"))
-	err := postgres.Transact(t.Context(), d.Pool, func(tx pgx.Tx) error { return outbox.Insert(t.Context(), tx, message) })
+	err := postgres.Transact(t.Context(), d.Pool,
+		func(tx pgx.Tx) error { return outbox.Insert(t.Context(), tx, message) })
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -373,11 +391,13 @@ func TestTrace(t *testing.T) {
 	if len(journey.Log) != 1 || len(journey.Groups) != 1 || len(journey.Letters) != 1 {
 		t.Fatalf("got %+v", journey)
 	}
-	if g, l := journey.Groups[0], journey.Letters[0]; g.Consumer != "group" || g.Waits || l.Reason != deadletter.Permanent {
+	if g, l := journey.Groups[0], journey.Letters[0]; g.Consumer != "group" || g.Waits ||
+		l.Reason != deadletter.Permanent {
 		t.Errorf("got %+v", journey)
 	}
 	for _, unknown := range []string{uuid.NewString(), "", "text \x00"} {
-		if journey, err := Trace(t.Context(), d.Pool, unknown); len(journey.Log)+len(journey.Groups)+len(journey.Letters) != 0 {
+		if journey, err := Trace(t.Context(), d.Pool, unknown); len(journey.Log)+len(journey.Groups)+
+			len(journey.Letters) != 0 {
 			t.Errorf("%q: got %+v, %v", unknown, journey, err)
 		}
 	}

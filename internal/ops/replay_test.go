@@ -18,7 +18,8 @@ import (
 
 func hour(n int) time.Duration { return time.Duration(n) * time.Hour }
 
-// A group that is new gets what was published before its time, from a replay to its queue alone; then one to all. Nobody applies anything twice.
+// A group that is new gets what was published before its time, from a replay to its queue alone; then one to all.
+// Nobody applies anything twice.
 func TestReplayToANewGroup(t *testing.T) {
 	t.Parallel()
 	d := &desk{Pool: testenv.Postgres(t)}
@@ -63,7 +64,8 @@ func (d *desk) consume(t *testing.T, url string, topology rabbit.Topology, name 
 		return err
 	})
 	var handle func(context.Context, []messaging.Delivery) error = inbox.New(d.Pool, group, inbox.Config{}).Process
-	consumer := rabbit.NewConsumer(rabbit.ConsumerConfig{URL: url, Topology: topology, Queue: name, Prefetch: 10, Batch: 5}, handle)
+	consumer := rabbit.NewConsumer(rabbit.ConsumerConfig{URL: url, Topology: topology, Queue: name, Prefetch: 10,
+		Batch: 5}, handle)
 	ctx, stop := context.WithCancel(context.Background())
 	var running sync.WaitGroup
 	running.Go(func() {
@@ -74,18 +76,21 @@ func (d *desk) consume(t *testing.T, url string, topology rabbit.Topology, name 
 	t.Cleanup(func() { stop(); running.Wait() })
 }
 
-// await waits until a group has seen so many copies, and checks that it has applied so many different messages, each once.
+// await waits until a group has seen so many copies, and checks that it has applied so many different messages, each
+// once.
 func (d *desk) await(t *testing.T, consumer string, applied, copies int) {
 	t.Helper()
 	testenv.Eventually(t, 20*time.Second, func() error {
 		var seen, all, different int
-		err := d.QueryRow(t.Context(), `SELECT (SELECT coalesce(sum(copies), 0) FROM inbox WHERE consumer = $1), count(*), count(DISTINCT name)
+		err := d.QueryRow(t.Context(), `SELECT (SELECT coalesce(sum(copies), 0) FROM inbox
+			WHERE consumer = $1), count(*), count(DISTINCT name)
 			FROM applied WHERE consumer = $1`, consumer).Scan(&seen, &all, &different)
 		if err != nil || seen < copies {
 			return fmt.Errorf("%s: %d of %d copies, %v", consumer, seen, copies, err)
 		}
 		if seen != copies || all != applied || different != applied {
-			t.Errorf("%s: %d copies, %d applied, %d of them different; want %d, %d, %d", consumer, seen, all, different, copies, applied, applied)
+			t.Errorf("%s: %d copies, %d applied, %d of them different; want %d, %d, %d", consumer, seen, all, different,
+				copies, applied, applied)
 		}
 		return nil
 	})

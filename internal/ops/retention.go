@@ -10,13 +10,14 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// ErrForgetful means that the inbox forgets a message while copies of it may still come. Such a copy would not be applied a second time, since the inbox
-// takes nothing older than it remembers; it would be a dead letter, and so would be every replay.
+// ErrForgetful means that the inbox forgets a message while copies of it may still come. Such a copy would not be
+// applied a second time, since the inbox takes nothing older than it remembers; it would be a dead letter, and so would
+// be every replay.
 var ErrForgetful = errors.New("the inbox forgets too early")
 
-// CheckRetention holds what the inbox remembers against the oldest copy that may come: of a message that the outbox has kept to the end of its
-// retention, replayed then, and under way for as long as redelivery takes. It returns ErrForgetful, with the numbers, if that is too old. What is spare
-// is the time for which consumers may be away.
+// CheckRetention holds what the inbox remembers against the oldest copy that may come: of a message that the outbox has
+// kept to the end of its retention, replayed then, and under way for as long as redelivery takes. It returns
+// ErrForgetful, with the numbers, if that is too old. What is spare is the time for which consumers may be away.
 func CheckRetention(ctx context.Context, db *pgxpool.Pool, longestRedelivery time.Duration) (detail string, err error) {
 	kept, err := longestRetention(ctx, db)
 	if err != nil {

@@ -8,8 +8,8 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// Sessions returns how many connections to the database each application has, by its name: so it can be seen which processes are there. Any role
-// may see this much of the others.
+// Sessions returns how many connections to the database each application has, by its name: so it can be seen which
+// processes are there. Any role may see this much of the others.
 func Sessions(ctx context.Context, db *pgxpool.Pool) (map[string]int, error) {
 	var found map[string]int
 	err := db.QueryRow(ctx, `

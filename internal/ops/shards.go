@@ -68,8 +68,8 @@ func EnsureShards(ctx context.Context, db *pgxpool.Pool, n int) (changed bool, e
 
 // Repair makes the outbox usable after the database was moved into another cluster, by a dump or by a copy of its rows.
 // It returns the number of messages to publish, some of them possibly again, and skips no undelivered message. It also
-// moves sequences of all tables past their rows. It returns ErrNoRepairNeeded if nothing is wrong. If it cannot tell what
-// was delivered, its error says what to do.
+// moves sequences of all tables past their rows. It returns ErrNoRepairNeeded if nothing is wrong. If it cannot tell
+// what was delivered, its error says what to do.
 func Repair(ctx context.Context, db *pgxpool.Pool) (undelivered int, err error) {
 	var found *int
 	err = postgres.Transact(ctx, db, func(tx pgx.Tx) error {
@@ -85,7 +85,8 @@ func Repair(ctx context.Context, db *pgxpool.Pool) (undelivered int, err error) 
 }
 
 // ErrNoRepairNeeded means that the cursor belongs to this cluster and that no sequence is behind its table.
-var ErrNoRepairNeeded = errors.New("the outbox cursor belongs to this cluster and no sequence is behind, there is nothing to repair")
+var ErrNoRepairNeeded = errors.New("the outbox cursor belongs to this cluster and no sequence is behind, there is " +
+	"nothing to repair")
 
 // Shard is the state of one shard of the outbox.
 type Shard struct {
@@ -107,8 +108,10 @@ type Shard struct {
 }
 
 const statusSQL = `
-SELECT shard, generation, retired, drained, CASE WHEN clock_holds(lease_expires_at, lease) THEN owner ELSE '' END, epoch, coalesce(messages, 0),
-    greatest(coalesce(extract(epoch FROM measured_at - oldest_at)::float8, 0), 0), measured_at, published, parked, moved_at
+SELECT shard, generation, retired, drained, CASE WHEN clock_holds(lease_expires_at, lease) THEN owner ELSE '' END,
+    epoch, coalesce(messages, 0),
+    greatest(coalesce(extract(epoch
+        FROM measured_at - oldest_at)::float8, 0), 0), measured_at, published, parked, moved_at
 FROM outbox_cursor LEFT JOIN outbox_backlog USING (shard)
 ORDER BY shard`
 
@@ -137,7 +140,8 @@ type RunningRelay struct {
 
 // Relays returns the running relays.
 func Relays(ctx context.Context, db *pgxpool.Pool) ([]RunningRelay, error) {
-	rows, err := db.Query(ctx, `SELECT owner, problem FROM outbox_relay WHERE clock_holds(expires_at, lease) ORDER BY owner`)
+	rows, err := db.Query(ctx,
+		`SELECT owner, problem FROM outbox_relay WHERE clock_holds(expires_at, lease) ORDER BY owner`)
 	if err != nil {
 		return nil, fmt.Errorf("read relays: %w", err)
 	}

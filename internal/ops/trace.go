@@ -70,7 +70,8 @@ type Step struct {
 
 func at(when time.Time, where, what string) Step { return Step{&when, where, what, when} }
 
-// behind is a step whose time is not known, but what it came after; no other step has that order, since Postgres' times are whole microseconds.
+// behind is a step whose time is not known, but what it came after; no other step has that order, since Postgres' times
+// are whole microseconds.
 func behind(when time.Time, where, what string) Step {
 	return Step{nil, where, what, when.Add(time.Nanosecond)}
 }
@@ -80,16 +81,18 @@ func now(where, what string) Step { return Step{Where: where, What: what, order:
 
 var endOfTime = time.Unix(1<<40, 0)
 
-// Steps returns the journey in the order of time, and last how things stand. Groups are those that there are: that one wants the message and
-// has not received it is a step, too.
+// Steps returns the journey in the order of time, and last how things stand. Groups are those that there are: that one
+// wants the message and has not received it is a step, too.
 func (j MessageTrace) Steps(groups []Group) []Step {
 	var steps []Step
 	for _, entry := range j.Log {
-		steps = append(steps, at(entry.CreatedAt, "outbox", fmt.Sprintf("inserted by transaction %d, shard %d", entry.TransactionID, entry.Shard)))
+		steps = append(steps, at(entry.CreatedAt, "outbox",
+			fmt.Sprintf("inserted by transaction %d, shard %d", entry.TransactionID, entry.Shard)))
 		switch {
 		case !entry.Delivered:
 			steps = append(steps, now(deadletter.Relay, "waits to be published"))
-		case !slices.ContainsFunc(j.Letters, func(l deadletter.Stored) bool { return l.Consumer == "" }): // else it may have been parked
+		// Else it may have been parked.
+		case !slices.ContainsFunc(j.Letters, func(l deadletter.Stored) bool { return l.Consumer == "" }):
 			steps = append(steps, behind(entry.CreatedAt, deadletter.Relay, "published"))
 		}
 	}
@@ -105,8 +108,9 @@ func (j MessageTrace) Steps(groups []Group) []Step {
 	return steps
 }
 
-// state is how a group stands to a message that it has taken. Letters that the inbox wrote for messages which it had taken say that the effect was not
-// committed; what the broker gave up, and copies past the window, say nothing of that.
+// state is how a group stands to a message that it has taken. Letters that the inbox wrote for messages which it had
+// taken say that the effect was not committed; what the broker gave up, and copies past the window, say nothing of
+// that.
 func (j MessageTrace) state(passage inbox.MessageStatus) []Step {
 	copies := ""
 	if passage.Copies > 1 {
@@ -116,8 +120,10 @@ func (j MessageTrace) state(passage inbox.MessageStatus) []Step {
 	case passage.Waits && (passage.Attempts == 0 || passage.DueAt == nil):
 		return []Step{now(passage.Consumer, "waits for its turn"+copies)}
 	case passage.Waits:
-		return []Step{now(passage.Consumer, fmt.Sprintf("waits for a retry, due %s; %d %s failed, the last one with: %s%s",
-			passage.DueAt.UTC().Format(time.RFC3339), passage.Attempts, plural(passage.Attempts, "attempt", "attempts"), passage.LastError, copies))}
+		return []Step{now(passage.Consumer, fmt.Sprintf("waits for a retry, due %s; %d %s failed, the last one "+
+			"with: %s%s",
+			passage.DueAt.UTC().Format(time.RFC3339), passage.Attempts, plural(passage.Attempts, "attempt", "attempts"),
+			passage.LastError, copies))}
 	}
 	since := passage.ReceivedAt
 	for _, letter := range j.Letters {

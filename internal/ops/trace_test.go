@@ -20,7 +20,8 @@ import (
 func (d *desk) insert(t testing.TB, key, text string) messaging.Delivery {
 	t.Helper()
 	message := messaging.New(key, wrapperspb.String(text))
-	err := postgres.Transact(t.Context(), d.Pool, func(tx pgx.Tx) error { return outbox.Insert(t.Context(), tx, message) })
+	err := postgres.Transact(t.Context(), d.Pool,
+		func(tx pgx.Tx) error { return outbox.Insert(t.Context(), tx, message) })
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -40,7 +41,8 @@ func (d *desk) steps(t testing.TB, id string) (steps []string) {
 	if err != nil || !journey.Known() {
 		t.Fatalf("known %t, %v", journey.Known(), err)
 	}
-	for _, step := range journey.Steps([]Group{{"group", d.types()}, {"other", d.types()}, {"third", []string{"type"}}}) {
+	for _, step := range journey.Steps([]Group{{"group", d.types()}, {"other", d.types()},
+		{"third", []string{"type"}}}) {
 		what, _, _ := strings.Cut(step.What, " by transaction")
 		what, _, _ = strings.Cut(what, ", due")
 		when := "now"
@@ -61,10 +63,12 @@ func TestStepsOfAJourney(t *testing.T) {
 	equal(t, "inserted", d.steps(t, m.ID), "at outbox: inserted", "now relay: waits to be published")
 	d.delivered(t)
 	start := []string{"at outbox: inserted", "now relay: published"}
-	equal(t, "published", d.steps(t, m.ID), append(slices.Clone(start), "now group: has not received it", "now other: has not received it")...)
+	equal(t, "published", d.steps(t, m.ID), append(slices.Clone(start), "now group: has not received it",
+		"now other: has not received it")...)
 	d.process(t, m, m, m)
 	end := "now other: has not received it"
-	equal(t, "applied", d.steps(t, m.ID), append(slices.Clone(start), "at group: received", "now group: applied; 3 copies came, 2 absorbed", end)...)
+	equal(t, "applied", d.steps(t, m.ID), append(slices.Clone(start), "at group: received",
+		"now group: applied; 3 copies came, 2 absorbed", end)...)
 
 	m = d.insert(t, "k", "fails")
 	d.delivered(t)
@@ -89,14 +93,16 @@ func TestStepsOfOtherLetters(t *testing.T) {
 	m := d.insert(t, "k", "m")
 	d.delivered(t)
 	err := postgres.Transact(t.Context(), d.Pool, func(tx pgx.Tx) error {
-		return deadletter.Insert(t.Context(), tx, deadletter.Letter{MessageID: m.ID, Type: m.Type, Reason: deadletter.Unroutable, Error: "312", Attempts: 1})
+		return deadletter.Insert(t.Context(), tx, deadletter.Letter{MessageID: m.ID, Type: m.Type,
+			Reason: deadletter.Unroutable, Error: "312", Attempts: 1})
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
 	d.process(t, m)
 	d.drain(t, m)
-	equal(t, "steps", d.steps(t, m.ID), "at outbox: inserted", "at relay: dead letter 1, unroutable after 1 attempt: 312", "at group: received",
+	equal(t, "steps", d.steps(t, m.ID), "at outbox: inserted",
+		"at relay: dead letter 1, unroutable after 1 attempt: 312", "at group: received",
 		"now group: applied", "at group: dead letter 2, undelivered after 0 attempts: the broker gave it up: ",
 		"now relay: dead letter 1 is open", "now group: dead letter 2 is open", "now other: has not received it")
 }
@@ -111,7 +117,8 @@ func TestCheckRetention(t *testing.T) {
 			t.Errorf("%d hours: %q, %v", hours, detail, err)
 		}
 	}
-	if detail, err := CheckRetention(t.Context(), d.Pool, inbox.Retention-hour(kept)); err == nil || !strings.Contains(err.Error(), "1d16h") {
+	if detail, err := CheckRetention(t.Context(), d.Pool, inbox.Retention-hour(kept)); err == nil ||
+		!strings.Contains(err.Error(), "1d16h") {
 		t.Errorf("equal: %q, %v", detail, err)
 	}
 }

@@ -16,7 +16,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// A closed gate refuses what would be written, and nothing else.
+// A closed gate refuses calls that would write, and answers repeats.
 func TestRepeatsAreAnsweredWhileTheBacklogIsFull(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -28,26 +28,27 @@ func TestRepeatsAreAnsweredWhileTheBacklogIsFull(t *testing.T) {
 	gated := orders.NewService(b.db, outbox.NewWriter(b.db, nil, closedGate(t, b.db)), changes.New(changes.Config{}))
 	placed, err := gated.PlaceOrder(t.Context(), req)
 	if err != nil || placed.GetOrder().GetId() != req.OrderId {
-		t.Errorf("the order placed before: %v, %v", placed, err)
+		t.Errorf("place an order again: %v, %v", placed, err)
 	}
 	other := order(2, "apple")
 	other.OrderId = req.OrderId
 	if _, err := gated.PlaceOrder(t.Context(), other); connect.CodeOf(err) != connect.CodeAlreadyExists {
-		t.Errorf("another order with its ID: %v", err)
+		t.Errorf("place a different order with its ID: %v", err)
 	}
 	if _, err := gated.PlaceOrder(t.Context(), order(1, "apple")); !errors.Is(err, outbox.ErrBacklogFull) {
-		t.Errorf("a new order: %v", err)
+		t.Errorf("place a new order: %v", err)
 	}
 	called, err := gated.CancelOrder(t.Context(), &ordersv1.CancelOrderRequest{OrderId: gone})
 	if err != nil || called.GetOrder().GetStatus() != cancelled {
-		t.Errorf("the order cancelled before: %v, %v", called, err)
+		t.Errorf("cancel an order again: %v, %v", called, err)
 	}
-	if _, err := gated.CancelOrder(t.Context(), &ordersv1.CancelOrderRequest{OrderId: req.OrderId}); !errors.Is(err, outbox.ErrBacklogFull) {
-		t.Errorf("an order to cancel: %v", err)
+	_, err = gated.CancelOrder(t.Context(), &ordersv1.CancelOrderRequest{OrderId: req.OrderId})
+	if !errors.Is(err, outbox.ErrBacklogFull) {
+		t.Errorf("cancel another order: %v", err)
 	}
 }
 
-// closedGate is a gate that is closed, because nobody takes what is in the outbox.
+// closedGate returns a gate that is closed, because the outbox contains a message and no relay runs.
 func closedGate(t *testing.T, db *pgxpool.Pool) *outbox.Gate {
 	t.Helper()
 	if _, err := db.Exec(t.Context(), `SELECT outbox_insert('type', 'key', '')`); err != nil {

@@ -19,13 +19,13 @@ import (
 	"google.golang.org/protobuf/types/descriptorpb"
 )
 
-// change is a procedure that changes something, and says the same when it finds it changed already.
+// change is an idempotent call: repeated after the change is done, it reports success again.
 type change struct {
 	method protoreflect.Name
 	call   func(client ordersv1connect.OrderServiceClient) error
 }
 
-// No procedure says that something is done already on the strength of a row that a failover could take back.
+// No procedure reports that a change was done already because of a row that a failover could revert.
 func TestDoneAlreadySurvivesAFailover(t *testing.T) {
 	t.Parallel()
 	primary, standby := testenv.Replicated(t)
@@ -52,20 +52,22 @@ func TestDoneAlreadySurvivesAFailover(t *testing.T) {
 		info.RequestHeader().Set("Idempotency-Key", uuid.NewString())
 		return ctx
 	}
-	changes := []change{place(t.Context()), cancel(t.Context()), cancel(withKey()), {"SetStock", func(client ordersv1connect.OrderServiceClient) error {
+	setStock := change{"SetStock", func(client ordersv1connect.OrderServiceClient) error {
 		_, err := client.SetStock(t.Context(), &ordersv1.SetStockRequest{Sku: "apple", Total: 7})
 		return err
-	}}}
+	}}
+	changes := []change{place(t.Context()), cancel(t.Context()), cancel(withKey()), setStock}
 	wantEveryChange(t, changes)
 
 	standby.Stop()
 	for _, which := range []string{"first", "repeated"} {
 		var all errgroup.Group
-		for _, one := range changes {
+		for _, change := range changes {
 			all.Go(func() error {
 				var answer *connect.Error
-				if err := one.call(before); !errors.As(err, &answer) || !strings.Contains(answer.Message(), "outcome is unknown") {
-					t.Errorf("%s, %s: %v, want an unknown outcome", one.method, which, err)
+				err := change.call(before)
+				if !errors.As(err, &answer) || !strings.Contains(answer.Message(), "outcome is unknown") {
+					t.Errorf("%s, %s: %v, want an unknown outcome", change.method, which, err)
 				}
 				return nil
 			})
@@ -74,31 +76,32 @@ func TestDoneAlreadySurvivesAFailover(t *testing.T) {
 	}
 	primary.Kill()
 	after := clientOn(t, standby.Promote())
-	for _, one := range changes {
-		if err := one.call(after); err != nil {
-			t.Errorf("%s, after the failover: %v", one.method, err)
+	for _, change := range changes {
+		if err := change.call(after); err != nil {
+			t.Errorf("%s, after the failover: %v", change.method, err)
 		}
 	}
 }
 
-// wantEveryChange fails for a procedure that is neither declared to have no side effects nor among changes.
+// wantEveryChange checks that changes contains every procedure that has side effects.
 func wantEveryChange(t *testing.T, changes []change) {
 	t.Helper()
 	methods := ordersv1.File_orders_v1_orders_proto.Services().ByName("OrderService").Methods()
 	for i := range methods.Len() {
 		method := methods.Get(i)
 		options, _ := method.Options().(*descriptorpb.MethodOptions)
-		tried := options.GetIdempotencyLevel() == descriptorpb.MethodOptions_NO_SIDE_EFFECTS || method.IsStreamingServer()
-		for _, one := range changes {
-			tried = tried || one.method == method.Name()
+		tried := options.GetIdempotencyLevel() == descriptorpb.MethodOptions_NO_SIDE_EFFECTS ||
+			method.IsStreamingServer()
+		for _, change := range changes {
+			tried = tried || change.method == method.Name()
 		}
 		if !tried {
-			t.Errorf("%s changes something, and is not tried", method.Name())
+			t.Errorf("%s has side effects, but the test does not call it", method.Name())
 		}
 	}
 }
 
-// clientOn serves the domain on a database, and returns a client.
+// clientOn serves the domain on the database at url, and returns a client.
 func clientOn(t *testing.T, url string) ordersv1connect.OrderServiceClient {
 	t.Helper()
 	db, err := pgxpool.New(t.Context(), url)
@@ -108,5 +111,6 @@ func clientOn(t *testing.T, url string) ordersv1connect.OrderServiceClient {
 	t.Cleanup(db.Close)
 	server := httptest.NewServer(edge(newService(t, db, func(*pgxpool.Config) {})))
 	t.Cleanup(server.Close)
-	return ordersv1connect.NewOrderServiceClient(connect.NewClient(connecthttp.NewTransport(server.Client(), server.URL)))
+	return ordersv1connect.NewOrderServiceClient(connect.NewClient(connecthttp.NewTransport(server.Client(),
+		server.URL)))
 }

@@ -1,9 +1,10 @@
-// Package orders is the example domain: RPC methods and message handlers, each next to its SQL.
+// Package orders is the example domain. It contains RPC methods and message handlers, each next to its SQL.
 //
-// It guarantees three things. Stock is never oversold. An order ID names one order, however often a caller repeats
+// It guarantees three things. Stock is never oversold. An order ID identifies one order, however often a caller repeats
 // PlaceOrder. Every change of an order commits together with the event that announces it.
 //
-// A placed order is confirmed or rejected later, when its event has returned through the broker.
+// PlaceOrder returns before stock is reserved. The order stays in status placed until a consumer receives its event
+// from the broker and confirms or rejects the order.
 package orders
 
 import (
@@ -30,8 +31,8 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 )
 
-// Service implements orders.v1.OrderService. The proto file documents its methods. Requests must have passed the
-// validation rules of that file.
+// Service implements orders.v1.OrderService. The proto file documents each method. Requests must satisfy its validation
+// rules; the server checks them before it calls a method.
 type Service struct {
 	db      *pgxpool.Pool
 	out     *outbox.Writer
@@ -40,7 +41,7 @@ type Service struct {
 
 var _ ordersv1connect.OrderServiceHandler = (*Service)(nil)
 
-// NewService returns a Service that reads from db, writes through out, and reports changed orders to hub.
+// NewService returns a Service that reads from db, writes through out, and notifies watchers through hub.
 func NewService(db *pgxpool.Pool, out *outbox.Writer, hub *changes.Hub) *Service {
 	s := &Service{db: db, out: out}
 	s.watched = changes.NewTopic(hub, "order", s.readAll)
@@ -49,7 +50,8 @@ func NewService(db *pgxpool.Pool, out *outbox.Writer, hub *changes.Hub) *Service
 
 const placeSQL = `
 WITH placed AS (
-    -- The first of several calls with one ID inserts. The others wait here for its commit and then return no row.
+    -- Of several concurrent calls with the same ID, the first one inserts. The others wait here for its commit, and
+    -- then get no row.
     INSERT INTO orders (id, customer_id) VALUES ($1, $2) ON CONFLICT (id) DO NOTHING RETURNING id, placed_at
 ), lines AS (
     INSERT INTO order_lines (order_id, sku, quantity)
@@ -67,6 +69,7 @@ func (s *Service) PlaceOrder(
 	}
 	lines, skus, quantities := sortLines(req.GetLines())
 	var order *ordersv1.Order
+	// While the backlog is full, the outbox refuses new orders. repeat still answers a call for an order placed before.
 	repeat := func(tx pgx.Tx) (found bool, err error) {
 		order, err = samePlaced(ctx, tx, id, req.GetCustomerId(), lines)
 		if connect.CodeOf(err) == connect.CodeNotFound {
@@ -99,8 +102,8 @@ func (s *Service) PlaceOrder(
 	return &ordersv1.PlaceOrderResponse{Order: order}, nil
 }
 
-// samePlaced returns the existing order with the ID if it has the content that the caller wants to place. Otherwise its
-// error is already_exists.
+// samePlaced returns the order with the ID if its content is the same. It returns a not_found error if there is no such
+// order, and an already_exists error if the content differs.
 func samePlaced(ctx context.Context, tx pgx.Tx, id, customer string, lines []*ordersv1.Line) (*ordersv1.Order, error) {
 	order, err := read(ctx, tx, id)
 	if err != nil {
@@ -108,7 +111,7 @@ func samePlaced(ctx context.Context, tx pgx.Tx, id, customer string, lines []*or
 	}
 	same := slices.EqualFunc(order.GetLines(), lines, func(a, b *ordersv1.Line) bool { return proto.Equal(a, b) })
 	if !same || order.GetCustomerId() != customer {
-		return nil, connect.Errorf(connect.CodeAlreadyExists, "order %s exists with other content", id)
+		return nil, connect.Errorf(connect.CodeAlreadyExists, "order %s already exists with different content", id)
 	}
 	return order, nil
 }
@@ -130,7 +133,8 @@ const cancelSQL = `
 UPDATE orders SET status = 'cancelled', updated_at = clock_timestamp()
 WHERE id = $1 AND status IN ('placed', 'confirmed')`
 
-// CancelOrder implements orders.v1.OrderService. The group Fulfillment releases the stock that the order holds.
+// CancelOrder implements orders.v1.OrderService. It releases no stock: the Fulfillment group does that when it receives
+// the event.
 func (s *Service) CancelOrder(
 	ctx context.Context, req *ordersv1.CancelOrderRequest,
 ) (*ordersv1.CancelOrderResponse, error) {
@@ -139,6 +143,7 @@ func (s *Service) CancelOrder(
 		return nil, err
 	}
 	var order *ordersv1.Order
+	// repeat answers a call for an order cancelled before, as in PlaceOrder.
 	repeat := func(tx pgx.Tx) (cancelled bool, err error) {
 		order, err = read(ctx, tx, id)
 		return order.GetStatus() == ordersv1.OrderStatus_ORDER_STATUS_CANCELLED, err
@@ -160,7 +165,7 @@ func (s *Service) CancelOrder(
 		case order.GetStatus() == ordersv1.OrderStatus_ORDER_STATUS_REJECTED:
 			return connect.Errorf(connect.CodeFailedPrecondition, "order %s is rejected", id)
 		}
-		return nil // already cancelled
+		return nil // the order was cancelled before: change nothing and send no event
 	})
 	if err != nil {
 		return nil, err
@@ -200,7 +205,8 @@ func (s *Service) ListOrders(
 	if err != nil {
 		return nil, err
 	}
-	// Plan each call for its own filter. One plan for all filters would scan all orders to find those of one customer.
+	// QueryExecModeCacheDescribe makes Postgres plan every call for its filters. A generic plan would scan all orders to
+	// find those of one customer. The extra row (size+1) shows whether another page follows.
 	rows, _ := s.db.Query(ctx, listSQL, pgx.QueryExecModeCacheDescribe, status, customer, after, afterID, size+1)
 	orders, err := pgx.CollectRows(rows, scanOrder)
 	if err != nil {
@@ -212,7 +218,7 @@ func (s *Service) ListOrders(
 	return &ordersv1.ListOrdersResponse{Orders: orders[:size], NextPageToken: pageToken(orders[size-1])}, nil
 }
 
-// sortLines returns the lines sorted by SKU, as they are stored and compared, and their columns.
+// sortLines returns the lines sorted by SKU, so that equal orders compare equal, and the lines' columns for SQL.
 func sortLines(lines []*ordersv1.Line) (sorted []*ordersv1.Line, skus []string, quantities []int32) {
 	sorted = slices.SortedFunc(slices.Values(lines), func(a, b *ordersv1.Line) int {
 		return strings.Compare(a.GetSku(), b.GetSku())
@@ -224,7 +230,7 @@ func sortLines(lines []*ordersv1.Line) (sorted []*ordersv1.Line, skus []string, 
 	return sorted, skus, quantities
 }
 
-// parseID returns an order ID in canonical form, which message keys and responses use.
+// parseID returns the canonical form of an order ID. Message keys and responses contain only this form.
 func parseID(text string) (string, error) {
 	id, err := uuid.Parse(text)
 	if err != nil {
@@ -233,24 +239,25 @@ func parseID(text string) (string, error) {
 	return id.String(), nil
 }
 
-// statusText returns a status as the column orders.status stores it: "placed" for ORDER_STATUS_PLACED.
+// statusText returns a status as the column orders.status stores it: ORDER_STATUS_PLACED becomes "placed".
 func statusText(status ordersv1.OrderStatus) string {
 	return strings.ToLower(strings.TrimPrefix(status.String(), "ORDER_STATUS_"))
 }
 
+// parseStatus is the inverse of statusText.
 func parseStatus(text string) ordersv1.OrderStatus {
 	return ordersv1.OrderStatus(ordersv1.OrderStatus_value["ORDER_STATUS_"+strings.ToUpper(text)])
 }
 
-// pageToken encodes the position of the last order of a page: its time in microseconds, Postgres' resolution, and its
-// ID.
+// pageToken encodes the position of the last order of a page: its time in microseconds, the resolution of Postgres, and
+// its ID.
 func pageToken(last *ordersv1.Order) string {
 	id := uuid.MustParse(last.GetId())
 	token := binary.BigEndian.AppendUint64(nil, uint64(last.GetPlacedAt().AsTime().UnixMicro()))
 	return base64.RawURLEncoding.EncodeToString(append(token, id[:]...))
 }
 
-// parsePageToken decodes a page token. It returns nil for an empty one.
+// parsePageToken decodes a token of pageToken. It returns nil, nil for an empty token, which means the first page.
 func parsePageToken(text string) (*time.Time, *uuid.UUID, error) {
 	if text == "" {
 		return nil, nil, nil

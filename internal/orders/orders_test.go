@@ -50,22 +50,26 @@ func TestInvalidRequestsNameTheField(t *testing.T) {
 			return err
 		}
 	}
+	type placeRequest = ordersv1.PlaceOrderRequest
 	tests := map[string]struct {
 		call  func(context.Context) error
 		field string
 	}{
-		"place: no id":             {place(func(r *ordersv1.PlaceOrderRequest) { r.OrderId = "" }), "order_id"},
-		"place: id is no uuid":     {place(func(r *ordersv1.PlaceOrderRequest) { r.OrderId = id + "0" }), "order_id"},
-		"place: no customer":       {place(func(r *ordersv1.PlaceOrderRequest) { r.CustomerId = "" }), "customer_id"},
-		"place: NUL in customer":   {place(func(r *ordersv1.PlaceOrderRequest) { r.CustomerId = "a\x00b" }), "customer_id"},
-		"place: newline at end":    {place(func(r *ordersv1.PlaceOrderRequest) { r.CustomerId = "a\n" }), "customer_id"},
-		"place: long customer":     {place(func(r *ordersv1.PlaceOrderRequest) { r.CustomerId = strings.Repeat("a", 65) }), "customer_id"},
-		"place: no lines":          {place(func(r *ordersv1.PlaceOrderRequest) { r.Lines = nil }), "lines"},
-		"place: 101 lines":         {place(func(r *ordersv1.PlaceOrderRequest) { r.Lines = order(1, numbered(101)...).Lines }), "lines"},
-		"place: sku twice":         {place(func(r *ordersv1.PlaceOrderRequest) { r.Lines[1].Sku = r.Lines[0].Sku }), "lines"},
-		"place: no sku":            {place(func(r *ordersv1.PlaceOrderRequest) { r.Lines[1].Sku = "" }), "lines[1].sku"},
-		"place: nothing of it":     {place(func(r *ordersv1.PlaceOrderRequest) { r.Lines[1].Quantity = 0 }), "lines[1].quantity"},
-		"place: too much of it":    {place(func(r *ordersv1.PlaceOrderRequest) { r.Lines[0].Quantity = 1_000_001 }), "lines[0].quantity"},
+		"place: no id":            {place(func(r *placeRequest) { r.OrderId = "" }), "order_id"},
+		"place: id is not a uuid": {place(func(r *placeRequest) { r.OrderId = id + "0" }), "order_id"},
+		"place: no customer":      {place(func(r *placeRequest) { r.CustomerId = "" }), "customer_id"},
+		"place: NUL in customer":  {place(func(r *placeRequest) { r.CustomerId = "a\x00b" }), "customer_id"},
+		"place: newline at end":   {place(func(r *placeRequest) { r.CustomerId = "a\n" }), "customer_id"},
+		"place: long customer": {place(func(r *placeRequest) { r.CustomerId = strings.Repeat("a", 65) }),
+			"customer_id"},
+		"place: no lines": {place(func(r *placeRequest) { r.Lines = nil }), "lines"},
+		"place: 101 lines": {place(func(r *placeRequest) { r.Lines = order(1, numbered(101)...).Lines }),
+			"lines"},
+		"place: sku twice":        {place(func(r *placeRequest) { r.Lines[1].Sku = r.Lines[0].Sku }), "lines"},
+		"place: no sku":           {place(func(r *placeRequest) { r.Lines[1].Sku = "" }), "lines[1].sku"},
+		"place: quantity is zero": {place(func(r *placeRequest) { r.Lines[1].Quantity = 0 }), "lines[1].quantity"},
+		"place: huge quantity": {place(func(r *placeRequest) { r.Lines[0].Quantity = 1_000_001 }),
+			"lines[0].quantity"},
 		"list: negative page":      {list(&ordersv1.ListOrdersRequest{PageSize: -1}), "page_size"},
 		"list: page of 1001":       {list(&ordersv1.ListOrdersRequest{PageSize: 1001}), "page_size"},
 		"list: unknown status":     {list(&ordersv1.ListOrdersRequest{Status: 99}), "status"},
@@ -150,7 +154,8 @@ func TestPlaceOrderReturnsWhatGetOrderReturns(t *testing.T) {
 	if diff := cmp.Diff(first.GetOrder(), stored.GetOrder(), protocmp.Transform()); diff != "" {
 		t.Errorf("placed and stored differ: %s", diff)
 	}
-	if got := stored.GetOrder(); got.GetStatus() != placed || len(got.GetLines()) != 100 || got.GetLines()[0].GetSku() != "sku-000" {
+	got := stored.GetOrder()
+	if got.GetStatus() != placed || len(got.GetLines()) != 100 || got.GetLines()[0].GetSku() != "sku-000" {
 		t.Errorf("got %v", got)
 	}
 }
@@ -168,7 +173,7 @@ func TestPlaceOrderAgain(t *testing.T) {
 		return other
 	}
 	for name, same := range map[string]*ordersv1.PlaceOrderRequest{
-		"word for word":        req,
+		"identical":            req,
 		"lines in other order": change(func(r *ordersv1.PlaceOrderRequest) { slices.Reverse(r.Lines) }),
 		"id in upper case":     change(func(r *ordersv1.PlaceOrderRequest) { r.OrderId = strings.ToUpper(r.OrderId) }),
 	} {
@@ -184,7 +189,7 @@ func TestPlaceOrderAgain(t *testing.T) {
 	} {
 		_, err := b.PlaceOrder(t.Context(), other)
 		if connect.CodeOf(err) != connect.CodeAlreadyExists {
-			t.Errorf("other %s: got %v", name, err)
+			t.Errorf("different %s: got %v", name, err)
 		}
 	}
 	if n := len(b.messages(t)); n != 1 {
@@ -192,14 +197,15 @@ func TestPlaceOrderAgain(t *testing.T) {
 	}
 	b.cancel(t, req.OrderId)
 	if res, err := b.PlaceOrder(t.Context(), req); err != nil || res.GetOrder().GetStatus() != cancelled {
-		t.Errorf("after the order went on, a repeat got %v, %v", res, err)
+		t.Errorf("after the order was cancelled, a repeat got %v, %v", res, err)
 	}
 }
 
 func TestGRPCClientFindsTheServiceByReflection(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
-	conn, err := grpc.NewClient(strings.TrimPrefix(b.url, "http://"), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	addr := strings.TrimPrefix(b.url, "http://")
+	conn, err := grpc.NewClient(addr, grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -209,7 +215,9 @@ func TestGRPCClientFindsTheServiceByReflection(t *testing.T) {
 		t.Fatal(err)
 	}
 	if err := reflection.Send(&reflectionv1.ServerReflectionRequest{
-		MessageRequest: &reflectionv1.ServerReflectionRequest_FileContainingSymbol{FileContainingSymbol: "orders.v1.OrderService"},
+		MessageRequest: &reflectionv1.ServerReflectionRequest_FileContainingSymbol{
+			FileContainingSymbol: "orders.v1.OrderService",
+		},
 	}); err != nil {
 		t.Fatal(err)
 	}
@@ -265,7 +273,7 @@ func TestUnknownIsNotFound(t *testing.T) {
 func TestListOrdersPages(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
-	var all []string // the newest first
+	var all []string // newest first
 	for i := range 25 {
 		req := order(1, "apple")
 		req.CustomerId = fmt.Sprintf("customer-%d", i%2)
@@ -275,7 +283,7 @@ func TestListOrdersPages(t *testing.T) {
 		all = slices.Insert(all, 0, req.OrderId)
 	}
 	b.cancel(t, all[3])
-	odd := []string{} // customer-0 placed the 1st, 3rd, ... order: the 1st, 3rd, ... from the end as well
+	odd := []string{} // customer-0 placed the 1st, 3rd, ... order; of 25, these are also the 1st, 3rd, ... newest
 	for i := 0; i < len(all); i += 2 {
 		odd = append(odd, all[i])
 	}
@@ -286,7 +294,7 @@ func TestListOrdersPages(t *testing.T) {
 		"default size":   {&ordersv1.ListOrdersRequest{}, all},
 		"one by one":     {&ordersv1.ListOrdersRequest{PageSize: 1}, all},
 		"divides evenly": {&ordersv1.ListOrdersRequest{PageSize: 5}, all},
-		"with a rest":    {&ordersv1.ListOrdersRequest{PageSize: 7}, all},
+		"with remainder": {&ordersv1.ListOrdersRequest{PageSize: 7}, all},
 		"by customer":    {&ordersv1.ListOrdersRequest{PageSize: 4, CustomerId: "customer-0"}, odd},
 		"by status":      {&ordersv1.ListOrdersRequest{PageSize: 4, Status: cancelled}, all[3:4]},
 		"by both":        {&ordersv1.ListOrdersRequest{PageSize: 4, Status: cancelled, CustomerId: "customer-0"}, nil},
@@ -361,7 +369,7 @@ func TestWatchOrderEndsWhenTheCallerLeaves(t *testing.T) {
 	leave()
 	_, err = stream.Receive()
 	wantCode(t, err, connect.CodeCanceled, "")
-	// The server's Close in setup waits for the handler: it would hang if that went on.
+	// The server's Close in setup waits for the handler, so the test hangs if the handler does not end.
 }
 
 func TestDatabaseAway(t *testing.T) {
@@ -379,11 +387,12 @@ func TestDatabaseAway(t *testing.T) {
 	wantCode(t, err, connect.CodeUnavailable, "database is unavailable, try again")
 	b.link.away.Store(false)
 	if _, err = b.PlaceOrder(t.Context(), req); err != nil {
-		t.Errorf("after it came back: %v", err)
+		t.Errorf("after the database is available again: %v", err)
 	}
 }
 
-// TestAnswerOfCommitLost loses the connection between COMMIT and its answer, when the order is placed and nobody knows.
+// TestAnswerOfCommitLost cuts the connection between COMMIT and its answer: the order is placed, but the service does
+// not know that.
 func TestAnswerOfCommitLost(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -391,7 +400,8 @@ func TestAnswerOfCommitLost(t *testing.T) {
 	b.link.cutCommit.Store(true)
 	_, err := b.PlaceOrder(t.Context(), req)
 	wantCode(t, err, connect.CodeUnavailable,
-		"the outcome is unknown: it may have been done or not; repeat the call with the same ID, which is safe")
+		"the outcome is unknown: the call may or may not have been executed; "+
+			"repeat it with the same ID, which is safe")
 	if n := b.count(t, `SELECT count(*) FROM orders`); n != 1 {
 		t.Fatalf("%d orders: the connection was cut elsewhere", n)
 	}
@@ -410,7 +420,8 @@ func TestInternalErrorsSayNothing(t *testing.T) {
 		t.Fatal(err)
 	}
 	for method, body := range map[string]string{
-		"PlaceOrder": `{"orderId":"6ba7b810-9dad-11d1-80b4-00c04fd430c8","customerId":"c","lines":[{"sku":"a","quantity":1}]}`,
+		"PlaceOrder": `{"orderId":"6ba7b810-9dad-11d1-80b4-00c04fd430c8","customerId":"c",` +
+			`"lines":[{"sku":"a","quantity":1}]}`,
 		"GetOrder":   `{"orderId":"6ba7b810-9dad-11d1-80b4-00c04fd430c8"}`,
 		"ListOrders": `{}`,
 		"GetStock":   `{"sku":"a"}`,

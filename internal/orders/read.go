@@ -15,7 +15,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 )
 
-// WatchOrder implements orders.v1.OrderService. All watchers in a process share the same reads.
+// WatchOrder implements orders.v1.OrderService. All watchers in a process share the queries that read changed orders.
 func (s *Service) WatchOrder(
 	ctx context.Context, req *ordersv1.WatchOrderRequest, stream ordersv1connect.OrderServiceWatchOrderServerStream,
 ) error {
@@ -66,7 +66,7 @@ func read(ctx context.Context, db querier, id string) (*ordersv1.Order, error) {
 	return order, nil
 }
 
-// readAll returns the orders with the IDs. It implements changes.Read.
+// readAll implements changes.Read: it returns the orders that exist, by ID.
 func (s *Service) readAll(ctx context.Context, ids []string) (map[string]*ordersv1.Order, error) {
 	rows, _ := s.db.Query(ctx, readSQL, ids)
 	orders, err := pgx.CollectRows(rows, scanOrder)
@@ -92,7 +92,8 @@ func scanOrder(row pgx.CollectableRow) (*ordersv1.Order, error) {
 		skus                []string
 		quantities          []int32
 	)
-	err := row.Scan(&order.Id, &order.CustomerId, &status, &order.RejectReason, &placedAt, &updatedAt, &skus, &quantities)
+	err := row.Scan(&order.Id, &order.CustomerId, &status, &order.RejectReason, &placedAt, &updatedAt, &skus,
+		&quantities)
 	if err != nil {
 		return nil, err
 	}

@@ -35,16 +35,17 @@ import (
 
 func TestMain(m *testing.M) { testenv.Main(m) }
 
-// bundle is the domain as it runs in production, except that the test carries the messages, when and as often as it likes.
+// bundle is the domain as it runs in production, except that the test delivers the messages, when and as often as it
+// likes.
 type bundle struct {
 	ordersv1connect.OrderServiceClient
 	url  string
 	http *http.Client
-	db   *pgxpool.Pool // for looking
+	db   *pgxpool.Pool // for the test's own queries
 	link *link         // between the service and the database
 
-	groups  []*inbox.Group
-	carried int64 // the id of the last outbox row that deliver read
+	groups []*inbox.Group
+	lastID int64 // the id of the last outbox row that messages has read
 }
 
 func setup(t *testing.T) *bundle {
@@ -60,17 +61,19 @@ func setup(t *testing.T) *bundle {
 	server.Start()
 	t.Cleanup(server.Close)
 	b.url, b.http = server.URL, server.Client()
-	b.OrderServiceClient = ordersv1connect.NewOrderServiceClient(connect.NewClient(connecthttp.NewTransport(server.Client(), b.url)))
+	client := connect.NewClient(connecthttp.NewTransport(server.Client(), b.url))
+	b.OrderServiceClient = ordersv1connect.NewOrderServiceClient(client)
 	return b
 }
 
-// domain is what one process runs of it.
+// domain is the part of the domain that one API process runs.
 type domain struct {
 	*orders.Service
 	keys *idempotency.Keys
 }
 
-// newService makes a domain on a pool like db with changes. It follows what others change, until the test ends.
+// newService returns a domain on a pool like db, modified by change. Until the test ends, it follows the changes that
+// other processes make.
 func newService(t *testing.T, db *pgxpool.Pool, change func(config *pgxpool.Config)) *domain {
 	t.Helper()
 	config := db.Config()
@@ -82,7 +85,7 @@ func newService(t *testing.T, db *pgxpool.Pool, change func(config *pgxpool.Conf
 	}
 	t.Cleanup(own.Close)
 	url := db.Config().ConnString()
-	// So rare that nobody gets anything by it: what arrives was rung for.
+	// With so long an interval, watchers see a change only because of a notification.
 	hub := changes.New(changes.Config{NotifyURL: url, ListenURL: url, SafetyInterval: time.Hour})
 	out := outbox.NewWriter(own, nil, nil)
 	service := &domain{orders.NewService(own, out, hub), idempotency.New(own, out, idempotency.Config{})}
@@ -95,13 +98,15 @@ func newService(t *testing.T, db *pgxpool.Pool, change func(config *pgxpool.Conf
 }
 
 func edge(service *domain) *rpcserver.Server {
-	config := rpcserver.Config{Log: slog.New(slog.DiscardHandler), Interceptors: []connect.ServerInterceptor{service.keys.Interceptor()}}
+	config := rpcserver.Config{
+		Log: slog.New(slog.DiscardHandler), Interceptors: []connect.ServerInterceptor{service.keys.Interceptor()},
+	}
 	return rpcserver.New(config, func(s *connect.Server) {
 		ordersv1connect.RegisterOrderServiceHandler(s, service)
 	})
 }
 
-// place places an order of a few pieces of each SKU and returns its ID.
+// place places an order with the given quantity of each SKU, and returns its ID.
 func (b *bundle) place(t testing.TB, quantity int32, skus ...string) string {
 	t.Helper()
 	req := order(quantity, skus...)
@@ -155,20 +160,22 @@ func (b *bundle) wantStock(t testing.TB, sku string, free, reserved int32) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got := res.GetStock(); got.GetFree() != free || got.GetReserved() != reserved || got.GetTotal() != free+reserved {
+	if got := res.GetStock(); got.GetFree() != free || got.GetReserved() != reserved || got.GetTotal() != free+
+		reserved {
 		t.Errorf("stock is %v, want %d free and %d reserved", got, free, reserved)
 	}
 }
 
-// messages returns what the outbox took since it was called last.
+// messages returns the messages that were inserted into the outbox since the last call.
 func (b *bundle) messages(t testing.TB) []messaging.Delivery {
 	t.Helper()
-	rows, err := b.db.Query(t.Context(), `SELECT id, message_id::text, type, key, payload FROM outbox WHERE id > $1 ORDER BY id`, b.carried)
+	const sql = `SELECT id, message_id::text, type, key, payload FROM outbox WHERE id > $1 ORDER BY id`
+	rows, err := b.db.Query(t.Context(), sql, b.lastID)
 	if err != nil {
 		t.Fatal(err)
 	}
 	deliveries, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (d messaging.Delivery, err error) {
-		return d, row.Scan(&b.carried, &d.ID, &d.Type, &d.Key, &d.Payload)
+		return d, row.Scan(&b.lastID, &d.ID, &d.Type, &d.Key, &d.Payload)
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -176,7 +183,7 @@ func (b *bundle) messages(t testing.TB) []messaging.Delivery {
 	return deliveries
 }
 
-// deliver carries messages to the groups until there are no more. Each comes twice, as messages may.
+// deliver delivers messages to the groups until none are left. It delivers each message twice, as a broker may.
 func (b *bundle) deliver(t testing.TB) {
 	t.Helper()
 	for batch := b.messages(t); len(batch) > 0; batch = b.messages(t) {
@@ -185,43 +192,48 @@ func (b *bundle) deliver(t testing.TB) {
 	}
 }
 
-// handle hands a batch to the groups that want it.
+// handle passes a batch to the groups that handle its types.
 func (b *bundle) handle(t testing.TB, batch []messaging.Delivery) {
 	t.Helper()
 	for _, group := range b.groups {
-		wanted := slices.DeleteFunc(slices.Clone(batch), func(d messaging.Delivery) bool { return !slices.Contains(group.Types(), d.Type) })
+		wanted := slices.DeleteFunc(slices.Clone(batch), func(d messaging.Delivery) bool {
+			return !slices.Contains(group.Types(), d.Type)
+		})
 		if err := inbox.New(b.db, group, inbox.Config{}).Process(t.Context(), wanted); err != nil {
 			t.Fatal(err)
 		}
 	}
 }
 
-// checkInvariants checks what must hold whenever all messages are delivered.
+// checkInvariants checks the invariants that are true whenever all messages are delivered.
 func (b *bundle) checkInvariants(t testing.TB) {
 	t.Helper()
 	for what, sql := range map[string]string{
 		"order neither confirmed nor rejected nor cancelled": `SELECT id::text FROM orders WHERE status = 'placed'`,
-		"SKU with other reservations than reserved pieces": `
-			SELECT sku FROM stock LEFT JOIN reservations USING (sku) GROUP BY sku, reserved HAVING reserved <> coalesce(sum(quantity), 0)`,
+		"SKU whose reservations do not add up to its reserved pieces": `
+			SELECT sku FROM stock LEFT JOIN reservations USING (sku)
+			GROUP BY sku, reserved HAVING reserved <> coalesce(sum(quantity), 0)`,
 		"confirmed order whose lines are not all reserved": `
-			SELECT id::text FROM orders JOIN order_lines l ON l.order_id = id LEFT JOIN reservations r USING (order_id, sku)
+			SELECT id::text FROM orders JOIN order_lines l ON l.order_id = id LEFT
+				JOIN reservations r USING (order_id, sku)
 			WHERE status = 'confirmed' AND r.quantity IS DISTINCT FROM l.quantity`,
-		"order that holds stock but is not confirmed": `
+		"order that has reserved stock but is not confirmed": `
 			SELECT id::text FROM orders JOIN reservations ON order_id = id WHERE status <> 'confirmed'`,
 		"confirmed or rejected order without exactly one notification": `
 			SELECT o.id::text FROM orders o LEFT JOIN notifications n ON n.order_id = o.id AND n.kind = o.status
 			WHERE status IN ('confirmed', 'rejected') GROUP BY o.id HAVING count(n.id) <> 1`,
-		"notification that came twice": `SELECT order_id::text FROM notifications GROUP BY order_id, kind HAVING count(*) > 1`,
-		"dead letter":                  `SELECT message_id::text FROM dead_letter`,
-		"message that waits for retry": `SELECT message_id::text FROM inbox_retry`,
+		"duplicate notification": `
+			SELECT order_id::text FROM notifications GROUP BY order_id, kind HAVING count(*) > 1`,
+		"dead letter":                    `SELECT message_id::text FROM dead_letter`,
+		"message that waits for a retry": `SELECT message_id::text FROM inbox_retry`,
 	} {
 		rows, _ := b.db.Query(t.Context(), sql)
 		found, err := pgx.CollectRows(rows, pgx.RowTo[string])
 		if err != nil {
 			t.Fatal(err)
 		}
-		for _, one := range found {
-			t.Errorf("%s: %s", what, one)
+		for _, id := range found {
+			t.Errorf("%s: %s", what, id)
 		}
 	}
 }
@@ -242,10 +254,10 @@ func wantCode(t testing.TB, err error, want connect.Code, message string) {
 	}
 }
 
-// link is the connection between the service and Postgres, and its faults.
+// link connects the service to Postgres and can inject faults.
 type link struct {
-	away      atomic.Bool // every connection breaks, and none can be made
-	cutCommit atomic.Bool // the next COMMIT arrives and is answered, but the answer is lost with the connection
+	away      atomic.Bool // all connections fail, and no new one can be opened
+	cutCommit atomic.Bool // the next COMMIT is executed, but its answer is lost with the connection
 }
 
 func (l *link) dial(ctx context.Context, network, address string) (net.Conn, error) {

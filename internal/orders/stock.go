@@ -18,7 +18,7 @@ import (
 
 const setStockSQL = `
 INSERT INTO stock (sku, total) VALUES ($1, $2)
--- Returns no row if confirmed orders hold more than the new total.
+-- If more than the new total is reserved, nothing changes and no row is returned.
 ON CONFLICT (sku) DO UPDATE SET total = excluded.total WHERE stock.reserved <= excluded.total
 RETURNING sku, total, reserved, free`
 
@@ -30,8 +30,8 @@ func (s *Service) SetStock(ctx context.Context, req *ordersv1.SetStockRequest) (
 		return err
 	})
 	if errors.Is(err, pgx.ErrNoRows) {
-		return nil, connect.Errorf(connect.CodeFailedPrecondition,
-			"more than %d pieces of %s are reserved", req.GetTotal(), req.GetSku())
+		return nil, connect.Errorf(connect.CodeFailedPrecondition, "more than %d pieces of %s are reserved",
+			req.GetTotal(), req.GetSku())
 	}
 	if err != nil {
 		return nil, fmt.Errorf("set stock: %w", err)
@@ -45,7 +45,7 @@ const getStockSQL = `SELECT sku, total, reserved, free FROM stock WHERE sku = $1
 func (s *Service) GetStock(ctx context.Context, req *ordersv1.GetStockRequest) (*ordersv1.GetStockResponse, error) {
 	stock, err := readStock(ctx, s.db, getStockSQL, req.GetSku())
 	if errors.Is(err, pgx.ErrNoRows) {
-		return nil, connect.Errorf(connect.CodeNotFound, "there is no stock of %s", req.GetSku())
+		return nil, connect.Errorf(connect.CodeNotFound, "no stock of %s has been set", req.GetSku())
 	}
 	if err != nil {
 		return nil, postgres.Classify(fmt.Errorf("get stock: %w", err))
@@ -62,7 +62,7 @@ func readStock(ctx context.Context, db interface {
 }
 
 // Fulfillment returns the consumer group that reserves stock for placed orders and releases the stock of cancelled
-// ones.
+// orders.
 func (s *Service) Fulfillment() *inbox.Group {
 	group := inbox.NewGroup("fulfillment")
 	inbox.Handle(group, s.reserve)
@@ -70,22 +70,22 @@ func (s *Service) Fulfillment() *inbox.Group {
 	return group
 }
 
-// lockSQL locks an order, so that CancelOrder waits, and then the stock of its lines in the order of SKUs, so that two
-// orders cannot deadlock. It locks no stock for an order that is already cancelled.
+// lockSQL locks an order against CancelOrder, and then the stock of its lines. It locks stock in the order of SKUs, so
+// that two orders cannot deadlock. If the order was cancelled before, it locks no stock.
 const lockSQL = `
 WITH placed AS MATERIALIZED (
     SELECT id FROM orders WHERE id = $1 AND status = 'placed' FOR UPDATE
 )
-SELECT FROM stock
-WHERE sku IN (SELECT sku FROM order_lines JOIN placed ON order_id = placed.id) ORDER BY sku FOR UPDATE`
+SELECT FROM stock WHERE sku IN (SELECT sku FROM order_lines JOIN placed ON order_id = placed.id)
+ORDER BY sku FOR UPDATE`
 
-// reserveSQL is a separate statement because a statement does not see changes that others commit after it began. The
-// stock may change while lockSQL waits.
+// reserveSQL is separate from lockSQL because a statement sees the data as of its start. The stock may change while
+// lockSQL waits for locks; reserveSQL starts after that and sees the change.
 const reserveSQL = `
 WITH wanted AS MATERIALIZED (
     SELECT id, sku, quantity FROM orders JOIN order_lines ON order_id = id WHERE id = $1 AND status = 'placed'
 ), verdict AS MATERIALIZED (
-    -- Always one row. Its short is NULL if there is enough stock.
+    -- Always one row: short lists the SKUs with too little stock, and is NULL if there is enough of each.
     SELECT string_agg(sku, ', ' ORDER BY sku) AS short
     FROM wanted LEFT JOIN stock USING (sku) WHERE coalesce(free, 0) < quantity
 ), reserved AS (
@@ -102,11 +102,11 @@ UPDATE orders SET
 FROM verdict WHERE id = $1 AND status = 'placed'
 RETURNING customer_id, reject_reason, updated_at`
 
-// reserve confirms an order and reserves stock for all its lines, or rejects it and reserves nothing.
+// reserve confirms an order and reserves stock for all its lines, or rejects the order and reserves nothing.
 func (s *Service) reserve(ctx context.Context, tx pgx.Tx, event *ordersv1.OrderPlaced) error {
 	var customer, reason string
 	var at time.Time
-	var statements pgx.Batch // saves a round trip
+	var statements pgx.Batch // one round trip for both
 	statements.Queue(lockSQL, event.GetOrderId())
 	statements.Queue(reserveSQL, event.GetOrderId()).QueryRow(func(row pgx.Row) error {
 		return row.Scan(&customer, &reason, &at)
@@ -114,7 +114,7 @@ func (s *Service) reserve(ctx context.Context, tx pgx.Tx, event *ordersv1.OrderP
 	err := tx.SendBatch(ctx, &statements).Close()
 	switch {
 	case errors.Is(err, pgx.ErrNoRows):
-		return nil // already cancelled
+		return nil // the order was cancelled before
 	case err != nil:
 		return fmt.Errorf("reserve stock: %w", err)
 	}
@@ -133,12 +133,13 @@ const releaseSQL = `
 WITH released AS (
     DELETE FROM reservations WHERE order_id = $1 RETURNING sku, quantity
 ), locked AS MATERIALIZED (
-    SELECT sku FROM stock WHERE sku IN (SELECT sku FROM released) ORDER BY sku FOR UPDATE -- as in lockSQL
+    SELECT sku FROM stock WHERE sku IN (SELECT sku FROM released) ORDER BY sku FOR UPDATE -- same order as lockSQL
 )
 UPDATE stock SET reserved = stock.reserved - released.quantity
 FROM locked JOIN released USING (sku) WHERE stock.sku = locked.sku`
 
-// release returns the stock that a cancelled order holds. An order that was cancelled before reserve ran holds none.
+// release releases the stock that a cancelled order has reserved. It does nothing if the order was cancelled before
+// reserve ran.
 func release(ctx context.Context, tx pgx.Tx, event *ordersv1.OrderCancelled) error {
 	if _, err := tx.Exec(ctx, releaseSQL, event.GetOrderId()); err != nil {
 		return fmt.Errorf("release stock: %w", err)
@@ -158,7 +159,7 @@ func (s *Service) Notifications() *inbox.Group {
 	return group
 }
 
-// notify needs no guard against duplicates: the inbox applies each event once.
+// notify records a notification. It needs no guard against duplicates, because the inbox applies each event once.
 func notify(ctx context.Context, tx pgx.Tx, kind string, event interface {
 	GetOrderId() string
 	GetCustomerId() string

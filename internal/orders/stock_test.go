@@ -56,15 +56,16 @@ func TestCancelReleasesWhatWasReserved(t *testing.T) {
 	b.wantStock(t, "pear", 10, 0)
 	b.wantStatus(t, kept, confirmed)
 	b.checkInvariants(t)
-	if again := b.cancel(t, id); again.GetStatus() != cancelled || !again.GetUpdatedAt().AsTime().Equal(first.GetUpdatedAt().AsTime()) {
+	again := b.cancel(t, id)
+	if again.GetStatus() != cancelled || !again.GetUpdatedAt().AsTime().Equal(first.GetUpdatedAt().AsTime()) {
 		t.Errorf("cancelled twice: got %v, then %v", first, again)
 	}
 	if n := len(b.messages(t)); n != 0 {
-		t.Errorf("the second cancel sent %d messages", n)
+		t.Errorf("the second cancellation sent %d messages", n)
 	}
 }
 
-func TestOrderCancelledBeforeItsStockWasLookedAtReservesNothing(t *testing.T) {
+func TestOrderCancelledBeforeFulfillmentReservesNothing(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
 	b.setStock(t, 10, "apple")
@@ -102,12 +103,13 @@ func TestEveryEventHasAGroup(t *testing.T) {
 	events := ordersv1.File_orders_v1_events_proto.Messages()
 	for i := range events.Len() {
 		if name := string(events.Get(i).FullName()); !slices.Contains(handled, name) {
-			t.Errorf("no group handles %s: it would be parked as unroutable", name)
+			t.Errorf("no group handles %s, so the relay would park it as unroutable", name)
 		}
 	}
 }
 
-// TestRacesForStock lets several consumers, callers who cancel and one who sets the stock work on the same few SKUs.
+// TestRacesForStock lets consumers, a caller that cancels orders, and a caller that sets the stock compete for a few
+// SKUs.
 func TestRacesForStock(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -124,7 +126,7 @@ func TestRacesForStock(t *testing.T) {
 	for part := range slices.Chunk(batch, len(batch)/4) {
 		racing.Go(func() {
 			box := inbox.New(b.db, b.groups[0], inbox.Config{})
-			for _, message := range part { // one transaction each: all four wait for each other's rows
+			for _, message := range part { // one transaction per message, so the consumers wait for each other's locks
 				if err := box.Process(t.Context(), []messaging.Delivery{message}); err != nil {
 					t.Error(err)
 				}
@@ -152,14 +154,14 @@ func TestRacesForStock(t *testing.T) {
 	}
 }
 
-// TestAgainstAModel compares the service with twenty lines of Go, step by step, for whatever rapid thinks of.
+// TestAgainstAModel compares the service with a model of twenty lines, step by step, for schedules that rapid chooses.
 func TestAgainstAModel(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
 	rapid.Check(t, func(r *rapid.T) {
-		prefix := uuid.NewString()[:8] + "-" // runs share the database and must not share SKUs
+		prefix := uuid.NewString()[:8] + "-" // the runs share a database, so each uses its own SKUs
 		skus := []string{prefix + "a", prefix + "b"}
-		total, held := map[string]int32{}, map[string]int32{}
+		total, reserved := map[string]int32{}, map[string]int32{}
 		type known struct {
 			*ordersv1.PlaceOrderRequest
 			status ordersv1.OrderStatus
@@ -168,55 +170,56 @@ func TestAgainstAModel(t *testing.T) {
 		var undelivered []*known
 		settle := func() {
 			b.deliver(t)
-			for _, one := range undelivered {
-				if one.status != placed {
+			for _, o := range undelivered {
+				if o.status != placed {
 					continue
 				}
-				one.status = confirmed
-				for _, line := range one.Lines {
-					if total[line.Sku]-held[line.Sku] < line.Quantity {
-						one.status = rejected
+				o.status = confirmed
+				for _, line := range o.Lines {
+					if total[line.Sku]-reserved[line.Sku] < line.Quantity {
+						o.status = rejected
 					}
 				}
-				for _, line := range one.Lines {
-					if one.status == confirmed {
-						held[line.Sku] += line.Quantity
+				for _, line := range o.Lines {
+					if o.status == confirmed {
+						reserved[line.Sku] += line.Quantity
 					}
 				}
 			}
 			undelivered = nil
 		}
 		for range rapid.IntRange(1, 12).Draw(r, "steps") {
-			switch action := rapid.SampledFrom([]string{"place", "place", "cancel", "stock", "settle"}).Draw(r, "action"); {
+			switch action := rapid.SampledFrom([]string{"place", "place", "cancel", "stock", "settle"}).Draw(r,
+				"action"); {
 			case action == "place":
 				n := rapid.IntRange(1, 2).Draw(r, "lines")
-				one := &known{order(rapid.Int32Range(1, 5).Draw(r, "quantity"), skus[:n]...), placed}
-				if _, err := b.PlaceOrder(t.Context(), one.PlaceOrderRequest); err != nil {
+				o := &known{order(rapid.Int32Range(1, 5).Draw(r, "quantity"), skus[:n]...), placed}
+				if _, err := b.PlaceOrder(t.Context(), o.PlaceOrderRequest); err != nil {
 					r.Fatal(err)
 				}
-				all, undelivered = append(all, one), append(undelivered, one)
+				all, undelivered = append(all, o), append(undelivered, o)
 			case action == "cancel" && len(all) > 0:
-				one := rapid.SampledFrom(all).Draw(r, "order")
-				_, err := b.CancelOrder(t.Context(), &ordersv1.CancelOrderRequest{OrderId: one.OrderId})
-				if failed := err != nil; failed != (one.status == rejected) {
-					r.Fatalf("cancel of an order that is %s: %v", one.status, err)
+				o := rapid.SampledFrom(all).Draw(r, "order")
+				_, err := b.CancelOrder(t.Context(), &ordersv1.CancelOrderRequest{OrderId: o.OrderId})
+				if failed := err != nil; failed != (o.status == rejected) {
+					r.Fatalf("cancel an order that is %s: %v", o.status, err)
 				}
-				if one.status == confirmed {
-					settle() // it is released when the event arrives
-					for _, line := range one.Lines {
-						held[line.Sku] -= line.Quantity
+				if o.status == confirmed {
+					settle() // its stock is released when the event arrives
+					for _, line := range o.Lines {
+						reserved[line.Sku] -= line.Quantity
 					}
 				}
-				if one.status != rejected {
-					one.status = cancelled
+				if o.status != rejected {
+					o.status = cancelled
 				}
 			case action == "stock":
 				sku, n := rapid.SampledFrom(skus).Draw(r, "sku"), rapid.Int32Range(0, 12).Draw(r, "total")
 				_, err := b.SetStock(t.Context(), &ordersv1.SetStockRequest{Sku: sku, Total: n})
-				if failed := err != nil; failed != (n < held[sku]) {
-					r.Fatalf("set stock to %d with %d held: %v", n, held[sku], err)
+				if failed := err != nil; failed != (n < reserved[sku]) {
+					r.Fatalf("set stock to %d with %d reserved: %v", n, reserved[sku], err)
 				}
-				if n >= held[sku] {
+				if n >= reserved[sku] {
 					total[sku] = n
 				}
 			case action == "settle":
@@ -224,20 +227,20 @@ func TestAgainstAModel(t *testing.T) {
 			}
 		}
 		settle()
-		for _, one := range all {
-			b.wantStatus(t, one.OrderId, one.status)
+		for _, o := range all {
+			b.wantStatus(t, o.OrderId, o.status)
 		}
 		for sku := range total {
-			b.wantStock(t, sku, total[sku]-held[sku], held[sku])
+			b.wantStock(t, sku, total[sku]-reserved[sku], reserved[sku])
 		}
 		if t.Failed() {
-			r.Fatal("see above")
+			r.Fatal("the checks above failed")
 		}
 	})
 	b.checkInvariants(t)
 }
 
-// SetStock opted in to idempotency keys: a repeat gets the answer that it got at first.
+// SetStock accepts idempotency keys: a repeat gets the stored response of the first call.
 func TestSetStockHonoursKeys(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -259,6 +262,6 @@ func TestSetStockHonoursKeys(t *testing.T) {
 	_, err = set(-1, "second")
 	wantCode(t, err, connect.CodeInvalidArgument, "")
 	if _, err := set(30, "second"); err != nil {
-		t.Errorf("a key of an invalid call is taken: %v", err)
+		t.Errorf("an invalid call used up its key: %v", err)
 	}
 }

@@ -26,7 +26,7 @@ import (
 	"go.opentelemetry.io/otel/trace"
 )
 
-// collector is an exporter in memory, for several processes at once.
+// collector is an in-memory exporter for the spans of several processes.
 type collector struct {
 	mu    sync.Mutex
 	spans []sdktrace.ReadOnlySpan
@@ -41,16 +41,19 @@ func (c *collector) ExportSpans(_ context.Context, spans []sdktrace.ReadOnlySpan
 
 func (c *collector) Shutdown(context.Context) error { return nil }
 
-// child finds a span by its parent, the process that it is of, its kind and its name, or the SQL in it. It may be in a batch of statements, which
-// has a span of its own.
-func (c *collector) child(parent trace.SpanContext, process string, kind trace.SpanKind, name string) (sdktrace.ReadOnlySpan, error) {
+// child finds a span by its parent, process and kind, and by its name or a part of its SQL. The span may be below the
+// span of a batch of statements.
+func (c *collector) child(
+	parent trace.SpanContext, process string, kind trace.SpanKind, name string,
+) (sdktrace.ReadOnlySpan, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	i := slices.IndexFunc(c.spans, func(s sdktrace.ReadOnlySpan) bool {
 		service, _ := s.Resource().Set().Value("service.name")
 		below := func(id trace.SpanID) bool { return id == parent.SpanID() }
 		return (below(s.Parent().SpanID()) || slices.ContainsFunc(c.spans, func(batch sdktrace.ReadOnlySpan) bool {
-			return batch.Name() == "batch start" && batch.SpanContext().SpanID() == s.Parent().SpanID() && below(batch.Parent().SpanID())
+			return batch.Name() == "batch start" && batch.SpanContext().SpanID() == s.Parent().SpanID() &&
+				below(batch.Parent().SpanID())
 		})) && s.SpanContext().TraceID() == parent.TraceID() && service.AsString() == process &&
 			s.SpanKind() == kind && (s.Name() == name || strings.Contains(sqlOf(s), name))
 	})
@@ -65,9 +68,9 @@ func (c *collector) child(parent trace.SpanContext, process string, kind trace.S
 }
 
 func sqlOf(s sdktrace.ReadOnlySpan) string {
-	for _, one := range s.Attributes() {
-		if one.Key == "db.query.text" {
-			return one.Value.AsString()
+	for _, attr := range s.Attributes() {
+		if attr.Key == "db.query.text" {
+			return attr.Value.AsString()
 		}
 	}
 	return ""
@@ -81,7 +84,7 @@ func startProcess(t *testing.T, run func(context.Context, app.Config) error, con
 		t.Fatal(err)
 	}
 	config.Addr = listener.Addr().String()
-	_ = listener.Close() // the process wants it now
+	_ = listener.Close() // so that the process can listen on the address
 	ctx, cancel := context.WithCancel(context.Background())
 	var running sync.WaitGroup
 	running.Go(func() {
@@ -93,19 +96,24 @@ func startProcess(t *testing.T, run func(context.Context, app.Config) error, con
 	return "http://" + config.Addr
 }
 
-// One trace leads from the client's call through insert, publish and process to the effect, and on through the message that the handler
-// inserted, over four processes' worth of code and a real broker.
+// One trace leads from the client's call through insert, publish and process to the effect, and continues through the
+// message that the handler inserted. It spans four processes and a real broker.
 func TestOneTraceFromCallToEffect(t *testing.T) {
 	t.Parallel()
 	spans := &collector{}
-	config := app.Config{PostgresURL: testenv.PostgresURL(t), AMQPURL: testenv.AMQP(t), Exchange: "events", Spans: spans, Edge: app.Edge{NoAuth: true}}
+	config := app.Config{
+		PostgresURL: testenv.PostgresURL(t), AMQPURL: testenv.AMQP(t), Exchange: "events", Spans: spans,
+		Edge: app.Edge{NoAuth: true},
+	}
 	url := startProcess(t, app.RunAPI, config)
 	startProcess(t, app.RunRelay, config)
 	startProcess(t, app.RunConsumer, config)
 
 	const caller = "caller"
-	provider := sdktrace.NewTracerProvider(sdktrace.WithSyncer(spans), sdktrace.WithResource(resource.NewSchemaless(attribute.String("service.name", caller))))
-	traced, err := otelconnect.NewClientInterceptor(otelconnect.WithTracerProvider(provider), otelconnect.WithPropagator(propagation.TraceContext{}), otelconnect.WithoutMetrics())
+	provider := sdktrace.NewTracerProvider(sdktrace.WithSyncer(spans),
+		sdktrace.WithResource(resource.NewSchemaless(attribute.String("service.name", caller))))
+	traced, err := otelconnect.NewClientInterceptor(otelconnect.WithTracerProvider(provider),
+		otelconnect.WithPropagator(propagation.TraceContext{}), otelconnect.WithoutMetrics())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -131,7 +139,7 @@ func TestOneTraceFromCallToEffect(t *testing.T) {
 		process string
 		kind    trace.SpanKind
 		name    string
-		aside   bool // the next one is not below it but beside it
+		sibling bool // the next step is not a child of this span, but a sibling
 	}{
 		{caller, trace.SpanKindClient, "orders.v1.OrderService/PlaceOrder", false},
 		{api, trace.SpanKindServer, "orders.v1.OrderService/PlaceOrder", false},
@@ -151,15 +159,17 @@ func TestOneTraceFromCallToEffect(t *testing.T) {
 			found, err = spans.child(at, step.process, step.kind, step.name)
 			return err
 		})
-		if !step.aside {
+		if !step.sibling {
 			at = found.SpanContext()
 		}
 	}
 	spans.mu.Lock()
 	defer spans.mu.Unlock()
 	for _, s := range spans.spans {
-		if slices.ContainsFunc(s.Attributes(), func(a attribute.KeyValue) bool { return strings.Contains(a.Value.String(), customer) }) {
-			t.Errorf("span %s holds an argument: %v", s.Name(), s.Attributes())
+		if slices.ContainsFunc(s.Attributes(), func(a attribute.KeyValue) bool {
+			return strings.Contains(a.Value.String(), customer)
+		}) {
+			t.Errorf("span %s contains an argument: %v", s.Name(), s.Attributes())
 		}
 	}
 }

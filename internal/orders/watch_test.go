@@ -22,11 +22,11 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// process serves an orders.Service on a port, as a process of its own would, and counts its statements.
+// process serves an orders.Service on a port, as a separate process would, and counts its statements.
 type process struct {
 	ordersv1connect.OrderServiceClient
 	statements atomic.Int64
-	drain      func() // begins to shut down
+	drain      func() // begins the shutdown
 	drained    chan error
 }
 
@@ -61,10 +61,10 @@ func (p *process) TraceQueryStart(ctx context.Context, _ *pgx.Conn, query pgx.Tr
 // TraceQueryEnd implements pgx.QueryTracer.
 func (p *process) TraceQueryEnd(context.Context, *pgx.Conn, pgx.TraceQueryEndData) {}
 
-// watchers follow orders of a process, and note what they see.
+// watchers follow orders at one process and record the statuses that they see.
 type watchers struct {
 	running sync.WaitGroup
-	seen    chan ordersv1.OrderStatus // of each, in its order
+	seen    chan ordersv1.OrderStatus // in the order in which each watcher sees them
 	failed  chan error
 }
 
@@ -112,18 +112,21 @@ func (w *watchers) want(t *testing.T, n int, status ordersv1.OrderStatus) {
 		case err := <-w.failed:
 			t.Fatalf("failed with %v", err)
 		case <-time.After(time.Minute):
-			t.Fatalf("%d of %d saw that the order is %s", i, n, status)
+			t.Fatalf("only %d of %d watchers saw that the order is %s", i, n, status)
 		}
 	}
 }
 
 const crowd = 1000
 
-// A thousand streams over HTTP cost the database what one does, be it of the same order or of many. The changes are another process's.
+// A thousand streams over HTTP cost the database the same as one stream, whether they watch one order or many. Another
+// process makes the changes.
 func TestManyWatchersCostWhatOneDoes(t *testing.T) {
 	t.Parallel()
 	cost := map[string]int64{}
-	for name, test := range map[string]struct{ watchers, orders int }{"one": {1, 1}, "one order": {crowd, 1}, "many orders": {crowd, crowd / 10}} {
+	for name, test := range map[string]struct{ watchers, orders int }{
+		"one watcher": {1, 1}, "one order": {crowd, 1}, "many orders": {crowd, crowd / 10},
+	} {
 		b := setup(t)
 		b.setStock(t, crowd, "apple")
 		var ids, placedIDs []string
@@ -140,16 +143,17 @@ func TestManyWatchersCostWhatOneDoes(t *testing.T) {
 		b.deliver(t)
 		w.want(t, len(ids), confirmed)
 		cost[name] = p.statements.Load()
-		t.Logf("%s: %d statements until all had joined, %d for a change", name, joined, cost[name])
+		t.Logf("%s: %d statements until all watchers had joined, %d for a change", name, joined, cost[name])
 		p.drain()
 	}
-	// All are confirmed by several transactions, so by several rounds; each is one statement.
-	if cost["one order"] > cost["one"]+1 || cost["many orders"] > cost["one"]+5 {
+	// Several transactions confirm the orders, which takes several rounds of one statement each.
+	if cost["one order"] > cost["one watcher"]+1 || cost["many orders"] > cost["one watcher"]+5 {
 		t.Errorf("statements for a change: %v", cost)
 	}
 }
 
-// At a shutdown streams end at once, with the code that tells clients to try again. Who does gets the present state first, and misses nothing.
+// On shutdown, streams end at once, with the code that tells clients to try again. Clients that try again receive the
+// current state first, and miss nothing.
 func TestWatchersResumeAtAnotherProcess(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -171,14 +175,14 @@ func TestWatchersResumeAtAnotherProcess(t *testing.T) {
 	for range crowd {
 		wantCode(t, <-w.failed, connect.CodeUnavailable, "server is shutting down, try again")
 	}
-	b.deliver(t) // nobody watches
+	b.deliver(t) // while nobody watches
 	w = second.watch(t, ids)
 	w.want(t, crowd, confirmed)
 	b.cancel(t, id)
 	w.want(t, crowd, cancelled)
 }
 
-// Each change is heard from whichever process makes it: the one that serves the watcher, another API, or a consumer.
+// A watcher sees changes that any process makes: the one that serves the watcher, another API process, or a consumer.
 func TestWatchOrderHearsOtherProcesses(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -200,7 +204,7 @@ func TestWatchOrderHearsOtherProcesses(t *testing.T) {
 	w.want(t, 1, cancelled)
 }
 
-// awaitListeners waits until some connections listen to changes in the database.
+// awaitListeners waits until at least n connections listen for changes.
 func awaitListeners(t *testing.T, db *pgxpool.Pool, n int) {
 	t.Helper()
 	testenv.Eventually(t, 20*time.Second, func() error {

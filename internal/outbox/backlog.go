@@ -42,7 +42,8 @@ func Measure(ctx context.Context, db *pgxpool.Pool, stale time.Duration) ([]Back
 	return found, nil
 }
 
-// measureInterval is how often the relay counts. What is counted costs little as long as it is little; a large backlog is counted less often.
+// measureInterval is how often the relay counts. What is counted costs little as long as it is little; a large backlog
+// is counted less often.
 const measureInterval = time.Second
 
 // measure keeps the numbers fresh until ctx is done.
@@ -59,8 +60,8 @@ func (r *Relay) measure(ctx context.Context) {
 	}
 }
 
-// Gate keeps the backlog from growing for ever while the broker is away: above the high-water mark, transactions that would write are
-// refused before they begin.
+// Gate keeps the backlog from growing for ever while the broker is away: above the high-water mark, transactions that
+// would write are refused before they begin.
 type Gate struct {
 	db     *pgxpool.Pool
 	config GateConfig
@@ -91,7 +92,8 @@ func NewGate(db *pgxpool.Pool, config GateConfig) *Gate {
 	var errs [3]error
 	g.refused, errs[0] = meter.Int64Counter("outbox.gate.refused", metric.WithUnit("{transaction}"),
 		metric.WithDescription("Transactions refused because the backlog was above the high-water mark."))
-	_, errs[1] = meter.Int64ObservableGauge("outbox.gate.refusing", metric.WithDescription("1 while the backlog is above the high-water mark, else 0."),
+	_, errs[1] = meter.Int64ObservableGauge("outbox.gate.refusing",
+		metric.WithDescription("1 while the backlog is above the high-water mark, else 0."),
 		metric.WithInt64Callback(func(_ context.Context, o metric.Int64Observer) error {
 			var refusing int64
 			if g.closed() {
@@ -121,10 +123,12 @@ func (g *Gate) Check() error {
 // closed tells whether Check would refuse, and counts nothing.
 func (g *Gate) closed() bool { return g != nil && g.why.Load() != nil }
 
-// gateStale is how old the relay's count may be before the gate counts itself: when no relay runs, the backlog grows all the more.
+// gateStale is how old the relay's count may be before the gate counts itself: when no relay runs, the backlog grows
+// all the more.
 const gateStale = 5 * time.Second
 
-// Run looks at the count each second, until ctx is done. The relay makes it; what the database cannot tell leaves the gate as it is.
+// Run looks at the count each second, until ctx is done. The relay makes it; what the database cannot tell leaves the
+// gate as it is.
 func (g *Gate) Run(ctx context.Context) {
 	for ctx.Err() == nil {
 		found, err := Measure(ctx, g.db, gateStale)
@@ -150,7 +154,8 @@ func (g *Gate) judge(ctx context.Context, found []Backlog) {
 	case g.config.MaxMessages > 0 && messages >= g.config.MaxMessages:
 		why = fmt.Sprintf("%d messages wait for the broker, the limit is %d", messages, g.config.MaxMessages)
 	case g.config.MaxAge > 0 && age >= g.config.MaxAge:
-		why = fmt.Sprintf("messages wait for the broker since %s, the limit is %s", age.Round(time.Second), g.config.MaxAge)
+		why = fmt.Sprintf("messages wait for the broker since %s, the limit is %s", age.Round(time.Second),
+			g.config.MaxAge)
 	}
 	was := g.closed()
 	if why == "" {

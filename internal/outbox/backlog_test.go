@@ -66,7 +66,10 @@ func TestGate(t *testing.T) {
 			equal(t, "refusing at first", testenv.Metrics(t, reader)["outbox.gate.refusing{}"], 0.0)
 			writer := NewWriter(db, nil, gate)
 			write := func() error {
-				return writer.Transact(t.Context(), func(tx pgx.Tx) error { return Insert(t.Context(), tx, probe("", "x")) })
+				return writer.Transact(t.Context(), func(tx pgx.Tx) error {
+					return Insert(t.Context(), tx,
+						probe("", "x"))
+				})
 			}
 			for range 5 {
 				if err := write(); err != nil {

@@ -32,8 +32,9 @@ func (b LocalBell) Ring() {
 	}
 }
 
-// NotifyBell rings a relay in another process by NOTIFY. It does so outside of business transactions, on a connection of its own:
-// a NOTIFY inside a transaction takes a lock over the whole cluster at commit and costs writers half of their throughput.
+// NotifyBell rings a relay in another process by NOTIFY. It does so outside of business transactions, on a connection
+// of its own: a NOTIFY inside a transaction takes a lock over the whole cluster at commit and costs writers half of
+// their throughput.
 type NotifyBell struct {
 	local LocalBell
 	rings atomic.Int64
@@ -51,19 +52,22 @@ func (b *NotifyBell) Ring() {
 	b.local.Ring()
 }
 
-// The least time between two notifications of one process, which commits within it share. It doubles while they come faster than one in
-// busyGap: then the relay is busy, and looks at the log again every few milliseconds by itself (minPoll).
+// The least time between two notifications of one process, which commits within it share. It doubles while they come
+// faster than one in busyGap: then the relay is busy, and looks at the log again every few milliseconds by itself
+// (minPoll).
 const (
 	minNotifyInterval = 2 * time.Millisecond
 	maxNotifyInterval = 32 * time.Millisecond
 	busyGap           = 3 * time.Millisecond
 )
 
-// A transaction that only notifies has written nothing that could be lost, so Postgres commits it without waiting for the disk. As a command by itself
-// NOTIFY needs no plan, and is heard in half the time that it takes SELECT pg_notify (measured).
+// A transaction that only notifies has written nothing that could be lost, so Postgres commits it without waiting for
+// the disk. As a command by itself NOTIFY needs no plan, and is heard in half the time that it takes SELECT pg_notify
+// (measured).
 const notifySQL = `NOTIFY ` + Channel
 
-// Run passes rings on until ctx is done. Failures only cost latency, since the relay polls as well: they are logged and tried again.
+// Run passes rings on until ctx is done. Failures only cost latency, since the relay polls as well: they are logged and
+// tried again.
 func (b *NotifyBell) Run(ctx context.Context) {
 	session.Keep(ctx, b.url, "doorbell", func(conn *pgx.Conn) error {
 		interval := minNotifyInterval

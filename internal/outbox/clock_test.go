@@ -87,7 +87,8 @@ func TestClockThatIsSetBack(t *testing.T) {
 		t.Parallel()
 		db := testenv.Postgres(t)
 		const ahead = `clock_timestamp() + outbox_slot_length()`
-		exec(t, db, `INSERT INTO outbox (slot, shard, message_id, type, payload, created_at) VALUES (outbox_slot(`+ahead+`), 0, outbox_uuidv7(), 't.T', '', `+ahead+`)`)
+		exec(t, db, `INSERT INTO outbox (slot, shard, message_id, type, payload, created_at) VALUES (outbox_slot(`+
+			ahead+`), 0, outbox_uuidv7(), 't.T', '', `+ahead+`)`)
 		deliver(t, db)
 		equal(t, "swept", len(sweepNow(t, db, time.Hour)), 0)
 		exec(t, db, `UPDATE outbox SET created_at = clock_timestamp() - interval '25 h'`)
@@ -108,7 +109,8 @@ func TestClockThatIsSetBack(t *testing.T) {
 func TestMaxAgeIsThatOfPostgres(t *testing.T) {
 	t.Parallel()
 	var oldest time.Duration
-	if err := testenv.Postgres(t).QueryRow(t.Context(), `SELECT outbox_oldest()`).Scan(&oldest); err != nil || oldest != MaxAge {
+	if err := testenv.Postgres(t).QueryRow(t.Context(), `SELECT outbox_oldest()`).Scan(&oldest); err != nil ||
+		oldest != MaxAge {
 		t.Errorf("Postgres says %s, %v", oldest, err)
 	}
 }
@@ -148,24 +150,31 @@ func TestWhatAWrongClockDatedIsRefused(t *testing.T) {
 			m := dated(probe("k", "m"), one.age)
 			for way, insert := range map[string]func() error{
 				"Insert": func() error { // by the statement that says that the message is checked
-					return NewWriter(prepares, nil, nil).Transact(t.Context(), func(tx pgx.Tx) error { return Insert(t.Context(), tx, m) })
+					return NewWriter(prepares, nil, nil).Transact(t.Context(),
+						func(tx pgx.Tx) error { return Insert(t.Context(), tx, m) })
 				},
 				"InsertMany": func() error {
-					return NewWriter(db, nil, nil).Transact(t.Context(), func(tx pgx.Tx) error { return Insert(t.Context(), tx, m, probe("k", "innocent")) })
+					return NewWriter(db, nil, nil).Transact(t.Context(),
+						func(tx pgx.Tx) error { return Insert(t.Context(), tx, m, probe("k", "innocent")) })
 				},
 				"InsertUnprepared": func() error {
-					return NewWriter(pooled, nil, nil).Transact(t.Context(), func(tx pgx.Tx) error { return Insert(t.Context(), tx, m) })
+					return NewWriter(pooled, nil, nil).Transact(t.Context(),
+						func(tx pgx.Tx) error { return Insert(t.Context(), tx, m) })
 				},
 				"View": func() error {
-					_, err := db.Exec(t.Context(), `INSERT INTO outbox_message (id, type, payload) VALUES ($1, 't.T', '')`, m.ID.String())
+					_, err := db.Exec(t.Context(),
+						`INSERT INTO outbox_message (id, type, payload) VALUES ($1, 't.T', '')`, m.ID.String())
 					return blameClock(err)
 				},
 				"ViewWithoutTheTime": func() error {
-					_, err := db.Exec(t.Context(), `INSERT INTO outbox_message (id, type, payload, checked) VALUES ($1, 't.T', '', true)`, m.ID.String())
+					_, err := db.Exec(t.Context(),
+						`INSERT INTO outbox_message (id, type, payload, checked) VALUES ($1, 't.T', '', true)`,
+						m.ID.String())
 					return blameClock(err)
 				},
 				"Function": func() error {
-					_, err := db.Exec(t.Context(), `SELECT outbox_insert('t.T', 'k', ''::bytea, '{}'::jsonb, $1::uuid)`, m.ID.String())
+					_, err := db.Exec(t.Context(), `SELECT outbox_insert('t.T', 'k', ''::bytea, '{}'::jsonb, $1::uuid)`,
+						m.ID.String())
 					return blameClock(err)
 				},
 			} {

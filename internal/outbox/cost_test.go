@@ -12,8 +12,9 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// TestCostStaysFlat lets 200,000 messages flow while somebody holds back what vacuum may remove, and compares what Postgres reads for
-// the last thousand with what it read for the first. A queue of row states, or a cursor row that is searched by its key, fails this.
+// TestCostStaysFlat lets 200,000 messages flow while somebody holds back what vacuum may remove, and compares what
+// Postgres reads for the last thousand with what it read for the first. A queue of row states, or a cursor row that is
+// searched by its key, fails this.
 func TestCostStaysFlat(t *testing.T) {
 	t.Parallel()
 	for name, hold := range map[string]string{
@@ -38,31 +39,35 @@ func TestCostStaysFlat(t *testing.T) {
 			log := &eventLog{db: db, maxRows: 500, maxBytes: 4 << 20}
 			look := func() { // where the explained statement has moved the row, as the relay's own does
 				t.Helper()
-				if err := db.QueryRow(t.Context(), `SELECT ctid, moves FROM outbox_cursor`).Scan(&held.row.tid, &held.moves); err != nil {
+				if err := db.QueryRow(t.Context(), `SELECT ctid, moves FROM outbox_cursor`).Scan(&held.row.tid,
+					&held.moves); err != nil {
 					t.Fatal(err)
 				}
 			}
-			// Each transaction under way, in whatever database of the cluster, costs the claim a look into each of the five slots' indexes: some
-			// 10 buffers a page. Other tests have such.
+			// Each transaction under way, in whatever database of the cluster, costs the claim a look into each of the five
+			// slots' indexes: some 10 buffers a page. Other tests have such.
 			const perTransaction = 12
 			flow := func(messages, page int) (buffers, underWay int) {
 				t.Helper()
 				for range messages / page {
 					fill(t, db, page, 100)
 					var open int
-					if err := db.QueryRow(t.Context(), `SELECT count(*) FROM pg_snapshot_xip($1::pg_snapshot)`, at.base).Scan(&open); err != nil {
+					if err := db.QueryRow(t.Context(), `SELECT count(*) FROM pg_snapshot_xip($1::pg_snapshot)`,
+						at.base).Scan(&open); err != nil {
 						t.Fatal(err)
 					}
 					underWay += open
 					before := held.moves
-					buffers += explain(t, db, claimSQL, int16(0), at.base, 500, 4<<20, held.row.tid, at.base, at.batch, at.lastID, 0, 0, held.epoch, held.moves, held.timeline)
+					buffers += explain(t, db, claimSQL, int16(0), at.base, 500, 4<<20, held.row.tid, at.base, at.batch,
+						at.lastID, 0, 0, held.epoch, held.moves, held.timeline)
 					look()
 					found, _, err := log.next(t.Context(), at)
 					if err != nil || len(found.rows) != page {
 						t.Fatalf("%v, %v", found, err)
 					}
 					at = found.end
-					buffers += explain(t, db, moveSQL, int16(0), held.row.tid, held.epoch, at.base, at.batch, at.lastID, found.snapshot, 0, 0, held.moves, held.timeline, 0)
+					buffers += explain(t, db, moveSQL, int16(0), held.row.tid, held.epoch, at.base, at.batch, at.lastID,
+						found.snapshot, 0, 0, held.moves, held.timeline, 0)
 					if look(); held.moves != before+2 {
 						t.Fatalf("%d moves, want two", held.moves-before)
 					}
@@ -76,14 +81,15 @@ func TestCostStaysFlat(t *testing.T) {
 			others := perTransaction * max(0, underWayLate-underWayEarly)
 			t.Logf("buffers read for 1,000 messages behind 10,000: %d, behind 200,000: %d", early, late)
 			if float64(late-others) > 1.5*float64(early) {
-				t.Errorf("1,000 messages cost %d buffers early and %d late, %d of them for others' transactions", early, late, others)
+				t.Errorf("1,000 messages cost %d buffers early and %d late, %d of them for others' transactions", early,
+					late, others)
 			}
 		})
 	}
 }
 
-// TestMovingTheCursorStaysFlat: a busy relay moves its cursor hundreds of times a second, and a snapshot that is held keeps every old
-// version of the row. Finding the row by its key would visit them all.
+// TestMovingTheCursorStaysFlat: a busy relay moves its cursor hundreds of times a second, and a snapshot that is held
+// keeps every old version of the row. Finding the row by its key would visit them all.
 func TestMovingTheCursorStaysFlat(t *testing.T) {
 	t.Parallel()
 	db := testenv.Postgres(t)
@@ -138,8 +144,8 @@ func TestMovingTheCursorStaysFlat(t *testing.T) {
 	}
 }
 
-// TestAPlanForAnEmptyLogIsGoodForAFullOne: the relay keeps its plans, and those that Postgres likes best while it knows the log to be empty read all of
-// it for each page.
+// TestAPlanForAnEmptyLogIsGoodForAFullOne: the relay keeps its plans, and those that Postgres likes best while it knows
+// the log to be empty read all of it for each page.
 func TestAPlanForAnEmptyLogIsGoodForAFullOne(t *testing.T) {
 	t.Parallel()
 	url := testenv.PostgresURL(t)
@@ -191,7 +197,8 @@ func TestAPlanForAnEmptyLogIsGoodForAFullOne(t *testing.T) {
 func explain(t *testing.T, db *pgxpool.Pool, sql string, args ...any) int {
 	t.Helper()
 	var plan []byte
-	if err := db.QueryRow(t.Context(), `EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) `+sql, args...).Scan(&plan); err != nil {
+	if err := db.QueryRow(t.Context(), `EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) `+sql,
+		args...).Scan(&plan); err != nil {
 		t.Fatal(err)
 	}
 	var parsed []struct {

@@ -21,17 +21,22 @@ var (
 	errDrained = errors.New("shard is drained")
 	// errFenced: the row is not as this relay left it.
 	errFenced = errors.New("lease lost: another relay has taken the shard over, or the database has failed over")
-	// ErrForeignCluster: the database was dumped and restored into another cluster, whose transaction IDs are not those of the cursor.
-	ErrForeignCluster = errors.New("the outbox cursor belongs to another Postgres cluster (was this database restored from a dump?): " +
-		"its snapshots mean nothing here, and relaying by them would skip messages; run the command `outbox repair` once")
+	// ErrForeignCluster: the database was dumped and restored into another cluster, whose transaction IDs are not those of
+	// the cursor.
+	ErrForeignCluster = errors.New("the outbox cursor belongs to another Postgres cluster (was this database " +
+		"restored from a dump?): " +
+		"its snapshots mean nothing here, and relaying by them would skip messages; run the command `outbox repair` " +
+		"once")
 )
 
-// cursor is a shard's row in outbox_cursor while this relay holds the lease. Whoever takes the lease raises the epoch, and every
-// statement here says "where epoch is mine": a relay that was frozen past its lease and wakes up can move nothing.
+// cursor is a shard's row in outbox_cursor while this relay holds the lease. Whoever takes the lease raises the epoch,
+// and every statement here says "where epoch is mine": a relay that was frozen past its lease and wakes up can move
+// nothing.
 //
-// The relay's position is in its memory, and after a failover the connection pool quietly reaches another server: the row there may be
-// older than the position, and transactions that this position calls delivered may never have been there. So a move also demands that the row
-// has had exactly the moves that we know of, and that the server is on the timeline on which the lease was taken: each promotion begins another.
+// The relay's position is in its memory, and after a failover the connection pool quietly reaches another server: the
+// row there may be older than the position, and transactions that this position calls delivered may never have been
+// there. So a move also demands that the row has had exactly the moves that we know of, and that the server is on the
+// timeline on which the lease was taken: each promotion begins another.
 type cursor struct {
 	db       *pgxpool.Pool
 	shard    int16
@@ -46,9 +51,9 @@ type cursor struct {
 
 // cursorRow is the newest version of a cursor's row.
 //
-// Every move leaves a dead version behind, which vacuum cannot remove while a transaction holds an old snapshot. Finding
-// the row by its key would read all of them. Finding it by tid reads none. The tid is a hint: if the row is not there,
-// find looks for it by key.
+// Every move leaves a dead version behind, which vacuum cannot remove while a transaction holds an old snapshot.
+// Finding the row by its key would read all of them. Finding it by tid reads none. The tid is a hint: if the row is not
+// there, find looks for it by key.
 type cursorRow struct {
 	tid     pgtype.TID
 	retired bool
@@ -60,7 +65,8 @@ SET owner = $2, epoch = epoch + 1, lease_expires_at = clock_timestamp() + $3, le
 FROM (SELECT owner AS previous FROM outbox_cursor WHERE shard = $1 FOR UPDATE) AS old
 WHERE shard = $1 AND (NOT clock_holds(lease_expires_at, lease) OR owner = $2) AND ` + readableSQL + `
   AND ` + nativeSQL + `
-RETURNING epoch, previous NOT IN ('', $2), moves, retired, ` + timelineSQL + `, ctid, delivered::text, coalesce(batch::text, ''), last_id`
+RETURNING epoch, previous NOT IN ('', $2), moves, retired, ` + timelineSQL +
+	`, ctid, delivered::text, coalesce(batch::text, ''), last_id`
 
 // A shard is read when every shard of the generations before it is drained, and until it is drained itself.
 const readableSQL = `NOT drained AND NOT EXISTS (
@@ -73,11 +79,14 @@ const nativeSQL = `system_identifier = (SELECT system_identifier FROM pg_control
 const timelineSQL = `substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8)`
 
 // acquire takes the lease of a shard, if it is free, and returns where its last holder came to.
-func acquire(ctx context.Context, db *pgxpool.Pool, shard int16, owner string, lease time.Duration) (*cursor, position, error) {
+func acquire(
+	ctx context.Context, db *pgxpool.Pool, shard int16, owner string, lease time.Duration,
+) (*cursor, position, error) {
 	c, at := &cursor{db: db, shard: shard}, position{}
 	var retired bool
 	err := postgres.Transact(ctx, db, func(tx pgx.Tx) error {
-		return tx.QueryRow(ctx, acquireSQL, shard, owner, lease).Scan(&c.epoch, &c.stolen, &c.moves, &retired, &c.timeline, &c.row.tid, &at.base, &at.batch, &at.lastID)
+		return tx.QueryRow(ctx, acquireSQL, shard, owner, lease).Scan(&c.epoch, &c.stolen, &c.moves, &retired,
+			&c.timeline, &c.row.tid, &at.base, &at.batch, &at.lastID)
 	})
 	if errors.Is(err, pgx.ErrNoRows) {
 		err = errNotLeased
@@ -98,15 +107,18 @@ type progress struct {
 // Written so that each row version is found in one step; $2 is NULL for "look for it".
 const moveSQL = `
 UPDATE outbox_cursor
-SET delivered = $4, batch = nullif($5, '')::pg_snapshot, last_id = $6, claimed = coalesce(nullif($7, '')::pg_snapshot, claimed),
+SET delivered = $4, batch = nullif($5, '')::pg_snapshot, last_id = $6, claimed = coalesce(nullif($7, '')::pg_snapshot,
+    claimed),
     published = published + $8, parked = parked + $9, top_id = greatest(top_id, $12), moves = moves + 1, moved_at = clock_timestamp()
-WHERE ctid = coalesce($2, (SELECT ctid FROM outbox_cursor WHERE shard = $1 AND epoch = $3)) AND shard = $1 AND epoch = $3
+WHERE ctid = coalesce($2, (SELECT ctid FROM outbox_cursor
+    WHERE shard = $1 AND epoch = $3)) AND shard = $1 AND epoch = $3
   AND moves = $10 AND ` + timelineSQL + ` = $11
 RETURNING ctid, retired, set_config('synchronous_commit', CASE WHEN $7 = '' THEN 'off' ELSE current_setting('synchronous_commit') END, true)`
 
-// move records progress and commits. It is the claim as well: what was read before it may be published after it. If nothing is claimed, nothing is
-// published on the strength of this commit, and it does not wait for the disk: if a crash of Postgres loses it, what it says is delivered is repeated.
-// It returns errFenced if the row is not as this relay left it.
+// move records progress and commits. It is the claim as well: what was read before it may be published after it. If
+// nothing is claimed, nothing is published on the strength of this commit, and it does not wait for the disk: if a
+// crash of Postgres loses it, what it says is delivered is repeated. It returns errFenced if the row is not as this
+// relay left it.
 func (c *cursor) move(ctx context.Context, p progress) error {
 	var row cursorRow
 	var err error
@@ -119,7 +131,10 @@ func (c *cursor) move(ctx context.Context, p progress) error {
 			if err := deadletter.Insert(ctx, tx, p.parked...); err != nil {
 				return err
 			}
-			return c.find(p, func(args []any) error { return tx.QueryRow(ctx, moveSQL, args...).Scan(&row.tid, &row.retired, nil) })
+			return c.find(p, func(args []any) error {
+				return tx.QueryRow(ctx, moveSQL, args...).Scan(&row.tid,
+					&row.retired, nil)
+			})
 		})
 	}
 	if err != nil {
@@ -180,8 +195,8 @@ func (c *cursor) release(ctx context.Context) error {
 	return err
 }
 
-// drain marks a retired shard as read to its end, and gives the lease back. The caller must have known it retired before it looked for messages
-// for the last time, and all it has found must be recorded.
+// drain marks a retired shard as read to its end, and gives the lease back. The caller must have known it retired
+// before it looked for messages for the last time, and all it has found must be recorded.
 func (c *cursor) drain(ctx context.Context) error {
 	tag, err := c.db.Exec(ctx, releaseSQL, c.shard, c.epoch, true, c.moves, c.timeline)
 	switch {

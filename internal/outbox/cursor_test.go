@@ -48,7 +48,8 @@ func TestCursor(t *testing.T) {
 			next, _, err = acquire(t.Context(), db, 0, "next", time.Hour)
 			return err
 		})
-		moved := progress{delivered: position{base: "900:900:"}, published: 1, parked: []deadletter.Letter{{MessageID: "x"}}}
+		moved := progress{delivered: position{base: "900:900:"}, published: 1,
+			parked: []deadletter.Letter{{MessageID: "x"}}}
 		if err := zombie.move(t.Context(), moved); !errors.Is(err, errFenced) {
 			t.Fatalf("move: %v", err)
 		}
@@ -75,7 +76,8 @@ func TestCursor(t *testing.T) {
 		if err := held.move(t.Context(), progress{delivered: at}); err != nil {
 			t.Fatal(err)
 		}
-		exec(t, db, `UPDATE outbox_cursor SET moves = moves - 1`) // a standby that had not got the last move was promoted
+		// A standby that had not got the last move was promoted.
+		exec(t, db, `UPDATE outbox_cursor SET moves = moves - 1`)
 		if err := held.move(t.Context(), progress{delivered: at}); !errors.Is(err, errFenced) {
 			t.Errorf("a row that lost a move: %v", err)
 		}
@@ -89,7 +91,8 @@ func TestCursor(t *testing.T) {
 		}
 	})
 
-	// What fits into one page is claimed by the statement that reads it, with what is settled; and only if the row is as this relay left it.
+	// What fits into one page is claimed by the statement that reads it, with what is settled; and only if the row is as
+	// this relay left it.
 	t.Run("ClaimsWhatItReads", func(t *testing.T) {
 		t.Parallel()
 		db := testenv.Postgres(t)
@@ -106,7 +109,8 @@ func TestCursor(t *testing.T) {
 			if err := db.QueryRow(t.Context(), sql).Scan(&moves, &total, &claimed, &delivered); err != nil {
 				t.Fatal(err)
 			}
-			found, _, moved, err := log.nextAndMove(t.Context(), at, claim{held, progress{delivered: at, published: published}})
+			found, _, moved, err := log.nextAndMove(t.Context(), at,
+				claim{held, progress{delivered: at, published: published}})
 			if moved != nil {
 				held.moved(*moved)
 			}
@@ -121,8 +125,10 @@ func TestCursor(t *testing.T) {
 				if found != nil && found.claimed || nowMoves != moves || nowTotal != total {
 					t.Errorf("claimed, %d moves", nowMoves-moves)
 				}
-			case !found.claimed || nowMoves != moves+1 || held.moves != nowMoves || nowTotal != total+int64(published) || claimed != found.snapshot || delivered != at.base:
-				t.Errorf("claimed %v as %s of %s, %d moves, %d published", found.claimed, claimed, found.snapshot, nowMoves-moves, nowTotal-total)
+			case !found.claimed || nowMoves != moves+1 || held.moves != nowMoves || nowTotal != total+
+				int64(published) || claimed != found.snapshot || delivered != at.base:
+				t.Errorf("claimed %v as %s of %s, %d moves, %d published", found.claimed, claimed, found.snapshot,
+					nowMoves-moves, nowTotal-total)
 			default:
 				at = found.end
 			}
@@ -170,13 +176,15 @@ func TestCursor(t *testing.T) {
 		letter := deadletter.Letter{Reason: deadletter.Unroutable, Payload: []byte{}}
 		for _, p := range []progress{
 			{delivered: at}, {delivered: at, claimed: "1:1:"}, {delivered: at},
-			{delivered: at, parked: []deadletter.Letter{letter}}, {delivered: at, claimed: "1:1:", parked: []deadletter.Letter{letter}},
+			{delivered: at, parked: []deadletter.Letter{letter}},
+			{delivered: at, claimed: "1:1:", parked: []deadletter.Letter{letter}},
 		} {
 			if err := held.move(t.Context(), p); err != nil {
 				t.Fatal(err)
 			}
 		}
-		rows, err := db.Query(t.Context(), `SELECT how FROM seen UNION ALL SELECT 'now ' || current_setting('synchronous_commit')`)
+		rows, err := db.Query(t.Context(),
+			`SELECT how FROM seen UNION ALL SELECT 'now ' || current_setting('synchronous_commit')`)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -200,7 +208,8 @@ func TestCursor(t *testing.T) {
 			}
 			return nil
 		})
-		// The promoted standby knows nothing of the delivery; the connections of the pool reach it as if nothing had happened.
+		// The promoted standby knows nothing of the delivery; the connections of the pool reach it as if nothing had
+		// happened.
 		exec(t, db, `UPDATE outbox_cursor SET delivered = '1:1:', batch = NULL, last_id = 0, published = 0, moves = moves - 1`)
 		insert(t, db, "", "m001")
 		testenv.Eventually(t, 10*time.Second, func() error {
@@ -278,7 +287,8 @@ func TestCursor(t *testing.T) {
 		started := time.Now()
 		start(t, db, b, Config{Lease: time.Second})
 		await(t, "take-over", b.complete)
-		if took := time.Since(started); took > 10*time.Second { // far above 2 x lease: a guard against waiting for nothing
+		// Far above 2 x lease: a guard against waiting for nothing.
+		if took := time.Since(started); took > 10*time.Second {
 			t.Errorf("took %s", took)
 		}
 	})

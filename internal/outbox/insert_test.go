@@ -43,14 +43,20 @@ func TestInsertRefusesWhatCouldNeverBePublished(t *testing.T) {
 		"header of the broker": func(m *messaging.Message) { m.Headers = map[string]string{"x-delay": "1"} },
 		"header of the key":    func(m *messaging.Message) { m.Headers = map[string]string{"message-key": "k"} },
 		"header with space":    func(m *messaging.Message) { m.Headers = map[string]string{"a b": ""} },
-		"long header":          func(m *messaging.Message) { m.Headers = map[string]string{"a": strings.Repeat("v", 1025)} },
-		"header not UTF-8":     func(m *messaging.Message) { m.Headers = map[string]string{"a": "\xff"} },
+		"long header": func(m *messaging.Message) {
+			m.Headers = map[string]string{"a": strings.Repeat("v",
+				1025)}
+		},
+		"header not UTF-8": func(m *messaging.Message) { m.Headers = map[string]string{"a": "\xff"} },
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			m := probe("", "spoilt")
 			spoil(&m)
-			err := postgres.Transact(t.Context(), db, func(tx pgx.Tx) error { return Insert(t.Context(), tx, probe("", "innocent"), m) })
+			err := postgres.Transact(t.Context(), db, func(tx pgx.Tx) error {
+				return Insert(t.Context(), tx,
+					probe("", "innocent"), m)
+			})
 			if !errors.Is(err, messaging.ErrInvalid) {
 				t.Fatalf("error is %v", err)
 			}
@@ -61,8 +67,11 @@ func TestInsertRefusesWhatCouldNeverBePublished(t *testing.T) {
 		one, other := probe("", "one"), probe("", "other")
 		other.ID = one.ID
 		for name, insert := range map[string]func(tx pgx.Tx) error{
-			"Insert":   func(tx pgx.Tx) error { return Insert(t.Context(), tx, one, probe("", "innocent"), other) },
-			"Schedule": func(tx pgx.Tx) error { return Schedule(t.Context(), tx, time.Now().Add(time.Hour), one, other) },
+			"Insert": func(tx pgx.Tx) error { return Insert(t.Context(), tx, one, probe("", "innocent"), other) },
+			"Schedule": func(tx pgx.Tx) error {
+				return Schedule(t.Context(), tx, time.Now().Add(time.Hour), one,
+					other)
+			},
 		} {
 			err := postgres.Transact(t.Context(), db, insert)
 			if !errors.Is(err, messaging.ErrInvalid) || !strings.Contains(err.Error(), one.ID.String()) {
@@ -115,14 +124,17 @@ func TestPostgresRefusesTheSame(t *testing.T) {
 func TestInsertStoresTheTrace(t *testing.T) {
 	t.Parallel()
 	db := testenv.Postgres(t)
-	span := trace.NewSpanContext(trace.SpanContextConfig{TraceID: trace.TraceID{1}, SpanID: trace.SpanID{2}, TraceFlags: trace.FlagsSampled})
+	span := trace.NewSpanContext(trace.SpanContextConfig{TraceID: trace.TraceID{1}, SpanID: trace.SpanID{2},
+		TraceFlags: trace.FlagsSampled})
 	ctx := trace.ContextWithSpanContext(t.Context(), span)
 	inTx(t, db, func(tx pgx.Tx) error { return Insert(ctx, tx, probe("", "traced")) })
 	rows, _ := newReader(db).rawPage(t)
-	equal(t, "traceparent", rows[0].message.Headers["traceparent"], "00-01000000000000000000000000000000-0200000000000000-01")
+	equal(t, "traceparent", rows[0].message.Headers["traceparent"],
+		"00-01000000000000000000000000000000-0200000000000000-01")
 }
 
-// Two transactions insert the same keys in opposite orders, calling Insert twice each: Postgres ends one of them, and Transact runs it again.
+// Two transactions insert the same keys in opposite orders, calling Insert twice each: Postgres ends one of them, and
+// Transact runs it again.
 func TestInsertSurvivesADeadlock(t *testing.T) {
 	t.Parallel()
 	db := testenv.Postgres(t)
@@ -204,7 +216,8 @@ func TestTheDoorbellRingsLessOftenWhileCommitsNeverCease(t *testing.T) {
 	}
 	equal(t, "at 1,000/s", intervals(1000), []int64{4, 8, 16, 32, 32})
 	equal(t, "at 200/s", intervals(200), []int64{2, 2, 2, 2, 2})
-	equal(t, "when it has become less", nextInterval(maxNotifyInterval, 200*maxNotifyInterval.Milliseconds()/1000), minNotifyInterval)
+	equal(t, "when it has become less", nextInterval(maxNotifyInterval, 200*maxNotifyInterval.Milliseconds()/1000),
+		minNotifyInterval)
 }
 
 func TestNotifyBellReachesAnotherProcess(t *testing.T) {

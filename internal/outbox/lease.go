@@ -26,12 +26,14 @@ type lease struct {
 	over      chan struct{}
 }
 
-// begin starts a lease. It lasts through failures of the database and the broker, until ctx is done or the shard is another's.
+// begin starts a lease. It lasts through failures of the database and the broker, until ctx is done or the shard is
+// another's.
 func (r *Relay) begin(ctx context.Context, shard int16) *lease {
 	ctx, end := context.WithCancel(ctx)
 	t := &lease{
-		relay: r, shard: shard, publisher: r.newPublisher(), wake: NewLocalBell(), pause: newPause(r.config.PollInterval),
-		end: end, over: make(chan struct{}),
+		relay: r, shard: shard, publisher: r.newPublisher(), wake: NewLocalBell(),
+		pause: newPause(r.config.PollInterval),
+		end:   end, over: make(chan struct{}),
 	}
 	go func() {
 		defer close(t.over)
@@ -98,8 +100,9 @@ func (t *lease) lead(ctx context.Context) error {
 	return group.Wait()
 }
 
-// keepLease renews the lease at a third of its time. It runs beside the publishing, which may wait long for the broker. When it has not
-// come through for a whole lease, it ends the run: the database may be gone without a word, and whoever waits for its answer with it.
+// keepLease renews the lease at a third of its time. It runs beside the publishing, which may wait long for the broker.
+// When it has not come through for a whole lease, it ends the run: the database may be gone without a word, and whoever
+// waits for its answer with it.
 func (t *lease) keepLease(ctx context.Context, held *cursor) error {
 	lease := t.relay.config.Lease
 	renewed := time.Now()

@@ -11,8 +11,9 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// position is a place in the log: everything visible in base is before it, and, while a batch is open, everything visible in
-// batch whose id is at most lastID. Snapshots are kept in Postgres' text form; only Postgres computes with them.
+// position is a place in the log: everything visible in base is before it, and, while a batch is open, everything
+// visible in batch whose id is at most lastID. Snapshots are kept in Postgres' text form; only Postgres computes with
+// them.
 type position struct {
 	base   string
 	batch  string // "" when no batch is open
@@ -34,8 +35,8 @@ type row struct {
 	headers messaging.StoredHeaders
 }
 
-// validate reports what keeps the row from being published. It was checked when it was inserted, unless somebody claimed to have checked it, or was
-// a superuser.
+// validate reports what keeps the row from being published. It was checked when it was inserted, unless somebody
+// claimed to have checked it, or was a superuser.
 func (r *row) validate() error {
 	if r.headers.Malformed != nil {
 		return fmt.Errorf("%w: headers are not an object of strings: %w", messaging.ErrInvalid, r.headers.Malformed)
@@ -75,13 +76,13 @@ type bounds struct {
 	lo, hi int64
 }
 
-// The two ways in which a row is new since a snapshot, as two branches so that each is an index range: a transaction that was under
-// way when it was taken, or one that began later. (xid >= pg_snapshot_xmin would do as one, and would read again everything
-// since the oldest open transaction, for as long as that is open.)
+// The two ways in which a row is new since a snapshot, as two branches so that each is an index range: a transaction
+// that was under way when it was taken, or one that began later. (xid >= pg_snapshot_xmin would do as one, and would
+// read again everything since the oldest open transaction, for as long as that is open.)
 //
-// One row more than a page is read of each, to see whether all fits. What fits is sorted by id; what does not is a batch that
-// pageSQL walks through, and only its first row is returned, to carry the snapshot. Payloads are carried along: what is large is stored
-// out of line, and fetched from there only for the rows that are returned.
+// One row more than a page is read of each, to see whether all fits. What fits is sorted by id; what does not is a
+// batch that pageSQL walks through, and only its first row is returned, to carry the snapshot. Payloads are carried
+// along: what is large is stored out of line, and fetched from there only for the rows that are returned.
 const openSQL = freshSQL + openedSQL + `, NULL::tid, NULL::boolean` + messagesSQL
 
 const freshSQL = `
@@ -96,7 +97,8 @@ WITH fresh AS (
      WHERE shard = $1 AND xid >= pg_snapshot_xmax($2::pg_snapshot)
      ORDER BY xid LIMIT $3 + 1)
 ), measured AS MATERIALIZED (
-    SELECT *, count(*) OVER () <= $3 AND sum(octet_length(payload)) OVER () <= $4 AS complete, row_number() OVER (ORDER BY id) AS position
+    SELECT *, count(*) OVER () <= $3
+        AND sum(octet_length(payload)) OVER () <= $4 AS complete, row_number() OVER (ORDER BY id) AS position
     FROM fresh
 )`
 
@@ -110,8 +112,9 @@ FROM measured
 WHERE complete OR position = 1
 ORDER BY id`
 
-// openSQL that claims the page that it returns, if everything fits into one: what moveSQL does, in the same round trip. The claim is the statement's own
-// snapshot. If the cursor's row is not where it was last seen, or not as this relay left it, nothing is claimed, and moveSQL is to find out why.
+// openSQL that claims the page that it returns, if everything fits into one: what moveSQL does, in the same round trip.
+// The claim is the statement's own snapshot. If the cursor's row is not where it was last seen, or not as this relay
+// left it, nothing is claimed, and moveSQL is to find out why.
 const claimSQL = freshSQL + `, moved AS (
     UPDATE outbox_cursor
     SET delivered = $6, batch = nullif($7, '')::pg_snapshot, last_id = $8, claimed = pg_current_snapshot(),
@@ -121,17 +124,17 @@ const claimSQL = freshSQL + `, moved AS (
     RETURNING ctid, retired
 )` + openedSQL + `, (SELECT ctid FROM moved), (SELECT retired FROM moved)` + messagesSQL
 
-// The bounds of a batch that does not fit into a page. Reads the batch once in the index, whatever its size. The count keeps the
-// planner from answering min() and max() by walking the primary key through everything delivered long ago.
+// The bounds of a batch that does not fit into a page. Reads the batch once in the index, whatever its size. The count
+// keeps the planner from answering min() and max() by walking the primary key through everything delivered long ago.
 const boundsSQL = `
 SELECT coalesce(min(id), 0), coalesce(max(id), 0), count(*)
 FROM outbox
 WHERE shard = $1 AND xid >= pg_snapshot_xmax($2::pg_snapshot) AND xid < pg_snapshot_xmax($3::pg_snapshot)
   AND pg_visible_in_snapshot(xid, $3::pg_snapshot)`
 
-// One page of an open batch: what is visible in the batch ($3), is not in the base ($2), and stands after the last id. For each
-// transaction that was under way at the base, its next rows; for the later ones the next rows by id within the bounds, between which
-// nearly everything belongs to the batch. The cut by size keeps at least one row.
+// One page of an open batch: what is visible in the batch ($3), is not in the base ($2), and stands after the last id.
+// For each transaction that was under way at the base, its next rows; for the later ones the next rows by id within the
+// bounds, between which nearly everything belongs to the batch. The cut by size keeps at least one row.
 const pageSQL = `
 WITH candidates AS (
     SELECT old.*
@@ -146,7 +149,8 @@ WITH candidates AS (
        AND xid >= pg_snapshot_xmax($2::pg_snapshot) AND pg_visible_in_snapshot(xid, $3::pg_snapshot)
      ORDER BY id LIMIT $5)
 ), measured AS (
-    SELECT *, sum(octet_length(payload)) OVER (ORDER BY id ROWS UNBOUNDED PRECEDING) AS running, row_number() OVER (ORDER BY id) AS position
+    SELECT *, sum(octet_length(payload)) OVER (ORDER BY id ROWS UNBOUNDED PRECEDING) AS running,
+        row_number() OVER (ORDER BY id) AS position
     FROM candidates
     ORDER BY id LIMIT $5
 )
@@ -161,10 +165,11 @@ func (l *eventLog) next(ctx context.Context, at position) (*page, position, erro
 	return found, at, err
 }
 
-// nextAndMove is next in one round trip with cursor.move. If the rest of the log fits into one page, it records c, claims
-// the page, and returns the cursor's new row. Otherwise it records nothing and returns nil.
+// nextAndMove is next in one round trip with cursor.move. If the rest of the log fits into one page, it records c,
+// claims the page, and returns the cursor's new row. Otherwise it records nothing and returns nil.
 func (l *eventLog) nextAndMove(ctx context.Context, at position, c claim) (*page, position, *cursorRow, error) {
-	found, at, moved, err := l.read(ctx, at, claimSQL, l.shard, at.base, l.maxRows, l.maxBytes, c.row.tid, c.delivered.base,
+	found, at, moved, err := l.read(ctx, at, claimSQL, l.shard, at.base, l.maxRows, l.maxBytes, c.row.tid,
+		c.delivered.base,
 		c.delivered.batch, c.delivered.lastID, c.published, c.topID, c.epoch, c.moves, c.timeline)
 	if found != nil {
 		found.claimed = moved != nil
@@ -205,7 +210,8 @@ func (l *eventLog) nextOfBatch(ctx context.Context, at position) (*page, error) 
 		}
 		l.bounds = found
 	}
-	found, err := l.query(ctx, pageSQL, l.shard, at.base, at.batch, at.lastID, l.maxRows, l.maxBytes, l.bounds.lo, l.bounds.hi)
+	found, err := l.query(ctx, pageSQL, l.shard, at.base, at.batch, at.lastID, l.maxRows, l.maxBytes, l.bounds.lo,
+		l.bounds.hi)
 	if err != nil || len(found.rows) == 0 {
 		return nil, err
 	}
@@ -235,7 +241,8 @@ func (l *eventLog) query(ctx context.Context, sql string, args ...any) (found op
 		found.rows, err = pgx.CollectRows(rows, func(r pgx.CollectableRow) (row, error) {
 			var one row
 			m := &one.message
-			err := r.Scan(&found.snapshot, &found.complete, &one.id, (*[16]byte)(&m.ID), &m.Type, &m.Key, &m.Payload, &one.headers, &m.CreatedAt, &found.cursor, &found.retired)
+			err := r.Scan(&found.snapshot, &found.complete, &one.id, (*[16]byte)(&m.ID), &m.Type, &m.Key, &m.Payload,
+				&one.headers, &m.CreatedAt, &found.cursor, &found.retired)
 			m.Headers = one.headers.Map
 			return one, err
 		})

@@ -131,11 +131,12 @@ func TestLogKeepsTheCommitOrderOfAKey(t *testing.T) {
 	insert(t, db, "k", "second starter, committed first")
 	insertIn(t, first, "k", "first starter, committed second")
 	commitTx(t, first)
-	equal(t, "order", newReader(db).all(t), []string{"second starter, committed first", "first starter, committed second"})
+	equal(t, "order", newReader(db).all(t), []string{"second starter, committed first",
+		"first starter, committed second"})
 }
 
-// Breaks an insert that does not lock the key: the id would be drawn before the commit of the one in front. One message and several take
-// different functions, and each has a lock of its own.
+// Breaks an insert that does not lock the key: the id would be drawn before the commit of the one in front. One message
+// and several take different functions, and each has a lock of its own.
 func TestLogOrdersWritersOfAKeyThatOverlap(t *testing.T) {
 	t.Parallel()
 	for name, texts := range map[string][]string{"OneMessage": {"second"}, "SeveralMessages": {"second", "fourth"}} {
@@ -171,7 +172,9 @@ func overlap(t *testing.T, texts []string) {
 	// It must come to wait for the first one's commit.
 	testenv.Eventually(t, 10*time.Second, func() error {
 		var waits bool
-		err := db.QueryRow(t.Context(), `SELECT EXISTS (SELECT FROM pg_locks WHERE pid = $1 AND locktype = 'advisory' AND NOT granted)`, pid).Scan(&waits)
+		err := db.QueryRow(t.Context(),
+			`SELECT EXISTS (SELECT FROM pg_locks WHERE pid = $1 AND locktype = 'advisory' AND NOT granted)`,
+			pid).Scan(&waits)
 		if err == nil && !waits {
 			err = errors.New("the second writer does not wait")
 		}
@@ -259,8 +262,9 @@ func TestLogPages(t *testing.T) {
 	})
 }
 
-// TestLogAgainstModel runs random interleavings of transactions, some of which share keys, with readers that page in between and start
-// anew at any row: what was committed is read once and in the commit order of its key, what was not is never read.
+// TestLogAgainstModel runs random interleavings of transactions, some of which share keys, with readers that page in
+// between and start anew at any row: what was committed is read once and in the commit order of its key, what was not
+// is never read.
 func TestLogAgainstModel(t *testing.T) {
 	t.Parallel()
 	db := testenv.Postgres(t)
@@ -363,7 +367,8 @@ func ofKey(all []string, key string) []string {
 	return found
 }
 
-// TestAllWaysInAreOne: a writer in another language gets what Go gets, and so does Go when nothing is prepared, or of several messages each.
+// TestAllWaysInAreOne: a writer in another language gets what Go gets, and so does Go when nothing is prepared, or of
+// several messages each.
 func TestAllWaysInAreOne(t *testing.T) {
 	t.Parallel()
 	db := testenv.Postgres(t)
@@ -379,7 +384,8 @@ func TestAllWaysInAreOne(t *testing.T) {
 	}
 	defer prepares.Close()
 	inTx(t, prepares, func(tx pgx.Tx) error { return Insert(t.Context(), tx, m) })
-	for _, sql := range []string{`SELECT outbox_insert($1, $2, $3, $4)`, `INSERT INTO outbox_message (id, type, key, payload, headers) VALUES (outbox_uuidv7(), $1, $2, $3, $4)`} {
+	for _, sql := range []string{`SELECT outbox_insert($1, $2, $3, $4)`,
+		`INSERT INTO outbox_message (id, type, key, payload, headers) VALUES (outbox_uuidv7(), $1, $2, $3, $4)`} {
 		if _, err := db.Exec(t.Context(), sql, m.Type, m.Key, m.Payload, m.Headers); err != nil {
 			t.Fatalf("%s: %v", sql, err)
 		}
@@ -395,7 +401,8 @@ func TestAllWaysInAreOne(t *testing.T) {
 	}
 }
 
-// A rule puts what the caller gives for a column wherever it names the column. What is checked, locked and stored is one value all the same.
+// A rule puts what the caller gives for a column wherever it names the column. What is checked, locked and stored is
+// one value all the same.
 func TestWhatIsInsertedIsEvaluatedOnce(t *testing.T) {
 	t.Parallel()
 	db := testenv.Postgres(t)
@@ -416,7 +423,9 @@ func TestWhatIsInsertedIsEvaluatedOnce(t *testing.T) {
 		}
 	}
 	var messages, turns int
-	if err := db.QueryRow(t.Context(), `SELECT count(DISTINCT message_id), (SELECT last_value FROM turns) FROM outbox`).Scan(&messages, &turns); err != nil {
+	if err := db.QueryRow(t.Context(),
+		`SELECT count(DISTINCT message_id), (SELECT last_value FROM turns) FROM outbox`).Scan(&messages,
+		&turns); err != nil {
 		t.Fatal(err)
 	}
 	equal(t, "messages", messages, 32)

@@ -22,7 +22,10 @@ func probe(key, text string) messaging.Message { return messaging.New(key, wrapp
 // insert commits one transaction with one message.
 func insert(t testing.TB, db *pgxpool.Pool, key, text string) {
 	t.Helper()
-	err := postgres.Transact(t.Context(), db, func(tx pgx.Tx) error { return Insert(t.Context(), tx, probe(key, text)) })
+	err := postgres.Transact(t.Context(), db, func(tx pgx.Tx) error {
+		return Insert(t.Context(), tx,
+			probe(key, text))
+	})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -76,7 +79,8 @@ func commitTx(t testing.TB, tx pgx.Tx) {
 func fill(t testing.TB, db *pgxpool.Pool, n, size int) {
 	t.Helper()
 	_, err := db.Exec(t.Context(), `
-		SELECT outbox_insert(array_agg(outbox_uuidv7()), array_agg('probe.Filler'::text), array_agg(''::text), array_agg(decode(repeat('00', $2), 'hex')), array_agg('{}'::jsonb))
+		SELECT outbox_insert(array_agg(outbox_uuidv7()), array_agg('probe.Filler'::text), array_agg(''::text),
+			array_agg(decode(repeat('00', $2), 'hex')), array_agg('{}'::jsonb))
 		FROM generate_series(1, $1)`, n, size)
 	if err != nil {
 		t.Fatal(err)

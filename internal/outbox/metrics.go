@@ -15,7 +15,8 @@ import (
 
 const scope = "example.com/shop/internal/outbox"
 
-// meters are what a relay counts. Counters count when the cursor's move is committed, or, for verdicts, when they arrive.
+// meters are what a relay counts. Counters count when the cursor's move is committed, or, for verdicts, when they
+// arrive.
 type meters struct {
 	published, returned, nacked, unknown, parked, steals metric.Int64Counter
 	confirm                                              metric.Float64Histogram
@@ -41,9 +42,11 @@ func (r *Relay) newMeters() (m meters) {
 		metric.WithDescription("Time from writing a page to the broker until the verdict on its last message."),
 		metric.WithExplicitBucketBoundaries(.001, .002, .004, .008, .015, .03, .06, .125, .25, .5, 1, 2, 5, 10, 30))
 	m.page, errs[2] = meter.Int64Histogram("outbox.page.messages", metric.WithUnit("{message}"),
-		metric.WithDescription("Messages of a page."), metric.WithExplicitBucketBoundaries(1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000))
+		metric.WithDescription("Messages of a page."),
+		metric.WithExplicitBucketBoundaries(1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000))
 	_, errs[3] = meter.Int64ObservableGauge("outbox.lease.held",
-		metric.WithDescription("1 for a shard that this relay holds, 0 for one that it does not."), metric.WithInt64Callback(r.observeLeases))
+		metric.WithDescription("1 for a shard that this relay holds, 0 for one that it does not."),
+		metric.WithInt64Callback(r.observeLeases))
 	errs[4] = r.backlog.observe(meter)
 	report(errors.Join(errs[:]...))
 	ctx := context.Background()
@@ -77,8 +80,10 @@ func (m *measured) set(shards []Backlog) { m.last.Store(&measurement{shards, tim
 
 // observe reports the backlog. What waits grows older also while the database does not answer.
 func (m *measured) observe(meter metric.Meter) error {
-	lag, err1 := meter.Float64ObservableGauge("outbox.lag", metric.WithUnit("s"), metric.WithDescription("Age of the oldest message not delivered."))
-	backlog, err2 := meter.Int64ObservableGauge("outbox.backlog", metric.WithUnit("{message}"), metric.WithDescription("Messages not delivered."))
+	lag, err1 := meter.Float64ObservableGauge("outbox.lag", metric.WithUnit("s"),
+		metric.WithDescription("Age of the oldest message not delivered."))
+	backlog, err2 := meter.Int64ObservableGauge("outbox.backlog", metric.WithUnit("{message}"),
+		metric.WithDescription("Messages not delivered."))
 	_, err3 := meter.RegisterCallback(func(_ context.Context, o metric.Observer) error {
 		last := m.last.Load()
 		if last == nil {

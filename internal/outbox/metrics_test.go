@@ -43,7 +43,8 @@ func TestMetrics(t *testing.T) {
 		}
 		return nil
 	}
-	start(t, db, b, Config{Lease: time.Second, PollInterval: 10 * time.Millisecond, MeterProvider: sdk.NewMeterProvider(sdk.WithReader(reader))})
+	start(t, db, b, Config{Lease: time.Second, PollInterval: 10 * time.Millisecond,
+		MeterProvider: sdk.NewMeterProvider(sdk.WithReader(reader))})
 	await := func(want map[string]float64) {
 		t.Helper()
 		testenv.Eventually(t, 20*time.Second, func() error {
@@ -56,12 +57,14 @@ func TestMetrics(t *testing.T) {
 			return nil
 		})
 	}
-	await(map[string]float64{"outbox.backlog{0}": 4, "outbox.lag{0}": 60, "outbox.lease.held{0}": 1, "outbox.lease.steals{}": 1})
+	await(map[string]float64{"outbox.backlog{0}": 4, "outbox.lag{0}": 60, "outbox.lease.held{0}": 1,
+		"outbox.lease.steals{}": 1})
 	b.mu.Lock()
 	away = false
 	b.mu.Unlock()
 	await(map[string]float64{
-		"outbox.backlog{0}": 0, "outbox.lag{0}": 0, "outbox.published{}": 3, "outbox.returned{}": 1, "outbox.nacked{}": 1, "outbox.unknown{}": 1,
+		"outbox.backlog{0}": 0, "outbox.lag{0}": 0, "outbox.published{}": 3, "outbox.returned{}": 1,
+		"outbox.nacked{}": 1, "outbox.unknown{}": 1,
 		"outbox.parked{unroutable}": 1, "outbox.confirm.duration{}": 3, "outbox.page.messages{}": 3,
 	})
 	equal(t, "published", testenv.Metrics(t, reader)["outbox.published{}"], 3.0)

@@ -1,43 +1,49 @@
-// Package outbox is the Postgres side of sending: it writes messages into the log in the caller's transaction, and its
+// Package outbox is the Postgres side of sending. It writes messages to the log in the caller's transaction, and its
 // relay publishes them in order.
 //
 // # What it guarantees
 //
-// A message is in the log if and only if the transaction that inserted it committed, and then it is published at least once,
-// or parked in dead_letter with a reason. None is skipped, whatever the order in which transactions commit, and however
-// long one stays open; none waits for the transaction of another. The messages of one key are published in the order in which
-// their transactions committed: in what the broker receives, the first copy of each stands in that order, across crashes and even
-// if two relays run at once. A crash of the relay repeats at most the two pages in flight; a crash of Postgres also what it had
-// not yet written to disk about deliveries, which is less than a second's worth.
+// A message is in the log if and only if the transaction that inserted it committed. Every message in the log is
+// published at least once, or parked in dead_letter with a reason. No message is skipped, in whatever order
+// transactions commit and however long one of them stays open. No message waits for the transaction of another.
 //
-// It does not promise order between keys, nor that a message is published once: copies are for the inbox to absorb. If the broker
-// nacks one message and accepts a later one of the same key, the two change places; queues without a length limit, as
-// this project declares them, do not do that in normal operation.
+// Messages with the same key are published in the order in which their transactions committed. The broker may receive
+// copies, but it receives the first copy of each message in that order, across crashes and even if two relays run at
+// once.
 //
-// # Why nothing is skipped
+// A crash of the relay repeats at most the two pages in flight. A crash of Postgres also repeats the deliveries that
+// Postgres had not yet recorded on disk, which is less than a second's worth.
 //
-// Transactions commit in another order than the one in which they draw their ids, so "id > the last one I saw" loses what
-// commits late. Here the cursor is not a number but a snapshot, the database's own notion of what had committed: two snapshots
-// tell exactly which rows became visible in between. Every row stores its transaction's xid. A row is new if its xid is not
-// visible in the cursor's snapshot, that is, if it is one of the transactions under way back then (pg_snapshot_xip) or one that
-// began later (at or above pg_snapshot_xmax); both are found by index. The rows and the snapshot that becomes the next
-// cursor come from one statement, so they cannot disagree. The log is in log.go.
+// The package promises no order between keys, and not that a message is published only once: the inbox absorbs copies.
+// If the broker nacks a message and accepts a later one with the same key, the two swap places. Queues without a length
+// limit, which this project declares, do not do that in normal operation.
 //
-// A snapshot means something on one timeline of one cluster only. After a failover or a restore, transactions that a snapshot calls
-// visible may never have happened, and their ids be given to others. So the relay stops when the server is not the one that it took its lease
-// on, and begins again from the cursor as that server has it. The cursor is in cursor.go.
+// # Why no message is skipped
 //
-// # Why the order of a key holds
+// Transactions do not commit in the order in which they draw their ids, so "id > the last one I saw" loses rows that
+// commit late. Therefore the cursor is not a number but a snapshot: Postgres' own record of which transactions had
+// committed. Two snapshots tell exactly which rows became visible between them. Every row stores the xid of its
+// transaction. A row is new if its xid is not visible in the cursor's snapshot: its transaction was either in progress
+// when the snapshot was taken (pg_snapshot_xip) or began later (at or above pg_snapshot_xmax). An index finds both
+// kinds. One statement returns the rows and the snapshot that becomes the next cursor, so the two cannot disagree. See
+// log.go.
 //
-// Inserting takes a lock on the key that is held until the commit is visible, and only then draws the row's id. So for two
-// transactions on a key, ids are in the order of commits, and a snapshot that shows the second shows the first. Rows are published in
-// the order of id, each relay publishing one contiguous run that begins at or before the first message not yet delivered.
+// A snapshot is valid only on one timeline of one cluster. After a failover or a restore, transactions that a snapshot
+// calls visible may never have happened, and other transactions may get their ids. So the relay stops when the server
+// is not the one on which it took its lease, and starts again from the cursor that this server has. See cursor.go.
+//
+// # Why the messages of a key stay in order
+//
+// An insert locks the key before it draws the row's id, and holds the lock until the commit is visible. So if two
+// transactions insert messages with the same key, their ids follow the order of their commits, and a snapshot that
+// shows the second transaction also shows the first. Each relay publishes rows in the order of their ids, as one
+// contiguous run that begins at or before the first undelivered message.
 //
 // # Why a message is never ahead of its transaction
 //
-// A row may be visible and still vanish in a failover, for as long as the standby has not got it. So the relay claims a page before it
-// publishes it: it commits the page's snapshot to its cursor. Postgres' log is sequential, so if that commit is safe, then so is every
-// row that the page shows.
+// Until a row has reached the standby, it can be visible and still vanish in a failover. So the relay claims a page
+// before it publishes it: it commits the page's snapshot to its cursor. Postgres' write-ahead log is sequential, so
+// once that commit is safe, every row of the page is safe too.
 package outbox
 
 import (
@@ -61,18 +67,18 @@ type Writer struct {
 	gate *Gate
 }
 
-// NewWriter makes a Writer. The bell is rung after each commit; nil means that the relay finds new messages by polling. A gate may be
-// given; nil means that everything is accepted, however long the broker is away.
+// NewWriter returns a Writer. It rings the bell after each commit; if bell is nil, the relay finds new messages by
+// polling. If gate is nil, the Writer accepts every message, however long the broker is down.
 func NewWriter(db *pgxpool.Pool, bell Bell, gate *Gate) *Writer {
 	return &Writer{db: db, bell: bell, gate: gate}
 }
 
-// Transact is postgres.Transact, and rings the relay's doorbell after the commit. A process that dies in between costs
-// the message up to one poll interval, never the message. It returns ErrBacklogFull, before anything is done, if the
-// gate is closed: a call that may be a repeat uses TransactOnce.
+// Transact is postgres.Transact, and rings the relay's doorbell after the commit. If the process dies in between, the
+// message is delayed by up to one poll interval but never lost. If the gate is closed, Transact does nothing and
+// returns ErrBacklogFull; use TransactOnce for a call that may be a repeat.
 //
-// Its COMMIT waits for the synchronous standby even if fn only read (postgres.ConfirmReads): a handler may answer "this
-// was done before" on the strength of a row, and no failover takes the row back.
+// Its COMMIT waits for the synchronous standby even if fn only reads (postgres.ConfirmReads). So a handler may rely on
+// a row to answer "this was done before", and no failover undoes that row.
 func (w *Writer) Transact(ctx context.Context, fn func(tx pgx.Tx) error) error {
 	if err := w.gate.Check(); err != nil {
 		return err
@@ -80,10 +86,10 @@ func (w *Writer) Transact(ctx context.Context, fn func(tx pgx.Tx) error) error {
 	return w.transact(ctx, fn)
 }
 
-// TransactOnce is Transact for a call that may be a repeat. While the gate is closed it runs repeat instead of fn, in a
-// transaction of its own. repeat must write nothing. It looks for what an earlier call has left, and returns true if
-// that answers this one; else TransactOnce returns ErrBacklogFull, as Transact does. While the gate is open it does not
-// call repeat: fn finds an earlier call by itself.
+// TransactOnce is Transact for a call that may be a repeat. While the gate is closed, it runs repeat instead of fn, in
+// its own transaction. repeat must write nothing. It looks for the result of an earlier call and returns true if that
+// answers this call. If it returns false, TransactOnce returns ErrBacklogFull, as Transact does. While the gate is
+// open, TransactOnce does not call repeat, because fn finds an earlier call itself.
 func (w *Writer) TransactOnce(
 	ctx context.Context, repeat func(tx pgx.Tx) (answered bool, err error), fn func(tx pgx.Tx) error,
 ) error {
@@ -98,10 +104,10 @@ func (w *Writer) TransactOnce(
 	if err != nil || answered {
 		return err
 	}
-	return w.Transact(ctx, fn) // refuses, unless the gate has opened meanwhile
+	return w.Transact(ctx, fn) // returns ErrBacklogFull unless the gate has opened meanwhile
 }
 
-// transact is Transact whatever the gate says.
+// transact is Transact without the gate.
 func (w *Writer) transact(ctx context.Context, fn func(tx pgx.Tx) error) error {
 	err := postgres.Transact(ctx, w.db, func(tx pgx.Tx) error {
 		postgres.ConfirmReads(tx)
@@ -118,24 +124,27 @@ func (w *Writer) transact(ctx context.Context, fn func(tx pgx.Tx) error) error {
 
 const (
 	insertSQL    = `SELECT outbox_insert($1::uuid[], $2::text[], $3::text[], $4::bytea[], $5::jsonb[])`
-	insertOneSQL = `INSERT INTO outbox_message (type, key, payload, headers, id, made_at, checked) VALUES ($1, $2, $3, $4, $5, $6, true)`
-	// callOneSQL does the same, and checks once more, where insertOneSQL would be planned each time.
+	insertOneSQL = `INSERT INTO outbox_message (type, key, payload, headers, id, made_at, checked)
+VALUES ($1, $2, $3, $4, $5, $6, true)`
+	// callOneSQL does the same and repeats the checks. It serves connections on which Postgres would plan insertOneSQL
+	// for each call.
 	callOneSQL = `SELECT outbox_insert($1::text, $2::text, $3::bytea, $4::jsonb, $5::uuid)`
 )
 
-// Insert writes messages into the log, in their order, as part of tx. The trace of ctx travels with them.
-// It returns an error that wraps messaging.ErrInvalid, before anything is written, if one of them could never be
-// published, or two of them have one ID. Across calls nobody looks: two messages with one ID are one message, and
-// consumers apply the first that comes.
+// Insert writes messages to the log, in the given order, as part of tx. The trace of ctx travels with them. If a
+// message could never be published, or two messages have the same ID, Insert writes nothing and returns an error that
+// wraps messaging.ErrInvalid. It does not compare the IDs of different calls: two messages with the same ID are one
+// message, and consumers apply the first that arrives.
 //
-// In a transaction of Transact or of postgres.Transact they are written at its end, together with COMMIT, all in one
-// call and with no round trip of their own; until then they must not be changed. A savepoint of tx.Begin takes them
-// with it when it is rolled back; one that is made by a statement SAVEPOINT is not known here, and does not. In any
-// other transaction they are written at once. A transaction or savepoint that has ended returns pgx.ErrTxClosed.
+// In a transaction of Transact or postgres.Transact, Insert defers the write: all messages are sent in one call
+// together with COMMIT, without an extra round trip. The caller must not change them until then. Rolling back a
+// savepoint made by tx.Begin discards the messages inserted since. Insert cannot see a savepoint made by a SAVEPOINT
+// statement, so rolling that back does not discard them. In any other transaction Insert writes immediately. If the
+// transaction or savepoint has ended, it returns pgx.ErrTxClosed.
 //
-// It locks the messages' keys until the transaction ends; each key takes a place in Postgres' lock table, so tens of thousands of keys in one
-// transaction may fail for want of shared memory. A transaction that has written at once more than once, with different keys, can deadlock with
-// another that did so the other way round.
+// The write locks the messages' keys until the transaction ends. Each key takes an entry in Postgres' lock table, so a
+// transaction with tens of thousands of keys may fail because it runs out of shared memory. Two transactions that write
+// immediately can deadlock if each of them writes more than once and they write different keys in opposite order.
 func Insert(ctx context.Context, tx pgx.Tx, messages ...messaging.Message) error {
 	if len(messages) == 0 {
 		return nil
@@ -163,7 +172,8 @@ func write(ctx context.Context, tx pgx.Tx, messages []messaging.Message) error {
 	return err
 }
 
-// traced returns valid messages with the trace of ctx. No two of them have one ID.
+// traced returns a copy of messages that carries the trace of ctx. It returns an error if a message is invalid or two
+// messages have the same ID.
 func traced(ctx context.Context, messages []messaging.Message) ([]messaging.Message, error) {
 	messages = slices.Clone(messages)
 	for i := range messages {
@@ -175,14 +185,14 @@ func traced(ctx context.Context, messages []messaging.Message) ([]messaging.Mess
 	return messages, distinct(messages)
 }
 
-// distinct refuses two messages with one ID: consumers would take the second for a copy of the first.
+// distinct returns an error if two messages have the same ID: consumers would take the second for a copy of the first.
 func distinct(messages []messaging.Message) error {
 	if len(messages) < 2 {
 		return nil
 	}
 	seen := make(map[uuid.UUID]struct{}, len(messages))
 	for _, m := range messages {
-		if _, again := seen[m.ID]; again {
+		if _, duplicate := seen[m.ID]; duplicate {
 			return fmt.Errorf("%w: two messages have the id %s", messaging.ErrInvalid, m.ID)
 		}
 		seen[m.ID] = struct{}{}
@@ -190,18 +200,21 @@ func distinct(messages []messaging.Message) error {
 	return nil
 }
 
-var atCommit = postgres.Deferred[messaging.Message]{Queue: func(conn *pgx.Conn, batch *pgx.Batch, messages []messaging.Message) {
-	sql, args := statement(conn, messages)
-	batch.Queue(sql, args...)
-}}
+var atCommit = postgres.Deferred[messaging.Message]{
+	Queue: func(conn *pgx.Conn, batch *pgx.Batch, messages []messaging.Message) {
+		sql, args := statement(conn, messages)
+		batch.Queue(sql, args...)
+	},
+}
 
-// statement writes messages. One message is by far the most frequent case, and arrays of one would cost both sides more than the row does.
+// statement returns the statement that writes messages. A single message is by far the most frequent case, and passing
+// it in one-element arrays would cost both sides more than the row does.
 func statement(conn *pgx.Conn, messages []messaging.Message) (sql string, args []any) {
 	if len(messages) > 1 {
 		return insertSQL, columnsOf(messages)
 	}
 	m := messages[0]
-	// Not the ID as it is: pgx would take what uuid.UUID says to database/sql, a text, and parse it again.
+	// Convert the ID to bytes: pgx would call uuid.UUID's Value method, which returns text, and parse the text again.
 	args = []any{m.Type, m.Key, messaging.NotNil(m.Payload), m.Headers, [16]byte(m.ID)}
 	if postgres.Prepares(conn) {
 		return insertOneSQL, append(args, time.Unix(m.ID.Time().UnixTime()))

@@ -9,55 +9,60 @@ import (
 	"example.com/shop/internal/messaging"
 )
 
-// silentAfter is how long the broker may confirm nothing before that counts as problem: far longer than it takes, far shorter than a timeout.
+// silentAfter is how long the broker may confirm nothing before that counts as a problem. It is far longer than a
+// confirm takes and far shorter than a timeout.
 const silentAfter = 3 * time.Second
 
-// problem is what keeps a shard from being published, for operators. The run sets it, and the relay tells of it with its sign of life.
+// problem is the reason that a shard is not being published, for operators. The run sets it, and the relay reports it
+// with its heartbeat.
 type problem struct {
 	mu     sync.Mutex
-	cause  error     // of the last failure, nil once something got through
-	silent time.Time // since when what was published waits for a verdict, zero if nothing does
+	cause  error     // of the last failure; nil once a page was settled
+	silent time.Time // when the oldest page that waits for verdicts was written; zero if none waits
 }
 
-func (t *problem) failed(cause error) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.cause, t.silent = cause, time.Time{}
+func (p *problem) failed(cause error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.cause, p.silent = cause, time.Time{}
 }
 
-// heard notes that the broker gave its verdict, and since when the oldest page waits that is still in flight.
-func (t *problem) heard(waiting []flight) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.cause, t.silent = nil, time.Time{}
+// settled records that the broker gave its verdicts on a page. waiting are the pages still in flight, oldest first.
+func (p *problem) settled(waiting []flight) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.cause, p.silent = nil, time.Time{}
 	if len(waiting) > 0 {
-		t.silent = waiting[0].written
+		p.silent = waiting[0].written
 	}
 }
 
-// wrote notes that a page was written; it is the oldest in flight if no other waits.
-func (t *problem) wrote(at time.Time) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if t.silent.IsZero() {
-		t.silent = at
+// wrote records that a page was written. The page is the oldest in flight if no other page waits.
+func (p *problem) wrote(at time.Time) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.silent.IsZero() {
+		p.silent = at
 	}
 }
 
-// text is the problem in one line, "" if there is none.
-func (t *problem) text(now time.Time) string {
-	t.mu.Lock()
-	defer t.mu.Unlock()
+// text returns the problem in one line, or "" if there is none.
+func (p *problem) text(now time.Time) string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	switch {
-	case t.cause != nil:
-		return strings.TrimPrefix(strings.Join(strings.Fields(messaging.CleanText(t.cause.Error())), " "), errBroker.Error()+": ")
-	case !t.silent.IsZero() && now.Sub(t.silent) > silentAfter:
-		return fmt.Sprintf("the broker has confirmed nothing for %s; it may have blocked publishers (memory or disk alarm)", now.Sub(t.silent).Round(time.Second))
+	case p.cause != nil:
+		line := strings.Join(strings.Fields(messaging.CleanText(p.cause.Error())), " ")
+		return strings.TrimPrefix(line, errBroker.Error()+": ")
+	case !p.silent.IsZero() && now.Sub(p.silent) > silentAfter:
+		return fmt.Sprintf("the broker has confirmed nothing for %s; it may have blocked publishers (memory or disk "+
+			"alarm)",
+			now.Sub(p.silent).Round(time.Second))
 	}
 	return ""
 }
 
-// problem is what keeps this relay from publishing: the problem of the first of its shards that has any.
+// problem returns the reason that this relay is not publishing: the problem of any shard that has one.
 func (r *Relay) problem() string {
 	r.mu.Lock()
 	defer r.mu.Unlock()

@@ -25,12 +25,14 @@ import (
 
 // Config sets up a Relay; the zero value is fit for production.
 type Config struct {
-	// PageRows is the most messages of one page. Two pages are in flight at most, so a crash of the relay repeats up to twice as many.
-	// Default 1000: with two such pages in flight RabbitMQ, not the relay, is the limit; half of that costs a tenth of the rate.
+	// PageRows is the most messages of one page. Two pages are in flight at most, so a crash of the relay repeats up to
+	// twice as many. Default 1000: with two such pages in flight RabbitMQ, not the relay, is the limit; half of that costs
+	// a tenth of the rate.
 	PageRows int
 	// PageBytes is the most payload bytes of one page, and with it bounds the relay's memory. Default 4 MiB.
 	PageBytes int
-	// Lease is how long a relay that went silent keeps its shards, by the database's clock. Another one takes over within twice that. Default 5 s.
+	// Lease is how long a relay that went silent keeps its shards, by the database's clock. Another one takes over within
+	// twice that. Default 5 s.
 	Lease time.Duration
 	// PollInterval is the longest time between two looks at the log when no doorbell rings. Default 1 s.
 	PollInterval time.Duration
@@ -42,7 +44,8 @@ type Config struct {
 	TracerProvider trace.TracerProvider
 }
 
-// MaxRetention is the longest Retention: the ring of slots comes round after 40 hours, and one slot of eight hours is being written.
+// MaxRetention is the longest Retention: the ring of slots comes round after 40 hours, and one slot of eight hours is
+// being written.
 const MaxRetention = 32 * time.Hour
 
 func (c Config) withDefaults() Config {
@@ -57,8 +60,8 @@ func (c Config) withDefaults() Config {
 	return c
 }
 
-// Relay publishes the log, each shard in order. Any number of relays may run: they share the shards out among them, and each shard is
-// published by the one that holds its lease.
+// Relay publishes the log, each shard in order. Any number of relays may run: they share the shards out among them, and
+// each shard is published by the one that holds its lease.
 type Relay struct {
 	db           *pgxpool.Pool
 	newPublisher func() messaging.Publisher
@@ -79,8 +82,9 @@ type Relay struct {
 func NewRelay(db *pgxpool.Pool, newPublisher func() messaging.Publisher, config Config) *Relay {
 	host, _ := os.Hostname()
 	r := &Relay{
-		db: db, newPublisher: newPublisher, config: config.withDefaults(), attention: NewLocalBell(), leases: map[int16]*lease{},
-		owner: fmt.Sprintf("%s/%d/%s", host, os.Getpid(), uuid.NewString()[:8]),
+		db: db, newPublisher: newPublisher, config: config.withDefaults(), attention: NewLocalBell(),
+		leases: map[int16]*lease{},
+		owner:  fmt.Sprintf("%s/%d/%s", host, os.Getpid(), uuid.NewString()[:8]),
 	}
 	r.meters, r.spans = r.newMeters(), newSpanMaker(r.config.TracerProvider)
 	return r
@@ -95,7 +99,8 @@ func (r *Relay) Ring() {
 	}
 }
 
-// Listen hears the doorbells of other processes until ctx is done, on a direct connection to url. A relay that does not listen polls.
+// Listen hears the doorbells of other processes until ctx is done, on a direct connection to url. A relay that does not
+// listen polls.
 func (r *Relay) Listen(ctx context.Context, url string) {
 	session.Listen(ctx, url, Channel, func(payload string) {
 		if payload == leaseNews {
@@ -106,8 +111,8 @@ func (r *Relay) Listen(ctx context.Context, url string) {
 	})
 }
 
-// Run publishes until ctx is done, then waits for what is in flight and gives the leases back. It goes on through every failure of
-// the database and the broker; the only error it returns is ErrForeignCluster.
+// Run publishes until ctx is done, then waits for what is in flight and gives the leases back. It goes on through every
+// failure of the database and the broker; the only error it returns is ErrForeignCluster.
 func (r *Relay) Run(ctx context.Context) error {
 	work, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	var chores sync.WaitGroup
@@ -146,7 +151,8 @@ func newPause(first time.Duration) *backoff.ExponentialBackOff {
 	return pause
 }
 
-// databaseTimeout ends statements that should be quick: a database that vanished without a word is given up, and looked for anew.
+// databaseTimeout ends statements that should be quick: a database that vanished without a word is given up, and looked
+// for anew.
 const databaseTimeout = 10 * time.Second
 
 const aliveSQL = `
@@ -159,7 +165,8 @@ SELECT shard, ` + nativeSQL + `, CASE WHEN clock_holds(lease_expires_at, lease) 
 FROM outbox_cursor WHERE ` + readableSQL + `
 ORDER BY shard`
 
-// attend says that this relay is alive, takes shards if it has less than its share, and gives one up if another relay has too little.
+// attend says that this relay is alive, takes shards if it has less than its share, and gives one up if another relay
+// has too little.
 func (r *Relay) attend(ctx, work context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, databaseTimeout)
 	defer cancel()
@@ -203,7 +210,8 @@ func (r *Relay) attend(ctx, work context.Context) error {
 // leave takes this relay from the list of those alive.
 func (r *Relay) leave(ctx context.Context) {
 	err := shortly(ctx, func(ctx context.Context) error {
-		_, err := r.db.Exec(ctx, `DELETE FROM outbox_relay WHERE owner = $1 OR NOT clock_within(expires_at, interval '1 day')`, r.owner)
+		_, err := r.db.Exec(ctx,
+			`DELETE FROM outbox_relay WHERE owner = $1 OR NOT clock_within(expires_at, interval '1 day')`, r.owner)
 		return err
 	})
 	if err != nil {
@@ -219,7 +227,8 @@ func (r *Relay) settleDown() {
 	}
 }
 
-// shardView is a shard that can be read, whether its cursor belongs to this cluster, who holds it ("" for nobody), and which relays are alive.
+// shardView is a shard that can be read, whether its cursor belongs to this cluster, who holds it ("" for nobody), and
+// which relays are alive.
 type shardView struct {
 	Shard  int16
 	Native bool
@@ -229,8 +238,9 @@ type shardView struct {
 
 const none = -1
 
-// share works out which shards to take and which one to give up. A relay takes what is free up to its share, rounded up; and it gives one up
-// to a relay that has at least two less. So in the end nobody has more than one shard more than another.
+// share works out which shards to take and which one to give up. A relay takes what is free up to its share, rounded
+// up; and it gives one up to a relay that has at least two less. So in the end nobody has more than one shard more than
+// another.
 func share(view []shardView, me string) (take []int16, give int16) {
 	give = none
 	if len(view) == 0 {
@@ -296,8 +306,8 @@ func (r *Relay) sweepNowAndThen(ctx context.Context) {
 	}
 }
 
-// sweep empties the slots of the log in which everything is delivered and older than retention, and returns them. A slot that
-// holds something undelivered stays, however old it is.
+// sweep empties the slots of the log in which everything is delivered and older than retention, and returns them. A
+// slot that holds something undelivered stays, however old it is.
 func sweep(ctx context.Context, db *pgxpool.Pool, retention time.Duration) (slots []int16, err error) {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()

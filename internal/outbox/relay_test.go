@@ -19,8 +19,8 @@ import (
 	"google.golang.org/protobuf/types/known/wrapperspb"
 )
 
-// broker is a messaging.Publisher whose verdicts the test decides. The real one is tested in internal/rabbit, and both together in
-// internal/app; this one can fail at will.
+// broker is a messaging.Publisher whose verdicts the test decides. The real one is tested in internal/rabbit, and both
+// together in internal/app; this one can fail at will.
 type broker struct {
 	mu       sync.Mutex
 	stored   []string // in the order in which the broker took them
@@ -132,7 +132,8 @@ func parked(t *testing.T, db *pgxpool.Pool) (letters []letter, published, inCurs
 		one.Text = text(t, messaging.Message{Payload: payload})
 		letters = append(letters, one)
 	}
-	if err := db.QueryRow(t.Context(), `SELECT published, parked FROM outbox_cursor`).Scan(&published, &inCursor); err != nil {
+	if err := db.QueryRow(t.Context(), `SELECT published, parked FROM outbox_cursor`).Scan(&published,
+		&inCursor); err != nil {
 		t.Fatal(err)
 	}
 	return letters, published, inCursor
@@ -201,9 +202,12 @@ func TestRelay(t *testing.T) {
 		const sql = `INSERT INTO outbox_message (type, payload, key, headers, id, checked, made_at)
 			VALUES ('probe.P', '', 'k', '{}', outbox_uuidv7(), true, clock_timestamp())`
 		bad := []string{
-			strings.Replace(sql, `{}`, `[]`, 1), strings.Replace(sql, `{}`, `{"a": 1, "b": "x"}`, 1), strings.Replace(sql, `{}`, `{"a": null}`, 1), strings.Replace(sql, `{}`, `null`, 1), strings.Replace(sql, `{}`, `{"CC": "elsewhere"}`, 1),
+			strings.Replace(sql, `{}`, `[]`, 1), strings.Replace(sql, `{}`, `{"a": 1, "b": "x"}`, 1),
+			strings.Replace(sql, `{}`, `{"a": null}`, 1), strings.Replace(sql, `{}`, `null`, 1),
+			strings.Replace(sql, `{}`, `{"CC": "elsewhere"}`, 1),
 			strings.Replace(sql, `outbox_uuidv7()`, `gen_random_uuid()`, 1), strings.Replace(sql, `probe.P`, `a.*`, 1),
-			strings.Replace(sql, `'k'`, `repeat('k', 256)`, 1), strings.Replace(sql, `''`, `decode(repeat('00', 1048577), 'hex')`, 1),
+			strings.Replace(sql, `'k'`, `repeat('k', 256)`, 1),
+			strings.Replace(sql, `''`, `decode(repeat('00', 1048577), 'hex')`, 1),
 		}
 		insert(t, db, "k", "m000")
 		for _, sql := range bad {
@@ -216,7 +220,8 @@ func TestRelay(t *testing.T) {
 		stop()
 		equal(t, "stored", b.stored, numbered(2))
 		var inCursor, malformed int
-		err := db.QueryRow(t.Context(), `SELECT parked, (SELECT count(*) FROM dead_letter WHERE reason = 'malformed') FROM outbox_cursor`).Scan(&inCursor, &malformed)
+		err := db.QueryRow(t.Context(),
+			`SELECT parked, (SELECT count(*) FROM dead_letter WHERE reason = 'malformed') FROM outbox_cursor`).Scan(&inCursor, &malformed)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -268,7 +273,9 @@ func TestRelay(t *testing.T) {
 		b := newBroker(2)
 		closed := false
 		b.verdict = func(text string, page []string) error {
-			switch { // as one page after the other went out, the channel closed over the second, and took the first one's confirm with it
+			// As one page after the other went out, the channel closed over the second, and took the first one's
+			// confirm with it.
+			switch {
 			case text == "m001", text == "m000" && !closed:
 				closed = true
 				return fmt.Errorf("%w: 406", messaging.ErrRefused)
@@ -351,13 +358,15 @@ func TestRelay(t *testing.T) {
 		b := newBroker(1)
 		var claimed string
 		b.onPage = func([]string) error {
-			return db.QueryRow(context.Background(), `SELECT coalesce(claimed::text, '') FROM outbox_cursor`).Scan(&claimed)
+			return db.QueryRow(context.Background(),
+				`SELECT coalesce(claimed::text, '') FROM outbox_cursor`).Scan(&claimed)
 		}
 		stop := start(t, db, b, Config{})
 		await(t, "all", b.complete)
 		stop()
 		var visible bool
-		err := db.QueryRow(t.Context(), `SELECT bool_and(pg_visible_in_snapshot(xid, $1::text::pg_snapshot)) FROM outbox`, claimed).Scan(&visible)
+		err := db.QueryRow(t.Context(),
+			`SELECT bool_and(pg_visible_in_snapshot(xid, $1::text::pg_snapshot)) FROM outbox`, claimed).Scan(&visible)
 		if err != nil || !visible {
 			t.Fatalf("published before its snapshot was committed: claimed %q, %v", claimed, err)
 		}
@@ -518,7 +527,8 @@ func (r *reads) TraceQueryStart(ctx context.Context, _ *pgx.Conn, data pgx.Trace
 
 func (r *reads) TraceQueryEnd(context.Context, *pgx.Conn, pgx.TraceQueryEndData) {}
 
-// A message alone costs two looks at the log, one that finds it and one that finds nothing more: each goes through every slot.
+// A message alone costs two looks at the log, one that finds it and one that finds nothing more: each goes through
+// every slot.
 func TestTheLogIsNotReadInVain(t *testing.T) {
 	t.Parallel()
 	config, err := pgxpool.ParseConfig(testenv.PostgresURL(t))
@@ -545,9 +555,11 @@ func TestTheLogIsNotReadInVain(t *testing.T) {
 		if idle, err = r.step(t.Context()); err != nil {
 			t.Fatal(err)
 		}
-		done = append(done, fmt.Sprintf("%d stored, %d in flight, %d looks", len(b.stored), len(r.inFlight), looks.Load()))
+		done = append(done, fmt.Sprintf("%d stored, %d in flight, %d looks", len(b.stored), len(r.inFlight),
+			looks.Load()))
 	}
-	equal(t, "steps", done, []string{"1 stored, 1 in flight, 1 looks", "1 stored, 0 in flight, 1 looks", "1 stored, 0 in flight, 2 looks"})
+	equal(t, "steps", done, []string{"1 stored, 1 in flight, 1 looks", "1 stored, 0 in flight, 1 looks",
+		"1 stored, 0 in flight, 2 looks"})
 	_, published, _ := parked(t, db)
 	equal(t, "published", published, 1)
 }

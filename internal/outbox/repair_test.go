@@ -15,7 +15,8 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// TestRepair dumps a database in the middle of its work and restores it into a fresh cluster, where transaction IDs begin anew.
+// TestRepair dumps a database in the middle of its work and restores it into a fresh cluster, where transaction IDs
+// begin anew.
 func TestRepair(t *testing.T) {
 	t.Parallel()
 	db, programs := testenv.OwnPostgres(t) // what dumps a server must not be older than it
@@ -39,13 +40,15 @@ func TestRepair(t *testing.T) {
 	fillProbesFrom(t, db, 10, 40)
 	texts, first := r.page(t)
 	equal(t, "first page of the batch", texts, append(numbered(1), numbered(19)[10:]...))
-	if err := held.move(t.Context(), progress{delivered: first.end, topID: first.rows[len(first.rows)-1].id}); err != nil {
+	if err := held.move(t.Context(), progress{delivered: first.end,
+		topID: first.rows[len(first.rows)-1].id}); err != nil {
 		t.Fatal(err)
 	}
 
 	restored := restore(t, db, programs)
 	relay := NewRelay(restored, func() messaging.Publisher { return newBroker(0) }, Config{})
-	if err := relay.Run(t.Context()); !errors.Is(err, ErrForeignCluster) || !strings.Contains(err.Error(), "outbox repair") {
+	if err := relay.Run(t.Context()); !errors.Is(err, ErrForeignCluster) ||
+		!strings.Contains(err.Error(), "outbox repair") {
 		t.Fatalf("error is %v", err)
 	}
 	insert(t, restored, "", "m040") // the service is up already

@@ -16,7 +16,8 @@ import (
 	"golang.org/x/time/rate"
 )
 
-// ReplayFilter chooses messages that are delivered and still in the log; what is empty chooses all. Since and Until are times of insertion.
+// ReplayFilter chooses messages that are delivered and still in the log; what is empty chooses all. Since and Until are
+// times of insertion.
 type ReplayFilter struct {
 	Since, Until time.Time
 	Types, Keys  []string
@@ -36,7 +37,8 @@ ORDER BY id LIMIT $8`
 
 const replayPage = 200
 
-// Place is how far a replay came: after the message with this ID in the log, of this shard. The zero value is the beginning.
+// Place is how far a replay came: after the message with this ID in the log, of this shard. The zero value is the
+// beginning.
 type Place struct {
 	Shard int16
 	ID    int64
@@ -61,7 +63,8 @@ type Replayed struct {
 // It calls progress, unless that is nil, after each page. Whatever ends it, it returns how far it came: given as
 // filter.After, the place has another replay go on from there.
 func Replay(
-	ctx context.Context, db *pgxpool.Pool, publisher messaging.Publisher, filter ReplayFilter, perSecond float64, progress func(Replayed),
+	ctx context.Context, db *pgxpool.Pool, publisher messaging.Publisher, filter ReplayFilter, perSecond float64,
+	progress func(Replayed),
 ) (Replayed, error) {
 	done := Replayed{Last: filter.After}
 	page := max(1, min(replayPage, int(perSecond))) // a second's worth at most: a rate, and not bursts
@@ -108,7 +111,8 @@ func Replay(
 
 // passing tells whether an error is one that time mends.
 func passing(err error) bool {
-	return !errors.Is(err, messaging.ErrRefused) && (errors.Is(err, postgres.ErrUnavailable) || errors.Is(err, errBroker))
+	return !errors.Is(err, messaging.ErrRefused) &&
+		(errors.Is(err, postgres.ErrUnavailable) || errors.Is(err, errBroker))
 }
 
 // The newest message of each shard, in the order of the shards.
@@ -168,7 +172,8 @@ func replayRows(ctx context.Context, db *pgxpool.Pool, end, last Place, f Replay
 	return rows, nil
 }
 
-// publishAgain publishes a page and waits for the verdicts. It returns how many messages are left out, since no queue wanted them or they are malformed.
+// publishAgain publishes a page and waits for the verdicts. It returns how many messages are left out, since no queue
+// wanted them or they are malformed.
 func publishAgain(ctx context.Context, publisher messaging.Publisher, rows []row) (leftOut int, err error) {
 	messages := make([]messaging.Message, 0, len(rows))
 	for _, row := range rows {
@@ -187,7 +192,8 @@ func publishAgain(ctx context.Context, publisher messaging.Publisher, rows []row
 		switch {
 		case errors.Is(verdict, messaging.ErrReturned):
 			leftOut++
-			slog.WarnContext(ctx, "replayed message is unroutable", "message_id", messages[i].ID, "type", messages[i].Type)
+			slog.WarnContext(ctx, "replayed message is unroutable", "message_id", messages[i].ID,
+				"type", messages[i].Type)
 		case verdict != nil:
 			_ = publisher.Close() // it is broken, or will be of no further use
 			return 0, fmt.Errorf("%w: replay message %s: %w", errBroker, messages[i].ID, verdict)

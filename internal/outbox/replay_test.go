@@ -124,7 +124,8 @@ func TestReplay(t *testing.T) {
 		}
 		published, unroutable := replay(t, db, b, ReplayFilter{})
 		equal(t, "published, unroutable", []int{published, unroutable}, []int{n - 1, 1})
-		equal(t, "first copies", b.firstCopies(), slices.DeleteFunc(numbered(n), func(text string) bool { return text == "m017" }))
+		equal(t, "first copies", b.firstCopies(), slices.DeleteFunc(numbered(n),
+			func(text string) bool { return text == "m017" }))
 	})
 
 	t.Run("KeepsToItsRate", func(t *testing.T) {
@@ -176,7 +177,8 @@ func TestReplay(t *testing.T) {
 		if err != nil || last.Published != behind {
 			t.Errorf("behind the second shard: %+v, %v, want %d", last, err, behind)
 		}
-		if _, err := Replay(t.Context(), db, b, ReplayFilter{After: Place{Shard: 77, ID: 1}}, fast, nil); !errors.Is(err, errNoShard) {
+		if _, err := Replay(t.Context(), db, b, ReplayFilter{After: Place{Shard: 77, ID: 1}}, fast,
+			nil); !errors.Is(err, errNoShard) {
 			t.Errorf("a shard that is not there: %v", err)
 		}
 	})

@@ -125,7 +125,8 @@ func TestSweep(t *testing.T) {
 				swept <- slots
 			}()
 			for !met && len(swept) == 0 {
-				err := db.QueryRow(t.Context(), `SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted AND database = (SELECT oid FROM pg_database WHERE datname = current_database()))`).Scan(&met)
+				err := db.QueryRow(t.Context(),
+					`SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted AND database = (SELECT oid FROM pg_database WHERE datname = current_database()))`).Scan(&met)
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -149,7 +150,8 @@ func TestSweep(t *testing.T) {
 		deliver(t, db)
 		nextSlot(t, db)
 		other := openTx(t, db)
-		if _, err := other.Exec(t.Context(), fmt.Sprintf(`LOCK TABLE ONLY outbox_slot_%d IN ACCESS EXCLUSIVE MODE`, next)); err != nil {
+		if _, err := other.Exec(t.Context(), fmt.Sprintf(`LOCK TABLE ONLY outbox_slot_%d IN ACCESS EXCLUSIVE MODE`,
+			next)); err != nil {
 			t.Fatal(err)
 		}
 		equal(t, "swept", sweepNow(t, db, 0), []int16{slot})
@@ -211,12 +213,14 @@ func TestSizeStaysFlat(t *testing.T) {
 func TestTheSlotOfANewRowIsInlined(t *testing.T) {
 	t.Parallel()
 	db := testenv.Postgres(t)
-	rows, _ := db.Query(t.Context(), `EXPLAIN (VERBOSE, COSTS off) SELECT outbox_slot(clock_timestamp()), outbox_shard(key, message_id) FROM outbox_scheduled`)
+	rows, _ := db.Query(t.Context(),
+		`EXPLAIN (VERBOSE, COSTS off) SELECT outbox_slot(clock_timestamp()), outbox_shard(key, message_id) FROM outbox_scheduled`)
 	plan, err := pgx.CollectRows(rows, pgx.RowTo[string])
 	if err != nil {
 		t.Fatal(err)
 	}
-	if text := strings.Join(plan, "\n"); strings.Contains(text, "outbox_slot(") || strings.Contains(text, "outbox_shard(") {
+	if text := strings.Join(plan, "\n"); strings.Contains(text, "outbox_slot(") ||
+		strings.Contains(text, "outbox_shard(") {
 		t.Errorf("a function is called:\n%s", text)
 	}
 }

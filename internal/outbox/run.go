@@ -15,18 +15,20 @@ import (
 	"github.com/cenkalti/backoff/v5"
 )
 
-// maxInFlight is how many pages may be without verdict. With two, the next page is read, claimed and written while the broker
-// still works on the one before; more would only add to what a crash repeats.
+// maxInFlight is how many pages may be without verdict. With two, the next page is read, claimed and written while the
+// broker still works on the one before; more would only add to what a crash repeats.
 const maxInFlight = 2
 
-// minPoll is how soon the log is looked at again after something was found; the pause doubles from there to the poll interval.
+// minPoll is how soon the log is looked at again after something was found; the pause doubles from there to the poll
+// interval.
 const minPoll = 2 * time.Millisecond
 
 // errBroker is wrapped by the failures that leave the lease and the position intact.
 var errBroker = errors.New("broker")
 
-// run publishes under one lease. It is a single goroutine: read, claim, publish, settle. When the broker fails, it goes back to the
-// last position that is known to be delivered; when the database fails, it ends, and the next run asks the cursor where it stands.
+// run publishes under one lease. It is a single goroutine: read, claim, publish, settle. When the broker fails, it goes
+// back to the last position that is known to be delivered; when the database fails, it ends, and the next run asks the
+// cursor where it stands.
 type run struct {
 	log       eventLog
 	cursor    *cursor
@@ -44,10 +46,11 @@ type run struct {
 	inFlight []flight // published, without verdict, oldest first
 	settled  progress // what is delivered and not yet recorded
 	dirty    bool     // settled has something to record
-	// caughtUp: all that there was has been read, and no doorbell has rung since. There is no use in looking for more before the broker has answered.
+	// caughtUp: all that there was has been read, and no doorbell has rung since. There is no use in looking for more
+	// before the broker has answered.
 	caughtUp bool
-	// alone is how many more messages are to be published one by one. The broker closed the channel over one of them without
-	// saying which; published alone, it gives itself away, and the others are repeated once and no more.
+	// alone is how many more messages are to be published one by one. The broker closed the channel over one of them
+	// without saying which; published alone, it gives itself away, and the others are repeated once and no more.
 	alone int
 }
 
@@ -65,7 +68,8 @@ func (t *lease) newRun(held *cursor, at position) *run {
 	config := t.relay.config
 	return &run{
 		log:    eventLog{db: t.relay.db, shard: t.shard, maxRows: config.PageRows, maxBytes: config.PageBytes},
-		cursor: held, publisher: t.publisher, meters: &t.relay.meters, problem: &t.problem, spans: t.relay.spans, wake: t.wake, poll: config.PollInterval, pause: t.pause,
+		cursor: held, publisher: t.publisher, meters: &t.relay.meters, problem: &t.problem, spans: t.relay.spans,
+		wake: t.wake, poll: config.PollInterval, pause: t.pause,
 		next: at, settled: progress{delivered: at},
 	}
 }
@@ -98,8 +102,8 @@ func (r *run) loop(ctx context.Context) error {
 	}
 }
 
-// step does the next thing: publish another page if there is one and room for it, else settle the oldest in flight, else
-// record. It returns true when there was nothing to do.
+// step does the next thing: publish another page if there is one and room for it, else settle the oldest in flight,
+// else record. It returns true when there was nothing to do.
 func (r *run) step(ctx context.Context) (idle bool, err error) {
 	retired := r.ahead == nil && r.cursor.retired.Load() // known before the log is looked at
 	if len(r.inFlight) < r.room() && (len(r.inFlight) == 0 || !r.caughtUp) {
@@ -164,8 +168,9 @@ type ahead struct {
 	err   error
 }
 
-// readAhead begins to read the page behind one that has been published. It begins within a batch only: what stands there is settled, while
-// the news behind the batch are the fresher the later they are looked for. (At the batch's end it finds news all the same.)
+// readAhead begins to read the page behind one that has been published. It begins within a batch only: what stands
+// there is settled, while the news behind the batch are the fresher the later they are looked for. (At the batch's end
+// it finds news all the same.)
 func (r *run) readAhead(ctx context.Context) {
 	if r.next.batch == "" || r.alone > 0 {
 		return
@@ -213,8 +218,9 @@ func (r *run) publish(ctx context.Context, found *page) error {
 	return nil
 }
 
-// await waits for what the broker says of a page. It returns false if ctx ended the wait, or the doorbell while there is room for another page: what
-// has been inserted meanwhile should be read, claimed and written while the broker works, and not wait for its answer first.
+// await waits for what the broker says of a page. It returns false if ctx ended the wait, or the doorbell while there
+// is room for another page: what has been inserted meanwhile should be read, claimed and written while the broker
+// works, and not wait for its answer first.
 func (r *run) await(ctx context.Context, page flight) ([]error, bool) {
 	if len(r.inFlight) >= r.room() {
 		found := page.receipt.Wait(ctx)
@@ -235,12 +241,14 @@ func (r *run) await(ctx context.Context, page flight) ([]error, bool) {
 	brokenOff := ctx.Err() != nil
 	cancel()
 	<-listening
-	return found, !brokenOff || !slices.ContainsFunc(found, func(verdict error) bool { return errors.Is(verdict, context.Canceled) })
+	return found, !brokenOff || !slices.ContainsFunc(found,
+		func(verdict error) bool { return errors.Is(verdict, context.Canceled) })
 }
 
-// settle waits for the verdicts on the oldest page. The position moves over the rows up to the first one that must be sent again:
-// everything behind that one is sent again too, whatever its own verdict, so that the order holds. It counts a page once: if the wait
-// is broken off, nothing is counted yet and the page stays in flight; else the page is out of flight, in whole or with all that is behind it.
+// settle waits for the verdicts on the oldest page. The position moves over the rows up to the first one that must be
+// sent again: everything behind that one is sent again too, whatever its own verdict, so that the order holds. It
+// counts a page once: if the wait is broken off, nothing is counted yet and the page stays in flight; else the page is
+// out of flight, in whole or with all that is behind it.
 func (r *run) settle(ctx context.Context) error {
 	oldest := r.inFlight[0]
 	heard, complete := r.await(ctx, oldest)
@@ -275,14 +283,14 @@ func (r *run) settle(ctx context.Context) error {
 	}
 	r.passed(oldest.end)
 	r.inFlight = r.inFlight[1:]
-	r.problem.heard(r.inFlight)
+	r.problem.settled(r.inFlight)
 	r.alone = max(0, r.alone-len(oldest.rows))
 	r.pause.Reset() // something got through
 	return nil
 }
 
-// judge tells whether a verdict is final, and why the message is parked if it is not nil. A refusal is final for a message that was
-// alone on the channel.
+// judge tells whether a verdict is final, and why the message is parked if it is not nil. A refusal is final for a
+// message that was alone on the channel.
 func judge(verdict error, alone bool) (reason deadletter.Reason, final bool) {
 	switch {
 	case verdict == nil:
@@ -337,7 +345,8 @@ func (r *run) retreat(ctx context.Context, cause error) error {
 		}
 	}
 	if errors.Is(cause, messaging.ErrRefused) {
-		slog.WarnContext(ctx, "broker refused something on the page, publishing one by one", "messages", r.alone, "error", cause)
+		slog.WarnContext(ctx, "broker refused something on the page, publishing one by one", "messages", r.alone,
+			"error", cause)
 		return nil
 	}
 	r.problem.failed(cause)
@@ -347,8 +356,8 @@ func (r *run) retreat(ctx context.Context, cause error) error {
 	return nil
 }
 
-// giveUp forgets what is in flight, and goes back to what is known to be delivered. The channel must go with it: a verdict that
-// came later would be taken for one of the next try.
+// giveUp forgets what is in flight, and goes back to what is known to be delivered. The channel must go with it: a
+// verdict that came later would be taken for one of the next try.
 func (r *run) giveUp() {
 	if r.ahead != nil {
 		<-r.ahead.done
@@ -366,8 +375,8 @@ func (r *run) forget(flights []flight) {
 	}
 }
 
-// finish settles what is in flight at shutdown, so that the next relay need not send it again. The broker's silence must not use up
-// the time to record what it has confirmed.
+// finish settles what is in flight at shutdown, so that the next relay need not send it again. The broker's silence
+// must not use up the time to record what it has confirmed.
 func (r *run) finish(ctx context.Context) error {
 	err := shortly(ctx, func(ctx context.Context) (err error) {
 		for err == nil && len(r.inFlight) > 0 {

@@ -124,7 +124,10 @@ func TestDeferredMessagesFollowSavepoints(t *testing.T) {
 	db := testenv.Postgres(t)
 	exec(t, db, `CREATE TABLE t (n integer); CREATE TABLE after (n integer, position bigint GENERATED ALWAYS AS IDENTITY)`)
 	hub := changes.New(changes.Config{})
-	topic := changes.NewTopic(hub, "savepoints", func(context.Context, []string) (map[string]*wrapperspb.StringValue, error) { return nil, nil })
+	topic := changes.NewTopic(hub, "savepoints", func(context.Context, []string) (map[string]*wrapperspb.StringValue,
+		error) {
+		return nil, nil
+	})
 	rapid.Check(t, func(rt *rapid.T) {
 		program, fails := actions(rt, 3), rapid.Bool().Draw(rt, "fails")
 		at := &world{begin: func(ctx context.Context, tx pgx.Tx, fn func(context.Context, pgx.Tx) error) error {
@@ -133,7 +136,10 @@ func TestDeferredMessagesFollowSavepoints(t *testing.T) {
 			_, err := tx.Exec(ctx, `INSERT INTO after (n) VALUES ($1)`, n)
 			return err
 		}}
-		wantErr := pgx.BeginFunc(t.Context(), db, func(tx pgx.Tx) error { return at.whole(t.Context(), tx, program, fails) })
+		wantErr := pgx.BeginFunc(t.Context(), db, func(tx pgx.Tx) error {
+			return at.whole(t.Context(), tx, program,
+				fails)
+		})
 		want := leavings(t, db)
 		exec(t, db, `TRUNCATE outbox, outbox_scheduled, t, after`)
 
@@ -151,7 +157,10 @@ func TestDeferredMessagesFollowSavepoints(t *testing.T) {
 			postgres.AfterCommit(tx, func() { called = append(called, n) })
 			return nil
 		}}
-		err := postgres.Transact(t.Context(), db, func(tx pgx.Tx) error { return deferred.whole(t.Context(), tx, program, fails) })
+		err := postgres.Transact(t.Context(), db, func(tx pgx.Tx) error {
+			return deferred.whole(t.Context(), tx,
+				program, fails)
+		})
 		got := leavings(t, db)
 		exec(t, db, `TRUNCATE outbox, outbox_scheduled, t, after`)
 
@@ -267,7 +276,8 @@ func TestInsertIntoAnEndedTransaction(t *testing.T) {
 	err := postgres.Transact(t.Context(), db, func(tx pgx.Tx) error {
 		ended = tx
 		for _, end := range []func(tx pgx.Tx) error{
-			func(tx pgx.Tx) error { return tx.Commit(t.Context()) }, func(tx pgx.Tx) error { return tx.Rollback(t.Context()) },
+			func(tx pgx.Tx) error { return tx.Commit(t.Context()) },
+			func(tx pgx.Tx) error { return tx.Rollback(t.Context()) },
 		} {
 			savepoint, err := tx.Begin(t.Context())
 			if err != nil {

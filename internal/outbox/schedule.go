@@ -17,8 +17,9 @@ const (
 	latestSQL   = `SELECT outbox_schedule($1::uuid[], $2::text[], $3::text[], $4::bytea[], $5::jsonb[], clock_timestamp() + $6::interval, true)`
 )
 
-// Schedule writes messages, as part of tx, that are inserted into the log at the time due by the database's clock, or soon after; until then
-// they are kept apart from it. They are published with the random part of their IDs, and the time of that moment in it.
+// Schedule writes messages, as part of tx, that are inserted into the log at the time due by the database's clock, or
+// soon after; until then they are kept apart from it. They are published with the random part of their IDs, and the
+// time of that moment in it.
 func Schedule(ctx context.Context, tx pgx.Tx, due time.Time, messages ...messaging.Message) error {
 	return schedule(ctx, tx, scheduleSQL, due, messages)
 }
@@ -29,7 +30,8 @@ func Schedule(ctx context.Context, tx pgx.Tx, due time.Time, messages ...messagi
 func InsertLatest(ctx context.Context, tx pgx.Tx, within time.Duration, messages ...messaging.Message) error {
 	for _, message := range messages {
 		if message.Key == "" {
-			return fmt.Errorf("insert into outbox: %w: only the latest of a key can be wanted, and message %s has no key", messaging.ErrInvalid, message.ID)
+			return fmt.Errorf("insert into outbox: %w: only the latest of a key can be wanted, and message %s has "+
+				"no key", messaging.ErrInvalid, message.ID)
 		}
 	}
 	return schedule(ctx, tx, latestSQL, within, messages)
@@ -50,7 +52,8 @@ func schedule(ctx context.Context, tx pgx.Tx, sql string, when any, messages []m
 	return nil
 }
 
-// ErrNotScheduled means that a message is not waiting for its time: it was inserted into the log already, or never scheduled.
+// ErrNotScheduled means that a message is not waiting for its time: it was inserted into the log already, or never
+// scheduled.
 var ErrNotScheduled = errors.New("message is not scheduled")
 
 // Unschedule takes a scheduled message back, as part of tx.
@@ -76,7 +79,8 @@ func (r *Relay) moveDue(ctx context.Context) {
 		var next *time.Duration
 		limited, cancel := context.WithTimeout(ctx, databaseTimeout)
 		err := postgres.Transact(limited, r.db, func(tx pgx.Tx) error {
-			return tx.QueryRow(limited, `SELECT moved, next_due_at - clock_timestamp() FROM outbox_move_due($1)`, moveAtOnce).Scan(&moved, &next)
+			return tx.QueryRow(limited, `SELECT moved, next_due_at - clock_timestamp() FROM outbox_move_due($1)`,
+				moveAtOnce).Scan(&moved, &next)
 		})
 		cancel()
 		if err != nil {
@@ -93,7 +97,8 @@ func (r *Relay) moveDue(ctx context.Context) {
 		}
 		until := r.config.PollInterval
 		if next != nil {
-			until = min(until, max(*next, 10*time.Millisecond)) // what is due and locked by somebody is not asked for without a break
+			// What is due and locked by somebody is not asked for without a break.
+			until = min(until, max(*next, 10*time.Millisecond))
 		}
 		if moved < moveAtOnce {
 			wait(ctx, nil, until)

@@ -69,7 +69,8 @@ func TestSchedule(t *testing.T) {
 		equal(t, "moved", moveDue(t, db), 1)
 		rows, _ := newReader(db).rawPage(t)
 		got := rows[0].message
-		if age := time.Since(time.Unix(got.ID.Time().UnixTime())); age > time.Minute || age < -time.Minute || got.ID.Version() != 7 {
+		if age := time.Since(time.Unix(got.ID.Time().UnixTime())); age > time.Minute || age < -time.Minute ||
+			got.ID.Version() != 7 {
 			t.Errorf("ID %s is %s old", got.ID, age)
 		}
 		equal(t, "random bits", fmt.Sprintf("%x", got.ID[7:]), fmt.Sprintf("%x", message.ID[7:]))
@@ -180,7 +181,8 @@ func TestInsertLatest(t *testing.T) {
 							if err != nil {
 								return err
 							}
-							return InsertLatest(t.Context(), tx, 10*time.Millisecond, probe(key, fmt.Sprintf("%s%03d", key, n)))
+							return InsertLatest(t.Context(), tx, 10*time.Millisecond,
+								probe(key, fmt.Sprintf("%s%03d", key, n)))
 						})
 						if err != nil {
 							t.Error(err)
@@ -223,7 +225,8 @@ func TestInsertLatestCountsByTheDatabasesClock(t *testing.T) {
 	testenv.ShiftClock(t, db, time.Hour)
 	latest(t, db, time.Minute, probe("k", "m"))
 	var waits time.Duration
-	if err := db.QueryRow(t.Context(), `SELECT due_at - clock_timestamp() FROM outbox_scheduled`).Scan(&waits); err != nil {
+	if err := db.QueryRow(t.Context(),
+		`SELECT due_at - clock_timestamp() FROM outbox_scheduled`).Scan(&waits); err != nil {
 		t.Fatal(err)
 	}
 	if waits > time.Minute || waits < 30*time.Second {

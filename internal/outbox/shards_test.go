@@ -42,7 +42,8 @@ func TestShare(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			var view []shardView
 			for i, holder := range one.holders {
-				view = append(view, shardView{int16(i), true, strings.Trim(string(holder), "."), strings.Split(one.relays, "")})
+				view = append(view, shardView{int16(i), true, strings.Trim(string(holder), "."),
+					strings.Split(one.relays, "")})
 			}
 			take, give := share(view, "a")
 			equal(t, "take", take, one.take)
@@ -75,7 +76,8 @@ func startFleet(t *testing.T, db *pgxpool.Pool, b *broker, n int) (stops []func(
 // holders returns the owners of the shards that are read, in their order.
 func holders(t *testing.T, db *pgxpool.Pool) []string {
 	t.Helper()
-	rows, err := db.Query(t.Context(), `SELECT owner FROM outbox_cursor WHERE NOT drained AND NOT retired ORDER BY shard`)
+	rows, err := db.Query(t.Context(),
+		`SELECT owner FROM outbox_cursor WHERE NOT drained AND NOT retired ORDER BY shard`)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -122,8 +124,8 @@ func TestShardsAreSharedOut(t *testing.T) {
 	}
 }
 
-// While writers write and two relays relay, the log is spread over ever other numbers of shards. In what the broker receives, the first
-// copies of each key stand in the order of their commits, and nothing is missing.
+// While writers write and two relays relay, the log is spread over ever other numbers of shards. In what the broker
+// receives, the first copies of each key stand in the order of their commits, and nothing is missing.
 func TestChangingTheShardsLosesAndReordersNothing(t *testing.T) {
 	t.Parallel()
 	db := testenv.Postgres(t)
@@ -135,7 +137,10 @@ func TestChangingTheShardsLosesAndReordersNothing(t *testing.T) {
 		writers.Go(func() {
 			key := string(rune('a' + k))
 			for i := range each {
-				err := postgres.Transact(t.Context(), db, func(tx pgx.Tx) error { return Insert(t.Context(), tx, probe(key, fmt.Sprintf("%s%03d", key, i))) })
+				err := postgres.Transact(t.Context(), db, func(tx pgx.Tx) error {
+					return Insert(t.Context(), tx,
+						probe(key, fmt.Sprintf("%s%03d", key, i)))
+				})
 				if err != nil {
 					t.Error(err)
 				}
@@ -148,7 +153,8 @@ func TestChangingTheShardsLosesAndReordersNothing(t *testing.T) {
 	writers.Wait()
 	testenv.Eventually(t, 30*time.Second, func() error {
 		var left int
-		if err := db.QueryRow(t.Context(), `SELECT count(*) FROM outbox_cursor WHERE retired AND NOT drained`).Scan(&left); err != nil || left > 0 {
+		if err := db.QueryRow(t.Context(),
+			`SELECT count(*) FROM outbox_cursor WHERE retired AND NOT drained`).Scan(&left); err != nil || left > 0 {
 			return fmt.Errorf("%d retired shards are not drained, %v", left, err)
 		}
 		b.mu.Lock()
@@ -207,7 +213,8 @@ func TestANewGenerationWaitsForTheOldOne(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		all = append(all, (&reader{log: eventLog{db: db, shard: 1 + shard, maxRows: 10, maxBytes: 1 << 20}, at: at}).all(t)...)
+		all = append(all, (&reader{log: eventLog{db: db, shard: 1 + shard, maxRows: 10, maxBytes: 1 << 20},
+			at: at}).all(t)...)
 	}
 	equal(t, "in the new shards", all, []string{"m001"})
 }

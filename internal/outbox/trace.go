@@ -12,17 +12,20 @@ import (
 	"go.opentelemetry.io/otel/trace/noop"
 )
 
-// The trace of a message: "create" where it is inserted, which is a child of whatever the caller is doing; "publish" for each try of the relay, as
-// a child of that, though hours may lie between; and "process" in the consumer, as a child of the publishing that it got. The context
-// travels in the row's headers and in those of AMQP, as W3C traceparent.
+// The trace of a message: "create" where it is inserted, which is a child of whatever the caller is doing; "publish"
+// for each try of the relay, as a child of that, though hours may lie between; and "process" in the consumer, as a
+// child of the publishing that it got. The context travels in the row's headers and in those of AMQP, as W3C
+// traceparent.
 
-// startCreate starts the span of an insert, with the provider of the span that ctx is in: where nothing is recorded, it costs nothing.
+// startCreate starts the span of an insert, with the provider of the span that ctx is in: where nothing is recorded, it
+// costs nothing.
 func startCreate(ctx context.Context, messages []messaging.Message) (context.Context, trace.Span) {
 	within := trace.SpanFromContext(ctx)
 	if !within.IsRecording() {
 		return ctx, noop.Span{}
 	}
-	attributes := []attribute.KeyValue{attribute.String("messaging.system", "rabbitmq"), attribute.String("messaging.operation.type", "create")}
+	attributes := []attribute.KeyValue{attribute.String("messaging.system", "rabbitmq"),
+		attribute.String("messaging.operation.type", "create")}
 	if len(messages) == 1 {
 		attributes = append(attributes, attribute.String("messaging.message.id", messages[0].ID.String()))
 	} else {
@@ -32,9 +35,10 @@ func startCreate(ctx context.Context, messages []messaging.Message) (context.Con
 		trace.WithSpanKind(trace.SpanKindProducer), trace.WithAttributes(attributes...))
 }
 
-// withTrace returns headers with the W3C trace context of ctx, as a copy unless there is none. It is stored in the row because the relay publishes
-// much later, in a process that knows nothing of the request. A caller's trace must not be what makes a message invalid: its state, which
-// is the caller's to fill, is left out if it is long, and all of it if there is no room.
+// withTrace returns headers with the W3C trace context of ctx, as a copy unless there is none. It is stored in the row
+// because the relay publishes much later, in a process that knows nothing of the request. A caller's trace must not be
+// what makes a message invalid: its state, which is the caller's to fill, is left out if it is long, and all of it if
+// there is no room.
 func withTrace(ctx context.Context, headers map[string]string) map[string]string {
 	carrier := propagation.MapCarrier{}
 	if len(headers) <= messaging.MaxHeaders-2 {
@@ -79,14 +83,17 @@ func (m spanMaker) start(ctx context.Context, messages []messaging.Message) (sta
 		if !trace.SpanContextFromContext(created).IsSampled() {
 			continue
 		}
-		publishing, span := m.tracer.Start(created, "publish "+one.Type, trace.WithSpanKind(trace.SpanKindProducer), trace.WithAttributes(
-			attribute.String("messaging.system", "rabbitmq"), attribute.String("messaging.operation.type", "send"),
-			attribute.String("messaging.rabbitmq.destination.routing_key", one.Type), attribute.String("messaging.message.id", one.ID.String())))
+		publishing, span := m.tracer.Start(created, "publish "+one.Type, trace.WithSpanKind(trace.SpanKindProducer),
+			trace.WithAttributes(
+				attribute.String("messaging.system", "rabbitmq"), attribute.String("messaging.operation.type", "send"),
+				attribute.String("messaging.rabbitmq.destination.routing_key", one.Type),
+				attribute.String("messaging.message.id", one.ID.String())))
 		if started == nil {
 			started = spans{}
 		}
 		started[i] = span
-		one.Headers = maps.Clone(one.Headers) // the row's own stay what they are: they may be published again, or parked
+		// The row's own stay what they are: they may be published again, or parked.
+		one.Headers = maps.Clone(one.Headers)
 		propagation.TraceContext{}.Inject(publishing, propagation.MapCarrier(one.Headers))
 	}
 	return started

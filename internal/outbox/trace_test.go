@@ -16,7 +16,8 @@ import (
 	"go.opentelemetry.io/otel/trace"
 )
 
-// Each try to publish a message is a span below the insert, with the verdict; the broker's copy carries on that span, and the row stays as it was.
+// Each try to publish a message is a span below the insert, with the verdict; the broker's copy carries on that span,
+// and the row stays as it was.
 func TestPublishingIsTraced(t *testing.T) {
 	t.Parallel()
 	db := testenv.Postgres(t)
@@ -30,7 +31,8 @@ func TestPublishingIsTraced(t *testing.T) {
 	call.End()
 	insert(t, db, "", "untraced")
 	var stored string
-	if err := db.QueryRow(t.Context(), `SELECT headers ->> 'traceparent' FROM outbox WHERE headers <> '{}'`).Scan(&stored); err != nil {
+	if err := db.QueryRow(t.Context(),
+		`SELECT headers ->> 'traceparent' FROM outbox WHERE headers <> '{}'`).Scan(&stored); err != nil {
 		t.Fatal(err)
 	}
 	b := newBroker(0)
@@ -61,14 +63,16 @@ func TestPublishingIsTraced(t *testing.T) {
 	created := recorder.Ended()[0]
 	equal(t, "first to end", created.Name(), "create google.protobuf.StringValue")
 	equal(t, "above the insert", created.Parent().SpanID(), call.SpanContext().SpanID())
-	equal(t, "in the row", stored, "00-"+created.SpanContext().TraceID().String()+"-"+created.SpanContext().SpanID().String()+"-01")
+	equal(t, "in the row", stored, "00-"+created.SpanContext().TraceID().String()+"-"+
+		created.SpanContext().SpanID().String()+"-01")
 	for i, want := range []codes.Code{codes.Error, codes.Unset} {
 		equal(t, "above the publishing", publishes[i].Parent().SpanID(), created.SpanContext().SpanID())
 		equal(t, "verdict", publishes[i].Status().Code, want)
 		equal(t, "kind", publishes[i].SpanKind(), trace.SpanKindProducer)
 	}
 	var after string
-	if err := db.QueryRow(t.Context(), `SELECT headers ->> 'traceparent' FROM outbox WHERE headers <> '{}'`).Scan(&after); err != nil {
+	if err := db.QueryRow(t.Context(),
+		`SELECT headers ->> 'traceparent' FROM outbox WHERE headers <> '{}'`).Scan(&after); err != nil {
 		t.Fatal(err)
 	}
 	equal(t, "in the row afterwards", after, stored)
@@ -82,7 +86,8 @@ func TestUntracedMessagesAreLeftAlone(t *testing.T) {
 	one.Headers = map[string]string{"traceparent": strings.Replace(notSampled, "-00", "-01", 1)}
 	equal(t, "spans without tracer", len(newSpanMaker(nil).start(t.Context(), []messaging.Message{one})), 0)
 	one.Headers["traceparent"] = notSampled
-	equal(t, "spans of what is not sampled", len(newSpanMaker(sdktrace.NewTracerProvider()).start(t.Context(), []messaging.Message{one})), 0)
+	equal(t, "spans of what is not sampled", len(newSpanMaker(sdktrace.NewTracerProvider()).start(t.Context(),
+		[]messaging.Message{one})), 0)
 	equal(t, "header", one.Headers["traceparent"], notSampled)
 }
 

@@ -8,8 +8,9 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 )
 
-// beginning is a transaction whose BEGIN goes to Postgres in one batch with its first statement or batch, so that it costs no round trip of its own.
-// Before what cannot be part of a batch it begins by itself, and it never begins if nothing is asked of it.
+// beginning is a transaction whose BEGIN goes to Postgres in one batch with its first statement or batch, so that it
+// costs no round trip of its own. Before what cannot be part of a batch it begins by itself, and it never begins if
+// nothing is asked of it.
 type beginning struct {
 	pgx.Tx // nil until it has begun
 	conn   *pgx.Conn
@@ -21,7 +22,8 @@ type beginning struct {
 	over bool
 }
 
-// send begins the transaction and sends statements along. The results that it returns are those of the statements alone, and must be closed.
+// send begins the transaction and sends statements along. The results that it returns are those of the statements
+// alone, and must be closed.
 func (t *beginning) send(ctx context.Context, statements ...*pgx.QueuedQuery) pgx.BatchResults {
 	var batch pgx.Batch
 	batch.BeginTx(pgx.TxOptions{IsoLevel: pgx.ReadCommitted})
@@ -34,7 +36,8 @@ func (t *beginning) send(ctx context.Context, statements ...*pgx.QueuedQuery) pg
 	t.Tx = results.Tx()
 	for i := range ours {
 		if _, err := results.Exec(); err != nil && i == 0 { // an error is that of everything that follows
-			// BEGIN failed; or nothing was sent, since Postgres could not prepare the statement, or pgx not encode its arguments.
+			// BEGIN failed; or nothing was sent, since Postgres could not prepare the statement, or pgx not encode its
+			// arguments.
 			t.failed = fmt.Errorf("the transaction has not begun: %w", err)
 		}
 	}
@@ -76,7 +79,8 @@ func (t *beginning) isFirst(sql string, args []any) bool {
 
 // Exec implements pgx.Tx.
 func (t *beginning) Exec(ctx context.Context, sql string, args ...any) (pgconn.CommandTag, error) {
-	if t.isFirst(sql, args) && len(args) > 0 { // without arguments it may be several statements, which only Exec can send
+	// Without arguments it may be several statements, which only Exec can send.
+	if t.isFirst(sql, args) && len(args) > 0 {
 		results := t.send(ctx, &pgx.QueuedQuery{SQL: sql, Arguments: args})
 		tag, err := results.Exec()
 		if closed := results.Close(); err == nil {
@@ -136,7 +140,9 @@ func (t *beginning) SendBatch(ctx context.Context, batch *pgx.Batch) pgx.BatchRe
 }
 
 // CopyFrom implements pgx.Tx.
-func (t *beginning) CopyFrom(ctx context.Context, table pgx.Identifier, columns []string, source pgx.CopyFromSource) (int64, error) {
+func (t *beginning) CopyFrom(
+	ctx context.Context, table pgx.Identifier, columns []string, source pgx.CopyFromSource,
+) (int64, error) {
 	tx, err := t.begun(ctx)
 	if err != nil {
 		return 0, err

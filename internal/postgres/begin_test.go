@@ -40,7 +40,8 @@ var firsts = map[string]func(ctx context.Context, tx pgx.Tx) error{
 		return err
 	},
 	"QueryLeftEarly": func(ctx context.Context, tx pgx.Tx) error {
-		rows, err := tx.Query(ctx, `WITH one AS (INSERT INTO t VALUES (1) RETURNING n) SELECT n FROM one, generate_series(1, 10000)`)
+		rows, err := tx.Query(ctx,
+			`WITH one AS (INSERT INTO t VALUES (1) RETURNING n) SELECT n FROM one, generate_series(1, 10000)`)
 		if err != nil {
 			return err
 		}
@@ -51,7 +52,8 @@ var firsts = map[string]func(ctx context.Context, tx pgx.Tx) error{
 		return rows.Err()
 	},
 	"QueryWithOption": func(ctx context.Context, tx pgx.Tx) error {
-		rows, err := tx.Query(ctx, `INSERT INTO t VALUES ($1) RETURNING n`, pgx.QueryResultFormats{pgx.TextFormatCode}, 1)
+		rows, err := tx.Query(ctx, `INSERT INTO t VALUES ($1) RETURNING n`, pgx.QueryResultFormats{pgx.TextFormatCode},
+			1)
 		if err != nil {
 			return err
 		}
@@ -75,7 +77,8 @@ var firsts = map[string]func(ctx context.Context, tx pgx.Tx) error{
 	},
 	"SendBatchAndRead": func(ctx context.Context, tx pgx.Tx) error {
 		var batch pgx.Batch
-		batch.Queue(`INSERT INTO t VALUES ($1) RETURNING n`, 1).QueryRow(func(row pgx.Row) error { return row.Scan(new(int)) })
+		batch.Queue(`INSERT INTO t VALUES ($1) RETURNING n`,
+			1).QueryRow(func(row pgx.Row) error { return row.Scan(new(int)) })
 		batch.Queue(`SELECT n FROM t WHERE n = $1`, 1)
 		results := tx.SendBatch(ctx, &batch)
 		var n int
@@ -124,13 +127,17 @@ func TestHoweverATransactionBegins(t *testing.T) {
 	for _, mode := range []string{"cache_statement", "cache_describe", "describe_exec", "exec", "simple_protocol"} {
 		t.Run(mode, func(t *testing.T) {
 			t.Parallel()
-			db := open(t, Config{URL: testenv.With(t, setup(t).Config().ConnString(), "default_query_exec_mode", mode), MaxConns: 1})
+			db := open(t, Config{URL: testenv.With(t, setup(t).Config().ConnString(), "default_query_exec_mode", mode),
+				MaxConns: 1})
 			for name, first := range firsts {
 				if mode == "simple_protocol" && name == "CopyFrom" {
 					continue // pgx itself wants a prepared statement for it
 				}
 				for range 2 { // the second time everything is prepared
-					err := Transact(t.Context(), db, func(tx pgx.Tx) error { return errors.Join(first(t.Context(), tx), errProbe) })
+					err := Transact(t.Context(), db, func(tx pgx.Tx) error {
+						return errors.Join(first(t.Context(), tx),
+							errProbe)
+					})
 					if err == nil || err.Error() != errProbe.Error() {
 						t.Errorf("%s, rolled back: %v", name, err)
 					}
@@ -143,7 +150,8 @@ func TestHoweverATransactionBegins(t *testing.T) {
 							t.Errorf("it is said of its connection that it prepares: %t", got)
 						}
 						var timeout string
-						if err := tx.QueryRow(t.Context(), `SELECT current_setting($1)`, "idle_in_transaction_session_timeout").Scan(&timeout); err != nil || timeout != "1min" {
+						if err := tx.QueryRow(t.Context(), `SELECT current_setting($1)`,
+							"idle_in_transaction_session_timeout").Scan(&timeout); err != nil || timeout != "1min" {
 							t.Errorf("%s: it may stand still for %q (%v)", name, timeout, err)
 						}
 						return nil
@@ -207,7 +215,8 @@ func TestBeginAndDeferredCostNoRoundTrip(t *testing.T) {
 	}
 }
 
-// A transaction whose first statement fails is over, as with any other statement, although its BEGIN may never have been sent.
+// A transaction whose first statement fails is over, as with any other statement, although its BEGIN may never have
+// been sent.
 func TestTransactionsThatDoNotBegin(t *testing.T) {
 	t.Parallel()
 	for name, first := range map[string]func(ctx context.Context, tx pgx.Tx) error{
@@ -275,9 +284,11 @@ func TestTransactionsThatDoNotBegin(t *testing.T) {
 			if err := lonely.QueryRow(t.Context(), `SELECT pg_backend_pid()`).Scan(&pid); err != nil {
 				t.Fatal(err)
 			}
-			exec(t, db, `SELECT pg_terminate_backend($1, 5000)`, pid) // the pool takes a connection that was in use a moment ago as it is
+			// The pool takes a connection that was in use a moment ago as it is.
+			exec(t, db, `SELECT pg_terminate_backend($1, 5000)`, pid)
 			err := Transact(t.Context(), lonely, func(tx pgx.Tx) error { return first(t.Context(), tx) })
-			if errors.Is(err, ErrOutcomeUnknown) || !errors.Is(err, ErrUnavailable) && name != "LargeObjects" { // which can only say that they are closed
+			// Which can only say that they are closed.
+			if errors.Is(err, ErrOutcomeUnknown) || !errors.Is(err, ErrUnavailable) && name != "LargeObjects" {
 				t.Errorf("%s: got error %v", name, err)
 			}
 			wantRows(t, db, 0)
@@ -293,7 +304,11 @@ func TestTransactionsEndOnce(t *testing.T) {
 		"statement": insert(t, 1),
 		"undone":    func(pgx.Tx) error { return errProbe },
 		"deferred":  func(tx pgx.Tx) error { return errors.Join(insert(t, 1)(tx), deferring(2)(tx)) },
-		"failed":    func(tx pgx.Tx) error { _, err := tx.Exec(t.Context(), `SELECT $1::int FROM nowhere`, 1); return err },
+		"failed": func(tx pgx.Tx) error {
+			_, err := tx.Exec(t.Context(), `SELECT $1::int FROM nowhere`,
+				1)
+			return err
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

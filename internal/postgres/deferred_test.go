@@ -55,12 +55,28 @@ func TestDeferred(t *testing.T) {
 		want error
 		rows []int
 	}{
-		"commit":           {func(_ *pgxpool.Pool, tx pgx.Tx) error { return errors.Join(deferring(1, 2)(tx), deferring(3)(tx)) }, nil, []int{1, 2, 3}},
-		"rollback":         {func(_ *pgxpool.Pool, tx pgx.Tx) error { return errors.Join(deferring(1)(tx), errProbe) }, errProbe, nil},
-		"refused":          {func(_ *pgxpool.Pool, tx pgx.Tx) error { return errors.Join(insert(t, 1)(tx), deferring(-1)(tx)) }, new(pgconn.PgError), nil},
-		"savepoint":        {func(_ *pgxpool.Pool, tx pgx.Tx) error { return errors.Join(nested(tx, false, 1), deferring(2)(tx)) }, nil, []int{1, 2}},
-		"savepoint undone": {func(_ *pgxpool.Pool, tx pgx.Tx) error { return errors.Join(nested(tx, true, 1), deferring(2)(tx)) }, nil, []int{2}},
-		"join":             {func(db *pgxpool.Pool, tx pgx.Tx) error { return errors.Join(joined(db, tx, nil, 1), deferring(2)(tx)) }, nil, []int{1, 2}},
+		"commit": {func(_ *pgxpool.Pool, tx pgx.Tx) error {
+			return errors.Join(deferring(1, 2)(tx),
+				deferring(3)(tx))
+		}, nil, []int{1, 2, 3}},
+		"rollback": {func(_ *pgxpool.Pool, tx pgx.Tx) error { return errors.Join(deferring(1)(tx), errProbe) },
+			errProbe, nil},
+		"refused": {func(_ *pgxpool.Pool, tx pgx.Tx) error {
+			return errors.Join(insert(t, 1)(tx),
+				deferring(-1)(tx))
+		}, new(pgconn.PgError), nil},
+		"savepoint": {func(_ *pgxpool.Pool, tx pgx.Tx) error {
+			return errors.Join(nested(tx, false, 1),
+				deferring(2)(tx))
+		}, nil, []int{1, 2}},
+		"savepoint undone": {func(_ *pgxpool.Pool, tx pgx.Tx) error {
+			return errors.Join(nested(tx, true, 1),
+				deferring(2)(tx))
+		}, nil, []int{2}},
+		"join": {func(db *pgxpool.Pool, tx pgx.Tx) error {
+			return errors.Join(joined(db, tx, nil, 1),
+				deferring(2)(tx))
+		}, nil, []int{1, 2}},
 		"join that fails": {func(db *pgxpool.Pool, tx pgx.Tx) error {
 			return errors.Join(joined(db, tx, errProbe, 1), deferring(2)(tx))
 		}, nil, []int{2}},
@@ -68,12 +84,16 @@ func TestDeferred(t *testing.T) {
 			_, _ = tx.Exec(t.Context(), `SELECT 1 / 0`)
 			return deferring(1)(tx)
 		}, pgx.ErrTxCommitRollback, nil},
-		"refused and undone":   {func(_ *pgxpool.Pool, tx pgx.Tx) error { return errors.Join(nested(tx, true, -1), deferring(2)(tx)) }, nil, []int{2}},
+		"refused and undone": {func(_ *pgxpool.Pool,
+			tx pgx.Tx) error {
+			return errors.Join(nested(tx, true, -1), deferring(2)(tx))
+		}, nil, []int{2}},
 		"nothing was deferred": {func(_ *pgxpool.Pool, tx pgx.Tx) error { return insert(t, 1)(tx) }, nil, []int{1}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			db := alter(t, setup(t), func(c *pgxpool.Config) { c.MaxConns = 1 }) // what is left on a connection would show
+			// What is left on a connection would show.
+			db := alter(t, setup(t), func(c *pgxpool.Config) { c.MaxConns = 1 })
 			for range 2 {
 				exec(t, db, `TRUNCATE t`)
 				err := Transact(t.Context(), db, func(tx pgx.Tx) error { return one.fn(db, tx) })
@@ -106,7 +126,8 @@ func TestDeferredCommitEndsLikeAnyOther(t *testing.T) {
 		db, faults := setup(t), new(losesCommit)
 		lossy := alter(t, db, func(c *pgxpool.Config) { c.ConnConfig.DialFunc = faults.dial })
 		faults.answer.Store(true)
-		if err := Transact(t.Context(), lossy, deferring(1)); !errors.Is(err, ErrOutcomeUnknown) || errors.Is(err, ErrUnavailable) {
+		if err := Transact(t.Context(), lossy, deferring(1)); !errors.Is(err, ErrOutcomeUnknown) ||
+			errors.Is(err, ErrUnavailable) {
 			t.Errorf("got error %v", err)
 		}
 		wantRows(t, db, 1)
@@ -124,7 +145,8 @@ func TestDeferredCommitEndsLikeAnyOther(t *testing.T) {
 		db := setup(t)
 		exec(t, db, `CREATE FUNCTION no_room() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'full' USING ERRCODE = '53100'; END $$`)
 		exec(t, db, `CREATE TRIGGER no_room BEFORE INSERT ON t FOR EACH ROW EXECUTE FUNCTION no_room()`)
-		if err := Transact(t.Context(), db, deferring(1)); !errors.Is(err, ErrUnavailable) || errors.Is(err, ErrOutcomeUnknown) {
+		if err := Transact(t.Context(), db, deferring(1)); !errors.Is(err, ErrUnavailable) ||
+			errors.Is(err, ErrOutcomeUnknown) {
 			t.Errorf("got error %v", err)
 		}
 	})
@@ -145,7 +167,8 @@ func TestDeferredCommitEndsLikeAnyOther(t *testing.T) {
 		wantRows(t, db, 1)
 	})
 	// Through a pooler, where nothing is prepared.
-	for _, mode := range []pgx.QueryExecMode{pgx.QueryExecModeCacheDescribe, pgx.QueryExecModeDescribeExec, pgx.QueryExecModeExec, pgx.QueryExecModeSimpleProtocol} {
+	for _, mode := range []pgx.QueryExecMode{pgx.QueryExecModeCacheDescribe, pgx.QueryExecModeDescribeExec,
+		pgx.QueryExecModeExec, pgx.QueryExecModeSimpleProtocol} {
 		t.Run(mode.String(), func(t *testing.T) {
 			t.Parallel()
 			db := setup(t)

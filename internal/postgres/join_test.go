@@ -46,10 +46,12 @@ func TestAJoinedTransactionFailsAlone(t *testing.T) {
 		end  func(tx pgx.Tx) error
 		want error
 	}{
-		"error":           {func(pgx.Tx) error { return errProbe }, errProbe},
-		"statement":       {func(tx pgx.Tx) error { _, err := tx.Exec(t.Context(), `SELECT 1 / 0`); return err }, new(pgconn.PgError)},
-		"swallowed error": {func(tx pgx.Tx) error { _, _ = tx.Exec(t.Context(), `SELECT 1 / 0`); return nil }, pgx.ErrTxCommitRollback},
-		"panic":           {func(pgx.Tx) error { panic(errProbe) }, errProbe},
+		"error": {func(pgx.Tx) error { return errProbe }, errProbe},
+		"statement": {func(tx pgx.Tx) error { _, err := tx.Exec(t.Context(), `SELECT 1 / 0`); return err },
+			new(pgconn.PgError)},
+		"swallowed error": {func(tx pgx.Tx) error { _, _ = tx.Exec(t.Context(), `SELECT 1 / 0`); return nil },
+			pgx.ErrTxCommitRollback},
+		"panic": {func(pgx.Tx) error { panic(errProbe) }, errProbe},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

@@ -69,7 +69,8 @@ func judge(err error) verdict {
 		return judgeState(refused)
 	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
 		return own // the caller's deadline: the database may be well
-	case errors.As(err, &network), errors.Is(err, pgconn.ErrConnClosed), errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
+	case errors.As(err, &network), errors.Is(err, pgconn.ErrConnClosed), errors.Is(err, io.EOF),
+		errors.Is(err, io.ErrUnexpectedEOF):
 		return away
 	}
 	return own
@@ -144,14 +145,16 @@ func Committable(tx pgx.Tx) error {
 	case s.failed != nil:
 		return fmt.Errorf("%w: %w", pgx.ErrTxCommitRollback, Classify(s.failed))
 	case s.closed:
-		return fmt.Errorf("%w: the connection was closed in the course of the transaction, as by a deadline on a statement",
+		return fmt.Errorf("%w: the connection was closed in the course of the transaction, as by a deadline on a "+
+			"statement",
 			ErrUnavailable)
 	case s.busy:
 		return errors.New("the rows of a query were not closed")
 	case s.status == 'E':
 		return pgx.ErrTxCommitRollback
 	case s.begun && s.status == 'I':
-		return fmt.Errorf("%w: a statement of the function has ended the transaction, which is not its own", ErrOutcomeUnknown)
+		return fmt.Errorf("%w: a statement of the function has ended the transaction, which is not its own",
+			ErrOutcomeUnknown)
 	}
 	return nil
 }

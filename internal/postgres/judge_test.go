@@ -32,8 +32,9 @@ var verdicts = map[string][2]string{
 	"HV": {"own", "own"}, "P0": {"own", "own"}, "XX": {"own", "own"},
 	"08":    {"busy", "unknown"},
 	"25006": {"away", "away"}, "25P03": {"own", "own"}, "25P04": {"own", "own"},
-	"40": {"busy", "busy"}, "40001": {"busy", "busy"}, "40002": {"own", "own"}, "40003": {"busy", "unknown"}, "40P01": {"busy", "busy"},
-	"53": {"busy", "busy"}, "53100": {"away", "away"}, "53200": {"busy", "busy"}, "53300": {"busy", "busy"},
+	"40": {"busy", "busy"}, "40001": {"busy", "busy"}, "40002": {"own", "own"}, "40003": {"busy", "unknown"},
+	"40P01": {"busy", "busy"},
+	"53":    {"busy", "busy"}, "53100": {"away", "away"}, "53200": {"busy", "busy"}, "53300": {"busy", "busy"},
 	"55P03": {"busy", "busy"},
 	"57":    {"own", "own"}, "57014": {"busy", "busy"}, "57P01": {"busy", "unknown"}, "57P02": {"busy", "unknown"},
 	"57P03": {"busy", "unknown"}, "57P04": {"busy", "unknown"}, "57P05": {"busy", "unknown"},
@@ -42,7 +43,8 @@ var verdicts = map[string][2]string{
 
 func verdictOf(err error) string {
 	said := []string{}
-	for name, sentinel := range map[string]error{"away": ErrUnavailable, "busy": ErrBusy, "unknown": ErrOutcomeUnknown} {
+	for name, sentinel := range map[string]error{"away": ErrUnavailable, "busy": ErrBusy,
+		"unknown": ErrOutcomeUnknown} {
 		if errors.Is(err, sentinel) {
 			said = append(said, name)
 		}
@@ -58,7 +60,8 @@ func TestVerdicts(t *testing.T) {
 	for code, want := range verdicts {
 		for _, severity := range []string{"ERROR", "FATAL", "PANIC"} {
 			full := (code + "000")[:5]
-			refused := fmt.Errorf("query: %w", &pgconn.PgError{Code: full, Severity: "FEHLER", SeverityUnlocalized: severity, Message: "text"})
+			refused := fmt.Errorf("query: %w", &pgconn.PgError{Code: full, Severity: "FEHLER",
+				SeverityUnlocalized: severity, Message: "text"})
 			before, at := want[0], want[1]
 			if severity != "ERROR" {
 				at, before = "unknown", "away"
@@ -208,7 +211,8 @@ func TestWaitsForLocksAreBounded(t *testing.T) {
 	run(`BEGIN`)
 	run(`INSERT INTO t VALUES (1)`)
 	defer run(`ROLLBACK`)
-	for what, fn := range map[string]func(tx pgx.Tx) error{"a statement": insert(t, 1), "what is deferred": deferring(1)} {
+	for what, fn := range map[string]func(tx pgx.Tx) error{"a statement": insert(t, 1),
+		"what is deferred": deferring(1)} {
 		began := time.Now()
 		err := Transact(t.Context(), db, fn)
 		if verdictOf(err) != "busy" {
@@ -221,7 +225,11 @@ func TestWaitsForLocksAreBounded(t *testing.T) {
 func TestCommittable(t *testing.T) {
 	t.Parallel()
 	for name, fn := range map[string]func(tx pgx.Tx) error{
-		"rows left open": func(tx pgx.Tx) error { _, err := tx.Query(t.Context(), `SELECT generate_series(1, 1000)`); return err },
+		"rows left open": func(tx pgx.Tx) error {
+			_, err := tx.Query(t.Context(),
+				`SELECT generate_series(1, 1000)`)
+			return err
+		},
 		"and a value deferred": func(tx pgx.Tx) error {
 			_, err := tx.Query(t.Context(), `SELECT generate_series(1, 1000)`)
 			return errors.Join(err, deferring(2)(tx))

@@ -56,11 +56,14 @@ func ObservePool(db *pgxpool.Pool, name string, provider metric.MeterProvider) e
 	of := func(more ...attribute.KeyValue) metric.ObserveOption {
 		return metric.WithAttributes(append(more, attribute.String("pool", name))...)
 	}
-	conns, err1 := meter.Int64ObservableGauge("postgres.pool.connections", metric.WithUnit("{connection}"), metric.WithDescription("Connections of a pool, by state."))
-	limit, err2 := meter.Int64ObservableGauge("postgres.pool.limit", metric.WithUnit("{connection}"), metric.WithDescription("Most connections that a pool may have."))
+	conns, err1 := meter.Int64ObservableGauge("postgres.pool.connections", metric.WithUnit("{connection}"),
+		metric.WithDescription("Connections of a pool, by state."))
+	limit, err2 := meter.Int64ObservableGauge("postgres.pool.limit", metric.WithUnit("{connection}"),
+		metric.WithDescription("Most connections that a pool may have."))
 	waits, err3 := meter.Int64ObservableCounter("postgres.pool.waits", metric.WithUnit("{acquire}"),
 		metric.WithDescription("Times that somebody had to wait for a connection, because none was idle."))
-	waited, err4 := meter.Float64ObservableCounter("postgres.pool.waited", metric.WithUnit("s"), metric.WithDescription("Time spent waiting for connections."))
+	waited, err4 := meter.Float64ObservableCounter("postgres.pool.waited", metric.WithUnit("s"),
+		metric.WithDescription("Time spent waiting for connections."))
 	_, err5 := meter.RegisterCallback(func(_ context.Context, o metric.Observer) error {
 		stat := db.Stat()
 		o.ObserveInt64(conns, int64(stat.AcquiredConns()), of(attribute.String("state", "used")))

@@ -69,12 +69,14 @@ func TestPoolIsMeasured(t *testing.T) {
 		t.Fatal(err)
 	}
 	metrics = testenv.Metrics(t, reader)
-	if metrics["postgres.pool.waits{p}"] <= waits || metrics["postgres.pool.waited{p}"] <= 0 || metrics["postgres.pool.connections{pidle}"] != 1 {
+	if metrics["postgres.pool.waits{p}"] <= waits || metrics["postgres.pool.waited{p}"] <= 0 ||
+		metrics["postgres.pool.connections{pidle}"] != 1 {
 		t.Errorf("metrics are %v", metrics)
 	}
 }
 
-// Statements within a trace are spans of it, with their text and without their arguments; outside of one there are none.
+// Statements within a trace are spans of it, with their text and without their arguments; outside of one there are
+// none.
 func TestStatementsAreTraced(t *testing.T) {
 	t.Parallel()
 	recorder := tracetest.NewSpanRecorder()

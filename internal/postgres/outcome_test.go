@@ -22,7 +22,8 @@ func TestUnknownOutcome(t *testing.T) {
 		db, faults := setup(t), new(losesCommit)
 		lossy := alter(t, db, func(c *pgxpool.Config) { c.ConnConfig.DialFunc = faults.dial })
 		faults.answer.Store(true)
-		if err := Transact(t.Context(), lossy, insert(t, 1)); !errors.Is(err, ErrOutcomeUnknown) || errors.Is(err, ErrUnavailable) {
+		if err := Transact(t.Context(), lossy, insert(t, 1)); !errors.Is(err, ErrOutcomeUnknown) ||
+			errors.Is(err, ErrUnavailable) {
 			t.Errorf("got error %v", err)
 		}
 		wantRows(t, db, 1)
@@ -37,7 +38,8 @@ func TestUnknownOutcome(t *testing.T) {
 		db, faults := setup(t), new(losesCommit)
 		lossy := alter(t, db, func(c *pgxpool.Config) { c.ConnConfig.DialFunc = faults.dial })
 		faults.request.Store(true)
-		if err := Transact(t.Context(), lossy, insert(t, 1)); !errors.Is(err, ErrOutcomeUnknown) || errors.Is(err, ErrUnavailable) {
+		if err := Transact(t.Context(), lossy, insert(t, 1)); !errors.Is(err, ErrOutcomeUnknown) ||
+			errors.Is(err, ErrUnavailable) {
 			t.Errorf("got error %v", err)
 		}
 		wantRows(t, db, 0)
@@ -125,14 +127,16 @@ func TestUnavailable(t *testing.T) {
 			t.Fatal(err)
 		}
 		listener.Close()
-		wantUnavailable(t, open(t, Config{URL: "postgres://x:x@" + listener.Addr().String() + "/x"}), func(pgx.Tx) error { return nil })
+		wantUnavailable(t, open(t, Config{URL: "postgres://x:x@" + listener.Addr().String() + "/x"}),
+			func(pgx.Tx) error { return nil })
 	})
 
 	t.Run("BlackHole", func(t *testing.T) {
 		t.Parallel()
 		proxy, url := testenv.ProxyURL(t, testenv.PostgresURL(t))
 		proxy.Freeze(true)
-		wantUnavailable(t, open(t, Config{URL: url, ConnectTimeout: 100 * time.Millisecond}), func(pgx.Tx) error { return nil })
+		wantUnavailable(t, open(t, Config{URL: url, ConnectTimeout: 100 * time.Millisecond}),
+			func(pgx.Tx) error { return nil })
 	})
 
 	t.Run("CutInTheMiddle", func(t *testing.T) {
@@ -169,7 +173,8 @@ func TestUnavailable(t *testing.T) {
 
 	t.Run("ReadOnly", func(t *testing.T) {
 		t.Parallel()
-		db := alter(t, setup(t), func(c *pgxpool.Config) { c.ConnConfig.RuntimeParams["default_transaction_read_only"] = "on" })
+		db := alter(t, setup(t),
+			func(c *pgxpool.Config) { c.ConnConfig.RuntimeParams["default_transaction_read_only"] = "on" })
 		wantUnavailable(t, db, insert(t, 1))
 		wantRows(t, db, 0)
 	})
@@ -188,9 +193,11 @@ func TestOpen(t *testing.T) {
 		t.Error("opened what is no URL")
 	}
 	db := open(t, Config{URL: testenv.PostgresURL(t), ApplicationName: "probe"})
-	for setting, want := range map[string]string{"application_name": "probe", "idle_in_transaction_session_timeout": "1min"} {
+	for setting, want := range map[string]string{"application_name": "probe",
+		"idle_in_transaction_session_timeout": "1min"} {
 		var got string
-		if err := db.QueryRow(t.Context(), `SELECT current_setting($1)`, setting).Scan(&got); err != nil || got != want {
+		if err := db.QueryRow(t.Context(), `SELECT current_setting($1)`, setting).Scan(&got); err != nil ||
+			got != want {
 			t.Errorf("%s is %q, %v, want %q", setting, got, err, want)
 		}
 	}
@@ -236,7 +243,8 @@ func TestTransactRow(t *testing.T) {
 	}
 	proxy, url := testenv.ProxyURL(t, testenv.PostgresURL(t))
 	proxy.Refuse(true)
-	if _, err := row(open(t, Config{URL: url}), 5); !errors.Is(err, ErrUnavailable) || errors.Is(err, ErrOutcomeUnknown) {
+	if _, err := row(open(t, Config{URL: url}), 5); !errors.Is(err, ErrUnavailable) ||
+		errors.Is(err, ErrOutcomeUnknown) {
 		t.Errorf("database away: got error %v", err)
 	}
 	wantRows(t, db, 2)

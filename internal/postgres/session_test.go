@@ -24,8 +24,8 @@ var pinned = map[string]struct{ hostile, want string }{
 	"plan_cache_mode":                     {"force_generic_plan", "auto"},
 }
 
-// A session has the settings that the core relies on, whatever the database says: also in a transaction through a pooler,
-// which has no sessions.
+// A session has the settings that the core relies on, whatever the database says: also in a transaction through a
+// pooler, which has no sessions.
 func TestSessionsAreOurs(t *testing.T) {
 	t.Parallel()
 	for _, one := range session.Pinned {
@@ -67,7 +67,8 @@ func TestSessionsAreOurs(t *testing.T) {
 			t.Errorf("%s: %v", how, err)
 		}
 		var level, foreign string
-		err = TransactRow(t.Context(), pool, `SELECT current_setting('transaction_isolation'), $1::text`, []any{"日本"}, &level, &foreign)
+		err = TransactRow(t.Context(), pool, `SELECT current_setting('transaction_isolation'), $1::text`, []any{"日本"},
+			&level, &foreign)
 		if err != nil || level != "read committed" || foreign != "日本" {
 			t.Errorf("%s, a statement by itself: %q, %q, %v", how, level, foreign, err)
 		}

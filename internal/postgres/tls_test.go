@@ -32,16 +32,19 @@ func startEncrypted(t *testing.T, authority *testenv.Authority) *encrypted {
 	t.Cleanup(func() { admin.Close(t.Context()) })
 	e.admin = admin
 	var hba string
-	if err := admin.QueryRow(t.Context(), `SELECT current_setting('data_directory'), current_setting('hba_file')`).Scan(&e.dir, &hba); err != nil {
+	if err := admin.QueryRow(t.Context(),
+		`SELECT current_setting('data_directory'), current_setting('hba_file')`).Scan(&e.dir, &hba); err != nil {
 		t.Fatal(err)
 	}
-	e.cert, e.key, e.clients = filepath.Join(e.dir, "test.crt"), filepath.Join(e.dir, "test.key"), filepath.Join(e.dir, "test.ca")
+	e.cert, e.key, e.clients = filepath.Join(e.dir, "test.crt"), filepath.Join(e.dir, "test.key"),
+		filepath.Join(e.dir, "test.ca")
 	e.certify(t, authority)
 	rules := "local all all trust\nhostssl all all 127.0.0.1/32 trust clientcert=verify-ca\n"
 	if err := os.WriteFile(hba, []byte(rules), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	for _, setting := range []string{"ssl_cert_file = 'test.crt'", "ssl_key_file = 'test.key'", "ssl_ca_file = 'test.ca'", "ssl = on"} {
+	for _, setting := range []string{"ssl_cert_file = 'test.crt'", "ssl_key_file = 'test.key'",
+		"ssl_ca_file = 'test.ca'", "ssl = on"} {
 		e.exec(t, `ALTER SYSTEM SET `+setting)
 	}
 	e.exec(t, `SELECT pg_reload_conf()`)
@@ -102,7 +105,8 @@ func TestTLS(t *testing.T) {
 		}
 		return conn.Close(t.Context())
 	}
-	testenv.Eventually(t, 20*time.Second, func() error { return ask(good) }) // the server reads its settings when it comes to it
+	// The server reads its settings when it comes to it.
+	testenv.Eventually(t, 20*time.Second, func() error { return ask(good) })
 
 	db := open(t, Config{URL: server.with(t, good)})
 	var encrypted bool

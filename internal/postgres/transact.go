@@ -12,16 +12,16 @@ import (
 )
 
 const (
-	// commitTimeout bounds COMMIT and what is sent with it, which the caller's context does not: pgx would cancel it in the server, and a commit that
-	// is cancelled while it waits for its standby is visible although it is not safe.
+	// commitTimeout bounds COMMIT and what is sent with it, which the caller's context does not: pgx would cancel it in
+	// the server, and a commit that is cancelled while it waits for its standby is visible although it is not safe.
 	commitTimeout = 10 * time.Second
 	// maxRuns is how often a transaction is run at most when others get in its way (40001, 40P01).
 	maxRuns = 4
 )
 
-// Transact runs fn in one READ COMMITTED transaction and commits it. When Postgres chooses the transaction as the victim
-// of a deadlock or a serialization failure, it runs fn again, up to three times: fn must not keep state between runs.
-// BEGIN is sent with fn's first statement, and what is Deferred with COMMIT.
+// Transact runs fn in one READ COMMITTED transaction and commits it. When Postgres chooses the transaction as the
+// victim of a deadlock or a serialization failure, it runs fn again, up to three times: fn must not keep state between
+// runs. BEGIN is sent with fn's first statement, and what is Deferred with COMMIT.
 //
 // With every error but ErrOutcomeUnknown nothing was written. The error is fn's own, the end of ctx, or Postgres'
 // refusal of COMMIT (a *pgconn.PgError, as for a deferred constraint); or it wraps ErrUnavailable or ErrBusy if the
@@ -96,7 +96,10 @@ func runIn(ctx context.Context, tx *transaction, fn func(tx pgx.Tx) error) error
 // TransactRow runs a statement that is a transaction by itself, in one round trip, and scans the row that it returns.
 // Its errors are those of Transact, and pgx.ErrNoRows.
 func TransactRow(ctx context.Context, db *pgxpool.Pool, sql string, args []any, dest ...any) error {
-	return alone(ctx, db, func(ctx context.Context, on querier) error { return on.QueryRow(ctx, sql, args...).Scan(dest...) })
+	return alone(ctx, db, func(ctx context.Context,
+		on querier) error {
+		return on.QueryRow(ctx, sql, args...).Scan(dest...)
+	})
 }
 
 // TransactRows is TransactRow for a statement that returns any number of rows, none included. What fn collects counts

@@ -87,7 +87,8 @@ func TestTransactRunsAgainAfterConflicts(t *testing.T) {
 					}
 					return nil
 				})
-				if (err == nil) != (conflicts < maxRuns) || isConflict(err) != (conflicts >= maxRuns) || runs != maxRuns {
+				if (err == nil) != (conflicts < maxRuns) || isConflict(err) != (conflicts >= maxRuns) ||
+					runs != maxRuns {
 					t.Errorf("%s, %d times: %d runs, error %v", code, conflicts, runs, err)
 				}
 			}

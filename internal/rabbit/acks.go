@@ -2,18 +2,18 @@ package rabbit
 
 import "time"
 
-// ackInterval is how long acks are gathered, so that one says what many would (docs/adr/0019).
+// ackInterval is how long acks are batched, so that one ack covers many deliveries (docs/adr/0019).
 const ackInterval = 20 * time.Millisecond
 
-// acks keeps account of the deliveries of one channel, whose tags count from 1, and of what their acks are to say.
+// acks tracks which deliveries of one channel are handled, and which acks are due for them. Delivery tags count from 1.
 type acks struct {
-	done    uint64          // every delivery up to this one is handled
-	last    uint64          // the last one up to there that is not acked; 0 if all are
-	beyond  map[uint64]bool // handled while one before it is not: whether it is acked
-	waiting []uint64        // handled since the last call of next, in the order in which that happened
+	done    uint64          // every delivery up to this tag is handled
+	last    uint64          // the highest tag up to done that is not acked yet; 0 if all are acked
+	beyond  map[uint64]bool // handled deliveries after one that is not handled; the value tells whether they are acked
+	waiting []uint64        // tags handled since the last call of next, in the order of handling
 }
 
-// add notes that a delivery is handled.
+// add records that a delivery is handled.
 func (a *acks) add(tag uint64) {
 	if a.beyond == nil {
 		a.beyond = map[uint64]bool{}
@@ -33,7 +33,8 @@ func (a *acks) add(tag uint64) {
 	}
 }
 
-// next returns what is to be acked: everything up to a delivery, unless that is 0, and by itself each one beyond the first that is still at work.
+// next returns the acks that are due: a cumulative one up to the tag upTo (none if it is 0), and single ones for
+// deliveries after the first that is still being handled.
 func (a *acks) next() (upTo uint64, single []uint64) {
 	for _, tag := range a.waiting {
 		if _, beyond := a.beyond[tag]; beyond {

@@ -13,9 +13,10 @@ import (
 	"go.opentelemetry.io/otel/metric"
 )
 
-// Handler settles a batch of deliveries for good: nil means that each is applied, was a duplicate, or is kept elsewhere, and that
-// the broker may forget them. An error means that nothing could be decided, as when the database is away: the batch is handed in again,
-// and meanwhile nothing else is taken.
+// Handler settles a batch of deliveries. Nil means that each delivery was applied, was a duplicate, or is stored
+// elsewhere, and that the broker may delete them. An error means that nothing could be decided, for example because the
+// database is unavailable: the Consumer calls the handler again with the same batch, and its lane handles nothing else
+// in the meantime.
 type Handler func(ctx context.Context, deliveries []messaging.Delivery) error
 
 // ConsumerConfig sets up a Consumer.
@@ -24,21 +25,23 @@ type ConsumerConfig struct {
 	Topology Topology
 	// Queue is the name of the queue to consume.
 	Queue string
-	// Name is the connection's name in the broker's eyes.
+	// Name is the connection name that the broker shows.
 	Name string
-	// Prefetch is the most deliveries that the broker hands out without an ack. Default 300: fewer starve the batches, more gain nothing.
+	// Prefetch is the largest number of unacked deliveries. Default 300: fewer would starve the batches, more gain
+	// nothing.
 	Prefetch int
-	// MaxBytes is how many bytes of deliveries may be here and not handled before nothing more is read. Default 32 MiB.
-	// One message more may be under way, of the broker's max_message_size at worst.
+	// MaxBytes bounds the deliveries that were received and not handled. Beyond it nothing more is read. Default 32 MiB.
+	// One more message may arrive, in the worst case of the broker's max_message_size.
 	MaxBytes int64
-	// Batch is the most deliveries of one call of the handler. Default 100.
+	// Batch is the largest number of deliveries in one call of the handler. Default 100.
 	Batch int
-	// Lanes is how many batches are handled at once. Deliveries of one key share a lane, so their order holds. Default 1.
+	// Lanes is the number of batches handled concurrently. Deliveries of one key share a lane, which preserves their
+	// order. Default 1.
 	Lanes int
-	// Unordered says that the queue is: each delivery is handled by itself and as soon as it comes, so Prefetch is how many at once at most. Batch and Lanes
-	// mean nothing then.
+	// Unordered must match the queue. Each delivery is then handled on its own as soon as it arrives, at most Prefetch of
+	// them concurrently. Batch and Lanes have no effect.
 	Unordered bool
-	// DrainTimeout bounds how long Run, once its context is done, still works on what it has. Default 10 s.
+	// DrainTimeout bounds how long Run keeps handling received deliveries after its context is done. Default 10 s.
 	DrainTimeout time.Duration
 	// MeterProvider takes the metrics. Default: the global one.
 	MeterProvider metric.MeterProvider
@@ -61,7 +64,8 @@ func NewConsumer(config ConsumerConfig, handle Handler) *Consumer {
 	return &Consumer{config: config, handle: handle, meters: newMeters(config.MeterProvider, config.Queue)}
 }
 
-// Run consumes until ctx is done, then finishes what was delivered and acks it. It reconnects after every failure, and never fails itself.
+// Run consumes until ctx is done, then handles and acks what was already delivered. It reconnects after every failure
+// and always returns nil.
 func (c *Consumer) Run(ctx context.Context) error {
 	pause := backoff.NewExponentialBackOff()
 	pause.InitialInterval = 100 * time.Millisecond
@@ -82,7 +86,7 @@ func (c *Consumer) Run(ctx context.Context) error {
 	return nil
 }
 
-// consume takes deliveries over one connection until that ends or ctx is done.
+// consume consumes over one connection until the connection ends or ctx is done.
 func (c *Consumer) consume(ctx context.Context) error {
 	conn, err := Dial(ctx, c.config.URL, c.config.Name)
 	c.meters.connected(ctx, err)
@@ -117,7 +121,7 @@ func (c *Consumer) consume(ctx context.Context) error {
 
 const consumerTag = "group"
 
-// subscribe starts the deliveries.
+// subscribe opens a channel and starts the deliveries.
 func (c *Consumer) subscribe(ctx context.Context, conn *Connection) (*amqp.Channel, <-chan amqp.Delivery, error) {
 	if err := c.config.Topology.ensure(ctx, conn); err != nil {
 		return nil, nil, err
@@ -136,7 +140,7 @@ func (c *Consumer) subscribe(ctx context.Context, conn *Connection) (*amqp.Chann
 	return channel, source, nil
 }
 
-// sleep waits, or returns early when ctx is done.
+// sleep waits for d, or until ctx is done.
 func sleep(ctx context.Context, d time.Duration) {
 	timer := time.NewTimer(d)
 	defer timer.Stop()

@@ -41,7 +41,7 @@ func TestConsumeWhenTheConnectionFails(t *testing.T) {
 		gate.begun.next(t, 2)
 	})
 
-	t.Run("AQueueThatIsDeletedIsMadeAnew", func(t *testing.T) {
+	t.Run("ADeletedQueueIsRedeclared", func(t *testing.T) {
 		t.Parallel()
 		url, p := setUp(t)
 		got := make(recorder, 100)
@@ -50,13 +50,14 @@ func TestConsumeWhenTheConnectionFails(t *testing.T) {
 		got.next(t, 1)
 		testenv.Management(t, url).DeleteQueue(queue)
 		message := texts(1, 1)
-		testenv.Eventually(t, patience, func() error { return wait(t, publish(t, p, message...))[0] }) // returned until the queue is there
+		// The message is returned until the queue exists again.
+		testenv.Eventually(t, patience, func() error { return wait(t, publish(t, p, message...))[0] })
 		if diff := cmp.Diff([]string{"1"}, valuesOf(t, got.next(t, 1))); diff != "" {
 			t.Error(diff)
 		}
 	})
 
-	t.Run("AnOperatorWhoClosesConnectionsDoesNotStopIt", func(t *testing.T) {
+	t.Run("ItReconnectsAfterAnOperatorClosesConnections", func(t *testing.T) {
 		t.Parallel()
 		url, p := setUp(t)
 		got := make(recorder, 100)
@@ -66,15 +67,16 @@ func TestConsumeWhenTheConnectionFails(t *testing.T) {
 		_ = p.Close()
 		testenv.Management(t, url).CloseConnections()
 		mustPublish(t, p, texts(1, 1)...)
-		for last := ""; last != "1"; { // the first one comes again if its ack was not sent yet
-			for _, one := range receive(t, got) {
-				last = textOf(t, one.Payload)
+		for last := ""; last != "1"; { // the first message is redelivered if its ack was not sent yet
+			for _, delivery := range receive(t, got) {
+				last = textOf(t, delivery.Payload)
 			}
 		}
 	})
 }
 
-// A message with headers that the library cannot read arrives with a flaw in its place, and disturbs no other.
+// A message with headers that the library cannot read arrives with a flaw instead of its headers, and disturbs no other
+// message.
 func TestAMessageThatCannotBeReadHarmsNoOther(t *testing.T) {
 	t.Parallel()
 	url, p := setUp(t)
@@ -98,11 +100,13 @@ func TestAMessageThatCannotBeReadHarmsNoOther(t *testing.T) {
 	for i := range maxElements + 1 {
 		wide[strconv.Itoa(i)] = nil
 	}
-	unreadable := []amqp.Table{{"x": list(maxElements + 1)}, {"x": deep}, wide, {"x": amqp.Table{"y": list(9000)}}}
+	tooLong := list(maxElements + 1)
+	unreadable := []amqp.Table{{"x": tooLong}, {"x": deep}, wide, {"x": amqp.Table{"y": list(9000)}}}
 	readable := []amqp.Table{{"x": list(maxElements)}, {"x": deep.([]any)[0]}}
 	for _, headers := range append(unreadable, readable...) {
 		confirm, err := ch.PublishWithDeferredConfirm("", queue, true, false, amqp.Publishing{
-			Headers: headers, ContentType: "text/plain", ContentEncoding: "plain", MessageId: "foreign", Type: "some.Type", Body: []byte("kept"),
+			Headers: headers, ContentType: "text/plain", ContentEncoding: "plain",
+			MessageId: "foreign", Type: "some.Type", Body: []byte("kept"),
 		})
 		if err != nil {
 			t.Fatal(err)
@@ -114,24 +118,24 @@ func TestAMessageThatCannotBeReadHarmsNoOther(t *testing.T) {
 	mustPublish(t, p, texts(10, 10)...)
 	got := make(chan messaging.Delivery, 100)
 	consume(t, ConsumerConfig{URL: url}, func(_ context.Context, batch []messaging.Delivery) error {
-		for _, one := range batch {
-			got <- one
+		for _, delivery := range batch {
+			got <- delivery
 		}
 		return nil
 	})
 	flawed := 0
 	for range 20 + len(unreadable) + len(readable) {
-		one := receive(t, got)
-		if one.Count > 0 {
-			t.Errorf("%s was handed out %d times before", one.ID, one.Count)
+		delivery := receive(t, got)
+		if delivery.Count > 0 {
+			t.Errorf("%s was delivered %d times before", delivery.ID, delivery.Count)
 		}
-		if one.ID != "foreign" {
+		if delivery.ID != "foreign" {
 			continue
 		}
-		if one.Type != "some.Type" || string(one.Payload) != "kept" {
-			t.Errorf("got %+v", one)
+		if delivery.Type != "some.Type" || string(delivery.Payload) != "kept" {
+			t.Errorf("got %+v", delivery)
 		}
-		if one.Flaw != "" {
+		if delivery.Flaw != "" {
 			flawed++
 		}
 	}
@@ -142,41 +146,52 @@ func TestAMessageThatCannotBeReadHarmsNoOther(t *testing.T) {
 	awaitCount(t, url, DeadQueue(queue), 0)
 }
 
-func TestConsumeWhatOthersSend(t *testing.T) {
+func TestConsumeForeignMessages(t *testing.T) {
 	t.Parallel()
 	url, _ := setUp(t)
 	ch := raw(t, url)
 	nested := amqp.Table{"list": []any{int32(1), amqp.Table{"deep": []byte{0xff}}}}
 	long := strings.Repeat("x", 100_000)
+	large := bytes.Repeat([]byte{1}, 20<<10)
 	cases := map[string]struct {
 		sent amqp.Publishing
 		want messaging.Delivery
 	}{
 		"NoProperties": {amqp.Publishing{}, messaging.Delivery{}},
 		"NoIDButAType": {amqp.Publishing{Type: "some.Type"}, messaging.Delivery{Type: "some.Type"}},
-		"BrokenText":   {amqp.Publishing{MessageId: "\xff\x00", Type: "\xfe"}, messaging.Delivery{ID: "\xff\x00", Type: "\xfe"}},
+		"InvalidText": {
+			amqp.Publishing{MessageId: "\xff\x00", Type: "\xfe"},
+			messaging.Delivery{ID: "\xff\x00", Type: "\xfe"},
+		},
 		"ForeignHeaders": {
 			amqp.Publishing{Headers: amqp.Table{
 				"int": int64(1), "bool": true, "time": time.Unix(1, 0), "nothing": nil, "float": 1.5, "nested": nested,
 				"bytes": []byte("b"), "text": "kept", "decimal": amqp.Decimal{Scale: 1, Value: 2},
 			}},
 			messaging.Delivery{Headers: map[string]string{
-				"int": "1", "bool": "true", "time": "1970-01-01T00:00:01Z", "nothing": "", "float": "1.5", "nested": `{"list":[1,{"deep":"/w=="}]}`,
-				"bytes": "b", "text": "kept", "decimal": "2e-1",
+				"int": "1", "bool": "true", "time": "1970-01-01T00:00:01Z", "nothing": "", "float": "1.5",
+				"nested": `{"list":[1,{"deep":"/w=="}]}`, "bytes": "b", "text": "kept", "decimal": "2e-1",
 			}},
 		},
 		"AKeyThatIsANumber": {amqp.Publishing{Headers: amqp.Table{keyHeader: int32(7)}}, messaging.Delivery{Key: "7"}},
 		"AKeyThatIsATable": {amqp.Publishing{Headers: amqp.Table{keyHeader: nested}}, messaging.Delivery{
-			Flaw: "header message-key is a table and cannot be a key: send a string, an integer, a boolean, or bytes that are UTF-8",
+			Flaw: "header message-key is a table and cannot be a key: " +
+				"send a string, an integer, a boolean, or UTF-8 bytes",
 		}},
-		"AForgedCount":     {amqp.Publishing{Headers: amqp.Table{"x-delivery-count": int64(99)}}, messaging.Delivery{}},
-		"ACountThatIsText": {amqp.Publishing{Headers: amqp.Table{"x-delivery-count": "99", "x-death": "me"}}, messaging.Delivery{}},
-		"AHugeHeader":      {amqp.Publishing{Headers: amqp.Table{"long": long}}, messaging.Delivery{Headers: map[string]string{"long": long}}},
+		"AForgedCount": {amqp.Publishing{Headers: amqp.Table{"x-delivery-count": int64(99)}}, messaging.Delivery{}},
+		"ACountThatIsText": {
+			amqp.Publishing{Headers: amqp.Table{"x-delivery-count": "99", "x-death": "me"}},
+			messaging.Delivery{},
+		},
+		"AHugeHeader": {
+			amqp.Publishing{Headers: amqp.Table{"long": long}},
+			messaging.Delivery{Headers: map[string]string{"long": long}},
+		},
 		"AForeignEncoding": {
 			amqp.Publishing{ContentType: "text/plain", ContentEncoding: "gzip"},
 			messaging.Delivery{Headers: map[string]string{"content-type": "text/plain", "content-encoding": "gzip"}},
 		},
-		"ALargePayload":     {amqp.Publishing{Body: bytes.Repeat([]byte{1}, 20<<10)}, messaging.Delivery{Payload: bytes.Repeat([]byte{1}, 20<<10)}},
+		"ALargePayload":     {amqp.Publishing{Body: large}, messaging.Delivery{Payload: large}},
 		"AThousandHeaders":  {amqp.Publishing{Headers: manyHeaders}, messaging.Delivery{Headers: manyTexts}},
 		"TransientDelivery": {amqp.Publishing{DeliveryMode: amqp.Transient, Priority: 9}, messaging.Delivery{}},
 	}
@@ -188,7 +203,7 @@ func TestConsumeWhatOthersSend(t *testing.T) {
 		}
 		delivery := got.next(t, 1)[0]
 		if tc.want.Type == "" {
-			tc.want.Type = topology.Queues[0].Types[0] // the routing key stands in
+			tc.want.Type = topology.Queues[0].Types[0] // the routing key is used instead
 		}
 		if tc.want.Headers == nil {
 			tc.want.Headers = map[string]string{}

@@ -18,7 +18,7 @@ type running struct {
 	ended  chan error
 }
 
-// consume runs a Consumer of the usual queue until the test ends, or stop is called.
+// consume runs a Consumer of the default queue until the test ends or stop is called.
 func consume(t *testing.T, config ConsumerConfig, handle Handler) *running {
 	t.Helper()
 	config.Topology, config.Queue = topology, queue
@@ -36,7 +36,7 @@ func consume(t *testing.T, config ConsumerConfig, handle Handler) *running {
 	return r
 }
 
-// stop ends the consumer and waits for it.
+// stop stops the consumer and waits until it has ended.
 func (r *running) stop() {
 	r.t.Helper()
 	r.cancel()
@@ -45,7 +45,7 @@ func (r *running) stop() {
 	}
 }
 
-// recorder is a Handler that hands everything on to a test.
+// recorder is a Handler that passes all deliveries to the test.
 type recorder chan []messaging.Delivery
 
 func (r recorder) handle(_ context.Context, deliveries []messaging.Delivery) error {
@@ -66,7 +66,7 @@ func (r recorder) next(t *testing.T, n int) []messaging.Delivery {
 	return got
 }
 
-// receive waits for a signal of the code under test.
+// receive waits for a value from the code under test.
 func receive[T any](t *testing.T, from <-chan T) T {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
@@ -75,7 +75,7 @@ func receive[T any](t *testing.T, from <-chan T) T {
 	case value := <-from:
 		return value
 	case <-ctx.Done():
-		t.Fatalf("nothing came within %s", patience)
+		t.Fatalf("nothing received within %s", patience)
 		panic("unreachable")
 	}
 }
@@ -89,13 +89,13 @@ func setUp(t *testing.T) (url string, p *Publisher) {
 	return url, p
 }
 
-// ready waits until so many messages are left in the queue that are not handed out.
+// ready waits until the default queue has this many messages that are not delivered.
 func ready(t *testing.T, url string, want int) {
 	t.Helper()
 	awaitCount(t, url, queue, want)
 }
 
-// awaitCount waits until so many messages are ready in a queue.
+// awaitCount waits until a queue has n messages that are not delivered.
 func awaitCount(t *testing.T, url, queue string, n int) {
 	t.Helper()
 	ch := raw(t, url)
@@ -125,4 +125,4 @@ func standBy(t *testing.T, url string) <-chan amqp.Delivery {
 	return source
 }
 
-var errHandler = errors.New("the database is away")
+var errHandler = errors.New("the database is unavailable")

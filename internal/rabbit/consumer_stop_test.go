@@ -11,10 +11,10 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// gated is a Handler that announces each batch and holds it until it is let go, or the time to drain is over.
+// gated is a Handler that announces each batch and blocks until release is closed or the drain timeout passes.
 type gated struct {
 	begun   recorder
-	release chan struct{} // closed to let everything go
+	release chan struct{}
 }
 
 func newGated() gated { return gated{begun: make(recorder, 1000), release: make(chan struct{})} }
@@ -33,7 +33,7 @@ func TestStop(t *testing.T) {
 	t.Parallel()
 
 	for name, prefetch := range map[string]int{"WithAllDelivered": 300, "WithMoreInTheQueue": 5} {
-		t.Run("WhatWasDeliveredIsFinishedAndNothingComesAgain/"+name, func(t *testing.T) {
+		t.Run("DeliveriesAreFinishedAndNotRedelivered/"+name, func(t *testing.T) {
 			t.Parallel()
 			const n = 100
 			url, p := setUp(t)
@@ -46,13 +46,13 @@ func TestStop(t *testing.T) {
 			close(gate.release)
 			first.stop()
 			done := 1 + len(gate.begun)
-			// A few more at the most: what was acked before the consumer noticed its end was replaced.
+			// The broker may have delivered a few more messages for acks sent before the consumer noticed the stop.
 			if delivered := min(prefetch, n); done < delivered || done > delivered+10 {
-				t.Errorf("%d were finished, of %d that were delivered", done, delivered)
+				t.Errorf("%d of %d deliveries were finished", done, delivered)
 			}
 			rest := make(recorder, n)
 			consume(t, ConsumerConfig{URL: url, Batch: 1}, rest.handle)
-			mustPublish(t, p, texts(n, 1)...) // comes last: what is left over from before comes in front of it
+			mustPublish(t, p, texts(n, 1)...) // arrives last, after the messages that are left in the queue
 			for i, delivery := range rest.next(t, n+1-done) {
 				if got := textOf(t, delivery.Payload); delivery.Count != 0 || got != fmt.Sprint(done+i) {
 					t.Errorf("got %s with count %d, want %d", got, delivery.Count, done+i)
@@ -74,13 +74,13 @@ func TestStop(t *testing.T) {
 				ready(t, url, max(0, 20-prefetch))
 				second := standBy(t, url)
 				first.cancel()
-				// More comes to the queue. Were the second one active by now, it would get that.
+				// If the second consumer were active by now, it would get these messages.
 				mustPublish(t, p, texts(20, 20)...)
 				ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
 				defer cancel()
 				select {
 				case early := <-second:
-					t.Errorf("the second consumer got %s while the first was at work", textOf(t, early.Body))
+					t.Errorf("the second consumer got %s while the first was still handling", textOf(t, early.Body))
 				case <-ctx.Done():
 				}
 				close(gate.release)
@@ -92,7 +92,7 @@ func TestStop(t *testing.T) {
 				for len(got) < 40 {
 					next := receive(t, second)
 					if next.Redelivered {
-						t.Error("a message came again")
+						t.Error("a message was redelivered")
 					}
 					got = append(got, textOf(t, next.Body))
 				}
@@ -122,7 +122,7 @@ func TestStop(t *testing.T) {
 		}
 	})
 
-	t.Run("WhatTheHandlerDidNotTakeIsNotAcked", func(t *testing.T) {
+	t.Run("DeliveriesThatTheHandlerRefusesAreNotAcked", func(t *testing.T) {
 		t.Parallel()
 		url, p := setUp(t)
 		mustPublish(t, p, texts(0, 3)...)
@@ -139,7 +139,7 @@ func TestStop(t *testing.T) {
 		again.next(t, 3)
 	})
 
-	t.Run("ABlackHoleDoesNotHoldItUp", func(t *testing.T) {
+	t.Run("ABlackHoleDoesNotDelayIt", func(t *testing.T) {
 		t.Parallel()
 		url, p := setUp(t)
 		proxy, through := testenv.ProxyURL(t, url)
@@ -155,7 +155,7 @@ func TestStop(t *testing.T) {
 		}
 	})
 
-	t.Run("WhileItConnectsToABlackHole", func(t *testing.T) {
+	t.Run("ItEndsWhileConnectingToABlackHole", func(t *testing.T) {
 		t.Parallel()
 		proxy, through := testenv.ProxyURL(t, testenv.AMQP(t))
 		proxy.Freeze(true)

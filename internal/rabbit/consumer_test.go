@@ -16,16 +16,17 @@ import (
 func TestConsume(t *testing.T) {
 	t.Parallel()
 
-	t.Run("HandsABatchInAgainUntilItIsTaken", func(t *testing.T) {
+	t.Run("RetriesABatchUntilItIsHandled", func(t *testing.T) {
 		t.Parallel()
 		url, p := setUp(t)
 		mustPublish(t, p, texts(0, 5)...)
 		calls := make(chan []string)
-		var left atomic.Int32
-		left.Store(2)
-		consumer := consume(t, ConsumerConfig{URL: url, Batch: 2}, func(ctx context.Context, deliveries []messaging.Delivery) error {
+		var failures atomic.Int32
+		failures.Store(2)
+		config := ConsumerConfig{URL: url, Batch: 2}
+		consumer := consume(t, config, func(ctx context.Context, deliveries []messaging.Delivery) error {
 			err := ctx.Err()
-			if left.Add(-1) >= 0 {
+			if failures.Add(-1) >= 0 {
 				err = errHandler
 			}
 			select {
@@ -37,7 +38,7 @@ func TestConsume(t *testing.T) {
 		first := receive(t, calls)
 		for range 2 {
 			if diff := cmp.Diff(first, receive(t, calls)); diff != "" {
-				t.Errorf("another batch before the first was taken: %s", diff)
+				t.Errorf("another batch before the first was handled: %s", diff)
 			}
 		}
 		got := first
@@ -53,23 +54,24 @@ func TestConsume(t *testing.T) {
 		}
 	})
 
-	t.Run("BatchesGrowToTheLimitAndNotBeyond", func(t *testing.T) {
+	t.Run("BatchesGrowUpToTheLimit", func(t *testing.T) {
 		t.Parallel()
 		url, p := setUp(t)
 		mustPublish(t, p, texts(0, 200)...)
 		sizes := make(chan int, 200)
 		release := make(chan struct{})
-		consume(t, ConsumerConfig{URL: url, Batch: 7}, func(ctx context.Context, deliveries []messaging.Delivery) error {
-			sizes <- len(deliveries)
-			select {
-			case <-release:
-				return nil
-			case <-ctx.Done():
-				return ctx.Err()
-			}
-		})
+		consume(t, ConsumerConfig{URL: url, Batch: 7},
+			func(ctx context.Context, deliveries []messaging.Delivery) error {
+				sizes <- len(deliveries)
+				select {
+				case <-release:
+					return nil
+				case <-ctx.Done():
+					return ctx.Err()
+				}
+			})
 		total, largest := receive(t, sizes), 0
-		ready(t, url, 0) // so much gathers behind the first batch
+		ready(t, url, 0) // all other deliveries accumulate behind the first batch
 		close(release)
 		for total < 200 {
 			size := receive(t, sizes)
@@ -91,12 +93,14 @@ func TestConsume(t *testing.T) {
 		mustPublish(t, p, messages...)
 		var busy, most atomic.Int32
 		batches := make(chan []messaging.Delivery, keys*each)
-		consume(t, ConsumerConfig{URL: url, Batch: 5, Lanes: 4}, func(_ context.Context, deliveries []messaging.Delivery) error {
+		config := ConsumerConfig{URL: url, Batch: 5, Lanes: 4}
+		consume(t, config, func(_ context.Context, deliveries []messaging.Delivery) error {
 			now := busy.Add(1)
 			defer busy.Add(-1)
 			for seen := most.Load(); now > seen && !most.CompareAndSwap(seen, now); seen = most.Load() {
 			}
-			batches <- deliveries // while still at work: another batch of the lane would come in between
+			// Sent before the batch ends, so that a concurrent batch of the same lane would interleave.
+			batches <- deliveries
 			return nil
 		})
 		next := map[string]int{}
@@ -110,18 +114,19 @@ func TestConsume(t *testing.T) {
 			}
 		}
 		if most.Load() > 4 {
-			t.Errorf("%d batches at once in 4 lanes", most.Load())
+			t.Errorf("%d concurrent batches in 4 lanes", most.Load())
 		}
 	})
 
-	t.Run("OtherKeysGoOnWhileOneLaneHangs", func(t *testing.T) {
+	t.Run("OtherKeysContinueWhileOneLaneHangs", func(t *testing.T) {
 		t.Parallel()
 		url, p := setUp(t)
 		stuck, free := keysOfTwoLanes(t)
 		mustPublish(t, p, text(stuck, "0"), text(free, "1"), text(stuck, "2"), text(free, "3"), text(stuck, "4"))
 		release, begun := make(chan struct{}), make(chan string, 5)
-		// The last of the other lane comes only when the one before it is acked, although what came before both of them is not.
-		consume(t, ConsumerConfig{URL: url, Prefetch: 3, Batch: 1, Lanes: 2}, func(ctx context.Context, deliveries []messaging.Delivery) error {
+		// The last message of the free lane arrives only after its predecessor is acked, although an earlier delivery is not.
+		config := ConsumerConfig{URL: url, Prefetch: 3, Batch: 1, Lanes: 2}
+		consume(t, config, func(ctx context.Context, deliveries []messaging.Delivery) error {
 			begun <- textOf(t, deliveries[0].Payload)
 			if deliveries[0].Key == stuck {
 				select {
@@ -147,7 +152,7 @@ func TestConsume(t *testing.T) {
 		}
 	})
 
-	t.Run("WhatIsInTheQueueBeforeAnyConsumerArrives", func(t *testing.T) {
+	t.Run("GetsMessagesPublishedBeforeItStarts", func(t *testing.T) {
 		t.Parallel()
 		url, p := setUp(t)
 		message := text("the key", "the text")
@@ -156,7 +161,8 @@ func TestConsume(t *testing.T) {
 		got := make(recorder, 10)
 		consume(t, ConsumerConfig{URL: url}, got.handle)
 		want := []messaging.Delivery{{
-			ID: message.ID.String(), Type: message.Type, Key: message.Key, Payload: message.Payload, Headers: message.Headers,
+			ID: message.ID.String(), Type: message.Type, Key: message.Key,
+			Payload: message.Payload, Headers: message.Headers,
 		}}
 		if diff := cmp.Diff(want, got.next(t, 1)); diff != "" {
 			t.Error(diff)
@@ -164,7 +170,7 @@ func TestConsume(t *testing.T) {
 	})
 }
 
-// keysOfTwoLanes returns keys that two lanes do not share.
+// keysOfTwoLanes returns two keys that belong to different lanes.
 func keysOfTwoLanes(t *testing.T) (a, b string) {
 	t.Helper()
 	for i := range 100 {
@@ -172,7 +178,7 @@ func keysOfTwoLanes(t *testing.T) (a, b string) {
 			return "key", b
 		}
 	}
-	t.Fatal("all keys share a lane")
+	t.Fatal("all keys belong to the same lane")
 	return "", ""
 }
 
@@ -185,13 +191,14 @@ func valuesOf(t *testing.T, deliveries []messaging.Delivery) []string {
 	return values
 }
 
-// A consumer bounds the bytes of its unhandled deliveries, however many the broker may hand out.
+// A consumer bounds the bytes of its unhandled deliveries, whatever the prefetch allows.
 func TestDeliveriesAreBoundedInBytes(t *testing.T) {
 	t.Parallel()
 	url, p := setUp(t)
 	const size, most, n = 10 << 10, 50 << 10, 100
 	for i := range n {
-		mustPublish(t, p, messaging.New("", wrapperspb.String(strconv.Itoa(1000+i)+strings.Repeat("x", size))))
+		value := strconv.Itoa(1000+i) + strings.Repeat("x", size)
+		mustPublish(t, p, messaging.New("", wrapperspb.String(value)))
 	}
 	batches, first := make(chan int, n), make(chan struct{})
 	consume(t, ConsumerConfig{URL: url, MaxBytes: most}, func(_ context.Context, batch []messaging.Delivery) error {
@@ -199,12 +206,12 @@ func TestDeliveriesAreBoundedInBytes(t *testing.T) {
 		batches <- len(batch)
 		return nil
 	})
-	ready(t, url, 0) // the broker has handed out all
+	ready(t, url, 0) // the broker has delivered all messages
 	close(first)
 	for handled := 0; handled < n; {
 		batch := receive(t, batches)
 		if handled += batch; batch > most/size+2 {
-			t.Errorf("%d deliveries of %d bytes were here, want at most %d", batch, size, most/size+2)
+			t.Errorf("a batch has %d deliveries of %d bytes, want at most %d", batch, size, most/size+2)
 		}
 	}
 }

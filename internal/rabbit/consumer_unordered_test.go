@@ -10,13 +10,18 @@ import (
 	"example.com/shop/internal/messaging"
 )
 
-// An unordered queue is worked on by all its consumers, each with as many deliveries at once as it may have, and a slow one holds up no other.
+// All consumers of an unordered queue are active. Each handles up to its prefetch of deliveries concurrently, and a
+// slow delivery delays no other.
 func TestUnorderedQueueIsSharedAndParallel(t *testing.T) {
 	t.Parallel()
 	const prefetch, n = 3, 20
-	any := Topology{Exchange: topology.Exchange, Queues: []Queue{{Name: "shop.any", Types: topology.Queues[0].Types, Unordered: true}}}
+	const name = "shop.any"
+	unordered := Topology{
+		Exchange: topology.Exchange,
+		Queues:   []Queue{{Name: name, Types: topology.Queues[0].Types, Unordered: true}},
+	}
 	url := testenv.AMQP(t)
-	publisher := newPublisher(t, PublisherConfig{URL: url, Topology: any})
+	publisher := newPublisher(t, PublisherConfig{URL: url, Topology: unordered})
 	mustPublish(t, publisher)
 
 	release := make(chan struct{})
@@ -26,19 +31,19 @@ func TestUnorderedQueueIsSharedAndParallel(t *testing.T) {
 	ctx, stop := context.WithCancel(t.Context())
 	var running sync.WaitGroup
 	for i := range busy {
-		consumer := NewConsumer(ConsumerConfig{URL: url, Topology: any, Queue: "shop.any", Unordered: true, Prefetch: prefetch},
-			func(_ context.Context, deliveries []messaging.Delivery) error {
-				if now := busy[i].Add(1); now > prefetch || len(deliveries) != 1 {
-					t.Errorf("%d handlers at once, with %d deliveries", now, len(deliveries))
-				}
-				began <- struct{}{}
-				if textOf(t, deliveries[0].Payload) == "0" {
-					<-release // until the others are through
-				}
-				busy[i].Add(-1)
-				handled.Add(1)
-				return nil
-			})
+		config := ConsumerConfig{URL: url, Topology: unordered, Queue: name, Unordered: true, Prefetch: prefetch}
+		consumer := NewConsumer(config, func(_ context.Context, deliveries []messaging.Delivery) error {
+			if now := busy[i].Add(1); now > prefetch || len(deliveries) != 1 {
+				t.Errorf("%d concurrent handlers, with %d deliveries", now, len(deliveries))
+			}
+			began <- struct{}{}
+			if textOf(t, deliveries[0].Payload) == "0" {
+				<-release // until all others are handled
+			}
+			busy[i].Add(-1)
+			handled.Add(1)
+			return nil
+		})
 		running.Go(func() { _ = consumer.Run(ctx) })
 	}
 	mustPublish(t, publisher, texts(0, n)...)
@@ -48,7 +53,7 @@ func TestUnorderedQueueIsSharedAndParallel(t *testing.T) {
 	close(release)
 	stop()
 	running.Wait()
-	if left := take(t, url, "shop.any"); len(left) > 0 || handled.Load() != n {
+	if left := take(t, url, name); len(left) > 0 || handled.Load() != n {
 		t.Errorf("%d handled, %d left", handled.Load(), len(left))
 	}
 }

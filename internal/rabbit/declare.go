@@ -10,24 +10,24 @@ import (
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 
-// ErrQueueBroken means that the broker answers INTERNAL_ERROR for a queue. While a quorum queue is being made that
-// passes. If it does not, the queue has a name and no members that work, and somebody has to delete it or to restart
-// the broker.
+// ErrQueueBroken means that the broker answers INTERNAL_ERROR for a queue. This is temporary while a quorum queue is
+// being created. If it persists, the queue has a name but no working members, and an operator must delete the queue or
+// restart the broker.
 var ErrQueueBroken = errors.New("the broker answers INTERNAL_ERROR")
 
 const (
-	// declarePatience is how long one process waits for another that is declaring. Its connection is cut then, and it
+	// declareTimeout is how long one process waits for another that is declaring. Then it gives up its connection and
 	// tries again.
-	declarePatience = 30 * time.Second
-	// declarePause is the longest pause between two looks at what the other has done.
+	declareTimeout = 30 * time.Second
+	// declarePause is the longest pause between two checks of the other process's progress.
 	declarePause = 250 * time.Millisecond
-	// declareTries is how often Declare connects and declares while the broker answers INTERNAL_ERROR.
-	declareTries = 5
+	// declareAttempts is how often Declare connects and declares while the broker answers INTERNAL_ERROR.
+	declareAttempts = 5
 )
 
-// ensure makes sure that the topology is there. If something is missing, one process at a time declares, and the others
-// wait: RabbitMQ records a quorum queue before it starts the members, so a second declaration meanwhile finds a queue
-// that does not work yet.
+// ensure makes sure that the topology exists. If something is missing, one process at a time declares it, and the
+// others wait: RabbitMQ records a quorum queue before it starts the members, so a concurrent declaration would find a
+// queue that does not work yet.
 func (t Topology) ensure(ctx context.Context, conn *Connection) error {
 	if t.Given {
 		return onChannel(conn, t.expect)
@@ -37,7 +37,7 @@ func (t Topology) ensure(ctx context.Context, conn *Connection) error {
 		if err != nil {
 			return err
 		}
-		if complete { // so this starts nothing: it compares the arguments, and binds to new types
+		if complete { // declaring then creates no queue: it compares the arguments and binds to new types
 			return onChannel(conn, t.declare)
 		}
 		unlock, err := t.lock(conn)
@@ -48,8 +48,8 @@ func (t Topology) ensure(ctx context.Context, conn *Connection) error {
 		if !refused(err, amqp.ResourceLocked) {
 			return fmt.Errorf("lock the topology: %w", err)
 		}
-		if time.Since(began) > declarePatience {
-			return fmt.Errorf("another process has been declaring the topology for %s", declarePatience)
+		if time.Since(began) > declareTimeout {
+			return fmt.Errorf("another process has been declaring the topology for %s", declareTimeout)
 		}
 		if sleep(ctx, declarePause/5+rand.N(declarePause*4/5)); ctx.Err() != nil {
 			return ctx.Err()
@@ -57,7 +57,7 @@ func (t Topology) ensure(ctx context.Context, conn *Connection) error {
 	}
 }
 
-// isComplete tells whether exchange and queues exist.
+// isComplete reports whether the exchange and all queues exist.
 func (t Topology) isComplete(conn *Connection) (bool, error) {
 	err := onChannel(conn, t.expect)
 	if refused(err, amqp.NotFound) {
@@ -66,8 +66,9 @@ func (t Topology) isComplete(conn *Connection) (bool, error) {
 	return err == nil, err
 }
 
-// lock makes sure that nobody else declares this topology, until unlock is called or the connection ends: an exclusive
-// queue is one connection's. A user who may configure nothing but the topology goes without.
+// lock prevents other processes from declaring this topology until unlock is called or the connection ends. The lock is
+// an exclusive queue, which belongs to one connection. A user who may configure nothing but the topology proceeds
+// without a lock.
 func (t Topology) lock(conn *Connection) (unlock func(), err error) {
 	name := t.Exchange + ".declaring"
 	channel, err := conn.Channel()
@@ -79,12 +80,12 @@ func (t Topology) lock(conn *Connection) (unlock func(), err error) {
 		return func() {}, nil
 	}
 	return func() {
-		_, _ = channel.QueueDelete(name, false, false, false) // fails only if the connection is gone, and the lock with it
+		_, _ = channel.QueueDelete(name, false, false, false) // fails only if the connection and thus the lock are gone
 		_ = channel.Close()
 	}, err
 }
 
-// onChannel runs do on a channel of its own, since a refusal closes it.
+// onChannel runs do on a separate channel, because a refusal closes the channel.
 func onChannel(conn *Connection, do func(*amqp.Channel) error) error {
 	channel, err := conn.Channel()
 	if err != nil {
@@ -96,17 +97,18 @@ func onChannel(conn *Connection, do func(*amqp.Channel) error) error {
 	return channel.Close()
 }
 
-// refused tells whether the broker refused something with a code of AMQP.
+// refused reports whether err is a refusal by the broker with this AMQP code.
 func refused(err error, code int) bool {
 	var refusal *amqp.Error
 	return errors.As(err, &refusal) && refusal.Code == code
 }
 
-// Declare makes the topology, for processes that may not. It tries a few times while the broker answers INTERNAL_ERROR.
+// Declare declares the topology on behalf of processes that lack the permission. It retries a few times while the
+// broker answers INTERNAL_ERROR.
 func (t Topology) Declare(ctx context.Context, url string) (err error) {
-	for try := range declareTries {
-		if try > 0 {
-			sleep(ctx, time.Duration(try)*declarePause+rand.N(declarePause))
+	for attempt := range declareAttempts {
+		if attempt > 0 {
+			sleep(ctx, time.Duration(attempt)*declarePause+rand.N(declarePause))
 		}
 		if err = t.declareOnce(ctx, url); !errors.Is(err, ErrQueueBroken) || ctx.Err() != nil {
 			break
@@ -130,7 +132,7 @@ func declareQueue(ch *amqp.Channel, name string, arguments amqp.Table) error {
 	_, err := ch.QueueDeclare(name, true, false, false, false, arguments)
 	switch {
 	case refused(err, amqp.PreconditionFailed):
-		const cure = "empty and delete it, or give this one another name"
+		const cure = "empty and delete it, or use another name"
 		return fmt.Errorf("queue %s exists with other arguments; %s: %w", name, cure, err)
 	case err != nil:
 		return fmt.Errorf("declare queue %s: %w", name, brokenOr(name, err))
@@ -138,7 +140,7 @@ func declareQueue(ch *amqp.Channel, name string, arguments amqp.Table) error {
 	return nil
 }
 
-// brokenOr returns err, as ErrQueueBroken if the broker's answer about the queue is INTERNAL_ERROR.
+// brokenOr returns err, wrapped in ErrQueueBroken if the broker answered INTERNAL_ERROR for the queue.
 func brokenOr(name string, err error) error {
 	if refused(err, amqp.InternalError) && !errors.Is(err, ErrQueueBroken) {
 		return fmt.Errorf("queue %s: %w: %w", name, ErrQueueBroken, err)

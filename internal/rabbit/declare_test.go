@@ -19,7 +19,7 @@ import (
 	"example.com/shop/internal/dev/testenv"
 )
 
-// dial connects as the code under test does, for as long as the test runs.
+// dial connects as the code under test does, until the test ends.
 func dial(t *testing.T, url string) *Connection {
 	t.Helper()
 	conn, err := Dial(t.Context(), url, "test")
@@ -30,8 +30,7 @@ func dial(t *testing.T, url string) *Connection {
 	return conn
 }
 
-// Twenty processes that start at one moment on an empty broker make queues that work, and so do those of each further
-// deployment.
+// Twenty processes that start simultaneously on an empty broker create working queues, in each of several rounds.
 func TestManyProcessesStartAtOnce(t *testing.T) {
 	t.Parallel()
 	const processes, rounds = 20, 3
@@ -56,9 +55,9 @@ func TestManyProcessesStartAtOnce(t *testing.T) {
 			t.Fatalf("round %d: %v", round, err)
 		}
 		mustPublish(t, newPublisher(t, PublisherConfig{URL: url, Topology: wide}), texts(0, 10)...)
-		for _, one := range wide.Queues {
-			if got := len(take(t, url, one.Name)); got != 10 {
-				t.Errorf("round %d: queue %s has %d messages, want 10", round, one.Name, got)
+		for _, queue := range wide.Queues {
+			if got := len(take(t, url, queue.Name)); got != 10 {
+				t.Errorf("round %d: queue %s has %d messages, want 10", round, queue.Name, got)
 			}
 		}
 	}
@@ -87,7 +86,7 @@ func TestOneProcessDeclaresAtATime(t *testing.T) {
 	if err := <-waiting; err != nil {
 		t.Fatal(err)
 	}
-	// A complete topology is found without the lock: a process that restarts waits for nobody.
+	// If the topology is complete, no lock is needed: a process that restarts does not wait.
 	if unlock, err = topology.lock(first); err != nil {
 		t.Fatal(err)
 	}
@@ -97,7 +96,7 @@ func TestOneProcessDeclaresAtATime(t *testing.T) {
 	}
 }
 
-// The lock of a process that dies is free.
+// The lock of a process that dies is released.
 func TestADeadProcessHoldsUpNobody(t *testing.T) {
 	t.Parallel()
 	url := testenv.AMQP(t)
@@ -111,10 +110,10 @@ func TestADeadProcessHoldsUpNobody(t *testing.T) {
 	}
 }
 
-// A user who may configure exchange and queues and nothing else can still declare them.
-func TestDeclaringTakesNoFurtherPermission(t *testing.T) {
+// A user who may configure only the exchange and the queues can declare them.
+func TestDeclaringNeedsNoFurtherPermission(t *testing.T) {
 	t.Parallel()
-	own := Only(append(topology.queueNames(), exchange, "amq.default")...) // the last for the queue's dead letters
+	own := Only(append(topology.queueNames(), exchange, "amq.default")...) // the last one is for dead-lettering
 	url := testenv.Management(t, testenv.AMQP(t)).User(own, own, own)
 	if err := topology.Declare(t.Context(), url); err != nil {
 		t.Error(err)
@@ -124,44 +123,50 @@ func TestDeclaringTakesNoFurtherPermission(t *testing.T) {
 func TestAQueueThatAnswersInternalError(t *testing.T) {
 	t.Parallel()
 
-	t.Run("IsTriedAgain", func(t *testing.T) {
+	t.Run("IsRetried", func(t *testing.T) {
 		t.Parallel()
-		sick := newSick(t, testenv.AMQP(t), queue, 2)
-		if err := topology.Declare(t.Context(), sick.url); err != nil || sick.left.Load() >= 0 {
-			t.Errorf("got %v, %d refusals left", err, sick.left.Load())
+		faulty := newFaultyBroker(t, testenv.AMQP(t), queue, 2)
+		if err := topology.Declare(t.Context(), faulty.url); err != nil || faulty.left.Load() >= 0 {
+			t.Errorf("got %v, %d refusals left", err, faulty.left.Load())
 		}
 	})
 
-	t.Run("IsNamedByAllWhoMeetIt", func(t *testing.T) {
+	t.Run("IsNamedInEveryError", func(t *testing.T) {
 		t.Parallel()
 		url := testenv.AMQP(t)
 		if err := topology.Declare(t.Context(), url); err != nil {
 			t.Fatal(err)
 		}
-		sick := newSick(t, url, queue, 1000)
+		faulty := newFaultyBroker(t, url, queue, 1000)
 		given := topology
 		given.Given = true
-		_, read := NewGauge(sick.url, "test").Read(t.Context(), []string{queue})
-		_, _, compared := topology.Compare(t.Context(), sick.url)
-		_, published := newPublisher(t, PublisherConfig{URL: sick.url, Topology: given}).Publish(t.Context(), texts(0, 1))
+		_, read := NewGauge(faulty.url, "test").Read(t.Context(), []string{queue})
+		_, _, compared := topology.Compare(t.Context(), faulty.url)
+		publisher := newPublisher(t, PublisherConfig{URL: faulty.url, Topology: given})
+		_, published := publisher.Publish(t.Context(), texts(0, 1))
+		declared := topology.Declare(t.Context(), faulty.url)
 		for name, err := range map[string]error{
-			"Declare": topology.Declare(t.Context(), sick.url), "Read": read, "Compare": compared, "Publish": published,
+			"Declare": declared, "Read": read, "Compare": compared, "Publish": published,
 		} {
-			if !errors.Is(err, ErrQueueBroken) || !strings.Contains(err.Error(), queue) || strings.Contains(err.Error(), "is not there") {
-				t.Errorf("%s: %v", name, err)
+			if !errors.Is(err, ErrQueueBroken) {
+				t.Errorf("%s: got %v, want ErrQueueBroken", name, err)
+				continue
+			}
+			if text := err.Error(); !strings.Contains(text, queue) || strings.Contains(text, "does not exist") {
+				t.Errorf("%s: %s", name, text)
 			}
 		}
 	})
 }
 
-// sick is a proxy that answers INTERNAL_ERROR when a queue is declared, as RabbitMQ does for a quorum queue without
-// members that work.
-type sick struct {
+// faultyBroker is a proxy that answers INTERNAL_ERROR when a queue is declared, as RabbitMQ does for a quorum queue
+// without working members.
+type faultyBroker struct {
 	url  string
-	left atomic.Int64 // refusals, and then below zero
+	left atomic.Int64 // remaining refusals; negative after a declaration that was not refused
 }
 
-func newSick(t *testing.T, rawURL, queue string, refusals int64) *sick {
+func newFaultyBroker(t *testing.T, rawURL, queue string, refusals int64) *faultyBroker {
 	t.Helper()
 	target, err := url.Parse(rawURL)
 	if err != nil {
@@ -171,8 +176,8 @@ func newSick(t *testing.T, rawURL, queue string, refusals int64) *sick {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := &sick{}
-	s.left.Store(refusals)
+	b := &faultyBroker{}
+	b.left.Store(refusals)
 	broker := target.Host
 	var running sync.WaitGroup
 	running.Go(func() {
@@ -181,7 +186,7 @@ func newSick(t *testing.T, rawURL, queue string, refusals int64) *sick {
 			if err != nil {
 				return
 			}
-			running.Go(func() { s.serve(client, broker, queue) })
+			running.Go(func() { b.serve(client, broker, queue) })
 		}
 	})
 	t.Cleanup(func() {
@@ -189,12 +194,12 @@ func newSick(t *testing.T, rawURL, queue string, refusals int64) *sick {
 		running.Wait()
 	})
 	target.Host = listener.Addr().String()
-	s.url = target.String()
-	return s
+	b.url = target.String()
+	return b
 }
 
-// serve forwards a connection until one side ends it, or the queue is declared.
-func (s *sick) serve(client net.Conn, broker, queue string) {
+// serve forwards a connection until one side ends it, or until it refuses a declaration of the queue.
+func (b *faultyBroker) serve(client net.Conn, broker, queue string) {
 	defer client.Close()
 	server, err := net.Dial("tcp", broker)
 	if err != nil {
@@ -206,7 +211,8 @@ func (s *sick) serve(client net.Conn, broker, queue string) {
 	if _, err := io.CopyN(server, from, int64(len("AMQP0091"))); err != nil {
 		return
 	}
-	declares := append([]byte{0, 50, 0, 10, 0, 0, byte(len(queue))}, queue...) // queue.declare, behind type, channel and size
+	// queue.declare, as it follows type, channel and size
+	declares := append([]byte{0, 50, 0, 10, 0, 0, byte(len(queue))}, queue...)
 	for {
 		frame := make([]byte, 7)
 		if _, err := io.ReadFull(from, frame); err != nil {
@@ -216,10 +222,10 @@ func (s *sick) serve(client net.Conn, broker, queue string) {
 		if _, err := io.ReadFull(from, frame[7:]); err != nil {
 			return
 		}
-		if frame[0] == 1 && bytes.HasPrefix(frame[7:], declares) && s.left.Add(-1) >= 0 {
+		if frame[0] == 1 && bytes.HasPrefix(frame[7:], declares) && b.left.Add(-1) >= 0 {
 			_, _ = client.Write(closeFrame)
 			_ = client.SetReadDeadline(time.Now().Add(time.Second))
-			_, _ = io.Copy(io.Discard, from) // the client's answer
+			_, _ = io.Copy(io.Discard, from) // the client's response
 			return
 		}
 		if _, err := server.Write(frame); err != nil {
@@ -228,7 +234,7 @@ func (s *sick) serve(client net.Conn, broker, queue string) {
 	}
 }
 
-// closeFrame is connection.close (class 10, method 50) with 541 about queue.declare.
+// closeFrame is connection.close (class 10, method 50) with code 541 for queue.declare.
 var closeFrame = func() []byte {
 	const text = "INTERNAL_ERROR"
 	payload := append([]byte{0, 10, 0, 50, 541 >> 8, 541 & 0xFF, byte(len(text))}, text...)

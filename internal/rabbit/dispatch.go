@@ -10,20 +10,25 @@ import (
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 
-var errDeliveriesEnded = errors.New("the broker ended the deliveries")
+var errDeliveriesEnded = errors.New("the broker stopped the deliveries")
 
-// quietTime is how long nothing must come before the deliveries that the broker has sent are taken to be all here. One that is missed does no
-// harm, but it counts as handed out once when the next consumer gets it.
+// quietTime is how long no delivery must arrive before dispatch assumes that everything the broker has sent is here. A
+// delivery that it misses does no harm, but the broker counts it as delivered once when the next consumer gets it.
 const quietTime = 50 * time.Millisecond
 
-// dispatch hands deliveries to their lanes and acks what comes back, until source is closed: by the library, when the connection ends, and
-// also when the queue is deleted, when connection and channel stay open. It returns nil if ctx ended it and everything is settled.
+// dispatch passes deliveries to their lanes and acks the handled ones, until the library closes source. That happens
+// when the connection ends, and also when the queue is deleted; connection and channel then stay open. dispatch
+// returns nil if ctx ended it and everything is settled.
 //
-// At the end of ctx it works off what was delivered, but withholds the acks until all of it is done. The broker makes the next consumer of
-// the queue the active one as soon as this one cancels or closes, whatever is still unacked here; and it sends more for each ack. So
-// only when nothing is unfinished here may another one begin: else it would overtake us on the same key.
-func (c *Consumer) dispatch(ctx context.Context, conn *Connection, channel *amqp.Channel, source <-chan amqp.Delivery) error {
-	// Handlers outlive ctx: a delivery that was begun is finished. They end with the drain timeout, or with this connection.
+// When ctx ends, dispatch finishes the received deliveries but withholds their acks until all of them are done. As soon
+// as this consumer cancels or closes, the broker activates the queue's next consumer, even if deliveries are still
+// unacked here; and it sends more deliveries for each ack. So no other consumer may start until nothing is unfinished
+// here: otherwise it would overtake this one on the same key.
+func (c *Consumer) dispatch(
+	ctx context.Context, conn *Connection, channel *amqp.Channel, source <-chan amqp.Delivery,
+) error {
+	// Handlers outlive ctx, so that they finish the deliveries that they have started. They end with the drain timeout or
+	// with this connection.
 	work, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	lanes := c.startLanes(work)
 	defer lanes.wait()
@@ -36,7 +41,7 @@ func (c *Consumer) dispatch(ctx context.Context, conn *Connection, channel *amqp
 		select {
 		case delivery, open := <-source:
 			if !open {
-				return errDeliveriesEnded // and with them the acks: what is not acked is delivered again
+				return errDeliveriesEnded // acks are no longer possible: unacked messages are redelivered
 			}
 			unfinished++
 			c.hand(work, lanes, delivery)
@@ -77,14 +82,14 @@ func (c *Consumer) dispatch(ctx context.Context, conn *Connection, channel *amqp
 		}
 	}
 	if len(handled.waiting) >= c.config.Prefetch {
-		// The broker could send nothing more, so nothing is under way that would be cut off. With the acks it would send again, to be
-		// handed out a second time after the end of the connection.
-		_ = channel.Cancel(consumerTag, true) // fails only if the connection is gone, and then so does the ack
+		// The prefetch is exhausted, so no delivery is in flight that the cancel could lose. Without the cancel, the acks
+		// would make the broker send more, and those messages would be redelivered after the connection ends.
+		_ = channel.Cancel(consumerTag, true) // fails only if the connection is gone, and then the ack fails too
 	}
 	return sendAcks(channel, &handled)
 }
 
-// laneOf keeps the deliveries of one key together, and spreads those without a key.
+// laneOf keeps deliveries of one key in one lane, and spreads those without a key.
 func (c *Consumer) laneOf(d *amqp.Delivery) int {
 	if c.config.Lanes == 1 {
 		return 0
@@ -93,8 +98,9 @@ func (c *Consumer) laneOf(d *amqp.Delivery) int {
 	return int(hash(cmp.Or(key, d.MessageId)) % uint32(c.config.Lanes))
 }
 
-// ackSize is how many acks are not gathered any longer, so that the broker does not run out of what it may send. With one lane, that is a quarter of
-// all it may. Otherwise some of the unfinished deliveries may be stuck, and it has to do with the rest.
+// ackSize is the number of batched acks that are sent without further delay, so that the broker does not exhaust the
+// prefetch. With one lane, this is a quarter of the prefetch. Otherwise some unfinished deliveries may be stuck, so
+// it is a quarter of the rest.
 func (c *Consumer) ackSize(unfinished int) int {
 	moving := c.config.Prefetch
 	if c.config.Lanes > 1 || c.config.Unordered {
@@ -103,7 +109,7 @@ func (c *Consumer) ackSize(unfinished int) int {
 	return moving / 4
 }
 
-// sendAcks acks all that is handled.
+// sendAcks acks all handled deliveries.
 func sendAcks(channel *amqp.Channel, handled *acks) error {
 	upTo, single := handled.next()
 	var err error
@@ -114,7 +120,7 @@ func sendAcks(channel *amqp.Channel, handled *acks) error {
 		err = cmp.Or(err, channel.Ack(tag, false))
 	}
 	if err != nil {
-		// The connection is gone. All copies that come again are duplicates to the inbox.
+		// The connection is gone. The messages are redelivered, and the inbox drops the duplicates.
 		return fmt.Errorf("ack: %w", err)
 	}
 	return nil

@@ -16,15 +16,15 @@ const (
 	contentType = "application/protobuf"
 )
 
-// encode makes a publishing. Only what stands here becomes an AMQP property: a header of the sender's must not be able to expire the
-// message, to answer elsewhere, or to send it to another queue (CC). Header names were checked by Validate; here they go into the header
-// table and nowhere else.
+// encode makes a publishing. Only the fields set here become AMQP properties: a sender's header must not be able to
+// expire the message, to redirect replies, or to route it to another queue (CC). Validate has checked the header names;
+// here they go into the header table and nowhere else.
 func encode(m messaging.Message) amqp.Publishing {
 	headers := make(amqp.Table, len(m.Headers)+1)
 	for name, value := range m.Headers {
 		headers[name] = value
 	}
-	delete(headers, keyHeader) // the key is the message's, and no header may pass for it
+	delete(headers, keyHeader) // only the message itself sets the key
 	if m.Key != "" {
 		headers[keyHeader] = m.Key
 	}
@@ -34,8 +34,8 @@ func encode(m messaging.Message) amqp.Publishing {
 	}
 }
 
-// decode takes a delivery as it comes; the inbox judges it. Nothing that a sender says is dropped but what is the
-// broker's: headers x-….
+// decode converts a delivery without judging it; the inbox does that. It drops nothing that the sender set except
+// headers x-…, which belong to the broker.
 func decode(d *amqp.Delivery) messaging.Delivery {
 	headers := make(map[string]string, len(d.Headers))
 	for name, value := range d.Headers {
@@ -51,7 +51,7 @@ func decode(d *amqp.Delivery) messaging.Delivery {
 	}
 	key, flaw := keyOf(d)
 	var count int64
-	if d.Redelivered { // else the sender set the header
+	if d.Redelivered { // otherwise the sender set the header
 		count, _ = d.Headers["x-delivery-count"].(int64)
 	}
 	return messaging.Delivery{
@@ -60,25 +60,25 @@ func decode(d *amqp.Delivery) messaging.Delivery {
 	}
 }
 
-// keyOf returns the key of a delivery, or a flaw if its key is no key or cannot be known. It must not pass for none:
-// then the order would be lost.
+// keyOf returns the key of a delivery, or a flaw if the key is invalid or unreadable. Such a delivery must not pass as
+// one without a key: its order would be lost.
 func keyOf(d *amqp.Delivery) (key, flaw string) {
 	if reason := Unreadable(d.Headers); reason != "" {
 		return "", "the headers cannot be read: " + reason
 	}
 	value, given := d.Headers[keyHeader]
-	if key, ok := value.(string); ok || !given { // as from our own relay
+	if key, ok := value.(string); ok || !given { // always true for our own relay
 		return key, ""
 	}
 	key, ok := plainText(value)
 	if !ok {
-		const cure = "send a string, an integer, a boolean, or bytes that are UTF-8"
+		const cure = "send a string, an integer, a boolean, or UTF-8 bytes"
 		return "", fmt.Sprintf("header %s is %s and cannot be a key: %s", keyHeader, kindOf(value), cure)
 	}
 	return key, ""
 }
 
-// deathOf puts in words what the broker notes when it moves a message to another queue.
+// deathOf describes what the broker records when it moves a message to another queue.
 func deathOf(headers amqp.Table) string {
 	deaths, _ := headers["x-death"].([]any)
 	if len(deaths) == 0 {

@@ -10,8 +10,8 @@ import (
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 
-// plainText returns the text of a header's value if every sender would write the same: of strings, integers, booleans,
-// and bytes that are text.
+// plainText returns the text of a header value if its text form is unambiguous: for strings, integers, booleans, and
+// bytes that are valid text.
 func plainText(value any) (text string, ok bool) {
 	switch value := value.(type) {
 	case string:
@@ -24,8 +24,8 @@ func plainText(value any) (text string, ok bool) {
 	return "", false
 }
 
-// toText returns some text for a header's value of any type, so that it can be kept and read: plain text, void as "",
-// other bytes in base64, times as RFC 3339, decimals such as 1250e-2, and lists and tables as JSON.
+// toText returns a readable text for a header value of any type: plain text as it is, void as "", other bytes in
+// base64, times as RFC 3339, decimals such as 1250e-2, and lists and tables as JSON.
 func toText(value any) string {
 	if text, ok := plainText(value); ok {
 		return text
@@ -47,7 +47,7 @@ func toText(value any) string {
 	return fmt.Sprint(value)
 }
 
-// kindOf says in words of which type a header's value is, of those that are no plain text.
+// kindOf names the type of a header value for which plainText has no text.
 func kindOf(value any) string {
 	switch value.(type) {
 	case nil:

@@ -10,8 +10,8 @@ import (
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 
-// fieldsOfAMQP has a value of each type that a header may have on the wire. (RabbitMQ refuses a float that is not a
-// number.) Of each it says what a message is given for it, and whether it is a key.
+// fieldsOfAMQP contains a value of each type that a header may have on the wire, the text that a delivery gets for
+// it, and whether it can be a key. (RabbitMQ refuses NaN.)
 var fieldsOfAMQP = map[string]struct {
 	value any
 	text  string
@@ -39,8 +39,8 @@ var fieldsOfAMQP = map[string]struct {
 	"table":         {amqp.Table{"a": true}, `{"a":true}`, false},
 }
 
-// Messages of foreign publishers arrive through a real broker, which passes every type on. No key is silently no key,
-// and no header is lost.
+// Messages from foreign publishers arrive through a real broker, which passes on every type. No key is silently
+// ignored, and no header is lost.
 func TestHeadersOfEveryTypeArrive(t *testing.T) {
 	t.Parallel()
 	url, _ := setUp(t)
@@ -49,7 +49,8 @@ func TestHeadersOfEveryTypeArrive(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name, field := range fieldsOfAMQP {
-		foreign := amqp.Publishing{MessageId: name, DeliveryMode: amqp.Persistent, Headers: amqp.Table{keyHeader: field.value, "Other": field.value}}
+		headers := amqp.Table{keyHeader: field.value, "Other": field.value}
+		foreign := amqp.Publishing{MessageId: name, DeliveryMode: amqp.Persistent, Headers: headers}
 		confirm, err := channel.PublishWithDeferredConfirm("", queue, true, false, foreign)
 		if err != nil {
 			t.Fatal(err)
@@ -76,7 +77,7 @@ func TestHeadersOfEveryTypeArrive(t *testing.T) {
 	}
 }
 
-// Deliveries of one key share a lane however the key was sent.
+// Deliveries of one key share a lane, whichever type the key header has.
 func TestALaneIsChosenByTheKeyAsText(t *testing.T) {
 	t.Parallel()
 	c := &Consumer{config: ConsumerConfig{Lanes: 1 << 20}}
@@ -84,7 +85,7 @@ func TestALaneIsChosenByTheKeyAsText(t *testing.T) {
 		return c.laneOf(&amqp.Delivery{Headers: amqp.Table{keyHeader: value}})
 	}
 	if text, number, bytes := lane("17"), lane(int32(17)), lane([]byte("17")); text != number || text != bytes {
-		t.Errorf("lanes %d, %d and %d", text, number, bytes)
+		t.Errorf("got lanes %d, %d and %d, want the same lane", text, number, bytes)
 	}
 }
 
@@ -94,12 +95,24 @@ func TestThePayloadsLabelIsKeptUnlessItIsOurs(t *testing.T) {
 		sent amqp.Delivery
 		want map[string]string
 	}{
-		"ours":        {amqp.Delivery{ContentType: contentType}, map[string]string{}},
-		"none":        {amqp.Delivery{}, map[string]string{}},
-		"JSON":        {amqp.Delivery{ContentType: "application/json"}, map[string]string{"content-type": "application/json"}},
-		"zipped":      {amqp.Delivery{ContentType: contentType, ContentEncoding: "gzip"}, map[string]string{"content-encoding": "gzip"}},
-		"header also": {amqp.Delivery{ContentType: "text/plain", Headers: amqp.Table{"content-type": "a"}}, map[string]string{"content-type": "text/plain"}},
-		"header only": {amqp.Delivery{ContentType: contentType, Headers: amqp.Table{"content-type": "a"}}, map[string]string{"content-type": "a"}},
+		"ours": {amqp.Delivery{ContentType: contentType}, map[string]string{}},
+		"none": {amqp.Delivery{}, map[string]string{}},
+		"JSON": {
+			amqp.Delivery{ContentType: "application/json"},
+			map[string]string{"content-type": "application/json"},
+		},
+		"gzip": {
+			amqp.Delivery{ContentType: contentType, ContentEncoding: "gzip"},
+			map[string]string{"content-encoding": "gzip"},
+		},
+		"property and header": {
+			amqp.Delivery{ContentType: "text/plain", Headers: amqp.Table{"content-type": "a"}},
+			map[string]string{"content-type": "text/plain"},
+		},
+		"header only": {
+			amqp.Delivery{ContentType: contentType, Headers: amqp.Table{"content-type": "a"}},
+			map[string]string{"content-type": "a"},
+		},
 	} {
 		if got := decode(&test.sent).Headers; !cmp.Equal(got, test.want) {
 			t.Errorf("%s: %v, want %v", name, got, test.want)

@@ -19,16 +19,16 @@ var (
 	blockedFrame   = []byte{1, 0, 0, 0, 0, 0, 8, 0, 10, 0, 60, 3, 'l', 'o', 'w', 0xCE}
 	unblockedFrame = []byte{1, 0, 0, 0, 0, 0, 4, 0, 10, 0, 61, 0xCE}
 	heartbeatFrame = []byte{8, 0, 0, 0, 0, 0, 0, 0xCE}
-	// ackFrame is how basic.ack (class 60, method 80) begins, behind type and channel. A tag and a flag follow.
+	// ackFrame is the start of basic.ack (class 60, method 80) after type and channel. A tag and a flag follow.
 	ackFrame = []byte{0, 0, 0, 13, 0, 60, 0, 80}
 )
 
-// alarm is a proxy for one connection that shows a client what it sees of a broker which is short of memory. A real alarm would hit
-// every publisher of the broker, those of other tests too.
+// alarm is a proxy for one connection that behaves like a broker that is short of memory. A real alarm would affect
+// every publisher of the broker, including those of other tests.
 type alarm struct {
 	mu     sync.Mutex // of writes to the client, so that frames stay whole
 	client net.Conn
-	gate   chan struct{} // taken while nothing is read from the client
+	gate   chan struct{} // full during an alarm, when nothing from the client is forwarded
 	acks   atomic.Int64  // sent by the client
 }
 
@@ -107,7 +107,8 @@ func (a *alarm) send(frame []byte) {
 	_, _ = a.client.Write(frame)
 }
 
-// raise blocks the client until the returned function is called. Meanwhile it gets heartbeats, as from a real broker but more often.
+// raise blocks the client until the returned function is called. Meanwhile the client gets heartbeats, as from a real
+// broker but more often.
 func (a *alarm) raise() (lower func()) {
 	a.gate <- struct{}{}
 	a.send(blockedFrame)

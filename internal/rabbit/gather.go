@@ -5,11 +5,12 @@ import (
 	"sync"
 )
 
-// gatherSize is how much is gathered before it is sent: some hundred small messages, and less than a socket's usual buffer.
+// gatherSize is the number of bytes that are batched before a write: some hundred small messages, and less than the
+// usual socket buffer.
 const gatherSize = 64 << 10
 
-// gatheringConn sends many publishings in one write. The client library flushes after each one, and the system calls for that, here and
-// in the broker, cost more than the publishing itself.
+// gatheringConn batches many publishings into one write. The client library flushes after each one, and the system
+// calls for that, here and in the broker, cost more than the publishing itself.
 type gatheringConn struct {
 	net.Conn
 	network  net.Conn // beneath TLS
@@ -18,10 +19,10 @@ type gatheringConn struct {
 	mu        sync.Mutex
 	gathering bool
 	buffer    []byte
-	failure   error // of a write: the broker saw part of a frame at best, and nothing that is sent after it would make sense
+	failure   error // of a write: the broker may have seen part of a frame, so nothing can be sent after it
 }
 
-// Write implements net.Conn. While gathering, it keeps p for later; the library's heartbeats queue up in order like everything else.
+// Write implements net.Conn. While gathering, it buffers p; the library's heartbeats are buffered in order as well.
 func (c *gatheringConn) Write(p []byte) (int, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -35,7 +36,7 @@ func (c *gatheringConn) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// gather calls fn and sends at its end what has not been sent by then.
+// gather calls fn, buffers what fn writes, and flushes the rest when fn returns.
 func (c *gatheringConn) gather(fn func()) error {
 	c.setGathering(true)
 	fn()
@@ -59,7 +60,7 @@ func (c *gatheringConn) flush() error {
 	return c.failure
 }
 
-// cut ends the connection without a word.
+// cut closes the network connection without the AMQP closing handshake.
 func (c *gatheringConn) cut() {
 	c.messages.end()
 	_ = c.network.Close()

@@ -9,7 +9,7 @@ import (
 
 var errWrite = errors.New("connection reset")
 
-// sink is a network connection that keeps what is written, until it fails.
+// sink is a network connection that records writes, or fails them.
 type sink struct {
 	net.Conn
 	writes [][]byte
@@ -62,7 +62,7 @@ func TestGatheringConn(t *testing.T) {
 		}
 	})
 
-	t.Run("SendsWhenEnoughIsGathered", func(t *testing.T) {
+	t.Run("SendsWhenTheBufferIsFull", func(t *testing.T) {
 		t.Parallel()
 		to := &sink{}
 		conn := &gatheringConn{Conn: to}
@@ -80,7 +80,7 @@ func TestGatheringConn(t *testing.T) {
 		}
 	})
 
-	t.Run("TellsOfAFailureAtTheEnd", func(t *testing.T) {
+	t.Run("ReportsAFailureAtTheEnd", func(t *testing.T) {
 		t.Parallel()
 		conn := &gatheringConn{Conn: &sink{fail: true}}
 		if err := conn.gather(func() { write(t, conn, []byte("a")) }); !errors.Is(err, errWrite) {
@@ -88,7 +88,7 @@ func TestGatheringConn(t *testing.T) {
 		}
 	})
 
-	t.Run("TellsOfAFailureInBetween", func(t *testing.T) {
+	t.Run("ReportsAnEarlierFailure", func(t *testing.T) {
 		t.Parallel()
 		to := &sink{fail: true}
 		conn := &gatheringConn{Conn: to}
@@ -110,10 +110,11 @@ func TestGatheringConn(t *testing.T) {
 		_, _ = conn.Write([]byte("a"))
 		to.fail = false
 		if _, err := conn.Write([]byte("b")); !errors.Is(err, errWrite) || len(to.writes) > 0 {
-			t.Errorf("got %v and %d writes behind a torn frame", err, len(to.writes))
+			t.Errorf("got %v and %d writes after a partial frame", err, len(to.writes))
 		}
-		if err := conn.gather(func() { _, _ = conn.Write([]byte("c")) }); !errors.Is(err, errWrite) || len(to.writes) > 0 {
-			t.Errorf("got %v and %d writes behind a torn frame", err, len(to.writes))
+		err := conn.gather(func() { _, _ = conn.Write([]byte("c")) })
+		if !errors.Is(err, errWrite) || len(to.writes) > 0 {
+			t.Errorf("got %v and %d writes after a partial frame", err, len(to.writes))
 		}
 	})
 }

@@ -8,8 +8,8 @@ import (
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 
-// Gauge reads how full queues are, and whether the broker answers at all, over a connection that it keeps from one reading to the next. It may be
-// used by several goroutines.
+// Gauge reads queue depths and checks that the broker responds. It keeps its connection between calls. It is safe for
+// concurrent use.
 type Gauge struct {
 	url, name string
 
@@ -17,21 +17,21 @@ type Gauge struct {
 	conn *Connection
 }
 
-// Depth is a queue as the broker shows it to anybody.
+// Depth is the state of a queue as a passive declaration shows it.
 type Depth struct {
 	Queue string
-	// Missing: there is no such queue.
+	// Missing means that the queue does not exist.
 	Missing bool
-	// Ready are the messages that no consumer has.
+	// Ready is the number of messages that are not delivered to any consumer.
 	Ready int64
-	// Consumers are those that take from it, the ones that stand by included.
+	// Consumers is the number of consumers, including those on standby.
 	Consumers int
 }
 
 // NewGauge makes a Gauge. It does not connect.
 func NewGauge(url, name string) *Gauge { return &Gauge{url: url, name: name} }
 
-// Read returns the depth of each queue, in their order, or an error if the broker does not say; the next call connects anew then.
+// Read returns the depth of each queue, in the given order. After an error the next call reconnects.
 func (g *Gauge) Read(ctx context.Context, queues []string) (depths []Depth, err error) {
 	err = g.ask(ctx, func() error {
 		depths, err = g.read(queues)
@@ -51,7 +51,7 @@ func (g *Gauge) Check(ctx context.Context) error {
 	})
 }
 
-// ask calls fn with a connection, which is given up if fn fails or ctx ends.
+// ask calls fn with a connection, and closes the connection if fn fails or ctx ends.
 func (g *Gauge) ask(ctx context.Context, fn func() error) (err error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -82,12 +82,12 @@ func (g *Gauge) read(queues []string) (depths []Depth, err error) {
 		}
 		found, err := channel.QueueDeclarePassive(name, true, false, false, false, nil)
 		switch {
-		case refused(err, amqp.NotFound): // which has closed the channel
+		case refused(err, amqp.NotFound): // the refusal has closed the channel
 			channel = nil
 			depths = append(depths, Depth{Queue: name, Missing: true})
 			continue
 		case err != nil:
-			return nil, fmt.Errorf("look at queue %s: %w", name, brokenOr(name, err))
+			return nil, fmt.Errorf("check queue %s: %w", name, brokenOr(name, err))
 		}
 		depths = append(depths, Depth{Queue: name, Ready: int64(found.Messages), Consumers: found.Consumers})
 	}

@@ -8,7 +8,7 @@ import (
 	"example.com/shop/internal/dev/testenv"
 )
 
-// A gauge tells what is in the queues and which are missing, and is of use again as soon as the broker is.
+// A gauge reports queue depths and missing queues, and recovers when the broker is reachable again.
 func TestGauge(t *testing.T) {
 	t.Parallel()
 	proxy, url := testenv.ProxyURL(t, testenv.AMQP(t))
@@ -40,7 +40,7 @@ func TestGauge(t *testing.T) {
 	proxy.Refuse(true)
 	proxy.Cut()
 	if depths, err := read(); err == nil {
-		t.Errorf("without a broker: %v", depths)
+		t.Errorf("without a broker: got %v, want an error", depths)
 	}
 	proxy.Refuse(false)
 	testenv.Eventually(t, 20*time.Second, func() error { _, err := read(); return err })
@@ -49,7 +49,7 @@ func TestGauge(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
 	defer cancel()
 	if depths, err := gauge.Read(ctx, []string{"there"}); err == nil {
-		t.Errorf("from a broker that does not answer: %v", depths)
+		t.Errorf("from a broker that does not respond: got %v, want an error", depths)
 	}
 	proxy.Freeze(false)
 }

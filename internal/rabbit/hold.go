@@ -5,25 +5,25 @@ import (
 	"time"
 )
 
-// hold bounds the bytes of the messages that came over a connection and are not handled. The broker hands out messages
-// by number, however large they are; so beyond the limit nothing more is read, and TCP makes the broker wait.
+// hold bounds the bytes of messages that were received over a connection and not handled. The broker's prefetch counts
+// messages, whatever their size; so beyond the limit nothing more is read, and TCP makes the broker wait.
 type hold struct {
 	mu    sync.Mutex
-	limit int64 // 0 is none
+	limit int64 // 0 means no limit
 	held  int64
-	extra int64 // beyond the limit, because nothing was handled for long
+	extra int64 // allowed beyond the limit, because nothing has been handled for a long time
 	ended bool
-	room  chan struct{} // closed when there is room again, or the connection ends; nil if nobody waits
+	room  chan struct{} // closed when there is room again or the connection ends; nil if nobody waits
 }
 
-// add counts what was read.
+// add counts bytes that were read.
 func (h *hold) add(bytes int64) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.held += bytes
 }
 
-// release gives room for what was handled.
+// release frees the room of handled messages.
 func (h *hold) release(bytes int64) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -33,7 +33,7 @@ func (h *hold) release(bytes int64) {
 	h.wake()
 }
 
-// end lets nobody wait any more.
+// end stops all waiting.
 func (h *hold) end() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -50,7 +50,7 @@ func (h *hold) setLimit(bytes int64) {
 
 func (h *hold) isFull() bool { return h.limit > 0 && h.held >= h.limit+h.extra && !h.ended }
 
-// wake wakes the reader if there is room, with the mutex held.
+// wake wakes the reader if there is room. The caller must hold the mutex.
 func (h *hold) wake() {
 	if h.room != nil && !h.isFull() {
 		close(h.room)
@@ -58,7 +58,7 @@ func (h *hold) wake() {
 	}
 }
 
-// full returns a channel that is closed when there is room, or nil if there is.
+// full returns a channel that is closed once there is room, or nil if there is room already.
 func (h *hold) full() <-chan struct{} {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -68,7 +68,7 @@ func (h *hold) full() <-chan struct{} {
 	return h.room
 }
 
-// grow makes room although there is none.
+// grow makes room beyond the limit.
 func (h *hold) grow() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -77,22 +77,22 @@ func (h *hold) grow() {
 }
 
 const (
-	// trickleInterval is how long nothing is read at most. A broker that could send nothing for some 30 s hangs up, and
-	// counts a delivery of everything that it has sent.
+	// trickleInterval is the longest time without a read. A broker that cannot send for about 30 s closes the connection,
+	// and counts a delivery for every message that it has sent.
 	trickleInterval = 5 * time.Second
-	// trickle is how many bytes are read then. Less might not open TCP's window.
+	// trickle is the number of bytes read after that interval. Less might not open the TCP window.
 	trickle = 256 << 10
 )
 
-// Hold has the connection read no more while the messages that came over it and were not released have that many bytes.
-// One message is always read, however large it is. So that the connection stays alive, 256 KiB more are read each 5 s
-// as long as none is released.
+// Hold sets a limit: the connection stops reading while the received messages that were not released have that many
+// bytes or more. It always reads one message, however large. To keep the connection alive, it reads another 256 KiB
+// every 5 s while nothing is released.
 func (c *Connection) Hold(bytes int64) { c.network.messages.setLimit(bytes) }
 
-// Release says that messages of that many bytes are handled.
+// Release reports that messages of that many bytes are handled.
 func (c *Connection) Release(bytes int) { c.network.messages.release(int64(bytes)) }
 
-// awaitRoom waits while the connection holds too much.
+// awaitRoom waits while the unreleased messages exceed the limit.
 func (c *readableConn) awaitRoom() {
 	if room := c.messages.full(); room != nil {
 		timer := time.AfterFunc(trickleInterval, c.messages.grow)

@@ -13,14 +13,14 @@ import (
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 
-// lanes are the goroutines of one connection's deliveries.
+// lanes are the goroutines that handle the deliveries of one connection.
 type lanes struct {
 	sources []chan amqp.Delivery
-	handled chan []amqp.Delivery // batches to be acked
+	handled chan []amqp.Delivery // batches to ack
 	running sync.WaitGroup
 }
 
-// startLanes starts lanes that work until ctx ends, or wait is called and nothing is left to do.
+// startLanes starts lanes that work until ctx ends, or until wait is called and nothing is left to do.
 func (c *Consumer) startLanes(ctx context.Context) *lanes {
 	l := &lanes{handled: make(chan []amqp.Delivery, c.config.Lanes)}
 	if c.config.Unordered {
@@ -28,14 +28,15 @@ func (c *Consumer) startLanes(ctx context.Context) *lanes {
 	}
 	l.sources = make([]chan amqp.Delivery, c.config.Lanes)
 	for i := range l.sources {
-		// Room for all that may be unacked, so that a slow lane never holds up the others.
+		// Room for everything that may be unacked, so that a slow lane never blocks the others.
 		l.sources[i] = make(chan amqp.Delivery, c.config.Prefetch)
 		l.running.Go(func() { c.lane(ctx, l.sources[i], l.handled) })
 	}
 	return l
 }
 
-// hand gives a delivery to the lane of its key or, where there is no order, to a goroutine of its own: the prefetch bounds them.
+// hand passes a delivery to the lane of its key or, in an unordered queue, to a new goroutine. The prefetch bounds
+// their number.
 func (c *Consumer) hand(ctx context.Context, l *lanes, delivery amqp.Delivery) {
 	if !c.config.Unordered {
 		l.sources[c.laneOf(&delivery)] <- delivery
@@ -63,7 +64,7 @@ func (c *Consumer) lane(ctx context.Context, source <-chan amqp.Delivery, handle
 	}
 }
 
-// settle handles a batch and passes it on to be acked, unless ctx ends first.
+// settle handles a batch and passes it on for acking, unless ctx ends first.
 func (c *Consumer) settle(ctx context.Context, batch []amqp.Delivery, handled chan<- []amqp.Delivery) {
 	if !c.handleUntilDone(ctx, batch) {
 		return
@@ -75,8 +76,8 @@ func (c *Consumer) settle(ctx context.Context, batch []amqp.Delivery, handled ch
 	}
 }
 
-// collect waits for a delivery and takes what else has come by then. It does not wait for more: while one batch is handled the next one
-// gathers by itself, so batches grow with the load and a lone delivery is not held up.
+// collect waits for a delivery and adds those that have already arrived. It does not wait for more: the next batch
+// accumulates while this one is handled, so batches grow with the load and a single delivery is not delayed.
 func (c *Consumer) collect(source <-chan amqp.Delivery) []amqp.Delivery {
 	first, open := <-source
 	if !open {
@@ -97,7 +98,7 @@ func (c *Consumer) collect(source <-chan amqp.Delivery) []amqp.Delivery {
 	return batch
 }
 
-// handleUntilDone hands the batch in until the handler takes it. It returns false if ctx ended first.
+// handleUntilDone calls the handler until it accepts the batch. It returns false if ctx ended first.
 func (c *Consumer) handleUntilDone(ctx context.Context, batch []amqp.Delivery) bool {
 	deliveries := make([]messaging.Delivery, len(batch))
 	for i := range batch {
@@ -119,7 +120,8 @@ func (c *Consumer) handleUntilDone(ctx context.Context, batch []amqp.Delivery) b
 			c.meters.change(c.meters.paused, true)
 		}
 		retryIn := pause.NextBackOff()
-		slog.WarnContext(ctx, "consumer waits", "queue", c.config.Queue, "deliveries", len(batch), "error", err, "retry_in", retryIn)
+		slog.WarnContext(ctx, "consumer paused",
+			"queue", c.config.Queue, "deliveries", len(batch), "error", err, "retry_in", retryIn)
 		sleep(ctx, retryIn)
 	}
 }

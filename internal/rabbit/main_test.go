@@ -19,12 +19,15 @@ func TestMain(m *testing.M) { testenv.Main(m) }
 const (
 	exchange = "events"
 	queue    = "probes"
-	// patience is how long a test waits for what is to happen before it fails.
+	// patience is how long a test waits for an event before it fails.
 	patience = 20 * time.Second
 )
 
 // topology has one queue, for text probes. Number probes are unroutable.
-var topology = Topology{Exchange: exchange, Queues: []Queue{{Name: queue, Types: []string{"google.protobuf.StringValue"}}}}
+var topology = Topology{
+	Exchange: exchange,
+	Queues:   []Queue{{Name: queue, Types: []string{"google.protobuf.StringValue"}}},
+}
 
 func text(key, value string) messaging.Message { return messaging.New(key, wrapperspb.String(value)) }
 func number(value int64) messaging.Message     { return messaging.New("", wrapperspb.Int64(value)) }
@@ -38,7 +41,7 @@ func texts(first, n int) []messaging.Message {
 	return messages
 }
 
-// newPublisher makes a publisher that is closed at the end of the test. A zero topology stands for the usual one.
+// newPublisher makes a publisher that is closed at the end of the test. A zero topology means the default topology.
 func newPublisher(t *testing.T, config PublisherConfig) *Publisher {
 	t.Helper()
 	if config.Topology.Exchange == "" {
@@ -67,7 +70,7 @@ func mustPublish(t *testing.T, p *Publisher, messages ...messaging.Message) {
 	}
 }
 
-// wait takes the verdicts, and fails the test if they take longer than its patience.
+// wait waits for the verdicts, and fails the test if they take longer than patience.
 func wait(t *testing.T, receipt messaging.Receipt) []error {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
@@ -79,7 +82,7 @@ func wait(t *testing.T, receipt messaging.Receipt) []error {
 	return verdicts
 }
 
-// all fails the test unless each verdict is wanted.
+// all fails the test unless there are n verdicts, each of which is want.
 func all(t *testing.T, verdicts []error, want error, n int) {
 	t.Helper()
 	if len(verdicts) != n {
@@ -92,7 +95,7 @@ func all(t *testing.T, verdicts []error, want error, n int) {
 	}
 }
 
-// raw opens a channel past the code under test.
+// raw opens a channel without the code under test.
 func raw(t *testing.T, url string) *amqp.Channel {
 	t.Helper()
 	conn, err := amqp.Dial(url)
@@ -107,7 +110,8 @@ func raw(t *testing.T, url string) *amqp.Channel {
 	return ch
 }
 
-// take empties a queue of what is ready. It consumes, since RabbitMQ refuses basic.get on a queue with a single active consumer.
+// take removes all ready messages from a queue. It consumes, because RabbitMQ refuses basic.get on a queue with a
+// single active consumer.
 func take(t *testing.T, url, queue string) []amqp.Delivery {
 	t.Helper()
 	ch := raw(t, url)
@@ -136,7 +140,7 @@ func textOf(t *testing.T, payload []byte) string {
 	return value.GetValue()
 }
 
-// noneLost fails the test if a message that was reported as published is not in the queue.
+// noneLost fails the test if a message that was reported as published is missing from the queue.
 func noneLost(t *testing.T, url string, messages []messaging.Message, verdicts []error) {
 	t.Helper()
 	stored := map[string]bool{}
@@ -145,7 +149,7 @@ func noneLost(t *testing.T, url string, messages []messaging.Message, verdicts [
 	}
 	for i, verdict := range verdicts {
 		if verdict == nil && !stored[messages[i].ID.String()] {
-			t.Errorf("message %d was reported as published and is not in the queue", i)
+			t.Errorf("message %d was reported as published but is not in the queue", i)
 		}
 	}
 }

@@ -9,7 +9,7 @@ import (
 	"go.opentelemetry.io/otel/metric"
 )
 
-// meters are what publishers and consumers count. The client is "publisher", or the queue of a consumer.
+// meters are the instruments of a publisher or a consumer. The client is "publisher", or the consumer's queue.
 type meters struct {
 	client                     metric.MeasurementOption
 	connects                   metric.Int64Counter
@@ -29,18 +29,22 @@ func newMeters(provider metric.MeterProvider, client string) meters {
 	m := meters{client: metric.WithAttributes(attribute.String("client", client))}
 	var errs [4]error
 	upDown := func(i int, name, unit, description string) (c metric.Int64UpDownCounter) {
-		c, errs[i] = meter.Int64UpDownCounter("rabbit."+name, metric.WithUnit(unit), metric.WithDescription(description))
+		c, errs[i] = meter.Int64UpDownCounter("rabbit."+name, metric.WithUnit(unit),
+			metric.WithDescription(description))
 		return c
 	}
 	m.connects, errs[0] = meter.Int64Counter("rabbit.connects", metric.WithUnit("{connection}"),
-		metric.WithDescription("Attempts to connect to the broker, by outcome: the first one, and one after each failure."))
-	m.blocked = upDown(1, "publishers.blocked", "{connection}", "Connections that the broker has blocked, because it is short of memory or disk.")
-	m.consuming = upDown(2, "consumers", "{consumer}", "Consumers of the queue that are connected.")
-	m.paused = upDown(3, "batches.paused", "{batch}", "Batches that wait because nothing can be decided about them, as when the database is away.")
+		metric.WithDescription("Attempts to connect to the broker, by outcome: the first one, and one after each "+
+			"failure."))
+	m.blocked = upDown(1, "publishers.blocked", "{connection}",
+		"Connections that the broker has blocked, because it is short of memory or disk.")
+	m.consuming = upDown(2, "consumers", "{consumer}", "Connected consumers of the queue.")
+	m.paused = upDown(3, "batches.paused", "{batch}",
+		"Batches that wait because nothing can be decided about them, for example while the database is unavailable.")
 	if err := errors.Join(errs[:]...); err != nil {
 		otel.Handle(err)
 	}
-	// A counter that first appears with its first event hides that from increase().
+	// Start each series at 0: increase() does not see the first event of a counter that appears with it.
 	ctx := context.Background()
 	m.connects.Add(ctx, 0, m.client, ofOutcome(connectOK))
 	m.connects.Add(ctx, 0, m.client, ofOutcome(connectFailed))
@@ -66,7 +70,7 @@ func (m *meters) connected(ctx context.Context, err error) {
 	m.connects.Add(ctx, 1, m.client, ofOutcome(outcome))
 }
 
-// change counts something that begins or ends to be so.
+// change adds 1 to the counter when a state begins, and subtracts 1 when it ends.
 func (m *meters) change(counter metric.Int64UpDownCounter, begins bool) {
 	by := int64(-1)
 	if begins {

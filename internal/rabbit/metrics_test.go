@@ -12,7 +12,7 @@ import (
 	sdk "go.opentelemetry.io/otel/sdk/metric"
 )
 
-// Every metric moves when its event happens, and back.
+// Every metric changes when its event begins, and changes back when it ends.
 func TestMetrics(t *testing.T) {
 	t.Parallel()
 	newReader := func() (*sdk.ManualReader, *sdk.MeterProvider) {
@@ -22,8 +22,8 @@ func TestMetrics(t *testing.T) {
 	await := func(t *testing.T, reader *sdk.ManualReader, name string, want float64) {
 		t.Helper()
 		testenv.Eventually(t, patience, func() error {
-			if value, there := testenv.Metrics(t, reader)[name]; !there || value != want {
-				return fmt.Errorf("%s is %v, want %v", name, value, want)
+			if value, exists := testenv.Metrics(t, reader)[name]; !exists || value != want {
+				return fmt.Errorf("%s is %v (exists: %t), want %v", name, value, exists, want)
 			}
 			return nil
 		})
@@ -59,7 +59,7 @@ func TestMetrics(t *testing.T) {
 		}
 		lost := newPublisher(t, PublisherConfig{URL: "amqp://127.0.0.1:1", MeterProvider: provider})
 		if _, err := lost.Publish(t.Context(), nil); err == nil {
-			t.Error("connected to nothing")
+			t.Error("connected without a broker")
 		}
 		await(t, reader, "rabbit.connects{publisherfailed}", 1)
 	})
@@ -69,11 +69,12 @@ func TestMetrics(t *testing.T) {
 		url, p := setUp(t)
 		proxy, through := testenv.ProxyURL(t, url)
 		reader, provider := newReader()
-		var away atomic.Bool
-		away.Store(true)
-		consume(t, ConsumerConfig{URL: through, MeterProvider: provider}, func(context.Context, []messaging.Delivery) error {
-			if away.Load() {
-				return errors.New("database away")
+		var failing atomic.Bool
+		failing.Store(true)
+		config := ConsumerConfig{URL: through, MeterProvider: provider}
+		consume(t, config, func(context.Context, []messaging.Delivery) error {
+			if failing.Load() {
+				return errHandler
 			}
 			return nil
 		})
@@ -81,7 +82,7 @@ func TestMetrics(t *testing.T) {
 		await(t, reader, "rabbit.batches.paused{probes}", 0)
 		mustPublish(t, p, texts(0, 1)...)
 		await(t, reader, "rabbit.batches.paused{probes}", 1)
-		away.Store(false)
+		failing.Store(false)
 		await(t, reader, "rabbit.batches.paused{probes}", 0)
 		proxy.Refuse(true)
 		proxy.Cut()

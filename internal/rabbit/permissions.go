@@ -5,34 +5,37 @@ import (
 	"strings"
 )
 
-// Permissions are what RabbitMQ lets a user do in a vhost: regular expressions of the names that it may configure, write to, and read from.
+// Permissions are a user's permissions in a RabbitMQ vhost: regular expressions for the names that the user may
+// configure, write to, and read from.
 type Permissions struct {
 	Configure string `json:"configure"`
 	Write     string `json:"write"`
 	Read      string `json:"read"`
 }
 
-// nothing is an expression that no name matches.
+// nothing is a regular expression that matches no name.
 const nothing = "^$"
 
-// A process looks whether the topology is there before it relies on it: a relay without queues would park all it publishes. Since 4.2.7 and 4.3.1
-// RabbitMQ lets a user look at what it has some permission for, and at nothing else. (4.2.6 and 4.3.0 demanded to configure it.) So each process has a
-// permission for the other side too, the one of which it can make no use: binding, and unbinding, takes writing to the queue and reading from
-// the exchange, and nobody has both.
+// A process checks that the topology exists before it relies on it: without queues a relay would park all its
+// messages. Since 4.2.7 and 4.3.1, RabbitMQ lets a user check only objects for which the user has some permission.
+// (4.2.6 and 4.3.0 required the permission to configure them.) So each process also has a permission on the other
+// side's objects, one that it cannot use: binding and unbinding require both writing to the queue and reading from
+// the exchange, and no process has both.
 
-// PublisherPermissions are all that a relay needs where the topology is given: it writes to the exchange, and can read nobody's messages.
+// PublisherPermissions are all that a relay needs if the topology is given: it writes to the exchange and cannot read
+// any messages.
 func (t Topology) PublisherPermissions() Permissions {
 	return Permissions{Configure: nothing, Write: Only(append(t.queueNames(), t.Exchange)...), Read: nothing}
 }
 
-// ObserverPermissions are all that looking at the queues needs. Writing to a queue means binding it, and that takes reading from an exchange, too: so
-// with these alone nothing can be sent or read.
+// ObserverPermissions are all that reading queue depths needs. Write permission on a queue only allows binding it,
+// which also requires read permission on an exchange. So with these permissions alone nothing can be sent or read.
 func (t Topology) ObserverPermissions() Permissions {
 	return Permissions{Configure: nothing, Write: Only(t.queueNames()...), Read: nothing}
 }
 
-// ConsumerPermissions are all that a consumer needs where the topology is given: it reads from its queues, and can send nothing. What its handlers
-// send goes through the outbox.
+// ConsumerPermissions are all that a consumer needs if the topology is given: it reads from its queues and cannot send
+// anything. Its handlers send through the outbox.
 func (t Topology) ConsumerPermissions() Permissions {
 	return Permissions{Configure: nothing, Write: nothing, Read: Only(append(t.queueNames(), t.Exchange)...)}
 }
@@ -44,7 +47,7 @@ func (t Topology) queueNames() (names []string) {
 	return names
 }
 
-// Only returns an expression that these names match and no other.
+// Only returns a regular expression that matches exactly these names.
 func Only(names ...string) string {
 	if len(names) == 0 {
 		return nothing

@@ -11,7 +11,7 @@ import (
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 
-// What each process may not do, tried with the permissions that it is given; and that it can do its work with them.
+// With the permissions that it is given, each process can do its work and is refused everything else.
 func TestPermissions(t *testing.T) {
 	t.Parallel()
 	admin := testenv.AMQP(t)
@@ -21,18 +21,20 @@ func TestPermissions(t *testing.T) {
 	}
 	given.Given = true
 	user := func(p Permissions) string { return testenv.Management(t, admin).User(p.Configure, p.Write, p.Read) }
-	relay, consumer, observer := user(given.PublisherPermissions()), user(given.ConsumerPermissions()), user(given.ObserverPermissions())
+	relay, consumer := user(given.PublisherPermissions()), user(given.ConsumerPermissions())
+	observer := user(given.ObserverPermissions())
 
 	t.Run("AreEnoughForTheWork", func(t *testing.T) {
 		mustPublish(t, newPublisher(t, PublisherConfig{URL: relay, Topology: given}), text("k", "a"))
 		handled := make(chan messaging.Delivery, 1)
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan error, 1)
-		work := NewConsumer(ConsumerConfig{URL: consumer, Topology: given, Queue: queue}, func(_ context.Context, batch []messaging.Delivery) error {
+		config := ConsumerConfig{URL: consumer, Topology: given, Queue: queue}
+		running := NewConsumer(config, func(_ context.Context, batch []messaging.Delivery) error {
 			handled <- batch[0]
 			return nil
 		})
-		go func() { done <- work.Run(ctx) }()
+		go func() { done <- running.Run(ctx) }()
 		if got := receive(t, handled); got.Key != "k" {
 			t.Errorf("got %+v", got)
 		}
@@ -53,7 +55,8 @@ func TestPermissions(t *testing.T) {
 				return err
 			}
 			closed := ch.NotifyClose(make(chan *amqp.Error, 1))
-			confirm, err := ch.PublishWithDeferredConfirm(exchange, key, false, false, amqp.Publishing{MessageId: "forged"})
+			confirm, err := ch.PublishWithDeferredConfirm(exchange, key, false, false,
+				amqp.Publishing{MessageId: "forged"})
 			if err != nil {
 				return err
 			}
@@ -82,41 +85,42 @@ func TestPermissions(t *testing.T) {
 	}
 	bind := func(ch *amqp.Channel) error { return ch.QueueBind(queue, "#", exchange, false, nil) }
 	unbind := func(ch *amqp.Channel) error { return ch.QueueUnbind(queue, topology.Queues[0].Types[0], exchange, nil) }
-	for name, one := range map[string]struct {
-		url string
-		try func(*amqp.Channel) error
+	consumerOf := func(name string) string { return user(Topology{Queues: []Queue{{Name: name}}}.ConsumerPermissions()) }
+	for name, test := range map[string]struct {
+		url     string
+		attempt func(*amqp.Channel) error
 	}{
-		"RelayConsumes":                {relay, consume},
-		"RelayPurges":                  {relay, purge},
-		"RelayDeclares":                {relay, declare},
-		"RelayMakesAQueue":             {relay, own},
-		"RelayBinds":                   {relay, bind},
-		"RelayUnbinds":                 {relay, unbind},
-		"RelayDeletesTheQueue":         {relay, remove},
-		"RelayDeletesTheExchange":      {relay, removeExchange},
-		"RelayWritesPastTheExchange":   {relay, publish("", queue)},
-		"RelayWritesToAnother":         {relay, publish("amq.topic", "any")},
-		"ConsumerWrites":               {consumer, publish(exchange, "any")},
-		"ConsumerWritesToAQueue":       {consumer, publish("", queue)},
-		"ConsumerDeclares":             {consumer, declare},
-		"ConsumerMakesAQueue":          {consumer, own},
-		"ConsumerBinds":                {consumer, bind},
-		"ConsumerUnbinds":              {consumer, unbind},
-		"ConsumerDeletesTheQueue":      {consumer, remove},
-		"ConsumerDeletesTheExchange":   {consumer, removeExchange},
-		"ObserverConsumes":             {observer, consume},
-		"ObserverPurges":               {observer, purge},
-		"ObserverWrites":               {observer, publish(exchange, "any")},
-		"ObserverWritesToAQueue":       {observer, publish("", queue)},
-		"ObserverDeclares":             {observer, declare},
-		"ObserverBinds":                {observer, bind},
-		"ObserverUnbinds":              {observer, unbind},
-		"ObserverDeletesTheQueue":      {observer, remove},
-		"ConsumerReadsAnothersQueue":   {user(Topology{Queues: []Queue{{Name: "other"}}}.ConsumerPermissions()), consume},
-		"ConsumerReadsTheLikeOfItsOwn": {user(Topology{Queues: []Queue{{Name: queue[:len(queue)-1]}}}.ConsumerPermissions()), consume},
+		"RelayConsumes":                   {relay, consume},
+		"RelayPurges":                     {relay, purge},
+		"RelayDeclares":                   {relay, declare},
+		"RelayDeclaresAnotherQueue":       {relay, own},
+		"RelayBinds":                      {relay, bind},
+		"RelayUnbinds":                    {relay, unbind},
+		"RelayDeletesTheQueue":            {relay, remove},
+		"RelayDeletesTheExchange":         {relay, removeExchange},
+		"RelayWritesToAQueue":             {relay, publish("", queue)},
+		"RelayWritesToAnotherExchange":    {relay, publish("amq.topic", "any")},
+		"ConsumerWrites":                  {consumer, publish(exchange, "any")},
+		"ConsumerWritesToAQueue":          {consumer, publish("", queue)},
+		"ConsumerDeclares":                {consumer, declare},
+		"ConsumerDeclaresAnotherQueue":    {consumer, own},
+		"ConsumerBinds":                   {consumer, bind},
+		"ConsumerUnbinds":                 {consumer, unbind},
+		"ConsumerDeletesTheQueue":         {consumer, remove},
+		"ConsumerDeletesTheExchange":      {consumer, removeExchange},
+		"ObserverConsumes":                {observer, consume},
+		"ObserverPurges":                  {observer, purge},
+		"ObserverWrites":                  {observer, publish(exchange, "any")},
+		"ObserverWritesToAQueue":          {observer, publish("", queue)},
+		"ObserverDeclares":                {observer, declare},
+		"ObserverBinds":                   {observer, bind},
+		"ObserverUnbinds":                 {observer, unbind},
+		"ObserverDeletesTheQueue":         {observer, remove},
+		"ConsumerReadsAnotherQueue":       {consumerOf("other"), consume},
+		"ConsumerReadsASimilarlyNamedOne": {consumerOf(queue[:len(queue)-1]), consume},
 	} {
 		t.Run(name, func(t *testing.T) {
-			err := one.try(raw(t, one.url))
+			err := test.attempt(raw(t, test.url))
 			var refused *amqp.Error
 			if !errors.As(err, &refused) || refused.Code != amqp.AccessRefused {
 				t.Errorf("not refused: %v", err)
@@ -124,10 +128,10 @@ func TestPermissions(t *testing.T) {
 		})
 	}
 
-	t.Run("WhatIsMissingIsNamed", func(t *testing.T) {
+	t.Run("AMissingExchangeIsNamed", func(t *testing.T) {
 		url := testenv.AMQP(t)
 		_, err := newPublisher(t, PublisherConfig{URL: url, Topology: given}).Publish(t.Context(), texts(0, 1))
-		if err == nil || !strings.Contains(err.Error(), "exchange "+exchange+" is not there; declare the topology") {
+		if err == nil || !strings.Contains(err.Error(), "exchange "+exchange+" does not exist; declare the topology") {
 			t.Errorf("got %v", err)
 		}
 	})

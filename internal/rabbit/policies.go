@@ -16,58 +16,57 @@ import (
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 
-// Danger is a setting of a policy that makes a queue drop messages, or give them up early.
+// Danger is a policy setting that makes a queue drop messages or give them up early.
 type Danger struct {
 	Queue string
 	// Policy is the name of the policy, and of the operator policy if there is one.
 	Policy string
-	// Setting is the policy's key and value, such as message-ttl=60000, and Effect says in words what it does to the
-	// queue.
+	// Setting is the policy's key and value, such as message-ttl=60000. Effect describes what it does to the queue.
 	Setting, Effect string
-	// Loses tells whether messages can be lost. Otherwise they become dead letters, or wait in the outbox.
+	// Loses means that messages can be lost. Otherwise they become dead letters or wait in the outbox.
 	Loses bool
 }
 
-// String says it in a sentence.
+// String returns the danger as a sentence.
 func (d Danger) String() string {
 	return fmt.Sprintf("policy %s sets %s on queue %s: %s", d.Policy, d.Setting, d.Queue, d.Effect)
 }
 
-// effectOf says what a policy's setting does to a queue or dead queue, "" if it does no harm, and whether messages are
-// lost. With drop, what overflows is dropped.
+// effectOf describes what a policy setting does to a queue or dead queue ("" if it does no harm), and whether messages
+// are lost. With drop, the queue drops messages on overflow.
 //
-// Of a limit that both a policy and an argument of the queue set, RabbitMQ takes the lower one; of overflow, the
-// policy's; of what is about dead letters, the argument. So arguments keep no policy from doing this.
+// If a policy and a queue argument set the same limit, RabbitMQ applies the lower one. For overflow it applies the
+// policy, and for dead-letter settings the argument. So queue arguments do not prevent these effects.
 func effectOf(setting string, dead, drop bool) (effect string, loses bool) {
 	switch setting {
 	case "expires":
-		return "the broker deletes it, with its messages, when nobody has consumed from it for that time", true
+		return "the broker deletes the queue and its messages after that time without consumers", true
 	case "message-ttl":
 		if dead {
-			return "what waits longer is lost", true
+			return "messages that wait longer are lost", true
 		}
-		return "what waits longer becomes a dead letter", false
+		return "messages that wait longer become dead letters", false
 	case "max-length", "max-length-bytes":
 		if drop {
-			return "what is more is lost", true
+			return "messages beyond the limit are lost", true
 		}
-		return "it refuses what is more, and the outbox grows", false
+		return "it refuses messages beyond the limit, and the outbox grows", false
 	case "overflow":
 		if drop {
-			return "what it gives up can be lost on the way to the dead queue", true
+			return "messages can be lost on their way to the dead queue", true
 		}
 	case "delivery-limit":
 		if dead {
-			return "what is delivered more often without an ack is lost", true
+			return "messages that are delivered more often without an ack are lost", true
 		}
-		return "what is delivered more often without an ack becomes a dead letter", false
+		return "messages that are delivered more often without an ack become dead letters", false
 	}
 	return "", false
 }
 
-// Policies asks RabbitMQ's management API which policies are dangerous to the topology's queues. The managementURL may
-// have a user; otherwise that of amqpURL, whose vhost it is about, is taken. The user needs the tag management. A queue
-// that is not there has no policy.
+// Policies asks RabbitMQ's management API for policies that endanger the topology's queues. It uses the user of
+// managementURL, or else that of amqpURL, and the vhost of amqpURL. The user needs the tag management. A queue that
+// does not exist has no policy.
 func (t Topology) Policies(ctx context.Context, managementURL, amqpURL string) (found []Danger, err error) {
 	api, err := newManagementAPI(managementURL, amqpURL)
 	if err != nil {
@@ -91,7 +90,7 @@ type queueState struct {
 	Name           string          `json:"name"`
 	Policy         string          `json:"policy"`
 	OperatorPolicy string          `json:"operator_policy"`
-	Effective      json.RawMessage `json:"effective_policy_definition"` // an object, or in old versions [] for none
+	Effective      json.RawMessage `json:"effective_policy_definition"` // an object; old versions send [] for none
 }
 
 func (s queueState) dangers(dead bool) (found []Danger) {
@@ -117,7 +116,7 @@ func (s queueState) dangers(dead bool) (found []Danger) {
 	return found
 }
 
-// lowers tells whether a delivery limit of a policy is below that of our queue or dead queue. None is -1.
+// lowers reports whether a policy's delivery limit is below that of our queue or dead queue. -1 means no limit.
 func lowers(limit any, dead bool) bool {
 	number, _ := limit.(json.Number)
 	n, err := number.Int64()
@@ -127,7 +126,7 @@ func lowers(limit any, dead bool) bool {
 	return err == nil && n >= 0 && n < deliveryLimit
 }
 
-// managementAPI is RabbitMQ's HTTP API, as far as it is needed here.
+// managementAPI is a client for the parts of RabbitMQ's HTTP API that are used here.
 type managementAPI struct {
 	base           *url.URL // without credentials, so that no error shows them
 	user, password string
@@ -135,11 +134,11 @@ type managementAPI struct {
 	client         *http.Client
 }
 
-// ValidateManagementURL tells whether a URL can be that of a management API. Its error does not show the URL.
+// ValidateManagementURL returns nil if the URL can be that of a management API. Its error does not show the URL.
 func ValidateManagementURL(managementURL string) error {
 	base, err := url.Parse(managementURL)
 	if err != nil || base.Host == "" || base.Scheme != "http" && base.Scheme != "https" {
-		return errors.New("the URL of the management API is not a URL of HTTP")
+		return errors.New("the URL of the management API is not an HTTP URL")
 	}
 	return nil
 }
@@ -154,7 +153,7 @@ func newManagementAPI(managementURL, amqpURL string) (*managementAPI, error) {
 	}
 	broker, err := amqp.ParseURI(amqpURL)
 	if err != nil {
-		return nil, errors.New("AMQP_URL is not a URL of RabbitMQ") // the error would show it
+		return nil, errors.New("AMQP_URL is not an AMQP URL") // err would show it
 	}
 	api := &managementAPI{base: base, user: broker.Username, password: broker.Password, vhost: broker.Vhost}
 	if base.User != nil {
@@ -166,16 +165,16 @@ func newManagementAPI(managementURL, amqpURL string) (*managementAPI, error) {
 	return api, nil
 }
 
-// askFailed is the error of a request without the URL that net/http quotes: a query may hold a secret.
-func askFailed(err error) error {
+// requestError removes from err the URL that net/http quotes, because its query may contain a secret.
+func requestError(err error) error {
 	var failed *url.Error
 	if errors.As(err, &failed) {
 		err = failed.Err
 	}
-	return fmt.Errorf("ask the management API: %w", err)
+	return fmt.Errorf("call the management API: %w", err)
 }
 
-// queue returns what the API says about a queue, or nothing if there is none.
+// queue returns what the API says about a queue, or the zero state if the queue does not exist.
 func (m *managementAPI) queue(ctx context.Context, name string) (state queueState, err error) {
 	target := m.base.JoinPath("api", "queues", url.PathEscape(m.vhost), url.PathEscape(name))
 	request, err := http.NewRequestWithContext(ctx, http.MethodGet, target.String(), http.NoBody)
@@ -185,7 +184,7 @@ func (m *managementAPI) queue(ctx context.Context, name string) (state queueStat
 	request.SetBasicAuth(m.user, m.password)
 	response, err := m.client.Do(request)
 	if err != nil {
-		return state, askFailed(err)
+		return state, requestError(err)
 	}
 	defer response.Body.Close()
 	switch response.StatusCode {
@@ -193,10 +192,10 @@ func (m *managementAPI) queue(ctx context.Context, name string) (state queueStat
 	case http.StatusNotFound:
 		return state, nil
 	default:
-		return state, fmt.Errorf("the management API answers %s to user %s", response.Status, m.user)
+		return state, fmt.Errorf("the management API answers user %s with %s", m.user, response.Status)
 	}
 	if err := json.NewDecoder(io.LimitReader(response.Body, 1<<20)).Decode(&state); err != nil {
-		return state, fmt.Errorf("the management API's answer about queue %s: %w", name, err)
+		return state, fmt.Errorf("decode the management API's response for queue %s: %w", name, err)
 	}
 	return state, nil
 }

@@ -18,22 +18,24 @@ import (
 type PublisherConfig struct {
 	URL      string
 	Topology Topology
-	// Queue, if given, is the one queue that everything goes to, instead of the topology's exchange: for a replay to one consumer group.
+	// Queue, if set, receives all messages directly, instead of the topology's exchange. A replay to one consumer group
+	// uses it.
 	Queue string
-	// Name is the connection's name in the broker's eyes.
+	// Name is the connection name that the broker shows.
 	Name string
-	// Window is the most messages that may be without verdict. Default 2,000. Returns are buffered up to this number: the library drops
-	// a return that finds no room, and the message would pass for published.
+	// Window is the largest number of messages without a verdict. Default 2,000. It is also the size of the buffer for
+	// returns: the library drops a return that finds no room, and the message would then count as published.
 	Window int
-	// ConfirmTimeout is how long nothing may be heard of a publishing before the connection is given up. Default 30 s. The time during which
-	// the broker has blocked the connection does not count.
+	// ConfirmTimeout is how long the publisher waits without any confirm before it abandons the connection. Default 30 s.
+	// Time during which the broker has blocked the connection does not count.
 	ConfirmTimeout time.Duration
 	// MeterProvider takes the metrics. Default: the global one.
 	MeterProvider metric.MeterProvider
 }
 
-// Publisher is a messaging.Publisher over one connection of its own, made at the first Publish and again after each failure. A broker
-// that is short of memory or disk stops reading from connections that publish, and from those only: consumers must not share it.
+// Publisher is a messaging.Publisher over its own connection, which it opens at the first Publish and again after
+// each failure. A broker that is short of memory or disk stops reading from connections that publish, and only from
+// those. So consumers must not share the connection.
 type Publisher struct {
 	config PublisherConfig
 	meters meters
@@ -47,26 +49,27 @@ func NewPublisher(config PublisherConfig) *Publisher {
 	return &Publisher{config: config, meters: newMeters(config.MeterProvider, "publisher")}
 }
 
-// link is one connection with its channel in confirm mode. It is thrown away at the first failure.
+// link is one connection with its channel in confirm mode. It is dropped at the first failure.
 type link struct {
-	conn     *Connection
-	channel  *amqp.Channel
-	meters   *meters
-	returns  chan amqp.Return
-	closed   chan *amqp.Error
-	blocked  chan amqp.Blocking
-	returned map[string][]amqp.Return // by message ID: arrived, and not yet joined to a receipt
-	waiting  int                      // publishings without verdict
-	writing  chan struct{}            // closed when nothing is being written
-	stopped  bool                     // the broker has blocked the connection
-	reason   *amqp.Error              // why the channel ended, once that has been heard
-	broken   bool                     // a receipt has told that something is unknown
+	conn      *Connection
+	channel   *amqp.Channel
+	meters    *meters
+	returns   chan amqp.Return
+	closed    chan *amqp.Error
+	blockings chan amqp.Blocking
+	returned  map[string][]amqp.Return // by message ID: arrived and not yet matched to a message
+	waiting   int                      // publishings without a verdict
+	writing   chan struct{}            // closed when nothing is being written
+	blocked   bool                     // the broker has blocked the connection
+	reason    *amqp.Error              // why the channel was closed, once known
+	broken    bool                     // a receipt has reported an unknown outcome
 }
 
 // Publish implements messaging.Publisher.
 func (p *Publisher) Publish(ctx context.Context, messages []messaging.Message) (messaging.Receipt, error) {
-	// A connection that ended is replaced only when nothing is waiting for it: on a new one, this page would overtake those that the
-	// old one lost. Until their receipts have told so, pages go to the old one, and are lost as well.
+	// A connection that ended is replaced only when no receipt waits for it: on a new connection, this page would overtake
+	// those that the old one lost. Until their receipts have reported that, pages go to the old connection and are lost
+	// too.
 	if l := p.link; l != nil && (l.broken || l.waiting == 0 && l.channel.IsClosed()) {
 		_ = p.Close()
 	}
@@ -77,12 +80,13 @@ func (p *Publisher) Publish(ctx context.Context, messages []messaging.Message) (
 	}
 	l := p.link
 	if l.waiting+len(messages) > p.config.Window {
-		return nil, fmt.Errorf("%d messages in flight and %d more exceed the window of %d", l.waiting, len(messages), p.config.Window)
+		const text = "%d messages in flight and %d more exceed the window of %d"
+		return nil, fmt.Errorf(text, l.waiting, len(messages), p.config.Window)
 	}
 	l.waiting += len(messages)
 	receipt := &receipt{link: l, messages: messages, timeout: p.config.ConfirmTimeout, written: make(chan struct{})}
-	// A blocked broker lets the write hang, whatever the context: the write has a goroutine of its own, and closing the
-	// connection ends it. One page is written after the other, so the channel is never shared.
+	// A write to a connection that the broker has blocked hangs regardless of ctx. So a separate goroutine writes, and
+	// closing the connection ends it. Pages are written one after the other, so the channel is never used concurrently.
 	previous := l.writing
 	l.writing = receipt.written
 	go func() {
@@ -100,7 +104,7 @@ func (p *Publisher) Close() error {
 	if p.link != nil {
 		p.link.conn.HangUp()
 		<-p.link.writing
-		p.link.setStopped(false)
+		p.link.setBlocked(false)
 		p.link = nil
 	}
 	return nil
@@ -125,16 +129,16 @@ func (p *Publisher) connect(ctx context.Context) error {
 	close(idle)
 	p.link = &link{
 		conn: conn, channel: channel, meters: &p.meters, writing: idle, returned: map[string][]amqp.Return{},
-		returns: channel.NotifyReturn(make(chan amqp.Return, p.config.Window)),
-		closed:  channel.NotifyClose(make(chan *amqp.Error, 1)),
-		blocked: conn.NotifyBlocked(make(chan amqp.Blocking, 64)),
+		returns:   channel.NotifyReturn(make(chan amqp.Return, p.config.Window)),
+		closed:    channel.NotifyClose(make(chan *amqp.Error, 1)),
+		blockings: conn.NotifyBlocked(make(chan amqp.Blocking, 64)),
 	}
 	return nil
 }
 
 func (p *Publisher) open(ctx context.Context, conn *Connection) (*amqp.Channel, error) {
-	// Everything that might receive is declared before anything is sent: at the very first start the relay may be quicker than the
-	// consumers, and what no queue wants is parked.
+	// All queues are declared before anything is sent: at the very first start the relay may be faster than the consumers,
+	// and messages that no queue takes are parked.
 	if err := p.config.Topology.ensure(ctx, conn); err != nil {
 		return nil, err
 	}
@@ -143,7 +147,7 @@ func (p *Publisher) open(ctx context.Context, conn *Connection) (*amqp.Channel, 
 		return nil, fmt.Errorf("open channel: %w", err)
 	}
 	if err := channel.Confirm(false); err != nil {
-		return nil, fmt.Errorf("switch confirms on: %w", err)
+		return nil, fmt.Errorf("enable confirms: %w", err)
 	}
 	return channel, nil
 }
@@ -153,12 +157,12 @@ type receipt struct {
 	link     *link
 	messages []messaging.Message
 	timeout  time.Duration
-	// timer fires when nothing has been heard for the timeout. It goes on between two calls of Wait.
+	// timer fires when no confirm has arrived for the timeout. It keeps running between two calls of Wait.
 	timer   *time.Timer
 	written chan struct{}
-	// Filled by write, and to be read when written is closed.
+	// write sets confirms and failure. They must not be read before written is closed.
 	confirms []*amqp.DeferredConfirmation
-	failure  error // why the rest of the messages was not written
+	failure  error // why the remaining messages were not written
 	verdicts []error
 }
 
@@ -179,7 +183,7 @@ func (r *receipt) write(config *PublisherConfig) {
 	}
 }
 
-// Wait implements messaging.Receipt. It may be called again after ctx ended it.
+// Wait implements messaging.Receipt.
 func (r *receipt) Wait(ctx context.Context) []error {
 	if r.timer == nil {
 		r.timer = time.NewTimer(r.timeout)
@@ -195,12 +199,12 @@ func (r *receipt) Wait(ctx context.Context) []error {
 		r.link.waiting--
 	}
 	if r.failure != nil {
-		return r.unknown(r.verdicts, r.link.whyClosed(r.failure))
+		return r.unknown(r.verdicts, r.link.closeVerdict(r.failure))
 	}
 	return r.verdicts
 }
 
-// await waits for done. While the broker blocks the connection, the timer stands still.
+// await waits for done. The timer does not count while the broker blocks the connection.
 func (r *receipt) await(ctx context.Context, done <-chan struct{}) error {
 	select {
 	case <-done:
@@ -209,7 +213,7 @@ func (r *receipt) await(ctx context.Context, done <-chan struct{}) error {
 	}
 	for {
 		expired := r.timer.C
-		if r.link.stopped {
+		if r.link.blocked {
 			expired = nil
 		}
 		select {
@@ -220,20 +224,21 @@ func (r *receipt) await(ctx context.Context, done <-chan struct{}) error {
 			return ctx.Err()
 		case <-expired:
 			r.link.broken = true
-			r.timer.Reset(0) // for who calls again
+			r.timer.Reset(0) // another call fails at once
 			return fmt.Errorf("no confirm within %s", r.timeout)
-		case state, open := <-r.link.blocked:
+		case state, open := <-r.link.blockings:
 			if !open { // the connection ended, and done is about to be closed
-				r.link.blocked = nil
+				r.link.blockings = nil
 			}
-			r.link.setStopped(open && state.Active)
+			r.link.setBlocked(open && state.Active)
 			r.timer.Reset(r.timeout)
 		}
 	}
 }
 
-// verdict tells the outcome of a publishing whose confirm has arrived. For an unroutable message the broker sends the return first
-// and then an ack, and the library hands them on in that order: once the confirm is here, the return is in the buffer.
+// verdict returns the outcome of a publishing whose confirm has arrived. For an unroutable message the broker sends
+// the return first and then an ack, and the library passes them on in that order. So when the confirm is here, the
+// return is in the buffer.
 func (r *receipt) verdict(i int) error {
 	r.link.drainReturns()
 	if returned, ok := r.link.takeReturn(&r.messages[i]); ok {
@@ -243,8 +248,8 @@ func (r *receipt) verdict(i int) error {
 	case r.confirms[i].Acked():
 		return nil
 	case r.link.channel.IsClosed():
-		// The library nacks everything when a channel closes; the broker may have it all the same.
-		return r.link.whyClosed(amqp.ErrClosed)
+		// The library nacks everything when a channel closes, but the broker may have the message anyway.
+		return r.link.closeVerdict(amqp.ErrClosed)
 	}
 	return messaging.ErrNacked
 }
@@ -257,16 +262,16 @@ func (r *receipt) unknown(verdicts []error, cause error) []error {
 	return append(slices.Clip(verdicts), slices.Repeat([]error{cause}, rest)...)
 }
 
-func (l *link) setStopped(stopped bool) {
-	if stopped != l.stopped {
-		l.stopped = stopped
-		l.meters.change(l.meters.blocked, stopped)
+func (l *link) setBlocked(blocked bool) {
+	if blocked != l.blocked {
+		l.blocked = blocked
+		l.meters.change(l.meters.blocked, blocked)
 	}
 }
 
-// whyClosed turns the end of the channel into a verdict: the broker's refusal of something that was published, or unknown. The library
-// reports the reason before it ends the confirms.
-func (l *link) whyClosed(otherwise error) error {
+// closeVerdict is the verdict on messages that were outstanding when the channel closed: refused if the broker refused
+// something that was published, otherwise unknown. The library reports the reason before it ends the confirms.
+func (l *link) closeVerdict(otherwise error) error {
 	l.broken = true
 	if l.reason == nil {
 		select {
@@ -280,8 +285,9 @@ func (l *link) whyClosed(otherwise error) error {
 	return classify(l.reason)
 }
 
-// classify knows the refusals that are about a message: too large (406, 311), or a property that the broker does not take (406, 502).
-// Others, a missing exchange (404) or permission (403) among them, are about the broker's state and mended there.
+// classify recognizes refusals of a message: it is too large (406, 311), or has a property that the broker does not
+// accept (406, 502). Other errors, such as a missing exchange (404) or permission (403), concern the broker's state and
+// must be fixed there.
 func classify(reason *amqp.Error) error {
 	switch reason.Code {
 	case amqp.ContentTooLarge, amqp.PreconditionFailed, amqp.SyntaxError:

@@ -10,11 +10,11 @@ import (
 	"example.com/shop/internal/dev/testenv"
 )
 
-func TestPublishDuringAnAlarmOfTheBroker(t *testing.T) {
+func TestPublishDuringABrokerAlarm(t *testing.T) {
 	t.Parallel()
-	const confirmTimeout = time.Second // confirms come within it when nothing is wrong, also on a busy machine
+	const confirmTimeout = time.Second // enough for confirms in normal operation, even on a busy machine
 
-	// setUp raises the alarm on a publisher that is connected.
+	// setUp raises the alarm on a connected publisher.
 	setUp := func(t *testing.T) (p *Publisher, lower func()) {
 		t.Helper()
 		alarm, through := newAlarm(t, testenv.AMQP(t))
@@ -24,7 +24,7 @@ func TestPublishDuringAnAlarmOfTheBroker(t *testing.T) {
 		t.Cleanup(lower)
 		return p, lower
 	}
-	// waitBlocked waits for four confirm timeouts, and wants the context to have ended it.
+	// waitBlocked waits for four confirm timeouts, and fails the test unless the context ended the wait.
 	waitBlocked := func(t *testing.T, receipt interface{ Wait(context.Context) []error }, n int) {
 		t.Helper()
 		ctx, cancel := context.WithTimeout(t.Context(), 4*confirmTimeout)
@@ -32,7 +32,7 @@ func TestPublishDuringAnAlarmOfTheBroker(t *testing.T) {
 		all(t, receipt.Wait(ctx), context.DeadlineExceeded, n)
 	}
 
-	t.Run("TheConfirmTimerStandsStill", func(t *testing.T) {
+	t.Run("TheConfirmTimerStops", func(t *testing.T) {
 		t.Parallel()
 		p, lower := setUp(t)
 		receipt := publish(t, p, texts(0, 10)...)
@@ -50,7 +50,7 @@ func TestPublishDuringAnAlarmOfTheBroker(t *testing.T) {
 		t.Cleanup(alarm.raise())
 		receipt := publish(t, p, texts(0, 10)...)
 		waitBlocked(t, receipt, 10)
-		alarm.send(unblockedFrame) // and still nothing is read
+		alarm.send(unblockedFrame) // the proxy still forwards nothing
 		started := time.Now()
 		verdicts := wait(t, receipt)
 		wantUnknown(t, verdicts, 10)
@@ -62,18 +62,18 @@ func TestPublishDuringAnAlarmOfTheBroker(t *testing.T) {
 		}
 	})
 
-	t.Run("CloseReturnsThoughHeartbeatsComeIn", func(t *testing.T) {
+	t.Run("CloseReturnsDespiteHeartbeats", func(t *testing.T) {
 		t.Parallel()
 		p, _ := setUp(t)
 		publish(t, p, texts(0, 10)...)
 		mustCloseSoon(t, p)
 	})
 
-	t.Run("CloseReturnsThoughAWriteHangs", func(t *testing.T) {
+	t.Run("CloseReturnsDespiteAHangingWrite", func(t *testing.T) {
 		t.Parallel()
 		p, _ := setUp(t)
 		large := texts(0, 60)
-		for i := range large { // more than the buffers of the sockets
+		for i := range large { // exceeds the socket buffers
 			large[i] = text("", strings.Repeat("x", 400<<10))
 		}
 		receipt := publish(t, p, large...)

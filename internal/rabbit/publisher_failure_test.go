@@ -17,14 +17,14 @@ func TestPublishWhenTheBrokerRefuses(t *testing.T) {
 	size := testenv.Oversized(t)
 	oversized := func() messaging.Message { return text("", strings.Repeat("x", size)) }
 
-	t.Run("TheCulpritAloneIsNamed", func(t *testing.T) {
+	t.Run("AnOversizedMessageAloneIsRefused", func(t *testing.T) {
 		t.Parallel()
 		_, p := setUp(t)
 		all(t, wait(t, publish(t, p, oversized())), messaging.ErrRefused, 1)
 		mustPublish(t, p, texts(0, 1)...)
 	})
 
-	t.Run("NoneOfItsPageIsLost", func(t *testing.T) {
+	t.Run("NoMessageOfItsPageIsLost", func(t *testing.T) {
 		t.Parallel()
 		url, p := setUp(t)
 		messages := append(append(texts(0, 50), oversized()), texts(50, 50)...)
@@ -36,7 +36,7 @@ func TestPublishWhenTheBrokerRefuses(t *testing.T) {
 		noneLost(t, url, messages, verdicts)
 	})
 
-	t.Run("AMissingExchangeIsNobodysFault", func(t *testing.T) {
+	t.Run("AMissingExchangeIsNoRefusal", func(t *testing.T) {
 		t.Parallel()
 		url, p := setUp(t)
 		testenv.Management(t, url).DeleteExchange(exchange)
@@ -54,9 +54,9 @@ func TestPublishWhenTheBrokerRefuses(t *testing.T) {
 
 func TestPublishWhenTheConnectionFails(t *testing.T) {
 	t.Parallel()
-	const confirmTimeout = time.Second // confirms come within it when nothing is wrong, also on a busy machine
+	const confirmTimeout = time.Second // enough for confirms in normal operation, even on a busy machine
 
-	t.Run("CutBeforeThePageArrivesItIsUnknown", func(t *testing.T) {
+	t.Run("ACutBeforeThePageArrivesIsUnknown", func(t *testing.T) {
 		t.Parallel()
 		proxy, p := proxied(t, 0)
 		proxy.Freeze(true)
@@ -70,7 +70,7 @@ func TestPublishWhenTheConnectionFails(t *testing.T) {
 		mustPublish(t, p, texts(0, 100)...)
 	})
 
-	t.Run("CutInThePageNothingIsReportedThatIsNotStored", func(t *testing.T) {
+	t.Run("ACutDuringThePageReportsOnlyStoredMessages", func(t *testing.T) {
 		t.Parallel()
 		url := testenv.AMQP(t)
 		proxy, through := testenv.ProxyURL(t, url)
@@ -92,7 +92,7 @@ func TestPublishWhenTheConnectionFails(t *testing.T) {
 		noneLost(t, url, messages, verdicts)
 	})
 
-	t.Run("APageDoesNotOvertakeTheOneThatWasLost", func(t *testing.T) {
+	t.Run("APageDoesNotOvertakeALostPage", func(t *testing.T) {
 		t.Parallel()
 		proxy, p := proxied(t, 0)
 		proxy.Freeze(true)
@@ -128,7 +128,7 @@ func TestPublishWhenTheConnectionFails(t *testing.T) {
 		mustPublish(t, p, texts(0, 10)...)
 	})
 
-	t.Run("WaitsThatAreBrokenOffDoNotPutTheConfirmTimeoutOff", func(t *testing.T) {
+	t.Run("InterruptedWaitsDoNotExtendTheConfirmTimeout", func(t *testing.T) {
 		t.Parallel()
 		proxy, p := proxied(t, confirmTimeout)
 		proxy.Freeze(true)
@@ -145,7 +145,7 @@ func TestPublishWhenTheConnectionFails(t *testing.T) {
 				t.Fatal("still waiting after 10 s")
 			}
 		}
-		wantUnknown(t, wait(t, receipt), 10) // and who asks again is not kept waiting
+		wantUnknown(t, wait(t, receipt), 10) // another call returns at once
 	})
 
 	t.Run("ConnectingToABlackHoleEndsWithTheContext", func(t *testing.T) {
@@ -183,7 +183,7 @@ func TestCloseWithAThousandUnconfirmed(t *testing.T) {
 	}
 }
 
-// proxied makes a publisher that is connected through a proxy.
+// proxied returns a publisher that is connected through a proxy.
 func proxied(t *testing.T, confirmTimeout time.Duration) (*testenv.TCPProxy, *Publisher) {
 	t.Helper()
 	proxy, through := testenv.ProxyURL(t, testenv.AMQP(t))

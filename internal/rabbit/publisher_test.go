@@ -58,11 +58,12 @@ func TestPublish(t *testing.T) {
 				messages = append(messages, texts(i, 1)...)
 			}
 		}
-		// In two receipts, so that returns of the second arrive while the first is judged.
+		// Two receipts, so that returns of the second arrive while the first is processed.
 		first, second := publish(t, p, messages[:500]...), publish(t, p, messages[500:]...)
 		verdicts := append(wait(t, first), wait(t, second)...)
 		for i, verdict := range verdicts {
-			if returned := errors.Is(verdict, messaging.ErrReturned); returned != (i%3 == 0) || !returned && verdict != nil {
+			if returned := errors.Is(verdict, messaging.ErrReturned); returned != (i%3 == 0) || !returned &&
+				verdict != nil {
 				t.Errorf("message %d: %v", i, verdict)
 			}
 		}
@@ -84,11 +85,12 @@ func TestPublish(t *testing.T) {
 			}
 			messages = append(messages, pair...)
 		}
-		// All are written before the first verdict is asked for, so the returns of later messages may be there.
+		// All messages are written before the first verdict is read, so returns of later messages may already be buffered.
 		first, second := publish(t, p, messages[:51]...), publish(t, p, messages[51:]...)
 		for i, verdict := range append(wait(t, first), wait(t, second)...) {
 			unroutable := messages[i].Type != topology.Queues[0].Types[0]
-			if returned := errors.Is(verdict, messaging.ErrReturned); returned != unroutable || !returned && verdict != nil {
+			if returned := errors.Is(verdict, messaging.ErrReturned); returned != unroutable || !returned &&
+				verdict != nil {
 				t.Errorf("message %d of type %s: %v", i, messages[i].Type, verdict)
 			}
 		}
@@ -105,13 +107,13 @@ func TestPublish(t *testing.T) {
 		p := newPublisher(t, PublisherConfig{URL: testenv.AMQP(t), Window: 10})
 		receipt := publish(t, p, texts(0, 6)...)
 		if _, err := p.Publish(t.Context(), texts(6, 5)); err == nil {
-			t.Error("11 messages in a window of 10 were taken")
+			t.Error("11 messages in a window of 10 were accepted")
 		}
 		all(t, wait(t, receipt), nil, 6)
 		mustPublish(t, p, texts(6, 10)...)
 	})
 
-	t.Run("TellsTheVerdictsWhenAskedAgain", func(t *testing.T) {
+	t.Run("ReturnsTheVerdictsAgain", func(t *testing.T) {
 		t.Parallel()
 		_, p := setUp(t)
 		receipt := publish(t, p, texts(0, 100)...)
@@ -127,7 +129,7 @@ func TestPublish(t *testing.T) {
 		mustPublish(t, p, texts(100, 1000)...) // the window is free again
 	})
 
-	t.Run("NacksAreTold", func(t *testing.T) {
+	t.Run("ReportsNacks", func(t *testing.T) {
 		t.Parallel()
 		url := testenv.AMQP(t)
 		full := Topology{Exchange: exchange}
@@ -138,11 +140,11 @@ func TestPublish(t *testing.T) {
 		all(t, verdicts[:5], nil, 5)
 		all(t, verdicts[5:], messaging.ErrNacked, 15)
 		noneLost(t, url, messages, verdicts)
-		mustPublish(t, p, texts(20, 5)...) // there is room, and the connection was not to blame
+		mustPublish(t, p, texts(20, 5)...) // the queue is empty again, and the connection is still usable
 	})
 }
 
-// declareFull declares the usual queue with another nature: it takes n messages and nacks the rest.
+// declareFull declares the default queue with other arguments: it accepts n messages and nacks the rest.
 func declareFull(t *testing.T, ch *amqp.Channel, n int) {
 	t.Helper()
 	arguments := amqp.Table{"x-max-length": n, "x-overflow": "reject-publish"}
@@ -154,7 +156,7 @@ func declareFull(t *testing.T, ch *amqp.Channel, n int) {
 	}
 }
 
-// wantUnknown wants verdicts that are unknown, and not held against a message.
+// wantUnknown fails the test unless all n verdicts are unknown, and none is a refusal.
 func wantUnknown(t *testing.T, verdicts []error, n int) {
 	t.Helper()
 	all(t, verdicts, messaging.ErrUnknown, n)

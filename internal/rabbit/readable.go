@@ -11,43 +11,43 @@ import (
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 
-// unreadableHeader stands in place of all headers of a message whose headers the client library cannot read. Its value
-// says why. A sender who sets it harms that message only.
+// unreadableHeader replaces all headers of a message if the client library cannot read them. Its value is the reason. A
+// sender that sets it harms only that message.
 const unreadableHeader = "x-unreadable"
 
-// Unreadable returns why the headers of a delivery could not be read, or "".
+// Unreadable returns the reason why the headers of a delivery could not be read, or "".
 func Unreadable(headers amqp.Table) string {
 	reason, _ := headers[unreadableHeader].(string)
 	return reason
 }
 
-// Limits of the client library. It ends the connection at a message with headers beyond them, and with it everything
-// else that is under way.
+// Limits of the client library. A message whose headers exceed them makes it close the connection, with everything else
+// in flight.
 const (
 	maxElements = 8192
 	maxDepth    = 32
 )
 
-// AMQP 0-9-1 frames: one octet for the type, two for the channel, four for the size, the payload, one for the end.
+// AMQP 0-9-1 frames: one byte for the type, two for the channel, four for the size, the payload, and one for the end.
 const (
 	frameOverhead = 7
 	methodFrame   = 1
 	headerFrame   = 2
 	bodyFrame     = 3
 	beatFrame     = 8
-	// maxHeaderFrame is more than any broker sends: it negotiates 128 KiB.
+	// maxHeaderFrame is more than any broker sends: brokers negotiate 128 KiB.
 	maxHeaderFrame = 1 << 20
 )
 
-// readableConn hands out what the broker sends, but replaces headers that the client library cannot read, and waits
-// between two messages while those before have too many bytes.
+// readableConn passes on what the broker sends, but replaces headers that the client library cannot read. Between two
+// messages it waits while unhandled messages have too many bytes.
 type readableConn struct {
 	net.Conn
 	source *bufio.Reader
-	frame  []byte // a content header; its memory is used again
-	ready  []byte // what is left of it
-	pass   int64  // bytes that are handed out as they come
-	body   int64  // what is missing of the body of a message
+	frame  []byte // buffer for a content header, reused
+	ready  []byte // unread rest of the content header
+	pass   int64  // bytes to pass on unchanged
+	body   int64  // missing bytes of the current message's body
 
 	messages *hold
 }
@@ -60,8 +60,8 @@ func newReadableConn(conn net.Conn) *readableConn {
 func (c *readableConn) Read(p []byte) (n int, err error) {
 	for n < len(p) {
 		if len(c.ready) == 0 && c.pass == 0 {
-			if n > 0 && (!c.buffered() || c.body == 0 && c.messages.full() != nil) { // what we have is due
-				return n, nil
+			if n > 0 && (!c.buffered() || c.body == 0 && c.messages.full() != nil) {
+				return n, nil // without waiting for more
 			}
 			if c.body == 0 {
 				c.awaitRoom()
@@ -85,7 +85,7 @@ func (c *readableConn) Read(p []byte) (n int, err error) {
 	return n, nil
 }
 
-// buffered says whether the next frame, or all of it that must be looked at, has arrived.
+// buffered reports whether the next frame, or the part of it that must be examined, has arrived.
 func (c *readableConn) buffered() bool {
 	if c.source.Buffered() < frameOverhead {
 		return false
@@ -94,7 +94,7 @@ func (c *readableConn) buffered() bool {
 	return start[0] != headerFrame || c.source.Buffered() >= frameOverhead+int(binary.BigEndian.Uint32(start[3:]))
 }
 
-// next begins a frame.
+// next starts the next frame.
 func (c *readableConn) next() error {
 	start, err := c.source.Peek(frameOverhead)
 	if err != nil {
@@ -120,13 +120,13 @@ func (c *readableConn) next() error {
 		fallthrough
 	case start[0] == methodFrame, start[0] == beatFrame:
 		c.pass = frameOverhead + size + 1
-	default: // no frame of this protocol: the library says so
+	default: // not an AMQP frame: the library reports that
 		c.pass = math.MaxInt64 / 2
 	}
 	return nil
 }
 
-// Property flags of a content header, and where its properties begin in a frame: behind class, weight, size and flags.
+// Property flags of a content header, and offsets in its frame. The properties follow class, weight, size and flags.
 const (
 	contentTypeFlag     = 1 << 15
 	contentEncodingFlag = 1 << 14
@@ -137,7 +137,7 @@ const (
 	propertiesAt = flagsAt + 2
 )
 
-// readable returns a content header as the client library can read it.
+// readable returns the content header, with its headers replaced if the client library cannot read them.
 func readable(frame []byte) []byte {
 	if len(frame) < propertiesAt {
 		return frame
@@ -171,7 +171,7 @@ func readable(frame []byte) []byte {
 	return replaced
 }
 
-// fields walks over encoded fields until it finds a flaw.
+// fields parses encoded fields until it finds a flaw.
 type fields struct {
 	rest []byte
 	flaw string
@@ -179,7 +179,7 @@ type fields struct {
 
 func (f *fields) take(n int) []byte {
 	if n < 0 || n > len(f.rest) {
-		f.flaw, f.rest = "a field is cut off", nil
+		f.flaw, f.rest = "a field is truncated", nil
 		return nil
 	}
 	taken := f.rest[:n]
@@ -209,21 +209,21 @@ func (f *fields) table(depth int) {
 
 func (f *fields) array(depth int) { f.elements(depth, func() { f.value(depth) }) }
 
-// elements walks over the elements of a table or an array.
+// elements parses the elements of a table or an array.
 func (f *fields) elements(depth int, element func()) {
 	if depth > maxDepth {
-		f.flaw = fmt.Sprintf("headers are nested more than %d deep", maxDepth)
+		f.flaw = fmt.Sprintf("headers are nested more than %d levels deep", maxDepth)
 	}
 	for n := 1; len(f.rest) > 0 && f.flaw == ""; n++ {
 		if n > maxElements {
-			f.flaw = fmt.Sprintf("a header or all of them have more than %d elements", maxElements)
+			f.flaw = fmt.Sprintf("a header or the header table has more than %d elements", maxElements)
 			return
 		}
 		element()
 	}
 }
 
-// widths are the bytes of values whose type says how long they are.
+// widths are the sizes in bytes of the fixed-size types.
 var widths = map[byte]int{
 	't': 1, 'b': 1, 'B': 1, 's': 2, 'u': 2, 'I': 4, 'i': 4, 'f': 4, 'l': 8, 'd': 8, 'T': 8, 'D': 5, 'V': 0,
 }
@@ -251,6 +251,6 @@ func (f *fields) value(depth int) {
 		}
 		f.flaw = inner.flaw
 	default:
-		f.flaw = fmt.Sprintf("a header has the unknown type %q", kind[0])
+		f.flaw = fmt.Sprintf("a header has unknown type %q", kind[0])
 	}
 }

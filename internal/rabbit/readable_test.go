@@ -11,7 +11,7 @@ import (
 	"pgregory.net/rapid"
 )
 
-// sourceConn is a connection from which something can be read.
+// sourceConn is a connection that reads from Reader.
 type sourceConn struct {
 	net.Conn
 	io.Reader
@@ -35,23 +35,24 @@ func entry(name string, kind byte, value ...byte) []byte {
 	return append(append([]byte{byte(len(name))}, name...), append([]byte{kind}, value...)...)
 }
 
-// However the stream comes in pieces, what can be read passes as it is, and only the headers that cannot be read change.
+// However the stream is split, everything readable passes unchanged, and only unreadable headers are replaced.
 func TestStreamOfFramesIsKept(t *testing.T) {
 	t.Parallel()
 	bad := contentHeader(entry("x", '?'))
 	rapid.Check(t, func(t *rapid.T) {
 		var stream, want []byte
 		for range rapid.IntRange(0, 20).Draw(t, "frames") {
-			one := frame(rapid.SampledFrom([]byte{methodFrame, bodyFrame, beatFrame}).Draw(t, "type"), rapid.SliceOfN(rapid.Byte(), 0, 300).Draw(t, "payload"))
-			expected := one
+			kind := rapid.SampledFrom([]byte{methodFrame, bodyFrame, beatFrame}).Draw(t, "type")
+			sent := frame(kind, rapid.SliceOfN(rapid.Byte(), 0, 300).Draw(t, "payload"))
+			expected := sent
 			switch rapid.IntRange(0, 3).Draw(t, "kind") {
 			case 0:
-				one = contentHeader(entry("x", 'S', 0, 0, 0, 1, 'v'))
-				expected = one
+				sent = contentHeader(entry("x", 'S', 0, 0, 0, 1, 'v'))
+				expected = sent
 			case 1:
-				one, expected = bad, append(readable(bad[:len(bad)-1]), 0xCE)
+				sent, expected = bad, append(readable(bad[:len(bad)-1]), 0xCE)
 			}
-			stream, want = append(stream, one...), append(want, expected...)
+			stream, want = append(stream, sent...), append(want, expected...)
 		}
 		var source io.Reader = bytes.NewReader(stream)
 		switch rapid.IntRange(0, 2).Draw(t, "pieces") {
@@ -87,12 +88,14 @@ func TestHeadersThatCannotBeRead(t *testing.T) {
 		table []byte
 		flaw  string
 	}{
-		"Readable":     {entry("x", 'A', list(maxElements)...), ""},
-		"Empty":        {nil, ""},
-		"LongList":     {entry("x", 'A', list(maxElements+1)...), "a header or all of them have more than 8192 elements"},
-		"UnknownType":  {entry("x", 'L', 1, 2, 3, 4, 5, 6, 7, 8), `a header has the unknown type 'L'`},
-		"CutOff":       {entry("x", 'l', 1, 2, 3), "a field is cut off"},
-		"LengthTooBig": {entry("x", 'S', 0xff, 0xff, 0xff, 0xff), "a field is cut off"},
+		"Readable": {entry("x", 'A', list(maxElements)...), ""},
+		"Empty":    {nil, ""},
+		"LongList": {
+			entry("x", 'A', list(maxElements+1)...), "a header or the header table has more than 8192 elements",
+		},
+		"UnknownType":  {entry("x", 'L', 1, 2, 3, 4, 5, 6, 7, 8), `a header has unknown type 'L'`},
+		"Truncated":    {entry("x", 'l', 1, 2, 3), "a field is truncated"},
+		"LengthTooBig": {entry("x", 'S', 0xff, 0xff, 0xff, 0xff), "a field is truncated"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			whole := contentHeader(test.table)
@@ -102,7 +105,7 @@ func TestHeadersThatCannotBeRead(t *testing.T) {
 				t.Errorf("got %q", got)
 			}
 			if size := binary.BigEndian.Uint32(got[3:]); int(size) != len(got)-frameOverhead {
-				t.Errorf("size is %d of %d", size, len(got))
+				t.Errorf("the frame size is %d, want %d", size, len(got)-frameOverhead)
 			}
 		})
 	}
@@ -112,11 +115,11 @@ func FuzzReadable(f *testing.F) {
 	f.Add(contentHeader(entry("x", 'A', 0, 0, 0, 1, 'V')))
 	f.Add(contentHeader(entry("x", '?')))
 	f.Fuzz(func(t *testing.T, stream []byte) {
-		_, _ = io.Copy(io.Discard, newReadableConn(sourceConn{Reader: bytes.NewReader(stream)})) // ends, whatever comes
+		_, _ = io.Copy(io.Discard, newReadableConn(sourceConn{Reader: bytes.NewReader(stream)})) // ends for every input
 	})
 }
 
-// While messages have too many bytes, nothing more is read, until some are released or the connection ends.
+// While unreleased messages have too many bytes, nothing more is read, until some are released or the connection ends.
 func TestHold(t *testing.T) {
 	t.Parallel()
 	var stream []byte
@@ -124,9 +127,12 @@ func TestHold(t *testing.T) {
 	binary.BigEndian.PutUint64(header[bodySizeAt:], 60)
 	for range 5 {
 		stream = append(stream, frame(methodFrame, []byte("deliver"))...)
-		stream = append(append(stream, header...), append(frame(bodyFrame, make([]byte, 30)), frame(bodyFrame, make([]byte, 30))...)...)
+		stream = append(stream, header...)
+		for range 2 {
+			stream = append(stream, frame(bodyFrame, make([]byte, 30))...)
+		}
 	}
-	one := len(stream) / 5
+	messageSize := len(stream) / 5
 	conn := newReadableConn(sourceConn{Reader: bytes.NewReader(stream)})
 	conn.messages.setLimit(100)
 	got := make(chan int, 100)
@@ -143,10 +149,10 @@ func TestHold(t *testing.T) {
 	}()
 	read := func(messages int) {
 		t.Helper()
-		for total := 0; total < messages*one; {
+		for total := 0; total < messages*messageSize; {
 			n, open := <-got
-			if total += n; !open || total > messages*one {
-				t.Fatalf("%d bytes were read, want %d", total, messages*one)
+			if total += n; !open || total > messages*messageSize {
+				t.Fatalf("%d bytes were read, want %d", total, messages*messageSize)
 			}
 		}
 	}
@@ -156,7 +162,7 @@ func TestHold(t *testing.T) {
 			t.Fatal("there is room")
 		}
 		if len(got) > 0 {
-			t.Fatal("more was read")
+			t.Fatal("more bytes were read")
 		}
 	}
 	read(2)
@@ -167,6 +173,6 @@ func TestHold(t *testing.T) {
 	conn.messages.end()
 	read(2)
 	if _, open := <-got; open {
-		t.Error("there is more than was sent")
+		t.Error("more bytes were read than sent")
 	}
 }

@@ -8,7 +8,7 @@ import (
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 
-// drainReturns takes what the library has heard so far.
+// drainReturns takes the returns that the library has buffered so far.
 func (l *link) drainReturns() {
 	for {
 		select {
@@ -23,11 +23,11 @@ func (l *link) drainReturns() {
 	}
 }
 
-// takeReturn finds the return of a message whose confirm has arrived, and takes it out of those that wait.
+// takeReturn finds and removes the return of a message whose confirm has arrived.
 //
-// A return carries nothing that was not published, and one ID may be in flight twice. So the whole message is compared.
-// Two messages that agree in ID, type, key and payload are copies of one, and it does not matter which of them is
-// parked.
+// A return contains only what was published, and two messages with the same ID may be in flight. So takeReturn
+// compares whole messages. Two messages with the same ID, type, key and payload are copies of one message, and it
+// does not matter which of them is parked.
 func (l *link) takeReturn(m *messaging.Message) (amqp.Return, bool) {
 	if len(l.returned) == 0 { // the usual case
 		return amqp.Return{}, false

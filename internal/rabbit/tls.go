@@ -14,7 +14,7 @@ import (
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 
-// unencrypted returns url as that of a connection without TLS.
+// unencrypted returns url with the scheme for connections without TLS.
 func unencrypted(url string) string {
 	if rest, ok := strings.CutPrefix(url, "amqps:"); ok {
 		return "amqp:" + rest
@@ -24,7 +24,7 @@ func unencrypted(url string) string {
 
 func address(uri amqp.URI) string { return net.JoinHostPort(uri.Host, strconv.Itoa(uri.Port)) }
 
-// secure puts TLS around conn if uri asks for it.
+// secure wraps conn in TLS if uri requires it.
 func secure(ctx context.Context, conn net.Conn, uri amqp.URI) (net.Conn, error) {
 	if uri.Scheme != "amqps" {
 		return conn, nil
@@ -37,8 +37,8 @@ func secure(ctx context.Context, conn net.Conn, uri amqp.URI) (net.Conn, error) 
 	return secured, secured.HandshakeContext(ctx)
 }
 
-// tlsConfig reads the files that a URL names: cacertfile (default: the system's authorities), certfile and keyfile, and
-// the server's name if it is not the host's.
+// tlsConfig reads the files that a URL names: cacertfile (default: the system's authorities), certfile and keyfile. It
+// takes the server name from the URL too, if it differs from the host.
 func tlsConfig(uri amqp.URI) (*tls.Config, error) {
 	config := &tls.Config{MinVersion: tls.VersionTLS12, ServerName: uri.ServerName}
 	if config.ServerName == "" {

@@ -12,8 +12,7 @@ import (
 	"example.com/shop/internal/dev/testenv"
 )
 
-// encrypt puts TLS before a broker, which asks for client certificates, and returns the URL that leads through it. The server's configuration
-// is asked for with each handshake.
+// encrypt starts a TLS proxy before a broker and returns its URL. It calls config at each handshake.
 func encrypt(t *testing.T, amqpURL string, config func() *tls.Config) string {
 	t.Helper()
 	parsed, err := url.Parse(amqpURL)
@@ -75,8 +74,14 @@ func TestTLS(t *testing.T) {
 	cert, key := authority.Issue(t, nil)
 	root := filepath.Join(t.TempDir(), "root.pem")
 	testenv.Copy(t, authority.File, root)
-	with := func(settings url.Values) string { return plain + "?" + settings.Encode() }
-	good := with(url.Values{"cacertfile": {root}, "certfile": {cert}, "keyfile": {key}})
+	with := func(authority string, settings ...string) string {
+		query := url.Values{"cacertfile": {authority}}
+		for i := 0; i < len(settings); i += 2 {
+			query.Set(settings[i], settings[i+1])
+		}
+		return plain + "?" + query.Encode()
+	}
+	good := with(root, "certfile", cert, "keyfile", key)
 	if err := ValidateURL(good); err != nil {
 		t.Fatal(err)
 	}
@@ -84,22 +89,23 @@ func TestTLS(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name, url := range map[string]string{
-		"system's authorities":   plain,
-		"a stranger's authority": with(url.Values{"cacertfile": {next.File}, "certfile": {cert}, "keyfile": {key}}),
-		"no client certificate":  with(url.Values{"cacertfile": {root}}),
-		"another server's name":  with(url.Values{"cacertfile": {root}, "certfile": {cert}, "keyfile": {key}, "server_name_indication": {"broker.example"}}),
-		"missing file":           with(url.Values{"cacertfile": {root + "x"}}),
+		"system's authorities":  plain,
+		"another authority":     with(next.File, "certfile", cert, "keyfile", key),
+		"no client certificate": with(root),
+		"another server name": with(root, "certfile", cert, "keyfile", key, "server_name_indication",
+			"broker.example"),
+		"missing file": with(root + "x"),
 	} {
 		if err := Check(t.Context(), url); err == nil {
-			t.Errorf("%s: let in", name)
+			t.Errorf("%s: the connection succeeded", name)
 		}
 	}
 
-	// Everything is replaced, as after a year: the next connection uses it.
+	// All certificates are replaced, as in a yearly rotation. The next connection uses the new ones.
 	trusted = next
 	next.Replace(t, serverCert, serverKey, nil)
 	if err := Check(t.Context(), good); err == nil {
-		t.Error("old files are good for the new server: the test proves nothing")
+		t.Error("the new server accepts the old files: the test proves nothing")
 	}
 	next.Replace(t, cert, key, nil)
 	testenv.Copy(t, next.File, root)

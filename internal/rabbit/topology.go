@@ -9,13 +9,14 @@ import (
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 
-// Topology is what a service needs on the broker. It follows from the message types that its consumer groups handle. Unless it is given, every
-// process declares it when it connects, so there is no topology file and nothing to set up.
+// Topology is what a service needs on the broker: it follows from the message types that its consumer groups handle.
+// Unless the topology is given, every process declares it on connecting, so there is no topology file and no setup.
 type Topology struct {
 	// Exchange is the topic exchange that events go to, with the message type as routing key.
 	Exchange string
 	Queues   []Queue
-	// Given says that somebody else declares it, and processes only look whether it is there: then they need no permission to configure.
+	// Given means that processes do not declare the topology and only check that it exists. They then need no permission
+	// to configure.
 	Given bool
 }
 
@@ -24,54 +25,60 @@ type Queue struct {
 	Name string `json:"name"`
 	// Types are the message types that the queue is bound to.
 	Types []string `json:"types"`
-	// Unordered says that the order of its messages means nothing: all consumers work on it at once, instead of one with the others standing by.
+	// Unordered means that the order of the messages does not matter: all consumers are active at once. In an ordered
+	// queue one consumer is active and the others stand by.
 	Unordered bool `json:"unordered,omitempty"`
 }
 
-// DeadQueue is the name of the queue that takes what the broker gave up delivering from a queue.
+// DeadQueue is the name of the queue for messages that the broker gave up delivering from the named queue.
 func DeadQueue(name string) string { return name + ".dead" }
 
-// deliveryLimit is how often the broker hands out a message that nobody acks. It is a last resort: the inbox takes over at the
-// third delivery. Explicit, because the default is none in RabbitMQ 3 and 20 since 4.0.
+// deliveryLimit is how often the broker redelivers a message that no consumer acks. It is a last resort: the inbox
+// takes over at the third delivery. It is explicit because the default is no limit in RabbitMQ 3 and 20 since 4.0.
 const deliveryLimit = 20
 
-// consumerTimeout is RabbitMQ's own default of how long a consumer may keep a delivery before the broker takes it back.
+// consumerTimeout is RabbitMQ's default for how long a consumer may leave a delivery unacked before the broker requeues
+// it.
 const consumerTimeout = 30 * time.Minute
 
-// LongestRedelivery is how long the broker goes on handing out a message that consumers take and never ack, until it gives it up. How long a message
-// stands in a queue whose consumers are away is not in it: nothing bounds that.
+// LongestRedelivery is how long the broker keeps delivering a message that consumers take and never ack, before it
+// gives the message up. It does not include the time that a message waits in a queue without consumers, which is
+// unbounded.
 const LongestRedelivery = (deliveryLimit + 1) * consumerTimeout
 
-// queueArguments are the arguments of a group's queue, all of them explicit, since their defaults differ between versions.
+// queueArguments are the arguments of a group's queue. All are explicit, because their defaults differ between
+// versions.
 func queueArguments(queue Queue) amqp.Table {
 	arguments := amqp.Table{
-		// Replicated, and confirmed only when a majority has it on disk.
+		// Replicated. The queue confirms a message only when a majority has it on disk.
 		"x-queue-type":     "quorum",
 		"x-delivery-limit": deliveryLimit,
-		// Beyond the limit a message moves to the dead queue, and leaves this one only when it is safe there. That strategy demands
-		// reject-publish, which has no other effect on a queue without a length limit.
+		// Beyond the limit a message moves to the dead queue, and leaves this queue only when it is safe there. This strategy
+		// requires reject-publish, which has no other effect on a queue without a length limit.
 		"x-dead-letter-exchange":    "",
 		"x-dead-letter-routing-key": DeadQueue(queue.Name),
 		"x-dead-letter-strategy":    "at-least-once",
 		"x-overflow":                "reject-publish",
 	}
 	if !queue.Unordered {
-		// One consumer at a time: with several, a key's messages would be handled out of order. The others stand by.
+		// One consumer at a time: several would handle a key's messages out of order. The others stand by.
 		arguments["x-single-active-consumer"] = true
 	}
 	return arguments
 }
 
-// deadDeliveryLimit is as good as none, which not every version has.
+// deadDeliveryLimit is effectively no limit. Not every version supports an explicit "no limit".
 const deadDeliveryLimit = 1_000_000
 
-// deadQueueArguments: nothing leaves a dead queue but by an ack, unless a policy says otherwise.
-var deadQueueArguments = amqp.Table{"x-queue-type": "quorum", "x-delivery-limit": deadDeliveryLimit, "x-overflow": "reject-publish"}
+// deadQueueArguments make sure that messages leave a dead queue only by an ack, unless a policy says otherwise.
+var deadQueueArguments = amqp.Table{
+	"x-queue-type": "quorum", "x-delivery-limit": deadDeliveryLimit, "x-overflow": "reject-publish",
+}
 
-// declare makes the topology on ch. All of it is idempotent. A queue that exists with other arguments is an error that says so:
-// deleting and making it anew is a decision about its messages, and not ours.
+// declare declares the topology on ch. It is idempotent. It returns an error if a queue exists with other arguments: to
+// delete and recreate the queue is a decision about its messages, which declare must not make.
 //
-// The exchange comes after the queues: at a first start, one that is there tells that all queues are.
+// The exchange is declared after the queues: on the first start, an existing exchange means that all queues exist.
 func (t Topology) declare(ch *amqp.Channel) error {
 	if t.Given {
 		return t.expect(ch)
@@ -97,32 +104,32 @@ func (t Topology) declare(ch *amqp.Channel) error {
 	return nil
 }
 
-// expect looks for the topology on ch. It takes no permissions.
+// expect checks on ch that the topology exists. It needs no permission to configure.
 func (t Topology) expect(ch *amqp.Channel) error {
 	if err := ch.ExchangeDeclarePassive(t.Exchange, amqp.ExchangeTopic, true, false, false, false, nil); err != nil {
-		return unexpected("exchange "+t.Exchange, err)
+		return checkError("exchange "+t.Exchange, err)
 	}
 	for _, queue := range t.Queues {
 		for _, name := range []string{queue.Name, DeadQueue(queue.Name)} {
 			if _, err := ch.QueueDeclarePassive(name, true, false, false, false, nil); err != nil {
-				return unexpected("queue "+name, brokenOr(name, err))
+				return checkError("queue "+name, brokenOr(name, err))
 			}
 		}
 	}
 	return nil
 }
 
-// unexpected says of something that cannot be looked at what to do about it.
-func unexpected(what string, err error) error {
+// checkError is the error of a failed check for an exchange or a queue. If the object is missing, it says what to do.
+func checkError(object string, err error) error {
 	if refused(err, amqp.NotFound) {
 		const cure = "declare the topology (command topology --declare), or let the processes do so"
-		return fmt.Errorf("%s is not there; %s: %w", what, cure, err)
+		return fmt.Errorf("%s does not exist; %s: %w", object, cure, err)
 	}
-	return fmt.Errorf("look at %s: %w", what, err)
+	return fmt.Errorf("check %s: %w", object, err)
 }
 
-// Compare looks at the broker without changing anything, and returns what of the topology is missing there, and which
-// queues are there with other arguments.
+// Compare compares the topology with the broker without changing anything. It returns the queues that are missing, and
+// those that exist with other arguments.
 func (t Topology) Compare(ctx context.Context, url string) (missing, differing []string, err error) {
 	conn, err := Dial(ctx, url, "doctor")
 	if err != nil {
@@ -130,8 +137,11 @@ func (t Topology) Compare(ctx context.Context, url string) (missing, differing [
 	}
 	defer conn.HangUp()
 	for _, queue := range t.Queues {
-		for name, arguments := range map[string]amqp.Table{queue.Name: queueArguments(queue), DeadQueue(queue.Name): deadQueueArguments} {
-			channel, err := conn.Channel() // a failure closes it
+		for name, arguments := range map[string]amqp.Table{
+			queue.Name:            queueArguments(queue),
+			DeadQueue(queue.Name): deadQueueArguments,
+		} {
+			channel, err := conn.Channel() // a new one each time, because a failure closes it
 			if err != nil {
 				return nil, nil, fmt.Errorf("open channel: %w", err)
 			}

@@ -23,14 +23,15 @@ func TestDeclare(t *testing.T) {
 		}
 	})
 
-	t.Run("LeavesNoArgumentToTheBrokersVersion", func(t *testing.T) {
+	t.Run("SetsAllArgumentsExplicitly", func(t *testing.T) {
 		t.Parallel()
 		url, _ := setUp(t)
 		operator := testenv.Management(t, url)
 		want := map[string]map[string]any{
 			queue: {
-				"x-queue-type": "quorum", "x-single-active-consumer": true, "x-delivery-limit": 20.0, "x-overflow": "reject-publish",
-				"x-dead-letter-exchange": "", "x-dead-letter-routing-key": queue + ".dead", "x-dead-letter-strategy": "at-least-once",
+				"x-queue-type": "quorum", "x-single-active-consumer": true, "x-delivery-limit": 20.0,
+				"x-overflow": "reject-publish", "x-dead-letter-exchange": "",
+				"x-dead-letter-routing-key": queue + ".dead", "x-dead-letter-strategy": "at-least-once",
 			},
 			queue + ".dead": {"x-queue-type": "quorum", "x-delivery-limit": 1e6, "x-overflow": "reject-publish"},
 		}
@@ -45,16 +46,17 @@ func TestDeclare(t *testing.T) {
 		}
 	})
 
-	t.Run("AQueueWithOtherArgumentsIsLeftAloneAndNamed", func(t *testing.T) {
+	t.Run("NamesAQueueWithOtherArgumentsAndLeavesItUnchanged", func(t *testing.T) {
 		t.Parallel()
 		url := testenv.AMQP(t)
 		declareFull(t, raw(t, url), 5)
 		err := topology.declare(raw(t, url))
-		if err == nil || !strings.Contains(err.Error(), "queue "+queue+" exists with other arguments; empty and delete it") {
+		const want = "queue " + queue + " exists with other arguments; empty and delete it"
+		if err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("got %v", err)
 		}
 		if _, err := newPublisher(t, PublisherConfig{URL: url}).Publish(t.Context(), texts(0, 1)); err == nil {
-			t.Error("published to a topology that is not ours")
+			t.Error("published to a topology with other arguments")
 		}
 	})
 
@@ -76,20 +78,21 @@ func TestDeclare(t *testing.T) {
 		t.Parallel()
 		url := testenv.AMQP(t)
 		both := Topology{Exchange: exchange, Queues: []Queue{
-			{Name: "all", Types: []string{"google.protobuf.StringValue"}}, {Name: "one", Types: []string{"google.protobuf.StringValue"}},
+			{Name: "other", Types: []string{"google.protobuf.StringValue"}},
+			{Name: "target", Types: []string{"google.protobuf.StringValue"}},
 		}}
-		p := newPublisher(t, PublisherConfig{URL: url, Topology: both, Queue: "one"})
+		p := newPublisher(t, PublisherConfig{URL: url, Topology: both, Queue: "target"})
 		mustPublish(t, p, text("k", "a"))
-		one := take(t, url, "one")
-		if all := take(t, url, "all"); len(all) != 0 || len(one) != 1 {
-			t.Fatalf("%d and %d messages, want 0 and 1", len(all), len(one))
+		replayed := take(t, url, "target")
+		if other := take(t, url, "other"); len(other) != 0 || len(replayed) != 1 {
+			t.Fatalf("%d and %d messages, want 0 and 1", len(other), len(replayed))
 		}
-		if d := decode(&one[0]); d.Type != "google.protobuf.StringValue" || d.Key != "k" {
-			t.Errorf("it arrives as %+v", d)
+		if d := decode(&replayed[0]); d.Type != "google.protobuf.StringValue" || d.Key != "k" {
+			t.Errorf("got %+v", d)
 		}
 	})
 
-	t.Run("CompareLooksAndChangesNothing", func(t *testing.T) {
+	t.Run("CompareChangesNothing", func(t *testing.T) {
 		t.Parallel()
 		url := testenv.AMQP(t)
 		for range 2 {
@@ -102,7 +105,8 @@ func TestDeclare(t *testing.T) {
 		if err := topology.declare(raw(t, url)); err != nil {
 			t.Fatal(err)
 		}
-		if missing, differing, err := topology.Compare(t.Context(), url); err != nil || len(missing)+len(differing) != 0 {
+		if missing, differing, err := topology.Compare(t.Context(), url); err != nil || len(missing)+
+			len(differing) != 0 {
 			t.Errorf("all declared: %q, %q, %v", missing, differing, err)
 		}
 		url = testenv.AMQP(t)
@@ -116,7 +120,7 @@ func TestDeclare(t *testing.T) {
 		}
 	})
 
-	t.Run("WhatIsGivenUpMovesToTheDeadQueue", func(t *testing.T) {
+	t.Run("MessagesThatTheBrokerGivesUpMoveToTheDeadQueue", func(t *testing.T) {
 		t.Parallel()
 		url, p := setUp(t)
 		mustPublish(t, p, texts(0, 1)...)
@@ -126,7 +130,7 @@ func TestDeclare(t *testing.T) {
 		}
 		for range deliveryLimit + 1 {
 			delivery := receive(t, source)
-			// Not a nack: since 4.3 that says nothing against the message.
+			// Reject, because since 4.3 a nack does not count against the message.
 			if err := delivery.Reject(true); err != nil {
 				t.Fatal(err)
 			}
@@ -140,7 +144,7 @@ func TestDeclare(t *testing.T) {
 			t.Errorf("got %s", text)
 		}
 		if death := decode(&got).Death; death != "delivery_limit, 1 times, from queue "+queue {
-			t.Errorf("it died of %q", death)
+			t.Errorf("death is %q", death)
 		}
 	})
 }

@@ -10,15 +10,15 @@ import (
 	"net/url"
 )
 
-// User is a user of the broker and what it may do in one vhost.
+// User is a broker user with its permissions in one vhost.
 type User struct {
 	Name, Password string
 	Permissions    Permissions
 }
 
-// MakeUsers makes users through RabbitMQ's management API and gives them their permissions in the vhost of amqpURL. It
-// asks as the user of managementURL, or else of amqpURL, who needs the tag administrator. A user that is there gets the
-// password and the permissions anew, and loses its tags. What it may do in other vhosts stays.
+// MakeUsers creates users through RabbitMQ's management API and sets their permissions in the vhost of amqpURL. It
+// authenticates as the user of managementURL, or else of amqpURL, who needs the tag administrator. If a user exists,
+// MakeUsers resets its password and permissions and removes its tags. Its permissions in other vhosts stay.
 func MakeUsers(ctx context.Context, managementURL, amqpURL string, users ...User) error {
 	api, err := newManagementAPI(managementURL, amqpURL)
 	if err != nil {
@@ -27,20 +27,20 @@ func MakeUsers(ctx context.Context, managementURL, amqpURL string, users ...User
 	defer api.client.CloseIdleConnections()
 	for _, user := range users {
 		if user.Name == api.user {
-			return fmt.Errorf("user %s cannot take its own rights away: use another administrator", user.Name)
+			return fmt.Errorf("user %s would revoke its own rights: use another administrator", user.Name)
 		}
 		login := map[string]string{"password": user.Password, "tags": ""}
 		if err := api.put(ctx, login, "users", user.Name); err != nil {
-			return fmt.Errorf("make user %s: %w", user.Name, err)
+			return fmt.Errorf("create user %s: %w", user.Name, err)
 		}
 		if err := api.put(ctx, user.Permissions, "permissions", api.vhost, user.Name); err != nil {
-			return fmt.Errorf("give user %s its permissions: %w", user.Name, err)
+			return fmt.Errorf("set the permissions of user %s: %w", user.Name, err)
 		}
 	}
 	return nil
 }
 
-// put writes what is found under names, which may contain anything.
+// put writes content to the API path that names form. It escapes them, so they may contain any character.
 func (m *managementAPI) put(ctx context.Context, content any, names ...string) error {
 	body, err := json.Marshal(content)
 	if err != nil {
@@ -58,23 +58,23 @@ func (m *managementAPI) put(ctx context.Context, content any, names ...string) e
 	request.Header.Set("Content-Type", "application/json")
 	response, err := m.client.Do(request)
 	if err != nil {
-		return askFailed(err)
+		return requestError(err)
 	}
 	if err := response.Body.Close(); err != nil {
 		return err
 	}
 	if response.StatusCode/100 != 2 {
-		return fmt.Errorf("the management API answers %s to user %s", response.Status, m.user)
+		return fmt.Errorf("the management API answers user %s with %s", m.user, response.Status)
 	}
 	return nil
 }
 
-// WithPassword returns a URL with this password, any text, if it names a user and no password. The URL is one that
-// ValidateURL or ValidateManagementURL accepts.
+// WithPassword adds the password, which may be any text, to a URL that has a user and no password. Other URLs it
+// returns unchanged. The URL must be one that ValidateURL or ValidateManagementURL accepts.
 func WithPassword(rawURL, password string) (string, error) {
 	parsed, err := url.Parse(rawURL)
 	if err != nil {
-		return "", errors.New("not a URL") // the error would show it
+		return "", errors.New("not a URL") // err would show it
 	}
 	if parsed.User == nil || password == "" {
 		return rawURL, nil

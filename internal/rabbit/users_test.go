@@ -9,7 +9,7 @@ import (
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 
-// A password may be any text, in a URL and beside it.
+// A password may be any text, in a URL and outside it.
 func TestMadeUsersMayDoWhatTheyShouldAndNoMore(t *testing.T) {
 	t.Parallel()
 	admin := testenv.AMQP(t)
@@ -20,7 +20,7 @@ func TestMadeUsersMayDoWhatTheyShouldAndNoMore(t *testing.T) {
 	given.Given = true
 	broker := testenv.Management(t, admin)
 	for _, password := range []string{"p@ss", "ab/cd+e=", "50%&?#:[ü] \"'"} {
-		made, err := url.Parse(broker.User("", "", "")) // which is deleted when the test ends
+		made, err := url.Parse(broker.User("", "", "")) // the user is deleted when the test ends
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -49,7 +49,7 @@ func TestMadeUsersMayDoWhatTheyShouldAndNoMore(t *testing.T) {
 		}
 		var refused *amqp.Error
 		if !errors.As(err, &refused) || refused.Code != amqp.AccessRefused {
-			t.Errorf("a relay reads a message: %v", err)
+			t.Errorf("a relay reads a message: got %v, want access refused", err)
 		}
 		if err := conn.Close(); err != nil {
 			t.Error(err)
@@ -65,11 +65,11 @@ func TestAdministratorKeepsItsRights(t *testing.T) {
 		t.Fatal(err)
 	}
 	if err := MakeUsers(t.Context(), testenv.Management(t, admin).URL(), admin, User{Name: api.user}); err == nil {
-		t.Error("it took its own rights away")
+		t.Error("the administrator revoked its own rights")
 	}
 }
 
-func TestPasswordsThatAreThereStay(t *testing.T) {
+func TestWithPasswordKeepsAnExistingPassword(t *testing.T) {
 	for given, want := range map[string]string{
 		"amqp://u@h/v": "amqp://u:p%40%2F@h/v", "amqp://u:x@h/v": "amqp://u:x@h/v", "amqp://h/v": "amqp://h/v",
 		"http://u@h:15672": "http://u:p%40%2F@h:15672", "amqp://u@h/%2f": "amqp://u:p%40%2F@h/%2f",

@@ -14,12 +14,13 @@ import (
 	"example.com/shop/internal/rabbitrpc"
 )
 
-// BenchmarkCalls measures the same call in process, over HTTP/2 and over RabbitMQ, with one caller and with 64: calls/s, p50, p99.
+// BenchmarkCalls measures the same call in process, over HTTP/2 and over RabbitMQ, with one caller and with 64. It
+// reports calls/s, p50 and p99.
 //
 //	go run ./cmd/stack --profile test -- go test -run - -bench Calls -benchtime 5s ./internal/rabbitrpc
 func BenchmarkCalls(b *testing.B) {
 	methods := register(again, echo)
-	http := &bed{name: "HTTP", t: b}
+	http := &testbed{name: "HTTP", t: b}
 	http.serve(methods)
 	http.url = http.direct
 	url := testenv.AMQP(b)
@@ -41,7 +42,7 @@ func BenchmarkCalls(b *testing.B) {
 }
 
 func measure(b *testing.B, client *connect.Client, callers int) {
-	took := make([]time.Duration, b.N)
+	durations := make([]time.Duration, b.N)
 	var next atomic.Int64
 	var running sync.WaitGroup
 	b.ResetTimer()
@@ -53,15 +54,15 @@ func measure(b *testing.B, client *connect.Client, callers int) {
 					b.Error(err)
 					return
 				}
-				took[i] = time.Since(began)
+				durations[i] = time.Since(began)
 			}
 		})
 	}
 	running.Wait()
 	b.StopTimer()
-	slices.Sort(took)
+	slices.Sort(durations)
 	b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "calls/s")
-	b.ReportMetric(float64(took[len(took)/2].Microseconds())/1000, "p50-ms")
-	b.ReportMetric(float64(took[len(took)*99/100].Microseconds())/1000, "p99-ms")
+	b.ReportMetric(float64(durations[len(durations)/2].Microseconds())/1000, "p50-ms")
+	b.ReportMetric(float64(durations[len(durations)*99/100].Microseconds())/1000, "p99-ms")
 	b.ReportMetric(0, "ns/op")
 }

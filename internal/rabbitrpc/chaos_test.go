@@ -21,8 +21,9 @@ const (
 	chaosCallers = 64
 )
 
-// TestChaos makes many calls while one of three replicas is killed and one of the connections is cut, the client's among
-// them: each second, or as soon as another replica serves. Every call ends in its own answer or in an honest error, and what callers were told fits what was done.
+// TestChaos makes many calls. Every second, or as soon as another replica serves, it kills one of three replicas and
+// cuts one of the connections, the client's included. Every call must end with its own answer or with an error, and
+// the error must match what was executed.
 func TestChaos(t *testing.T) {
 	t.Parallel()
 	amqpURL, effects := testenv.AMQP(t), t.TempDir()
@@ -48,15 +49,15 @@ func TestChaos(t *testing.T) {
 	faults := 0
 	for {
 		select {
-		case told := <-results:
+		case outcomes := <-results:
 			if faults < 2 {
-				t.Errorf("only %d faults", faults)
+				t.Errorf("only %d faults, want at least 2", faults)
 			}
-			checkEffects(t, told, effects)
+			checkEffects(t, outcomes, effects)
 			return
 		case <-second.C:
 			if replicas(t, amqpURL, "probe.v1.Probe") < 2 {
-				continue // the machine is too slow to start them again as fast
+				continue // the machine is too slow to restart them within a second
 			}
 			i := faults % len(children)
 			children[i].kill()
@@ -67,9 +68,9 @@ func TestChaos(t *testing.T) {
 	}
 }
 
-// callAll makes the calls, half of them to each kind of method, and returns what each one's caller was told.
+// callAll makes the calls, half of them to each kind of method, and returns the error, or nil, of each call by its ID.
 func callAll(t *testing.T, client *connect.Client) map[string]error {
-	told := make(map[string]error, chaosCalls)
+	outcomes := make(map[string]error, chaosCalls)
 	var mu sync.Mutex
 	var next atomic.Int64
 	var callers sync.WaitGroup
@@ -87,19 +88,21 @@ func callAll(t *testing.T, client *connect.Client) map[string]error {
 					t.Errorf("call %s got the answer of %s", id, out)
 				}
 				mu.Lock()
-				told[id] = err
+				outcomes[id] = err
 				mu.Unlock()
 				if err != nil && !errors.Is(err, context.DeadlineExceeded) {
-					time.Sleep(10 * time.Millisecond) // as callers that back off; else nothing is left to call when the client is back
+					// Back off. Otherwise no calls would be left when the client is connected again.
+					time.Sleep(10 * time.Millisecond)
 				}
 			}
 		})
 	}
 	callers.Wait()
-	return told
+	return outcomes
 }
 
-func checkEffects(t *testing.T, told map[string]error, effects string) {
+// checkEffects compares the outcomes of the calls with their effects.
+func checkEffects(t *testing.T, outcomes map[string]error, effects string) {
 	t.Helper()
 	log, err := os.ReadFile(filepath.Join(effects, "log"))
 	if err != nil {
@@ -110,29 +113,30 @@ func checkEffects(t *testing.T, told map[string]error, effects string) {
 		added[strings.TrimPrefix(strings.TrimPrefix(strings.TrimSpace(line), "add "), "put ")]++
 	}
 	answers, texts := 0, map[string]int{}
-	for id, err := range told {
+	for id, err := range outcomes {
 		_, missing := os.Stat(filepath.Join(effects, id))
 		done := missing == nil || added[id] > 0
 		if added[id] > 1 {
-			t.Errorf("%s was done %d times", id, added[id])
+			t.Errorf("%s was executed %d times", id, added[id])
 		}
 		var failure *connect.Error
 		switch {
 		case err == nil:
 			answers++
 			if !done {
-				t.Errorf("%s was answered and not done", id)
+				t.Errorf("%s was answered but not executed", id)
 			}
-		case !errors.As(err, &failure) || failure.Code() != connect.CodeUnavailable && failure.Code() != connect.CodeDeadlineExceeded:
+		case !errors.As(err, &failure) ||
+			failure.Code() != connect.CodeUnavailable && failure.Code() != connect.CodeDeadlineExceeded:
 			t.Errorf("%s ended with %v", id, err)
 		case done && strings.Contains(failure.Message(), "nothing was"):
-			t.Errorf("%s was done, and its caller was told %q", id, failure.Message())
+			t.Errorf("%s was executed, but its caller got %q", id, failure.Message())
 		default:
 			texts[failure.Error()]++
 		}
 	}
-	t.Logf("%d of %d calls were answered; the others: %v", answers, len(told), texts)
-	if len(told) != chaosCalls || answers < chaosCalls/2 {
-		t.Errorf("%d of %d calls were answered", answers, len(told))
+	t.Logf("%d of %d calls were answered; the others: %v", answers, len(outcomes), texts)
+	if len(outcomes) != chaosCalls || answers < chaosCalls/2 {
+		t.Errorf("%d of %d calls were answered, want at least half of %d", answers, len(outcomes), chaosCalls)
 	}
 }

@@ -22,31 +22,33 @@ import (
 	"google.golang.org/protobuf/types/known/wrapperspb"
 )
 
-// bed is a transport with a way to serve, to call, and to break things. All that a case says of one must hold for the other.
-type bed struct {
+// testbed is a transport with the means to serve, to call, and to inject faults. Each test case must pass on all
+// testbeds.
+type testbed struct {
 	t     testing.TB
 	name  string
-	proxy *testenv.TCPProxy // between client and server, or broker
-	// url is where the client calls, through the proxy.
+	proxy *testenv.TCPProxy // between the client and the server or broker
+	// url is what the client calls. It leads through the proxy.
 	url string
 	// direct is the same without the proxy.
 	direct string
 }
 
-// readLimit is below the largest message that the broker of the tests takes.
+// readLimit is below the largest message that the test broker accepts.
 const readLimit = 400 << 10
 
-func beds(t *testing.T) []*bed {
+func testbeds(t *testing.T) []*testbed {
 	amqpURL := testenv.AMQP(t)
 	proxy, url := testenv.ProxyURL(t, amqpURL)
-	return []*bed{{name: "RabbitMQ", proxy: proxy, url: url, direct: amqpURL}, {name: "HTTP"}}
+	return []*testbed{{name: "RabbitMQ", proxy: proxy, url: url, direct: amqpURL}, {name: "HTTP"}}
 }
 
 // serve serves methods until the test ends.
-func (b *bed) serve(methods ...func(*connect.Server)) {
+func (b *testbed) serve(methods ...func(*connect.Server)) {
 	b.t.Helper()
 	if b.name == "RabbitMQ" {
-		serve(b.t, rabbitrpc.ServerConfig{URL: b.direct, RequestMaxBytes: readLimit, ReplyMaxBytes: readLimit}, methods...)
+		serve(b.t, rabbitrpc.ServerConfig{URL: b.direct, RequestMaxBytes: readLimit, ReplyMaxBytes: readLimit},
+			methods...)
 		return
 	}
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
@@ -55,7 +57,8 @@ func (b *bed) serve(methods ...func(*connect.Server)) {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan struct{})
-	server := rpcserver.New(rpcserver.Config{Log: silent, ReadMaxBytes: readLimit, DrainTimeout: time.Second}, methods...)
+	server := rpcserver.New(rpcserver.Config{Log: silent, ReadMaxBytes: readLimit, DrainTimeout: time.Second},
+		methods...)
 	go func() {
 		defer close(ended)
 		_ = server.Serve(ctx, listener)
@@ -67,14 +70,14 @@ func (b *bed) serve(methods ...func(*connect.Server)) {
 	b.reach(listener.Addr().String())
 }
 
-// reach has an HTTP client call this address.
-func (b *bed) reach(address string) {
+// reach makes HTTP clients call this address.
+func (b *testbed) reach(address string) {
 	b.direct = "http://" + address
 	b.proxy, b.url = testenv.ProxyURL(b.t, b.direct)
 }
 
-// client calls what is served by then.
-func (b *bed) client() *connect.Client {
+// client returns a client for what serve serves.
+func (b *testbed) client() *connect.Client {
 	if b.name == "RabbitMQ" {
 		config := rabbitrpc.TransportConfig{URL: b.url, RequestMaxBytes: readLimit, ReplyMaxBytes: readLimit}
 		return connect.NewClient(newTransport(b.t, config))
@@ -84,15 +87,17 @@ func (b *bed) client() *connect.Client {
 	transport := &http.Transport{Protocols: protocols}
 	b.t.Cleanup(transport.CloseIdleConnections)
 	if b.url == "" {
-		b.url = "http://127.0.0.1:1" // where nobody listens
+		b.url = "http://127.0.0.1:1" // nothing listens there
 	}
-	return connect.NewClient(connecthttp.NewTransport(&http.Client{Transport: transport}, b.url, connecthttp.WithReadMaxBytes(readLimit)))
+	client := &http.Client{Transport: transport}
+	return connect.NewClient(connecthttp.NewTransport(client, b.url, connecthttp.WithReadMaxBytes(readLimit)))
 }
 
-// TestConformance is one table of what callers see, whichever transport their client has. What differs is in docs/rpc-over-rabbitmq.md.
+// TestConformance checks that callers see the same over both transports. docs/rpc-over-rabbitmq.md lists the
+// differences.
 func TestConformance(t *testing.T) {
 	t.Parallel()
-	for name, test := range map[string]func(t *testing.T, b *bed){
+	for name, test := range map[string]func(t *testing.T, b *testbed){
 		"Answer":               conformAnswer,
 		"EmptyMessages":        conformEmpty,
 		"ErrorWithDetails":     conformError,
@@ -114,7 +119,7 @@ func TestConformance(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			for _, b := range beds(t) {
+			for _, b := range testbeds(t) {
 				t.Run(b.name, func(t *testing.T) {
 					b.t = t
 					test(t, b)
@@ -124,24 +129,24 @@ func TestConformance(t *testing.T) {
 	}
 }
 
-func (b *bed) wantEcho(t *testing.T, client *connect.Client, in string) {
+func (b *testbed) wantEcho(t *testing.T, client *connect.Client, in string) {
 	t.Helper()
 	if out, err := call(t.Context(), client, once, in); err != nil || out != in {
-		t.Errorf("%d bytes sent, %d answered, error %v", len(in), len(out), err)
+		t.Errorf("sent %d bytes, got %d bytes back, error %v", len(in), len(out), err)
 	}
 }
 
-func conformAnswer(t *testing.T, b *bed) {
+func conformAnswer(t *testing.T, b *testbed) {
 	b.serve(register(once, echo))
 	b.wantEcho(t, b.client(), "hello")
 }
 
-func conformEmpty(t *testing.T, b *bed) {
+func conformEmpty(t *testing.T, b *testbed) {
 	b.serve(register(once, echo))
 	b.wantEcho(t, b.client(), "")
 }
 
-func conformError(t *testing.T, b *bed) {
+func conformError(t *testing.T, b *testbed) {
 	detail, err := connectproto.NewErrorDetail(durationpb.New(42 * time.Second))
 	if err != nil {
 		t.Fatal(err)
@@ -153,7 +158,7 @@ func conformError(t *testing.T, b *bed) {
 	wantError(t, err, connect.CodeFailedPrecondition, "not now — später")
 	var got *connect.Error
 	if !errors.As(err, &got) || !got.IsRemote() || len(got.Details()) != 1 {
-		t.Fatalf("got %#v, want another server's error with one detail", got)
+		t.Fatalf("got %#v, want a remote error with one detail", got)
 	}
 	decoded, err := connectproto.UnmarshalErrorDetail(got.Details()[0])
 	if d, ok := decoded.(*durationpb.Duration); !ok || d.GetSeconds() != 42 {
@@ -161,7 +166,7 @@ func conformError(t *testing.T, b *bed) {
 	}
 }
 
-func conformHidden(t *testing.T, b *bed) {
+func conformHidden(t *testing.T, b *testbed) {
 	b.serve(register(once, func(_ context.Context, in string) (string, error) {
 		if in == "remote" {
 			return "", connect.NewError(connect.CodeNotFound, "secret").WithRemote()
@@ -174,14 +179,14 @@ func conformHidden(t *testing.T, b *bed) {
 	}
 }
 
-func conformUnknown(t *testing.T, b *bed) {
+func conformUnknown(t *testing.T, b *testbed) {
 	b.serve(register(once, echo))
 	_, err := call(t.Context(), b.client(), connect.Spec{Procedure: "/probe.v1.Probe/None"}, "")
 	wantError(t, err, connect.CodeUnimplemented, "")
 }
 
-// The handler's context ends when the caller's does, and the caller need not wait for it.
-func conformDeadline(t *testing.T, b *bed) {
+// The handler's context ends when the caller's does, and the caller does not wait for the handler.
+func conformDeadline(t *testing.T, b *testbed) {
 	ended := make(chan error, 1)
 	b.serve(register(once, func(ctx context.Context, in string) (string, error) {
 		if in == "connected" {
@@ -193,14 +198,14 @@ func conformDeadline(t *testing.T, b *bed) {
 	}))
 	client := b.client()
 	b.wantEcho(t, client, "connected")
-	ctx, cancel := context.WithTimeout(t.Context(), time.Second) // enough to get there on a busy machine
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second) // enough to reach the server on a busy machine
 	defer cancel()
 	_, err := call(ctx, client, once, "")
-	wantError(t, err, connect.CodeDeadlineExceeded, "") // the caller's own or the server's, whichever was first
+	wantError(t, err, connect.CodeDeadlineExceeded, "") // the caller's own or the server's, whichever comes first
 	receive(t, ended)
 }
 
-func conformCancel(t *testing.T, b *bed) {
+func conformCancel(t *testing.T, b *testbed) {
 	begun, proceed := make(chan struct{}), make(chan struct{})
 	b.serve(register(once, func(context.Context, string) (string, error) {
 		close(begun)
@@ -224,20 +229,21 @@ func conformCancel(t *testing.T, b *bed) {
 	}
 }
 
-func conformMetadata(t *testing.T, b *bed) {
+func conformMetadata(t *testing.T, b *testbed) {
 	b.serve(register(once, func(ctx context.Context, _ string) (string, error) {
 		info, _ := connect.CallInfoForServerContext(ctx)
-		info.ResponseHeader().SetValues("Answer", slices.Concat(info.RequestHeader().Values("List"), info.RequestHeader().Values("Cc")))
-		info.ResponseHeader().Set("Bytes-Bin", info.RequestHeader().Get("Bytes-Bin"))
+		request, response := info.RequestHeader(), info.ResponseHeader()
+		response.SetValues("Answer", slices.Concat(request.Values("List"), request.Values("Cc")))
+		response.Set("Bytes-Bin", request.Get("Bytes-Bin"))
 		info.ResponseTrailer().Set("Late", "trailer")
-		return info.RequestHeader().Get("authorization"), nil
+		return request.Get("authorization"), nil
 	}))
 	ctx, info := connect.NewClientContext(t.Context())
 	info.RequestHeader().Set("Authorization", "Bearer token")
 	info.RequestHeader().SetValues("List", []string{"one", "two"})
-	info.RequestHeader().Set("CC", "elsewhere") // what the broker would take for a second address
+	info.RequestHeader().Set("CC", "elsewhere") // as a top-level header, it would be a second routing key
 	info.RequestHeader().Set("Bytes-Bin", connect.EncodeBinaryHeader([]byte{0, 255}))
-	info.RequestHeader().Set("Content-Type", "forged") // the transport's own
+	info.RequestHeader().Set("Content-Type", "forged") // belongs to the transport
 	out, err := call(ctx, b.client(), once, "")
 	if err != nil || out != "Bearer token" {
 		t.Fatalf("got %q, %v", out, err)
@@ -245,7 +251,8 @@ func conformMetadata(t *testing.T, b *bed) {
 	if got := info.ResponseHeader().Values("Answer"); !slices.Equal(got, []string{"one", "two", "elsewhere"}) {
 		t.Errorf("response header %q", got)
 	}
-	if got, err := connect.DecodeBinaryHeader(info.ResponseHeader().Get("Bytes-Bin")); err != nil || string(got) != "\x00\xff" {
+	got, err := connect.DecodeBinaryHeader(info.ResponseHeader().Get("Bytes-Bin"))
+	if err != nil || string(got) != "\x00\xff" {
 		t.Errorf("binary header %q, %v", got, err)
 	}
 	if got := info.ResponseTrailer().Get("Late"); got != "trailer" {
@@ -253,7 +260,7 @@ func conformMetadata(t *testing.T, b *bed) {
 	}
 }
 
-func conformMetadataOfErrors(t *testing.T, b *bed) {
+func conformMetadataOfErrors(t *testing.T, b *testbed) {
 	b.serve(register(once, func(ctx context.Context, _ string) (string, error) {
 		info, _ := connect.CallInfoForServerContext(ctx)
 		info.ResponseHeader().Set("Retry-After", "7")
@@ -267,12 +274,12 @@ func conformMetadataOfErrors(t *testing.T, b *bed) {
 	}
 }
 
-func conformBig(t *testing.T, b *bed) {
+func conformBig(t *testing.T, b *testbed) {
 	b.serve(register(once, echo))
 	b.wantEcho(t, b.client(), strings.Repeat("x", 300<<10))
 }
 
-func conformOversize(t *testing.T, b *bed) {
+func conformOversize(t *testing.T, b *testbed) {
 	b.serve(register(once, func(_ context.Context, in string) (string, error) {
 		if in == "big answer" {
 			return strings.Repeat("x", readLimit+1), nil
@@ -287,7 +294,7 @@ func conformOversize(t *testing.T, b *bed) {
 	b.wantEcho(t, client, "still there")
 }
 
-func conformPanic(t *testing.T, b *bed) {
+func conformPanic(t *testing.T, b *testbed) {
 	b.serve(register(once, func(_ context.Context, in string) (string, error) {
 		if in == "panic" {
 			panic("secret")
@@ -300,10 +307,10 @@ func conformPanic(t *testing.T, b *bed) {
 	b.wantEcho(t, client, "still there")
 }
 
-// Nobody serves: that is known at once, and not at the deadline.
-func conformNoServer(t *testing.T, b *bed) {
+// If no server runs, callers learn that at once and not at the deadline.
+func conformNoServer(t *testing.T, b *testbed) {
 	client := b.client()
-	_, err := call(t.Context(), client, once, "") // connects, if need be
+	_, err := call(t.Context(), client, once, "") // connects if necessary
 	wantError(t, err, connect.CodeUnavailable, "")
 	began := time.Now()
 	_, err = call(t.Context(), client, once, "")
@@ -313,8 +320,8 @@ func conformNoServer(t *testing.T, b *bed) {
 	}
 }
 
-// A server dies with a call that may not be repeated. Over RabbitMQ the next replica knows that.
-func conformServerDies(t *testing.T, b *bed) {
+// A server dies during a call that must not be repeated. Over RabbitMQ the next replica refuses to execute it.
+func conformServerDies(t *testing.T, b *testbed) {
 	role := "http"
 	if b.name == "RabbitMQ" {
 		role = "amqp"
@@ -334,7 +341,7 @@ func conformServerDies(t *testing.T, b *bed) {
 	receive(t, server.lines)
 	if role == "amqp" {
 		serve(t, rabbitrpc.ServerConfig{URL: b.direct}, register(once, func(context.Context, string) (string, error) {
-			t.Error("a call that may not be repeated was")
+			t.Error("a call that must not be repeated was repeated")
 			return "", nil
 		}))
 	}
@@ -342,7 +349,7 @@ func conformServerDies(t *testing.T, b *bed) {
 	b.wantLost(t, receive(t, done))
 }
 
-// expiring is a context whose deadline passes when the test says so: then it covers nothing but what the test is about.
+// expiring is a context whose deadline passes when the test closes done. So it cannot expire before the tested step.
 type expiring struct {
 	context.Context
 	done chan struct{}
@@ -359,8 +366,8 @@ func (e *expiring) Err() error {
 	}
 }
 
-// The network swallows the answer without a word.
-func conformReplyLost(t *testing.T, b *bed) {
+// The network silently loses the answer.
+func conformReplyLost(t *testing.T, b *testbed) {
 	ctx := &expiring{Context: t.Context(), done: make(chan struct{})}
 	b.serve(register(once, func(_ context.Context, in string) (string, error) {
 		if in == "lost" {
@@ -377,7 +384,7 @@ func conformReplyLost(t *testing.T, b *bed) {
 	b.wantEcho(t, client, "back") // and not "lost"
 }
 
-func conformConnectionLost(t *testing.T, b *bed) {
+func conformConnectionLost(t *testing.T, b *testbed) {
 	begun, proceed := make(chan struct{}), make(chan struct{})
 	b.serve(register(once, func(_ context.Context, in string) (string, error) {
 		if in == "lost" {
@@ -396,14 +403,14 @@ func conformConnectionLost(t *testing.T, b *bed) {
 	receive(t, begun)
 	b.proxy.Cut()
 	b.wantLost(t, receive(t, done))
-	testenv.Eventually(t, patience, func() error { // it connects again by itself
+	testenv.Eventually(t, patience, func() error { // the client reconnects automatically
 		_, err := call(t.Context(), client, once, "back")
 		return err
 	})
 }
 
-// A server answers twice: the first answer counts, and the second one reaches nobody. Over HTTP it cannot.
-func conformDuplicateReply(t *testing.T, b *bed) {
+// A server answers twice: the first answer counts, and the second is dropped. This cannot happen over HTTP.
+func conformDuplicateReply(t *testing.T, b *testbed) {
 	if b.name != "RabbitMQ" {
 		conformAnswer(t, b)
 		return
@@ -421,8 +428,8 @@ func conformDuplicateReply(t *testing.T, b *bed) {
 	}
 }
 
-// An answer to another call's ID, or to none, reaches nobody; the caller's own comes nevertheless.
-func conformForeignReplyTo(t *testing.T, b *bed) {
+// An answer with another call's ID, or without an ID, is dropped. The caller still gets its own answer.
+func conformForeignReplyTo(t *testing.T, b *testbed) {
 	if b.name != "RabbitMQ" {
 		conformAnswer(t, b)
 		return
@@ -440,9 +447,9 @@ func conformForeignReplyTo(t *testing.T, b *bed) {
 	}
 }
 
-// wantLost fails the test unless err is what callers get when their connection or their server is gone. Connect's HTTP client calls a
-// reset connection canceled.
-func (b *bed) wantLost(t *testing.T, err error) {
+// wantLost fails the test unless err is what callers get when their connection or their server is lost. Connect's HTTP
+// client reports a reset connection as canceled.
+func (b *testbed) wantLost(t *testing.T, err error) {
 	t.Helper()
 	if b.name == "HTTP" && errors.Is(err, syscall.ECONNRESET) {
 		return
@@ -450,8 +457,8 @@ func (b *bed) wantLost(t *testing.T, err error) {
 	wantError(t, err, connect.CodeUnavailable, "")
 }
 
-// answerWith serves the probe past the code under test.
-func (b *bed) answerWith(t *testing.T, reply func(*amqp.Channel, *amqp.Delivery)) {
+// answerWith serves the probe without the code under test.
+func (b *testbed) answerWith(t *testing.T, reply func(*amqp.Channel, *amqp.Delivery)) {
 	t.Helper()
 	channel := raw(t, b.direct)
 	err := channel.ExchangeDeclare(rabbitrpc.DefaultExchange, "direct", true, false, false, false, nil)

@@ -16,8 +16,8 @@ import (
 	"go.opentelemetry.io/otel/trace"
 )
 
-// handle judges a request, executes it if it is to be executed, and returns the reply: nil for a message that nobody can
-// be answered for.
+// handle checks a request, executes it unless it is refused, and returns the reply, or nil if the request cannot be
+// answered.
 func (s *session) handle(ctx context.Context, service *service, d *amqp.Delivery) *amqp.Publishing {
 	if reason := unanswerable(d); reason != "" {
 		s.meters.drop(ctx, reason)
@@ -28,7 +28,8 @@ func (s *session) handle(ctx context.Context, service *service, d *amqp.Delivery
 	stream := &serverStream{request: d.Body, limit: s.config.ReplyMaxBytes, info: new(connect.CallInfo)}
 	spec, known := service.methods[d.Type]
 	if !known {
-		spec.Procedure = "/" + service.name + "/unknown" // for the meters: names of a caller's choice would have no end
+		// Caller-supplied names would make the metrics grow without bound.
+		spec.Procedure = "/" + service.name + "/unknown"
 	}
 	deadline, err := read(d, stream.info, now)
 	ctx = traceContext.Extract(ctx, carrier(d.Headers))
@@ -45,19 +46,20 @@ func (s *session) handle(ctx context.Context, service *service, d *amqp.Delivery
 	return reply
 }
 
-// unanswerable says why a request cannot be answered, or must not be.
+// unanswerable returns why a request cannot or must not be answered, or "".
 func unanswerable(d *amqp.Delivery) string {
 	switch {
 	case d.ReplyTo == "":
 		return "no_reply_to"
 	case !strings.HasPrefix(d.ReplyTo, addressPrefix):
-		// Anything else is the name of a queue, and an answer to it a message of the caller's making, sent with our permissions.
+		// Any other address names a queue. A reply to it would be a message crafted by the caller and sent with our
+		// permissions.
 		return "foreign_reply_to"
 	}
 	return ""
 }
 
-// read takes in what a request says of itself.
+// read reads the deadline and the metadata of a request.
 func read(d *amqp.Delivery, info *connect.CallInfo, now time.Time) (deadline time.Time, err error) {
 	if reason := rabbit.Unreadable(d.Headers); reason != "" {
 		return time.Time{}, connect.NewError(connect.CodeInvalidArgument, "the headers cannot be read: "+reason)
@@ -71,22 +73,24 @@ func read(d *amqp.Delivery, info *connect.CallInfo, now time.Time) (deadline tim
 	return deadline, err
 }
 
-// refuse returns why a request must not be executed, nil if it must.
+// refuse returns why a request must not be executed, or nil if it may be.
 func (s *session) refuse(d *amqp.Delivery, spec connect.Spec, known bool, now, deadline time.Time) error {
 	switch {
 	case !known:
-		return connect.Errorf(connect.CodeUnimplemented, "%s has no such method", strings.TrimPrefix(spec.Procedure, "/"))
+		return connect.Errorf(connect.CodeUnimplemented, "%s has no such method", ServiceOf(spec.Procedure))
 	case spec.StreamType != connect.StreamTypeUnary:
-		return connect.NewError(connect.CodeUnimplemented, "streams are not served over RabbitMQ")
+		return connect.NewError(connect.CodeUnimplemented, "streams are not supported over RabbitMQ")
 	case d.ContentType != contentType:
 		return connect.Errorf(connect.CodeUnimplemented, "content type is not %s", contentType)
 	case len(d.Body) > s.config.RequestMaxBytes:
 		return tooLarge(len(d.Body), s.config.RequestMaxBytes)
 	case !now.Before(deadline):
-		return connect.NewError(connect.CodeDeadlineExceeded, "the request came too late and was not executed")
+		return connect.NewError(connect.CodeDeadlineExceeded,
+			"the request arrived after its deadline and was not executed")
 	case d.Redelivered && spec.IdempotencyLevel == connect.IdempotencyUnknown:
-		// Another replica had it, and is gone without an answer. Nobody knows how far it came.
-		return connect.NewError(connect.CodeUnavailable, "a server was lost; outcome unknown, and not tried again: the method is not declared idempotent")
+		// Another replica had the request and was lost without an answer. It is unknown how far the execution got.
+		const text = "a server was lost; outcome unknown and not retried: the method is not declared idempotent"
+		return connect.NewError(connect.CodeUnavailable, text)
 	}
 	return nil
 }
@@ -94,12 +98,15 @@ func (s *session) refuse(d *amqp.Delivery, spec connect.Spec, known bool, now, d
 var errPanicked = connect.NewError(connect.CodeInternal, "internal error")
 
 // execute calls the method through the interceptors.
-func (s *session) execute(ctx context.Context, deadline time.Time, spec connect.Spec, stream *serverStream) (err error) {
+func (s *session) execute(
+	ctx context.Context, deadline time.Time, spec connect.Spec, stream *serverStream,
+) (err error) {
 	ctx, cancel := context.WithDeadline(ctx, deadline)
 	defer cancel()
 	defer func() {
 		if p := recover(); p != nil {
-			s.config.Log.ErrorContext(ctx, "rpc panicked", "procedure", spec.Procedure, "panic", fmt.Sprint(p), "stack", string(debug.Stack()))
+			s.config.Log.ErrorContext(ctx, "rpc panicked",
+				"procedure", spec.Procedure, "panic", fmt.Sprint(p), "stack", string(debug.Stack()))
 			err = errPanicked
 		}
 	}()
@@ -110,7 +117,7 @@ func (s *session) execute(ctx context.Context, deadline time.Time, spec connect.
 	return s.rpc.Call(ctx, spec.Procedure, info, stream)
 }
 
-// serverStream is a request and the reply to it, seen as a connect.ServerStream.
+// serverStream presents a request and its reply as a connect.ServerStream.
 type serverStream struct {
 	info     *connect.CallInfo
 	limit    int
@@ -135,7 +142,7 @@ func (s *serverStream) Receive(message any) error {
 // SendHeaders implements connect.ServerStream. Headers travel with the answer.
 func (s *serverStream) SendHeaders() error { return nil }
 
-var errSecondAnswer = errors.New("a unary call has one answer")
+var errSecondAnswer = errors.New("a unary call has only one answer")
 
 // Send implements connect.ServerStream.
 func (s *serverStream) Send(message any) (err error) {
@@ -148,36 +155,37 @@ func (s *serverStream) Send(message any) (err error) {
 	return err
 }
 
-// reply makes the reply to a call that ended with err, and returns the error that it tells of.
+// reply makes the reply to a call that ended with err. It also returns the error that the reply contains, if any.
 func (s *serverStream) reply(err error) (*amqp.Publishing, error) {
 	if err == nil && !s.sent {
 		err = connect.NewError(connect.CodeUnimplemented, "unary stream has no message")
 	}
 	headers, size := amqp.Table{}, new(metadata)
-	unfit := size.encode(headers, metadataHeader, s.info.ResponseHeader())
-	if unfit == nil {
-		unfit = size.encode(headers, trailerHeader, s.info.ResponseTrailer())
+	encodeErr := size.encode(headers, metadataHeader, s.info.ResponseHeader())
+	if encodeErr == nil {
+		encodeErr = size.encode(headers, trailerHeader, s.info.ResponseTrailer())
 	}
-	if unfit != nil {
+	if encodeErr != nil {
 		headers = amqp.Table{}
-		if err = unfit; !errors.Is(unfit, errMetadataTooLarge) { // the handler's fault, not the caller's
-			err = connect.NewError(connect.CodeInternal, "internal error").WithCause(unfit)
+		if err = encodeErr; !errors.Is(encodeErr, errMetadataTooLarge) { // the handler's fault, not the caller's
+			err = connect.NewError(connect.CodeInternal, "internal error").WithCause(encodeErr)
 		}
 	}
 	reply := &amqp.Publishing{Type: typeAnswer, ContentType: contentType, Headers: headers, Body: s.answer}
 	if err != nil {
-		told := bounds.Error(public(err))
-		if reply.Body, err = encodeError(told); err != nil || len(reply.Body) > s.limit {
-			told = connect.NewError(told.Code(), "the error is too large to be sent")
-			reply.Body, _ = encodeError(told)
+		sent := bounds.Error(public(err))
+		if reply.Body, err = encodeError(sent); err != nil || len(reply.Body) > s.limit {
+			sent = connect.NewError(sent.Code(), "the error is too large to send")
+			reply.Body, _ = encodeError(sent)
 		}
 		reply.Type = typeError
-		return reply, told
+		return reply, sent
 	}
 	return reply, nil
 }
 
-// public is what a caller may see of a handler's error, by Connect's rules: an error made to be seen, and of others a code at most.
+// public returns the error that callers may see, by Connect's rules: a *connect.Error of this server as it is, and of
+// any other error at most a code.
 func public(err error) *connect.Error {
 	var own *connect.Error
 	switch {

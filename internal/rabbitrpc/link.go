@@ -10,24 +10,24 @@ import (
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 
-// call is a request under way.
+// call is a request in flight.
 type call struct {
 	id         string
 	ctx        context.Context // a call is as short-lived as its context
 	publishing amqp.Publishing
 	routingKey string
 	written    bool         // guarded by the link's mu
-	outcome    chan outcome // has room for the one outcome, sent by whoever takes the call out of pending
+	outcome    chan outcome // buffered; the goroutine that takes the call out of pending sends the only outcome
 }
 
-// outcome is a reply, or the reason why there will be none.
+// outcome is a reply, or the reason why there is none.
 type outcome struct {
 	reply *amqp.Delivery
 	err   *connect.Error
 }
 
-// link is one connection with its channel, which both sends requests and gets the replies: direct reply-to demands that. It is thrown
-// away at the first failure, and replies to what it sent never reach another one.
+// link is one connection with one channel, which both sends requests and receives the replies: direct reply-to requires
+// this. It is dropped at the first failure, and replies to its requests never reach another link.
 type link struct {
 	transport *Transport
 	conn      *rabbit.Connection
@@ -39,13 +39,13 @@ type link struct {
 
 	mu      sync.Mutex
 	pending map[string]*call
-	lost    *connect.Error // why nothing can be sent any more
+	lost    *connect.Error // why nothing more can be sent
 }
 
 const (
-	// outgoingCalls is how many calls may wait to be written. More wait in their own goroutines.
+	// outgoingCalls is the number of calls that can be queued for writing. Further calls wait in their own goroutines.
 	outgoingCalls = 256
-	// returnBuffer is large enough that the library's reader rarely waits for ours.
+	// returnBuffer is large enough that the library's reader rarely has to wait for ours.
 	returnBuffer = 256
 )
 
@@ -62,19 +62,20 @@ func (t *Transport) newLink(conn *rabbit.Connection) (*link, error) {
 		return nil, fmt.Errorf("consume replies: %w", err)
 	}
 	return &link{
-		transport: t, conn: conn, channel: channel, replies: replies, returns: channel.NotifyReturn(make(chan amqp.Return, returnBuffer)),
+		transport: t, conn: conn, channel: channel, replies: replies,
+		returns:  channel.NotifyReturn(make(chan amqp.Return, returnBuffer)),
 		outgoing: make(chan *call, outgoingCalls), gone: make(chan struct{}), pending: map[string]*call{},
 	}, nil
 }
 
-// send registers the call, so that no answer can come before somebody waits for it, and hands it to the writer.
+// send registers the call before it passes it to the writer, so that the reply cannot arrive too early.
 func (l *link) send(c *call) error {
 	if err := l.register(c); err != nil {
 		return err
 	}
 	select {
 	case l.outgoing <- c:
-	case <-c.ctx.Done(): // found by who waits for the outcome
+	case <-c.ctx.Done(): // the goroutine that waits for the outcome notices this
 	case <-l.gone:
 	}
 	return nil
@@ -87,13 +88,15 @@ func (l *link) register(c *call) error {
 		return l.lost
 	}
 	if limit := l.transport.config.MaxInFlight; len(l.pending) >= limit {
-		return connect.Errorf(connect.CodeResourceExhausted, "%d calls are under way, which is the most; nothing was sent", limit)
+		const text = "the maximum of %d calls is in flight; nothing was sent"
+		return connect.Errorf(connect.CodeResourceExhausted, text, limit)
 	}
 	l.pending[c.id] = c
 	return nil
 }
 
-// take takes the call out of pending, and returns nil if it is not there, or no more. Whoever gets it, ends it.
+// take removes the call from pending, and returns nil if it is not pending (any more). The caller of take must end the
+// call.
 func (l *link) take(id string) *call {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -102,12 +105,12 @@ func (l *link) take(id string) *call {
 	return c
 }
 
-// begin says whether the call is to be written: its caller may have gone.
+// begin reports whether to write the call: its caller may be gone.
 func (l *link) begin(c *call) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.pending[c.id] == nil {
-		return false // and c is somebody else's
+		return false // another goroutine owns c now
 	}
 	c.written = true
 	return true
@@ -132,16 +135,16 @@ func (l *link) lose(reason *connect.Error) {
 	l.mu.Unlock()
 	close(l.gone)
 	for _, c := range pending {
-		err := connect.NewError(connect.CodeUnavailable, "connection to the broker lost; nothing was sent").WithCause(reason)
+		text := "connection to the broker lost; nothing was sent"
 		if c.written {
-			err = connect.NewError(connect.CodeUnavailable, "connection to the broker lost; outcome unknown").WithCause(reason)
+			text = "connection to the broker lost; outcome unknown"
 		}
-		c.outcome <- outcome{err: err}
+		c.outcome <- outcome{err: connect.NewError(connect.CodeUnavailable, text).WithCause(reason)}
 	}
 }
 
-// write writes calls, those that wait in one go. It has a goroutine of its own, because a broker that has blocked the connection lets
-// writes hang whatever the context of a call says.
+// write writes calls, and batches those that are queued. It runs in a separate goroutine, because a write to a
+// connection that the broker has blocked hangs regardless of any call's context.
 func (l *link) write() {
 	for {
 		select {
@@ -159,7 +162,7 @@ func (l *link) write() {
 func (l *link) writeWaiting(c *call) {
 	for {
 		if l.begin(c) {
-			// An error means that the channel is closed, and read hears of that.
+			// An error means that the channel is closed, which read notices.
 			_ = l.channel.Publish(l.transport.config.Exchange, c.routingKey, true, false, c.publishing)
 		}
 		select {
@@ -170,7 +173,7 @@ func (l *link) writeWaiting(c *call) {
 	}
 }
 
-// read hands out replies and returns until the link is lost, by whomever, and hangs up.
+// read passes on replies and returns until the link is lost for any reason, and then hangs up.
 func (l *link) read() {
 	closed := l.channel.NotifyClose(make(chan *amqp.Error, 1))
 	for {
@@ -189,7 +192,7 @@ func (l *link) read() {
 		}
 		break
 	}
-	l.conn.HangUp() // and with that, closed is closed
+	l.conn.HangUp() // after this, receiving from closed does not block
 	lost := connect.NewError(connect.CodeUnavailable, "connection to the broker lost")
 	if reason := <-closed; reason != nil {
 		lost = lost.WithCause(reason)
@@ -199,12 +202,12 @@ func (l *link) read() {
 	}
 }
 
-// reply ends the call that a reply belongs to. Late ones, second ones and forged ones belong to none: a call's ID is random, and known to
-// the server that it was sent to only.
+// reply ends the call that a reply belongs to. Late, duplicate and forged replies belong to no call: a call's ID is
+// random and known only to the server that received the request.
 func (l *link) reply(reply *amqp.Delivery) {
 	c := l.take(reply.CorrelationId)
 	if c == nil {
-		l.transport.meters.drop(l.transport.life, "unexpected_reply")
+		l.transport.meters.drop(l.transport.lifetime, "unexpected_reply")
 		return
 	}
 	c.outcome <- outcome{reply: reply}
@@ -212,6 +215,7 @@ func (l *link) reply(reply *amqp.Delivery) {
 
 func (l *link) returned(returned *amqp.Return) {
 	if c := l.take(returned.CorrelationId); c != nil {
-		c.outcome <- outcome{err: connect.Errorf(connect.CodeUnavailable, "nobody serves %s; nothing was done", returned.RoutingKey)}
+		const text = "no replica serves %s; nothing was done"
+		c.outcome <- outcome{err: connect.Errorf(connect.CodeUnavailable, text, returned.RoutingKey)}
 	}
 }

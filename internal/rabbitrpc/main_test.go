@@ -19,12 +19,12 @@ import (
 	"example.com/shop/internal/rpcserver"
 )
 
-// roleVariable makes the test binary a replica of the probe, for tests to kill.
+// roleVariable makes the test binary run as a replica of the probe, which tests can kill.
 const roleVariable = "PROBE_ROLE"
 
 func TestMain(m *testing.M) {
 	if role := os.Getenv(roleVariable); role != "" {
-		if err := beReplica(role); err != nil {
+		if err := runReplica(role); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
 		}
@@ -33,10 +33,10 @@ func TestMain(m *testing.M) {
 	testenv.Main(m)
 }
 
-// beReplica serves the probe over "http" or "amqp" until it is killed or its parent is gone.
-func beReplica(role string) error {
+// runReplica serves the probe over "http" or "amqp" until it is killed or its parent exits.
+func runReplica(role string) error {
 	go func() {
-		_, _ = os.Stdin.Read(make([]byte, 1)) // ends with the parent
+		_, _ = os.Stdin.Read(make([]byte, 1)) // returns when the parent exits
 		os.Exit(0)
 	}()
 	methods := []func(*connect.Server){register(again, put), register(once, add)}
@@ -48,16 +48,17 @@ func beReplica(role string) error {
 		fmt.Println(listener.Addr())
 		return rpcserver.New(rpcserver.Config{Log: silent}, methods...).Serve(context.Background(), listener)
 	}
-	server := rabbitrpc.NewServer(rabbitrpc.ServerConfig{URL: os.Getenv("AMQP_URL"), Prefetch: 32, Log: silent}, newRPC(methods...))
-	return server.Run(context.Background())
+	config := rabbitrpc.ServerConfig{URL: os.Getenv("AMQP_URL"), Prefetch: 32, Log: silent}
+	return rabbitrpc.NewServer(config, newRPC(methods...)).Run(context.Background())
 }
 
-// effectsVariable names the directory in which effects are kept.
+// effectsVariable names the directory in which effects are recorded.
 const effectsVariable = "PROBE_EFFECTS"
 
-// put has an effect that no repetition changes: a file of this name is there.
+// put has an idempotent effect: it creates a file of this name.
 func put(_ context.Context, in string) (string, error) {
-	file, err := os.OpenFile(filepath.Join(os.Getenv(effectsVariable), in), os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	path := filepath.Join(os.Getenv(effectsVariable), in)
+	file, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
 	if errors.Is(err, os.ErrExist) {
 		return in, nil
 	}
@@ -67,18 +68,19 @@ func put(_ context.Context, in string) (string, error) {
 	return in, errors.Join(file.Close(), record("put "+in))
 }
 
-// add has an effect each time: one more line.
+// add has an effect each time: it adds a line to the log.
 func add(ctx context.Context, in string) (string, error) {
 	if in == "hang" {
 		fmt.Println("begun")
 		<-ctx.Done()
 	}
-	time.Sleep(20 * time.Millisecond) // stands for work, so that calls are under way when the process dies
+	time.Sleep(20 * time.Millisecond) // simulates work, so that calls are in flight when the process dies
 	return in, record("add " + in)
 }
 
 func record(line string) error {
-	file, err := os.OpenFile(filepath.Join(os.Getenv(effectsVariable), "log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	path := filepath.Join(os.Getenv(effectsVariable), "log")
+	file, err := os.OpenFile(path, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
 		return err
 	}
@@ -86,14 +88,14 @@ func record(line string) error {
 	return errors.Join(err, file.Close())
 }
 
-// child is a replica in a process of its own.
+// child is a replica in a separate process.
 type child struct {
 	command *exec.Cmd
 	lines   chan string
 	ended   chan struct{}
 }
 
-// spawn starts a child. Its first line of output, and those after, come through lines.
+// spawn starts a child. Its output arrives on lines.
 func spawn(t *testing.T, role string, environment ...string) *child {
 	t.Helper()
 	c := &child{command: exec.Command(os.Args[0]), lines: make(chan string, 10), ended: make(chan struct{})}
@@ -126,6 +128,6 @@ func (c *child) Write(p []byte) (int, error) {
 }
 
 func (c *child) kill() {
-	_ = c.command.Process.Signal(syscall.SIGKILL) // fails only if it has ended
+	_ = c.command.Process.Signal(syscall.SIGKILL) // fails only if the process has already exited
 	<-c.ended
 }

@@ -10,15 +10,16 @@ import (
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 
-// Both sides can do their work with the permissions that they are said to need, and a client nothing else: it can neither serve, nor
-// listen to what others ask, nor answer in a server's place without knowing a call's address and ID.
+// Both sides can do their work with the documented permissions, and a client can do nothing else: it can neither
+// serve, nor read other clients' requests, nor answer in place of a server without knowing a call's address and ID.
 func TestPermissions(t *testing.T) {
 	t.Parallel()
 	admin := testenv.AMQP(t)
 	user := func(p rabbit.Permissions) string {
 		return testenv.Management(t, admin).User(p.Configure, p.Write, p.Read)
 	}
-	serve(t, rabbitrpc.ServerConfig{URL: user(rabbitrpc.ServerPermissions(rabbitrpc.DefaultExchange, "probe.v1.Probe"))}, register(again, echo))
+	server := user(rabbitrpc.ServerPermissions(rabbitrpc.DefaultExchange, "probe.v1.Probe"))
+	serve(t, rabbitrpc.ServerConfig{URL: server}, register(again, echo))
 	url := user(rabbitrpc.ClientPermissions(rabbitrpc.DefaultExchange))
 	if _, err := call(t.Context(), newClient(t, url), again, "hello"); err != nil {
 		t.Error(err)

@@ -22,11 +22,11 @@ import (
 
 const patience = 20 * time.Second
 
-// The probe is a service of well-known types, as generated code would have it: strings are answered with strings.
+// The specs of the probe service, as generated code would have them. Requests and answers are strings.
 var (
-	// once is a method that may not be repeated.
+	// once is a method that must not be repeated.
 	once = connect.Spec{Procedure: "/probe.v1.Probe/Once"}
-	// again is one that may.
+	// again is a method that may be repeated.
 	again  = connect.Spec{Procedure: "/probe.v1.Probe/Again", IdempotencyLevel: connect.IdempotencyIdempotent}
 	other  = connect.Spec{Procedure: "/probe.v1.Other/Again", IdempotencyLevel: connect.IdempotencyNoSideEffects}
 	stream = connect.Spec{Procedure: "/probe.v1.Probe/Stream", StreamType: connect.StreamTypeServer}
@@ -38,7 +38,7 @@ func echo(_ context.Context, in string) (string, error) { return in, nil }
 
 func register(spec connect.Spec, method method) func(*connect.Server) {
 	return func(s *connect.Server) {
-		s.Register(connect.Method{Spec: spec, Handler: func(ctx context.Context, _ connect.Spec, stream connect.ServerStream) error {
+		handler := func(ctx context.Context, _ connect.Spec, stream connect.ServerStream) error {
 			var in wrapperspb.StringValue
 			if err := stream.Receive(&in); err != nil {
 				return err
@@ -48,7 +48,8 @@ func register(spec connect.Spec, method method) func(*connect.Server) {
 				return err
 			}
 			return stream.Send(wrapperspb.String(out))
-		}})
+		}
+		s.Register(connect.Method{Spec: spec, Handler: handler})
 	}
 }
 
@@ -117,7 +118,7 @@ func awaitReplicas(t testing.TB, url, service string, want int) {
 	})
 }
 
-// start runs a Server, and does not wait.
+// start runs a Server in the background, and does not wait until it consumes.
 func start(t testing.TB, config rabbitrpc.ServerConfig, rpc *connect.Server) *replica {
 	ctx, cancel := context.WithCancel(context.Background())
 	r := &replica{t: t, cancel: cancel, ended: make(chan struct{})}
@@ -138,7 +139,7 @@ func (r *replica) stop() error {
 	select {
 	case <-r.ended:
 	case <-time.After(patience):
-		r.t.Fatal("the server does not end")
+		r.t.Fatalf("Run did not return within %s", patience)
 	}
 	return r.err
 }
@@ -153,7 +154,7 @@ func newClient(t testing.TB, url string) *connect.Client {
 	return connect.NewClient(newTransport(t, rabbitrpc.TransportConfig{URL: url, Timeout: 2 * time.Minute}))
 }
 
-// wantError fails the test unless err has the code and exactly the message; "" stands for any message.
+// wantError fails the test unless err has the code and exactly the message. "" matches any message.
 func wantError(t *testing.T, err error, code connect.Code, message string) {
 	t.Helper()
 	var got *connect.Error
@@ -162,7 +163,7 @@ func wantError(t *testing.T, err error, code connect.Code, message string) {
 	}
 }
 
-// raw opens a channel past the code under test.
+// raw opens a channel without the code under test.
 func raw(t *testing.T, url string) *amqp.Channel {
 	t.Helper()
 	conn, err := amqp.Dial(url)
@@ -177,19 +178,19 @@ func raw(t *testing.T, url string) *amqp.Channel {
 	return channel
 }
 
-// receive waits for a signal.
+// receive waits for a value and fails the test if none arrives.
 func receive[T any](t *testing.T, from <-chan T) T {
 	t.Helper()
 	select {
 	case value := <-from:
 		return value
 	case <-time.After(patience):
-		t.Fatalf("nothing came within %s", patience)
+		t.Fatalf("nothing received within %s", patience)
 		panic("unreachable")
 	}
 }
 
-// pending is calls that run beside the test.
+// pending are calls that run concurrently with the test.
 type pending struct {
 	running sync.WaitGroup
 	mu      sync.Mutex
@@ -208,7 +209,7 @@ func (p *pending) call(ctx context.Context, client *connect.Client, spec connect
 	})
 }
 
-// wait returns what came of the calls.
+// wait waits for all calls and returns their errors.
 func (p *pending) wait() []error {
 	p.running.Wait()
 	return p.errs

@@ -9,29 +9,31 @@ import (
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 
-// ServerPermissions are all that a server of these services needs. It makes their queues and, the first one, the exchange; and it writes to
-// the default exchange, since that is where replies go. The broker lets that mean any queue, and the server itself sees to it that it does not.
+// ServerPermissions are all that a server of these services needs. It declares their queues and, as the first server,
+// the exchange. It also writes to the default exchange, where replies go. The broker then allows writes to any queue;
+// the server itself makes sure that it sends nothing but replies.
 func ServerPermissions(exchange string, services ...string) rabbit.Permissions {
 	own := rabbit.Only(append([]string{exchange}, services...)...)
-	return rabbit.Permissions{Configure: own, Write: rabbit.Only(append([]string{"amq.default"}, services...)...), Read: own}
+	written := rabbit.Only(append([]string{"amq.default"}, services...)...)
+	return rabbit.Permissions{Configure: own, Write: written, Read: own}
 }
 
-// ClientPermissions are all that a client needs: it may ask for everything, and read nobody's messages. The replies are its own.
+// ClientPermissions are all that a client needs: it may send any request, and can read no messages but its own replies.
 func ClientPermissions(exchange string) rabbit.Permissions {
 	return rabbit.Permissions{Configure: rabbit.Only(), Write: rabbit.Only(exchange), Read: rabbit.Only()}
 }
 
-// ServiceState is what the broker says about a service.
+// ServiceState is the state of a service as the broker reports it.
 type ServiceState struct {
 	Name string
-	// Replicas is how many servers consume its queue. 0 means that calls end with unavailable.
+	// Replicas is the number of servers that consume the service's queue. With 0, calls end with unavailable.
 	Replicas int
-	// Waiting is how many requests no server has taken on.
+	// Waiting is the number of requests that no server has received yet.
 	Waiting int
 }
 
-// Look asks the broker about services by their full names, in this order. It changes nothing. Since 4.2.7 RabbitMQ answers
-// only a user who has some permission for the queues.
+// Look returns the states of the services with these full names, in this order. It changes nothing. Since 4.2.7
+// RabbitMQ requires that the user has some permission for the queues.
 func Look(ctx context.Context, url string, names ...string) ([]ServiceState, error) {
 	conn, err := rabbit.Dial(ctx, url, "rpc ls")
 	if err != nil {
@@ -41,13 +43,13 @@ func Look(ctx context.Context, url string, names ...string) ([]ServiceState, err
 	defer context.AfterFunc(ctx, conn.Cut)()
 	states := make([]ServiceState, len(names))
 	for i, name := range names {
-		channel, err := conn.Channel() // a queue that is not there closes it
+		channel, err := conn.Channel() // a new one each time, because a missing queue closes it
 		if err != nil {
 			return nil, fmt.Errorf("open channel: %w", err)
 		}
 		queue, err := channel.QueueDeclarePassive(name, true, true, false, false, nil)
 		if err != nil && !isNotFound(err) {
-			return nil, fmt.Errorf("look at queue %s: %w", name, err)
+			return nil, fmt.Errorf("check queue %s: %w", name, err)
 		}
 		states[i] = ServiceState{Name: name, Replicas: queue.Consumers, Waiting: queue.Messages}
 		if err == nil {
@@ -57,10 +59,13 @@ func Look(ctx context.Context, url string, names ...string) ([]ServiceState, err
 	return states, nil
 }
 
-// Rates counts the requests that come in for services during a period, and returns them per second. It has the broker send copies to
-// a queue of its own, without which AMQP has no means to tell. So it counts what is asked and not what is answered, its user must be allowed
-// to declare queues, and while it counts, a request to a service whose last replica leaves is not returned but waits for its deadline.
-func Rates(ctx context.Context, url, exchange string, period time.Duration, names ...string) (map[string]float64, error) {
+// Rates counts the requests for services during a period and returns the requests per second. It has the broker copy
+// the requests to a temporary queue, because AMQP offers no other way to count them. So it counts requests and not
+// answers, and its user needs the permission to declare queues. While it counts, a request to a service whose last
+// replica leaves is not returned but runs into its deadline.
+func Rates(
+	ctx context.Context, url, exchange string, period time.Duration, names ...string,
+) (map[string]float64, error) {
 	conn, err := rabbit.Dial(ctx, url, "rpc ls")
 	if err != nil {
 		return nil, err

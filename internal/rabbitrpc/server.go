@@ -18,18 +18,20 @@ type ServerConfig struct {
 	URL string
 	// Exchange is where requests come from. Default DefaultExchange.
 	Exchange string
-	// Name is the connection's name in the broker's eyes.
+	// Name is the connection name that the broker shows.
 	Name string
-	// Prefetch is the most calls of one service that are executed at once; the others wait in its queue, or for another replica. Default 64.
+	// Prefetch is the largest number of calls of one service that are executed at once. Further calls wait in the queue,
+	// or for another replica. Default 64.
 	Prefetch int
-	// MaxBytes is how many bytes of requests may be here and not answered before nothing more is read. Default 32 MiB.
-	// One request more may be under way, of the broker's max_message_size at worst.
+	// MaxBytes bounds the requests that were received and not yet handled. Beyond it nothing more is read. Default 32 MiB.
+	// One more request may arrive, in the worst case of the broker's max_message_size.
 	MaxBytes int64
-	// RequestMaxBytes and ReplyMaxBytes bound the messages; what is larger is answered with resource_exhausted. Default 4 MiB each.
+	// RequestMaxBytes and ReplyMaxBytes bound the messages. Larger ones are answered with resource_exhausted. Default 4
+	// MiB each.
 	RequestMaxBytes, ReplyMaxBytes int
-	// DrainTimeout bounds how long Run, once its context is done, waits for the calls under way. Default 20 s.
+	// DrainTimeout bounds how long Run waits for the calls in flight after its context is done. Default 20 s.
 	DrainTimeout time.Duration
-	// Log takes what goes wrong with the connection and what is no fault of a handler. Default slog.Default().
+	// Log receives connection failures, dropped requests and panics. Default slog.Default().
 	Log *slog.Logger
 	// MeterProvider and TracerProvider take the measurements. Default: OpenTelemetry's global ones.
 	MeterProvider  metric.MeterProvider
@@ -49,10 +51,10 @@ type Server struct {
 type service struct {
 	name    string
 	methods map[string]connect.Spec // by procedure
-	slots   chan struct{}           // one for each call under way, whichever connection it came over
+	slots   chan struct{}           // one for each call in flight, over all connections
 }
 
-// NewServer makes a Server of what is registered with rpc by now. It does not connect.
+// NewServer makes a Server for the methods that are registered with rpc now. It does not connect.
 func NewServer(config ServerConfig, rpc *connect.Server) *Server {
 	config.Exchange = cmp.Or(config.Exchange, DefaultExchange)
 	config.Prefetch = cmp.Or(config.Prefetch, 64)
@@ -71,7 +73,8 @@ func NewServer(config ServerConfig, rpc *connect.Server) *Server {
 	for spec := range rpc.Specs() {
 		name := ServiceOf(spec.Procedure)
 		if services[name] == nil {
-			services[name] = &service{name: name, methods: map[string]connect.Spec{}, slots: make(chan struct{}, config.Prefetch)}
+			slots := make(chan struct{}, config.Prefetch)
+			services[name] = &service{name: name, methods: map[string]connect.Spec{}, slots: slots}
 		}
 		services[name].methods[spec.Procedure] = spec
 	}
@@ -81,12 +84,12 @@ func NewServer(config ServerConfig, rpc *connect.Server) *Server {
 	}
 }
 
-// Run serves until ctx is done, then finishes and answers the calls that it has begun. It reconnects after every failure. Its error says
-// that calls were cut off at the end of the drain timeout.
+// Run serves until ctx is done, then finishes and answers the calls that it has begun. It reconnects after every
+// failure. It returns an error if the drain failed: the drain timeout aborted calls, or the connection was lost.
 func (s *Server) Run(ctx context.Context) error {
 	pause := backoff.NewExponentialBackOff()
 	pause.InitialInterval = 50 * time.Millisecond
-	pause.MaxInterval = 2 * time.Second // nobody is served meanwhile
+	pause.MaxInterval = 2 * time.Second // short, because no caller is served meanwhile
 	for {
 		began := time.Now()
 		err := s.session(ctx)

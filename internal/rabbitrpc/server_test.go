@@ -19,7 +19,7 @@ import (
 	"google.golang.org/protobuf/types/known/wrapperspb"
 )
 
-// Replicas compete for calls, and share them evenly.
+// Replicas compete for calls and share them evenly.
 func TestReplicasShareCalls(t *testing.T) {
 	t.Parallel()
 	url := testenv.AMQP(t)
@@ -49,14 +49,15 @@ func TestReplicasShareCalls(t *testing.T) {
 	}
 }
 
-// A replica takes on no more than its prefetch, and the next one gets the rest.
+// A replica executes at most as many calls at once as its prefetch. Further calls wait in the queue.
 func TestPrefetchBoundsWhatRunsAtOnce(t *testing.T) {
 	t.Parallel()
 	url := testenv.AMQP(t)
 	const prefetch, calls = 3, 12
 	var running, most atomic.Int64
 	proceed := make(chan struct{})
-	serve(t, rabbitrpc.ServerConfig{URL: url, Prefetch: prefetch}, register(once, func(_ context.Context, in string) (string, error) {
+	config := rabbitrpc.ServerConfig{URL: url, Prefetch: prefetch}
+	serve(t, config, register(once, func(_ context.Context, in string) (string, error) {
 		n := running.Add(1)
 		defer running.Add(-1)
 		for old := most.Load(); n > old && !most.CompareAndSwap(old, n); old = most.Load() {
@@ -75,7 +76,7 @@ func TestPrefetchBoundsWhatRunsAtOnce(t *testing.T) {
 		t.Error(err)
 	}
 	if most.Load() != prefetch {
-		t.Errorf("%d calls ran at once", most.Load())
+		t.Errorf("%d calls ran at once, want %d", most.Load(), prefetch)
 	}
 }
 
@@ -90,12 +91,13 @@ func awaitWaiting(t *testing.T, url, service string, want int) {
 	})
 }
 
-// What waited too long is not executed: neither what expired in the queue, nor what comes late to the server.
+// Requests are not executed if they expire in the queue or arrive late at the server.
 func TestExpiredRequestsAreNotExecuted(t *testing.T) {
 	t.Parallel()
 	url := testenv.AMQP(t)
 	proceed, executed := make(chan struct{}), make(chan string, 10)
-	serve(t, rabbitrpc.ServerConfig{URL: url, Prefetch: 1}, register(again, func(_ context.Context, in string) (string, error) {
+	config := rabbitrpc.ServerConfig{URL: url, Prefetch: 1}
+	serve(t, config, register(again, func(_ context.Context, in string) (string, error) {
 		executed <- in
 		if in == "first" {
 			<-proceed
@@ -116,7 +118,7 @@ func TestExpiredRequestsAreNotExecuted(t *testing.T) {
 	awaitWaiting(t, url, "probe.v1.Probe", 1)
 	close(proceed)
 	if reply := receive(t, replies); reply.Type != "error" || !strings.Contains(string(reply.Body), "not executed") {
-		t.Errorf("late request was answered with %s %q", reply.Type, reply.Body)
+		t.Errorf("the late request was answered with %s %q", reply.Type, reply.Body)
 	}
 	if _, err := call(t.Context(), client, again, "last"); err != nil {
 		t.Error(err)
@@ -132,12 +134,13 @@ func TestExpiredRequestsAreNotExecuted(t *testing.T) {
 // rawRequest makes a request as the client does.
 func rawRequest(t *testing.T, in string) *amqp.Publishing {
 	return &amqp.Publishing{
-		Type: again.Procedure, ContentType: "application/proto", CorrelationId: "raw", ReplyTo: "amq.rabbitmq.reply-to", Expiration: "20000",
+		Type: again.Procedure, ContentType: "application/proto", CorrelationId: "raw",
+		ReplyTo: "amq.rabbitmq.reply-to", Expiration: "20000",
 		Headers: amqp.Table{"deadline": time.Now().Add(patience).UnixMilli()}, Body: encode(t, wrapperspb.String(in)),
 	}
 }
 
-// ask publishes a request and returns where the replies come.
+// ask publishes a request and returns the replies.
 func ask(t *testing.T, url string, request *amqp.Publishing) <-chan amqp.Delivery {
 	t.Helper()
 	channel := raw(t, url)
@@ -151,7 +154,7 @@ func ask(t *testing.T, url string, request *amqp.Publishing) <-chan amqp.Deliver
 	return replies
 }
 
-// A request that cannot be answered is dropped and counted, and the server goes on.
+// A request that cannot be answered is dropped and counted, and the server continues.
 func TestUnanswerableRequestsAreDropped(t *testing.T) {
 	t.Parallel()
 	url := testenv.AMQP(t)
@@ -178,7 +181,7 @@ func TestUnanswerableRequestsAreDropped(t *testing.T) {
 	} {
 		for i, change := range ways {
 			request := rawRequest(t, "bad")
-			request.ReplyTo = "amq.rabbitmq.reply-to.garbage" // where nobody is
+			request.ReplyTo = "amq.rabbitmq.reply-to.garbage" // no client has this address
 			change(request)
 			if err := channel.Publish(rabbitrpc.DefaultExchange, "probe.v1.Probe", true, false, *request); err != nil {
 				t.Fatal(err)
@@ -191,7 +194,7 @@ func TestUnanswerableRequestsAreDropped(t *testing.T) {
 			})
 		}
 	}
-	// An address of the right form that leads nowhere is no reason to stop, either.
+	// An address that is well-formed but leads nowhere does not stop the server either.
 	nowhere := rawRequest(t, "answered to nobody")
 	nowhere.ReplyTo = "amq.rabbitmq.reply-to.garbage"
 	if err := channel.Publish(rabbitrpc.DefaultExchange, "probe.v1.Probe", true, false, *nowhere); err != nil {
@@ -201,58 +204,64 @@ func TestUnanswerableRequestsAreDropped(t *testing.T) {
 		t.Errorf("got %q, %v", out, err)
 	}
 	if n := executed.Load(); n != 2 {
-		t.Errorf("%d requests were executed", n)
+		t.Errorf("%d requests were executed, want 2", n)
 	}
-	if queue, err := channel.QueueDeclarePassive("payments", false, false, false, false, nil); err != nil || queue.Messages != 0 {
+	queue, err := channel.QueueDeclarePassive("payments", false, false, false, false, nil)
+	if err != nil || queue.Messages != 0 {
 		t.Errorf("a foreign queue got %d messages, %v", queue.Messages, err)
 	}
 }
 
-// Requests that can be answered but not executed are told why.
+// A request that can be answered but not executed gets an error with the reason.
 func TestRefusedRequestsAreAnswered(t *testing.T) {
 	t.Parallel()
 	url := testenv.AMQP(t)
-	serve(t, rabbitrpc.ServerConfig{URL: url, RequestMaxBytes: 100}, register(again, echo), register(stream, echo), register(other, echo))
+	config := rabbitrpc.ServerConfig{URL: url, RequestMaxBytes: 100}
+	serve(t, config, register(again, echo), register(stream, echo), register(other, echo))
 	headers := func(value any) amqp.Table {
 		return amqp.Table{"deadline": time.Now().Add(patience).UnixMilli(), "metadata": value}
 	}
-	one := func(name, value string) amqp.Table { return headers(amqp.Table{name: []any{value}}) }
+	single := func(name string, value any) amqp.Table { return headers(amqp.Table{name: []any{value}}) }
+	long := strings.Repeat("x", 100<<10)
 	empty := make([]any, 2000)
 	for i := range empty {
 		empty[i] = ""
 	}
 	for text, change := range map[string]func(*amqp.Publishing){
-		"no correlation_id":             func(p *amqp.Publishing) { p.CorrelationId = "" },
-		"header deadline is a <nil>":    func(p *amqp.Publishing) { p.Headers = nil },
-		"header deadline is a string":   func(p *amqp.Publishing) { p.Headers["deadline"] = "soon" },
-		"no number of milliseconds":     func(p *amqp.Publishing) { p.Expiration = "" },
-		"header metadata is a string":   func(p *amqp.Publishing) { p.Headers = headers("text") },
-		`metadata "name" is a string`:   func(p *amqp.Publishing) { p.Headers = headers(amqp.Table{"name": "text"}) },
-		`metadata "name" holds a int32`: func(p *amqp.Publishing) { p.Headers = headers(amqp.Table{"name": []any{int32(1)}}) },
-		"65536 bytes":                   func(p *amqp.Publishing) { p.Headers = one("name", strings.Repeat("x", 100<<10)) },
-		"1024 values":                   func(p *amqp.Publishing) { p.Headers = headers(amqp.Table{"name": empty}) },
-		`the name ":path"`:              func(p *amqp.Publishing) { p.Headers = one(":path", "/") },
-		`the name "two words"`:          func(p *amqp.Publishing) { p.Headers = one("two words", "") },
-		"broken has a value":            func(p *amqp.Publishing) { p.Headers = one("broken", "a\r\nb: c") },
-		"nul has a value":               func(p *amqp.Publishing) { p.Headers = one("nul", "a\x00") },
-		"more than 8192 elements":       func(p *amqp.Publishing) { p.Headers = headers(slices.Repeat(empty, 5)) },
-		"came too late":                 func(p *amqp.Publishing) { p.Headers["deadline"] = int64(math.MinInt64) },
-		"streams are not served":        func(p *amqp.Publishing) { p.Type = stream.Procedure },
-		"no such method":                func(p *amqp.Publishing) { p.Type = other.Procedure }, // of another service
-		"content type":                  func(p *amqp.Publishing) { p.ContentType = "application/json" },
-		"larger than":                   func(p *amqp.Publishing) { p.Body = make([]byte, 101) },
-		"unmarshal":                     func(p *amqp.Publishing) { p.Body = []byte("\xff") },
+		"no correlation_id":                func(p *amqp.Publishing) { p.CorrelationId = "" },
+		"header deadline is a <nil>":       func(p *amqp.Publishing) { p.Headers = nil },
+		"header deadline is a string":      func(p *amqp.Publishing) { p.Headers["deadline"] = "soon" },
+		"not a number of milliseconds":     func(p *amqp.Publishing) { p.Expiration = "" },
+		"header metadata is a string":      func(p *amqp.Publishing) { p.Headers = headers("text") },
+		`metadata "name" is a string`:      func(p *amqp.Publishing) { p.Headers = headers(amqp.Table{"name": "text"}) },
+		`metadata "name" contains a int32`: func(p *amqp.Publishing) { p.Headers = single("name", int32(1)) },
+		"65536 bytes":                      func(p *amqp.Publishing) { p.Headers = single("name", long) },
+		"1024 values":                      func(p *amqp.Publishing) { p.Headers = headers(amqp.Table{"name": empty}) },
+		`name ":path" is not`:              func(p *amqp.Publishing) { p.Headers = single(":path", "/") },
+		`name "two words" is not`:          func(p *amqp.Publishing) { p.Headers = single("two words", "") },
+		"broken has a value":               func(p *amqp.Publishing) { p.Headers = single("broken", "a\r\nb: c") },
+		"nul has a value":                  func(p *amqp.Publishing) { p.Headers = single("nul", "a\x00") },
+		"more than 8192 elements":          func(p *amqp.Publishing) { p.Headers = headers(slices.Repeat(empty, 5)) },
+		"after its deadline":               func(p *amqp.Publishing) { p.Headers["deadline"] = int64(math.MinInt64) },
+		"streams are not supported":        func(p *amqp.Publishing) { p.Type = stream.Procedure },
+		// Of another service.
+		"probe.v1.Probe has no such method": func(p *amqp.Publishing) { p.Type = other.Procedure },
+		"content type":                      func(p *amqp.Publishing) { p.ContentType = "application/json" },
+		"larger than":                       func(p *amqp.Publishing) { p.Body = make([]byte, 101) },
+		"unmarshal":                         func(p *amqp.Publishing) { p.Body = []byte("\xff") },
 	} {
 		request := rawRequest(t, "")
 		change(request)
 		reply := receive(t, ask(t, url, request))
-		if reply.Type != "error" || reply.CorrelationId != request.CorrelationId || !strings.Contains(string(reply.Body), text) {
+		refused := reply.Type == "error" && reply.CorrelationId == request.CorrelationId
+		if !refused || !strings.Contains(string(reply.Body), text) {
 			t.Errorf("want %q, got %s %q", text, reply.Type, reply.Body)
 		}
 	}
 }
 
-// A replica is lost with a request: a method that may be repeated is executed by another replica, and its caller notices nothing.
+// If a replica is lost during a call of a method that may be repeated, another replica executes it, and the caller
+// does not notice.
 func TestIdempotentCallsAreTakenOver(t *testing.T) {
 	t.Parallel()
 	url := testenv.AMQP(t)
@@ -260,7 +269,7 @@ func TestIdempotentCallsAreTakenOver(t *testing.T) {
 	begun, ended := make(chan struct{}), make(chan struct{})
 	serve(t, rabbitrpc.ServerConfig{URL: proxied}, register(again, func(ctx context.Context, _ string) (string, error) {
 		close(begun)
-		<-ctx.Done() // nobody can be answered any more
+		<-ctx.Done() // the connection is lost
 		close(ended)
 		return "", ctx.Err()
 	}))
@@ -276,13 +285,14 @@ func TestIdempotentCallsAreTakenOver(t *testing.T) {
 	receive(t, ended)
 }
 
-// A drain answers the calls that were begun, and leaves the others to the next replica.
+// A drain answers the calls that were begun and leaves the others to the next replica.
 func TestDrain(t *testing.T) {
 	t.Parallel()
 	url := testenv.AMQP(t)
 	const calls = 20
 	begun, proceed := make(chan struct{}, calls), make(chan struct{})
-	leaving := serve(t, rabbitrpc.ServerConfig{URL: url}, register(once, func(ctx context.Context, in string) (string, error) {
+	config := rabbitrpc.ServerConfig{URL: url}
+	leaving := serve(t, config, register(once, func(ctx context.Context, in string) (string, error) {
 		begun <- struct{}{}
 		<-proceed
 		return in, ctx.Err()
@@ -298,25 +308,26 @@ func TestDrain(t *testing.T) {
 	leaving.cancel()
 	awaitReplicas(t, url, "probe.v1.Probe", 0)
 	_, err := call(t.Context(), client, once, "too late")
-	wantError(t, err, connect.CodeUnavailable, "nobody serves probe.v1.Probe; nothing was done")
+	wantError(t, err, connect.CodeUnavailable, "no replica serves probe.v1.Probe; nothing was done")
 	serve(t, rabbitrpc.ServerConfig{URL: url}, register(once, echo))
 	if _, err := call(t.Context(), client, once, "next"); err != nil {
-		t.Errorf("beside the drain: %v", err)
+		t.Errorf("during the drain: %v", err)
 	}
 	close(proceed)
 	if err := errors.Join(all.wait()...); err != nil {
-		t.Errorf("calls under way: %v", err)
+		t.Errorf("calls in flight: %v", err)
 	}
 	if err := leaving.stop(); err != nil {
 		t.Errorf("Run: %v", err)
 	}
 }
 
-func TestDrainTimeoutCutsOffWhatIsStuck(t *testing.T) {
+func TestDrainTimeoutAbortsStuckCalls(t *testing.T) {
 	t.Parallel()
 	url := testenv.AMQP(t)
 	begun, ended := make(chan struct{}), make(chan struct{})
-	stuck := serve(t, rabbitrpc.ServerConfig{URL: url, DrainTimeout: 50 * time.Millisecond}, register(once, func(ctx context.Context, _ string) (string, error) {
+	config := rabbitrpc.ServerConfig{URL: url, DrainTimeout: 50 * time.Millisecond}
+	stuck := serve(t, config, register(once, func(ctx context.Context, _ string) (string, error) {
 		close(begun)
 		<-ctx.Done()
 		close(ended)
@@ -327,14 +338,14 @@ func TestDrainTimeoutCutsOffWhatIsStuck(t *testing.T) {
 	all.call(ctx, newClient(t, url), once, "")
 	receive(t, begun)
 	if err := stuck.stop(); err == nil {
-		t.Error("Run does not tell")
+		t.Error("Run returned no error")
 	}
 	receive(t, ended)
 	cancel()
 	all.wait()
 }
 
-// The server comes back by itself: after its connection was cut, and when somebody deleted its queue.
+// The server recovers automatically after its connection is cut and after its queue is deleted.
 func TestServerReconnects(t *testing.T) {
 	t.Parallel()
 	url := testenv.AMQP(t)
@@ -347,7 +358,8 @@ func TestServerReconnects(t *testing.T) {
 	} {
 		disturb()
 		testenv.Eventually(t, patience, func() error {
-			ctx, cancel := context.WithTimeout(t.Context(), time.Second) // what went to the replica that is lost is lost with its queue
+			// A request that the lost connection had received is lost with the queue.
+			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 			defer cancel()
 			_, err := call(ctx, client, again, name)
 			_, err2 := call(ctx, client, other, name)
@@ -356,14 +368,15 @@ func TestServerReconnects(t *testing.T) {
 	}
 }
 
-// The queue is the service's registry: what Look and Rates tell.
 func TestLookAndRates(t *testing.T) {
 	t.Parallel()
 	url := testenv.AMQP(t)
 	serve(t, rabbitrpc.ServerConfig{URL: url}, register(again, echo))
 	serve(t, rabbitrpc.ServerConfig{URL: url}, register(again, echo), register(other, echo))
 	states, err := rabbitrpc.Look(t.Context(), url, "probe.v1.Probe", "nobody.v1.None", "probe.v1.Other")
-	want := []rabbitrpc.ServiceState{{Name: "probe.v1.Probe", Replicas: 2}, {Name: "nobody.v1.None"}, {Name: "probe.v1.Other", Replicas: 1}}
+	want := []rabbitrpc.ServiceState{
+		{Name: "probe.v1.Probe", Replicas: 2}, {Name: "nobody.v1.None"}, {Name: "probe.v1.Other", Replicas: 1},
+	}
 	if err != nil || !slices.Equal(states, want) {
 		t.Errorf("got %+v, %v", states, err)
 	}
@@ -375,7 +388,9 @@ func TestLookAndRates(t *testing.T) {
 			_, _ = call(ctx, client, again, "")
 		}
 	})
-	rates, err := rabbitrpc.Rates(t.Context(), url, rabbitrpc.DefaultExchange, 200*time.Millisecond, "probe.v1.Probe", "probe.v1.Other")
+	const period = 200 * time.Millisecond
+	rates, err := rabbitrpc.Rates(t.Context(), url, rabbitrpc.DefaultExchange, period, "probe.v1.Probe",
+		"probe.v1.Other")
 	stop()
 	all.wait()
 	if err != nil || rates["probe.v1.Probe"] <= 0 || rates["probe.v1.Other"] != 0 {
@@ -383,15 +398,17 @@ func TestLookAndRates(t *testing.T) {
 	}
 }
 
-// A call that outlives its connection keeps its place: a replica that is cut off again and again does not take on more and more.
-func TestPrefetchHoldsAcrossConnections(t *testing.T) {
+// A call that outlives its connection keeps its slot: a replica that reconnects repeatedly does not exceed its
+// prefetch.
+func TestPrefetchAppliesAcrossConnections(t *testing.T) {
 	t.Parallel()
 	url := testenv.AMQP(t)
 	proxy, proxied := testenv.ProxyURL(t, url)
 	begun, proceed := make(chan string, 10), make(chan struct{})
-	serve(t, rabbitrpc.ServerConfig{URL: proxied, Prefetch: 1}, register(again, func(_ context.Context, in string) (string, error) {
+	config := rabbitrpc.ServerConfig{URL: proxied, Prefetch: 1}
+	serve(t, config, register(again, func(_ context.Context, in string) (string, error) {
 		begun <- in
-		<-proceed // whatever its context says
+		<-proceed // ignores its context
 		return in, nil
 	}))
 	ctx, cancel := context.WithCancel(t.Context())
@@ -401,21 +418,21 @@ func TestPrefetchHoldsAcrossConnections(t *testing.T) {
 	receive(t, begun)
 	proxy.Refuse(true)
 	proxy.Cut()
-	awaitReplicas(t, url, "probe.v1.Probe", 0) // the queue is gone, and the first request with it
+	awaitReplicas(t, url, "probe.v1.Probe", 0) // the queue and the first request are gone
 	proxy.Refuse(false)
 	awaitReplicas(t, url, "probe.v1.Probe", 1)
 	second.call(t.Context(), client, again, "second")
-	testenv.Eventually(t, patience, func() error { // it is with the server
+	testenv.Eventually(t, patience, func() error { // the server has received it
 		channel := raw(t, url)
 		queue, err := channel.QueueDeclarePassive("probe.v1.Probe", true, true, false, false, nil)
 		if err == nil && queue.Messages != 0 {
-			err = errors.New("it waits in the queue")
+			err = errors.New("the second request is still in the queue")
 		}
 		return err
 	})
 	select {
 	case in := <-begun:
-		t.Errorf("%s runs beside the first", in)
+		t.Errorf("%s runs concurrently with the first", in)
 	case <-time.After(50 * time.Millisecond):
 	}
 	close(proceed)
@@ -426,7 +443,7 @@ func TestPrefetchHoldsAcrossConnections(t *testing.T) {
 	first.wait()
 }
 
-// Without anybody's interceptors, callers see no more of panics and errors than Connect shows.
+// Without interceptors, callers see no more of panics and errors than Connect shows.
 func TestNothingLeaksWithoutInterceptors(t *testing.T) {
 	t.Parallel()
 	url := testenv.AMQP(t)
@@ -444,7 +461,9 @@ func TestNothingLeaksWithoutInterceptors(t *testing.T) {
 	})(rpc)
 	start(t, rabbitrpc.ServerConfig{URL: url, Log: silent}, rpc)
 	awaitReplicas(t, url, "probe.v1.Probe", 1)
-	for in, want := range map[string]string{"panic": "internal: internal error", "remote": "internal", "canceled": "canceled", "plain": "unknown"} {
+	for in, want := range map[string]string{
+		"panic": "internal: internal error", "remote": "internal", "canceled": "canceled", "plain": "unknown",
+	} {
 		if _, err := call(t.Context(), newClient(t, url), again, in); err == nil || err.Error() != want {
 			t.Errorf("%s: got %v, want %s", in, err, want)
 		}

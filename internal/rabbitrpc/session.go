@@ -13,33 +13,34 @@ import (
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 
-// session is one connection, and what is under way on it.
+// session is one connection and the calls in flight on it.
 type session struct {
 	*Server
 	conn    *rabbit.Connection
 	channel *amqp.Channel
-	lost    <-chan *amqp.Error // of the channel
-	work    context.Context    // of the calls: it ends with the session
+	lost    <-chan *amqp.Error // receives the reason when the channel closes
+	work    context.Context    // the context of the calls; it ends with the session
 	cancel  context.CancelFunc
 	answers chan answer
-	written chan error // gets the writer's result
+	written chan error // receives the writer's result
 	feeds   sync.WaitGroup
 	calls   sync.WaitGroup
 }
 
-// answer settles a request: it is acked, after the reply, if any.
+// answer settles a request: the reply, if any, is sent, and then the request is acked.
 type answer struct {
 	request *amqp.Delivery
 	reply   *amqp.Publishing
 }
 
 var (
-	errDeliveriesEnded = errors.New("the broker ended the deliveries")
+	errDeliveriesEnded = errors.New("the broker stopped the deliveries")
 	errLost            = errors.New("connection lost")
 )
 
-// session serves over one connection until that ends, or ctx is done and everything is answered. Calls whose connection is lost are
-// cancelled: nobody can be answered, and the broker hands their requests to another replica.
+// session serves over one connection until the connection ends, or until ctx is done and everything is answered. If the
+// connection is lost, its calls are canceled: they cannot be answered, and the broker redelivers their requests to
+// another replica.
 func (s *Server) session(ctx context.Context) error {
 	conn, err := rabbit.Dial(ctx, s.config.URL, s.config.Name)
 	if err != nil {
@@ -47,32 +48,33 @@ func (s *Server) session(ctx context.Context) error {
 	}
 	defer conn.HangUp()
 	conn.Hold(s.config.MaxBytes)
-	one := &session{Server: s, conn: conn, answers: make(chan answer, s.config.Prefetch), written: make(chan error, 1)}
-	one.work, one.cancel = context.WithCancel(context.WithoutCancel(ctx))
-	defer one.cancel()
+	current := &session{Server: s, conn: conn, answers: make(chan answer, s.config.Prefetch),
+		written: make(chan error, 1)}
+	current.work, current.cancel = context.WithCancel(context.WithoutCancel(ctx))
+	defer current.cancel()
 	stop := context.AfterFunc(ctx, conn.Cut)
-	sources, err := one.subscribe()
+	sources, err := current.subscribe()
 	if !stop() || err != nil {
 		return unlessDone(ctx, err)
 	}
 	ended := make(chan struct{}, len(sources))
 	for name, source := range sources {
-		one.feeds.Go(func() {
-			one.feed(s.services[name], source)
+		current.feeds.Go(func() {
+			current.feed(s.services[name], source)
 			ended <- struct{}{}
 		})
 	}
-	go func() { one.written <- one.write() }()
+	go func() { current.written <- current.write() }()
 	select {
 	case <-ctx.Done():
-		return one.drain()
-	case reason := <-one.lost:
-		return one.abandon(errors.Join(errLost, asError(reason)))
-	case err := <-one.written:
-		one.written <- err
-		return one.abandon(err)
-	case <-ended: // of a queue that was deleted, when channel and connection stay open
-		return errors.Join(errDeliveriesEnded, one.drain())
+		return current.drain()
+	case reason := <-current.lost:
+		return current.abandon(errors.Join(errLost, asError(reason)))
+	case err := <-current.written:
+		current.written <- err
+		return current.abandon(err)
+	case <-ended: // a queue was deleted; channel and connection are still open
+		return errors.Join(errDeliveriesEnded, current.drain())
 	}
 }
 
@@ -91,7 +93,7 @@ func asError(reason *amqp.Error) error {
 	return reason
 }
 
-// unlessDone is the error of a session that has not begun.
+// unlessDone returns err, or nil if ctx is done. It is for a session that has not begun.
 func unlessDone(ctx context.Context, err error) error {
 	if ctx.Err() != nil {
 		return nil
@@ -127,50 +129,51 @@ func (s *session) subscribe() (map[string]<-chan amqp.Delivery, error) {
 	return sources, nil
 }
 
-// feed begins the calls of a service, each when there is room for it.
+// feed starts the calls of a service as slots become free.
 func (s *session) feed(service *service, source <-chan amqp.Delivery) {
 	for request := range source {
 		select {
 		case service.slots <- struct{}{}:
 		case <-s.work.Done():
-			continue // to the end of source
+			continue // discard the rest of source
 		}
 		s.calls.Go(func() {
 			defer func() { <-service.slots }()
 			answer := answer{request: &request, reply: s.handle(s.work, service, &request)}
 			s.conn.Release(len(request.Body))
-			request.Body = nil // the answer may wait for the broker
+			request.Body = nil // free the memory: the answer may have to wait for the broker
 			select {
 			case s.answers <- answer:
-			case <-s.work.Done(): // by another replica, then
+			case <-s.work.Done(): // the broker redelivers the request to another replica
 			}
 		})
 	}
 }
 
-// drain ends the deliveries, and the session's calls by letting them finish, or by force when the time is up.
+// drain stops the deliveries and waits for the session's calls. After the drain timeout it aborts them.
 func (s *session) drain() error {
 	expired := time.NewTimer(s.config.DrainTimeout)
 	defer expired.Stop()
 	go func() {
 		for name := range s.services {
-			_ = s.channel.Cancel(name, false) // fails only if the connection is gone, and hangs until then if the broker has blocked us
+			// Cancel fails only if the connection is gone. If the broker has blocked the connection, Cancel hangs until then.
+			_ = s.channel.Cancel(name, false)
 		}
-		s.feeds.Wait() // what has been delivered is accepted
+		s.feeds.Wait() // delivered requests are still accepted
 		s.calls.Wait()
 		close(s.answers)
 	}()
 	select {
-	case err := <-s.written: // all of them
+	case err := <-s.written: // all answers are written, or a write failed
 		return err
 	case <-s.lost:
 		return s.abandon(errLost)
 	case <-expired.C:
-		return s.abandon(errors.New("calls were cut off"))
+		return s.abandon(errors.New("calls were aborted at the drain timeout"))
 	}
 }
 
-// write sends answers, those that are ready in one go, until there will be no more.
+// write sends answers until there are no more, and batches those that are ready.
 func (s *session) write() error {
 	for {
 		select {
@@ -188,7 +191,8 @@ func (s *session) write() error {
 	}
 }
 
-// writeReady acks each request after its reply and on the same channel: a request that is acked was answered, one that is not comes again.
+// writeReady acks each request after its reply, on the same channel: so an acked request was answered, and any other is
+// redelivered.
 func (s *session) writeReady(next answer) error {
 	for {
 		if next.reply != nil {
@@ -202,7 +206,7 @@ func (s *session) writeReady(next answer) error {
 		select {
 		case another, open := <-s.answers:
 			if !open {
-				return nil // as write finds, too
+				return nil // write notices this too
 			}
 			next = another
 		default:

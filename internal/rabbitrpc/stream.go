@@ -14,11 +14,11 @@ import (
 	"go.opentelemetry.io/otel/trace"
 )
 
-// stream is a unary call seen as a connect.ClientStream: one Send, one Receive.
+// stream presents a unary call as a connect.ClientStream: one Send, one Receive.
 type stream struct {
 	transport *Transport
 	spec      connect.Spec
-	ctx       context.Context // of the call, with its deadline
+	ctx       context.Context // the call's context, with its deadline
 	cancel    context.CancelFunc
 	info      *connect.CallInfo
 	observed  *observation
@@ -53,7 +53,7 @@ func (s *stream) SendHeaders() error { return nil }
 // CloseSend implements connect.ClientStream.
 func (s *stream) CloseSend() error { return nil }
 
-var errSecondMessage = errors.New("a unary call has one request")
+var errSecondMessage = errors.New("a unary call has only one request")
 
 // Send implements connect.ClientStream.
 func (s *stream) Send(message any) error {
@@ -76,7 +76,7 @@ func (s *stream) send(message any) error {
 		return err
 	}
 	if len(s.spec.Procedure) > maxNameBytes {
-		return connect.Errorf(connect.CodeUnimplemented, "the name of the procedure has more than %d bytes", maxNameBytes)
+		return connect.Errorf(connect.CodeUnimplemented, "the procedure name has more than %d bytes", maxNameBytes)
 	}
 	s.info.SendStats = connect.MessageStats{Size: len(body)}
 	if s.link, err = s.transport.connected(s.ctx); err != nil {
@@ -90,14 +90,15 @@ func (s *stream) send(message any) error {
 	deadline, _ := s.ctx.Deadline()
 	c := &call{id: newID(), ctx: s.ctx, routingKey: ServiceOf(s.spec.Procedure), outcome: make(chan outcome, 1)}
 	c.publishing = amqp.Publishing{
-		Type: s.spec.Procedure, CorrelationId: c.id, ReplyTo: directReply, ContentType: contentType, Headers: headers, Body: body,
+		Type: s.spec.Procedure, CorrelationId: c.id, ReplyTo: directReply, ContentType: contentType,
+		Headers: headers, Body: body,
 	}
 	encodeDeadline(&c.publishing, deadline)
 	s.call = c
 	return s.link.send(c)
 }
 
-// newID makes a correlation ID that nobody guesses.
+// newID makes a correlation ID that cannot be guessed.
 func newID() string {
 	var id [16]byte
 	_, _ = rand.Read(id[:]) // never fails
@@ -165,16 +166,16 @@ func (s *stream) read(reply *amqp.Delivery, message any) error {
 // Close implements connect.ClientStream.
 func (s *stream) Close() error {
 	s.cancel()
-	s.end(fromContext(s.ctx)) // unless it has ended otherwise
+	s.end(fromContext(s.ctx)) // no effect if the call has already ended
 	return nil
 }
 
-// end ends the call in the eyes of all who watch it, with the first result.
+// end ends the call. The first result is the one that counts in traces and metrics.
 func (s *stream) end(err error) {
 	s.ended.Do(func() {
 		s.observed.end(context.WithoutCancel(s.ctx), err)
 		if s.call != nil {
-			s.link.take(s.call.id) // if nobody waited for it
+			s.link.take(s.call.id) // the call is still pending if nobody waited for it
 		}
 		s.cancel()
 	})

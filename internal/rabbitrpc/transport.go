@@ -18,45 +18,46 @@ type TransportConfig struct {
 	URL string
 	// Exchange is where requests go. Default DefaultExchange.
 	Exchange string
-	// Name is the connection's name in the broker's eyes.
+	// Name is the connection name that the broker shows.
 	Name string
-	// Timeout is the deadline of calls without one. Default 30 s. They need one: a lost answer is noticed by nothing else.
+	// Timeout applies to calls without a deadline. Default 30 s. Every call needs a deadline: nothing else detects a lost
+	// answer.
 	Timeout time.Duration
-	// MaxInFlight bounds the calls under way; one more is resource_exhausted. Default 10,000.
+	// MaxInFlight bounds the calls in flight. Further calls fail with resource_exhausted. Default 10,000.
 	MaxInFlight int
-	// RequestMaxBytes and ReplyMaxBytes bound the messages; what is larger is resource_exhausted. Default 4 MiB each. More than the broker
-	// takes (128 MiB, from version 4 on 16 MiB) ends the connection.
+	// RequestMaxBytes and ReplyMaxBytes bound the messages. Larger ones fail with resource_exhausted. Default 4 MiB
+	// each. A message larger than the broker accepts (16 MiB since version 4, 128 MiB before) ends the connection.
 	RequestMaxBytes, ReplyMaxBytes int
 	// MeterProvider and TracerProvider take the measurements. Default: OpenTelemetry's global ones.
 	MeterProvider  metric.MeterProvider
 	TracerProvider trace.TracerProvider
 }
 
-// Transport is a connect.Transport over one connection to RabbitMQ, made at the first call and again after it was lost. Any number of
-// calls may be under way on it.
+// Transport is a connect.Transport over one connection to RabbitMQ, which it opens at the first call and again after a
+// loss. Many calls may be in flight on it.
 //
 //	client := ordersv1connect.NewOrderServiceClient(connect.NewClient(transport))
 //
-// When the connection is lost, all calls under way end with unavailable, and with a text that says whether their requests had been sent.
-// It refuses streams with unimplemented.
+// If the connection is lost, all calls in flight end with unavailable and a text that says whether their requests had
+// been sent. Transport refuses streams with unimplemented.
 type Transport struct {
 	config TransportConfig
 	meters meters
 	tracer trace.Tracer
-	// life ends with Close. It is the context of what no single call should end, which is dialling.
-	life context.Context
-	end  context.CancelFunc
+	// lifetime ends with Close. It is the context for dialing, which no single call should end.
+	lifetime context.Context
+	cancel   context.CancelFunc
 
 	mu       sync.Mutex
 	link     *link          // the newest one
-	dialling chan struct{}  // closed when the attempt under way is over; nil if there is none
+	dialing  chan struct{}  // closed when the current attempt is over; nil if there is none
 	failure  *connect.Error // of the last attempt
 	failedAt time.Time
 	running  sync.WaitGroup
 }
 
-// redialAfter is how long calls are refused at once after an attempt to connect has failed: long enough to spare a broker that is
-// coming up, short enough that nobody notices.
+// redialAfter is how long calls fail at once after a failed attempt to connect. It is long enough to spare a broker
+// that is starting, and short enough to go unnoticed.
 const redialAfter = 200 * time.Millisecond
 
 var errClosed = connect.NewError(connect.CodeUnavailable, "the client is closed")
@@ -74,22 +75,24 @@ func NewTransport(config TransportConfig) *Transport {
 	if config.TracerProvider == nil {
 		config.TracerProvider = otel.GetTracerProvider()
 	}
-	t := &Transport{config: config, meters: newMeters(config.MeterProvider, "client"), tracer: config.TracerProvider.Tracer(scope)}
-	t.life, t.end = context.WithCancel(context.Background())
+	t := &Transport{
+		config: config, meters: newMeters(config.MeterProvider, "client"), tracer: config.TracerProvider.Tracer(scope),
+	}
+	t.lifetime, t.cancel = context.WithCancel(context.Background())
 	return t
 }
 
 // NewClientStream implements connect.Transport.
 func (t *Transport) NewClientStream(ctx context.Context, spec connect.Spec) (connect.ClientStream, error) {
 	if spec.StreamType != connect.StreamTypeUnary {
-		return nil, connect.NewError(connect.CodeUnimplemented, "streams are not served over RabbitMQ")
+		return nil, connect.NewError(connect.CodeUnimplemented, "streams are not supported over RabbitMQ")
 	}
 	return t.newStream(ctx, spec), nil
 }
 
-// Close ends the connection and with it all calls under way.
+// Close ends the connection and with it all calls in flight.
 func (t *Transport) Close() error {
-	t.end()
+	t.cancel()
 	t.mu.Lock()
 	link := t.link
 	t.mu.Unlock()
@@ -100,7 +103,7 @@ func (t *Transport) Close() error {
 	return nil
 }
 
-// connected returns a link, and waits for one if need be: for one attempt at most.
+// connected returns a link. If there is none, it waits for one attempt to connect.
 func (t *Transport) connected(ctx context.Context) (*link, error) {
 	for {
 		link, attempt, err := t.current()
@@ -115,22 +118,23 @@ func (t *Transport) connected(ctx context.Context) (*link, error) {
 	}
 }
 
-// current returns the link, or why there is none, or the attempt to make one, which it begins if need be.
+// current returns the link, or why there is none, or a channel that is closed after the current attempt to connect. It
+// starts an attempt if necessary.
 func (t *Transport) current() (*link, <-chan struct{}, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	switch {
-	case t.life.Err() != nil:
+	case t.lifetime.Err() != nil:
 		return nil, nil, errClosed
 	case t.link != nil && !t.link.isLost():
 		return t.link, nil, nil
-	case t.dialling == nil && t.failure != nil && time.Since(t.failedAt) < redialAfter:
+	case t.dialing == nil && t.failure != nil && time.Since(t.failedAt) < redialAfter:
 		return nil, nil, t.failure
-	case t.dialling == nil:
-		t.dialling = make(chan struct{})
+	case t.dialing == nil:
+		t.dialing = make(chan struct{})
 		t.running.Go(t.dial)
 	}
-	return nil, t.dialling, nil
+	return nil, t.dialing, nil
 }
 
 // dial makes one attempt to connect.
@@ -140,21 +144,22 @@ func (t *Transport) dial() {
 	defer t.mu.Unlock()
 	t.link, t.failure = link, nil
 	if err != nil {
-		t.failure, t.failedAt = connect.NewError(connect.CodeUnavailable, "the broker is unavailable, nothing was sent").WithCause(err), time.Now()
+		const text = "the broker is unavailable; nothing was sent"
+		t.failure, t.failedAt = connect.NewError(connect.CodeUnavailable, text).WithCause(err), time.Now()
 	}
-	if link != nil && t.life.Err() != nil { // Close was quicker, and did not see it
+	if link != nil && t.lifetime.Err() != nil { // Close ran before the link was set
 		link.lose(errClosed)
 	}
-	close(t.dialling)
-	t.dialling = nil
+	close(t.dialing)
+	t.dialing = nil
 }
 
 func (t *Transport) connect() (*link, error) {
-	conn, err := rabbit.Dial(t.life, t.config.URL, t.config.Name)
+	conn, err := rabbit.Dial(t.lifetime, t.config.URL, t.config.Name)
 	if err != nil {
 		return nil, err
 	}
-	stop := context.AfterFunc(t.life, conn.Cut)
+	stop := context.AfterFunc(t.lifetime, conn.Cut)
 	link, err := t.newLink(conn)
 	if !stop() {
 		err = errClosed

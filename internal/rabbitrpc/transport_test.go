@@ -22,7 +22,7 @@ import (
 	"google.golang.org/protobuf/types/known/wrapperspb"
 )
 
-// Two services, many clients, thousands of calls in flight on one of them: everyone gets their own answer.
+// Two services, many clients, and thousands of calls in flight on one client: every call gets its own answer.
 func TestManyCalls(t *testing.T) {
 	t.Parallel()
 	url := testenv.AMQP(t)
@@ -48,7 +48,7 @@ func TestManyCalls(t *testing.T) {
 	}
 }
 
-// The calls under way are bounded, and a call that has ended, however it did, makes room.
+// The calls in flight are bounded, and every call that ends makes room, even a canceled one.
 func TestCallsInFlightAreBounded(t *testing.T) {
 	t.Parallel()
 	url := testenv.AMQP(t)
@@ -70,7 +70,7 @@ func TestCallsInFlightAreBounded(t *testing.T) {
 		receive(t, begun)
 	}
 	_, err := call(t.Context(), client, once, "one too many")
-	wantError(t, err, connect.CodeResourceExhausted, "5 calls are under way, which is the most; nothing was sent")
+	wantError(t, err, connect.CodeResourceExhausted, "the maximum of 5 calls is in flight; nothing was sent")
 	leave()
 	leaving.wait()
 	close(proceed)
@@ -88,15 +88,15 @@ func TestStreamsAreRefused(t *testing.T) {
 	wantError(t, err, connect.CodeUnimplemented, "")
 }
 
-// A call without a deadline gets one: a server that takes it and never answers cannot hold it for ever.
+// A call without a deadline gets one, so a server that never answers cannot block it indefinitely.
 func TestCallsWithoutDeadlineGetOne(t *testing.T) {
 	t.Parallel()
-	b := &bed{t: t, direct: testenv.AMQP(t)}
+	b := &testbed{t: t, direct: testenv.AMQP(t)}
 	asked := make(chan *amqp.Delivery, 1)
 	b.answerWith(t, func(_ *amqp.Channel, request *amqp.Delivery) { asked <- request })
 	const timeout = time.Second
 	client := connect.NewClient(newTransport(t, rabbitrpc.TransportConfig{URL: b.direct, Timeout: timeout}))
-	// A first call with a deadline of its own connects: the timeout is not to cover that.
+	// A first call with its own deadline connects, so that the timeout does not cover connecting.
 	connected, leave := context.WithTimeout(t.Context(), patience)
 	var first pending
 	first.call(connected, client, once, "")
@@ -112,8 +112,8 @@ func TestCallsWithoutDeadlineGetOne(t *testing.T) {
 	}
 }
 
-// The broker is away: calls fail at once, say that nothing was sent, and work when it is back.
-func TestBrokerAway(t *testing.T) {
+// While the broker is unavailable, calls fail at once and report that nothing was sent. They succeed once it is back.
+func TestBrokerUnavailable(t *testing.T) {
 	t.Parallel()
 	url := testenv.AMQP(t)
 	serve(t, rabbitrpc.ServerConfig{URL: url}, register(once, echo))
@@ -125,7 +125,7 @@ func TestBrokerAway(t *testing.T) {
 		all.call(t.Context(), client, once, "")
 	}
 	for _, err := range all.wait() {
-		wantError(t, err, connect.CodeUnavailable, "the broker is unavailable, nothing was sent")
+		wantError(t, err, connect.CodeUnavailable, "the broker is unavailable; nothing was sent")
 	}
 	proxy.Refuse(false)
 	testenv.Eventually(t, patience, func() error {
@@ -134,8 +134,8 @@ func TestBrokerAway(t *testing.T) {
 	})
 }
 
-// A network that hangs holds nobody beyond their context, in whatever they wait for.
-func TestFrozenNetworkHoldsNobody(t *testing.T) {
+// A network that hangs blocks no call beyond its context, at any stage.
+func TestFrozenNetworkBlocksNoCall(t *testing.T) {
 	t.Parallel()
 	url := testenv.AMQP(t)
 	serve(t, rabbitrpc.ServerConfig{URL: url}, register(once, echo))
@@ -145,7 +145,7 @@ func TestFrozenNetworkHoldsNobody(t *testing.T) {
 	client := connect.NewClient(transport)
 	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 	defer cancel()
-	_, err := call(ctx, client, once, "while it connects")
+	_, err := call(ctx, client, once, "while connecting")
 	wantError(t, err, connect.CodeDeadlineExceeded, "")
 	proxy.Freeze(false)
 	if _, err := call(t.Context(), client, once, "back"); err != nil {
@@ -155,7 +155,7 @@ func TestFrozenNetworkHoldsNobody(t *testing.T) {
 	var all pending
 	ctx, cancel = context.WithTimeout(t.Context(), 500*time.Millisecond)
 	defer cancel()
-	for range 200 { // more than all buffers on the way take
+	for range 200 { // exceeds all buffers on the way
 		all.call(ctx, client, once, strings.Repeat("x", 100<<10))
 	}
 	for _, err := range all.wait() {
@@ -188,7 +188,7 @@ func TestCloseEndsCalls(t *testing.T) {
 	wantError(t, err, connect.CodeUnavailable, "the client is closed")
 }
 
-// Metadata that no AMQP frame can carry, or that HTTP would refuse, ends its own call, and no other on the connection.
+// Metadata that no AMQP frame can carry, or that HTTP would refuse, fails its own call and no other on the connection.
 func TestMetadataIsBounded(t *testing.T) {
 	t.Parallel()
 	url := testenv.AMQP(t)
@@ -199,21 +199,22 @@ func TestMetadataIsBounded(t *testing.T) {
 			i.ResponseHeader().Set("A", strings.Repeat("x", half))
 			i.ResponseTrailer().Set("B", strings.Repeat("x", half))
 		},
-		"many values":    func(i *connect.CallInfo) { i.ResponseHeader().SetValues("Many", make([]string, 30_000)) },
-		"forged header":  func(i *connect.CallInfo) { i.ResponseHeader().Set("Line", "a\r\nb: c") },
-		"forged trailer": func(i *connect.CallInfo) { i.ResponseTrailer().Set("two words", "") },
-		"large but fine": func(i *connect.CallInfo) { i.ResponseHeader().Set("A", strings.Repeat("x", 65_000)) },
-		"many but fine":  func(i *connect.CallInfo) { i.ResponseHeader().SetValues("Many", make([]string, 1024)) },
-		"nothing at all": func(*connect.CallInfo) {},
+		"many values":     func(i *connect.CallInfo) { i.ResponseHeader().SetValues("Many", make([]string, 30_000)) },
+		"forged header":   func(i *connect.CallInfo) { i.ResponseHeader().Set("Line", "a\r\nb: c") },
+		"forged trailer":  func(i *connect.CallInfo) { i.ResponseTrailer().Set("two words", "") },
+		"large but valid": func(i *connect.CallInfo) { i.ResponseHeader().Set("A", strings.Repeat("x", 65_000)) },
+		"many but valid":  func(i *connect.CallInfo) { i.ResponseHeader().SetValues("Many", make([]string, 1024)) },
+		"no metadata":     func(*connect.CallInfo) {},
 	}
 	codes := map[string]connect.Code{
-		"big trailer": connect.CodeResourceExhausted, "both": connect.CodeResourceExhausted, "many values": connect.CodeResourceExhausted,
-		"forged header": connect.CodeInternal, "forged trailer": connect.CodeInternal,
+		"big trailer": connect.CodeResourceExhausted, "both": connect.CodeResourceExhausted,
+		"many values": connect.CodeResourceExhausted, "forged header": connect.CodeInternal,
+		"forged trailer": connect.CodeInternal,
 	}
-	held, release := make(chan struct{}), make(chan struct{})
+	begun, release := make(chan struct{}), make(chan struct{})
 	serve(t, rabbitrpc.ServerConfig{URL: url}, register(once, func(ctx context.Context, in string) (string, error) {
-		if in == "held" {
-			close(held)
+		if in == "other" {
+			close(begun)
 			<-release
 			return in, nil
 		}
@@ -224,10 +225,10 @@ func TestMetadataIsBounded(t *testing.T) {
 	client := newClient(t, url)
 	other := make(chan error, 1)
 	go func() {
-		_, err := call(t.Context(), client, once, "held")
+		_, err := call(t.Context(), client, once, "other")
 		other <- err
 	}()
-	receive(t, held)
+	receive(t, begun)
 	for in := range answers {
 		_, err := call(t.Context(), client, once, in)
 		if want := codes[in]; want != 0 || err != nil {
@@ -235,8 +236,9 @@ func TestMetadataIsBounded(t *testing.T) {
 		}
 	}
 	for name, want := range map[string]connect.Code{
-		"Big": connect.CodeResourceExhausted, strings.Repeat("N", 300): connect.CodeResourceExhausted, "Many": connect.CodeResourceExhausted,
-		":path": connect.CodeInvalidArgument, "two words": connect.CodeInvalidArgument, "Line": connect.CodeInvalidArgument,
+		"Big": connect.CodeResourceExhausted, strings.Repeat("N", 300): connect.CodeResourceExhausted,
+		"Many": connect.CodeResourceExhausted, ":path": connect.CodeInvalidArgument,
+		"two words": connect.CodeInvalidArgument, "Line": connect.CodeInvalidArgument,
 	} {
 		ctx, info := connect.NewClientContext(t.Context())
 		info.RequestHeader().SetValues(name, map[string][]string{
@@ -245,16 +247,16 @@ func TestMetadataIsBounded(t *testing.T) {
 		if info.RequestHeader().Get(name) == "" && name != "Many" {
 			info.RequestHeader().Set(name, "value")
 		}
-		_, err := call(ctx, client, once, "nothing at all")
+		_, err := call(ctx, client, once, "no metadata")
 		wantError(t, err, want, "")
 	}
 	close(release)
 	if err := receive(t, other); err != nil {
-		t.Errorf("a call on the same connections ended with %v", err)
+		t.Errorf("another call on the same connections failed: %v", err)
 	}
 }
 
-// A deadline that the broker's timer cannot hold is as good as one that it can.
+// A deadline beyond the range of the broker's timer is cut to that range.
 func TestFarDeadlines(t *testing.T) {
 	t.Parallel()
 	url := testenv.AMQP(t)
@@ -265,17 +267,18 @@ func TestFarDeadlines(t *testing.T) {
 		return in, nil
 	}))
 	client := newClient(t, url)
-	for _, timeout := range []time.Duration{23 * 24 * time.Hour, 30 * 24 * time.Hour, 200 * 365 * 24 * time.Hour, math.MaxInt64} {
+	const day = 24 * time.Hour
+	for _, timeout := range []time.Duration{23 * day, 30 * day, 200 * 365 * day, math.MaxInt64} {
 		ctx, cancel := context.WithTimeout(t.Context(), timeout)
 		if _, err := call(ctx, client, once, ""); err != nil {
 			t.Errorf("%v: %v", timeout, err)
 		}
-		if most := 24 * 24 * time.Hour; left > most || left < min(timeout, most)-time.Minute {
-			t.Errorf("%v: the server has %v", timeout, left)
+		if most := 24 * day; left > most || left < min(timeout, most)-time.Minute {
+			t.Errorf("%v: the server has %v left", timeout, left)
 		}
 		cancel()
 	}
-	for _, expiration := range []string{"2147483648", "4294967295"} { // what others may send, up to the broker's limit
+	for _, expiration := range []string{"2147483648", "4294967295"} { // other clients may send up to the broker's limit
 		request := rawRequest(t, "")
 		request.Type, request.Expiration = once.Procedure, expiration
 		request.Headers["deadline"] = int64(math.MaxInt64)
@@ -285,10 +288,11 @@ func TestFarDeadlines(t *testing.T) {
 	}
 }
 
-// Each metric moves when its event happens, and a call is one trace: the caller's span, the client's, the server's, the handler's.
+// Each metric changes when its event happens. A call is one trace: the spans of the caller, the client, the server
+// and the handler.
 func TestTelemetry(t *testing.T) {
 	t.Parallel()
-	b := &bed{t: t, direct: testenv.AMQP(t)}
+	b := &testbed{t: t, direct: testenv.AMQP(t)}
 	reader, spans := sdkmetric.NewManualReader(), tracetest.NewSpanRecorder()
 	meters := sdkmetric.NewMeterProvider(sdkmetric.WithReader(reader))
 	tracers := sdktrace.NewTracerProvider(sdktrace.WithSpanProcessor(spans))
@@ -296,16 +300,19 @@ func TestTelemetry(t *testing.T) {
 	serverConfig := rabbitrpc.ServerConfig{URL: b.direct, MeterProvider: meters, TracerProvider: tracers}
 	serve(t, serverConfig, register(again, func(ctx context.Context, in string) (string, error) {
 		seen <- trace.SpanContextFromContext(ctx)
-		// The last call may have been answered by the other queue.
-		if during := testenv.Metrics(t, reader); in != "twice" && (during["rabbitrpc.server.in_flight{}"] != 1 || during["rabbitrpc.client.in_flight{}"] != 1) {
-			t.Errorf("while a call is under way: %v", during)
+		// The call "twice" may have been answered by the other queue already.
+		during := testenv.Metrics(t, reader)
+		server, client := during["rabbitrpc.server.in_flight{}"], during["rabbitrpc.client.in_flight{}"]
+		if in != "twice" && (server != 1 || client != 1) {
+			t.Errorf("while a call is in flight: %v", during)
 		}
 		if in == "fail" {
 			return "", connect.NewError(connect.CodeNotFound, "")
 		}
 		return in, nil
 	}))
-	client := connect.NewClient(newTransport(t, rabbitrpc.TransportConfig{URL: b.direct, MeterProvider: meters, TracerProvider: tracers}))
+	clientConfig := rabbitrpc.TransportConfig{URL: b.direct, MeterProvider: meters, TracerProvider: tracers}
+	client := connect.NewClient(newTransport(t, clientConfig))
 	ctx, span := tracers.Tracer("test").Start(t.Context(), "caller")
 	if _, err := call(ctx, client, again, "hello"); err != nil {
 		t.Fatal(err)
@@ -318,7 +325,8 @@ func TestTelemetry(t *testing.T) {
 	for _, ended := range spans.Ended() {
 		parents[ended.SpanKind()], ids[ended.SpanKind()] = ended.Parent().SpanID(), ended.SpanContext().SpanID()
 	}
-	if parents[trace.SpanKindClient] != span.SpanContext().SpanID() || parents[trace.SpanKindServer] != ids[trace.SpanKindClient] {
+	clientParent, serverParent := parents[trace.SpanKindClient], parents[trace.SpanKindServer]
+	if clientParent != span.SpanContext().SpanID() || serverParent != ids[trace.SpanKindClient] {
 		t.Errorf("spans %v have the parents %v", ids, parents)
 	}
 	_, err := call(ctx, client, again, "fail")
@@ -330,9 +338,13 @@ func TestTelemetry(t *testing.T) {
 	testenv.Eventually(t, patience, func() error {
 		got := testenv.Metrics(t, reader)
 		for name, want := range map[string]float64{
-			"rabbitrpc.client.duration{ok" + again.Procedure + "}": 2, "rabbitrpc.client.duration{not_found" + again.Procedure + "}": 1,
-			"rabbitrpc.server.duration{ok" + again.Procedure + "}": 2, "rabbitrpc.server.duration{not_found" + again.Procedure + "}": 1,
-			"rabbitrpc.client.in_flight{}": 0, "rabbitrpc.server.in_flight{}": 0, "rabbitrpc.client.dropped{unexpected_reply}": 1,
+			"rabbitrpc.client.duration{ok" + again.Procedure + "}":        2,
+			"rabbitrpc.client.duration{not_found" + again.Procedure + "}": 1,
+			"rabbitrpc.server.duration{ok" + again.Procedure + "}":        2,
+			"rabbitrpc.server.duration{not_found" + again.Procedure + "}": 1,
+			"rabbitrpc.client.in_flight{}":                                0,
+			"rabbitrpc.server.in_flight{}":                                0,
+			"rabbitrpc.client.dropped{unexpected_reply}":                  1,
 		} {
 			if got[name] != want {
 				return fmt.Errorf("%s is %v, want %v; all: %v", name, got[name], want, got)

@@ -17,39 +17,41 @@ import (
 	"google.golang.org/protobuf/types/known/anypb"
 )
 
-// What a request says, besides its body: the procedure in the property type, the time left in expiration (for the broker), and in headers
-// the deadline (for the server), the metadata and the trace. What a reply says: in type whether its body is the answer or a
-// google.rpc.Status, in headers metadata and trailers.
+// Besides its body, a request contains the procedure in the property type, the time left in expiration (for the
+// broker), and in headers the deadline (for the server), the metadata and the trace context. A reply's type tells
+// whether its body is the answer or a google.rpc.Status; its headers contain metadata and trailers.
 const (
 	contentType = "application/proto"
 	typeAnswer  = "answer"
 	typeError   = "error"
 
-	// deadlineHeader is the time of the caller's clock, in milliseconds since 1970, at which it gives up.
+	// deadlineHeader is when the caller gives up, by its own clock, in milliseconds since 1970.
 	deadlineHeader = "deadline"
-	// metadataHeader and trailerHeader hold a table each, of lists of strings. Metadata never stands beside them: a header of the caller's
-	// named CC would send the request to a second queue.
+	// metadataHeader and trailerHeader each contain a table of lists of strings. Metadata must not be top-level headers: a
+	// caller's header named CC would send the request to a second queue.
 	metadataHeader = "metadata"
 	trailerHeader  = "trailer"
 )
 
 const (
-	// maxMetadataBytes bounds the metadata of a request or a reply, trailers included, as it is encoded. A header frame
-	// ends at the connection's frame size, 128 KiB, and what is larger ends the connection with all that is under way.
+	// maxMetadataBytes bounds the encoded metadata of a request or a reply, trailers included. A header frame is limited
+	// to the connection's frame size, 128 KiB. A larger one ends the connection with all calls in flight.
 	maxMetadataBytes = 64 << 10
-	// maxMetadataValues bounds the values of metadata: the client library cannot read a list of more than 8,192.
+	// maxMetadataValues bounds the values of metadata: the client library cannot read a list of more than 8,192 values.
 	maxMetadataValues = 1024
-	// maxNameBytes bounds the names of headers, procedures and services: AMQP's short strings.
+	// maxNameBytes bounds the names of headers, procedures and services, which are short strings in AMQP.
 	maxNameBytes = 255
-	// maxDeadline is the longest that a request can wait: more is more than the broker's timer takes.
+	// maxDeadline is the longest time that a request can wait: the broker's timer accepts no more.
 	maxDeadline = 24 * 24 * time.Hour
 )
 
 var errMetadataTooLarge = connect.Errorf(connect.CodeResourceExhausted,
-	"metadata of more than %d bytes or %d values, or a name of more than %d bytes", maxMetadataBytes, maxMetadataValues, maxNameBytes)
+	"the metadata has more than %d bytes or %d values, or a name of more than %d bytes",
+	maxMetadataBytes, maxMetadataValues, maxNameBytes)
 
-// isProtocols says whether a header belongs to a protocol rather than to its users. HTTP does not send those for them either.
-func isProtocols(name string) bool {
+// isProtocolHeader reports whether a header belongs to the protocol rather than to its users. HTTP does not send such
+// headers for users either.
+func isProtocolHeader(name string) bool {
 	switch name {
 	case "Content-Type", "Content-Length", "Content-Encoding", "Accept-Encoding", "Trailer", "Date":
 		return true
@@ -57,18 +59,19 @@ func isProtocols(name string) bool {
 	return strings.HasPrefix(name, "Connect-") || strings.HasPrefix(name, "Grpc-")
 }
 
-// metadata measures what is encoded in the headers of one message.
+// metadata measures the encoded metadata of one message.
 type metadata struct{ bytes, values int }
 
-// add counts a name and its values, and refuses what HTTP would refuse.
+// add counts a name and its values, and refuses those that HTTP would refuse.
 func (m *metadata) add(name string, values []string) error {
-	const perName, perValue = 1 + 1 + 4, 1 + 4 // length of the name, type and length of the list; type and length
+	const perName = 1 + 1 + 4 // length of the name; type and length of the list
+	const perValue = 1 + 4    // type and length of the value
 	m.bytes += perName + len(name)
 	if m.values += len(values); len(name) > maxNameBytes || m.values > maxMetadataValues {
 		return errMetadataTooLarge
 	}
 	if !httpguts.ValidHeaderFieldName(name) {
-		return connect.Errorf(connect.CodeInvalidArgument, "metadata has the name %q, which is none in HTTP", name)
+		return connect.Errorf(connect.CodeInvalidArgument, "the metadata name %q is not a valid HTTP header name", name)
 	}
 	for _, value := range values {
 		if m.bytes += perValue + len(value); m.bytes > maxMetadataBytes {
@@ -81,14 +84,14 @@ func (m *metadata) add(name string, values []string) error {
 	return nil
 }
 
-// encode adds header to headers under name, if there is any.
+// encode adds header to headers under name, unless it is empty.
 func (m *metadata) encode(headers amqp.Table, name string, header *connect.Header) error {
 	if header.Len() == 0 {
 		return nil
 	}
 	table := amqp.Table{}
 	for name, values := range header.All() {
-		if isProtocols(name) || len(values) == 0 {
+		if isProtocolHeader(name) || len(values) == 0 {
 			continue
 		}
 		if err := m.add(name, values); err != nil {
@@ -104,7 +107,7 @@ func (m *metadata) encode(headers amqp.Table, name string, header *connect.Heade
 	return nil
 }
 
-// decode reads what encode wrote, or somebody else made up.
+// decode reads what encode wrote. It does not trust the sender.
 func (m *metadata) decode(headers amqp.Table, name string, header *connect.Header) error {
 	if headers[name] == nil {
 		return nil
@@ -121,7 +124,7 @@ func (m *metadata) decode(headers amqp.Table, name string, header *connect.Heade
 		texts := make([]string, len(values))
 		for i := range values {
 			if texts[i], ok = values[i].(string); !ok {
-				return connect.Errorf(connect.CodeInvalidArgument, "metadata %q holds a %T", name, values[i])
+				return connect.Errorf(connect.CodeInvalidArgument, "metadata %q contains a %T", name, values[i])
 			}
 		}
 		if err := m.add(name, texts); err != nil {
@@ -132,8 +135,8 @@ func (m *metadata) decode(headers amqp.Table, name string, header *connect.Heade
 	return nil
 }
 
-// encodeDeadline writes until when the request is worth anything, for the broker and for the server. A tenth of a
-// millisecond left is one millisecond: the broker takes 0 for "only if somebody is waiting for it".
+// encodeDeadline writes the request's deadline for the broker and for the server. It rounds a fraction of a
+// millisecond up to one millisecond, because to the broker 0 means "deliver only if a consumer is ready".
 func encodeDeadline(p *amqp.Publishing, deadline time.Time) {
 	now := time.Now()
 	left := min(deadline.Sub(now), maxDeadline)
@@ -141,16 +144,17 @@ func encodeDeadline(p *amqp.Publishing, deadline time.Time) {
 	p.Headers[deadlineHeader] = now.Add(left).UnixMilli()
 }
 
-// decodeDeadline returns when the request expires by our clock. It is never later than the time that the caller had
-// when it sent the request, counted from now, however late our clock is.
+// decodeDeadline returns when the request expires by our clock. However slow our clock is, the request never gets more
+// time from now on than the caller had when it sent the request.
 func decodeDeadline(d *amqp.Delivery, now time.Time) (time.Time, error) {
 	stated, ok := d.Headers[deadlineHeader].(int64)
 	if !ok {
-		return time.Time{}, connect.Errorf(connect.CodeInvalidArgument, "header %s is a %T, want a long integer", deadlineHeader, d.Headers[deadlineHeader])
+		const text = "header %s is a %T, want a long integer"
+		return time.Time{}, connect.Errorf(connect.CodeInvalidArgument, text, deadlineHeader, d.Headers[deadlineHeader])
 	}
 	left, err := strconv.ParseUint(d.Expiration, 10, 64)
 	if err != nil && !errors.Is(err, strconv.ErrRange) {
-		return time.Time{}, connect.NewError(connect.CodeInvalidArgument, "expiration is no number of milliseconds")
+		return time.Time{}, connect.NewError(connect.CodeInvalidArgument, "expiration is not a number of milliseconds")
 	}
 	latest := now.Add(time.Duration(min(left, uint64(maxDeadline.Milliseconds()))) * time.Millisecond)
 	if latest.UnixMilli() < stated {
@@ -159,7 +163,7 @@ func decodeDeadline(d *amqp.Delivery, now time.Time) (time.Time, error) {
 	return time.UnixMilli(stated), nil
 }
 
-// encodeError makes the body of a reply that is an error.
+// encodeError makes the body of an error reply.
 func encodeError(err *connect.Error) ([]byte, error) {
 	encoded := &status.Status{Code: int32(err.Code()), Message: strings.ToValidUTF8(err.Message(), "�")}
 	for _, detail := range err.Details() {
@@ -168,7 +172,8 @@ func encodeError(err *connect.Error) ([]byte, error) {
 	return proto.Marshal(encoded)
 }
 
-// decodeError reads it again. The error is marked as another server's, so that a handler that returns it does not pass it off as its own.
+// decodeError decodes the body of an error reply. It marks the error as remote, so that a handler that returns it
+// does not present it as its own.
 func decodeError(body []byte) *connect.Error {
 	var encoded status.Status
 	if err := proto.Unmarshal(body, &encoded); err != nil {
@@ -194,7 +199,7 @@ func detailOf(detail *anypb.Any) *connect.ErrorDetail {
 func encodeMessage(message any, limit int) ([]byte, error) {
 	encoded, ok := message.(proto.Message)
 	if !ok {
-		return nil, connect.Errorf(connect.CodeInternal, "%T is no protobuf message", message)
+		return nil, connect.Errorf(connect.CodeInternal, "%T is not a protobuf message", message)
 	}
 	body, err := proto.Marshal(encoded)
 	if err != nil {
@@ -209,11 +214,12 @@ func encodeMessage(message any, limit int) ([]byte, error) {
 func decodeMessage(body []byte, message any) error {
 	decoded, ok := message.(proto.Message)
 	if !ok {
-		return connect.Errorf(connect.CodeInternal, "%T is no protobuf message", message)
+		return connect.Errorf(connect.CodeInternal, "%T is not a protobuf message", message)
 	}
 	return bounds.Unmarshal(body, decoded)
 }
 
 func tooLarge(size, limit int) *connect.Error {
-	return connect.Errorf(connect.CodeResourceExhausted, "message size %d is larger than configured max %d", size, limit)
+	return connect.Errorf(connect.CodeResourceExhausted, "message size %d is larger than configured max %d", size,
+		limit)
 }

@@ -1,8 +1,10 @@
-// Package reload keeps a value that is read from files and reads it again when they change, as certificates and keys do.
+// Package reload caches a value that is read from files, and reads it again when they change.
 //
-// It needs no goroutine: who asks for the value also looks, at most once a second, whether the files are still the ones that it
-// came from. Files that cannot be read or used, such as a certificate whose key has not been replaced yet, leave the value as it is;
-// they are tried again and complained about once.
+// It is a package of its own because auth (keys) and rpcserver (certificates) share it.
+//
+// It needs no goroutine: Get checks the files for changes, at most once a second. If the files cannot be read or used,
+// for example because a certificate has changed and its key has not, the value stays as it is. Get tries again at the
+// next check, and logs each problem once.
 package reload
 
 import (
@@ -14,10 +16,10 @@ import (
 	"time"
 )
 
-// interval is the time between two looks: a stat a second costs nothing, and nobody rotates keys faster.
+// interval is the least time between two checks. One stat per second costs nothing, and nobody rotates keys faster.
 const interval = time.Second
 
-// Value is a value of files. Its methods may be called at any time.
+// Value is a value that is read from files. It is safe for concurrent use.
 type Value[T any] struct {
 	load  func() (T, error)
 	paths []string
@@ -25,11 +27,11 @@ type Value[T any] struct {
 	mu       sync.Mutex
 	value    T
 	stamps   []stamp
-	looked   time.Time
-	reported string // the last complaint, so that it is made once
+	checked  time.Time
+	reported string // the last error that was logged
 }
 
-// stamp tells one content of a file from another, also when Kubernetes swaps a symbolic link.
+// stamp identifies the content of a file. It also changes when Kubernetes swaps a symbolic link.
 type stamp struct {
 	modified time.Time
 	size     int64
@@ -37,9 +39,9 @@ type stamp struct {
 
 // New reads the value for the first time, which must succeed. load reads the files at paths.
 func New[T any](load func() (T, error), paths ...string) (*Value[T], error) {
-	v := &Value[T]{load: load, paths: paths, looked: time.Now()}
+	v := &Value[T]{load: load, paths: paths, checked: time.Now()}
 	var err error
-	if v.stamps, err = v.look(); err != nil {
+	if v.stamps, err = v.stat(); err != nil {
 		return nil, err
 	}
 	if v.value, err = load(); err != nil {
@@ -48,42 +50,42 @@ func New[T any](load func() (T, error), paths ...string) (*Value[T], error) {
 	return v, nil
 }
 
-// Get returns the value of the files as they are now, or as they were when they could be used last.
+// Get returns the value of the files as they are now. If they cannot be used, it returns the last usable value.
 func (v *Value[T]) Get() T {
 	v.mu.Lock()
 	defer v.mu.Unlock()
-	if time.Since(v.looked) < interval {
+	if time.Since(v.checked) < interval {
 		return v.value
 	}
-	v.looked = time.Now()
+	v.checked = time.Now()
 	if err := v.refresh(); err != nil && err.Error() != v.reported {
 		v.reported = err.Error()
-		slog.Warn("changed files cannot be used; what they held before stays in force", "paths", v.paths, "error", err)
+		slog.Warn("changed files cannot be used; their previous content stays in use", "paths", v.paths, "error", err)
 	}
 	return v.value
 }
 
 func (v *Value[T]) refresh() error {
-	stamps, err := v.look()
+	stamps, err := v.stat()
 	if err != nil || slices.Equal(stamps, v.stamps) {
 		return err
 	}
 	value, err := v.load()
 	if err != nil {
-		return err // with the old stamps, so that it is tried again
+		return err // and keep the old stamps, so that the next check tries again
 	}
 	v.value, v.stamps, v.reported = value, stamps, ""
-	slog.Info("read changed files", "paths", v.paths)
+	slog.Info("reloaded changed files", "paths", v.paths)
 	return nil
 }
 
-// look is called before the files are read: what changes in between is seen the next time.
-func (v *Value[T]) look() ([]stamp, error) {
+// stat must be called before the files are read, so that the next check notices a change in between.
+func (v *Value[T]) stat() ([]stamp, error) {
 	var stamps []stamp
 	for _, path := range v.paths {
 		info, err := os.Stat(path)
 		if err != nil {
-			return nil, fmt.Errorf("look at file: %w", err)
+			return nil, fmt.Errorf("check file for changes: %w", err)
 		}
 		stamps = append(stamps, stamp{info.ModTime(), info.Size()})
 	}

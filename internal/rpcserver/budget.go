@@ -9,21 +9,22 @@ import (
 	"example.com/shop/internal/bounds"
 )
 
-// Weights of what a call holds, in bytes of memory.
+// The weights estimate the memory that a call uses, in bytes.
 const (
-	// callWeight is a call that has said nothing yet: goroutine, stream, context.
+	// callWeight is the weight of a call before its message: goroutine, stream, context.
 	callWeight = 16 << 10
-	// arrivingWeight is for each byte of a message that is not decoded yet: the buffer that it is read into grows by doubling, and what it is
-	// decoded into comes on top.
+	// arrivingWeight is the weight of each byte of a message that is not decoded yet. The buffer for the message grows by
+	// doubling, and the decoded message comes on top.
 	arrivingWeight = 4
-	// decodedWeight is for each byte of a message that is decoded.
+	// decodedWeight is the weight of each byte of a decoded message.
 	decodedWeight = 2
-	// shareOfBudget is the part of a budget that one caller may hold.
+	// shareOfBudget is the divisor for the part of a budget that one caller may use.
 	shareOfBudget = 4
 )
 
-// Budget bounds the memory that the requests of a process hold at once, whatever they came by: from their first byte to the end of their call.
-// A caller that holds back the end of a message keeps paying for what has arrived. A nil Budget bounds nothing.
+// Budget bounds the memory that the requests of a process use at once, over all transports. A request counts from its
+// first byte to the end of its call. A caller that withholds the end of a message keeps paying for the part that has
+// arrived. A nil Budget bounds nothing.
 type Budget struct {
 	size, share int64
 
@@ -32,32 +33,32 @@ type Budget struct {
 	callers map[string]int64
 }
 
-// NewBudget makes a budget of size bytes for requests whose messages have at most largest bytes. A caller may hold a quarter of it. Budget and
-// quarter are never too small for one largest message with the most fields.
+// NewBudget makes a budget of size bytes for requests whose messages have at most largest bytes. One caller may use a
+// quarter of it. The budget and the quarter are always large enough for one largest message with the most fields.
 func NewBudget(size, largest int64) *Budget {
 	least := (arrivingWeight+1)*largest + bounds.MaxFields*bounds.FieldBytes
 	return &Budget{size: max(size, least), share: max(size/shareOfBudget, least), callers: make(map[string]int64)}
 }
 
-// Used is how much of the budget is held, in bytes.
+// Used returns how much of the budget is in use, in bytes.
 func (b *Budget) Used() int64 {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return b.used
 }
 
-// load is what one call holds of a budget. Its methods may be called at the same time.
+// load is the part of a budget that one call uses. It is safe for concurrent use.
 type load struct {
 	budget  *Budget
-	account string // of the caller; "" while nobody knows
+	account string // of the caller; "" until the caller is known
 	held    int64
-	message int64 // part of held: what has arrived of the message, or its bytes
-	fields  int64 // part of held: what the message is decoded into
+	message int64 // part of held: for the bytes of the message that have arrived
+	fields  int64 // part of held: for the fields of the decoded message
 }
 
 func newLoad(budget *Budget) *load { return &load{budget: budget} }
 
-// weigh is the memory that headers take.
+// weigh returns the memory that headers use.
 func weigh(header *connect.Header) (bytes int64) {
 	for name, values := range header.All() {
 		for _, value := range values {
@@ -67,7 +68,7 @@ func weigh(header *connect.Header) (bytes int64) {
 	return bytes
 }
 
-// add takes n bytes more, or says that they are not there.
+// add takes n more bytes, or returns errNoRoom if the budget or the caller's share does not have them.
 func (l *load) add(n int64) error {
 	b := l.budget
 	b.mu.Lock()
@@ -79,7 +80,7 @@ func (l *load) add(n int64) error {
 	return nil
 }
 
-// arrive takes a part of a message.
+// arrive pays for n bytes of a message that have arrived.
 func (l *load) arrive(n int) error {
 	err := l.add(arrivingWeight * int64(n))
 	if err == nil {
@@ -90,7 +91,8 @@ func (l *load) arrive(n int) error {
 	return err
 }
 
-// decode says that a message of so many bytes and fields is about to be decoded. If it was compressed, less has arrived.
+// decode pays for the decoding of a message with that many bytes and fields. If the message was compressed, fewer bytes
+// have arrived.
 func (l *load) decode(bytes, fields int) error {
 	inflated := max(0, arrivingWeight*int64(bytes)-l.message)
 	decoded := int64(fields)*bounds.FieldBytes - l.fields
@@ -104,7 +106,7 @@ func (l *load) decode(bytes, fields int) error {
 	return nil
 }
 
-// settle says that the message is decoded and has n bytes, whatever its parts were.
+// settle replaces the payment for the parts of a message with that for the decoded message of n bytes.
 func (l *load) settle(n int) error {
 	l.budget.mu.Lock()
 	more := decodedWeight*int64(n) - l.message
@@ -119,7 +121,7 @@ func (l *load) settle(n int) error {
 	return l.add(more)
 }
 
-// bill has a caller pay for what the call holds, or says that it cannot.
+// bill charges a caller for everything that the call uses. It returns errNoRoom if that exceeds the caller's share.
 func (l *load) bill(account string) error {
 	l.budget.mu.Lock()
 	held := l.held
@@ -129,14 +131,14 @@ func (l *load) bill(account string) error {
 	return l.add(held)
 }
 
-// release gives back all.
+// release returns everything to the budget.
 func (l *load) release() {
 	l.budget.mu.Lock()
 	defer l.budget.mu.Unlock()
 	l.take(-l.held)
 }
 
-// take moves n bytes, with the budget's mutex held.
+// take moves n bytes from the budget to the call. The caller must have locked the budget's mutex.
 func (l *load) take(n int64) {
 	b := l.budget
 	b.used += n
@@ -149,18 +151,18 @@ func (l *load) take(n int64) {
 	}
 }
 
-// errNoRoom is the budget's refusal, with the same hint as that of Limit.
-var errNoRoom = exhaustedError("too much is being processed; nothing was done, try again later", concurrencyWait)
+// errNoRoom means that the budget is used up. It has the same retry hint as the errors of Limit.
+var errNoRoom = exhaustedError("too much data is being processed; nothing was done, try again later", concurrencyWait)
 
 type loadKey struct{}
 
-// loaded returns what the call of ctx holds; nil if nobody counts.
-func loaded(ctx context.Context) *load {
+// loadOf returns the load of ctx's call, or nil if there is none.
+func loadOf(ctx context.Context) *load {
 	l, _ := ctx.Value(loadKey{}).(*load)
 	return l
 }
 
-// meteredBody pays for what is read of it.
+// meteredBody pays for the bytes that are read from it.
 type meteredBody struct {
 	io.ReadCloser
 	load *load
@@ -174,19 +176,20 @@ func (m *meteredBody) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// meteredStream settles what each message costs when it is decoded.
+// meteredStream settles the payment for each message when it is decoded.
 type meteredStream struct {
 	connect.ServerStream
 	load *load
 	info *connect.CallInfo
-	// whole: the message is here and not decoded, and nobody has counted its fields.
+	// whole means that the message has arrived but is not decoded, and that its fields were not counted.
 	whole bool
 }
 
 // Receive implements connect.ServerStream.
 func (m *meteredStream) Receive(message any) error {
 	if m.whole {
-		if err := m.load.decode(m.info.ReceiveStats.Size, min(m.info.ReceiveStats.Size/2, bounds.MaxFields)); err != nil {
+		size := m.info.ReceiveStats.Size
+		if err := m.load.decode(size, min(size/2, bounds.MaxFields)); err != nil {
 			return err
 		}
 	}

@@ -18,8 +18,10 @@ import (
 	"example.com/shop/internal/rpcserver"
 )
 
-// budgeted serves with a budget, to so many callers, and returns a key for each.
-func budgeted(t *testing.T, budget *rpcserver.Budget, callers int, method func(context.Context, string) (string, error)) (*running, []string) {
+// budgeted starts a server with a budget for a number of callers, and returns a key for each.
+func budgeted(
+	t *testing.T, budget *rpcserver.Budget, callers int, method func(context.Context, string) (string, error),
+) (*running, []string) {
 	t.Helper()
 	secrets, lines := make([]string, callers), ""
 	for i := range secrets {
@@ -38,7 +40,8 @@ func budgeted(t *testing.T, budget *rpcserver.Budget, callers int, method func(c
 	}}, unary(method)), secrets
 }
 
-// hold sends a message but for its end, over a connection of its own. It returns the answer, if there is one before release is called.
+// hold sends a message except for its end, over its own connection, until release is called. answered receives a
+// response that comes earlier.
 func hold(t *testing.T, server *running, secret string, size int) (answered <-chan *http.Response, release func()) {
 	t.Helper()
 	body, held := io.Pipe()
@@ -57,13 +60,13 @@ func hold(t *testing.T, server *running, secret string, size int) (answered <-ch
 		}
 	}()
 	go func() { _, _ = io.Copy(held, strings.NewReader(`"`+strings.Repeat("x", size-2))) }()
-	return got, func() { _ = held.CloseWithError(errors.New("enough")) }
+	return got, func() { _ = held.CloseWithError(errors.New("released")) }
 }
 
 const mebibyte = 1 << 20
 
-// The sum of what arrives is bounded, although nobody sends too much: callers that hold back the end of their messages cannot fill the memory, and one
-// caller cannot take what others need.
+// The total size of arriving messages is bounded even if no caller exceeds its limits. Callers that withhold the end of
+// their messages cannot fill the memory, and one caller cannot take the memory that others need.
 func TestHeldBodiesAreBounded(t *testing.T) {
 	t.Parallel()
 	const size = 64 * mebibyte
@@ -82,29 +85,30 @@ func TestHeldBodiesAreBounded(t *testing.T) {
 			}
 		}()
 	}
-	for range 24 - size/(4*4*mebibyte) { // all but those that fit
+	for range 24 - size/(4*4*mebibyte) { // all except those that fit
 		select {
 		case response := <-refused:
 			if response.StatusCode != http.StatusTooManyRequests || response.Header.Get("Retry-After") == "" {
 				t.Errorf("refused with %s, %v", response.Status, response.Header)
 			}
 		case <-time.After(30 * time.Second):
-			t.Fatal("too many are not refused")
+			t.Fatal("too few messages are refused")
 		}
 	}
 	if used := budget.Used(); used > size {
-		t.Errorf("%d bytes are held", used)
+		t.Errorf("%d bytes are used, want at most %d", used, size)
 	}
 	for _, release := range releases {
 		release()
 	}
 	testenv.Eventually(t, 20*time.Second, func() error {
 		if used := budget.Used(); used != 0 {
-			return fmt.Errorf("%d bytes are held by nobody", used)
+			return fmt.Errorf("%d bytes are used without a call", used)
 		}
 		return nil
 	})
-	response := post(t, server, http.Header{"X-Api-Key": {secrets[24]}}, strings.NewReader(`"`+strings.Repeat("x", 4*mebibyte-2)+`"`))
+	largest := strings.NewReader(`"` + strings.Repeat("x", 4*mebibyte-2) + `"`)
+	response := post(t, server, http.Header{"X-Api-Key": {secrets[24]}}, largest)
 	if response.StatusCode != http.StatusOK {
 		t.Errorf("the largest message afterwards: %s", response.Status)
 	}
@@ -112,7 +116,8 @@ func TestHeldBodiesAreBounded(t *testing.T) {
 
 func TestOneCallerHasAShareOfTheBudget(t *testing.T) {
 	t.Parallel()
-	budget := rpcserver.NewBudget(64*mebibyte, mebibyte) // a share is 16 MiB, and three messages of 1 MiB leave no room in it for a fourth
+	// A share is 16 MiB. After three messages of 1 MiB it has no room for a fourth.
+	budget := rpcserver.NewBudget(64*mebibyte, mebibyte)
 	server, secrets := budgeted(t, budget, 2, echo)
 	// Only a full share refuses, so the bytes that a refused call still holds after its answer cannot be mistaken for an
 	// accepted one's.
@@ -134,17 +139,18 @@ func TestOneCallerHasAShareOfTheBudget(t *testing.T) {
 		})
 	}
 	if used := budget.Used(); used > 16*mebibyte {
-		t.Errorf("one caller holds %d bytes", used)
+		t.Errorf("one caller uses %d bytes", used)
 	}
-	for name, secret := range map[string]string{"the greedy one": secrets[0], "another": secrets[1]} {
-		response := post(t, server, http.Header{"X-Api-Key": {secret}}, strings.NewReader(`"`+strings.Repeat("x", mebibyte-2)+`"`))
+	for name, secret := range map[string]string{"the same caller": secrets[0], "another caller": secrets[1]} {
+		body := strings.NewReader(`"` + strings.Repeat("x", mebibyte-2) + `"`)
+		response := post(t, server, http.Header{"X-Api-Key": {secret}}, body)
 		if served := response.StatusCode == http.StatusOK; served != (secret == secrets[1]) {
 			t.Errorf("%s: %s", name, response.Status)
 		}
 	}
 }
 
-// A call pays for the inflated message as it does for what arrives, until it ends.
+// A call pays for an inflated message as for one that arrives uncompressed, until the call ends.
 func TestInflatedMessagesArePaidFor(t *testing.T) {
 	t.Parallel()
 	budget := rpcserver.NewBudget(64*mebibyte, 4*mebibyte)
@@ -164,11 +170,11 @@ func TestInflatedMessagesArePaidFor(t *testing.T) {
 		t.Fatal(response.Status)
 	}
 	if got := <-held; got < 6*mebibyte || got > 7*mebibyte {
-		t.Errorf("%d bytes are held during the call, want twice the message", got)
+		t.Errorf("%d bytes are used during the call, want twice the message", got)
 	}
 	testenv.Eventually(t, 20*time.Second, func() error {
 		if used := budget.Used(); used != 0 {
-			return fmt.Errorf("%d bytes are held after it", used)
+			return fmt.Errorf("%d bytes are used after the call", used)
 		}
 		return nil
 	})

@@ -12,21 +12,21 @@ import (
 	"google.golang.org/protobuf/proto"
 )
 
-// maxDepth is how deep messages may be nested, as in most implementations of protobuf. Go's own limit is 10,000.
+// maxDepth is the deepest nesting of a message, as in most implementations of protobuf. Go's own limit is 10,000.
 const maxDepth = 100
 
-// boundedCodec refuses messages of too many fields before it decodes them, and has the call pay for the others.
+// boundedCodec refuses messages with too many fields before it decodes them, and charges the call for the others.
 type boundedCodec struct {
 	connect.StableCodec
 	fields func(body []byte, message proto.Message) (int, error)
 }
 
-// codecs are those that callers may choose from.
+// codecs returns the codecs that callers may choose from.
 func codecs() []connect.Codec {
 	inJSON := func(text []byte, _ proto.Message) (int, error) { return bounds.JSONFields(text) }
 	binary := connectproto.NewBinaryCodec()
 	binary.UnmarshalOptions.RecursionLimit = maxDepth
-	return []connect.Codec{boundedCodec{binary, bounds.Fields}, boundedCodec{newNamingCodec(), inJSON}}
+	return []connect.Codec{boundedCodec{binary, bounds.Fields}, boundedCodec{newEnumCodec(), inJSON}}
 }
 
 // UnmarshalRead implements connect.Codec.
@@ -35,7 +35,7 @@ func (c boundedCodec) UnmarshalRead(ctx context.Context, src io.Reader, message 
 	if !ok {
 		return fmt.Errorf("%w: got %T", connectproto.ErrNotProtoMessage, message)
 	}
-	buffer, ok := src.(*bytes.Buffer) // as Connect hands it in
+	buffer, ok := src.(*bytes.Buffer) // Connect passes a buffer
 	if !ok {
 		buffer = new(bytes.Buffer)
 		if _, err := buffer.ReadFrom(src); err != nil {
@@ -46,7 +46,7 @@ func (c boundedCodec) UnmarshalRead(ctx context.Context, src io.Reader, message 
 	if err != nil {
 		return err
 	}
-	if load := loaded(ctx); load != nil {
+	if load := loadOf(ctx); load != nil {
 		if err := load.decode(buffer.Len(), fields); err != nil {
 			return err
 		}

@@ -53,7 +53,8 @@ func TestDrainFinishesUnaryCallsAndEndsStreams(t *testing.T) {
 			}
 
 			server.stop()
-			wantError(t, watch.Receive(new(wrapperspb.StringValue)), connect.CodeUnavailable, "server is shutting down, try again")
+			err = watch.Receive(new(wrapperspb.StringValue))
+			wantError(t, err, connect.CodeUnavailable, "server is shutting down, try again")
 			select {
 			case err := <-server.done:
 				t.Fatalf("drained before the unary call was answered: %v", err)
@@ -61,7 +62,7 @@ func TestDrainFinishesUnaryCallsAndEndsStreams(t *testing.T) {
 			}
 			close(proceed)
 			if err := <-unaryEnded; err != nil {
-				t.Errorf("unary call under way: %v", err)
+				t.Errorf("running unary call: %v", err)
 			}
 			if err := <-server.done; err != nil {
 				t.Errorf("Serve: %v", err)
@@ -70,7 +71,7 @@ func TestDrainFinishesUnaryCallsAndEndsStreams(t *testing.T) {
 	}
 }
 
-// TestDrainEndsStreamsThatWaitForTheCaller has a handler in Receive, where no context reaches it.
+// The handler blocks in Receive, which ignores the context.
 func TestDrainEndsStreamsThatWaitForTheCaller(t *testing.T) {
 	t.Parallel()
 	server := serve(t, rpcserver.Config{DrainTimeout: time.Minute})
@@ -94,15 +95,16 @@ func TestDrainEndsStreamsThatWaitForTheCaller(t *testing.T) {
 	}
 }
 
-func TestDrainTimeoutCutsOffWhatIsStuck(t *testing.T) {
+func TestDrainTimeoutCutsOffStuckCalls(t *testing.T) {
 	t.Parallel()
 	arrived, ended := make(chan struct{}), make(chan struct{})
-	server := serve(t, rpcserver.Config{DrainTimeout: 50 * time.Millisecond}, unary(func(ctx context.Context, _ string) (string, error) {
+	stuck := unary(func(ctx context.Context, _ string) (string, error) {
 		close(arrived)
 		<-ctx.Done()
 		close(ended)
 		return "", ctx.Err()
-	}))
+	})
+	server := serve(t, rpcserver.Config{DrainTimeout: 50 * time.Millisecond}, stuck)
 	answered := make(chan error, 1)
 	client := server.client(t, false)
 	go func() {
@@ -120,7 +122,8 @@ func TestDrainTimeoutCutsOffWhatIsStuck(t *testing.T) {
 	}
 }
 
-// A request of which a part has not arrived is ended when the drain begins: it would hold up the shutdown, and nothing was done.
+// The drain ends a request whose body has not fully arrived. The request would delay the shutdown, and nothing was
+// done.
 func TestDrainEndsRequestsThatHaveNotArrived(t *testing.T) {
 	t.Parallel()
 	for name, http2 := range map[string]bool{"HTTP/1.1": false, "HTTP/2": true} {
@@ -133,11 +136,14 @@ func TestDrainEndsRequestsThatHaveNotArrived(t *testing.T) {
 					return next(ctx, spec, stream)
 				}
 			}
-			config := rpcserver.Config{DrainTimeout: time.Minute, BodyTimeout: time.Minute, Interceptors: []connect.ServerInterceptor{announce}}
-			server := serve(t, config, unary(echo))
+			server := serve(t, rpcserver.Config{
+				DrainTimeout: time.Minute, BodyTimeout: time.Minute,
+				Interceptors: []connect.ServerInterceptor{announce},
+			}, unary(echo))
 			held, body := io.Pipe()
 			defer body.Close()
-			request, err := http.NewRequestWithContext(t.Context(), http.MethodPost, server.url+unarySpec.Procedure, held)
+			request, err := http.NewRequestWithContext(t.Context(), http.MethodPost, server.url+unarySpec.Procedure,
+				held)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -154,7 +160,7 @@ func TestDrainEndsRequestsThatHaveNotArrived(t *testing.T) {
 				text, _ := io.ReadAll(response.Body)
 				answered <- string(text)
 			}()
-			if _, err := io.WriteString(body, `"hel`); err != nil { // taken: the request is under way
+			if _, err := io.WriteString(body, `"hel`); err != nil { // returns when the client has read it
 				t.Fatal(err)
 			}
 			<-begun
@@ -167,7 +173,7 @@ func TestDrainEndsRequestsThatHaveNotArrived(t *testing.T) {
 				t.Errorf("the drain took %s", took)
 			}
 			if text := <-answered; !strings.Contains(text, "server is shutting down") {
-				t.Errorf("the caller was told %s", text)
+				t.Errorf("the caller got %s", text)
 			}
 		})
 	}

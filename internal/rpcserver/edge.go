@@ -14,7 +14,8 @@ import (
 	"github.com/rs/cors"
 )
 
-// newEdge puts around all of HTTP what browsers need, what protects them, and an ID for each request. A panic here is one outside of any RPC.
+// newEdge wraps the HTTP handler. It adds CORS, headers that protect browsers, and an ID for each request. It
+// recovers from panics outside of RPCs.
 func newEdge(next http.Handler, config Config) http.Handler {
 	next = allowOrigins(next, config)
 	if config.LocalNames {
@@ -30,21 +31,22 @@ func newEdge(next http.Handler, config Config) http.Handler {
 			if p == nil {
 				return
 			}
-			if p == http.ErrAbortHandler { // net/http's own way to break off
+			if p == http.ErrAbortHandler { // aborts the response; net/http handles it
 				panic(p)
 			}
-			config.Log.LogAttrs(r.Context(), slog.LevelError, "request panicked", slog.String("path", r.URL.Path),
-				slog.String("panic", fmt.Sprint(p)), slog.String("stack", string(debug.Stack())), slog.String("request_id", id))
-			http.Error(w, "internal error", http.StatusInternalServerError) // without effect if the answer has begun
+			config.Log.LogAttrs(r.Context(), slog.LevelError, "request panicked",
+				slog.String("path", r.URL.Path), slog.String("panic", fmt.Sprint(p)),
+				slog.String("stack", string(debug.Stack())), slog.String("request_id", id))
+			http.Error(w, "internal error", http.StatusInternalServerError) // no effect if the response has begun
 		}()
 		next.ServeHTTP(w, r)
 	})
 }
 
-// protect sets what suits an API; a handler that serves pages replaces it.
+// protect sets security headers for an API. A handler that serves pages replaces them.
 func protect(header http.Header, encrypted bool) {
 	header.Set("X-Content-Type-Options", "nosniff")
-	header.Set("Cache-Control", "no-store") // answers to GET, too, are for their caller alone
+	header.Set("Cache-Control", "no-store") // even the response to a GET is only for its caller
 	header.Set("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'")
 	header.Set("Referrer-Policy", "no-referrer")
 	header.Set("Cross-Origin-Resource-Policy", "same-origin")
@@ -53,9 +55,9 @@ func protect(header http.Header, encrypted bool) {
 	}
 }
 
-// allowOrigins lets pages of the given origins call, and no others. Credentials travel in headers that a page of another origin cannot set, but
-// client certificates do not, and with authentication off there is nothing to set: so what a page of another origin sends is refused, and not
-// only its answer withheld.
+// allowOrigins admits calls of pages of the given origins only. Most credentials are in headers that a page of another
+// origin cannot set. But browsers send client certificates automatically, and with authentication off there are no
+// credentials. So allowOrigins refuses the requests of other origins, instead of only withholding the responses.
 func allowOrigins(next http.Handler, config Config) http.Handler {
 	origins := config.Origins
 	protection := http.NewCrossOriginProtection()
@@ -65,7 +67,7 @@ func allowOrigins(next http.Handler, config Config) http.Handler {
 		}
 	}
 	next = protection.Handler(next)
-	if len(origins) == 0 { // rs/cors takes none for all
+	if len(origins) == 0 { // for rs/cors, no origins would mean all
 		return next
 	}
 	request, response := Headers()
@@ -78,28 +80,33 @@ func allowOrigins(next http.Handler, config Config) http.Handler {
 	}).Handler(next)
 }
 
-// Headers returns the headers that the interceptors of this package and of auth read of requests and write to answers.
+// Headers returns the headers that the interceptors of this package and of auth read from requests and write to
+// responses.
 func Headers() (request, response []string) {
 	request, response = auth.Headers()
-	return slices.Concat(request, []string{requestIDHeader}, traceHeaders.Fields()), append(response, requestIDHeader, retryAfterHeader)
+	request = slices.Concat(request, []string{requestIDHeader}, traceHeaders.Fields())
+	return request, append(response, requestIDHeader, retryAfterHeader)
 }
 
-// localNames lets through what names this machine, or one of the hosts.
+// localNames admits requests whose host is this machine or one of hosts.
 func localNames(next http.Handler, hosts []string) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		host, _, err := net.SplitHostPort(r.Host)
 		if err != nil {
 			host = r.Host
 		}
-		if address := net.ParseIP(strings.Trim(host, "[]")); host != "localhost" && !address.IsLoopback() && !slices.Contains(hosts, host) {
-			http.Error(w, "with authentication off this is served under local names only: see INSECURE_NO_AUTH_HOSTS", http.StatusMisdirectedRequest)
+		address := net.ParseIP(strings.Trim(host, "[]"))
+		if host != "localhost" && !address.IsLoopback() && !slices.Contains(hosts, host) {
+			http.Error(w, "with authentication off, only local host names are accepted: see INSECURE_NO_AUTH_HOSTS",
+				http.StatusMisdirectedRequest)
 			return
 		}
 		next.ServeHTTP(w, r)
 	})
 }
 
-// CheckOrigin says whether origin is one that Config.Origins takes: a scheme, a host, perhaps a port, and nothing else.
+// CheckOrigin returns an error if Config.Origins cannot contain origin. An origin is a scheme, a host and an optional
+// port.
 func CheckOrigin(origin string) error {
 	return http.NewCrossOriginProtection().AddTrustedOrigin(origin)
 }

@@ -29,7 +29,7 @@ import (
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 )
 
-// post sends JSON to the unary method, with some headers.
+// post sends JSON with headers to the unary method.
 func post(t *testing.T, server *running, header http.Header, body io.Reader) *http.Response {
 	t.Helper()
 	req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, server.url+unarySpec.Procedure, body)
@@ -51,7 +51,7 @@ func post(t *testing.T, server *running, header http.Header, body io.Reader) *ht
 	return res
 }
 
-// cpu is the time that this process has computed for.
+// cpu returns the CPU time of this process.
 func cpu(t *testing.T) time.Duration {
 	t.Helper()
 	var usage syscall.Rusage
@@ -61,7 +61,8 @@ func cpu(t *testing.T) time.Duration {
 	return time.Duration(usage.Utime.Nano() + usage.Stime.Nano())
 }
 
-// bomb is so many MiB of zeros, compressed. It is made of one that is repeated, for the race detector makes compression very slow.
+// bomb returns that many MiB of zeros, compressed. It repeats one compressed MiB, because the race detector makes
+// compression very slow.
 func bomb(t *testing.T, mebibytes int) []byte {
 	t.Helper()
 	var header, block bytes.Buffer
@@ -78,7 +79,7 @@ func bomb(t *testing.T, mebibytes int) []byte {
 	return append(header.Bytes(), bytes.Repeat(block.Bytes(), mebibytes)...)
 }
 
-// TestBombs is not parallel: it measures.
+// TestBombs does not run in parallel because it measures the CPU time of the process.
 func TestBombs(t *testing.T) {
 	server := serve(t, rpcserver.Config{}, unary(echo))
 	var empty bytes.Buffer
@@ -86,9 +87,9 @@ func TestBombs(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name, body := range map[string][]byte{
-		"2000 MiB of zeros":     bomb(t, 2000), // which takes 9 s to inflate under the race detector
-		"4 MiB of empty gzips":  bytes.Repeat(empty.Bytes(), 4<<20/empty.Len()),
-		"JSON nested very deep": bytes.Repeat([]byte("["), 4<<20),
+		"2000 MiB of zeros":    bomb(t, 2000), // takes 9 s to inflate under the race detector
+		"4 MiB of empty gzips": bytes.Repeat(empty.Bytes(), 4<<20/empty.Len()),
+		"deeply nested JSON":   bytes.Repeat([]byte("["), 4<<20),
 	} {
 		header := http.Header{"Content-Encoding": {"gzip"}}
 		if body[0] == '[' {
@@ -102,11 +103,12 @@ func TestBombs(t *testing.T) {
 		used, took := cpu(t)-used, time.Since(started)
 		runtime.ReadMemStats(&after)
 		allocated := (after.TotalAlloc - before.TotalAlloc) >> 20
-		t.Logf("%s (%d bytes sent): %s of CPU, %s, %d MiB allocated, %s %s", name, len(body), used, took, allocated, res.Status, text)
+		t.Logf("%s (%d bytes sent): %s of CPU, %s, %d MiB allocated, %s %s",
+			name, len(body), used, took, allocated, res.Status, text)
 		if res.StatusCode/100 != 4 {
 			t.Errorf("%s: %s", name, res.Status)
 		}
-		// 20 ms and 16 MiB without the race detector, up to 0.7 s with it.
+		// It costs 20 ms and 16 MiB without the race detector, and up to 0.7 s with it.
 		if used > 3*time.Second || allocated > 64 {
 			t.Errorf("%s: cost %s and %d MiB", name, used, allocated)
 		}
@@ -115,7 +117,9 @@ func TestBombs(t *testing.T) {
 
 func TestRequestsHaveIDs(t *testing.T) {
 	t.Parallel()
-	server := serve(t, rpcserver.Config{}, unary(func(ctx context.Context, _ string) (string, error) { return rpcserver.RequestID(ctx), nil }))
+	server := serve(t, rpcserver.Config{}, unary(func(ctx context.Context, _ string) (string, error) {
+		return rpcserver.RequestID(ctx), nil
+	}))
 	for given, kept := range map[string]bool{
 		"abc-123_X.9": true, strings.Repeat("a", 64): true,
 		"": false, strings.Repeat("a", 65): false, "a b": false, `a" code=ok`: false, "é": false,
@@ -124,10 +128,10 @@ func TestRequestsHaveIDs(t *testing.T) {
 		body, _ := io.ReadAll(res.Body)
 		id := res.Header.Get("X-Request-Id")
 		if string(body) != `"`+id+`"` || (id == given) != kept || len(res.Header["X-Request-Id"]) != 1 || len(id) < 11 {
-			t.Errorf("gave %q: handler saw %s, answer has %q", given, body, res.Header["X-Request-Id"])
+			t.Errorf("sent %q: handler saw %s, response has %q", given, body, res.Header["X-Request-Id"])
 		}
 		if !strings.Contains(server.logs.String(), "request_id="+id) {
-			t.Errorf("gave %q: log lacks %s", given, id)
+			t.Errorf("sent %q: log lacks %s", given, id)
 		}
 	}
 	res, err := httpClient(t, false).Get(server.url + "/nowhere")
@@ -136,7 +140,7 @@ func TestRequestsHaveIDs(t *testing.T) {
 	}
 	defer res.Body.Close()
 	if res.StatusCode != http.StatusNotFound || res.Header.Get("X-Request-Id") == "" {
-		t.Errorf("what is no call: %s, ID %q", res.Status, res.Header.Get("X-Request-Id"))
+		t.Errorf("request outside of RPCs: got %s, ID %q", res.Status, res.Header.Get("X-Request-Id"))
 	}
 }
 
@@ -150,17 +154,20 @@ func TestLogHasNoPayloadAndNoCredential(t *testing.T) {
 			return in, nil
 		}))
 	for _, in := range []string{`"hunter2"`, `"hunter2 fail"`, `{"hunter2":`, `hunter2`} {
-		post(t, server, http.Header{"Authorization": {"Bearer hunter2"}, "X-Api-Key": {"hunter2"}}, strings.NewReader(in))
+		post(t, server, http.Header{"Authorization": {"Bearer hunter2"}, "X-Api-Key": {"hunter2"}},
+			strings.NewReader(in))
 	}
 	log := server.logs.String()
 	if strings.Contains(log, "hunter2") {
-		t.Errorf("the log tells secrets:\n%s", log)
+		t.Errorf("the log contains secrets:\n%s", log)
 	}
-	if n := len(regexp.MustCompile(`msg=rpc procedure=\S+ code=\S+ duration=\S+ protocol=connect peer=\S+ caller=development request_id=\S+\n`).FindAllString(log, -1)); n != 4 {
-		t.Errorf("4 calls, %d lines of access:\n%s", n, log)
+	line := regexp.MustCompile(`msg=rpc procedure=\S+ code=\S+ duration=\S+ protocol=connect peer=\S+ ` +
+		`caller=development request_id=\S+\n`)
+	if n := len(line.FindAllString(log, -1)); n != 4 {
+		t.Errorf("4 calls have %d lines in the access log:\n%s", n, log)
 	}
 	if strings.Contains(log, "\ninjected") {
-		t.Errorf("an error broke a line:\n%s", log)
+		t.Errorf("an error injected a log line:\n%s", log)
 	}
 }
 
@@ -169,8 +176,9 @@ func TestSecurityHeaders(t *testing.T) {
 	server := serve(t, rpcserver.Config{}, unary(echo))
 	want := map[string]string{
 		"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store", "Referrer-Policy": "no-referrer",
-		"Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'", "Cross-Origin-Resource-Policy": "same-origin",
-		"Strict-Transport-Security": "", "Server": "", "Access-Control-Allow-Origin": "",
+		"Content-Security-Policy":      "default-src 'none'; frame-ancestors 'none'",
+		"Cross-Origin-Resource-Policy": "same-origin",
+		"Strict-Transport-Security":    "", "Server": "", "Access-Control-Allow-Origin": "",
 	}
 	for _, body := range []string{`"hello"`, `bad`} {
 		res := post(t, server, http.Header{"Origin": {server.url}}, strings.NewReader(body))
@@ -187,9 +195,10 @@ func TestOrigins(t *testing.T) {
 	const console = "https://console.example"
 	open := serve(t, rpcserver.Config{Origins: []string{console}}, unary(echo))
 	closed := serve(t, rpcserver.Config{}, unary(echo))
-	ask := func(server *running, method string, header http.Header) *http.Response {
+	send := func(server *running, method string, header http.Header) *http.Response {
 		t.Helper()
-		req, err := http.NewRequestWithContext(t.Context(), method, server.url+unarySpec.Procedure, strings.NewReader(`"hello"`))
+		body := strings.NewReader(`"hello"`)
+		req, err := http.NewRequestWithContext(t.Context(), method, server.url+unarySpec.Procedure, body)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -207,36 +216,48 @@ func TestOrigins(t *testing.T) {
 		origin  string
 		allowed bool
 	}{
-		"named": {open, console, true}, "another": {open, "https://evil.example", false}, "http": {open, "http://console.example", false},
-		"suffix": {open, "https://evil.console.example", false}, "prefix": {open, console + ".evil.example", false}, "null": {open, "null", false},
-		"none named": {closed, console, false},
+		"configured":      {open, console, true},
+		"another":         {open, "https://evil.example", false},
+		"http":            {open, "http://console.example", false},
+		"suffix":          {open, "https://evil.console.example", false},
+		"prefix":          {open, console + ".evil.example", false},
+		"null":            {open, "null", false},
+		"none configured": {closed, console, false},
 	} {
-		preflight := ask(test.server, http.MethodOptions, http.Header{
+		preflight := send(test.server, http.MethodOptions, http.Header{
 			"Origin": {test.origin}, "Access-Control-Request-Method": {"POST"},
 			"Access-Control-Request-Headers": {"authorization,connect-protocol-version,content-type,x-api-key"},
 		})
-		if got := preflight.Header.Get("Access-Control-Allow-Origin"); (got == test.origin) != test.allowed || got == "*" {
+		if got := preflight.Header.Get("Access-Control-Allow-Origin"); (got == test.origin) != test.allowed ||
+			got == "*" {
 			t.Errorf("%s: preflight allows %q", name, got)
 		}
-		if test.allowed && !strings.Contains(preflight.Header.Get("Access-Control-Allow-Headers"), "x-api-key") {
-			t.Errorf("%s: preflight allows headers %q", name, preflight.Header.Get("Access-Control-Allow-Headers"))
+		if got := preflight.Header.Get("Access-Control-Allow-Headers"); test.allowed &&
+			!strings.Contains(got, "x-api-key") {
+			t.Errorf("%s: preflight allows headers %q", name, got)
 		}
 		if preflight.Header.Get("Access-Control-Allow-Credentials") != "" {
 			t.Errorf("%s: cookies are allowed", name)
 		}
-		call := ask(test.server, http.MethodPost, http.Header{"Origin": {test.origin}, "Sec-Fetch-Site": {"cross-site"}})
-		if (call.StatusCode == http.StatusOK) != test.allowed || (call.Header.Get("Access-Control-Allow-Origin") == test.origin) != test.allowed {
-			t.Errorf("%s: call gave %s and allows %q", name, call.Status, call.Header.Get("Access-Control-Allow-Origin"))
+		call := send(test.server, http.MethodPost, http.Header{"Origin": {test.origin},
+			"Sec-Fetch-Site": {"cross-site"}})
+		origin := call.Header.Get("Access-Control-Allow-Origin")
+		if (call.StatusCode == http.StatusOK) != test.allowed || (origin == test.origin) != test.allowed {
+			t.Errorf("%s: call returned %s and allows %q", name, call.Status, origin)
 		}
-		if test.allowed && !strings.Contains(strings.ToLower(call.Header.Get("Access-Control-Expose-Headers")), "grpc-status") {
-			t.Errorf("%s: exposes %q", name, call.Header.Get("Access-Control-Expose-Headers"))
+		exposed := call.Header.Get("Access-Control-Expose-Headers")
+		if test.allowed && !strings.Contains(strings.ToLower(exposed), "grpc-status") {
+			t.Errorf("%s: exposes %q", name, exposed)
 		}
 	}
-	if res := ask(closed, http.MethodPost, http.Header{"Sec-Fetch-Site": {"same-origin"}, "Origin": {closed.url}}); res.StatusCode != http.StatusOK {
-		t.Errorf("the page of our own origin: %s", res.Status)
+	own := http.Header{"Sec-Fetch-Site": {"same-origin"}, "Origin": {closed.url}}
+	if res := send(closed, http.MethodPost, own); res.StatusCode != http.StatusOK {
+		t.Errorf("page of the server's own origin: %s", res.Status)
 	}
 	for origin, good := range map[string]bool{
-		console: true, "http://localhost:5173": true, "*": false, "console.example": false, console + "/": false, "null": false, "": false,
+		console: true, "http://localhost:5173": true,
+
+		"*": false, "console.example": false, console + "/": false, "null": false, "": false,
 	} {
 		if err := rpcserver.CheckOrigin(origin); (err == nil) != good {
 			t.Errorf("%q: got error %v", origin, err)
@@ -244,7 +265,7 @@ func TestOrigins(t *testing.T) {
 	}
 }
 
-func TestLimitsAnswerWithAHint(t *testing.T) {
+func TestLimitsReturnARetryHint(t *testing.T) {
 	t.Parallel()
 	key, line, err := auth.NewKey("ann", []string{"customer"})
 	if err != nil {
@@ -274,8 +295,9 @@ func TestLimitsAnswerWithAHint(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if wait := detail.(*errdetails.RetryInfo).GetRetryDelay().AsDuration(); wait < 90*time.Second || wait > 100*time.Second {
-			t.Errorf("%s: told to wait %s", transport.name, wait)
+		wait := detail.(*errdetails.RetryInfo).GetRetryDelay().AsDuration()
+		if wait < 90*time.Second || wait > 100*time.Second {
+			t.Errorf("%s: got retry delay %s, want 90 s to 100 s", transport.name, wait)
 		}
 		if after := info.ResponseHeader().Get("Retry-After"); after != "100" {
 			t.Errorf("%s: retry-after is %q", transport.name, after)
@@ -283,17 +305,19 @@ func TestLimitsAnswerWithAHint(t *testing.T) {
 	}
 	res := post(t, server, http.Header{"X-Api-Key": {key}, "X-Forwarded-For": {"192.0.2.1"}}, strings.NewReader(`""`))
 	if res.StatusCode != http.StatusOK {
-		t.Errorf("a caller with a name pays for the nameless of his address: %s", res.Status)
+		t.Errorf("an authenticated caller pays for the unauthenticated callers of its address: %s", res.Status)
 	}
-	if res := post(t, server, http.Header{"X-Forwarded-For": {"192.0.2.1"}}, strings.NewReader(`""`)); res.StatusCode != http.StatusTooManyRequests {
-		t.Errorf("a header changes who pays: %s", res.Status)
+	res = post(t, server, http.Header{"X-Forwarded-For": {"192.0.2.1"}}, strings.NewReader(`""`))
+	if res.StatusCode != http.StatusTooManyRequests {
+		t.Errorf("a header changes the account that pays: %s", res.Status)
 	}
 }
 
 func TestStreamsCountAsConcurrent(t *testing.T) {
 	t.Parallel()
 	begun := make(chan struct{}, 2)
-	server := serve(t, rpcserver.Config{Interceptors: []connect.ServerInterceptor{rpcserver.Limit(rpcserver.LimitConfig{Concurrent: 2})}},
+	limit := rpcserver.Limit(rpcserver.LimitConfig{Concurrent: 2})
+	server := serve(t, rpcserver.Config{Interceptors: []connect.ServerInterceptor{limit}},
 		unary(echo), stream(func(ctx context.Context, _ string, send func(string) error) error {
 			begun <- struct{}{}
 			<-ctx.Done()
@@ -305,7 +329,7 @@ func TestStreamsCountAsConcurrent(t *testing.T) {
 	for range 2 {
 		go func() { _, _ = receiveAll(ctx, client, "") }()
 	}
-	for range 2 { // before there is a call that could take a stream's place
+	for range 2 { // wait before the unary call, which could take the place of a stream
 		select {
 		case <-begun:
 		case <-time.After(10 * time.Second):
@@ -313,7 +337,7 @@ func TestStreamsCountAsConcurrent(t *testing.T) {
 		}
 	}
 	if _, err := call(t.Context(), client, ""); connect.CodeOf(err) != connect.CodeResourceExhausted {
-		t.Errorf("got %v", err)
+		t.Errorf("got error %v, want %s", err, connect.CodeResourceExhausted)
 	}
 	cancel()
 	testenv.Eventually(t, 10*time.Second, func() error {
@@ -326,7 +350,8 @@ func TestLargeHeadersAreRefused(t *testing.T) {
 	t.Parallel()
 	server := serve(t, rpcserver.Config{MaxHeaderBytes: 8 << 10}, unary(echo))
 	for size, good := range map[int]bool{4 << 10: true, 32 << 10: false} {
-		if res := post(t, server, http.Header{"X-Large": {strings.Repeat("x", size)}}, strings.NewReader(`""`)); (res.StatusCode == http.StatusOK) != good {
+		res := post(t, server, http.Header{"X-Large": {strings.Repeat("x", size)}}, strings.NewReader(`""`))
+		if (res.StatusCode == http.StatusOK) != good {
 			t.Errorf("%d bytes: %s", size, res.Status)
 		}
 	}
@@ -334,9 +359,10 @@ func TestLargeHeadersAreRefused(t *testing.T) {
 
 func TestConnectionsAreBounded(t *testing.T) {
 	t.Parallel()
-	server := serve(t, rpcserver.Config{MaxConns: 2, MaxConnsPerAddress: -1, ReadHeaderTimeout: time.Second}, unary(echo))
+	server := serve(t, rpcserver.Config{MaxConns: 2, MaxConnsPerAddress: -1, ReadHeaderTimeout: time.Second},
+		unary(echo))
 	var idle []net.Conn
-	for range 10 { // the kernel takes them, the server two at a time
+	for range 10 { // the kernel accepts all of them, the server two at a time
 		conn, err := net.Dial("tcp", server.addr)
 		if err != nil {
 			t.Fatal(err)
@@ -344,17 +370,17 @@ func TestConnectionsAreBounded(t *testing.T) {
 		defer conn.Close()
 		idle = append(idle, conn)
 	}
-	// Slow ones are cut off, so that those who wait behind them have their turn.
+	// The server cuts off silent connections, so that the connections behind them are served.
 	started := time.Now()
 	if res := post(t, server, nil, strings.NewReader(`""`)); res.StatusCode != http.StatusOK {
 		t.Errorf("got %s", res.Status)
 	}
 	if took := time.Since(started); took < time.Second || took > 15*time.Second {
-		t.Errorf("behind %d connections that say nothing, a call took %s", len(idle), took)
+		t.Errorf("behind %d silent connections, a call took %s", len(idle), took)
 	}
 }
 
-func TestCallerWhoDoesNotReadIsCutOff(t *testing.T) {
+func TestCallerThatDoesNotReadIsCutOff(t *testing.T) {
 	t.Parallel()
 	ended := make(chan struct{})
 	var once sync.Once
@@ -375,8 +401,9 @@ func TestCallerWhoDoesNotReadIsCutOff(t *testing.T) {
 	defer conn.Close()
 	message := []byte(`""`)
 	body := append(binary.BigEndian.AppendUint32([]byte{0}, uint32(len(message))), message...)
-	fmt.Fprintf(conn, "POST %s HTTP/1.1\r\nHost: x\r\nContent-Type: application/connect+json\r\nContent-Length: %d\r\n\r\n%s",
-		streamSpec.Procedure, len(body), body)
+	const request = "POST %s HTTP/1.1\r\nHost: x\r\nContent-Type: application/connect+json\r\nContent-Length: " +
+		"%d\r\n\r\n%s"
+	fmt.Fprintf(conn, request, streamSpec.Procedure, len(body), body)
 	select {
 	case <-ended:
 	case <-time.After(20 * time.Second):
@@ -384,18 +411,19 @@ func TestCallerWhoDoesNotReadIsCutOff(t *testing.T) {
 	}
 }
 
-// TestRapidReset is CVE-2023-44487: streams that are opened and reset at once.
+// TestRapidReset tests CVE-2023-44487: streams that are opened and reset at once.
 func TestRapidReset(t *testing.T) {
 	t.Parallel()
 	const streams = 20
 	var mu sync.Mutex
 	running, most := 0, 0
-	server := serve(t, rpcserver.Config{MaxConcurrentStreams: streams}, unary(func(context.Context, string) (string, error) {
+	config := rpcserver.Config{MaxConcurrentStreams: streams}
+	server := serve(t, config, unary(func(context.Context, string) (string, error) {
 		mu.Lock()
 		running++
 		most = max(most, running)
 		mu.Unlock()
-		time.Sleep(20 * time.Millisecond) // stands for work that does not look at its context
+		time.Sleep(20 * time.Millisecond) // work that ignores its context
 		mu.Lock()
 		running--
 		mu.Unlock()
@@ -417,7 +445,8 @@ func TestRapidReset(t *testing.T) {
 	for i := range 3000 {
 		block.Reset()
 		for _, field := range [][2]string{
-			{":method", "POST"}, {":scheme", "http"}, {":authority", "x"}, {":path", unarySpec.Procedure}, {"content-type", "application/json"},
+			{":method", "POST"}, {":scheme", "http"}, {":authority", "x"}, {":path", unarySpec.Procedure},
+			{"content-type", "application/json"},
 		} {
 			_ = encoder.WriteField(hpack.HeaderField{Name: field[0], Value: field[1]})
 		}
@@ -427,16 +456,16 @@ func TestRapidReset(t *testing.T) {
 			framer.WriteData(id, true, []byte(`""`)),
 			framer.WriteRSTStream(id, http2.ErrCodeCancel))
 		if err != nil {
-			break // the server has had enough
+			break // the server has closed the connection
 		}
 	}
 	if out, err := call(t.Context(), server.client(t, true), ""); err != nil || out != "" {
-		t.Errorf("another caller: %q, %v", out, err)
+		t.Errorf("another caller: got %q, %v", out, err)
 	}
 	mu.Lock()
 	defer mu.Unlock()
 	if most > streams+1 || most == 0 {
-		t.Errorf("%d handlers ran at once for one connection of %d streams", most, streams)
+		t.Errorf("%d handlers ran at once for one connection with %d streams", most, streams)
 	}
 }
 

@@ -10,11 +10,16 @@ import (
 	"example.com/shop/internal/rpcserver"
 )
 
-// A stream whose compression is not known is told so, in a form that clients read: Connect's own answer names an empty compression.
+// A stream with an unknown compression gets an error that clients can read. Connect's own answer has an empty
+// compression.
 func TestUnknownCompressionOfAStream(t *testing.T) {
 	t.Parallel()
-	server := serve(t, rpcserver.Config{}, stream(func(context.Context, string, func(string) error) error { return nil }))
-	req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, server.url+streamSpec.Procedure, strings.NewReader("\x00\x00\x00\x00\x02\"\""))
+	server := serve(t, rpcserver.Config{}, stream(func(context.Context, string,
+		func(string) error) error {
+		return nil
+	}))
+	message := strings.NewReader("\x00\x00\x00\x00\x02\"\"")
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, server.url+streamSpec.Procedure, message)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -26,7 +31,8 @@ func TestUnknownCompressionOfAStream(t *testing.T) {
 	}
 	defer res.Body.Close()
 	body, err := io.ReadAll(res.Body)
-	if named, has := res.Header["Connect-Content-Encoding"]; has || err != nil || !strings.Contains(string(body), `"code":"unimplemented"`) {
-		t.Errorf("compression %q: %s %q, %v", named, res.Status, body, err)
+	encoding, found := res.Header["Connect-Content-Encoding"]
+	if found || err != nil || !strings.Contains(string(body), `"code":"unimplemented"`) {
+		t.Errorf("got compression %q, %s, body %q, error %v", encoding, res.Status, body, err)
 	}
 }

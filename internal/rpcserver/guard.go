@@ -10,8 +10,8 @@ import (
 	"connectrpc.com/connect/v2"
 )
 
-// guard is the mux that Connect mounts its handlers on. It puts around each of them what the kind of call needs, which
-// only HTTP can do.
+// guard is the mux that Connect mounts its handlers on. It wraps each handler with the limits that its kind of call
+// needs and that only HTTP can enforce.
 type guard struct {
 	mux    *http.ServeMux
 	config Config
@@ -26,7 +26,8 @@ func newGuard(mux *http.ServeMux, config Config, rpc *connect.Server) *guard {
 	return &guard{mux: mux, config: config, types: types}
 }
 
-// Handle implements connecthttp.ServeMux. A pattern that is no procedure is a service's unknown methods: unary, as it were.
+// Handle implements connecthttp.ServeMux. A pattern that is not a procedure matches the unknown methods of a service,
+// which count as unary.
 func (g *guard) Handle(pattern string, handler http.Handler) {
 	if g.config.Budget != nil {
 		handler = meter(handler, g.config.Budget)
@@ -35,12 +36,12 @@ func (g *guard) Handle(pattern string, handler http.Handler) {
 		handler = g.boundBody(handler)
 	}
 	if g.types[pattern] != connect.StreamTypeUnary {
-		handler = endOnDrain(nameNoEmptyEncoding(handler))
+		handler = endOnDrain(dropEmptyEncoding(handler))
 	}
 	g.mux.Handle(pattern, cutQuoted(handler))
 }
 
-// meter has each request pay for its body while it arrives, and for its message until the call ends.
+// meter charges each request for its body while it arrives, and for its message until the call ends.
 func meter(next http.Handler, budget *Budget) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		load := newLoad(budget)
@@ -51,14 +52,16 @@ func meter(next http.Handler, budget *Budget) http.Handler {
 	})
 }
 
-// boundBody bounds the body of a call with one request message in size and time, and ends it when the server begins to drain. Connect bounds
-// the message by itself, but would read what is too large to its end, and wait for it however long.
+// boundBody bounds the size and the time of a body with one request message, and ends the body when the server begins
+// to drain. Connect bounds the message, too, but reads a message that is too large to its end, and waits for it
+// without a limit.
 func (g *guard) boundBody(next http.Handler) http.Handler {
-	const framing = 1 << 10 // room for the envelope, so that it is Connect that refuses what is a little too large
+	// Room for the envelope, so that Connect itself refuses a message that is slightly too large.
+	const framing = 1 << 10
 	limit := int64(g.config.ReadMaxBytes) + framing
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		// A body that is there already must get no deadline: net/http reads on, to notice when the caller leaves. Otherwise it
-		// lifts the deadline by itself when the body is at its end.
+		// A request without a body must not get a deadline, because net/http keeps reading to notice when the caller leaves.
+		// Otherwise, net/http removes the deadline at the end of the body.
 		if r.Body != http.NoBody {
 			control := http.NewResponseController(w)
 			_ = control.SetReadDeadline(time.Now().Add(g.config.BodyTimeout)) // httptest.ResponseRecorder has none
@@ -70,34 +73,36 @@ func (g *guard) boundBody(next http.Handler) http.Handler {
 	})
 }
 
-// arriving is a body that knows whether it is here.
+// arriving is a body that records whether it was read to its end.
 type arriving struct {
 	io.ReadCloser
-	mu   sync.Mutex
-	here bool
+	mu      sync.Mutex
+	arrived bool
 }
 
 func (a *arriving) Read(p []byte) (int, error) {
 	n, err := a.ReadCloser.Read(p)
 	if err != nil {
 		a.mu.Lock()
-		a.here = true
+		a.arrived = true
 		a.mu.Unlock()
 	}
 	return n, err
 }
 
-// end makes the handler stop waiting for what has not arrived. A body that is here is left alone: its call goes on.
+// end stops the handler from waiting for the rest of the body. If the body has arrived, end does nothing, so that its
+// call continues.
 func (a *arriving) end(control *http.ResponseController) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if !a.here {
+	if !a.arrived {
 		_ = control.SetReadDeadline(time.Now())
 	}
 }
 
-// onDrain calls fn when the server that serves ctx begins to drain, unless stop was called before. Once stop has returned, fn is not running: a
-// handler must call it, because a response must not be used once the handler has returned.
+// onDrain calls fn when the server that serves ctx begins to drain, unless stop was called before. After stop has
+// returned, fn does not run. A handler must call stop, because fn must not use the response after the handler has
+// returned.
 func onDrain(ctx context.Context, fn func()) (stop func()) {
 	draining, ok := ctx.Value(drainingKey{}).(context.Context)
 	if !ok { // not served by Serve
@@ -115,8 +120,8 @@ func onDrain(ctx context.Context, fn func()) (stop func()) {
 	}
 }
 
-// endOnDrain ends a stream when the server begins to drain: its context, for handlers that wait for something to send, and
-// its body, for those that wait for the caller.
+// endOnDrain ends a stream when the server begins to drain. It cancels the context for handlers that wait for
+// something to send, and ends the body for handlers that wait for the caller.
 func endOnDrain(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		ctx, cancel := context.WithCancelCause(r.Context())

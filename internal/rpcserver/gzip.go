@@ -10,16 +10,16 @@ import (
 	"connectrpc.com/connect/v2/connectgzip"
 )
 
-// compressMinBytes is the least message in bytes that is compressed. What fits into one packet arrives no sooner for being smaller, and gzip spends more
-// processor time on it than many a call on everything else.
+// compressMinBytes is the size in bytes from which messages are compressed. A message that fits into one packet does
+// not arrive sooner if it is smaller, and for many calls gzip would take more CPU time than everything else.
 const compressMinBytes = 1 << 10
 
-// boundedGzip inflates no more than a message may have, and one gzip member only. Connect bounds what comes out, but not what it costs:
-// 4 MiB hold 200,000 members that are empty, and each takes the time of a header and a checksum.
+// boundedGzip inflates at most one message of the largest size, and only one gzip member. Connect bounds the output
+// but not its cost: 4 MiB can contain 200,000 empty members, and each takes the time of a header and a checksum.
 type boundedGzip struct {
 	*connectgzip.Compressor
 	limit   int
-	budget  *Budget // pays for what is inflated until it belongs to its call; nil for none
+	budget  *Budget // pays for the inflated bytes until the call pays for them; may be nil
 	readers sync.Pool
 }
 
@@ -44,11 +44,11 @@ func (g *boundedGzip) Decompress(src io.Reader) (io.ReadCloser, error) {
 	return i, nil
 }
 
-// inflating is one message that is being decompressed.
+// inflating is a message that is being decompressed.
 type inflating struct {
 	gzip   *boundedGzip
 	reader *gzip.Reader
-	src    io.Reader // has ReadByte, as Connect's buffers do: else gzip would read ahead
+	src    io.Reader // must have ReadByte, as Connect's buffers do; otherwise gzip would read ahead
 	left   int
 	load   *load
 }
@@ -61,7 +61,8 @@ func (i *inflating) Read(p []byte) (int, error) {
 		}
 	}
 	if i.left -= n; i.left == 0 {
-		return n, connect.Errorf(connect.CodeResourceExhausted, "message is larger than configured max %d", i.gzip.limit)
+		return n, connect.Errorf(connect.CodeResourceExhausted, "message is larger than configured max %d",
+			i.gzip.limit)
 	}
 	if errors.Is(err, io.EOF) {
 		if more, _ := i.src.Read(make([]byte, 1)); more > 0 {

@@ -30,7 +30,7 @@ func (zeros) Read(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// counting counts what is taken of a compressed message.
+// counting counts the bytes that are read from a compressed message.
 type counting struct {
 	*bytes.Buffer
 	n int
@@ -54,7 +54,9 @@ func TestInflatingStopsAtTheLimit(t *testing.T) {
 	t.Parallel()
 	const limit = 64 << 10
 	g := newBoundedGzip(limit, nil)
-	for size, fits := range map[int64]bool{0: true, 1: true, limit - 1: true, limit: true, limit + 1: false, 20 << 20: false} {
+	for size, fits := range map[int64]bool{
+		0: true, 1: true, limit - 1: true, limit: true, limit + 1: false, 20 << 20: false,
+	} {
 		source := &counting{Buffer: compressed(t, io.LimitReader(zeros{}, size))}
 		total := source.Len()
 		reader, err := g.Decompress(source)
@@ -69,7 +71,7 @@ func TestInflatingStopsAtTheLimit(t *testing.T) {
 			t.Errorf("%d bytes: got %d, %v", size, n, err)
 		}
 		if size > 100*limit && source.n > total/100 {
-			t.Errorf("%d bytes: took %d of %d compressed bytes", size, source.n, total)
+			t.Errorf("%d bytes: read %d of %d compressed bytes", size, source.n, total)
 		}
 		if err := reader.Close(); err != nil {
 			t.Error(err)
@@ -77,7 +79,7 @@ func TestInflatingStopsAtTheLimit(t *testing.T) {
 	}
 }
 
-func TestInflatingTakesOneMember(t *testing.T) {
+func TestInflatingAcceptsOneMember(t *testing.T) {
 	t.Parallel()
 	g := newBoundedGzip(1<<20, nil)
 	read := func(source *bytes.Buffer) (string, error) {
@@ -90,7 +92,7 @@ func TestInflatingTakesOneMember(t *testing.T) {
 		return string(text), err
 	}
 	hello := compressed(t, strings.NewReader("hello")).Bytes()
-	for range 2 { // the second time with a reader from the pool
+	for range 2 { // the second time, with a reader from the pool
 		if text, err := read(bytes.NewBuffer(hello)); err != nil || text != "hello" {
 			t.Errorf("got %q, %v", text, err)
 		}

@@ -16,28 +16,29 @@ import (
 	"google.golang.org/protobuf/reflect/protoreflect"
 )
 
-// Check is one thing that services need to do their work.
+// Check checks a dependency of services.
 type Check struct {
-	// Name is what readiness answers call it, such as "database".
+	// Name is the name in readiness answers, such as "database".
 	Name string
-	// Ready returns nil if it is there. It is called once a second at most, never twice at the same time, and with a
-	// deadline of 2 s, however many probes and watchers ask. Its error is logged, never sent.
+	// Ready returns nil if the dependency is available. It is called at most once a second, never concurrently, and with a
+	// deadline of 2 s, regardless of the number of probes and watchers. Its error is logged but never sent.
 	Ready func(ctx context.Context) error
-	// Services are the full names of those that need it; none means all. A service that only writes to the outbox does
-	// not need the broker.
+	// Services are the full names of the services that need the dependency. None means all. For example, a service that
+	// only writes to the outbox does not need the broker.
 	Services []string
 }
 
 const (
-	// checkTimeout is shorter than the timeouts of common probes, so that they hear which check failed.
+	// checkTimeout is shorter than the timeouts of common probes, so that they learn which check failed.
 	checkTimeout = 2 * time.Second
-	// checkRemembered is how long probes get what a check found last, so that they cost the same however many come.
-	checkRemembered = time.Second
-	// healthWatchInterval is how often a watcher's services are checked: load balancers need no more.
+	// checkCached is how long probes get the last result of a check. It makes the cost independent of their number.
+	checkCached = time.Second
+	// healthWatchInterval is how often a watcher's services are checked. Load balancers need no more.
 	healthWatchInterval = time.Second
 )
 
-// health answers whether services are ready: over grpc.health.v1.Health on the API's port, and over HTTP on the operators' port.
+// health reports whether services are ready: as grpc.health.v1.Health on the API's port, and over HTTP on the
+// operators' port.
 type health struct {
 	checks   []Check
 	services []string
@@ -45,21 +46,21 @@ type health struct {
 
 	running singleflight.Group
 	mu      sync.Mutex
-	found   map[string]finding // by the name of a check
+	results map[string]result // by the name of a check
 }
 
-// finding is what a check said when it was last asked.
-type finding struct {
+// result is the last result of a check.
+type result struct {
 	at  time.Time
 	err error
 }
 
 func newHealth(checks []Check, log *slog.Logger) *health {
-	return &health{checks: checks, log: log, found: make(map[string]finding)}
+	return &health{checks: checks, log: log, results: make(map[string]result)}
 }
 
-// serves learns which services there are.
-func (h *health) serves(rpc *connect.Server) {
+// addServices adds the services of rpc.
+func (h *health) addServices(rpc *connect.Server) {
 	for spec := range rpc.Specs() {
 		service, _, _ := strings.Cut(strings.TrimPrefix(spec.Procedure, "/"), "/")
 		if !slices.Contains(h.services, service) {
@@ -68,7 +69,7 @@ func (h *health) serves(rpc *connect.Server) {
 	}
 }
 
-// missingFor returns the names of failed checks that the service needs; "" needs all of them.
+// missingFor returns the names of the failed checks that the service needs. The service "" needs all checks.
 func (h *health) missingFor(probe context.Context, service string) []string {
 	failed := make([]string, len(h.checks))
 	var running sync.WaitGroup
@@ -86,16 +87,16 @@ func (h *health) missingFor(probe context.Context, service string) []string {
 	return slices.DeleteFunc(failed, func(name string) bool { return name == "" })
 }
 
-// ready returns what the check found within the last second, or else what it finds now, which all who ask meanwhile wait for.
+// ready returns the result of the check from the last second, or else runs the check. Concurrent callers share one run.
 func (h *health) ready(probe context.Context, check Check) error {
-	if err, known := h.remembered(check.Name); known {
+	if err, known := h.cached(check.Name); known {
 		return err
 	}
 	answer := h.running.DoChan(check.Name, func() (any, error) {
-		if err, known := h.remembered(check.Name); known { // since this probe looked
+		if err, known := h.cached(check.Name); known { // another run has just ended
 			return nil, err
 		}
-		// Without the probe's end: others wait for the answer as well.
+		// The probe's cancellation does not count, because other probes wait for the answer, too.
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(probe), checkTimeout)
 		defer cancel()
 		err := check.Ready(ctx)
@@ -110,18 +111,18 @@ func (h *health) ready(probe context.Context, check Check) error {
 	}
 }
 
-func (h *health) remembered(name string) (err error, known bool) {
+func (h *health) cached(name string) (err error, known bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	last, asked := h.found[name]
-	return last.err, asked && time.Since(last.at) < checkRemembered
+	last, found := h.results[name]
+	return last.err, found && time.Since(last.at) < checkCached
 }
 
-// note remembers what a check found, and logs that it fails or works again.
+// note stores the result of a check. If the result has changed, note logs it.
 func (h *health) note(ctx context.Context, name string, err error) {
 	h.mu.Lock()
-	changed := (h.found[name].err != nil) != (err != nil)
-	h.found[name] = finding{time.Now(), err}
+	changed := (h.results[name].err != nil) != (err != nil)
+	h.results[name] = result{time.Now(), err}
 	h.mu.Unlock()
 	switch {
 	case changed && err != nil:
@@ -131,13 +132,13 @@ func (h *health) note(ctx context.Context, name string, err error) {
 	}
 }
 
-// draining tells whether the server that serves ctx is shutting down.
+// draining reports whether the server that serves ctx is shutting down.
 func draining(ctx context.Context) bool {
 	shutdown, ok := ctx.Value(drainingKey{}).(context.Context)
 	return ok && shutdown.Err() != nil
 }
 
-// readyz answers 200 or 503 and {"ready":false,"draining":false,"missing":["database"]}.
+// readyz answers 200 or 503, with a body such as {"ready":false,"draining":false,"missing":["database"]}.
 func (h *health) readyz(w http.ResponseWriter, r *http.Request) {
 	answer := struct {
 		Ready    bool     `json:"ready"`
@@ -150,7 +151,7 @@ func (h *health) readyz(w http.ResponseWriter, r *http.Request) {
 	if !answer.Ready {
 		w.WriteHeader(http.StatusServiceUnavailable)
 	}
-	_ = json.NewEncoder(w).Encode(answer) // fails only when the prober has left
+	_ = json.NewEncoder(w).Encode(answer) // fails only if the probe has left
 }
 
 func (h *health) status(ctx context.Context, service string) healthv1.HealthCheckResponse_ServingStatus {
@@ -163,13 +164,14 @@ func (h *health) status(ctx context.Context, service string) healthv1.HealthChec
 	return healthv1.HealthCheckResponse_SERVING
 }
 
-// register adds grpc.health.v1.Health by hand: Connect has no generated code for grpc-go's health.proto, and a second copy
-// of its messages would panic at start-up.
+// register adds grpc.health.v1.Health by hand. Connect has no generated code for grpc-go's health.proto, and a second
+// copy of its messages would panic at startup.
 func (h *health) register(rpc *connect.Server) {
 	schema := healthv1.File_grpc_health_v1_health_proto.Services().ByName("Health")
 	method := func(name protoreflect.Name, stream connect.StreamType, handler connect.ServerFunc) connect.Method {
 		return connect.Method{Handler: handler, Spec: connect.Spec{
-			StreamType: stream, Schema: schema.Methods().ByName(name), Procedure: "/" + string(schema.FullName()) + "/" + string(name),
+			StreamType: stream, Schema: schema.Methods().ByName(name),
+			Procedure: "/" + string(schema.FullName()) + "/" + string(name),
 		}}
 	}
 	h.services = append(h.services, string(schema.FullName()))
@@ -204,7 +206,7 @@ func (h *health) list(ctx context.Context, _ connect.Spec, stream connect.Server
 	return stream.Send(res)
 }
 
-// watch sends the status and then each change, until the caller leaves or the server drains.
+// watch sends the status, and then each change until the caller leaves or the server drains.
 func (h *health) watch(ctx context.Context, _ connect.Spec, stream connect.ServerStream) error {
 	var req healthv1.HealthCheckRequest
 	if err := stream.Receive(&req); err != nil {

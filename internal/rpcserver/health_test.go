@@ -25,7 +25,7 @@ const (
 	notServing = healthv1.HealthCheckResponse_NOT_SERVING
 )
 
-// dependency is something that can be away.
+// dependency is a dependency that a test can make unavailable.
 type dependency struct{ away atomic.Bool }
 
 func (d *dependency) ready(context.Context) error {
@@ -35,7 +35,7 @@ func (d *dependency) ready(context.Context) error {
 	return nil
 }
 
-func TestHealthFollowsWhatEachServiceNeeds(t *testing.T) {
+func TestHealthFollowsTheDependenciesOfEachService(t *testing.T) {
 	t.Parallel()
 	var database, broker dependency
 	server := serve(t, rpcserver.Config{Checks: []rpcserver.Check{
@@ -43,35 +43,41 @@ func TestHealthFollowsWhatEachServiceNeeds(t *testing.T) {
 		{Name: "broker", Ready: broker.ready, Services: []string{"other.v1.Other"}},
 	}}, unary(echo))
 	ops := opsPort(t, rpcserver.OpsConfig{Log: slog.New(slog.DiscardHandler), Checks: []rpcserver.Check{
-		{Name: "database", Ready: database.ready}, {Name: "broker", Ready: broker.ready, Services: []string{"other.v1.Other"}},
+		{Name: "database", Ready: database.ready},
+		{Name: "broker", Ready: broker.ready, Services: []string{"other.v1.Other"}},
 	}})
 	client := healthv1.NewHealthClient(server.grpc(t))
+	type status = healthv1.HealthCheckResponse_ServingStatus
 	tests := []struct {
-		name            string
-		database        bool
-		broker          bool
-		overall, probe  healthv1.HealthCheckResponse_ServingStatus
-		readyzStatus    int
-		readyzMentioned string
+		name           string
+		database       bool
+		broker         bool
+		overall, probe status
+		code           int
+		body           string
 	}{
-		{"all there", true, true, serving, serving, 200, `{"ready":true,"draining":false,"missing":[]}`},
-		{"broker away", true, false, notServing, serving, 503, `{"ready":false,"draining":false,"missing":["broker"]}`},
-		{"database away", false, true, notServing, notServing, 503, `{"ready":false,"draining":false,"missing":["database"]}`},
-		{"both away", false, false, notServing, notServing, 503, `{"ready":false,"draining":false,"missing":["database","broker"]}`},
-		{"back again", true, true, serving, serving, 200, `{"ready":true,"draining":false,"missing":[]}`},
+		{"all available", true, true, serving, serving, 200, `{"ready":true,"draining":false,"missing":[]}`},
+		{"broker away", true, false, notServing, serving, 503,
+			`{"ready":false,"draining":false,"missing":["broker"]}`},
+		{"database away", false, true, notServing, notServing, 503,
+			`{"ready":false,"draining":false,"missing":["database"]}`},
+		{"both away", false, false, notServing, notServing, 503,
+			`{"ready":false,"draining":false,"missing":["database","broker"]}`},
+		{"both back", true, true, serving, serving, 200, `{"ready":true,"draining":false,"missing":[]}`},
 	}
 	for _, test := range tests {
 		database.away.Store(!test.database)
 		broker.away.Store(!test.broker)
-		testenv.Eventually(t, 20*time.Second, func() error { // what a check found is remembered for a second
-			for service, want := range map[string]healthv1.HealthCheckResponse_ServingStatus{"": test.overall, "probe.v1.Probe": test.probe} {
+		testenv.Eventually(t, 20*time.Second, func() error { // results are cached for a second
+			for service, want := range map[string]status{"": test.overall, "probe.v1.Probe": test.probe} {
 				res, err := client.Check(t.Context(), &healthv1.HealthCheckRequest{Service: service})
 				if err != nil || res.GetStatus() != want {
-					return fmt.Errorf("%s: service %q: got %s, %w, want %s", test.name, service, res.GetStatus(), err, want)
+					return fmt.Errorf("%s: service %q: got %s, %w, want %s", test.name, service, res.GetStatus(), err,
+						want)
 				}
 			}
-			if code, body := get(t, ops.url+"/readyz"); code != test.readyzStatus || body != test.readyzMentioned {
-				return fmt.Errorf("%s: /readyz: got %d %s, want %d %s", test.name, code, body, test.readyzStatus, test.readyzMentioned)
+			if code, body := get(t, ops.url+"/readyz"); code != test.code || body != test.body {
+				return fmt.Errorf("%s: /readyz: got %d %s, want %d %s", test.name, code, body, test.code, test.body)
 			}
 			return nil
 		})
@@ -80,20 +86,21 @@ func TestHealthFollowsWhatEachServiceNeeds(t *testing.T) {
 		}
 	}
 	if n := strings.Count(server.logs.String(), `msg="not ready"`); n != 3 {
-		t.Errorf("database left once and broker twice, but that was logged %d times:\n%s", n, server.logs)
+		t.Errorf("got %d log lines, want 3: the database failed once and the broker twice:\n%s", n, server.logs)
 	}
 }
 
-// A check runs once at a time, and at most once a second, however many ask.
+// A check never runs concurrently, and runs at most once a second, regardless of the number of probes.
 func TestProbesShareOneCheck(t *testing.T) {
 	t.Parallel()
 	const probes = 50
 	entered, release := make(chan struct{}, probes), make(chan struct{})
-	ops := opsPort(t, rpcserver.OpsConfig{Checks: []rpcserver.Check{{Name: "database", Ready: func(context.Context) error {
-		entered <- struct{}{}
-		<-release
-		return nil
-	}}}})
+	ops := opsPort(t, rpcserver.OpsConfig{Checks: []rpcserver.Check{{Name: "database",
+		Ready: func(context.Context) error {
+			entered <- struct{}{}
+			<-release
+			return nil
+		}}}})
 	var answered sync.WaitGroup
 	probe := func(ctx context.Context) error {
 		request, err := http.NewRequestWithContext(ctx, http.MethodGet, ops.url+"/readyz", nil)
@@ -111,7 +118,7 @@ func TestProbesShareOneCheck(t *testing.T) {
 		return nil
 	}
 	leaves, leave := context.WithCancel(t.Context())
-	answered.Go(func() { _ = probe(leaves) }) // its end must not end what others wait for
+	answered.Go(func() { _ = probe(leaves) }) // its cancellation must not end the check that others wait for
 	<-entered
 	for range probes {
 		answered.Go(func() {
@@ -125,15 +132,16 @@ func TestProbesShareOneCheck(t *testing.T) {
 	close(release)
 	answered.Wait()
 	if again, most := len(entered), int(time.Since(started)/time.Second); again > most {
-		t.Errorf("the check ran %d times more, want at most %d", again, most)
+		t.Errorf("the check ran %d more times, want at most %d", again, most)
 	}
 }
 
 func TestHealthOfUnknownService(t *testing.T) {
 	t.Parallel()
 	client := healthv1.NewHealthClient(serve(t, rpcserver.Config{}, unary(echo)).grpc(t))
-	if _, err := client.Check(t.Context(), &healthv1.HealthCheckRequest{Service: "none"}); status.Code(err) != codes.NotFound {
-		t.Errorf("Check: got %v", err)
+	_, err := client.Check(t.Context(), &healthv1.HealthCheckRequest{Service: "none"})
+	if status.Code(err) != codes.NotFound {
+		t.Errorf("Check: got error %v, want %s", err, codes.NotFound)
 	}
 	watch, err := client.Watch(t.Context(), &healthv1.HealthCheckRequest{Service: "none"})
 	if err != nil {
@@ -151,7 +159,8 @@ func TestHealthOfUnknownService(t *testing.T) {
 func TestHealthWatchSendsChanges(t *testing.T) {
 	t.Parallel()
 	var database dependency
-	server := serve(t, rpcserver.Config{Checks: []rpcserver.Check{{Name: "database", Ready: database.ready}}}, unary(echo))
+	server := serve(t, rpcserver.Config{Checks: []rpcserver.Check{{Name: "database", Ready: database.ready}}},
+		unary(echo))
 	watch, err := healthv1.NewHealthClient(server.grpc(t)).Watch(t.Context(), new(healthv1.HealthCheckRequest))
 	if err != nil {
 		t.Fatal(err)

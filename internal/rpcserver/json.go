@@ -15,33 +15,34 @@ import (
 	"google.golang.org/protobuf/reflect/protoreflect"
 )
 
-// namingCodec is Connect's codec for JSON, except that a name which an enum does not have is an error. Connect's drops it together with fields that
-// it does not know, and what is dropped from a filter widens it. Unknown fields are ignored as before: clients may be newer than the server.
-type namingCodec struct {
+// enumCodec is Connect's codec for JSON, except that an unknown enum name is an error. Connect's codec drops such
+// names together with unknown fields, and a filter from which a value is dropped becomes wider. Unknown fields are
+// still ignored, because clients may be newer than the server.
+type enumCodec struct {
 	*connectproto.JSONCodec
 	strict protojson.UnmarshalOptions
 }
 
-func newNamingCodec() *namingCodec {
+func newEnumCodec() *enumCodec {
 	codec := connectproto.NewJSONCodec()
-	codec.UnmarshalOptions.RecursionLimit = maxDepth // names are looked for once a level, in all that is below it
+	codec.UnmarshalOptions.RecursionLimit = maxDepth // checkNames decodes everything below a level once per level
 	strict := codec.UnmarshalOptions
 	strict.DiscardUnknown = false
-	return &namingCodec{codec, strict}
+	return &enumCodec{codec, strict}
 }
 
 // UnmarshalRead implements connect.Codec.
-func (c *namingCodec) UnmarshalRead(ctx context.Context, src io.Reader, msg any) error {
+func (c *enumCodec) UnmarshalRead(ctx context.Context, src io.Reader, msg any) error {
 	message, ok := msg.(proto.Message)
 	if !ok {
-		return c.JSONCodec.UnmarshalRead(ctx, src, msg) // which says so
+		return c.JSONCodec.UnmarshalRead(ctx, src, msg) // returns the error for this case
 	}
 	var text bytes.Buffer
 	if _, err := text.ReadFrom(src); err != nil {
 		return err
 	}
 	if c.strict.Unmarshal(text.Bytes(), message) == nil {
-		return nil // as nearly always: there is nothing that could be dropped
+		return nil // the common case: there are no unknown names
 	}
 	if err := c.JSONCodec.UnmarshalRead(ctx, bytes.NewReader(text.Bytes()), message); err != nil {
 		return err
@@ -49,15 +50,18 @@ func (c *namingCodec) UnmarshalRead(ctx context.Context, src io.Reader, msg any)
 	return checkNames(text.Bytes(), message.ProtoReflect().Descriptor())
 }
 
-// formsOfTheirOwn are the files whose messages JSON does not write as objects with their fields. None of them has an enum but that of null.
-var formsOfTheirOwn = map[string]bool{
+// specialForms are the files with messages that have a special form in JSON instead of an object with their fields.
+// Their only enum is NullValue.
+var specialForms = map[string]bool{
 	"google/protobuf/any.proto": true, "google/protobuf/duration.proto": true, "google/protobuf/field_mask.proto": true,
-	"google/protobuf/struct.proto": true, "google/protobuf/timestamp.proto": true, "google/protobuf/wrappers.proto": true,
+	"google/protobuf/struct.proto": true, "google/protobuf/timestamp.proto": true,
+	"google/protobuf/wrappers.proto": true,
 }
 
-// checkNames returns an error if a known field of a JSON object names a value that its enum does not have. The text must be one that protojson takes.
+// checkNames returns an error if a known field of a JSON object has a name that its enum does not have. protojson
+// must have accepted the text.
 func checkNames(text []byte, message protoreflect.MessageDescriptor) error {
-	if formsOfTheirOwn[message.ParentFile().Path()] {
+	if specialForms[message.ParentFile().Path()] {
 		return nil
 	}
 	var object map[string]json.RawMessage
@@ -110,10 +114,10 @@ func checkValue(text json.RawMessage, field protoreflect.FieldDescriptor) error 
 	}
 	var name string
 	if field.Enum() == nil || json.Unmarshal(text, &name) != nil || bytes.Equal(text, []byte("null")) {
-		return nil // a number, which the rules of the proto file judge
+		return nil // a number, which the rules in the proto file validate
 	}
 	if field.Enum().Values().ByName(protoreflect.Name(name)) == nil {
-		return fmt.Errorf("field %s: %s has no such value", field.FullName(), field.Enum().FullName())
+		return fmt.Errorf("field %s: unknown value of enum %s", field.FullName(), field.Enum().FullName())
 	}
 	return nil
 }

@@ -20,22 +20,25 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 )
 
-// LimitConfig bounds what one caller may take. A caller is who auth.Identify found, or else an address, of IPv6 a /64.
+// LimitConfig limits the calls of one caller. Callers are distinguished by auth.Identify, or else by address (for
+// IPv6, the /64).
 type LimitConfig struct {
-	// Rate is the calls a second that a caller may make in the long run; 0 is no limit.
+	// Rate is how many calls per second a caller may make on average. 0 means no limit.
 	Rate float64
-	// Burst is how many calls a caller may make at once after a rest. Default twice the rate, at least 1.
+	// Burst is how many calls a caller may make at once after a pause. Default twice the rate, at least 1.
 	Burst int
-	// Concurrent is how many calls of a caller may be under way, streams included; 0 is no limit.
+	// Concurrent is how many calls of a caller, including streams, may run at once. 0 means no limit.
 	Concurrent int
-	// MaxCallers bounds the table of callers. Default 10,000, about 2 MB. When all of those are active, new ones share one account.
+	// MaxCallers bounds the table of callers. Default 10,000, about 2 MB. If all of them are active, new callers share one
+	// account.
 	MaxCallers int
-	// Budget is what all callers together may hold in memory; nil is no limit. It must be the one of Config.Budget.
+	// Budget bounds the memory of all callers together. Nil means no limit. It must be the same as Config.Budget.
 	Budget *Budget
 }
 
-// Limit returns the interceptor that answers resource_exhausted, with google.rpc.RetryInfo and a retry-after header, to a caller who asks for
-// too much. It belongs between auth.Identify and auth.Authorize, so that guessing credentials is limited, too.
+// Limit returns the interceptor that refuses calls over the limits with resource_exhausted, google.rpc.RetryInfo and a
+// retry-after header. It belongs between auth.Identify and auth.Authorize, so that it also limits attempts to guess
+// credentials.
 func Limit(config LimitConfig) connect.ServerInterceptor {
 	l := newLimiter(config)
 	return func(next connect.ServerFunc) connect.ServerFunc {
@@ -44,15 +47,16 @@ func Limit(config LimitConfig) connect.ServerInterceptor {
 			payer := account(ctx, info.PeerAddr)
 			mine, wait := l.enter(payer, time.Now())
 			if wait > 0 {
-				return exhausted(info, exhaustedError("you have made too many calls; nothing was done, try again later", wait), wait)
+				err := exhaustedError("you have made too many calls; nothing was done, try again later", wait)
+				return exhausted(info, err, wait)
 			}
 			defer l.leave(mine)
 			if config.Budget == nil {
 				return next(ctx, spec, stream)
 			}
-			load := loaded(ctx)
+			load := loadOf(ctx)
 			whole := load == nil
-			if whole { // it did not come by HTTP, and is here as a whole
+			if whole { // not over HTTP: the whole message has arrived
 				load = newLoad(config.Budget)
 				defer load.release()
 			}
@@ -71,7 +75,7 @@ func Limit(config LimitConfig) connect.ServerInterceptor {
 	}
 }
 
-// account names the caller who pays.
+// account returns the name of the account that pays for the call.
 func account(ctx context.Context, peer string) string {
 	if caller, ok := auth.FromContext(ctx); ok {
 		return caller.By + ":" + caller.Subject
@@ -79,7 +83,8 @@ func account(ctx context.Context, peer string) string {
 	return network(peer)
 }
 
-// network names who is at an address: the host, or of IPv6 the /64, for whoever has one address of it has all.
+// network returns the host of an address. For IPv6 it returns the /64, because one client usually has all of its
+// addresses.
 func network(peer string) string {
 	host, _, err := net.SplitHostPort(peer)
 	if err != nil {
@@ -95,7 +100,7 @@ func network(peer string) string {
 
 const retryAfterHeader = "Retry-After"
 
-// exhausted says in a header, too, when to try again.
+// exhausted adds the retry hint to the response headers, too.
 func exhausted(info *connect.CallInfo, err error, wait time.Duration) error {
 	info.ResponseHeader().Set(retryAfterHeader, strconv.Itoa(int(math.Ceil(wait.Seconds()))))
 	return err
@@ -109,17 +114,17 @@ func exhaustedError(text string, wait time.Duration) error {
 	return connect.NewError(connect.CodeResourceExhausted, text).WithDetail(detail)
 }
 
-// limiter is the table of callers. One who has rested until his bucket is full is like one who never called, so he can be forgotten.
+// limiter is the table of callers. A caller with a full bucket is like a new caller, so its entry can be deleted.
 type limiter struct {
 	config LimitConfig
 
 	mu      sync.Mutex
 	callers map[string]*bucket
-	rest    *bucket // of those whom the table has no room for
+	rest    *bucket // shared by the callers that do not fit into the table
 	swept   time.Time
 }
 
-// bucket is one caller's.
+// bucket has the state of one caller.
 type bucket struct {
 	rate   *rate.Limiter
 	active int
@@ -141,10 +146,10 @@ func (l *limiter) newBucket() *bucket {
 	return &bucket{rate: rate.NewLimiter(limit, l.config.Burst)}
 }
 
-// concurrencyWait is the hint when too many calls are under way: nobody knows when one will end.
+// concurrencyWait is the retry hint if too many calls are running. It is a guess, because their ends are unknown.
 const concurrencyWait = time.Second
 
-// enter takes a call on account, or says how long to wait before another try.
+// enter admits a call of the named caller, or returns how long to wait before the next attempt.
 func (l *limiter) enter(name string, now time.Time) (mine *bucket, wait time.Duration) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -171,7 +176,7 @@ func (l *limiter) find(name string, now time.Time) *bucket {
 	if mine, ok := l.callers[name]; ok {
 		return mine
 	}
-	if len(l.callers) >= l.config.MaxCallers && now.Sub(l.swept) >= time.Second { // not for every call of a flood
+	if len(l.callers) >= l.config.MaxCallers && now.Sub(l.swept) >= time.Second { // not at every call of a flood
 		l.swept = now
 		l.sweep(now)
 	}
@@ -184,8 +189,8 @@ func (l *limiter) find(name string, now time.Time) *bucket {
 }
 
 func (l *limiter) sweep(now time.Time) {
-	for name, one := range l.callers {
-		if one.active == 0 && (l.config.Rate == 0 || one.rate.TokensAt(now) >= float64(l.config.Burst)) {
+	for name, b := range l.callers {
+		if b.active == 0 && (l.config.Rate == 0 || b.rate.TokensAt(now) >= float64(l.config.Burst)) {
 			delete(l.callers, name)
 		}
 	}

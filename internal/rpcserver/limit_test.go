@@ -8,7 +8,7 @@ import (
 	"example.com/shop/internal/auth"
 )
 
-// The table and the buckets, without the time of the real world.
+// These tests use the table and the buckets directly, with synthetic time.
 
 func TestBucketFillsAtTheRate(t *testing.T) {
 	t.Parallel()
@@ -22,7 +22,7 @@ func TestBucketFillsAtTheRate(t *testing.T) {
 			t.Errorf("call %d of the burst must wait %s", i, wait)
 		}
 	}
-	for range 100 { // what is refused costs nothing
+	for range 100 { // refused calls cost nothing
 		if wait := enter(); wait != 100*time.Millisecond {
 			t.Errorf("call after the burst must wait %s", wait)
 		}
@@ -32,66 +32,66 @@ func TestBucketFillsAtTheRate(t *testing.T) {
 	}
 	now = now.Add(100 * time.Millisecond)
 	if wait := enter(); wait != 0 {
-		t.Errorf("after the wait that was told, must wait %s", wait)
+		t.Errorf("after the returned wait, a call must wait %s", wait)
 	}
 	if wait := enter(); wait != 100*time.Millisecond {
-		t.Errorf("then must wait %s", wait)
+		t.Errorf("the next call must wait %s, want 100 ms", wait)
 	}
-	now = now.Add(-time.Hour) // a clock that is set back
+	now = now.Add(-time.Hour) // the clock is set back
 	if wait := enter(); wait > 200*time.Millisecond {
-		t.Errorf("with a clock set back must wait %s", wait)
+		t.Errorf("after the clock was set back, a call must wait %s", wait)
 	}
 }
 
-func TestConcurrencyIsGivenBack(t *testing.T) {
+func TestEndedCallsFreeTheirPlaces(t *testing.T) {
 	t.Parallel()
 	l, now := newLimiter(LimitConfig{Concurrent: 2}), time.Unix(0, 0)
 	first, _ := l.enter("ann", now)
 	second, _ := l.enter("ann", now)
 	if _, wait := l.enter("ann", now); wait == 0 {
-		t.Error("a third call was let in")
+		t.Error("a third call was admitted")
 	}
 	if other, wait := l.enter("bob", now); wait != 0 {
-		t.Error("another caller was not")
+		t.Error("another caller was refused")
 	} else {
 		l.leave(other)
 	}
 	l.leave(first)
 	if _, wait := l.enter("ann", now); wait != 0 {
-		t.Error("the place that was given back was not given out")
+		t.Error("a call was refused although a place was free")
 	}
 	l.leave(second)
 }
 
-// A flood of names costs bounded memory, and does not wash away the account of somebody who is at his limit.
+// A flood of names uses bounded memory, and does not evict a caller that is at its limit.
 func TestTableOfCallersIsBounded(t *testing.T) {
 	t.Parallel()
 	l, now := newLimiter(LimitConfig{Rate: 1, Burst: 2, MaxCallers: 100}), time.Unix(1e9, 0)
 	for range 2 {
 		if _, wait := l.enter("ann", now); wait != 0 {
-			t.Fatal("burst was refused")
+			t.Fatal("a call of the burst was refused")
 		}
 	}
-	let := 0
+	admitted := 0
 	for i := range 10_000 {
 		if mine, wait := l.enter(fmt.Sprint("flood ", i), now); wait == 0 {
-			let++
+			admitted++
 			l.leave(mine)
 		}
 	}
 	if len(l.callers) > 100 {
 		t.Errorf("table has %d callers", len(l.callers))
 	}
-	if want := 99 + 2; let != want { // those who fit, and the burst of the account that the others share
-		t.Errorf("%d of the flood were let in, want %d", let, want)
+	if want := 99 + 2; admitted != want { // the callers that fit, and the burst of the shared account
+		t.Errorf("%d calls of the flood were admitted, want %d", admitted, want)
 	}
 	if _, wait := l.enter("ann", now); wait == 0 {
-		t.Error("the flood made the table forget who is at his limit")
+		t.Error("the flood evicted a caller that is at its limit")
 	}
 	now = now.Add(time.Minute)
 	mine, wait := l.enter("new", now)
-	if wait != 0 || mine == l.rest || len(l.callers) > 2 { // ann's calls are still under way
-		t.Errorf("after a rest: wait %s, shared account %t, %d callers", wait, mine == l.rest, len(l.callers))
+	if wait != 0 || mine == l.rest || len(l.callers) > 2 { // ann's calls are still running
+		t.Errorf("after a pause: wait %s, shared account %t, %d callers", wait, mine == l.rest, len(l.callers))
 	}
 }
 

@@ -8,44 +8,46 @@ import (
 	"golang.org/x/net/netutil"
 )
 
-// limitListener bounds the number of connections, in all and of one address, and the time for which each may leave unread what is sent to it.
+// limitListener bounds the number of connections, in total and per address, and the time of each write.
 func limitListener(listener net.Listener, config Config) net.Listener {
 	if config.MaxConnsPerAddress > 0 {
-		listener = &fairListener{Listener: listener, most: config.MaxConnsPerAddress, open: make(map[string]int)}
+		listener = &fairListener{Listener: listener, limit: config.MaxConnsPerAddress, open: make(map[string]int)}
 	}
-	return &patientListener{Listener: netutil.LimitListener(listener, config.MaxConns), patience: config.WriteTimeout}
+	return &deadlineListener{Listener: netutil.LimitListener(listener, config.MaxConns), timeout: config.WriteTimeout}
 }
 
-// patientListener is for callers who take their time to read: http.Server could only bound the whole call, and a stream has no end.
-type patientListener struct {
+// deadlineListener bounds the time of each write, for callers that do not read. http.Server could only bound the whole
+// call, and a stream may run without an end.
+type deadlineListener struct {
 	net.Listener
-	patience time.Duration
+	timeout time.Duration
 }
 
-func (l *patientListener) Accept() (net.Conn, error) {
+func (l *deadlineListener) Accept() (net.Conn, error) {
 	conn, err := l.Listener.Accept()
 	if err != nil {
 		return nil, err
 	}
-	return &deadlineConn{conn, l.patience}, nil
+	return &deadlineConn{conn, l.timeout}, nil
 }
 
 type deadlineConn struct {
 	net.Conn
-	patience time.Duration
+	timeout time.Duration
 }
 
 func (c *deadlineConn) Write(p []byte) (int, error) {
-	if err := c.SetWriteDeadline(time.Now().Add(c.patience)); err != nil {
+	if err := c.SetWriteDeadline(time.Now().Add(c.timeout)); err != nil {
 		return 0, err
 	}
 	return c.Conn.Write(p)
 }
 
-// fairListener closes at once what comes from an address that has as many connections as one may have. To let it wait would let it hold up others.
+// fairListener closes a new connection at once if its address has too many. If the connection waited instead, it would
+// block the connections behind it.
 type fairListener struct {
 	net.Listener
-	most int
+	limit int
 
 	mu   sync.Mutex
 	open map[string]int // by network
@@ -68,7 +70,7 @@ func (l *fairListener) Accept() (net.Conn, error) {
 func (l *fairListener) enter(from string) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.open[from] >= l.most {
+	if l.open[from] >= l.limit {
 		return false
 	}
 	l.open[from]++

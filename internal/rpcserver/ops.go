@@ -12,33 +12,34 @@ import (
 
 // OpsConfig sets up the operators' port.
 type OpsConfig struct {
-	// Checks say what the process needs. Without any, it is ready as soon as it listens.
+	// Checks check the dependencies of the process. Without checks, the process is ready as soon as it listens.
 	Checks []Check
-	// Metrics answers GET /metrics; nil serves none.
+	// Metrics serves GET /metrics. If it is nil, there are no metrics.
 	Metrics http.Handler
 	// MaxConns bounds the connections. Default 256: kubelets, Prometheus and an operator need a handful.
 	MaxConns int
-	// Log takes what readiness checks find, and what callers are not told. Default slog.Default().
+	// Log logs the results of readiness checks and the errors that callers must not see. Default slog.Default().
 	Log *slog.Logger
 }
 
-// The operators' port has small limits of its own. Callers of the API cannot use them up: they share neither the port nor its connections.
+// The operators' port has its own small limits. Callers of the API cannot use them up, because they share neither the
+// port nor its connections.
 const (
 	opsMaxConns       = 256
 	opsMaxHeaderBytes = 8 << 10
 	opsReadTimeout    = 5 * time.Second
 	opsWriteTimeout   = 30 * time.Second
-	opsIdleTimeout    = 30 * time.Second // a probe comes every few seconds, a scrape perhaps every minute
+	opsIdleTimeout    = 30 * time.Second // probes come every few seconds, scrapes perhaps every minute
 )
 
-// Ops is the operators' port: GET /healthz (the process lives), GET /readyz (it can do its work) and GET /metrics. It speaks plain
-// HTTP/1.1 and asks for no credentials: let the network admit only kubelets, Prometheus and operators.
+// Ops is the operators' port: GET /healthz (the process is alive), GET /readyz (it can do its work) and GET /metrics.
+// It serves plain HTTP/1.1 without authentication. The network must admit only kubelets, Prometheus and operators.
 type Ops struct {
 	config  OpsConfig
 	handler http.Handler
 }
 
-// NewOps makes the operators' port of a process.
+// NewOps makes the operators' port.
 func NewOps(config OpsConfig) *Ops {
 	config.MaxConns = cmp.Or(config.MaxConns, opsMaxConns)
 	config.Log = cmp.Or(config.Log, slog.Default())
@@ -52,21 +53,25 @@ func NewOps(config OpsConfig) *Ops {
 	return &Ops{config: config, handler: newEdge(mux, Config{Log: config.Log})}
 }
 
-// ServeHTTP answers one request, for tests.
+// ServeHTTP serves one request, for tests.
 func (o *Ops) ServeHTTP(w http.ResponseWriter, r *http.Request) { o.handler.ServeHTTP(w, r) }
 
-// Serve serves on listener, which it closes, until ended is closed. From the end of ctx on, which is when the process begins to drain,
-// the process is not ready; its probes and metrics are answered all the same.
+// Serve serves on listener, which it closes, until ended is closed. When ctx is done, the process begins to drain and
+// is no longer ready, but Serve still answers probes and scrapes.
 func (o *Ops) Serve(ctx context.Context, listener net.Listener, ended <-chan struct{}) error {
 	requests := context.WithValue(context.WithoutCancel(ctx), drainingKey{}, ctx)
 	server := &http.Server{
 		Handler:           o.handler,
-		ReadHeaderTimeout: opsReadTimeout, ReadTimeout: opsReadTimeout, WriteTimeout: opsWriteTimeout, IdleTimeout: opsIdleTimeout,
-		MaxHeaderBytes: opsMaxHeaderBytes,
-		BaseContext:    func(net.Listener) context.Context { return requests },
-		ErrorLog:       slog.NewLogLogger(o.config.Log.Handler(), slog.LevelDebug),
+		ReadHeaderTimeout: opsReadTimeout,
+		ReadTimeout:       opsReadTimeout,
+		WriteTimeout:      opsWriteTimeout,
+		IdleTimeout:       opsIdleTimeout,
+		MaxHeaderBytes:    opsMaxHeaderBytes,
+		BaseContext:       func(net.Listener) context.Context { return requests },
+		ErrorLog:          slog.NewLogLogger(o.config.Log.Handler(), slog.LevelDebug),
 	}
-	listener = limitListener(listener, Config{MaxConns: o.config.MaxConns, WriteTimeout: opsWriteTimeout}.withDefaults())
+	limits := Config{MaxConns: o.config.MaxConns, WriteTimeout: opsWriteTimeout}.withDefaults()
+	listener = limitListener(listener, limits)
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(listener) }()
 	select {
@@ -74,7 +79,7 @@ func (o *Ops) Serve(ctx context.Context, listener net.Listener, ended <-chan str
 		return fmt.Errorf("serve the operators' port: %w", err)
 	case <-ended:
 	}
-	_ = server.Close() // a probe that is cut off comes again, to nobody
+	_ = server.Close() // cuts off running probes, which nobody needs any more
 	<-served
 	return nil
 }

@@ -15,7 +15,7 @@ import (
 	"example.com/shop/internal/rpcserver"
 )
 
-// port is an operators' port. It says draining once drain was called, and ends with end or with the test.
+// port is an operators' port. It reports draining after a call of drain, and ends with a call of end or with the test.
 type port struct {
 	url, addr  string
 	drain, end func()
@@ -40,7 +40,7 @@ func opsPort(t *testing.T, config rpcserver.OpsConfig) *port {
 	return &port{url: "http://" + listener.Addr().String(), addr: listener.Addr().String(), drain: drain, end: end}
 }
 
-// Probes are answered while the process drains, and say so.
+// Probes are answered while the process drains, and report the drain.
 func TestOperatorsPortAnswersDuringADrain(t *testing.T) {
 	t.Parallel()
 	metrics := http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "metrics") })
@@ -62,7 +62,8 @@ func TestOperatorsPortAnswersDuringADrain(t *testing.T) {
 	}
 }
 
-// idle opens a connection that asks for something once and is idle then, until the test ends. It is an error if there is no answer.
+// idle opens a connection, sends one request, and leaves the connection idle until the test ends. It returns an error
+// if there is no answer.
 func idle(t *testing.T, addr string) (net.Conn, error) {
 	t.Helper()
 	conn, err := net.DialTimeout("tcp", addr, 10*time.Second)
@@ -71,19 +72,20 @@ func idle(t *testing.T, addr string) (net.Conn, error) {
 	}
 	t.Cleanup(func() { conn.Close() })
 	_ = conn.SetDeadline(time.Now().Add(20 * time.Second))
-	_, _ = io.WriteString(conn, "GET /nowhere HTTP/1.1\r\nHost: localhost\r\n\r\n") // fails if it was closed at once
+	// The write fails if the server has closed the connection at once.
+	_, _ = io.WriteString(conn, "GET /nowhere HTTP/1.1\r\nHost: localhost\r\n\r\n")
 	_, err = conn.Read(make([]byte, 1024))
 	return conn, err
 }
 
-// One address cannot take all connections, however many it opens: others are served, and so are probes.
+// One address cannot take all connections: the server still serves other addresses and probes.
 func TestIdleConnectionsStarveNobody(t *testing.T) {
 	t.Parallel()
 	var limit syscall.Rlimit
 	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
 		t.Fatal(err)
 	}
-	conns := min(4096, int(limit.Cur)/4) // both ends are ours
+	conns := min(4096, int(limit.Cur)/4) // this process has both ends of each connection
 	server := serve(t, rpcserver.Config{MaxConns: conns}, unary(echo))
 	ops := opsPort(t, rpcserver.OpsConfig{})
 	answered := 0
@@ -98,7 +100,7 @@ func TestIdleConnectionsStarveNobody(t *testing.T) {
 	if code, body := get(t, ops.url+"/healthz"); code != 200 || body != "ok" {
 		t.Errorf("/healthz: %d %s", code, body)
 	}
-	// Another address of this machine.
+	// 127.0.0.2 is another address of this machine.
 	dialer := &net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(127, 0, 0, 2)}}
 	client := &http.Client{Transport: &http.Transport{DialContext: dialer.DialContext, DisableKeepAlives: true}}
 	response, err := client.Get(server.url + "/nowhere")
@@ -108,13 +110,14 @@ func TestIdleConnectionsStarveNobody(t *testing.T) {
 	response.Body.Close()
 }
 
-// A connection that ends makes room for another.
-func TestEndedConnectionsMakeRoom(t *testing.T) {
+// A connection that ends frees a place for another one.
+func TestEndedConnectionsFreePlaces(t *testing.T) {
 	t.Parallel()
 	server := serve(t, rpcserver.Config{MaxConnsPerAddress: 3}, unary(echo))
 	for range 3 {
 		var open []net.Conn
-		testenv.Eventually(t, 10*time.Second, func() error { // until the server has noticed that the former ones are closed
+		// Until the server notices that the previous ones are closed.
+		testenv.Eventually(t, 10*time.Second, func() error {
 			for len(open) < 3 {
 				conn, err := idle(t, server.addr)
 				if err != nil {
@@ -125,7 +128,7 @@ func TestEndedConnectionsMakeRoom(t *testing.T) {
 			return nil
 		})
 		if _, err := idle(t, server.addr); err == nil {
-			t.Error("there is a fourth connection")
+			t.Error("a fourth connection was accepted")
 		}
 		for _, conn := range open {
 			conn.Close()

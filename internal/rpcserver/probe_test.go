@@ -19,7 +19,7 @@ import (
 	"google.golang.org/protobuf/types/known/wrapperspb"
 )
 
-// The probe is a service of well-known types: what it is made of does not depend on anybody's domain.
+// The probe is a service that uses only well-known types, so it does not depend on the domain.
 var (
 	unarySpec  = connect.Spec{Procedure: "/probe.v1.Probe/Unary", StreamType: connect.StreamTypeUnary}
 	streamSpec = connect.Spec{Procedure: "/probe.v1.Probe/Stream", StreamType: connect.StreamTypeServer}
@@ -27,41 +27,39 @@ var (
 
 // unary registers a unary method that answers a string with a string.
 func unary(fn func(ctx context.Context, in string) (string, error)) func(*connect.Server) {
-	return func(s *connect.Server) {
-		s.Register(connect.Method{Spec: unarySpec, Handler: func(ctx context.Context, _ connect.Spec, stream connect.ServerStream) error {
-			var in wrapperspb.StringValue
-			if err := stream.Receive(&in); err != nil {
-				return err
-			}
-			out, err := fn(ctx, in.GetValue())
-			if err != nil {
-				return err
-			}
-			return stream.Send(wrapperspb.String(out))
-		}})
+	handle := func(ctx context.Context, _ connect.Spec, stream connect.ServerStream) error {
+		var in wrapperspb.StringValue
+		if err := stream.Receive(&in); err != nil {
+			return err
+		}
+		out, err := fn(ctx, in.GetValue())
+		if err != nil {
+			return err
+		}
+		return stream.Send(wrapperspb.String(out))
 	}
+	return func(s *connect.Server) { s.Register(connect.Method{Spec: unarySpec, Handler: handle}) }
 }
 
-// stream registers a server-streaming method that may send strings.
+// stream registers a server-streaming method that sends strings.
 func stream(fn func(ctx context.Context, in string, send func(string) error) error) func(*connect.Server) {
-	return func(s *connect.Server) {
-		s.Register(connect.Method{Spec: streamSpec, Handler: func(ctx context.Context, _ connect.Spec, stream connect.ServerStream) error {
-			var in wrapperspb.StringValue
-			if err := stream.Receive(&in); err != nil {
-				return err
-			}
-			return fn(ctx, in.GetValue(), func(out string) error { return stream.Send(wrapperspb.String(out)) })
-		}})
+	handle := func(ctx context.Context, _ connect.Spec, stream connect.ServerStream) error {
+		var in wrapperspb.StringValue
+		if err := stream.Receive(&in); err != nil {
+			return err
+		}
+		return fn(ctx, in.GetValue(), func(out string) error { return stream.Send(wrapperspb.String(out)) })
 	}
+	return func(s *connect.Server) { s.Register(connect.Method{Spec: streamSpec, Handler: handle}) }
 }
 
 func echo(_ context.Context, in string) (string, error) { return in, nil }
 
-// running is a server that serves a port until stop is called or the test ends.
+// running is a server that runs until stop is called or the test ends.
 type running struct {
 	url, addr string
 	logs      *logs
-	// stop begins the drain; done gets what Serve returned.
+	// stop begins the drain. done receives the error of Serve.
 	stop context.CancelFunc
 	done chan error
 }
@@ -89,7 +87,7 @@ func serve(t *testing.T, config rpcserver.Config, register ...func(*connect.Serv
 	return r
 }
 
-// client returns a client and closes its connections with the test: a drain would wait for nothing else.
+// client returns a client. Its connections are closed when the test ends, because the drain waits for them.
 func (r *running) client(t *testing.T, http2 bool, options ...connecthttp.Option) *connect.Client {
 	return connect.NewClient(connecthttp.NewTransport(httpClient(t, http2), r.url, options...))
 }
@@ -119,7 +117,7 @@ func call(ctx context.Context, client *connect.Client, in string) (string, error
 	return out.GetValue(), err
 }
 
-// receiveAll opens the stream and returns what was sent, and its error unless it is io.EOF.
+// receiveAll opens the stream, and returns the messages and the error unless it is io.EOF.
 func receiveAll(ctx context.Context, client *connect.Client, in string) (sent []string, err error) {
 	stream, err := client.CallServerStream(ctx, streamSpec, wrapperspb.String(in))
 	if err != nil {
@@ -138,7 +136,7 @@ func receiveAll(ctx context.Context, client *connect.Client, in string) (sent []
 	}
 }
 
-// wantError fails the test unless err has the code and exactly the message; "" stands for any message.
+// wantError fails the test unless err has the code and the message. An empty message means any message.
 func wantError(t *testing.T, err error, code connect.Code, message string) {
 	t.Helper()
 	var got *connect.Error
@@ -147,7 +145,7 @@ func wantError(t *testing.T, err error, code connect.Code, message string) {
 	}
 }
 
-// logs is what a server logged.
+// logs collects the log of a server.
 type logs struct {
 	mu   sync.Mutex
 	text bytes.Buffer

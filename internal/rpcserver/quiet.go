@@ -8,12 +8,13 @@ import (
 	"connectrpc.com/connect/v2"
 )
 
-// errQuiet is why a stream's context ends when nothing was sent for too long.
+// errQuiet is the cause that cancels a stream's context if nothing was sent for too long.
 var errQuiet = errors.New("nothing was sent on the stream for too long")
 
-// endQuiet ends a server's stream on which nothing was sent for so long. What a proxy in between would do a little later looks to the client like
-// a fault of the server; this is an answer, and the client opens the stream again as it does when a server shuts down. The protocols have no
-// message that says nothing, and HTTP/2's pings end at the proxy. Health checks are left out: their clients take the end for bad news.
+// endQuiet ends a server stream on which nothing was sent for that long. A proxy would cut the stream off a little
+// later, and the client would see a server fault. The answer of endQuiet makes the client open the stream again, as
+// after a shutdown. The protocols have no empty message to keep the stream alive, and HTTP/2's pings end at the
+// proxy. Health checks are exempt, because their clients treat the end as a failure.
 func endQuiet(after time.Duration) connect.ServerInterceptor {
 	return func(next connect.ServerFunc) connect.ServerFunc {
 		return func(ctx context.Context, spec connect.Spec, stream connect.ServerStream) error {
@@ -24,19 +25,19 @@ func endQuiet(after time.Duration) connect.ServerInterceptor {
 			defer cancel(nil)
 			timer := time.AfterFunc(after, func() { cancel(errQuiet) })
 			defer timer.Stop()
-			return next(ctx, spec, heard{stream, timer, after})
+			return next(ctx, spec, timedStream{stream, timer, after})
 		}
 	}
 }
 
-// heard is a stream whose messages put its end off.
-type heard struct {
+// timedStream resets its timer with each message that it sends.
+type timedStream struct {
 	connect.ServerStream
 	timer *time.Timer
 	after time.Duration
 }
 
-func (h heard) Send(message any) error {
-	h.timer.Reset(h.after)
-	return h.ServerStream.Send(message)
+func (s timedStream) Send(message any) error {
+	s.timer.Reset(s.after)
+	return s.ServerStream.Send(message)
 }

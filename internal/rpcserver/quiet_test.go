@@ -10,12 +10,12 @@ import (
 	"connectrpc.com/connect/v2"
 )
 
-// silent is a stream whose messages go nowhere.
-type silent struct{ connect.ServerStream }
+// discard is a stream that discards its messages.
+type discard struct{ connect.ServerStream }
 
-func (silent) Send(any) error { return nil }
+func (discard) Send(any) error { return nil }
 
-// A stream ends when it was quiet for too long, and not before.
+// A stream ends after it was quiet for too long, and not earlier.
 func TestQuietStreamsEnd(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -25,7 +25,7 @@ func TestQuietStreamsEnd(t *testing.T) {
 				select {
 				case <-time.After(40 * time.Second):
 				case <-ctx.Done():
-					t.Error("ended although something was sent")
+					t.Error("ended although messages were sent")
 				}
 				_ = stream.Send(nil)
 			}
@@ -33,15 +33,15 @@ func TestQuietStreamsEnd(t *testing.T) {
 			return ctx.Err()
 		}
 		run := endQuiet(50 * time.Second)(answerErrors(slog.New(slog.DiscardHandler))(watch))
-		err := run(t.Context(), connect.Spec{StreamType: connect.StreamTypeServer, Procedure: "/a.B/Watch"}, silent{})
+		err := run(t.Context(), connect.Spec{StreamType: connect.StreamTypeServer, Procedure: "/a.B/Watch"}, discard{})
 		if took := time.Since(began); connect.CodeOf(err) != connect.CodeUnavailable || took != 250*time.Second {
-			t.Errorf("after %s: %v", took, err)
+			t.Errorf("ended after %s with error %v", took, err)
 		}
 	})
 }
 
-// Calls, and watchers of health, may be quiet.
-func TestOthersMayBeQuiet(t *testing.T) {
+// Unary calls, health watches and reflection may be quiet.
+func TestOtherCallsMayBeQuiet(t *testing.T) {
 	t.Parallel()
 	for _, spec := range []connect.Spec{
 		{Procedure: "/a.B/Call"}, {StreamType: connect.StreamTypeServer, Procedure: "/grpc.health.v1.Health/Watch"},
@@ -49,9 +49,9 @@ func TestOthersMayBeQuiet(t *testing.T) {
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			err := endQuiet(50*time.Second)(func(ctx context.Context, _ connect.Spec, _ connect.ServerStream) error {
-				time.Sleep(time.Hour) // of the bubble's clock
+				time.Sleep(time.Hour) // on synctest's clock
 				return ctx.Err()
-			})(t.Context(), spec, silent{})
+			})(t.Context(), spec, discard{})
 			if err != nil {
 				t.Errorf("%s: %v", spec.Procedure, err)
 			}

@@ -6,7 +6,7 @@ import (
 	"example.com/shop/internal/bounds"
 )
 
-// quoted are the headers and query parameters that Connect quotes in the error when it cannot use their value.
+// Connect quotes the values of these headers and query parameters in an error if it cannot use them.
 var (
 	quotedHeaders = []string{
 		"Connect-Content-Encoding", "Connect-Protocol-Version", "Connect-Timeout-Ms", "Content-Encoding",
@@ -16,13 +16,13 @@ var (
 )
 
 const (
-	// maxQuoted is the most bytes of such a value that an error quotes. No valid one is as long.
+	// maxQuoted is the longest such value in bytes. No valid value is as long.
 	maxQuoted = 64
 	// maxProcedure is the same for the name of a procedure.
 	maxProcedure = 255
 )
 
-// cutQuoted cuts the values that an error would quote. Values of that length were unusable anyway.
+// cutQuoted cuts long values that an error would quote. Values of that length are invalid anyway.
 func cutQuoted(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		for _, name := range quotedHeaders {
@@ -47,14 +47,14 @@ func cutQuoted(next http.Handler) http.Handler {
 	})
 }
 
-// nameNoEmptyEncoding covers a fault of Connect's: to a stream whose compression it does not know it answers with an empty
-// Connect-Content-Encoding, at which clients stop and never see the error behind it.
-func nameNoEmptyEncoding(next http.Handler) http.Handler {
+// dropEmptyEncoding works around a bug in Connect. If Connect does not support the compression of a stream, it
+// answers with an empty Connect-Content-Encoding. Clients reject that header and never see the error.
+func dropEmptyEncoding(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.Header.Get(streamEncodingHeader) {
 		case "", "identity", "gzip":
 		default:
-			w = namedEncoding{w}
+			w = encodingFixer{w}
 		}
 		next.ServeHTTP(w, r)
 	})
@@ -62,30 +62,30 @@ func nameNoEmptyEncoding(next http.Handler) http.Handler {
 
 const streamEncodingHeader = "Connect-Content-Encoding"
 
-// namedEncoding is an answer without the header, if that is empty.
-type namedEncoding struct{ http.ResponseWriter }
+// encodingFixer removes the header from a response if it is empty.
+type encodingFixer struct{ http.ResponseWriter }
 
-func (n namedEncoding) mend() {
-	if n.Header().Get(streamEncodingHeader) == "" {
-		n.Header().Del(streamEncodingHeader)
+func (f encodingFixer) fix() {
+	if f.Header().Get(streamEncodingHeader) == "" {
+		f.Header().Del(streamEncodingHeader)
 	}
 }
 
-func (n namedEncoding) WriteHeader(status int) {
-	n.mend()
-	n.ResponseWriter.WriteHeader(status)
+func (f encodingFixer) WriteHeader(status int) {
+	f.fix()
+	f.ResponseWriter.WriteHeader(status)
 }
 
-func (n namedEncoding) Write(p []byte) (int, error) {
-	n.mend()
-	return n.ResponseWriter.Write(p)
+func (f encodingFixer) Write(p []byte) (int, error) {
+	f.fix()
+	return f.ResponseWriter.Write(p)
 }
 
-// Flush implements http.Flusher, which Connect asks for.
-func (n namedEncoding) Flush() {
-	n.mend()
-	_ = http.NewResponseController(n.ResponseWriter).Flush() // a failure shows at the next write
+// Flush implements http.Flusher, which Connect requires.
+func (f encodingFixer) Flush() {
+	f.fix()
+	_ = http.NewResponseController(f.ResponseWriter).Flush() // an error recurs at the next write
 }
 
-// Unwrap lets http.ResponseController reach what is beneath.
-func (n namedEncoding) Unwrap() http.ResponseWriter { return n.ResponseWriter }
+// Unwrap implements the interface that http.ResponseController uses.
+func (f encodingFixer) Unwrap() http.ResponseWriter { return f.ResponseWriter }

@@ -10,12 +10,12 @@ import (
 
 const requestIDHeader = "X-Request-Id"
 
-// saneID keeps out what would look like something else in a log.
-var saneID = regexp.MustCompile(`^[A-Za-z0-9._-]{1,64}$`)
+// validID excludes IDs that could forge parts of a log line.
+var validID = regexp.MustCompile(`^[A-Za-z0-9._-]{1,64}$`)
 
-// requestID returns the ID that the caller gave, if it is sane, or else a new one.
+// requestID returns the caller's ID if it is valid, or else a new one.
 func requestID(given string) string {
-	if saneID.MatchString(given) {
+	if validID.MatchString(given) {
 		return given
 	}
 	return rand.Text()
@@ -23,16 +23,17 @@ func requestID(given string) string {
 
 type requestIDKey struct{}
 
-// RequestID returns the ID that the log knows the call by: the caller's x-request-id, or one that was made for it.
+// RequestID returns the ID of the call in the log: the caller's x-request-id or a generated one.
 func RequestID(ctx context.Context) string {
 	id, _ := ctx.Value(requestIDKey{}).(string)
 	return id
 }
 
-// nameRequest gives each call its ID. Over HTTP, newEdge has put it into the header.
+// nameRequest sets the ID of each call. Over HTTP, newEdge has put it into the header.
 func nameRequest(next connect.ServerFunc) connect.ServerFunc {
 	return func(ctx context.Context, spec connect.Spec, stream connect.ServerStream) error {
 		info, _ := connect.CallInfoForServerContext(ctx)
-		return next(context.WithValue(ctx, requestIDKey{}, requestID(info.RequestHeader().Get(requestIDHeader))), spec, stream)
+		id := requestID(info.RequestHeader().Get(requestIDHeader))
+		return next(context.WithValue(ctx, requestIDKey{}, id), spec, stream)
 	}
 }

@@ -1,9 +1,10 @@
-// Package rpcserver is the HTTP edge: Connect, gRPC and gRPC-Web on one port, with or without TLS, with gRPC health and reflection; and
-// the operators' port, with probes and metrics.
+// Package rpcserver is the HTTP edge. It serves Connect, gRPC and gRPC-Web on one port, with or without TLS, and
+// includes gRPC health and reflection. It also serves the operators' port with probes and metrics.
 //
-// It guarantees that a request is within its limits of size, time and number before a handler sees it, and valid by the rules of
-// its proto file; that no text of an internal error and no panic reaches a caller; and that a shutdown lets unary
-// calls finish. It does not authenticate anyone: pass the interceptors of package auth for that, and Limit between them.
+// It guarantees three things. Before a handler sees a request, the request is within the limits of size, time and
+// number, and valid by the rules of its proto file. No text of an internal error and no panic reaches a caller. A
+// shutdown lets unary calls finish. The package does not authenticate callers: pass the interceptors of package auth,
+// with Limit between them.
 package rpcserver
 
 import (
@@ -26,59 +27,65 @@ import (
 	"go.opentelemetry.io/otel/trace"
 )
 
-// Config says where and within which limits to serve. The zero value of each field means its default.
+// Config sets the address and the limits of a Server. The zero value of each field means its default.
 type Config struct {
 	// Addr is the address that Run listens on. Default ":8080".
 	Addr string
-	// ReadMaxBytes is the largest request message, before and after decompression. Default 4 MiB, which is gRPC's default;
-	// what is larger is resource_exhausted.
+	// ReadMaxBytes is the largest request message, before and after decompression. Default 4 MiB, which is gRPC's default.
+	// A larger message fails with resource_exhausted.
 	ReadMaxBytes int
-	// ReadHeaderTimeout bounds reading the headers of a request. Default 5 s: slower is an attack or a dead peer.
+	// ReadHeaderTimeout bounds reading the headers of a request. Default 5 s: a slower peer is an attacker or dead.
 	ReadHeaderTimeout time.Duration
 	// BodyTimeout bounds reading the message of a unary or server-streaming call. Default 30 s: 4 MiB at 1 Mbit/s.
 	BodyTimeout time.Duration
-	// IdleTimeout closes connections on which nothing is under way. Default 2 min, longer than common load balancers keep them.
+	// IdleTimeout closes idle connections. Default 2 min, longer than common load balancers keep them.
 	IdleTimeout time.Duration
-	// MaxConcurrentStreams bounds the calls under way on one HTTP/2 connection. Default 250: a client with more to do
-	// waits, and one connection cannot take the whole server.
+	// MaxConcurrentStreams bounds the running calls of one HTTP/2 connection. Default 250. Further calls wait in the
+	// client, and one connection cannot take the whole server.
 	MaxConcurrentStreams int
-	// DrainTimeout is how long a shutdown waits for calls under way before it cuts them off. Default 20 s, within the 30 s that
-	// Kubernetes and Docker Swarm grant by default or can be told to.
+	// DrainTimeout is how long a shutdown waits for running calls before it cuts them off. Default 20 s, within the 30 s
+	// that Kubernetes and Docker Swarm grant by default or by configuration.
 	DrainTimeout time.Duration
-	// MaxHeaderBytes bounds the headers of a request, its URL included. Default 64 KiB: a token has 8 KiB at most, and a GET carries its
-	// message in the URL.
+	// MaxHeaderBytes bounds the headers of a request, including its URL. Default 64 KiB: a token has at most 8 KiB, and a
+	// GET carries its message in the URL.
 	MaxHeaderBytes int
-	// MaxConns bounds the connections. Default 4096, some 100 MB of buffers at worst; others wait in the kernel's queue.
+	// MaxConns bounds the connections. Default 4096, at worst about 100 MB of buffers. Further connections wait in the
+	// kernel's queue.
 	MaxConns int
-	// MaxConnsPerAddress bounds the connections of one address, of IPv6 a /64; those beyond it are closed at once. Default a quarter of
-	// MaxConns, so that one address cannot take all, and a proxy in front of all callers still has room. Negative is no limit.
+	// MaxConnsPerAddress bounds the connections of one address (for IPv6, one /64). Further connections are closed at
+	// once. Default a quarter of MaxConns, so that one address cannot take all, and a proxy in front of all callers
+	// still has room. Negative means no limit.
 	MaxConnsPerAddress int
-	// WriteTimeout bounds the time in which a connection takes nothing of what is sent to it. Default 30 s.
+	// WriteTimeout bounds the time in which a connection accepts no data. Default 30 s.
 	WriteTimeout time.Duration
-	// QuietTimeout ends a server's stream on which nothing was sent for so long, with unavailable. Default 50 s: common proxies cut a connection off
-	// that is silent for 60 s, and then the client hears an error that says nothing.
+	// QuietTimeout ends a server stream with unavailable if nothing was sent on it for that long. Default 50 s: common
+	// proxies cut off a connection that is silent for 60 s, and then the client gets an error without a reason.
 	QuietTimeout time.Duration
-	// TLS serves HTTPS; see LoadTLS. Without it, HTTP.
+	// TLS serves HTTPS: see LoadTLS. Without it, the server serves HTTP.
 	TLS *tls.Config
 	// Origins are the web origins, such as https://console.example, whose pages may call. Default none.
 	Origins []string
-	// RequestHeaders and ResponseHeaders are those that Interceptors read of requests and write to answers, besides what Headers returns. A page of
-	// another origin may send and see no others.
+	// RequestHeaders and ResponseHeaders are the headers that Interceptors read from requests and write to responses, in
+	// addition to those of Headers. A page of another origin can send and read only these.
 	RequestHeaders, ResponseHeaders []string
-	// LocalNames refuses requests that do not name this machine as localhost or by a loopback address. With authentication off it keeps out pages of
-	// other sites whose name was made to lead here: to a browser they are of the same origin (DNS rebinding).
+	// LocalNames refuses requests whose host is neither localhost nor a loopback address. With authentication off, it
+	// protects against DNS rebinding: if a site makes its name resolve to this machine, a browser treats its pages as
+	// of the same origin.
 	LocalNames bool
-	// Hosts are further names that LocalNames lets through, without a port. None of them may be one that strangers can make lead here.
+	// Hosts are additional host names that LocalNames accepts, without a port. Strangers must not control their DNS.
 	Hosts []string
-	// Budget bounds the memory of requests under way, with Limit among the Interceptors, which must have the same one. Default none.
+	// Budget bounds the memory of running requests. Limit must be among the Interceptors, with the same Budget. Default
+	// none.
 	Budget *Budget
-	// Checks say what the services need. Without any, the server is ready as soon as it listens.
+	// Checks check the dependencies of the services. Without checks, the server is ready as soon as it listens.
 	Checks []Check
-	// Interceptors run inside of logging and error mapping: authentication, durable calls. What one of them receives is valid.
+	// Interceptors run inside of logging and error mapping: authentication, durable calls. The messages that they receive
+	// are valid.
 	Interceptors []connect.ServerInterceptor
-	// Log takes access logs (debug, failures at info) and what callers are not told (warn and error). Default slog.Default().
+	// Log logs calls (at debug, failures at info) and the errors that callers must not see (at warn and error). Default
+	// slog.Default().
 	Log *slog.Logger
-	// MeterProvider and TracerProvider take the duration of calls and their spans. Default: the global ones.
+	// MeterProvider and TracerProvider record the durations and the spans of calls. Default: the global ones.
 	MeterProvider  metric.MeterProvider
 	TracerProvider trace.TracerProvider
 }
@@ -86,7 +93,8 @@ type Config struct {
 // DefaultReadMaxBytes is the default of Config.ReadMaxBytes.
 const DefaultReadMaxBytes = 4 << 20
 
-// drainTimeout must be shorter than the time that deployments grant: TestDeploymentsGrantTheDrain in internal/dev/architecture.
+// drainTimeout must be shorter than the time that deployments grant. TestDeploymentsGrantTheDrain in
+// internal/dev/architecture checks this.
 const drainTimeout = 20 * time.Second
 
 func (c Config) withDefaults() Config {
@@ -117,45 +125,48 @@ type Server struct {
 	config  Config
 	rpc     *connect.Server
 	mux     *http.ServeMux
-	handler http.Handler // mux, and what is around all of it
+	handler http.Handler // mux inside of the edge
 }
 
 // New makes a server of the services that the register functions register:
 //
 //	rpcserver.New(config, func(s *connect.Server) { ordersv1connect.RegisterOrderServiceHandler(s, service) })
 //
-// It adds grpc.health.v1.Health, for load balancers that speak gRPC, and gRPC reflection. Other probes and metrics are on the operators'
-// port, which callers cannot use up: see Ops. Reflection shows every proto file that is linked in; put it behind an interceptor if yours are secret. Answers of 1 KiB and more are
-// compressed, if the caller takes them so.
+// It adds grpc.health.v1.Health, for load balancers that speak gRPC, and gRPC reflection. Other probes and metrics
+// are on the operators' port, whose connections callers cannot use up: see Ops. Reflection shows every proto file
+// that is linked in; put it behind an interceptor if yours are secret. Responses of 1 KiB and more are compressed if
+// the caller accepts it.
 func New(config Config, register ...func(*connect.Server)) *Server {
 	config = config.withDefaults()
-	all := append([]connect.ServerInterceptor{Telemetry(config.MeterProvider, config.TracerProvider), endQuiet(config.QuietTimeout)},
-		Interceptors(config.Log, config.Interceptors...)...)
-	rpc := connect.NewServer(all...)
+	outer := []connect.ServerInterceptor{
+		Telemetry(config.MeterProvider, config.TracerProvider), endQuiet(config.QuietTimeout),
+	}
+	rpc := connect.NewServer(append(outer, Interceptors(config.Log, config.Interceptors...)...)...)
 	for _, r := range register {
 		r(rpc)
 	}
 	health := newHealth(config.Checks, config.Log)
-	health.serves(rpc)
+	health.addServices(rpc)
 	health.register(rpc)
 	grpcreflect.Register(rpc)
 
 	mux := http.NewServeMux()
 	connecthttp.Mount(newGuard(mux, config, rpc), rpc,
 		connecthttp.WithCodecs(codecs()...), connecthttp.WithReadMaxBytes(config.ReadMaxBytes),
-		connecthttp.WithCompressors(newBoundedGzip(config.ReadMaxBytes, config.Budget)), connecthttp.WithCompressMinBytes(compressMinBytes))
+		connecthttp.WithCompressors(newBoundedGzip(config.ReadMaxBytes, config.Budget)),
+		connecthttp.WithCompressMinBytes(compressMinBytes))
 	return &Server{config: config, rpc: rpc, mux: mux, handler: newEdge(mux, config)}
 }
 
-// Specs yields every procedure that is served.
+// Specs yields all procedures of the server.
 func (s *Server) Specs() iter.Seq[connect.Spec] { return s.rpc.Specs() }
 
-// Handle adds something that is no RPC, such as the console, under a pattern of http.ServeMux. It panics if the
-// pattern is taken. Call it before Run.
+// Handle adds a handler that is not an RPC, such as the console, under a pattern of http.ServeMux. It panics if the
+// pattern is taken. It must be called before Run.
 func (s *Server) Handle(pattern string, handler http.Handler) { s.mux.Handle(pattern, handler) }
 
-// ServeHTTP serves one request: a Server is an http.Handler for tests and for other HTTP servers, which then set the limits
-// of connections and drain on their own.
+// ServeHTTP serves one request. It makes Server an http.Handler for tests and for other HTTP servers, which must limit
+// connections and drain themselves.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) { s.handler.ServeHTTP(w, r) }
 
 // Listen listens on the configured address, for Serve.
@@ -176,23 +187,24 @@ func (s *Server) Run(ctx context.Context) error {
 	return s.Serve(ctx, listener)
 }
 
-// A silent HTTP/2 connection is asked whether it lives.
+// The server pings silent HTTP/2 connections to check that their peers are alive.
 const (
 	pingAfter   = 30 * time.Second
 	pingTimeout = 15 * time.Second
 )
 
-// errDraining is why a stream's context ends when the server shuts down.
+// errDraining is the cause that cancels a stream's context when the server shuts down.
 var errDraining = errors.New("server is shutting down")
 
-// drainingKey finds, in the context of a request, the context that ends when the server begins to drain.
+// drainingKey is the key in a request's context for the context that is done when the server begins to drain.
 type drainingKey struct{}
 
-// Serve serves on listener, which it closes, until ctx is done. Then it is no longer ready, takes no new connections, ends
-// streams and requests that have not arrived with unavailable, and waits for the unary calls under way. It returns nil if they finished within DrainTimeout; those
-// that did not have their context cancelled and their connection closed.
+// Serve serves on listener, which it closes, until ctx is done. Then the server is no longer ready and accepts no new
+// connections. It ends streams, and requests that have not arrived, with unavailable, and waits for the running unary
+// calls. Serve returns nil if they finish within DrainTimeout. Otherwise it cancels their contexts, closes their
+// connections and returns an error.
 func (s *Server) Serve(ctx context.Context, listener net.Listener) error {
-	// Requests do not live in ctx, which is done when the drain begins, but in one that is done when it has failed.
+	// The context of requests is not ctx, which is done when the drain begins, but one that is done if the drain fails.
 	requests, cutOff := context.WithCancel(context.WithoutCancel(ctx))
 	defer cutOff()
 	server := s.httpServer(context.WithValue(requests, drainingKey{}, ctx))
@@ -200,7 +212,7 @@ func (s *Server) Serve(ctx context.Context, listener net.Listener) error {
 	listener = limitListener(listener, s.config)
 	go func() {
 		if s.config.TLS != nil {
-			served <- server.ServeTLS(listener, "", "") // the certificate is in the config
+			served <- server.ServeTLS(listener, "", "") // the config has the certificate
 		} else {
 			served <- server.Serve(listener)
 		}
@@ -216,7 +228,7 @@ func (s *Server) Serve(ctx context.Context, listener net.Listener) error {
 	<-served
 	if err != nil {
 		cutOff()
-		_ = server.Close() // closes what Shutdown left; its error is that of a connection nobody waits for
+		_ = server.Close() // closes the remaining connections, whose errors do not matter
 		return fmt.Errorf("drain: %w", err)
 	}
 	return nil
@@ -233,13 +245,13 @@ func (s *Server) httpServer(requests context.Context) *http.Server {
 		TLSConfig: s.config.TLS,
 		HTTP2: &http.HTTP2Config{
 			MaxConcurrentStreams: s.config.MaxConcurrentStreams,
-			// Finds peers that are gone while a stream has nothing to say.
+			// Pings detect peers that are gone while a stream is silent.
 			SendPingTimeout: pingAfter, PingTimeout: pingTimeout,
 		},
 		MaxHeaderBytes:    s.config.MaxHeaderBytes,
 		ReadHeaderTimeout: s.config.ReadHeaderTimeout,
 		IdleTimeout:       s.config.IdleTimeout,
 		BaseContext:       func(net.Listener) context.Context { return requests },
-		ErrorLog:          slog.NewLogLogger(s.config.Log.Handler(), slog.LevelDebug), // broken connections of callers
+		ErrorLog:          slog.NewLogLogger(s.config.Log.Handler(), slog.LevelDebug), // callers' broken connections
 	}
 }

@@ -34,7 +34,7 @@ import (
 	"google.golang.org/protobuf/types/known/wrapperspb"
 )
 
-// transports are all ways in.
+// transports are all protocols that clients can use.
 var transports = []struct {
 	name    string
 	http2   bool
@@ -52,9 +52,10 @@ var transports = []struct {
 
 func TestOnePortServesEveryProtocol(t *testing.T) {
 	t.Parallel()
-	server := serve(t, rpcserver.Config{}, unary(echo), stream(func(_ context.Context, in string, send func(string) error) error {
+	twice := func(_ context.Context, in string, send func(string) error) error {
 		return errors.Join(send(in), send(in))
-	}))
+	}
+	server := serve(t, rpcserver.Config{}, unary(echo), stream(twice))
 	for _, transport := range transports {
 		t.Run(transport.name, func(t *testing.T) {
 			t.Parallel()
@@ -62,7 +63,8 @@ func TestOnePortServesEveryProtocol(t *testing.T) {
 			if out, err := call(t.Context(), client, "hello"); err != nil || out != "hello" {
 				t.Errorf("unary: got %q, %v", out, err)
 			}
-			if sent, err := receiveAll(t.Context(), client, "hello"); err != nil || !slices.Equal(sent, []string{"hello", "hello"}) {
+			sent, err := receiveAll(t.Context(), client, "hello")
+			if err != nil || !slices.Equal(sent, []string{"hello", "hello"}) {
 				t.Errorf("stream: got %q, %v", sent, err)
 			}
 		})
@@ -77,7 +79,8 @@ func TestOnePortServesEveryProtocol(t *testing.T) {
 	})
 	t.Run("curl", func(t *testing.T) {
 		t.Parallel()
-		res, err := httpClient(t, false).Post(server.url+unarySpec.Procedure, "application/json", strings.NewReader(`"hello"`))
+		body := strings.NewReader(`"hello"`)
+		res, err := httpClient(t, false).Post(server.url+unarySpec.Procedure, "application/json", body)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -88,24 +91,24 @@ func TestOnePortServesEveryProtocol(t *testing.T) {
 	})
 }
 
-func TestOnlyLongAnswersAreCompressed(t *testing.T) {
+func TestOnlyLongResponsesAreCompressed(t *testing.T) {
 	t.Parallel()
 	server := serve(t, rpcserver.Config{}, unary(echo))
 	for length, want := range map[int]string{100: "", 2000: "gzip"} {
-		body := `"` + strings.Repeat("x", length) + `"`
-		req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, server.url+unarySpec.Procedure, strings.NewReader(body))
+		body := strings.NewReader(`"` + strings.Repeat("x", length) + `"`)
+		req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, server.url+unarySpec.Procedure, body)
 		if err != nil {
 			t.Fatal(err)
 		}
 		req.Header.Set("Content-Type", "application/json")
-		req.Header.Set("Accept-Encoding", "gzip") // so the client leaves it as it comes
+		req.Header.Set("Accept-Encoding", "gzip") // set explicitly, so that the client does not decompress the response
 		res, err := httpClient(t, false).Do(req)
 		if err != nil {
 			t.Fatal(err)
 		}
 		_ = res.Body.Close()
 		if got := res.Header.Get("Content-Encoding"); res.StatusCode != 200 || got != want {
-			t.Errorf("%d bytes: %s, encoding %q", length, res.Status, got)
+			t.Errorf("%d bytes: got %s, encoding %q, want encoding %q", length, res.Status, got, want)
 		}
 	}
 }
@@ -117,27 +120,32 @@ func TestErrorsAreMappedForCallers(t *testing.T) {
 		err     error
 		code    connect.Code
 		message string
-		logged  string // level at which the text of err was logged
+		logged  string // level at which the text of err is logged
 	}{
 		"a connect error passes": {
 			connect.NewError(connect.CodeNotFound, "no such order"), connect.CodeNotFound, "no such order", "DEBUG",
 		},
 		"a wrapped connect error passes without the wrapping": {
-			fmt.Errorf(secret+": %w", connect.NewError(connect.CodeNotFound, "no such order")), connect.CodeNotFound, "no such order", "DEBUG",
+			fmt.Errorf(secret+": %w", connect.NewError(connect.CodeNotFound, "no such order")),
+			connect.CodeNotFound, "no such order", "DEBUG",
 		},
 		"another server's error is internal": {
-			connect.NewError(connect.CodeNotFound, secret).WithRemote(), connect.CodeInternal, "internal error", "ERROR",
+			connect.NewError(connect.CodeNotFound, secret).WithRemote(), connect.CodeInternal, "internal error",
+			"ERROR",
 		},
 		"backlog full": {
 			fmt.Errorf(secret+": %w", outbox.ErrBacklogFull), connect.CodeResourceExhausted,
-			"too much is waiting to be processed; nothing was done, try again later", "WARN",
+			"the backlog is full; nothing was done, try again later", "WARN",
 		},
 		"database away": {
-			fmt.Errorf(secret+": %w", postgres.ErrUnavailable), connect.CodeUnavailable, "database is unavailable, try again", "WARN",
+			fmt.Errorf(secret+": %w", postgres.ErrUnavailable), connect.CodeUnavailable,
+			"database is unavailable, try again", "WARN",
 		},
 		"outcome unknown": {
 			fmt.Errorf(secret+": %w", postgres.ErrOutcomeUnknown), connect.CodeUnavailable,
-			"the outcome is unknown: it may have been done or not; repeat the call with the same ID, which is safe", "WARN",
+			"the outcome is unknown: the call may or may not have been executed; repeat it with the same ID, which " +
+				"is safe",
+			"WARN",
 		},
 		"anything else is internal": {errors.New(secret), connect.CodeInternal, "internal error", "ERROR"},
 		"an inner deadline is internal": {
@@ -167,7 +175,7 @@ func TestErrorsAreMappedForCallers(t *testing.T) {
 	}
 }
 
-func TestPanicIsInternalAndTheServerGoesOn(t *testing.T) {
+func TestPanicIsInternalAndTheServerContinues(t *testing.T) {
 	t.Parallel()
 	server := serve(t, rpcserver.Config{},
 		unary(func(_ context.Context, in string) (string, error) {
@@ -190,8 +198,8 @@ func TestPanicIsInternalAndTheServerGoesOn(t *testing.T) {
 	}
 }
 
-// announced tells the server a deadline that the client does not keep itself: it passes in the handler, however long
-// the call takes to get there.
+// announced has a deadline that the client sends but does not enforce itself. So the deadline always passes in the
+// handler.
 type announced struct {
 	context.Context
 	deadline time.Time
@@ -199,7 +207,7 @@ type announced struct {
 
 func (a announced) Deadline() (time.Time, bool) { return a.deadline, true }
 
-func TestCallersDeadlineAndDepartureReachTheHandler(t *testing.T) {
+func TestTheCallersDeadlineReachesTheHandler(t *testing.T) {
 	t.Parallel()
 	ended := make(chan error, 1)
 	server := serve(t, rpcserver.Config{}, unary(func(ctx context.Context, _ string) (string, error) {
@@ -212,7 +220,7 @@ func TestCallersDeadlineAndDepartureReachTheHandler(t *testing.T) {
 		_, err := call(ctx, server.client(t, http2), "")
 		wantError(t, err, connect.CodeDeadlineExceeded, "")
 		if err := <-ended; err == nil {
-			t.Error("handler went on")
+			t.Error("the handler's context has no error")
 		}
 	}
 }
@@ -220,12 +228,13 @@ func TestCallersDeadlineAndDepartureReachTheHandler(t *testing.T) {
 func TestReadLimit(t *testing.T) {
 	t.Parallel()
 	const limit = 64 << 10
-	server := serve(t, rpcserver.Config{ReadMaxBytes: limit}, unary(func(_ context.Context, in string) (string, error) { return "", nil }))
+	ignore := func(context.Context, string) (string, error) { return "", nil }
+	server := serve(t, rpcserver.Config{ReadMaxBytes: limit}, unary(ignore))
 	for _, transport := range transports {
 		t.Run(transport.name, func(t *testing.T) {
 			t.Parallel()
 			client := server.client(t, transport.http2, transport.options...)
-			fits := strings.Repeat("x", limit-16) // the rest is for the field's tag and length
+			fits := strings.Repeat("x", limit-16) // leaves room for the field's tag and length
 			if _, err := call(t.Context(), client, fits); err != nil {
 				t.Errorf("message within the limit: %v", err)
 			}
@@ -241,7 +250,7 @@ func TestReadLimit(t *testing.T) {
 			t.Fatal(err)
 		}
 		if bomb.Len() > limit+1<<10 {
-			t.Fatalf("bomb has %d bytes and would be refused for its compressed size", bomb.Len())
+			t.Fatalf("bomb has %d bytes, so it would be refused for its compressed size", bomb.Len())
 		}
 		req, _ := http.NewRequestWithContext(t.Context(), http.MethodPost, server.url+unarySpec.Procedure, &bomb)
 		req.Header.Set("Content-Type", "application/proto")
@@ -265,12 +274,13 @@ func TestReadLimit(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer res.Body.Close()
-		if trailers, _ := io.ReadAll(res.Body); !bytes.Contains(trailers, []byte("grpc-status: 8")) && res.Header.Get("Grpc-Status") != "8" {
+		trailers, _ := io.ReadAll(res.Body)
+		if !bytes.Contains(trailers, []byte("grpc-status: 8")) && res.Header.Get("Grpc-Status") != "8" {
 			t.Errorf("got %s %v", trailers, res.Header)
 		}
 		// HTTP/2's flow control lets the client send about a megabyte ahead of the reader.
 		if n := body.n.Load(); n > 4<<20 {
-			t.Errorf("server took %d bytes of a message that may have %d", n, limit)
+			t.Errorf("server read %d bytes of a message, the limit is %d", n, limit)
 		}
 	})
 }
@@ -295,12 +305,13 @@ func (c *counted) Read(p []byte) (int, error) {
 
 func TestSlowBodyIsCutOffAndSlowHandlerIsNot(t *testing.T) {
 	t.Parallel()
-	const bodyTimeout = 500 * time.Millisecond // the body of a quick caller comes within it, also on a busy machine
-	server := serve(t, rpcserver.Config{BodyTimeout: bodyTimeout}, unary(func(ctx context.Context, in string) (string, error) {
+	const bodyTimeout = 500 * time.Millisecond // enough for the body of a fast caller, even on a busy machine
+	config := rpcserver.Config{BodyTimeout: bodyTimeout}
+	server := serve(t, config, unary(func(ctx context.Context, in string) (string, error) {
 		select {
 		case <-ctx.Done():
 			return "", ctx.Err()
-		case <-time.After(3 * bodyTimeout): // stands for work that takes longer than a body may
+		case <-time.After(3 * bodyTimeout): // work that takes longer than a body may
 			return in, nil
 		}
 	}))
@@ -349,14 +360,15 @@ func TestInvalidRequestNeverReachesTheHandler(t *testing.T) {
 	t.Parallel()
 	message := messageWithRule(t)
 	spec := connect.Spec{Procedure: "/probe.v1.Probe/Validated", StreamType: connect.StreamTypeUnary}
+	handle := func(_ context.Context, _ connect.Spec, stream connect.ServerStream) error {
+		in := dynamicpb.NewMessage(message)
+		if err := stream.Receive(in); err != nil {
+			return err
+		}
+		return stream.Send(in)
+	}
 	server := serve(t, rpcserver.Config{}, func(s *connect.Server) {
-		s.Register(connect.Method{Spec: spec, Handler: func(_ context.Context, _ connect.Spec, stream connect.ServerStream) error {
-			in := dynamicpb.NewMessage(message)
-			if err := stream.Receive(in); err != nil {
-				return err
-			}
-			return stream.Send(in)
-		}})
+		s.Register(connect.Method{Spec: spec, Handler: handle})
 	})
 	send := func(value string) error {
 		in := dynamicpb.NewMessage(message)
@@ -423,7 +435,7 @@ func TestReflectionListsServices(t *testing.T) {
 	for _, service := range res.GetListServicesResponse().GetService() {
 		names = append(names, service.GetName())
 	}
-	// The probe has no descriptor and so cannot be listed.
+	// The probe has no descriptor, so it cannot be listed.
 	if want := "grpc.health.v1.Health"; !slices.Contains(names, want) {
 		t.Errorf("services %q lack %s", names, want)
 	}
@@ -432,7 +444,8 @@ func TestReflectionListsServices(t *testing.T) {
 func TestUnknownMethodIsUnimplemented(t *testing.T) {
 	t.Parallel()
 	server := serve(t, rpcserver.Config{}, unary(echo))
-	err := server.grpc(t).Invoke(t.Context(), "/probe.v1.Probe/None", wrapperspb.String(""), new(wrapperspb.StringValue))
+	err := server.grpc(t).Invoke(t.Context(), "/probe.v1.Probe/None", wrapperspb.String(""),
+		new(wrapperspb.StringValue))
 	if status.Code(err) != codes.Unimplemented {
 		t.Errorf("got %v", err)
 	}

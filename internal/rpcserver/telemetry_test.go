@@ -18,7 +18,8 @@ import (
 	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
 )
 
-// A call is a span below the caller's, and counts with the code that the caller got. Health checks are neither.
+// Each call has a span, and is measured with the code that the caller gets. Health checks are neither traced nor
+// measured.
 func TestCallsAreTracedAndMeasured(t *testing.T) {
 	t.Parallel()
 	spans, reader := tracetest.NewSpanRecorder(), sdkmetric.NewManualReader()
@@ -41,7 +42,8 @@ func TestCallsAreTracedAndMeasured(t *testing.T) {
 	for _, in := range []string{"good", "bad", "panic"} {
 		_, _ = call(t.Context(), client, in)
 	}
-	if _, err := healthv1.NewHealthClient(server.grpc(t)).Check(t.Context(), &healthv1.HealthCheckRequest{}); err != nil {
+	if _, err := healthv1.NewHealthClient(server.grpc(t)).Check(t.Context(),
+		&healthv1.HealthCheckRequest{}); err != nil {
 		t.Fatal(err)
 	}
 	testenv.Eventually(t, 10*time.Second, func() error {
@@ -61,7 +63,7 @@ func TestCallsAreTracedAndMeasured(t *testing.T) {
 	}
 	for i, want := range []codes.Code{codes.Unset, codes.Error, codes.Error} {
 		if got := ended[i].Status(); got.Code != want || got.Description != "" && got.Description != "internal error" {
-			t.Errorf("status %d is %v", i, got)
+			t.Errorf("span %d has status %v", i, got)
 		}
 	}
 	total, internal := 0.0, 0.0
@@ -72,6 +74,6 @@ func TestCallsAreTracedAndMeasured(t *testing.T) {
 		}
 	}
 	if total != 3 || internal != 2 {
-		t.Errorf("%v calls are measured, %v of them internal errors: %v", total, internal, metrics)
+		t.Errorf("got %v measured calls, %v of them internal errors: %v", total, internal, metrics)
 	}
 }

@@ -10,13 +10,14 @@ import (
 	"example.com/shop/internal/reload"
 )
 
-// TLSFiles are PEM files. They may be replaced at any time: handshakes from then on, a second later at most, use the new ones.
+// TLSFiles are PEM files. They may be replaced at any time. New handshakes use the new files after at most a second.
 type TLSFiles struct {
-	// Cert is the server's certificate and its chain, Key its private key.
+	// Cert is the server's certificate with its chain. Key is its private key.
 	Cert, Key string
-	// ClientCA are the authorities whose client certificates are accepted; "" asks for none.
+	// ClientCA has the authorities whose client certificates are accepted. If it is "", the server requests no
+	// certificate.
 	ClientCA string
-	// RequireClient refuses connections without a client certificate. Probes come to the operators' port, which asks for none.
+	// RequireClient refuses connections without a client certificate. Probes use the operators' port, which requests none.
 	RequireClient bool
 }
 
@@ -40,10 +41,10 @@ func LoadTLS(files TLSFiles) (*tls.Config, error) {
 	if files.ClientCA == "" {
 		return config, nil
 	}
-	return config, askForCertificate(config, files)
+	return config, requestCertificate(config, files)
 }
 
-func askForCertificate(config *tls.Config, files TLSFiles) error {
+func requestCertificate(config *tls.Config, files TLSFiles) error {
 	authorities, err := reload.New(func() (*x509.CertPool, error) {
 		pem, err := os.ReadFile(files.ClientCA)
 		if err != nil {
@@ -51,7 +52,7 @@ func askForCertificate(config *tls.Config, files TLSFiles) error {
 		}
 		pool := x509.NewCertPool()
 		if !pool.AppendCertsFromPEM(pem) {
-			return nil, errors.New("load client authorities: no certificate in the file")
+			return nil, errors.New("load client authorities: file has no certificate")
 		}
 		return pool, nil
 	}, files.ClientCA)
@@ -62,7 +63,7 @@ func askForCertificate(config *tls.Config, files TLSFiles) error {
 	if files.RequireClient {
 		config.ClientAuth = tls.RequireAndVerifyClientCert
 	}
-	config.SessionTicketsDisabled = true // a resumed session would outlive the authority that let it in
+	config.SessionTicketsDisabled = true // a resumed session would stay valid after its authority is removed
 	base := config.Clone()
 	config.GetConfigForClient = func(*tls.ClientHelloInfo) (*tls.Config, error) {
 		current := base.Clone()

@@ -30,7 +30,7 @@ func whoAmI(ctx context.Context, _ string) (string, error) {
 	return fmt.Sprint(caller.By, " ", caller.Subject, " ", caller.Roles), nil
 }
 
-// serveTLS serves a unary method that says who calls, and returns the URL.
+// serveTLS starts a TLS server with the unary method whoAmI.
 func serveTLS(t *testing.T, files rpcserver.TLSFiles) *running {
 	t.Helper()
 	config, err := rpcserver.LoadTLS(files)
@@ -44,7 +44,7 @@ func serveTLS(t *testing.T, files rpcserver.TLSFiles) *running {
 	return server
 }
 
-// tlsClient makes a new connection for each client.
+// tlsClient returns a client with its own connections.
 func tlsClient(t *testing.T, config *tls.Config, http2 bool) *http.Client {
 	protocols := new(http.Protocols)
 	protocols.SetHTTP1(!http2)
@@ -54,8 +54,11 @@ func tlsClient(t *testing.T, config *tls.Config, http2 bool) *http.Client {
 	return &http.Client{Transport: transport}
 }
 
-func askWho(t *testing.T, server *running, config *tls.Config, http2 bool, options ...connecthttp.Option) (string, error) {
-	return call(t.Context(), connect.NewClient(connecthttp.NewTransport(tlsClient(t, config, http2), server.url, options...)), "")
+func askWho(
+	t *testing.T, server *running, config *tls.Config, http2 bool, options ...connecthttp.Option,
+) (string, error) {
+	transport := connecthttp.NewTransport(tlsClient(t, config, http2), server.url, options...)
+	return call(t.Context(), connect.NewClient(transport), "")
 }
 
 func TestTLSServesEveryProtocol(t *testing.T) {
@@ -83,7 +86,7 @@ func TestTLSServesEveryProtocol(t *testing.T) {
 		t.Error("TLS 1.1 is accepted")
 	}
 	if _, err := askWho(t, server, testenv.NewAuthority(t).Client(t, "", ""), true); err == nil {
-		t.Error("a client that trusts another authority was served: the test proves nothing")
+		t.Error("a client that trusts another authority accepted the server, so this test proves nothing")
 	}
 }
 
@@ -92,17 +95,17 @@ func TestTLSCertificateIsReloaded(t *testing.T) {
 	old, next := testenv.NewAuthority(t), testenv.NewAuthority(t)
 	cert, key := old.Issue(t, nil)
 	server := serveTLS(t, rpcserver.TLSFiles{Cert: cert, Key: key})
-	stays := connect.NewClient(connecthttp.NewTransport(tlsClient(t, old.Client(t, "", ""), true), server.url))
-	if _, err := call(t.Context(), stays, ""); err != nil {
+	connected := connect.NewClient(connecthttp.NewTransport(tlsClient(t, old.Client(t, "", ""), true), server.url))
+	if _, err := call(t.Context(), connected, ""); err != nil {
 		t.Fatal(err)
 	}
 
-	// Half a change is no change.
+	// A new certificate without its key has no effect.
 	otherCert, _ := next.Issue(t, nil)
 	testenv.Copy(t, otherCert, cert)
-	time.Sleep(1100 * time.Millisecond) // nothing signals that nothing happens
+	time.Sleep(1100 * time.Millisecond) // longer than the reload interval
 	if _, err := askWho(t, server, old.Client(t, "", ""), true); err != nil {
-		t.Errorf("with a certificate that does not fit the key: %v", err)
+		t.Errorf("with a certificate that does not match the key: %v", err)
 	}
 
 	next.Replace(t, cert, key, nil)
@@ -113,8 +116,8 @@ func TestTLSCertificateIsReloaded(t *testing.T) {
 	if _, err := askWho(t, server, old.Client(t, "", ""), true); err == nil {
 		t.Error("the old certificate is still served")
 	}
-	if _, err := call(t.Context(), stays, ""); err != nil {
-		t.Errorf("a connection from before: %v", err)
+	if _, err := call(t.Context(), connected, ""); err != nil {
+		t.Errorf("an earlier connection: %v", err)
 	}
 }
 
@@ -139,33 +142,46 @@ func TestClientCertificates(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	const refused = "" // at the handshake
+	changed := func(change func(*x509.Certificate)) *tls.Config { return named(clients, change) }
+	withName := func(name string) *tls.Config {
+		return changed(func(c *x509.Certificate) { c.Subject.CommonName = name })
+	}
+	uri := func(c *x509.Certificate) { c.URIs = []*url.URL{spiffe} }
+	expired := func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Minute) }
+	serverOnly := func(c *x509.Certificate) { c.ExtKeyUsage = c.ExtKeyUsage[:1] }
+	const (
+		ann     = "mtls ann [customer operator]"
+		billing = "mtls spiffe://example.org/billing [customer operator]"
+		refused = "" // at the handshake
+	)
 	for name, test := range map[string]struct {
 		client             *tls.Config
 		optional, required string
 	}{
-		"good":                      {named(clients, nil), "mtls ann [customer operator]", "mtls ann [customer operator]"},
-		"SPIFFE ID":                 {named(clients, func(c *x509.Certificate) { c.URIs = []*url.URL{spiffe} }), "mtls spiffe://example.org/billing [customer operator]", "mtls spiffe://example.org/billing [customer operator]"},
+		"good":                      {named(clients, nil), ann, ann},
+		"SPIFFE ID":                 {changed(uri), billing, billing},
 		"none":                      {servers.Client(t, "", ""), "nobody", refused},
 		"stranger":                  {named(stranger, nil), refused, refused},
 		"of the servers' authority": {named(servers, nil), refused, refused},
-		"expired":                   {named(clients, func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Minute) }), refused, refused},
-		"for a server":              {named(clients, func(c *x509.Certificate) { c.ExtKeyUsage = c.ExtKeyUsage[:1] }), refused, refused},
-		"with a NUL in its name":    {named(clients, func(c *x509.Certificate) { c.Subject.CommonName = "a\x00b" }), "nobody", "nobody"},
-		"with a name too long":      {named(clients, func(c *x509.Certificate) { c.Subject.CommonName = strings.Repeat("a", 300) }), "nobody", "nobody"},
-		"without a name":            {named(clients, func(c *x509.Certificate) { c.Subject.CommonName = "" }), "nobody", "nobody"},
+		"expired":                   {changed(expired), refused, refused},
+		"for a server":              {changed(serverOnly), refused, refused},
+		"with a NUL in its name":    {withName("a\x00b"), "nobody", "nobody"},
+		"with a name too long":      {withName(strings.Repeat("a", 300)), "nobody", "nobody"},
+		"without a name":            {withName(""), "nobody", "nobody"},
 	} {
 		for _, http2 := range []bool{false, true} {
-			if who, err := askWho(t, optional, test.client, http2); who != test.optional || (err != nil) != (test.optional == refused) {
+			who, err := askWho(t, optional, test.client, http2)
+			if who != test.optional || (err != nil) != (test.optional == refused) {
 				t.Errorf("%s, optional: got %q, %v", name, who, err)
 			}
-			if who, err := askWho(t, required, test.client, http2); who != test.required || (err != nil) != (test.required == refused) {
+			who, err = askWho(t, required, test.client, http2)
+			if who != test.required || (err != nil) != (test.required == refused) {
 				t.Errorf("%s, required: got %q, %v", name, who, err)
 			}
 		}
 	}
 
-	// An authority that is taken away opens nothing more, not even by a resumed session.
+	// Certificates of a removed authority are refused, even in a resumed session.
 	again := named(clients, nil)
 	again.ClientSessionCache = tls.NewLRUClientSessionCache(8)
 	if _, err := askWho(t, optional, again, true); err != nil {
@@ -180,7 +196,7 @@ func TestClientCertificates(t *testing.T) {
 	})
 }
 
-func TestTLSFilesThatCannotBeUsed(t *testing.T) {
+func TestUnusableTLSFiles(t *testing.T) {
 	t.Parallel()
 	authority := testenv.NewAuthority(t)
 	cert, key := authority.Issue(t, nil)
@@ -197,7 +213,7 @@ func TestTLSFilesThatCannotBeUsed(t *testing.T) {
 	}
 }
 
-// A connection that says nothing ends before it has cost a handshake.
+// The server closes a silent connection before it spends a handshake on it.
 func TestSilentHandshakeIsCutOff(t *testing.T) {
 	t.Parallel()
 	authority := testenv.NewAuthority(t)

@@ -10,16 +10,16 @@ import (
 	"google.golang.org/protobuf/proto"
 )
 
-// validateAllBytes is the largest request of which every violation is looked for. A list of a few bytes an element can
-// violate a rule with each of them, and each violation takes some hundred times the bytes of its element.
+// validateAllBytes is the size of the largest request that is searched for all violations. Every element of a list can
+// violate a rule, and each violation takes some hundred times the bytes of its element.
 const validateAllBytes = 512
 
-// validateRequests checks what is received against the rules of the proto file.
+// validateRequests validates received messages against the rules in the proto file.
 func validateRequests() connect.ServerInterceptor {
 	return validate.NewServerInterceptor(validate.WithValidator(boundedValidator{protovalidate.GlobalValidator}))
 }
 
-// boundedValidator finds the first violation, and the others of small messages only.
+// boundedValidator finds only the first violation, except in small messages, where it finds all.
 type boundedValidator struct{ protovalidate.Validator }
 
 // Validate implements protovalidate.Validator.
@@ -35,15 +35,15 @@ func (v boundedValidator) Validate(message proto.Message, options ...protovalida
 	if !errors.As(err, &invalid) {
 		return err
 	}
-	return &protovalidate.ValidationError{Violations: tellable(invalid.Violations)}
+	return &protovalidate.ValidationError{Violations: fitting(invalid.Violations)}
 }
 
-// tellable are as many violations as fit into one detail of an error, and at least one for its text.
-func tellable(violations []*protovalidate.Violation) []*protovalidate.Violation {
-	const around = 64 // bytes at most of the tags, the lengths and the type's name
-	size := around
-	for i, one := range violations {
-		if size += proto.Size(one.Proto) + 3; size > bounds.MaxErrorDetails {
+// fitting returns the violations that fit into one detail of an error, but at least one for the error's text.
+func fitting(violations []*protovalidate.Violation) []*protovalidate.Violation {
+	const overhead = 64 // at most, for the tags, the lengths and the type's name
+	size := overhead
+	for i, violation := range violations {
+		if size += proto.Size(violation.Proto) + 3; size > bounds.MaxErrorDetails {
 			return violations[:max(1, i)]
 		}
 	}

@@ -34,8 +34,8 @@ func Connect(ctx context.Context, url string) (*pgx.Conn, error) {
 // ConnectTimeout bounds one attempt to connect, so that an unreachable host fails instead of hanging.
 const ConnectTimeout = 5 * time.Second
 
-// silence is how long a server may acknowledge nothing before its connection counts as broken. Linux' own timeouts need a
-// quarter of an hour to notice a host that vanished.
+// silence is how long a server may acknowledge nothing before its connection counts as broken. Linux' own timeouts need
+// a quarter of an hour to notice a host that vanished.
 const silence = 15 * time.Second
 
 // Dial opens connections that notice when the peer is gone.
@@ -47,9 +47,9 @@ func Dial(ctx context.Context, network, address string) (net.Conn, error) {
 	return dialer.DialContext(ctx, network, address)
 }
 
-// Listen calls hear for every notification on a channel of the database at url, until ctx is done. It also calls hear("")
-// each time it starts to listen, because notifications of the time before are lost. The connection must be direct: a
-// pooler in transaction mode drops LISTEN without an error.
+// Listen calls hear for every notification on a channel of the database at url, until ctx is done. It also calls
+// hear("") each time it starts to listen, because notifications of the time before are lost. The connection must be
+// direct: a pooler in transaction mode drops LISTEN without an error.
 func Listen(ctx context.Context, url, channel string, hear func(payload string)) {
 	Keep(ctx, url, "listen on "+channel, func(conn *pgx.Conn) error {
 		if _, err := conn.Exec(ctx, "LISTEN "+pgx.Identifier{channel}.Sanitize()); err != nil {

@@ -6,7 +6,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// limitSilence bounds how long sent data may stay without an acknowledgement; keep-alive only looks after connections that send nothing.
+// limitSilence bounds how long sent data may stay without an acknowledgement; keep-alive only looks after connections
+// that send nothing.
 func limitSilence(_, _ string, conn syscall.RawConn) error {
 	return conn.Control(func(fd uintptr) {
 		// Without effect, and no harm, on a Unix socket.

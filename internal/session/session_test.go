@@ -9,12 +9,14 @@ import (
 
 func TestPin(t *testing.T) {
 	t.Parallel()
+	const sets, utf8 = "the connection URL sets ", `client_encoding to "LATIN1", but only "UTF8" works`
 	for url, want := range map[string]string{
 		"postgres://u@h/d": "",
 		"postgres://u@h/d?search_path=public&client_encoding=utf8": "",
 		"postgres://u@h/d?lock_timeout=1000":                       "",
-		"postgres://u@h/d?search_path=app":                         `the connection URL sets search_path to "app", and only "public" works`,
-		"postgres://u@h/d?client_encoding=LATIN1":                  `the connection URL sets client_encoding to "LATIN1", and only "UTF8" works`,
+		"postgres://u@h/d?search_path=app": sets +
+			`search_path to "app", but only "public" works`,
+		"postgres://u@h/d?client_encoding=LATIN1": sets + utf8,
 	} {
 		for _, pooled := range []bool{false, true} {
 			config, err := pgx.ParseConfig(url)
@@ -35,8 +37,9 @@ func TestPin(t *testing.T) {
 				t.Errorf("%s: got %v", url, config.RuntimeParams)
 			}
 			given := strings.Contains(url, "lock_timeout=1000")
-			if given && config.RuntimeParams["lock_timeout"] != "1000" || given && strings.Contains(local, "lock_timeout") {
-				t.Errorf("%s: the URL's own value is gone: %v, %q", url, config.RuntimeParams, local)
+			if given && config.RuntimeParams["lock_timeout"] != "1000" || given &&
+				strings.Contains(local, "lock_timeout") {
+				t.Errorf("%s: the URL's value was overwritten: %v, %q", url, config.RuntimeParams, local)
 			}
 		}
 	}

@@ -14,8 +14,8 @@ import (
 	"go.opentelemetry.io/otel/trace"
 )
 
-// NewLogger makes a logger that writes lines to w, as "json" or, with any other format, as "text". Each line that is logged within a
-// trace says which: trace_id and span_id. URLs lose user info, query and fragment.
+// NewLogger returns a logger that writes lines to w, as JSON if format is "json", otherwise as text. Lines that are
+// logged within a trace contain trace_id and span_id. URLs lose their user info, query and fragment.
 func NewLogger(w io.Writer, format string, level slog.Level) *slog.Logger {
 	options := &slog.HandlerOptions{Level: level, ReplaceAttr: withoutSecrets}
 	if format == "json" {
@@ -24,10 +24,10 @@ func NewLogger(w io.Writer, format string, level slog.Level) *slog.Logger {
 	return slog.New(traced{slog.NewTextHandler(w, options)})
 }
 
-// encodeError is how pgx says that it cannot send an argument, which it quotes.
+// encodeError matches pgx's error for an argument that it cannot encode. The error quotes the argument.
 var encodeError = regexp.MustCompile(`(?s)(failed to encode args\[\d+\]):.*`)
 
-// withoutSecrets is the last to see what is logged, so that no line shows the secrets of a URL, whoever logs it.
+// withoutSecrets removes the secrets of URLs. It sees every attribute last, so it covers all callers of the logger.
 func withoutSecrets(groups []string, attr slog.Attr) slog.Attr {
 	attr = withoutValues(groups, attr)
 	switch value := attr.Value.Any().(type) {
@@ -39,8 +39,8 @@ func withoutSecrets(groups []string, attr slog.Attr) slog.Attr {
 	return attr
 }
 
-// withoutValues takes the values out of errors: Postgres quotes them where it cannot take them (class 22), or where something was raised
-// about them (P0001), and so does pgx. The SQLSTATE stays.
+// withoutValues removes values from errors. Postgres quotes values that it cannot accept (class 22), and so may raised
+// errors (P0001) and pgx. The SQLSTATE stays.
 func withoutValues(_ []string, attr slog.Attr) slog.Attr {
 	err, ok := attr.Value.Any().(error)
 	if !ok {
@@ -48,13 +48,15 @@ func withoutValues(_ []string, attr slog.Attr) slog.Attr {
 	}
 	text := encodeError.ReplaceAllString(err.Error(), "$1")
 	var refused *pgconn.PgError
-	if errors.As(err, &refused) && refused.Message != "" && (strings.HasPrefix(refused.Code, "22") || refused.Code == "P0001") {
+	if errors.As(err, &refused) && refused.Message != "" &&
+		(strings.HasPrefix(refused.Code, "22") || refused.Code == "P0001") {
 		text = strings.ReplaceAll(text, refused.Message, "(values not shown)")
 	}
 	return slog.String(attr.Key, text)
 }
 
-// traced adds the trace of the context. It is added to the record, and so stands within a group if the logger has one: ours have none.
+// traced adds the trace of the context to the record. If the logger had a group, the trace would be within it. Our
+// loggers have none.
 type traced struct{ slog.Handler }
 
 func (h traced) Handle(ctx context.Context, record slog.Record) error {
@@ -67,7 +69,8 @@ func (h traced) Handle(ctx context.Context, record slog.Record) error {
 func (h traced) WithAttrs(attrs []slog.Attr) slog.Handler { return traced{h.Handler.WithAttrs(attrs)} }
 func (h traced) WithGroup(name string) slog.Handler       { return traced{h.Handler.WithGroup(name)} }
 
-// bare drops the attributes of a record. OpenTelemetry logs a variable that it cannot use with its value, and those hold secrets.
+// bare drops the attributes of a record. OpenTelemetry logs the values of variables that it cannot use, and the
+// values may be secrets.
 type bare struct{ slog.Handler }
 
 func (h bare) Handle(ctx context.Context, record slog.Record) error {

@@ -1,7 +1,8 @@
-// Package telemetry sets up what the processes tell about themselves: logs, metrics for Prometheus, and traces over OTLP.
+// Package telemetry sets up the logs of processes, their metrics for Prometheus, and their traces over OTLP.
 //
-// It guarantees that what is not asked for costs nothing: metrics are read when they are scraped, and without an exporter there is no span.
-// Traces are best effort. A collector that is away costs spans and nothing else, and an end waits for it a few seconds at most.
+// It guarantees that unused telemetry costs nothing: metrics are read when they are scraped, and without an exporter
+// there are no spans. Traces are best effort. If the collector is away, only spans are lost, and a shutdown waits for
+// it for a few seconds at most.
 package telemetry
 
 import (
@@ -33,26 +34,27 @@ import (
 
 // Config names the process.
 type Config struct {
-	// Service, Process and Version become service.namespace, service.name ("shop-relay") and service.version, unless OTEL_SERVICE_NAME
-	// or OTEL_RESOURCE_ATTRIBUTES say otherwise.
+	// Service, Process and Version become service.namespace, service.name ("shop-relay") and service.version.
+	// OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES override them.
 	Service, Process, Version string
-	// Exporter takes the spans in place of the collector that OTEL_EXPORTER_OTLP_ENDPOINT names: for tests.
+	// Exporter gets the spans instead of the collector at OTEL_EXPORTER_OTLP_ENDPOINT. For tests.
 	Exporter sdktrace.SpanExporter
 }
 
-// Providers are what the parts of a process write to.
+// Providers are the telemetry providers of a process.
 type Providers struct {
 	Meter metric.MeterProvider
-	// Tracer is nil if nobody wants spans. Traces that pass through stay whole all the same.
+	// Tracer is nil if no collector is configured. The process still passes on the traces of others.
 	Tracer trace.TracerProvider
-	// Metrics answers Prometheus' scrapes.
+	// Metrics serves Prometheus' scrapes.
 	Metrics http.Handler
 
 	stop []func(context.Context) error
 }
 
-// Start makes the providers of one process. It connects nowhere. The standard OTEL_* variables of sampler, limits, batches and exporter
-// apply; spans are made only if OTEL_EXPORTER_OTLP_ENDPOINT or OTEL_EXPORTER_OTLP_TRACES_ENDPOINT is set.
+// Start makes the providers of one process. It opens no connection. The standard OTEL_* variables for sampler,
+// limits, batches and exporter apply. Spans are made only if OTEL_EXPORTER_OTLP_ENDPOINT or
+// OTEL_EXPORTER_OTLP_TRACES_ENDPOINT is set.
 func Start(ctx context.Context, config Config) (*Providers, error) {
 	described, err := describe(ctx, config)
 	if err != nil {
@@ -75,16 +77,17 @@ func Start(ctx context.Context, config Config) (*Providers, error) {
 	return p, nil
 }
 
-// HandleErrors lets OpenTelemetry report to log what it cannot return to anyone. That is global in its library; a process calls this once.
+// HandleErrors makes OpenTelemetry log the errors that it cannot return. The library keeps this handler globally, so a
+// process calls HandleErrors once.
 func HandleErrors(log *slog.Logger) {
 	otel.SetErrorHandler(otel.ErrorHandlerFunc(func(err error) { log.Warn("telemetry", "error", err) }))
 	otel.SetLogger(logr.FromSlogHandler(bare{log.Handler()}))
 }
 
-// stopTimeout bounds the export of the last spans: a collector that is away must not hold up a shutdown.
+// stopTimeout bounds the export of the last spans: a collector that is away must not delay a shutdown.
 const stopTimeout = 3 * time.Second
 
-// Stop exports what is left, within a few seconds, also if ctx is done.
+// Stop exports the remaining spans within a few seconds, even if ctx is done.
 func (p *Providers) Stop(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)
 	defer cancel()
@@ -95,7 +98,7 @@ func (p *Providers) Stop(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
-// describe is the resource that metrics and spans are said to come from. Later sources win.
+// describe returns the resource that metrics and spans are attributed to. Later sources win.
 func describe(ctx context.Context, config Config) (*resource.Resource, error) {
 	described, err := resource.New(ctx,
 		resource.WithTelemetrySDK(), resource.WithHost(),
@@ -112,8 +115,9 @@ func describe(ctx context.Context, config Config) (*resource.Resource, error) {
 }
 
 func (p *Providers) startMetrics(described *resource.Resource) error {
-	registry := prometheus.NewRegistry() // not the library's global one, where anybody may register anything
-	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	registry := prometheus.NewRegistry() // not the global registry, where any package may register anything
+	registry.MustRegister(collectors.NewGoCollector(),
+		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	reader, err := promexporter.New(promexporter.WithRegisterer(registry), promexporter.WithoutScopeInfo())
 	if err != nil {
 		return fmt.Errorf("export metrics: %w", err)
@@ -122,7 +126,7 @@ func (p *Providers) startMetrics(described *resource.Resource) error {
 	p.Meter, p.stop = provider, append(p.stop, provider.Shutdown)
 	p.Metrics = promhttp.HandlerFor(registry, promhttp.HandlerOpts{
 		ErrorHandling:       promhttp.ContinueOnError,
-		MaxRequestsInFlight: 4, // a scraper that is mad, or two of them, must not keep the process busy
+		MaxRequestsInFlight: 4, // misbehaving scrapers must not keep the process busy
 		Timeout:             10 * time.Second,
 	})
 	return nil
@@ -133,7 +137,7 @@ const (
 	tracesEndpoint = "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"
 )
 
-// tracesWanted looks at the variables of the standard that Go's SDK leaves to its user.
+// tracesWanted reads the standard variables that Go's SDK does not interpret.
 func tracesWanted() bool {
 	if strings.EqualFold(os.Getenv("OTEL_SDK_DISABLED"), "true") || os.Getenv("OTEL_TRACES_EXPORTER") == "none" {
 		return false
@@ -142,9 +146,12 @@ func tracesWanted() bool {
 }
 
 func newExporter(ctx context.Context) (sdktrace.SpanExporter, error) {
-	for _, name := range []string{endpoint, tracesEndpoint} { // the library would go on with its default, and log the value
-		if u, err := url.Parse(os.Getenv(name)); err != nil || os.Getenv(name) != "" && (u.Scheme != "http" && u.Scheme != "https" || u.Host == "") {
-			return nil, fmt.Errorf("%s is not a URL, such as http://collector:4318", name)
+	// For an invalid URL, the library would use its default and log the value.
+	for _, name := range []string{endpoint, tracesEndpoint} {
+		value := os.Getenv(name)
+		u, err := url.Parse(value)
+		if err != nil || value != "" && (u.Scheme != "http" && u.Scheme != "https" || u.Host == "") {
+			return nil, fmt.Errorf("%s is not an HTTP URL, such as http://collector:4318", name)
 		}
 	}
 	exporter, err := otlptracehttp.New(ctx)

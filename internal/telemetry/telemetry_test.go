@@ -21,7 +21,7 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-// collect is a collector of OTLP over HTTP that reports what it gets.
+// collect runs an OTLP collector over HTTP. got receives its requests.
 func collect(t *testing.T) (url string, got <-chan string) {
 	t.Helper()
 	requests := make(chan string, 10)
@@ -33,9 +33,9 @@ func collect(t *testing.T) (url string, got <-chan string) {
 	return server.URL, requests
 }
 
-// Tests that set variables cannot be parallel.
+// Tests that set environment variables cannot run in parallel.
 
-func TestSpansGoWhereTheEnvironmentSays(t *testing.T) {
+func TestSpansGoToTheConfiguredCollector(t *testing.T) {
 	url, got := collect(t)
 	t.Setenv("OTEL_EXPORTER_OTLP_ENDPOINT", url)
 	t.Setenv("OTEL_EXPORTER_OTLP_HEADERS", "Authorization=Bearer%20token")
@@ -48,11 +48,13 @@ func TestSpansGoWhereTheEnvironmentSays(t *testing.T) {
 	span.End()
 	done, cancel := context.WithCancel(t.Context())
 	cancel()
-	if err := p.Stop(done); err != nil { // what is left is exported also when the process was told to end
+	if err := p.Stop(done); err != nil { // exports the remaining spans although ctx is done
 		t.Fatal(err)
 	}
 	request := <-got
-	for _, part := range []string{"POST /v1/traces Bearer token", "a span", "shop-relay", "deployment.environment.name", "\x019"} {
+	for _, part := range []string{
+		"POST /v1/traces Bearer token", "a span", "shop-relay", "deployment.environment.name", "\x019",
+	} {
 		if !strings.Contains(request, part) {
 			t.Errorf("%q is not in the request: %q", part, request)
 		}
@@ -74,7 +76,7 @@ func TestWithoutCollectorThereIsNoTracer(t *testing.T) {
 				t.Fatal(err)
 			}
 			if p.Tracer != nil {
-				t.Error("there is a tracer")
+				t.Error("got a tracer")
 			}
 			if err := p.Stop(t.Context()); err != nil {
 				t.Error(err)
@@ -83,17 +85,18 @@ func TestWithoutCollectorThereIsNoTracer(t *testing.T) {
 	}
 }
 
-func TestAWrongEndpointIsNamedWithoutItsValue(t *testing.T) {
+func TestAnInvalidEndpointIsNamedWithoutItsValue(t *testing.T) {
 	for _, wrong := range []string{"hunter2:4318", "http://u:hunter2@%zz", "grpc://u:hunter2@collector"} {
 		t.Setenv("OTEL_EXPORTER_OTLP_ENDPOINT", wrong)
 		_, err := Start(t.Context(), Config{})
-		if err == nil || !strings.Contains(err.Error(), "OTEL_EXPORTER_OTLP_ENDPOINT") || strings.Contains(err.Error(), "hunter2") {
-			t.Errorf("%s: %v", wrong, err)
+		text := fmt.Sprint(err)
+		if err == nil || !strings.Contains(text, "OTEL_EXPORTER_OTLP_ENDPOINT") || strings.Contains(text, "hunter2") {
+			t.Errorf("%s: got error %v", wrong, err)
 		}
 	}
 }
 
-// What OpenTelemetry has to complain about goes to the log, without the values of its variables: they hold tokens.
+// OpenTelemetry's errors are logged without the values of its variables, which may contain tokens.
 func TestErrorsOfTheLibraryAreLoggedWithoutSecrets(t *testing.T) {
 	var out bytes.Buffer
 	HandleErrors(NewLogger(&out, "text", slog.LevelDebug))
@@ -109,14 +112,16 @@ func TestErrorsOfTheLibraryAreLoggedWithoutSecrets(t *testing.T) {
 	began := time.Now()
 	otel.Handle(p.Stop(t.Context()))
 	if took := time.Since(began); took > stopTimeout+2*time.Second {
-		t.Errorf("the end was held up for %s", took)
+		t.Errorf("Stop took %s", took)
 	}
-	if text := out.String(); strings.Contains(text, "hunter2") || !strings.Contains(text, "parse headers") || !strings.Contains(text, "127.0.0.1:1") {
+	text := out.String()
+	if strings.Contains(text, "hunter2") || !strings.Contains(text, "parse headers") ||
+		!strings.Contains(text, "127.0.0.1:1") {
 		t.Errorf("logged: %s", text)
 	}
 }
 
-func TestLogsAreWithinTheirTrace(t *testing.T) {
+func TestLogLinesContainTheirTrace(t *testing.T) {
 	t.Parallel()
 	for _, format := range []string{"text", "json"} {
 		var out bytes.Buffer
@@ -130,8 +135,8 @@ func TestLogsAreWithinTheirTrace(t *testing.T) {
 		}
 		out.Reset()
 		log.InfoContext(t.Context(), "outside")
-		log.DebugContext(ctx, "not asked for")
-		if strings.Contains(out.String(), "trace_id") || strings.Contains(out.String(), "not asked for") {
+		log.DebugContext(ctx, "below the level")
+		if strings.Contains(out.String(), "trace_id") || strings.Contains(out.String(), "below the level") {
 			t.Errorf("%s: logged %s", format, out.String())
 		}
 	}
@@ -139,18 +144,32 @@ func TestLogsAreWithinTheirTrace(t *testing.T) {
 
 func TestErrorsAreLoggedWithoutTheValuesThatTheyQuote(t *testing.T) {
 	t.Parallel()
-	for name, one := range map[string]struct {
+	for name, test := range map[string]struct {
 		err  error
 		want string
 	}{
-		"Postgres":      {&pgconn.PgError{Severity: "ERROR", Code: "22P02", Message: `invalid input syntax for type uuid: "value"`}, "place: ERROR: (values not shown) (SQLSTATE 22P02)"},
-		"Raised":        {&pgconn.PgError{Severity: "ERROR", Code: "P0001", Message: "no value"}, "place: ERROR: (values not shown) (SQLSTATE P0001)"},
-		"Encoding":      {errors.New("failed to encode args[2]: unable to encode \"value\n\" into binary"), "place: failed to encode args[2]"},
-		"NotAboutValue": {&pgconn.PgError{Severity: "ERROR", Code: "42P01", Message: "relation does not exist"}, "place: ERROR: relation does not exist (SQLSTATE 42P01)"},
+		"Postgres": {
+			&pgconn.PgError{
+				Severity: "ERROR", Code: "22P02", Message: `invalid input syntax for type uuid: "value"`,
+			},
+			"place: ERROR: (values not shown) (SQLSTATE 22P02)",
+		},
+		"Raised": {
+			&pgconn.PgError{Severity: "ERROR", Code: "P0001", Message: "no value"},
+			"place: ERROR: (values not shown) (SQLSTATE P0001)",
+		},
+		"Encoding": {
+			errors.New("failed to encode args[2]: unable to encode \"value\n\" into binary"),
+			"place: failed to encode args[2]",
+		},
+		"NotAboutValue": {
+			&pgconn.PgError{Severity: "ERROR", Code: "42P01", Message: "relation does not exist"},
+			"place: ERROR: relation does not exist (SQLSTATE 42P01)",
+		},
 	} {
 		var out bytes.Buffer
-		NewLogger(&out, "text", slog.LevelInfo).Info("failed", "error", fmt.Errorf("place: %w", one.err))
-		if want := fmt.Sprintf("error=%q\n", one.want); !strings.HasSuffix(out.String(), want) {
+		NewLogger(&out, "text", slog.LevelInfo).Info("failed", "error", fmt.Errorf("place: %w", test.err))
+		if want := fmt.Sprintf("error=%q\n", test.want); !strings.HasSuffix(out.String(), want) {
 			t.Errorf("%s: logged %s, want %s", name, out.String(), want)
 		}
 	}

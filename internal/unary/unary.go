@@ -1,5 +1,7 @@
-// Package unary takes a unary call apart into messages and makes it of messages: for interceptors that keep a request or a response, and for
-// calls that come from the database instead of a network.
+// Package unary reads the request of a unary call, and runs a unary call in memory. Interceptors that store requests or
+// responses need the former. Calls that come from the database instead of a network need the latter.
+//
+// It is a package of its own because idempotency, operations and conformance share it.
 package unary
 
 import (
@@ -15,7 +17,7 @@ import (
 	"google.golang.org/protobuf/types/dynamicpb"
 )
 
-// Describe returns what the proto file says of a procedure, and its options. It returns nil if spec does not come of a proto file.
+// Describe returns the descriptor and the options of a procedure. Both are nil if spec does not come from a proto file.
 func Describe(spec connect.Spec) (protoreflect.MethodDescriptor, *descriptorpb.MethodOptions) {
 	method, ok := spec.Schema.(protoreflect.MethodDescriptor)
 	if !ok {
@@ -31,7 +33,7 @@ func Receive(method protoreflect.MethodDescriptor, stream connect.ServerStream) 
 	return request, stream.Receive(request)
 }
 
-// New makes an empty message: of the generated type, if there is one.
+// New returns an empty message, of the generated type if it exists.
 func New(descriptor protoreflect.MessageDescriptor) proto.Message {
 	if kind, err := protoregistry.GlobalTypes.FindMessageByName(descriptor.FullName()); err == nil {
 		return kind.New().Interface()
@@ -39,7 +41,7 @@ func New(descriptor protoreflect.MessageDescriptor) proto.Message {
 	return dynamicpb.NewMessage(descriptor)
 }
 
-// Hash tells one request from another, however they were encoded.
+// Hash returns a hash that identifies a request. It does not depend on the encoding that the caller used.
 func Hash(request proto.Message) ([]byte, error) {
 	text, err := proto.MarshalOptions{Deterministic: true}.Marshal(request)
 	if err != nil {
@@ -49,11 +51,11 @@ func Hash(request proto.Message) ([]byte, error) {
 	return hash[:], nil
 }
 
-// Stream is a unary call in memory. It belongs to one goroutine.
+// Stream is a unary call in memory. Only one goroutine may use it.
 type Stream struct {
-	// Request is what the handler will receive.
+	// Request is the message that the handler receives.
 	Request proto.Message
-	// Response is what it sent, nil if it has sent nothing.
+	// Response is the message that the handler sent, or nil.
 	Response proto.Message
 
 	received bool

@@ -1,4 +1,5 @@
-// Command composecheck loads docker-compose.yml as Compose does, with every profile, and then holds it to this project's own rules.
+// Command composecheck loads docker-compose.yml as Compose does, with every profile, and checks this project's own
+// rules.
 //
 //	go -C tools run ./composecheck ../docker-compose.yml
 //
@@ -25,7 +26,7 @@ func main() {
 	if err != nil {
 		fail(err)
 	}
-	// No environment: what the file says by itself must be whole.
+	// Pass no environment, because the file must be complete without it.
 	options, err := cli.NewProjectOptions([]string{file}, cli.WithProfiles([]string{"*"}))
 	if err != nil {
 		fail(err)
@@ -50,7 +51,8 @@ func main() {
 	}
 }
 
-// checkCallKeys: durable calls are on, which takes one key for who takes them and who executes them, of 32 bytes.
+// checkCallKeys checks that durable calls are enabled: api, which takes the calls, and consumer, which executes them,
+// must have the same key of at least 32 bytes.
 func checkCallKeys(project *types.Project) string {
 	text := func(service string) string {
 		if value := project.Services[service].Environment["CALL_KEYS"]; value != nil {
@@ -59,7 +61,7 @@ func checkCallKeys(project *types.Project) string {
 		return ""
 	}
 	if key, err := base64.StdEncoding.DecodeString(text("api")); err != nil || len(key) < 32 {
-		return "api: CALL_KEYS is no key of 32 bytes in base64"
+		return "api: CALL_KEYS is not a key of 32 bytes in base64"
 	}
 	if text("api") != text("consumer") {
 		return "api and consumer have different CALL_KEYS"
@@ -72,45 +74,48 @@ func fail(err error) {
 	os.Exit(1)
 }
 
-// pinned is a tag that names a version of three parts, or of two where the project counts so. Latest and a bare major move on.
+// pinned matches a tag with a version of three parts, or of two where a project has only two. The tag latest and a bare
+// major version change over time.
 var pinned = regexp.MustCompile(`:v?\d+\.\d+(\.\d+)?(-|$)`)
 
-// credentials finds a user with a password in a URL.
+// credentials matches a user with a password in a URL.
 var credentials = regexp.MustCompile(`://([^/@:]*):[^@]*@`)
 
-// check returns what is wrong with a service.
+// check returns the problems of a service.
 func check(project *types.Project, s types.ServiceConfig) (problems []string) {
-	say := func(wrong bool, problem string) {
+	reject := func(wrong bool, problem string) {
 		if wrong {
 			problems = append(problems, problem)
 		}
 	}
 	built := s.Build != nil
-	say(!built && !pinned.MatchString(s.Image), "image "+s.Image+" is not pinned to a version")
-	say(s.ContainerName != "", "a container name allows one replica only")
+	reject(!built && !pinned.MatchString(s.Image), "image "+s.Image+" is not pinned to a version")
+	reject(s.ContainerName != "", "a container name allows only one replica")
 	for _, port := range s.Ports {
-		say(port.HostIP != "127.0.0.1", "port "+port.Published+" is open to the network")
+		reject(port.HostIP != "127.0.0.1", "port "+port.Published+" is open to the network")
 	}
 	if built {
-		say(!s.ReadOnly, "the root file system can be written to")
-		say(!slices.Contains(s.CapDrop, "ALL"), "it keeps capabilities")
-		say(!slices.Contains(s.SecurityOpt, "no-new-privileges:true"), "it can gain privileges")
+		reject(!s.ReadOnly, "the root file system is writable")
+		reject(!slices.Contains(s.CapDrop, "ALL"), "the container keeps capabilities")
+		reject(!slices.Contains(s.SecurityOpt, "no-new-privileges:true"), "the container can gain privileges")
 	}
 	for name, value := range s.Environment {
 		if value == nil || !strings.HasSuffix(name, "_URL") {
 			continue
 		}
-		say(credentials.MatchString(*value), name+" has a password, which may have to be escaped there: PGPASSWORD and AMQP_PASSWORD take any text")
+		reject(credentials.MatchString(*value), name+" contains a password, which a URL may have to escape: "+
+			"use PGPASSWORD or AMQP_PASSWORD, which accept any text")
 		admin := project.Services["rabbitmq"].Environment["RABBITMQ_DEFAULT_USER"]
-		forAll := s.Restart != "no" && admin != nil && strings.Contains(credentials.ReplaceAllString(*value, "://$1@"), "://"+*admin+"@rabbitmq")
-		say(forAll, name+" is that of the broker's administrator: a process has a user of its own")
+		url := credentials.ReplaceAllString(*value, "://$1@")
+		asAdmin := s.Restart != "no" && admin != nil && strings.Contains(url, "://"+*admin+"@rabbitmq")
+		reject(asAdmin, name+" has the broker's administrator as user: each process needs its own user")
 	}
-	// The observers report nothing that anybody waits for.
+	// Nothing waits for the observability services, so they need no health check.
 	if once := s.Restart == "no"; !once && !slices.Contains(s.Profiles, "observability") {
-		say(s.HealthCheck == nil || s.HealthCheck.Disable, "nobody can tell when it is healthy")
+		reject(s.HealthCheck == nil || s.HealthCheck.Disable, "the service has no health check")
 	} else if once && len(s.Profiles) == 0 {
-		// Compose counts a container that has ended as a failure of `up --wait`, unless another waits for its end.
-		say(!awaited(project, s.Name), "nobody waits for its success, so `up --wait` would fail")
+		// `up --wait` fails on a container that has ended, unless another service waits for its end.
+		reject(!awaited(project, s.Name), "no service waits for its success, so `up --wait` would fail")
 	}
 	return problems
 }

@@ -1,9 +1,10 @@
-// Command kubecheck renders a kustomization and holds every object of it to a schema: of Kubernetes itself, or of a custom resource. Fields that
-// the schema does not know are errors, and so are pods that take no secret.
+// Command kubecheck renders kustomizations and validates every object against a schema of Kubernetes or of a custom
+// resource. Fields that are not in the schema are errors, and so are pods without a secret.
 //
 //	go -C tools run ./kubecheck OPENAPI_DIR CRD_DIRS KUSTOMIZATION...
 //
-// The folders hold OpenAPI documents as Kubernetes publishes them, and CustomResourceDefinitions, the latter in a list as of PATH; scripts/kubernetes.sh says where from. No cluster is needed.
+// OPENAPI_DIR contains OpenAPI documents as Kubernetes publishes them. CRD_DIRS is a list like PATH of folders with
+// CustomResourceDefinitions. scripts/kubernetes.sh downloads both. It needs no cluster.
 package main
 
 import (
@@ -24,7 +25,7 @@ import (
 
 func main() {
 	if len(os.Args) < 4 {
-		fail(errors.New("want the arguments OPENAPI_DIR CRD_DIRS KUSTOMIZATION... and no fewer"))
+		fail(errors.New("want the arguments OPENAPI_DIR CRD_DIRS KUSTOMIZATION..."))
 	}
 	known, err := load(os.Args[1], os.Args[2])
 	if err != nil {
@@ -58,17 +59,17 @@ func fail(err error) {
 	os.Exit(1)
 }
 
-// checkLogin wants a secret in each template of a pod: every process of ours logs in somewhere. A patch replaces a list such as envFrom as a whole, and
-// what it takes away no schema misses.
+// checkLogin requires a secret in each pod template, because each of our processes logs in somewhere. A patch replaces
+// lists such as envFrom completely, and no schema detects a removed element.
 func checkLogin(object map[string]any) error {
 	spec, _ := object["spec"].(map[string]any)
 	if template, ok := spec["template"]; ok && !has(template, "secretRef") && !has(template, "secretKeyRef") {
-		return errors.New("its pods take no secret")
+		return errors.New("its pods have no secret")
 	}
 	return nil
 }
 
-// has says whether there is such a field anywhere below.
+// has reports whether the field exists anywhere below node.
 func has(node any, field string) bool {
 	switch node := node.(type) {
 	case map[string]any:
@@ -86,18 +87,18 @@ func has(node any, field string) bool {
 	return false
 }
 
-// schemas are the places of schemas, by apiVersion and kind.
+// schemas contains the URLs of schemas by apiVersion and kind.
 type schemas struct {
 	compiler *jsonschema.Compiler
-	places   map[string]string
+	urls     map[string]string
 }
 
 func (s *schemas) check(object map[string]any) error {
-	place, ok := s.places[fmt.Sprint(object["apiVersion"], " ", object["kind"])]
+	url, ok := s.urls[fmt.Sprint(object["apiVersion"], " ", object["kind"])]
 	if !ok {
 		return fmt.Errorf("no schema for %v", object["apiVersion"])
 	}
-	schema, err := s.compiler.Compile(place)
+	schema, err := s.compiler.Compile(url)
 	if err != nil {
 		return err
 	}
@@ -105,7 +106,7 @@ func (s *schemas) check(object map[string]any) error {
 }
 
 func load(openAPI, crds string) (*schemas, error) {
-	s := &schemas{compiler: jsonschema.NewCompiler(), places: map[string]string{}}
+	s := &schemas{compiler: jsonschema.NewCompiler(), urls: map[string]string{}}
 	folders := map[string]func(name string, document map[string]any) error{openAPI: s.addOpenAPI}
 	for _, folder := range filepath.SplitList(crds) {
 		folders[folder] = s.addCRD
@@ -133,16 +134,16 @@ func load(openAPI, crds string) (*schemas, error) {
 	return s, nil
 }
 
-// addOpenAPI takes a document of a group's version: each of its schemas names the kinds that it is of.
+// addOpenAPI adds the OpenAPI document of a group and version. Each of its schemas names its kinds.
 func (s *schemas) addOpenAPI(url string, document map[string]any) error {
 	components, _ := document["components"].(map[string]any)
 	all, _ := components["schemas"].(map[string]any)
 	for name, schema := range all {
 		kinds, _ := schema.(map[string]any)["x-kubernetes-group-version-kind"].([]any)
 		for _, kind := range kinds {
-			named := kind.(map[string]any)
-			version := strings.TrimPrefix(fmt.Sprint(named["group"], "/", named["version"]), "/")
-			s.places[fmt.Sprint(version, " ", named["kind"])] = url + "#/components/schemas/" + name
+			kind := kind.(map[string]any)
+			version := strings.TrimPrefix(fmt.Sprint(kind["group"], "/", kind["version"]), "/")
+			s.urls[fmt.Sprint(version, " ", kind["kind"])] = url + "#/components/schemas/" + name
 		}
 	}
 	return s.compiler.AddResource(url, document)
@@ -153,19 +154,22 @@ func (s *schemas) addCRD(url string, document map[string]any) error {
 	names, _ := spec["names"].(map[string]any)
 	versions, _ := spec["versions"].([]any)
 	for i, version := range versions {
-		place := fmt.Sprintf("%s#/spec/versions/%d/schema/openAPIV3Schema", url, i)
-		s.places[fmt.Sprint(spec["group"], "/", version.(map[string]any)["name"], " ", names["kind"])] = place
+		apiVersion := fmt.Sprint(spec["group"], "/", version.(map[string]any)["name"])
+		s.urls[apiVersion+" "+fmt.Sprint(names["kind"])] = fmt.Sprintf("%s#/spec/versions/%d/schema/openAPIV3Schema",
+			url, i)
 	}
 	return s.compiler.AddResource(url, document)
 }
 
-// closeObjects forbids, in every schema that lists properties, any others. That is how the API server prunes or refuses what it does not know.
+// closeObjects forbids other properties in every schema that lists properties. The API server prunes or rejects unknown
+// properties too.
 func closeObjects(node any) {
 	switch node := node.(type) {
 	case map[string]any:
 		_, listed := node["properties"].(map[string]any)
-		_, said := node["additionalProperties"]
-		if open, _ := node["x-kubernetes-preserve-unknown-fields"].(bool); listed && !said && !open && node["type"] == "object" {
+		_, explicit := node["additionalProperties"]
+		open, _ := node["x-kubernetes-preserve-unknown-fields"].(bool)
+		if listed && !explicit && !open && node["type"] == "object" {
 			node["additionalProperties"] = false
 		}
 		for child := range maps.Values(node) {

@@ -1,4 +1,5 @@
-// Makes one call and prints what came of it, a line of JSON for each message and one for the end: for the test that compares clients.
+// Makes one call and prints what came of it, a line of JSON for each message and one for the end: for the test that
+// compares clients.
 //
 //   node dist/test/call.js '{"baseUrl": ..., "protocol": ..., "headers": {...}, "method": "getOrder", "request": {...}, "timeoutMs": 500}'
 //

@@ -1,4 +1,5 @@
-// Opens a page of another origin in a real Chromium. The page places an order durably and watches its operation, and what it sees is printed as JSON.
+// Opens a page of another origin in a real Chromium. The page places an order durably and watches its operation, and
+// what it sees is printed as JSON.
 //
 //   node origin.mjs '{"page": ..., "api": ..., "order": ..., "chromium": ...}'
 import { chromium } from "playwright-core";

@@ -9,7 +9,7 @@ import (
 	"time"
 )
 
-// number returns what the first group of a pattern matches in a file of the project.
+// number returns the match of a pattern's first group in a file of the project.
 func number(t *testing.T, name, pattern string) int {
 	t.Helper()
 	text, err := os.ReadFile(filepath.Join("..", "..", "..", filepath.FromSlash(name)))
@@ -18,7 +18,7 @@ func number(t *testing.T, name, pattern string) int {
 	}
 	found := regexp.MustCompile(pattern).FindSubmatch(text)
 	if found == nil {
-		t.Fatalf("%s does not have %s", name, pattern)
+		t.Fatalf("%s does not match %s", name, pattern)
 	}
 	value, err := strconv.Atoi(string(found[1]))
 	if err != nil {
@@ -27,7 +27,7 @@ func number(t *testing.T, name, pattern string) int {
 	return value
 }
 
-// Nobody kills a process that still drains. Besides the drain a process needs a moment to close what it has open.
+// Deployments do not kill a process that still drains. After the drain a process needs a moment to close connections.
 func TestDeploymentsGrantTheDrain(t *testing.T) {
 	t.Parallel()
 	const moment = 2 * time.Second
@@ -36,13 +36,16 @@ func TestDeploymentsGrantTheDrain(t *testing.T) {
 		number(t, "internal/rabbitrpc/server.go", `DrainTimeout, (\d+)\*time\.Second\)`),
 		number(t, "internal/rabbit/consumer.go", `DrainTimeout, (\d+)\*time\.Second\)`),
 	)) * time.Second
-	compose := time.Duration(number(t, "docker-compose.yml", `&shop\n(?:.*\n)*?  stop_grace_period: (\d+)s`)) * time.Second
-	if compose < drain+moment {
-		t.Errorf("docker-compose.yml grants %s, a drain takes up to %s", compose, drain)
+	seconds := func(name, pattern string) time.Duration {
+		return time.Duration(number(t, name, pattern)) * time.Second
 	}
-	before := time.Duration(number(t, "deploy/kubernetes/base/api.yaml", `preStop: \{sleep: \{seconds: (\d+)\}\}`)) * time.Second
-	pod := time.Duration(number(t, "deploy/kubernetes/base/pod.yaml", `terminationGracePeriodSeconds: (\d+)`)) * time.Second
+	compose := seconds("docker-compose.yml", `&shop\n(?:.*\n)*?  stop_grace_period: (\d+)s`)
+	if compose < drain+moment {
+		t.Errorf("docker-compose.yml grants %s, but a drain takes up to %s", compose, drain)
+	}
+	before := seconds("deploy/kubernetes/base/api.yaml", `preStop: \{sleep: \{seconds: (\d+)\}\}`)
+	pod := seconds("deploy/kubernetes/base/pod.yaml", `terminationGracePeriodSeconds: (\d+)`)
 	if pod < before+drain+moment {
-		t.Errorf("pods are granted %s, preStop and drain take up to %s", pod, before+drain)
+		t.Errorf("pods have %s, but preStop and drain take up to %s", pod, before+drain)
 	}
 }

@@ -11,7 +11,7 @@ import (
 	"testing"
 )
 
-// schema is what the migrations say, as one text.
+// schema returns the text of all migrations.
 func schema(t *testing.T) (text string) {
 	t.Helper()
 	found, err := filepath.Glob(filepath.Join("..", "..", "..", "migrations", "*.sql"))
@@ -19,17 +19,18 @@ func schema(t *testing.T) (text string) {
 		t.Fatalf("no migrations found: %v", err)
 	}
 	for _, name := range found {
-		one, err := os.ReadFile(name)
+		migration, err := os.ReadFile(name)
 		if err != nil {
 			t.Fatal(err)
 		}
-		text += string(one)
+		text += string(migration)
 	}
 	return text
 }
 
-// declared returns what the packages declare: package.Name, package.Type.Method, and for tests package.TestName and package.TestName/Part, where a part is
-// any string that the file holds, since it may be the key of a table as well as the name in a t.Run.
+// declared returns the declarations of the packages: package.Name, package.Type.Method, and for tests package.TestName
+// and package.TestName/Part. A part is any string in the file, because it may be the key of a table as well as the
+// name in a t.Run.
 func declared(t *testing.T) map[string]bool {
 	t.Helper()
 	all := map[string]bool{}
@@ -47,8 +48,8 @@ func declared(t *testing.T) map[string]bool {
 			case *ast.TypeSpec:
 				all[name+"."+n.Name.Name] = true
 			case *ast.ValueSpec:
-				for _, one := range n.Names {
-					all[name+"."+one.Name] = true
+				for _, value := range n.Names {
+					all[name+"."+value.Name] = true
 				}
 			case *ast.BasicLit:
 				if f.test && n.Kind == token.STRING {
@@ -66,19 +67,19 @@ func declared(t *testing.T) map[string]bool {
 	return all
 }
 
-// receiver returns the name of a method's type, or nothing for a function.
+// receiver returns the name of a method's type, or nil for a function.
 func receiver(f *ast.FuncDecl) []string {
 	if f.Recv == nil {
 		return nil
 	}
-	of := f.Recv.List[0].Type
-	if pointer, ok := of.(*ast.StarExpr); ok {
-		of = pointer.X
+	expr := f.Recv.List[0].Type
+	if pointer, ok := expr.(*ast.StarExpr); ok {
+		expr = pointer.X
 	}
-	if generic, ok := of.(*ast.IndexExpr); ok {
-		of = generic.X
+	if generic, ok := expr.(*ast.IndexExpr); ok {
+		expr = generic.X
 	}
-	if name, ok := of.(*ast.Ident); ok {
+	if name, ok := expr.(*ast.Ident); ok {
 		return []string{name.Name}
 	}
 	return nil
@@ -89,7 +90,7 @@ var (
 	symbol = regexp.MustCompile(`^[a-z]+\.[A-Za-z]\w*(\.\w+)?(/\w+)?$`)
 )
 
-// Each promise of docs/guarantees.md names the code that keeps it and a test that breaks with it. What it names exists.
+// Each promise in docs/guarantees.md names the code that keeps it and a test that fails without it. Both exist.
 func TestGuaranteesNameWhatExists(t *testing.T) {
 	t.Parallel()
 	known, sql := declared(t), schema(t)
@@ -97,23 +98,24 @@ func TestGuaranteesNameWhatExists(t *testing.T) {
 	for line := range strings.Lines(page(t, "guarantees.md")) {
 		cells := strings.Split(strings.Trim(strings.TrimSpace(line), "|"), " | ")
 		if !strings.HasPrefix(line, "| ") || len(cells) != 4 || strings.HasPrefix(line, "| Promise ") {
-			continue // a table of something else
+			continue // another table
 		}
 		promises++
 		by, tests := quoted.FindAllStringSubmatch(cells[2], -1), quoted.FindAllStringSubmatch(cells[3], -1)
 		if len(by) == 0 || len(tests) == 0 {
 			t.Errorf("no code, or no test: %s", cells[0])
 		}
-		for _, one := range by {
-			_, noFile := os.Stat(filepath.Join("..", "..", "..", filepath.FromSlash(one[1])))
-			inSQL := regexp.MustCompile(`(?i)\b` + regexp.QuoteMeta(one[1]) + `\b`)
-			if !known[one[1]] && noFile != nil && (symbol.MatchString(one[1]) || !inSQL.MatchString(sql)) {
-				t.Errorf("there is no %s: %s", one[1], cells[0])
+		for _, match := range by {
+			name := match[1]
+			_, noFile := os.Stat(filepath.Join("..", "..", "..", filepath.FromSlash(name)))
+			inSQL := regexp.MustCompile(`(?i)\b` + regexp.QuoteMeta(name) + `\b`)
+			if !known[name] && noFile != nil && (symbol.MatchString(name) || !inSQL.MatchString(sql)) {
+				t.Errorf("%s does not exist: %s", name, cells[0])
 			}
 		}
-		for _, one := range tests {
-			if !symbol.MatchString(one[1]) || !strings.Contains(one[1], ".Test") || !known[one[1]] {
-				t.Errorf("there is no test %s: %s", one[1], cells[0])
+		for _, match := range tests {
+			if name := match[1]; !symbol.MatchString(name) || !strings.Contains(name, ".Test") || !known[name] {
+				t.Errorf("test %s does not exist: %s", name, cells[0])
 			}
 		}
 	}

@@ -13,7 +13,7 @@ import (
 	"golang.org/x/mod/modfile"
 )
 
-// manifests returns the folders, from the root, that have a file of this name.
+// manifests returns the folders with a file of this name, relative to the root.
 func manifests(t *testing.T, name string) (folders []string) {
 	t.Helper()
 	root := filepath.Join("..", "..", "..")
@@ -50,7 +50,7 @@ func read(t *testing.T, elements ...string) string {
 	return string(text)
 }
 
-// go.mod says which Go it is, with which advisories; everything else takes the same.
+// go.mod names the version of Go for advisories and builds. Everything else uses the same version.
 func TestOneVersionOfGo(t *testing.T) {
 	version := func(folder string) string {
 		parsed, err := modfile.Parse("go.mod", []byte(read(t, folder, "go.mod")), nil)
@@ -58,43 +58,43 @@ func TestOneVersionOfGo(t *testing.T) {
 			t.Fatal(err)
 		}
 		if parsed.Toolchain != nil {
-			t.Errorf("%s/go.mod names a toolchain, too: the line go is enough", folder)
+			t.Errorf("%s/go.mod names a toolchain: the line go is enough", folder)
 		}
 		return parsed.Go.Version
 	}
 	want := version("/")
 	for _, folder := range manifests(t, "go.mod") {
 		if got := version(folder); got != want {
-			t.Errorf("%s/go.mod is for Go %s, and the main module for %s", folder, got, want)
+			t.Errorf("%s/go.mod is for Go %s, but the main module for %s", folder, got, want)
 		}
 	}
 	images := regexp.MustCompile(`golang:([\d.]+)`).FindAllStringSubmatch(read(t, "Dockerfile"), -1)
 	for _, image := range images {
 		if image[1] != want {
-			t.Errorf("the Dockerfile builds with Go %s, and go.mod is for %s", image[1], want)
+			t.Errorf("the Dockerfile builds with Go %s, but go.mod is for %s", image[1], want)
 		}
 	}
 	if len(images) == 0 {
-		t.Error("the Dockerfile names no image of Go")
+		t.Error("the Dockerfile has no Go image")
 	}
 	editors := read(t, ".devcontainer", "devcontainer.json")
 	container := regexp.MustCompile(`devcontainers/go:([\d.]+)`).FindStringSubmatch(editors)
 	if container == nil || !strings.HasPrefix(want+".", container[1]+".") {
-		t.Errorf("the development container has %v, and go.mod is for %s", container, want)
+		t.Errorf("the development container has %v, but go.mod is for %s", container, want)
 	}
 	steps := regexp.MustCompile(`(?m)uses: actions/setup-go@.*\n\s*with: (.*)`)
 	found := steps.FindAllStringSubmatch(read(t, ".github", "workflows", "ci.yml"), -1)
 	for _, step := range found {
 		if !strings.Contains(step[1], "go-version-file: go.mod") {
-			t.Errorf("a step of ci.yml sets Go up with %s, and not as go.mod says", step[1])
+			t.Errorf("a step of ci.yml sets up Go with %s: want go-version-file: go.mod", step[1])
 		}
 	}
 	if len(found) == 0 {
-		t.Error("no step of ci.yml sets Go up")
+		t.Error("no step of ci.yml sets up Go")
 	}
 }
 
-// Each folder that pins versions is looked after.
+// Dependabot updates each folder that pins versions.
 func TestDependabotCoversEveryManifest(t *testing.T) {
 	entries := strings.Split(read(t, ".github", "dependabot.yml"), "- package-ecosystem: ")
 	for ecosystem, name := range map[string]string{"gomod": "go.mod", "npm": "package.json"} {

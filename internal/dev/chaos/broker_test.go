@@ -1,6 +1,7 @@
 package chaos
 
 import (
+	"bytes"
 	"fmt"
 	"strconv"
 	"testing"
@@ -15,11 +16,12 @@ import (
 	"google.golang.org/protobuf/types/known/wrapperspb"
 )
 
-// TestBadMessages: one message that the broker will not take neither stops the others nor has them sent again and again.
+// TestBadMessages: a message that the broker does not accept neither stops the others nor causes them to be sent
+// repeatedly.
 func TestBadMessages(t *testing.T) {
 	t.Parallel()
 	binary := buildVictim(t)
-	inflate := map[string]string{"inflate": strconv.Itoa(testenv.Oversized(t))} // in victim
+	inflate := map[string]string{"inflate": strconv.Itoa(testenv.Oversized(t))} // see victim
 	for name, bad := range map[string]struct {
 		body    proto.Message
 		headers map[string]string
@@ -31,12 +33,14 @@ func TestBadMessages(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			s := newStage(t, binary)
-			one := messaging.New("", bad.body)
-			one.Headers = bad.headers
+			message := messaging.New("", bad.body)
+			message.Headers = bad.headers
 			for i := range messages {
 				s.insert(t, i)
 				if i == messages/2 {
-					err := postgres.Transact(t.Context(), s.db, func(tx pgx.Tx) error { return outbox.Insert(t.Context(), tx, one) })
+					err := postgres.Transact(t.Context(), s.db, func(tx pgx.Tx) error {
+						return outbox.Insert(t.Context(), tx, message)
+					})
 					if err != nil {
 						t.Fatal(err)
 					}
@@ -48,12 +52,15 @@ func TestBadMessages(t *testing.T) {
 			s.awaitCursor(t, messages, 1)
 			var id, reason string
 			var payload []byte
-			err := s.db.QueryRow(t.Context(), `SELECT message_id, reason, payload FROM dead_letter`).Scan(&id, &reason, &payload)
-			if err != nil || id != one.ID.String() || reason != bad.reason || string(payload) != string(one.Payload) {
+			err := s.db.QueryRow(t.Context(), `
+				SELECT message_id, reason, payload FROM dead_letter`).Scan(&id, &reason, &payload)
+			if err != nil || id != message.ID.String() || reason != bad.reason ||
+				!bytes.Equal(payload, message.Payload) {
 				t.Errorf("dead letter %s, %s, %d bytes, %v", id, reason, len(payload), err)
 			}
-			var copies int // two by the relay, and one more if the broker delivered again
-			if err := s.db.QueryRow(t.Context(), `SELECT max(copies) FROM inbox`).Scan(&copies); err != nil || copies > 3 {
+			var copies int // two by the relay, and one more if the broker redelivers
+			err = s.db.QueryRow(t.Context(), `SELECT max(copies) FROM inbox`).Scan(&copies)
+			if err != nil || copies > 3 {
 				t.Errorf("a message was sent %d times (%v)", copies, err)
 			}
 			s.check(t, messages, id)
@@ -61,7 +68,7 @@ func TestBadMessages(t *testing.T) {
 	}
 }
 
-// awaitCursor waits until the relay has recorded what it did.
+// awaitCursor waits until the relay has recorded these numbers of messages.
 func (s *stage) awaitCursor(t *testing.T, published, parked int) {
 	t.Helper()
 	testenv.Eventually(t, 20*time.Second, func() error {
@@ -74,7 +81,7 @@ func (s *stage) awaitCursor(t *testing.T, published, parked int) {
 	})
 }
 
-// TestBrokerDisturbed takes the broker away from under running processes.
+// TestBrokerDisturbed disconnects the broker from running processes.
 func TestBrokerDisturbed(t *testing.T) {
 	t.Parallel()
 	binary := buildVictim(t)
@@ -105,7 +112,8 @@ func TestBrokerDisturbed(t *testing.T) {
 	}
 }
 
-// TestExchangeDeleted: the relay declares the exchange again and goes on, and parks, rather than loses, what no queue is bound for meanwhile.
+// TestExchangeDeleted: the relay declares the exchange again and continues. It parks, and does not lose, messages that
+// no queue is bound for meanwhile.
 func TestExchangeDeleted(t *testing.T) {
 	t.Parallel()
 	s := newStage(t, buildVictim(t))
@@ -114,13 +122,15 @@ func TestExchangeDeleted(t *testing.T) {
 	for i := range messages {
 		s.insert(t, i)
 		if i == messages/2 {
-			s.awaitEffects(t, i) // so that there is an exchange
+			s.awaitEffects(t, i) // the exchange then exists
 			testenv.Management(t, s.amqpURL).DeleteExchange("events")
 		}
 	}
 	testenv.Eventually(t, 60*time.Second, func() error {
 		var effects, dead int
-		err := s.db.QueryRow(t.Context(), `SELECT (SELECT count(DISTINCT message) FROM effects), (SELECT count(DISTINCT message_id) FROM dead_letter)`).Scan(&effects, &dead)
+		err := s.db.QueryRow(t.Context(), `
+			SELECT (SELECT count(DISTINCT message) FROM effects),
+				(SELECT count(DISTINCT message_id) FROM dead_letter)`).Scan(&effects, &dead)
 		if err == nil && effects+dead != messages {
 			err = fmt.Errorf("%d effects and %d dead letters of %d messages", effects, dead, messages)
 		}

@@ -18,7 +18,8 @@ import (
 	"google.golang.org/protobuf/types/known/wrapperspb"
 )
 
-// TestDurableCalls makes a thousand durable calls while every worker is killed at random. Each ends with one result, and one effect.
+// TestDurableCalls makes a thousand durable calls while it kills the workers at random. Each call has exactly one
+// result and one effect.
 func TestDurableCalls(t *testing.T) {
 	t.Parallel()
 	const calls, faults = 1000, 30 * time.Second
@@ -55,19 +56,22 @@ func TestDurableCalls(t *testing.T) {
 	// An effect that was lost with its worker leaves a gap in the sequence.
 	err := s.db.QueryRow(t.Context(), `SELECT max(seq) - count(*) FROM effects`).Scan(&repeated)
 	if err != nil || repeated == 0 {
-		t.Errorf("%d calls were made again, %v: nothing was tested", repeated, err)
+		t.Errorf("%d calls were repeated, %v: nothing was tested", repeated, err)
 	}
-	t.Logf("%d calls, %d kills, %d effects lost and made again", calls, kills, repeated)
+	t.Logf("%d calls, %d kills, %d effects lost and repeated", calls, kills, repeated)
 }
 
-// submit stages calls in so much time.
+// submit submits calls at a constant rate within this time.
 func (s *stage) submit(t *testing.T, calls int, within time.Duration) error {
-	taken := operations.New(s.db, outbox.NewWriter(s.db, nil, nil), changes.New(changes.Config{}), operations.Config{})
+	out := outbox.NewWriter(s.db, nil, nil)
+	store := operations.New(s.db, out, changes.New(changes.Config{}), operations.Config{})
 	for i := range calls {
-		call := operations.Call{Procedure: probe.Mutate.Procedure, Request: wrapperspb.String(fmt.Sprint("call ", i)), Key: fmt.Sprint(i)}
-		for range 2 { // the second is the same one
-			err := outbox.NewWriter(s.db, nil, nil).Transact(t.Context(), func(tx pgx.Tx) error {
-				_, err := taken.Submit(t.Context(), tx, call)
+		call := operations.Call{
+			Procedure: probe.Mutate.Procedure, Request: wrapperspb.String(fmt.Sprint("call ", i)), Key: fmt.Sprint(i),
+		}
+		for range 2 { // the second submission is a duplicate
+			err := out.Transact(t.Context(), func(tx pgx.Tx) error {
+				_, err := store.Submit(t.Context(), tx, call)
 				return err
 			})
 			if err != nil {
@@ -79,7 +83,7 @@ func (s *stage) submit(t *testing.T, calls int, within time.Duration) error {
 	return nil
 }
 
-// checkCalls wants for each call its own response and its own effect, once.
+// checkCalls checks that each call has exactly one response and one effect of its own.
 func (s *stage) checkCalls(t *testing.T, calls int) {
 	t.Helper()
 	rows, _ := s.db.Query(t.Context(), `SELECT response FROM operation`)
@@ -110,7 +114,7 @@ func (s *stage) checkCalls(t *testing.T, calls int) {
 	}
 }
 
-// textOf decodes a stored response; one that failed has none.
+// textOf decodes a stored response. It returns an empty text for a failed call, which has none.
 func textOf(t *testing.T, response []byte) string {
 	t.Helper()
 	var result anypb.Any

@@ -1,5 +1,5 @@
-// Package chaos kills processes at the lines where a crash could cost most, and checks what is left: nothing lost, nothing doubled, the
-// order of each key kept.
+// Package chaos kills processes at the lines where a crash could cost most. Then it checks that no message is lost or
+// doubled, and that the order within each key is kept.
 package chaos
 
 import (
@@ -16,7 +16,7 @@ import (
 	"time"
 
 	"example.com/shop/internal/dev/testenv"
-	_ "example.com/shop/internal/inbox" // of the victim: go test's cache must know what this test depends on
+	_ "example.com/shop/internal/inbox" // used by the victim: go test's cache needs the dependency
 	"example.com/shop/internal/messaging"
 	"example.com/shop/internal/outbox"
 	"example.com/shop/internal/postgres"
@@ -34,8 +34,8 @@ const (
 	messages = 200
 )
 
-// TestKilled kills the relay or the consumer at each of its failpoints, at several of the times that it passes there, and lets another
-// one take over.
+// TestKilled kills the relay or the consumer at each of its failpoints, at different hits of each, and lets another
+// process take over.
 func TestKilled(t *testing.T) {
 	t.Parallel()
 	binary := buildVictim(t)
@@ -43,14 +43,14 @@ func TestKilled(t *testing.T) {
 		role, failpoint string
 		hits            []int
 	}{
-		{"relay", "relay.claimed", []int{1, 4}},      // a page is claimed, nothing of it is sent
-		{"relay", "relay.publishing", []int{10, 75}}, // in the middle of a page
-		{"relay", "relay.published", []int{1, 4}},    // a page is sent, no verdict is known
-		{"relay", "relay.confirmed", []int{1, 4}},    // all verdicts are known, and not recorded
-		{"relay", "relay.moved", []int{2, 5}},        // the cursor has moved
-		{"consumer", "consumer.taken", []int{1, 3}},  // the inbox rows are written, not committed
-		{"consumer", "consumer.handled", []int{1, 3}},
-		{"consumer", "consumer.applied", []int{1, 3}}, // committed, not acked
+		{"relay", "relay.claimed", []int{1, 4}},       // a page is claimed, but not sent
+		{"relay", "relay.publishing", []int{10, 75}},  // in the middle of a page
+		{"relay", "relay.published", []int{1, 4}},     // a page is sent, but its verdicts are unknown
+		{"relay", "relay.confirmed", []int{1, 4}},     // all verdicts are known, but not recorded
+		{"relay", "relay.moved", []int{2, 5}},         // the cursor has moved
+		{"consumer", "consumer.taken", []int{1, 3}},   // the inbox rows are written, but not committed
+		{"consumer", "consumer.handled", []int{1, 3}}, // the effects are written, but not committed
+		{"consumer", "consumer.applied", []int{1, 3}}, // committed, but not acked
 	} {
 		for _, hit := range at.hits {
 			t.Run(fmt.Sprintf("%s:%d", at.failpoint, hit), func(t *testing.T) {
@@ -61,7 +61,7 @@ func TestKilled(t *testing.T) {
 				}
 				killed := s.start(t, at.role, fmt.Sprintf("FAILPOINT=%s:%d", at.failpoint, hit))
 				if at.role == "consumer" {
-					s.start(t, "relay") // something to consume
+					s.start(t, "relay") // the consumer needs deliveries
 				}
 				killed.awaitKill(t)
 				s.start(t, "relay")
@@ -73,7 +73,7 @@ func TestKilled(t *testing.T) {
 	}
 }
 
-// stage is a database, a vhost and the processes on them.
+// stage is a database and a vhost for the processes of a test.
 type stage struct {
 	binary, postgresURL, amqpURL string
 	db                           *pgxpool.Pool
@@ -91,12 +91,13 @@ func newStage(t *testing.T, binary string) *stage {
 	return s
 }
 
-// insert commits the i-th message. Its text is its key and its number within the key.
+// insert commits the i-th message. Its text contains its key and its number within the key.
 func (s *stage) insert(t *testing.T, i int) {
 	t.Helper()
 	key := fmt.Sprint("key-", i%keys)
 	err := postgres.Transact(t.Context(), s.db, func(tx pgx.Tx) error {
-		return outbox.Insert(t.Context(), tx, messaging.New(key, wrapperspb.String(fmt.Sprintf("%s/%03d", key, i/keys))))
+		text := fmt.Sprintf("%s/%03d", key, i/keys)
+		return outbox.Insert(t.Context(), tx, messaging.New(key, wrapperspb.String(text)))
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -107,17 +108,16 @@ func (s *stage) awaitEffects(t *testing.T, messages int) {
 	t.Helper()
 	testenv.Eventually(t, 60*time.Second, func() error {
 		var distinct int
-		if err := s.db.QueryRow(t.Context(), `SELECT count(DISTINCT message) FROM effects`).Scan(&distinct); err != nil {
-			return err
+		err := s.db.QueryRow(t.Context(), `SELECT count(DISTINCT message) FROM effects`).Scan(&distinct)
+		if err == nil && distinct < messages {
+			err = fmt.Errorf("%d of %d effects", distinct, messages)
 		}
-		if distinct < messages {
-			return fmt.Errorf("%d of %d effects", distinct, messages)
-		}
-		return nil
+		return err
 	})
 }
 
-// check compares the effects of each key, in the order in which they were applied, with what was inserted, and wants no dead letters but these.
+// check compares the effects of each key, in the order of their application, with the inserted messages. It allows only
+// the given dead letters.
 func (s *stage) check(t *testing.T, messages int, dead ...string) {
 	t.Helper()
 	got := map[string][]string{}
@@ -142,21 +142,22 @@ func (s *stage) check(t *testing.T, messages int, dead ...string) {
 		t.Errorf("effects by key (-inserted +applied):\n%s", diff)
 	}
 	var others int
-	err = s.db.QueryRow(t.Context(), `SELECT count(*) FROM dead_letter WHERE message_id <> ALL ($1)`, append([]string{}, dead...)).Scan(&others)
+	err = s.db.QueryRow(t.Context(), `
+		SELECT count(*) FROM dead_letter WHERE message_id <> ALL ($1)`, append([]string{}, dead...)).Scan(&others)
 	if err != nil || others > 0 {
-		t.Errorf("%d dead letters (%v)", others, err)
+		t.Errorf("%d unexpected dead letters (%v)", others, err)
 	}
 }
 
-// process is a victim that runs.
+// process is a running victim.
 type process struct {
 	command *exec.Cmd
 	output  *output
 	done    chan struct{}
-	err     error // how it ended, once done is closed
+	err     error // of Wait, valid once done is closed
 }
 
-// output is what a process has said so far.
+// output is the output of a process so far.
 type output struct {
 	mu   sync.Mutex
 	text bytes.Buffer
@@ -174,12 +175,13 @@ func (o *output) String() string {
 	return o.text.String()
 }
 
-// start starts a victim that is stopped at the end of the test.
+// start starts a victim, which stops at the end of the test.
 func (s *stage) start(t *testing.T, role string, environment ...string) *process {
 	t.Helper()
 	p := &process{command: exec.Command(s.binary, role), output: &output{}, done: make(chan struct{})}
-	login := "shop_" + strings.Replace(role, "worker", "consumer", 1) // which executes durable calls
-	p.command.Env = append(os.Environ(), append(environment, "POSTGRES_URL="+testenv.As(t, s.postgresURL, login), "AMQP_URL="+s.amqpURL)...)
+	login := "shop_" + strings.Replace(role, "worker", "consumer", 1) // the consumer executes durable calls
+	p.command.Env = append(os.Environ(), "POSTGRES_URL="+testenv.As(t, s.postgresURL, login), "AMQP_URL="+s.amqpURL)
+	p.command.Env = append(p.command.Env, environment...)
 	p.command.Stdout, p.command.Stderr = p.output, p.output
 	if err := p.command.Start(); err != nil {
 		t.Fatal(err)
@@ -204,7 +206,7 @@ func (s *stage) start(t *testing.T, role string, environment ...string) *process
 	return p
 }
 
-// awaitKill waits until the failpoint has killed the process: a fault that did not happen proves nothing.
+// awaitKill waits until the failpoint has killed the process. A fault that does not happen proves nothing.
 func (p *process) awaitKill(t *testing.T) {
 	t.Helper()
 	select {
@@ -214,7 +216,7 @@ func (p *process) awaitKill(t *testing.T) {
 	}
 	var exit *exec.ExitError
 	if !errors.As(p.err, &exit) || exit.Sys().(syscall.WaitStatus).Signal() != syscall.SIGKILL {
-		t.Fatalf("ended otherwise: %v\n%s", p.err, p.output)
+		t.Fatalf("ended without SIGKILL: %v\n%s", p.err, p.output)
 	}
 }
 

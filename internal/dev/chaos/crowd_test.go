@@ -24,12 +24,13 @@ import (
 )
 
 var (
-	seed     = flag.Uint64("seed", 1, "of the faults")
-	duration = flag.Duration("faults", 60*time.Second, "how long faults go on")
+	seed     = flag.Uint64("seed", 1, "seed of the random faults")
+	duration = flag.Duration("faults", 60*time.Second, "duration of the faults")
 )
 
-// TestCrowd runs two relays and two consumers over two shards and kills and freezes them at random while messages are written. What a frozen
-// process wakes up to, another has taken over. On failure the faults, and what became of each message, are kept in a file.
+// TestCrowd runs two relays and two consumers over two shards. It kills and freezes them at random while it writes
+// messages. When a frozen process wakes up, another one may have taken over. On failure the test writes the faults and
+// the outcome of each message to a file.
 func TestCrowd(t *testing.T) {
 	t.Parallel()
 	s := newStage(t, buildVictim(t))
@@ -47,7 +48,7 @@ func TestCrowd(t *testing.T) {
 			return
 		}
 		file := filepath.Join(os.TempDir(), fmt.Sprintf("crowd-seed-%d.txt", *seed))
-		if err := os.WriteFile(file, []byte(history.String()+s.story()), 0o600); err == nil {
+		if err := os.WriteFile(file, []byte(history.String()+s.outcomes()), 0o600); err == nil {
 			t.Logf("seed %d; the history is in %s", *seed, file)
 		}
 	})
@@ -111,10 +112,11 @@ func (s *stage) copies(t *testing.T) (n int) {
 	return n
 }
 
-// story tells what became of each message.
-func (s *stage) story() string {
+// outcomes describes the outcome of each message.
+func (s *stage) outcomes() string {
 	rows, err := s.db.Query(context.Background(), `
-		SELECT format('%s id %s xid %s shard %s at %s: copies %s, applied %s times', convert_from(substr(payload, 3), 'UTF8'), id, xid, shard, created_at,
+		SELECT format('%s id %s xid %s shard %s at %s: copies %s, applied %s times',
+			convert_from(substr(payload, 3), 'UTF8'), id, xid, shard, created_at,
 			(SELECT sum(copies) FROM inbox WHERE inbox.message_id = outbox.message_id),
 			(SELECT count(*) FROM effects WHERE message = convert_from(substr(payload, 3), 'UTF8')))
 		FROM outbox ORDER BY id`)
@@ -128,47 +130,51 @@ func (s *stage) story() string {
 	return strings.Join(lines, "\n")
 }
 
-// TestTakeOver: when a relay is killed, another one has its shard within twice the lease; when it is told to stop, at once; and when it is frozen
-// past its lease and wakes up, it moves nothing, and says so.
+// TestTakeOver: another relay takes over the shard of a killed relay within twice the lease, and that of a stopped
+// relay within half a lease. A relay that wakes up after its lease has expired moves nothing, and logs that.
 func TestTakeOver(t *testing.T) {
 	t.Parallel()
 	binary := buildVictim(t)
 	const lease = 5 * time.Second
-	for name, one := range map[string]struct {
+	for name, end := range map[string]struct {
 		signal syscall.Signal
 		within time.Duration
 	}{
-		"Killed": {syscall.SIGKILL, 2 * lease}, "Stopped": {syscall.SIGTERM, lease / 2}, "Frozen": {syscall.SIGSTOP, 2 * lease},
+		"Killed":  {syscall.SIGKILL, 2 * lease},
+		"Stopped": {syscall.SIGTERM, lease / 2},
+		"Frozen":  {syscall.SIGSTOP, 2 * lease},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			s := newStage(t, binary)
-			relays := []*process{s.start(t, "relay", "LEASE="+lease.String()), s.start(t, "relay", "LEASE="+lease.String())}
+			setting := "LEASE=" + lease.String()
+			relays := []*process{s.start(t, "relay", setting), s.start(t, "relay", setting)}
 			first := s.awaitOwner(t, relays[0], relays[1])
 			second := relays[0]
 			if first == relays[0] {
 				second = relays[1]
 			}
-			testenv.Eventually(t, 20*time.Second, func() error { // the second must know of the shard before it can know that it is free
+			testenv.Eventually(t, 20*time.Second, func() error { // only a listed relay can take over
 				var listed int
-				if err := s.db.QueryRow(t.Context(), `SELECT count(*) FROM outbox_relay`).Scan(&listed); err != nil || listed < 2 {
+				err := s.db.QueryRow(t.Context(), `SELECT count(*) FROM outbox_relay`).Scan(&listed)
+				if err != nil || listed < 2 {
 					return fmt.Errorf("%d relays are listed, %v", listed, err)
 				}
 				return nil
 			})
 			began := time.Now()
-			_ = first.command.Process.Signal(one.signal)
+			_ = first.command.Process.Signal(end.signal)
 			s.awaitOwner(t, second)
-			if took := time.Since(began); took > one.within {
-				t.Errorf("took over after %s, want within %s", took, one.within)
+			if took := time.Since(began); took > end.within {
+				t.Errorf("took over after %s, want within %s", took, end.within)
 			}
-			if one.signal != syscall.SIGSTOP {
+			if end.signal != syscall.SIGSTOP {
 				return
 			}
 			_ = first.command.Process.Signal(syscall.SIGCONT)
 			testenv.Eventually(t, 20*time.Second, func() error {
 				if !strings.Contains(first.output.String(), "relay lost its shard, nothing more was moved") {
-					return errors.New("the relay that woke up says nothing")
+					return errors.New("the relay that woke up logs nothing")
 				}
 				return nil
 			})
@@ -182,7 +188,9 @@ func (s *stage) awaitOwner(t *testing.T, relays ...*process) (owner *process) {
 	t.Helper()
 	testenv.Eventually(t, 30*time.Second, func() error {
 		var name string
-		if err := s.db.QueryRow(t.Context(), `SELECT owner FROM outbox_cursor WHERE lease_expires_at > clock_timestamp()`).Scan(&name); err != nil {
+		err := s.db.QueryRow(t.Context(), `
+			SELECT owner FROM outbox_cursor WHERE lease_expires_at > clock_timestamp()`).Scan(&name)
+		if err != nil {
 			return err
 		}
 		for _, relay := range relays {
@@ -196,8 +204,8 @@ func (s *stage) awaitOwner(t *testing.T, relays ...*process) (owner *process) {
 	return owner
 }
 
-// TestPoison: one message takes every process with it that handles it. It ends in dead_letter; of the hundreds before and behind it, in the same
-// batches and on the same key, not one does.
+// TestPoison: a message crashes every process that handles it. It becomes a dead letter. None of the hundreds of
+// messages around it does, although they share its batches and its key.
 func TestPoison(t *testing.T) {
 	t.Parallel()
 	s := newStage(t, buildVictim(t))
@@ -205,7 +213,9 @@ func TestPoison(t *testing.T) {
 	for i := range messages {
 		s.insert(t, i)
 		if i == messages/2 {
-			err := postgres.Transact(t.Context(), s.db, func(tx pgx.Tx) error { return outbox.Insert(t.Context(), tx, poison) })
+			err := postgres.Transact(t.Context(), s.db, func(tx pgx.Tx) error {
+				return outbox.Insert(t.Context(), tx, poison)
+			})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -221,18 +231,20 @@ func TestPoison(t *testing.T) {
 		default:
 		}
 		var dead int
-		if err := s.db.QueryRow(t.Context(), `SELECT count(*) FROM dead_letter`).Scan(&dead); err != nil || dead == 0 {
-			return fmt.Errorf("not dead after %d crashes, %v", deaths, err)
+		err := s.db.QueryRow(t.Context(), `SELECT count(*) FROM dead_letter`).Scan(&dead)
+		if err != nil || dead == 0 {
+			return fmt.Errorf("no dead letter after %d crashes, %v", deaths, err)
 		}
 		return nil
 	})
 	s.awaitEffects(t, messages)
 	var id, reason string
-	if err := s.db.QueryRow(t.Context(), `SELECT message_id, reason FROM dead_letter`).Scan(&id, &reason); err != nil || id != poison.ID.String() || reason != "crashed" {
+	err := s.db.QueryRow(t.Context(), `SELECT message_id, reason FROM dead_letter`).Scan(&id, &reason)
+	if err != nil || id != poison.ID.String() || reason != "crashed" {
 		t.Errorf("dead letter %s, %s, %v", id, reason, err)
 	}
 	if deaths < 3 {
-		t.Errorf("the poison killed %d processes only", deaths)
+		t.Errorf("the poison killed only %d processes", deaths)
 	}
 	s.check(t, messages, poison.ID.String())
 }

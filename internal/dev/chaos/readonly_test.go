@@ -12,8 +12,8 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-// TestReadOnlyDatabase: a database that takes no writes, as a demoted primary, cannot record what is delivered. So the relay publishes nothing, and
-// neither does it again and again; it says so, and goes on when it can.
+// TestReadOnlyDatabase: a read-only database, such as a demoted primary, cannot record deliveries. So the relay
+// publishes nothing meanwhile. It logs the reason, and continues when the database accepts writes again.
 func TestReadOnlyDatabase(t *testing.T) {
 	t.Parallel()
 	binary := buildVictim(t)
@@ -31,8 +31,9 @@ func TestReadOnlyDatabase(t *testing.T) {
 				s.insert(t, i)
 			}
 			testenv.Eventually(t, 20*time.Second, func() error {
-				if said := relay.output.String(); !strings.Contains(said, "read-only") && !strings.Contains(said, "read only") {
-					return errors.New("the relay does not say that the database is read-only")
+				text := relay.output.String()
+				if !strings.Contains(text, "read-only") && !strings.Contains(text, "read only") {
+					return errors.New("the relay does not log that the database is read-only")
 				}
 				return nil
 			})
@@ -48,12 +49,14 @@ func TestReadOnlyDatabase(t *testing.T) {
 	}
 }
 
-// setReadOnly makes everyone's transactions read-only but the test's own, or ends that.
+// setReadOnly makes the relay's transactions read-only, or ends that. It does not affect those of the test.
 func (s *stage) setReadOnly(t *testing.T, on bool) {
 	t.Helper()
 	name := s.db.Config().ConnConfig.Database
 	err := pgx.BeginFunc(t.Context(), s.db, func(tx pgx.Tx) error {
-		_, err := tx.Exec(t.Context(), fmt.Sprintf(`ALTER ROLE shop_relay IN DATABASE %s SET default_transaction_read_only = %t`, pgx.Identifier{name}.Sanitize(), on))
+		_, err := tx.Exec(t.Context(), fmt.Sprintf(
+			`ALTER ROLE shop_relay IN DATABASE %s SET default_transaction_read_only = %t`,
+			pgx.Identifier{name}.Sanitize(), on))
 		return err
 	})
 	if err == nil {

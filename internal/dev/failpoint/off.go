@@ -2,5 +2,5 @@
 
 package failpoint
 
-// Hit does nothing: it is compiled away unless the build tag failpoints is set.
+// Hit does nothing without the build tag failpoints. The compiler removes the call.
 func Hit(string) {}

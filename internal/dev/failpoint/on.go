@@ -16,7 +16,7 @@ var (
 	left = parse(os.Getenv("FAILPOINT"))
 )
 
-// Hit kills the process if the name is the one in FAILPOINT and this is the n-th time it is hit.
+// Hit kills the process if FAILPOINT names this point and this is the n-th hit.
 func Hit(name string) {
 	mu.Lock()
 	defer mu.Unlock()
@@ -28,7 +28,7 @@ func Hit(name string) {
 	if n == 1 {
 		fmt.Fprintf(os.Stderr, "failpoint %s: killed\n", name)
 		_ = syscall.Kill(os.Getpid(), syscall.SIGKILL)
-		select {} // the signal is on its way: nothing after this point may run
+		select {} // until the signal arrives: nothing after this point may run
 	}
 }
 

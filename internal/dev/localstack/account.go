@@ -14,9 +14,9 @@ import (
 	"syscall"
 )
 
-// account is the unprivileged user that a server runs as when this process is
-// root: Postgres refuses root, and RabbitMQ has no business being root. A nil
-// account means the present user.
+// account is the unprivileged user that a server runs as when this process is root:
+// Postgres refuses to run as root, and RabbitMQ does not need it. A nil account means
+// the current user.
 type account struct{ uid, gid uint32 }
 
 // serverAccount returns the first of the named users that exists, falling back to
@@ -58,8 +58,8 @@ func (a *account) own(path string) error {
 	return os.Chown(path, int(a.uid), int(a.gid))
 }
 
-// reaches reports whether the account may enter the folder. Asking the kernel is
-// simpler than repeating its rules about every parent folder.
+// reaches reports whether the account may enter the folder. Trying it is simpler than
+// repeating the kernel's rules about every parent folder.
 func (a *account) reaches(dir string) bool {
 	if a == nil {
 		return true
@@ -72,10 +72,10 @@ func (a *account) reaches(dir string) bool {
 
 // placeData makes the folder for the data of the servers and returns its path.
 //
-// Normally that is a subfolder of home. But root's checkouts often lie below a
-// folder with mode 0700, which the accounts of the servers cannot pass; then it is
-// a folder for temporary files, under a name derived from home so that the next
-// start finds it again. Data of the dev profile is then as lasting as that folder.
+// Normally it is a subfolder of home. But root's checkouts are often below a folder
+// with mode 0700, which the accounts of the servers cannot enter. Then it is in a
+// folder for temporary files, under a name derived from home so that the next start
+// finds it again, and data of the dev profile is only as durable as that folder.
 func placeData(home string, accounts ...*account) (string, error) {
 	name := fmt.Sprintf("localstack-%d-%.6x", os.Geteuid(), sha256.Sum256([]byte(home)))
 	var errs []error
@@ -91,15 +91,15 @@ func placeData(home string, accounts ...*account) (string, error) {
 		if reachable(dir, accounts) {
 			return dir, nil
 		}
-		// Empty, or data that nobody can reach any more; only the former goes.
+		// Remove deletes only an empty folder, and keeps data that the servers cannot reach any more.
 		_ = os.Remove(dir)
-		errs = append(errs, fmt.Errorf("%s cannot be entered by the users of the servers", dir))
+		errs = append(errs, fmt.Errorf("the servers' users cannot enter %s", dir))
 	}
 	return "", fmt.Errorf("place data: %w", errors.Join(errs...))
 }
 
-// makeOwn makes a folder that others may pass through, and refuses one that
-// somebody else made in a shared folder such as /tmp.
+// makeOwn makes a folder that others may enter. It refuses a folder of another user,
+// for instance in /tmp.
 func makeOwn(dir string) error {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
@@ -109,9 +109,9 @@ func makeOwn(dir string) error {
 		return err
 	}
 	if stat, ok := info.Sys().(*syscall.Stat_t); !ok || !info.IsDir() || int(stat.Uid) != os.Geteuid() {
-		return fmt.Errorf("%s exists and belongs to somebody else", dir)
+		return fmt.Errorf("%s exists and belongs to another user", dir)
 	}
-	return os.Chmod(dir, 0o755) // whatever the umask says
+	return os.Chmod(dir, 0o755) // despite the umask
 }
 
 func reachable(dir string, accounts []*account) bool {

@@ -12,19 +12,19 @@ import (
 	"time"
 )
 
-// bootAttempts is how often a server that ends while it boots is started again.
-// There are two honest reasons for that: a port was taken between the look and the
-// bind, and backends of a killed postmaster that have not noticed its death yet.
+// bootAttempts is the number of attempts to start a server that ends while it boots.
+// That has two legitimate causes: another process took a port between the check and
+// the bind, or backends of a killed postmaster have not noticed its death yet.
 const bootAttempts = 3
 
-// bootPatience covers RabbitMQ, which boots for seven seconds on two idle cores, on
-// a machine that is busy compiling.
+// bootPatience covers a boot of RabbitMQ on a machine that is busy compiling. It takes
+// seven seconds on two idle cores.
 const bootPatience = 90 * time.Second
 
-var errEnded = errors.New("it ended")
+var errEnded = errors.New("the process ended")
 
-// boot runs one attempt until the server answers. Each attempt leaves nothing
-// running behind if it fails.
+// boot tries to start the server until it answers. A failed attempt must leave nothing
+// running.
 func (i *instance) boot(ctx context.Context, name string, attempt func(context.Context) error) error {
 	var err error
 	for range bootAttempts {
@@ -41,10 +41,10 @@ func (i *instance) boot(ctx context.Context, name string, attempt func(context.C
 	return fmt.Errorf("start %s: %w\nlast lines of %s:\n%s", name, err, i.logPath(name), i.logTail(name))
 }
 
-// waitFor polls until check succeeds. It gives up when the process is gone, since
-// nothing will answer then, and at the deadline.
-func waitFor(ctx context.Context, p process, patient time.Duration, check func(context.Context) error) error {
-	ctx, cancel := context.WithTimeout(ctx, patient)
+// waitFor polls until check succeeds. It stops at the deadline, and when the process
+// has ended.
+func waitFor(ctx context.Context, p process, timeout time.Duration, check func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	ticker := time.NewTicker(50 * time.Millisecond)
 	defer ticker.Stop()
@@ -64,8 +64,8 @@ func waitFor(ctx context.Context, p process, patient time.Duration, check func(c
 	}
 }
 
-// setPorts changes the ports in the state and saves it, for two servers that start
-// at the same time.
+// setPorts replaces ports that are not free and saves the state. Two servers that start
+// at the same time may call it.
 func (i *instance) setPorts(ports ...*int) error {
 	i.mu.Lock()
 	defer i.mu.Unlock()
@@ -78,7 +78,7 @@ func (i *instance) setPorts(ports ...*int) error {
 	return writeJSON(i.path("state.json"), i.state)
 }
 
-// runAs runs a program to its end as the account, with its output in the error.
+// runAs runs a program as the account until it ends. The error contains its output.
 func runAs(ctx context.Context, account *account, argv ...string) error {
 	cmd := exec.CommandContext(ctx, argv[0], argv[1:]...)
 	cmd.Dir, cmd.Env = "/", serverEnv("/")
@@ -89,8 +89,8 @@ func runAs(ctx context.Context, account *account, argv ...string) error {
 	return nil
 }
 
-// serverEnv is the whole environment of a server, and nothing is inherited:
-// RABBITMQ_* and PG* variables of the developer must not reach a private server.
+// serverEnv returns the whole environment of a server. It inherits nothing else,
+// because the developer's RABBITMQ_* and PG* variables must not reach a private server.
 func serverEnv(home string, more ...string) []string {
 	return append([]string{
 		"PATH=" + os.Getenv("PATH"),

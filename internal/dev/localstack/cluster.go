@@ -12,29 +12,29 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-// Server is a Postgres of its user's own, to be broken as the user likes. Call one method at a time.
+// Server is a private Postgres that its user may break. Its methods are not safe for concurrent use.
 type Server struct {
 	instance *instance
 	use      *fileLock
 }
 
-// Cluster starts a Postgres by itself in a folder of its own, whatever the environment names, with an empty database
-// "shop". The caller calls Release in the end.
+// Cluster starts a Postgres without RabbitMQ, with its own folder and an empty database "shop". It ignores servers that
+// the environment names. The caller must call Release.
 func Cluster(ctx context.Context, config Config) (*Server, error) {
 	return startServer(ctx, config, "")
 }
 
-// Standby starts a hot standby of a running server from a base backup of it, in a folder of its own. It streams from
-// the server under the application name, which synchronous_standby_names may list. The caller calls Release in the end.
+// Standby starts a hot standby from a base backup of a running server, with its own folder. It streams from the server
+// under the application name, which synchronous_standby_names may list. The caller must call Release.
 func Standby(ctx context.Context, config Config, primary *Server, applicationName string) (*Server, error) {
-	named, err := url.Parse(primary.URL())
+	source, err := url.Parse(primary.URL())
 	if err != nil {
 		return nil, fmt.Errorf("parse primary's url: %w", err)
 	}
-	query := named.Query()
+	query := source.Query()
 	query.Set("application_name", applicationName)
-	named.RawQuery = query.Encode()
-	return startServer(ctx, config, named.String())
+	source.RawQuery = query.Encode()
+	return startServer(ctx, config, source.String())
 }
 
 func startServer(ctx context.Context, config Config, primary string) (*Server, error) {
@@ -50,13 +50,13 @@ func startServer(ctx context.Context, config Config, primary string) (*Server, e
 	return &Server{instance: inst, use: use}, nil
 }
 
-// URL is a superuser's URL of the database "shop".
+// URL returns a superuser's URL of the database "shop".
 func (s *Server) URL() string { return s.instance.stack().PostgresURL }
 
-// Programs is the folder of the server's programs, pg_dump among them.
+// Programs returns the folder of the server's programs, such as pg_dump.
 func (s *Server) Programs() string { return findPrograms().postgresTools() }
 
-// Start starts a stopped or killed server with the data that it has, and waits until it answers.
+// Start restarts a stopped or killed server with its data, and waits until it answers.
 func (s *Server) Start(ctx context.Context) error {
 	start, err := s.instance.lockStart(ctx)
 	if err != nil {
@@ -76,7 +76,7 @@ func (s *Server) Start(ctx context.Context) error {
 	return server.boot(ctx, postgresName, server.attempt)
 }
 
-// Stop shuts the server down in order: it disconnects its clients and writes a checkpoint.
+// Stop shuts the server down cleanly: the server disconnects its clients and writes a checkpoint.
 func (s *Server) Stop(ctx context.Context) error {
 	return s.halt(ctx, append([]stopStep{{syscall.SIGINT, 20 * time.Second}}, stopAtOnce...))
 }
@@ -93,7 +93,7 @@ func (s *Server) halt(ctx context.Context, steps []stopStep) error {
 	return s.instance.halt(postgresName, steps)
 }
 
-// Freeze suspends all processes of the server with SIGSTOP. Its connections stay open, and nothing answers.
+// Freeze suspends all processes of the server with SIGSTOP. Its connections stay open but do not answer.
 func (s *Server) Freeze() error {
 	server, alive := s.instance.recorded(postgresName)
 	if !alive {
@@ -103,7 +103,7 @@ func (s *Server) Freeze() error {
 	return err
 }
 
-// Thaw lets a frozen server go on. It does nothing to one that is stopped.
+// Thaw resumes a frozen server. It does nothing if the server is stopped.
 func (s *Server) Thaw() error {
 	server, alive := s.instance.recorded(postgresName)
 	if !alive {
@@ -122,7 +122,7 @@ func (s *Server) Promote(ctx context.Context) error {
 	var promoted bool
 	err = conn.QueryRow(ctx, `SELECT pg_promote(true, $1)`, int(bootPatience.Seconds())).Scan(&promoted)
 	if err == nil && !promoted {
-		err = fmt.Errorf("it is still in recovery after %s", bootPatience)
+		err = fmt.Errorf("still in recovery after %s", bootPatience)
 	}
 	if err != nil {
 		return fmt.Errorf("promote standby: %w", err)

@@ -8,7 +8,7 @@ import (
 	"testing"
 )
 
-// The processes of a Postgres have sessions of their own, and frozen ones do not notice that their parent is gone.
+// Each Postgres process has its own session, and a frozen process does not notice that its parent has ended.
 func TestFrozenServersLeaveNothingBehind(t *testing.T) {
 	config := Config{Dir: t.TempDir(), Profile: "test", Log: io.Discard}
 	server, err := Cluster(t.Context(), config)
@@ -19,12 +19,12 @@ func TestFrozenServersLeaveNothingBehind(t *testing.T) {
 	postgres, _ := server.instance.recorded(postgresName)
 	started, err := descendants(postgres.PID)
 	if err != nil || len(started) < 4 {
-		t.Fatalf("it started %v (%v), want its background processes", started, err)
+		t.Fatalf("postgres started %v (%v), want its background processes", started, err)
 	}
 	if err := server.Freeze(); err != nil {
 		t.Fatalf("freeze: %v", err)
 	}
-	if err := postgres.stop(stopAtOnce); err != nil { // as the watchdog does, if nobody else
+	if err := postgres.stop(stopAtOnce); err != nil { // as the watchdog does
 		t.Fatalf("stop: %v", err)
 	}
 	for _, p := range append(started, postgres) {

@@ -18,22 +18,22 @@ import (
 	"golang.org/x/sync/errgroup"
 )
 
-// ownNames are those of this package's processes; every other record is a daemon's.
+// ownNames lists the processes of this package. Every other record belongs to a daemon.
 var ownNames = []string{postgresName, rabbitmqName, epmdName, watchdogName}
 
-// daemonStop gives a daemon the time to drain that it would get in production.
+// daemonStop gives a daemon as much time to drain as in production.
 var daemonStop = append([]stopStep{{syscall.SIGTERM, 15 * time.Second}}, stopAtOnce...)
 
 var daemonName = regexp.MustCompile(`^[a-z0-9][a-z0-9_-]*$`)
 
 // ErrBadName means that a daemon cannot have this name.
-var ErrBadName = errors.New("a daemon's name has only lower case letters, digits, - and _, and is not one of " +
+var ErrBadName = errors.New("a daemon's name has only lower case letters, digits, - and _, and is none of " +
 	strings.Join(ownNames, ", "))
 
-// Daemon starts a command in the background, with the stack's environment added to
-// the present one and its output in the file LogPath returns. A daemon of that name
-// that runs already is stopped first, so that starting again means running the new
-// program. The daemon is a user of the servers; [Down] stops it.
+// Daemon starts a command in the background. It adds the stack's environment to the
+// current one and writes the output to a log named after the daemon. It first stops a
+// running daemon of that name, so a restart runs the new program. The daemon is a user
+// of the servers. [Down] stops it.
 func Daemon(ctx context.Context, config Config, name string, argv []string) (pid int, err error) {
 	if !daemonName.MatchString(name) || slices.Contains(ownNames, name) {
 		return 0, fmt.Errorf("%q: %w", name, ErrBadName)
@@ -71,7 +71,7 @@ func Daemon(ctx context.Context, config Config, name string, argv []string) (pid
 		argv: append([]string{program}, argv[1:]...),
 		env:  append(os.Environ(), m.stack.Environ()...),
 		dir:  working,
-		// The daemon inherits the shared lock, and so holds it as long as it lives.
+		// The daemon inherits the shared lock and holds it until it ends.
 		inherit: m.inherit(),
 	})
 	return daemon.PID, err

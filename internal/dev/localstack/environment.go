@@ -16,9 +16,9 @@ const (
 	managementVar = "RABBITMQ_MANAGEMENT_URL"
 )
 
-// fromEnvironment returns the servers named by the environment, or nil if it names
-// none. Half a configuration is an error: starting the other half silently would
-// run tests against a mixture that nobody asked for.
+// fromEnvironment returns the servers that the environment names, or nil if it names
+// none. It is an error if only one is named: starting the other one silently would
+// run tests against an unintended mixture.
 func fromEnvironment(getenv func(string) string) (*Stack, error) {
 	stack := Stack{
 		PostgresURL:   getenv(postgresVar),
@@ -26,13 +26,14 @@ func fromEnvironment(getenv func(string) string) (*Stack, error) {
 		ManagementURL: getenv(managementVar),
 		External:      true,
 	}
+	const remedy = "set both to use running servers, neither to start private ones"
 	switch {
 	case stack.PostgresURL == "" && stack.AMQPURL == "":
 		return nil, nil
 	case stack.AMQPURL == "":
-		return nil, errors.New("POSTGRES_URL is set but AMQP_URL is not: set both to use running servers, neither to start private ones")
+		return nil, errors.New("POSTGRES_URL is set but AMQP_URL is not: " + remedy)
 	case stack.PostgresURL == "":
-		return nil, errors.New("AMQP_URL is set but POSTGRES_URL is not: set both to use running servers, neither to start private ones")
+		return nil, errors.New("AMQP_URL is set but POSTGRES_URL is not: " + remedy)
 	}
 	if stack.ManagementURL == "" {
 		var err error
@@ -43,8 +44,8 @@ func fromEnvironment(getenv func(string) string) (*Stack, error) {
 	return &stack, nil
 }
 
-// managementURL guesses the management API of a broker: same host and user, the
-// ports that the plugin has by default.
+// managementURL guesses the URL of a broker's management API: the same host and user,
+// and the plugin's default port.
 func managementURL(amqpURL string) (string, error) {
 	parsed, err := url.Parse(amqpURL)
 	if err != nil {

@@ -8,8 +8,8 @@ import (
 	"time"
 )
 
-// RabbitMQ puts a daemon in the place of a port mapper that died. It must not be left
-// behind although no record says that it exists.
+// RabbitMQ replaces a dead port mapper with a daemon. It must not keep running, although
+// it is not recorded.
 func TestStrayEPMDIsStopped(t *testing.T) {
 	programs := findPrograms()
 	if programs.epmd == "" {
@@ -37,7 +37,7 @@ func TestStrayEPMDIsStopped(t *testing.T) {
 	p, _ := inst.recorded(epmdName)
 	t.Cleanup(func() { _ = p.stop(stopAtOnce) })
 
-	// A registered node keeps it alive: this is how one registers.
+	// Register a node, which keeps the port mapper running.
 	node, err := net.Dial("tcp", loopback(port))
 	if err != nil {
 		t.Fatal(err)
@@ -54,13 +54,13 @@ func TestStrayEPMDIsStopped(t *testing.T) {
 		t.Fatalf("stop: %v", err)
 	}
 	if !p.alive() {
-		t.Error("it was stopped while it had a node")
+		t.Error("the port mapper was stopped while it had a node")
 	}
 	node.Close()
 	if err := stopStrayEPMD(port); err != nil {
 		t.Fatalf("stop: %v", err)
 	}
 	if !waitGone(p, 5*time.Second) {
-		t.Error("it still runs")
+		t.Error("the port mapper still runs")
 	}
 }

@@ -16,11 +16,11 @@ import (
 // installScript installs Debian packages ("$@") for use by a developer, not as
 // services of the machine:
 //   - Packages must not start services now. policy-rc.d (see invoke-rc.d(8)) forbids
-//     it, and stays only for the time of the install.
+//     it, and exists only during the installation.
 //   - They must not start services at the next boot either.
-//   - The postgresql package must not make a cluster in /var/lib. That is configured
-//     by a file of postgresql-common, which is therefore installed first; the
-//     setting is taken back afterwards.
+//   - The postgresql package must not make a cluster in /var/lib. A file of
+//     postgresql-common configures that, so install that package first. The script
+//     reverts the setting at the end.
 const installScript = `set -eu
 export DEBIAN_FRONTEND=noninteractive
 policy=/usr/sbin/policy-rc.d
@@ -51,7 +51,8 @@ if [ -d /run/systemd/system ]; then
 fi
 `
 
-// Require returns the path of a program, and installs the Debian package that holds it as [Join] installs the servers, if it is missing.
+// Require returns the path of a program. If it is missing, Require installs its Debian package as [Join] installs the
+// servers.
 func Require(ctx context.Context, log io.Writer, program, debianPackage string) (path string, err error) {
 	find := func() []string {
 		path = firstExecutable(append(inPath(program), filepath.Join("/usr/sbin", program)))
@@ -72,12 +73,12 @@ func Require(ctx context.Context, log io.Writer, program, debianPackage string) 
 	return path, nil
 }
 
-// install installs the packages that are missing if this is Debian or a relative of it and
-// this process is root or can become root without a password. Otherwise its error says
-// what to type.
+// install installs the missing packages on Debian and its relatives if this process is
+// root or can become root without a password. Otherwise its error contains the command
+// to run.
 func install(ctx context.Context, log io.Writer, missing func() []string) error {
-	// Test binaries run in parallel, and all of them miss the same programs. The
-	// lock is the user's and not the checkout's, since packages are the machine's.
+	// Parallel test binaries miss the same programs. The lock belongs to the user and
+	// not to the checkout, because packages belong to the machine.
 	path := filepath.Join(os.TempDir(), fmt.Sprintf("localstack-install-%d.lock", os.Geteuid()))
 	lock, err := waitLock(ctx, path, lockExclusive)
 	if err != nil {
@@ -86,7 +87,7 @@ func install(ctx context.Context, log io.Writer, missing func() []string) error 
 	defer lock.unlock()
 	packages := missing()
 	if len(packages) == 0 {
-		return nil // somebody else installed them meanwhile
+		return nil // another process installed them meanwhile
 	}
 	if _, err := exec.LookPath("apt-get"); err != nil {
 		return missingError(packages)
@@ -99,7 +100,7 @@ func install(ctx context.Context, log io.Writer, missing func() []string) error 
 		argv = append([]string{"sudo", "-n"}, argv...)
 	}
 	fmt.Fprintf(log, "localstack: installing %s with apt-get\n", strings.Join(packages, " and "))
-	// Not bound to ctx: a killed dpkg leaves a package database that needs repair.
+	// Do not bind it to ctx: a killed dpkg leaves a package database that needs repair.
 	cmd := exec.Command(argv[0], argv[1:]...)
 	cmd.Dir = "/"
 	if out, err := cmd.CombinedOutput(); err != nil {
@@ -108,9 +109,9 @@ func install(ctx context.Context, log io.Writer, missing func() []string) error 
 	return nil
 }
 
-// missingError says exactly what to type on this system.
+// missingError contains the exact command for this system.
 func missingError(packages []string) error {
-	return fmt.Errorf("%s not installed: run  %s  or set %s and %s to servers that run",
+	return fmt.Errorf("%s not installed: run  %s  or set %s and %s to running servers",
 		strings.Join(packages, " and "), installCommand(packages), postgresVar, amqpVar)
 }
 

@@ -19,7 +19,7 @@ import (
 	"golang.org/x/sync/errgroup"
 )
 
-// instance is the servers of one profile. On disk it is a folder:
+// instance runs the servers of a profile. On disk it is a folder:
 //
 //	start.lock     held while servers are started or stopped
 //	use.lock       held shared by every user
@@ -29,8 +29,8 @@ import (
 //	log/           one log per background process
 //	servers/       the data, unless placeData had to put it elsewhere
 //
-// Whoever takes use.lock exclusively holds start.lock already. So a user who holds
-// start.lock gets the shared lock at once, and nobody can stop servers between a
+// A process must hold start.lock to take use.lock exclusively. So a user that holds
+// start.lock gets the shared lock immediately, and nobody can stop servers between a
 // user's decision to join them and its joining.
 type instance struct {
 	profile profile
@@ -38,18 +38,18 @@ type instance struct {
 	log     io.Writer
 	// alone leaves RabbitMQ out.
 	alone bool
-	// primary is the URL of the server that the Postgres is a standby of; empty if it is none.
+	// primary is the URL of the primary if the Postgres is a standby.
 	primary string
 
 	mu    sync.Mutex // guards the ports while both servers start
 	state state      // as of the last time that start.lock was held
 }
 
-// state is what outlives the process that started the servers.
+// state outlives the process that started the servers.
 type state struct {
-	Data   string        `json:"data"`   // where the data is
+	Data   string        `json:"data"`   // folder of the data
 	Keep   bool          `json:"keep"`   // started by Up: only Down stops it
-	Linger time.Duration `json:"linger"` // as asked by the latest user
+	Linger time.Duration `json:"linger"` // of the latest user
 
 	Postgres     int `json:"postgres"` // ports
 	AMQP         int `json:"amqp"`
@@ -83,7 +83,7 @@ func newInstance(config Config) (*instance, error) {
 	return &instance{profile: chosen, dir: filepath.Join(dir, name), log: log}, nil
 }
 
-// stackDir returns the absolute path of the folder that holds all instances.
+// stackDir returns the absolute path of the folder of all instances.
 func stackDir(configured string) (string, error) {
 	if configured == "" {
 		configured = os.Getenv(dirVar)
@@ -117,32 +117,32 @@ func (i *instance) enter(ctx context.Context, keep bool, linger time.Duration) (
 		return nil, err
 	}
 	if use == nil {
-		return nil, fmt.Errorf("%s is locked by something that is no localstack", i.path("use.lock"))
+		return nil, fmt.Errorf("another program has locked %s", i.path("use.lock"))
 	}
 	if err := i.ensure(ctx, keep, linger); err != nil {
 		use.unlock()
-		// Half a stack is of no use, unless others use it.
+		// Half a stack is useless. Stop it unless others use it.
 		return nil, errors.Join(err, i.stopUnused())
 	}
 	return use, nil
 }
 
-// ensure starts what does not run, with start.lock held.
+// ensure starts the servers that do not run. The caller must hold start.lock.
 func (i *instance) ensure(ctx context.Context, keep bool, linger time.Duration) error {
 	postgres, rabbitmq, err := i.servers(ctx)
 	if err != nil {
 		return err
 	}
 	postgresRuns, rabbitmqRuns := postgres.running(ctx), rabbitmq.running(ctx)
-	// A kept stack that is gone, for instance because the machine was restarted, is
-	// not kept when something else starts it again.
+	// If a kept stack has ended, for instance with the machine, the next user that
+	// starts it does not keep it.
 	kept := i.state.Keep && (postgresRuns || rabbitmqRuns)
 	i.state.Keep, i.state.Linger = keep || kept, linger
 	if err := writeJSON(i.path("state.json"), i.state); err != nil {
 		return err
 	}
-	// Before the servers: if this process is killed while they boot, somebody must
-	// be there to stop them.
+	// Start the watchdog before the servers. It must stop them if this process is
+	// killed while they boot.
 	if !i.state.Keep {
 		if err := i.ensureWatchdog(); err != nil {
 			return err
@@ -158,8 +158,8 @@ func (i *instance) ensure(ctx context.Context, keep bool, linger time.Duration) 
 	return group.Wait()
 }
 
-// servers prepares both servers: finds the programs, the accounts, the place for
-// the data and the ports.
+// servers prepares both servers: it finds the programs and the accounts, and makes the
+// folder for the data.
 func (i *instance) servers(ctx context.Context) (*postgres, *rabbitmq, error) {
 	programs, err := ensurePrograms(ctx, i.log)
 	if err != nil {
@@ -180,14 +180,14 @@ func (i *instance) servers(ctx context.Context) (*postgres, *rabbitmq, error) {
 		&rabbitmq{instance: i, programs: programs, account: rabbitmqAccount}, nil
 }
 
-// leave gives up the shared lock and, if nobody is to wait for the next user,
-// stops the servers that nobody uses any more.
+// leave releases the shared lock. Without a linger time it also stops the servers if
+// nobody uses them any more.
 func (i *instance) leave(use *fileLock) {
 	use.unlock()
 	if i.state.Linger > 0 {
-		return // the watchdog's business
+		return // the watchdog stops them
 	}
-	// Not longer than stopping both takes; the watchdog does it otherwise.
+	// This is long enough to stop both. Otherwise the watchdog does it.
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
 	start, err := i.lockStart(ctx)
@@ -200,8 +200,8 @@ func (i *instance) leave(use *fileLock) {
 	}
 }
 
-// stopUnused stops the servers unless somebody uses or keeps them. It wants
-// start.lock held.
+// stopUnused stops the servers unless they are used or kept. The caller must hold
+// start.lock.
 func (i *instance) stopUnused() error {
 	if i.state.Keep {
 		return nil
@@ -214,7 +214,7 @@ func (i *instance) stopUnused() error {
 	return errors.Join(i.stopServers(), i.halt(watchdogName, stopAtOnce))
 }
 
-// down stops everything of this instance, used or not.
+// down stops everything in this instance, used or not.
 func (i *instance) down(ctx context.Context) error {
 	if _, err := os.Stat(i.dir); errors.Is(err, os.ErrNotExist) {
 		return nil
@@ -240,13 +240,13 @@ func (i *instance) stopServers() error {
 	return errors.Join(group.Wait(), i.discard())
 }
 
-// discard removes throwaway data, which may lie in a shared folder for temporary
-// files. The logs stay.
+// discard removes throwaway data, which may be in a shared folder for temporary files.
+// It keeps the logs.
 func (i *instance) discard() error {
 	if !i.profile.throwaway || i.state.Data == "" {
 		return nil
 	}
-	// By name, and not the folder as a whole: the path comes from a file.
+	// Remove by name and not the whole folder, because the path comes from a file.
 	for _, name := range []string{postgresName, postgresName + ".new", rabbitmqName} {
 		if err := os.RemoveAll(filepath.Join(i.state.Data, name)); err != nil {
 			return fmt.Errorf("remove data: %w", err)
@@ -273,8 +273,8 @@ func (i *instance) lockStart(ctx context.Context) (*fileLock, error) {
 	return lock, nil
 }
 
-// readState starts from nothing if there is no readable state: it then holds only
-// what can be chosen anew.
+// readState starts with an empty state if none is readable. Everything in it can be
+// chosen again.
 func (i *instance) readState() {
 	i.state = state{}
 	if err := readJSON(i.path("state.json"), &i.state); err != nil {
@@ -294,8 +294,8 @@ func (i *instance) path(name string) string { return filepath.Join(i.dir, name) 
 
 func (i *instance) logPath(name string) string { return filepath.Join(i.dir, "log", name+".log") }
 
-// openLog begins a new log and keeps the one before it, which tells why a restart
-// was needed.
+// openLog begins a new log and keeps the previous one, which shows why a restart was
+// needed.
 func (i *instance) openLog(name string) (*os.File, error) {
 	path := i.logPath(name)
 	if err := os.Rename(path, path+".old"); err != nil && !errors.Is(err, os.ErrNotExist) {

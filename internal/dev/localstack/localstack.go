@@ -4,24 +4,23 @@
 // tests, without Docker, in a git-ignored folder of the checkout. It works on
 // Linux and macOS.
 //
-// What it guarantees:
+// It guarantees:
 //
-//   - Servers live exactly as long as somebody uses them. Every user holds a
-//     shared flock on one file, and a detached watchdog that gets the exclusive
-//     lock stops the servers. The kernel drops the locks of a killed process, so
-//     this also holds when a user is killed with SIGKILL. [Up] is the one
-//     exception: it keeps them until [Down].
-//   - Only processes that this package started are stopped: by recorded pid, and
-//     only if that pid still has the start time that was recorded with it.
-//   - Everything listens on the loopback interface only, on ports that were free.
-//   - A start never fails because of what a crash left behind: a live server is
-//     taken over, anything else is stopped or cleaned first.
-//   - If POSTGRES_URL and AMQP_URL are set, those servers are used and nothing is
-//     started.
+//   - Servers run exactly as long as they have a user. Every user holds a shared
+//     flock on a file, and a detached watchdog stops the servers when it gets the
+//     exclusive lock. The kernel drops the locks of a killed process, so this is also
+//     true for a user that is killed with SIGKILL. [Up] is the only exception: it
+//     keeps them until [Down].
+//   - It stops only processes that it started: by recorded pid, and only if that pid
+//     still has the recorded start time.
+//   - Everything listens only on the loopback interface, on ports that were free.
+//   - A start never fails because of the remains of a crash: it takes over a running
+//     server, and stops or cleans everything else first.
+//   - If POSTGRES_URL and AMQP_URL are set, it uses those servers and starts nothing.
 //
-// It does not guarantee secrecy: both servers let in anyone who can reach the
-// loopback interface of this machine. Nor does it keep data of the test profile,
-// which runs without fsync and is made anew at each start.
+// It does not guarantee secrecy: both servers accept anyone who can reach the loopback
+// interface of this machine. Nor does it keep the data of the test profile, which runs
+// without fsync and starts empty each time.
 package localstack
 
 import (
@@ -32,8 +31,8 @@ import (
 	"time"
 )
 
-// Config says which servers are wanted. The zero value is the dev profile in the
-// .stack folder of the current module.
+// Config selects the servers. The zero value is the dev profile in the .stack folder of
+// the current module.
 type Config struct {
 	// Dir is the folder for locks, logs and data. Default: the environment
 	// variable STACK_DIR, else .stack next to the nearest go.mod above the
@@ -42,16 +41,16 @@ type Config struct {
 
 	// Profile is "dev" (durable, the default) or "test" (fast, thrown away).
 	// Each has its own servers, ports and data, so a test run never disturbs
-	// what is being developed.
+	// the servers for development.
 	Profile string
 
-	// Linger is how long servers without users wait for the next one. Default 0:
-	// the last release stops them before it returns. Tests want some seconds,
-	// because `go test ./...` runs one binary after another and RabbitMQ takes
-	// seven seconds to boot.
+	// Linger is the time that servers without users wait for the next user.
+	// Default 0: the last release stops them before it returns. Tests need some
+	// seconds, because `go test ./...` runs one binary after another and RabbitMQ
+	// takes seven seconds to boot.
 	Linger time.Duration
 
-	// Log receives what a developer should know while waiting, such as packages
+	// Log receives messages for a developer who waits, such as that packages are
 	// being installed. Default: os.Stderr.
 	Log io.Writer
 }
@@ -64,8 +63,8 @@ type Stack struct {
 	External      bool   // the servers come from the environment and are not ours to stop
 }
 
-// Environ returns the stack as NAME=value pairs, as the service, the tests and
-// [Join] itself read them.
+// Environ returns the stack as NAME=value pairs, which the service, the tests and
+// [Join] read.
 func (s *Stack) Environ() []string {
 	return []string{
 		postgresVar + "=" + s.PostgresURL,
@@ -74,9 +73,9 @@ func (s *Stack) Environ() []string {
 	}
 }
 
-// Join starts the servers, or joins those that run, and returns when both answer.
-// They stay up at least until release is called or this process ends. release
-// must be called once; it reports problems to Config.Log.
+// Join starts the servers, or joins running ones, and returns when both answer. They
+// stay up at least until release is called or this process ends. The caller must call
+// release once. It logs problems to Config.Log.
 //
 // The caller's main must call [RunWatchdog] first. On failure the error ends with
 // the last lines of the log of the server that did not start.
@@ -88,7 +87,7 @@ func Join(ctx context.Context, config Config) (stack *Stack, release func(), err
 	return m.stack, m.release, nil
 }
 
-// Up starts the servers, or joins those that run, and keeps them until [Down].
+// Up starts the servers, or joins running ones, and keeps them until [Down].
 func Up(ctx context.Context, config Config) (*Stack, error) {
 	m, err := enter(ctx, config, true)
 	if err != nil {
@@ -98,8 +97,8 @@ func Up(ctx context.Context, config Config) (*Stack, error) {
 	return m.stack, nil
 }
 
-// Down stops the daemons and then the servers of every profile, whoever still
-// uses them. Nothing running is not an error.
+// Down stops the daemons and then the servers of every profile, even if they are in
+// use. It is not an error if nothing runs.
 func Down(ctx context.Context, config Config) error {
 	var errs []error
 	for name := range profiles {
@@ -113,7 +112,7 @@ func Down(ctx context.Context, config Config) error {
 	return errors.Join(errs...)
 }
 
-// membership is the use of running servers by this process.
+// membership represents this process as a user of the servers.
 type membership struct {
 	stack    *Stack
 	instance *instance // nil if the servers come from the environment
@@ -126,7 +125,7 @@ func (m *membership) release() {
 	}
 }
 
-// inherit returns the lock in the form that makes a child a user, too.
+// inherit returns the file to pass to a child so that it becomes a user too.
 func (m *membership) inherit() []*os.File {
 	if m.instance == nil {
 		return nil

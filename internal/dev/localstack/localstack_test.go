@@ -24,13 +24,13 @@ func TestMain(m *testing.M) {
 	goleak.VerifyTestMain(m)
 }
 
-// TestJoin goes through everything that can happen to running servers in one test,
+// TestJoin covers everything that can happen to running servers in a single test,
 // because each boot of RabbitMQ takes seven seconds.
 func TestJoin(t *testing.T) {
 	t.Setenv(postgresVar, "")
 	t.Setenv(amqpVar, "")
-	// As root this also shows that data is placed elsewhere: the parent of TempDir
-	// is closed to other users.
+	// As root this also covers the data in another place, because other users cannot
+	// enter the parent of TempDir.
 	config := Config{Dir: t.TempDir(), Profile: "test", Log: io.Discard}
 	t.Cleanup(func() {
 		if err := Down(context.Background(), config); err != nil {
@@ -45,7 +45,7 @@ func TestJoin(t *testing.T) {
 	before := processes(t, config)
 	ping(t, first)
 
-	// A second user joins, and replaces a watchdog that was killed.
+	// A second user joins and replaces a killed watchdog.
 	kill(t, before[watchdogName])
 	second, releaseSecond, err := Join(t.Context(), config)
 	if err != nil {
@@ -60,7 +60,7 @@ func TestJoin(t *testing.T) {
 	releaseSecond()
 	ping(t, first) // the first user still uses them
 
-	// Killed servers are replaced, while the first user has not released anything.
+	// A user replaces killed servers before the first user's release.
 	for _, name := range []string{postgresName, rabbitmqName, epmdName} {
 		kill(t, before[name])
 	}
@@ -130,7 +130,7 @@ func TestStopSparesRecycledPIDs(t *testing.T) {
 		t.Fatal("this process has no start time")
 	}
 	if p := (process{os.Getpid(), self}); !p.alive() {
-		t.Errorf("%+v is this process, and not alive", p)
+		t.Errorf("%+v is this process, but not alive", p)
 	}
 	recycled := process{os.Getpid(), "another time"}
 	if err := recycled.stop(stopAtOnce); err != nil { // would kill this test
@@ -148,7 +148,8 @@ func TestFailedBootShowsLog(t *testing.T) {
 	attempts := 0
 	err = inst.boot(t.Context(), "broken", func(ctx context.Context) error {
 		attempts++
-		p, err := inst.spawn(command{name: "broken", argv: []string{"/bin/sh", "-c", "echo the reason; exit 1"}, dir: "/"})
+		argv := []string{"/bin/sh", "-c", "echo the reason; exit 1"}
+		p, err := inst.spawn(command{name: "broken", argv: argv, dir: "/"})
 		if err != nil {
 			return err
 		}
@@ -224,7 +225,7 @@ func kill(t *testing.T, p process) {
 	}
 }
 
-// processes returns what is on record, dead or alive.
+// processes returns the recorded processes, dead or alive.
 func processes(t *testing.T, config Config) map[string]process {
 	t.Helper()
 	inst := newTestInstance(t, config)
@@ -238,7 +239,7 @@ func processes(t *testing.T, config Config) map[string]process {
 	}
 	for _, name := range ownNames {
 		if found[name].PID == 0 {
-			t.Fatalf("%s is not on record", name)
+			t.Fatalf("%s is not recorded", name)
 		}
 	}
 	return found

@@ -11,16 +11,16 @@ import (
 	"time"
 )
 
-// lockPoll is how often a blocked lock is tried again. flock could block by
-// itself, but then a context could not interrupt it.
+// lockPoll is the interval between attempts to lock. A blocking flock could not be
+// interrupted by a context.
 const lockPoll = 50 * time.Millisecond
 
-// fileLock is a held flock(2). It belongs to the open file and not to the process:
-// a child that inherits the file holds the lock as well, and the kernel drops it
-// when the last process that has the file open is gone, however it went.
+// fileLock is a held flock(2). It belongs to the open file and not to the process: a
+// child that inherits the file holds the lock too, and the kernel drops it when the
+// last process with the open file ends, for any reason.
 //
-// Lock files are never deleted: a second process could otherwise lock a new file
-// of the same name while the first still holds the old one.
+// Never delete lock files: a second process could lock a new file of the same name
+// while the first still holds the old one.
 type fileLock struct{ file *os.File }
 
 // lockShared and lockExclusive are the two kinds of flock.
@@ -29,7 +29,7 @@ const (
 	lockExclusive = syscall.LOCK_EX
 )
 
-// tryLock takes the lock, or returns nil if somebody else's lock forbids it.
+// tryLock takes the lock, or returns nil if another lock conflicts with it.
 func tryLock(path string, how int) (*fileLock, error) {
 	file, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o644)
 	if err != nil {
@@ -61,5 +61,5 @@ func waitLock(ctx context.Context, path string, how int) (*fileLock, error) {
 	}
 }
 
-// unlock gives the lock up, unless a child inherited it.
+// unlock releases the lock, unless a child inherited it.
 func (l *fileLock) unlock() { l.file.Close() }

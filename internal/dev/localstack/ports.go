@@ -9,16 +9,16 @@ import (
 	"strconv"
 )
 
-// Ports are taken from below the range that Linux and macOS use for outgoing
-// connections. A port from that range could be free now and be the local end of
-// somebody's connection when the server wants it a second later.
+// The ports are below the range that Linux and macOS use for outgoing connections. A
+// port in that range may be free now and the local end of a connection when the server
+// binds it a second later.
 const (
 	firstPort = 20000
 	lastPort  = 32000
 )
 
-// freePort returns the wanted port if it is free, else another one. Keeping a port
-// over restarts lets clients that were given a URL find the server again.
+// freePort returns the wanted port if it is free, else another one. A port that stays
+// the same over restarts keeps the URLs of clients valid.
 func freePort(wanted int, taken ...int) (int, error) {
 	if wanted != 0 && portFree(wanted) {
 		return wanted, nil
@@ -47,7 +47,7 @@ func portFree(port int) bool {
 	return true
 }
 
-// loopback is the address of a port on this machine.
+// loopback returns the address of a port on this machine.
 func loopback(port int) string {
 	return net.JoinHostPort("127.0.0.1", strconv.Itoa(port))
 }

@@ -18,8 +18,8 @@ const (
 	postgresName = "postgres"
 	postgresUser = "postgres"
 
-	// answerPatience is how long a running server may take to answer before it
-	// counts as wedged and is replaced.
+	// answerPatience bounds the answer of a running server. A slower one counts as
+	// stuck and is replaced.
 	answerPatience = 5 * time.Second
 )
 
@@ -30,7 +30,7 @@ type postgres struct {
 	account  *account
 }
 
-// postgresURL is the superuser's URL of a database.
+// postgresURL returns the superuser's URL of a database.
 func postgresURL(port int, database string) string {
 	return fmt.Sprintf("postgres://%s@%s/%s?sslmode=disable", postgresUser, loopback(port), database)
 }
@@ -44,7 +44,7 @@ func (p *postgres) running(ctx context.Context) bool {
 	return p.answers(ctx, "shop") == nil
 }
 
-// start replaces whatever is there by a server that answers.
+// start stops an old server and starts a new one that answers.
 func (p *postgres) start(ctx context.Context) error {
 	if err := p.halt(postgresName, p.profile.postgresStop()); err != nil {
 		return err
@@ -57,8 +57,8 @@ func (p *postgres) start(ctx context.Context) error {
 
 func (p *postgres) dataDir() string { return filepath.Join(p.state.Data, "postgres") }
 
-// initialise makes the data directory unless there is one. It is made under
-// another name, so that a half-made one is never taken for a whole one.
+// initialise makes the data directory unless it exists. It renames the directory only
+// when it is complete, so that an incomplete one is never used.
 func (p *postgres) initialise(ctx context.Context) error {
 	dir, building := p.dataDir(), p.dataDir()+".new"
 	stale := []string{building}
@@ -78,7 +78,9 @@ func (p *postgres) initialise(ctx context.Context) error {
 	if err := p.account.own(building); err != nil {
 		return fmt.Errorf("make data folder: %w", err)
 	}
-	argv := []string{p.programs.initdb(), "-D", building, "-U", postgresUser, "-A", "trust", "-E", "UTF8", "--locale=C"}
+	argv := []string{
+		p.programs.initdb(), "-D", building, "-U", postgresUser, "-A", "trust", "-E", "UTF8", "--locale=C",
+	}
 	if p.primary != "" {
 		argv = []string{p.programs.basebackup(), "-D", building, "-d", p.primary, "-R", "-c", "fast"}
 	}
@@ -94,10 +96,10 @@ func (p *postgres) initialise(ctx context.Context) error {
 	return nil
 }
 
-// removePIDFile removes what a killed postmaster left. A new one would normally do
-// so itself, but not if the old pid means another process by now. That the old
-// server is really gone is checked twice: by our record before this, and by the new
-// postmaster, which refuses shared memory that is still in use.
+// removePIDFile removes the pid file of a killed postmaster. A new postmaster normally
+// does so, but not if another process now has the old pid. Two checks ensure that the
+// old server has ended: our record before this, and the new postmaster, which refuses
+// shared memory that is still in use.
 func (p *postgres) removePIDFile() error {
 	err := os.Remove(filepath.Join(p.dataDir(), "postmaster.pid"))
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -142,7 +144,7 @@ func (p *postgres) answers(ctx context.Context, database string) error {
 	return conn.Close(ctx)
 }
 
-// createDatabase makes the database that the service uses.
+// createDatabase creates the service's database.
 func (p *postgres) createDatabase(ctx context.Context) error {
 	conn, err := pgx.Connect(ctx, postgresURL(p.state.Postgres, "postgres"))
 	if err != nil {

@@ -13,16 +13,15 @@ import (
 	"time"
 )
 
-// process is a process as it is recorded on disk. A pid alone is not enough: pids
-// are reused, and the recorded one may belong to a stranger after a reboot.
+// process is the record of a process on disk. A pid alone is not enough: pids are
+// reused, and after a reboot the recorded pid may belong to an unrelated process.
 type process struct {
 	PID     int    `json:"pid"`
 	Started string `json:"started"` // see startTime
 }
 
-// alive reports whether this very process still runs. A zombie does not: servers
-// are never waited for, so one that ended stays a zombie as long as its starter
-// lives.
+// alive reports whether this very process still runs. A zombie does not run. Nobody
+// waits for servers, so an ended server stays a zombie until its starter ends.
 func (p process) alive() bool {
 	started, ok := startTime(p.PID)
 	return ok && started == p.Started
@@ -30,8 +29,8 @@ func (p process) alive() bool {
 
 // signal sends a signal, unless the process is gone.
 func (p process) signal(signal syscall.Signal) error {
-	// The handle comes before the check: on Linux it is a pidfd, which goes on
-	// meaning the process that was checked even if the pid is reused meanwhile.
+	// Open the handle before the check. On Linux it is a pidfd, which keeps referring to
+	// the checked process even if the pid is reused meanwhile.
 	handle, err := os.FindProcess(p.PID)
 	if err != nil {
 		return err
@@ -43,19 +42,19 @@ func (p process) signal(signal syscall.Signal) error {
 	return handle.Signal(signal)
 }
 
-// signalAll signals the process and then everything that it started. Postgres gives each of its processes a session
-// of its own, so that a group is not enough. A process that ended meanwhile is no error.
+// signalAll signals the process and then its descendants. A signal to a process group would not reach all, because each
+// Postgres process has its own session. It ignores processes that have ended meanwhile.
 func (p process) signalAll(signal syscall.Signal, started []process) error {
-	for _, one := range append([]process{p}, started...) {
-		if err := one.signal(signal); err != nil && !errors.Is(err, os.ErrProcessDone) {
-			return fmt.Errorf("signal process %d: %w", one.PID, err)
+	for _, target := range append([]process{p}, started...) {
+		if err := target.signal(signal); err != nil && !errors.Is(err, os.ErrProcessDone) {
+			return fmt.Errorf("signal process %d: %w", target.PID, err)
 		}
 	}
 	return nil
 }
 
-// freeze suspends the process and everything that it started, and returns the latter. The process is suspended first:
-// it starts nothing more while the others are looked for.
+// freeze suspends the process and its descendants, and returns the descendants. It suspends the process first, so that
+// it starts no more while freeze looks for descendants.
 func (p process) freeze() (started []process, err error) {
 	if err := p.signal(syscall.SIGSTOP); err != nil {
 		return nil, err
@@ -75,29 +74,29 @@ func (p process) thaw() error {
 	return p.signalAll(syscall.SIGCONT, started)
 }
 
-// kill ends the process and everything that it started, which has nobody left to stop it. It waits for the latter.
+// kill ends the process and its descendants, which nobody else would stop. It waits for the descendants.
 func (p process) kill() error {
 	started, err := p.freeze()
 	if err != nil {
 		return err
 	}
-	// The group holds what outlived its parent. It is never empty while its leader lives, so its number cannot be a
-	// stranger's.
+	// The group contains processes that outlived their parent. Its leader still exists, so the number cannot belong to
+	// an unrelated group.
 	if err := syscall.Kill(-p.PID, syscall.SIGKILL); err != nil {
 		return err
 	}
-	for _, one := range started {
-		if err := one.signal(syscall.SIGKILL); err != nil && !errors.Is(err, os.ErrProcessDone) {
-			return fmt.Errorf("signal process %d: %w", one.PID, err)
+	for _, child := range started {
+		if err := child.signal(syscall.SIGKILL); err != nil && !errors.Is(err, os.ErrProcessDone) {
+			return fmt.Errorf("signal process %d: %w", child.PID, err)
 		}
-		if !waitGone(one, killAfter) {
-			return fmt.Errorf("process %d survived SIGKILL", one.PID)
+		if !waitGone(child, killAfter) {
+			return fmt.Errorf("process %d survived SIGKILL", child.PID)
 		}
 	}
 	return nil
 }
 
-// stop signals the process, more and more firmly, until it is gone.
+// stop signals the process, with increasing force, until it has ended.
 func (p process) stop(steps []stopStep) error {
 	for _, step := range steps {
 		send := func() error { return p.signal(step.signal) }
@@ -109,8 +108,8 @@ func (p process) stop(steps []stopStep) error {
 		} else if err != nil {
 			return fmt.Errorf("signal process %d: %w", p.PID, err)
 		}
-		if waitGone(p, step.patient) {
-			// If it was our child, it is a zombie now; if not, this does nothing.
+		if waitGone(p, step.patience) {
+			// Reap the zombie if the process was our child. Otherwise this does nothing.
 			_, _ = syscall.Wait4(p.PID, nil, syscall.WNOHANG, nil)
 			return nil
 		}
@@ -118,11 +117,11 @@ func (p process) stop(steps []stopStep) error {
 	return fmt.Errorf("process %d survived SIGKILL", p.PID)
 }
 
-// waitGone polls, because the process need not be a child of this one.
-func waitGone(p process, patient time.Duration) bool {
+// waitGone waits until the process has ended. It polls, because the process may not be a child of this one.
+func waitGone(p process, patience time.Duration) bool {
 	ticker := time.NewTicker(20 * time.Millisecond)
 	defer ticker.Stop()
-	for deadline := time.Now().Add(patient); time.Now().Before(deadline); <-ticker.C {
+	for deadline := time.Now().Add(patience); time.Now().Before(deadline); <-ticker.C {
 		if !p.alive() {
 			return true
 		}
@@ -148,18 +147,18 @@ type command struct {
 	argv    []string // argv[0] is a path
 	env     []string
 	dir     string
-	account *account   // nil for the present user
-	inherit []*os.File // becomes file 3 and so on
+	account *account   // nil for the current user
+	inherit []*os.File // descriptors 3 and up of the process
 }
 
-// gate is run by sh in front of each background process: it waits for a line on
-// standard input before it becomes the command. The line is sent when the pid is
-// safely recorded; if the starter is killed before that, the pipe closes and the
-// command never runs. So there is no moment at which a server runs unrecorded.
-const gate = `read -r go && exec "$@" </dev/null`
+// latch runs in sh before each background process: it waits for a line on standard
+// input and then becomes the command. The starter sends the line when the pid is safely
+// recorded. If the starter is killed before that, the pipe closes and the command never
+// runs. So a server never runs unrecorded.
+const latch = `read -r go && exec "$@" </dev/null`
 
-// spawn starts a detached process in a session of its own, with its output going
-// to its log, and records it.
+// spawn starts a detached process in its own session, writes its output to its log, and
+// records it.
 func (i *instance) spawn(c command) (process, error) {
 	log, err := i.openLog(c.name)
 	if err != nil {
@@ -167,7 +166,7 @@ func (i *instance) spawn(c command) (process, error) {
 	}
 	defer log.Close()
 
-	cmd := exec.Command("/bin/sh", append([]string{"-c", gate, "sh"}, c.argv...)...)
+	cmd := exec.Command("/bin/sh", append([]string{"-c", latch, "sh"}, c.argv...)...)
 	cmd.Env, cmd.Dir, cmd.ExtraFiles = c.env, c.dir, c.inherit
 	cmd.Stdout, cmd.Stderr = log, log
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Credential: c.account.credential()}
@@ -179,12 +178,12 @@ func (i *instance) spawn(c command) (process, error) {
 	if err := cmd.Start(); err != nil {
 		return process{}, fmt.Errorf("start %s: %w", c.name, err)
 	}
-	// Not waited for: it outlives this process, and then belongs to init.
+	// Do not wait for it: it outlives this process, and init adopts it.
 	defer cmd.Process.Release()
 
 	started, ok := startTime(cmd.Process.Pid)
 	if !ok {
-		return process{}, fmt.Errorf("start %s: it ended at once", c.name)
+		return process{}, fmt.Errorf("start %s: it ended immediately", c.name)
 	}
 	p := process{PID: cmd.Process.Pid, Started: started}
 	if err := writeJSON(i.recordPath(c.name), p); err != nil {
@@ -222,8 +221,8 @@ func (i *instance) recordPath(name string) string {
 	return filepath.Join(i.dir, "run", name+".json")
 }
 
-// writeJSON replaces the file in one step, so that readers and crashes see either
-// the old content or the new.
+// writeJSON replaces the file atomically, so that readers and crashes see either the
+// old content or the new.
 func writeJSON(path string, value any) error {
 	data, err := json.Marshal(value)
 	if err != nil {

@@ -9,7 +9,7 @@ import (
 	"strings"
 )
 
-// startTime identifies the process that has this pid now: the boot of the machine
+// startTime identifies the process that has this pid now by the boot of the machine
 // and the clock ticks from boot to the start of the process (field 22 of
 // /proc/PID/stat, see proc(5)). ok is false if there is none, or only a zombie.
 func startTime(pid int) (started string, ok bool) {
@@ -24,7 +24,7 @@ func startTime(pid int) (started string, ok bool) {
 	return strings.TrimSpace(string(boot)) + "/" + fields[19], true
 }
 
-// descendants returns everything that a process started and that still runs, whatever its session.
+// descendants returns the running descendants of a process in any session.
 func descendants(pid int) ([]process, error) {
 	entries, err := filepath.Glob("/proc/[0-9]*")
 	if err != nil {
@@ -47,7 +47,7 @@ func descendants(pid int) ([]process, error) {
 	return findDescendants(pid, children), nil
 }
 
-// statFields returns the fields of /proc/PID/stat from the third on, or nothing if there is no such process.
+// statFields returns the fields of /proc/PID/stat from the third on, or nil if there is no such process.
 func statFields(pid int) []string {
 	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {

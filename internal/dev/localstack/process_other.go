@@ -9,8 +9,8 @@ import (
 	"strings"
 )
 
-// startTime identifies the process that has this pid now, by the second it was
-// started in. ok is false if there is none, or only a zombie.
+// startTime identifies the process that has this pid now by the second of its start.
+// ok is false if there is none, or only a zombie.
 func startTime(pid int) (started string, ok bool) {
 	out, err := exec.Command("ps", "-o", "state=,lstart=", "-p", strconv.Itoa(pid)).Output()
 	if err != nil {
@@ -20,7 +20,7 @@ func startTime(pid int) (started string, ok bool) {
 	return strings.TrimSpace(started), found && !strings.HasPrefix(state, "Z")
 }
 
-// descendants returns everything that a process started and that still runs, whatever its session.
+// descendants returns the running descendants of a process in any session.
 func descendants(pid int) ([]process, error) {
 	out, err := exec.Command("ps", "-A", "-o", "pid=,ppid=").Output()
 	if err != nil {

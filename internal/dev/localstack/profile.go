@@ -7,22 +7,21 @@ import (
 	"time"
 )
 
-// profile is one kind of servers. Profiles share nothing, so both can run at once.
+// profile is a kind of servers. Profiles share nothing, so both can run at the same time.
 type profile struct {
 	name string
 
-	// throwaway data is made anew at each start. That is what makes running
-	// without fsync safe: nothing survives a power cut that could be corrupt. It
-	// costs nothing either, since initdb takes one second and RabbitMQ boots for
-	// seven meanwhile.
+	// throwaway data is created at each start. So it is safe to run without fsync: no
+	// corrupt data survives a power failure. It costs no time, because initdb takes one
+	// second while RabbitMQ boots for seven.
 	throwaway bool
 
-	// postgres holds settings on top of postgresSettings.
+	// postgres lists settings on top of postgresSettings.
 	postgres []string
 }
 
 var profiles = map[string]profile{
-	// The demo and the benchmarks use dev, so it must keep what it commits.
+	// The demo and the benchmarks use dev, so its commits must be durable.
 	"dev": {name: "dev", postgres: []string{"fsync=on"}},
 	"test": {name: "test", throwaway: true, postgres: []string{
 		"fsync=off",
@@ -33,31 +32,31 @@ var profiles = map[string]profile{
 // postgresSettings are common to all profiles.
 var postgresSettings = []string{
 	"listen_addresses=127.0.0.1",
-	// No socket: its path may have 107 bytes at most, and a checkout can be deep.
+	// No socket: its path is limited to 107 bytes, and a checkout can be deep.
 	"unix_socket_directories=",
-	// Several test binaries, each with a few pools of parallel tests.
+	// For several test binaries, each with a few pools of parallel tests.
 	"max_connections=300",
-	// For two-phase commits: tests of the fault matrix leave prepared transactions
-	// behind on purpose, and the default of 0 forbids them.
+	// For two-phase commits: some tests leave prepared transactions behind on purpose,
+	// and the default of 0 forbids them.
 	"max_prepared_transactions=20",
 	"synchronous_commit=on",
 }
 
-// stopStep is a signal and how long the process has to obey it.
+// stopStep is a signal and the time that the process has to end.
 type stopStep struct {
-	signal  syscall.Signal
-	patient time.Duration
+	signal   syscall.Signal
+	patience time.Duration
 }
 
-// killAfter is long enough for the kernel to reap a killed process with much
-// memory on a busy machine.
+// killAfter is long enough for the kernel to end a killed process with much memory on a
+// busy machine.
 const killAfter = 5 * time.Second
 
-// stopAtOnce is for what has nothing to save.
+// stopAtOnce is for processes that have nothing to save.
 var stopAtOnce = []stopStep{{syscall.SIGKILL, killAfter}}
 
 func (p profile) postgresStop() []stopStep {
-	// "Immediate shutdown": no checkpoint. Data that is thrown away needs none.
+	// "Immediate shutdown": no checkpoint. Throwaway data needs none.
 	steps := append([]stopStep{{syscall.SIGQUIT, 5 * time.Second}}, stopAtOnce...)
 	if p.throwaway {
 		return steps

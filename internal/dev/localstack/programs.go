@@ -15,7 +15,7 @@ import (
 	"strings"
 )
 
-// programs are the server programs found on this machine; empty means missing.
+// programs contains the server programs of this machine. Empty means missing.
 type programs struct {
 	postgresBin    string // folder with postgres and initdb
 	rabbitmqServer string
@@ -25,10 +25,10 @@ type programs struct {
 func (p programs) postgres() string { return filepath.Join(p.postgresBin, "postgres") }
 func (p programs) initdb() string   { return filepath.Join(p.postgresBin, "initdb") }
 
-// basebackup lies beside the server's file, and not always beside the links to it.
+// basebackup is in the folder of the server's file, and not always in the folder of links to it.
 func (p programs) basebackup() string { return filepath.Join(p.postgresTools(), "pg_basebackup") }
 
-// postgresTools is the folder that also holds pg_dump and the other tools.
+// postgresTools returns the folder that also contains pg_dump and the other tools.
 func (p programs) postgresTools() string {
 	if server, err := filepath.EvalSymlinks(p.postgres()); err == nil {
 		return filepath.Dir(server)
@@ -36,7 +36,7 @@ func (p programs) postgresTools() string {
 	return p.postgresBin
 }
 
-// missing returns the names that the packages to install have on Debian.
+// missing returns the Debian names of the packages to install.
 func (p programs) missing() []string {
 	var packages []string
 	if p.postgresBin == "" {
@@ -48,8 +48,8 @@ func (p programs) missing() []string {
 	return packages
 }
 
-// findPrograms looks in PATH and where the packages of Debian, Red Hat and Homebrew
-// put servers, which is mostly not in a developer's PATH.
+// findPrograms searches PATH and the folders of the packages of Debian, Red Hat and
+// Homebrew, which usually are not in a developer's PATH.
 func findPrograms() programs {
 	var found programs
 	for _, postgres := range append(inPath("postgres"), newestFirst(
@@ -64,8 +64,8 @@ func findPrograms() programs {
 			break
 		}
 	}
-	// Debian's rabbitmq-server in PATH is a wrapper that insists on its own user and
-	// log folder, so the script behind it comes first.
+	// Debian's rabbitmq-server in PATH is a wrapper that requires its own user and log
+	// folder, so prefer the script that it calls.
 	found.rabbitmqServer = firstExecutable(append(
 		[]string{"/usr/lib/rabbitmq/bin/rabbitmq-server"},
 		append(inPath("rabbitmq-server"), "/opt/homebrew/sbin/rabbitmq-server", "/usr/local/sbin/rabbitmq-server")...))
@@ -78,8 +78,8 @@ func findPrograms() programs {
 	return found
 }
 
-// ensurePrograms finds the programs, installing the missing ones where that can be
-// done without asking. It is an error if any is missing in the end.
+// ensurePrograms finds the programs. It installs missing ones if that needs no
+// password, and returns an error if any is still missing.
 func ensurePrograms(ctx context.Context, log io.Writer) (programs, error) {
 	found := findPrograms()
 	if len(found.missing()) == 0 {
@@ -90,7 +90,7 @@ func ensurePrograms(ctx context.Context, log io.Writer) (programs, error) {
 	}
 	found = findPrograms()
 	if packages := found.missing(); len(packages) > 0 {
-		return programs{}, fmt.Errorf("installed, but still not found: programs of %s", strings.Join(packages, ", "))
+		return programs{}, fmt.Errorf("installed %s, but cannot find the programs", strings.Join(packages, ", "))
 	}
 	return found, nil
 }
@@ -111,15 +111,15 @@ func inPath(name string) []string {
 func newestFirst(patterns ...string) []string {
 	var paths []string
 	for _, pattern := range patterns {
-		matches, _ := filepath.Glob(pattern) // the patterns are constants, and well-formed
+		matches, _ := filepath.Glob(pattern) // the patterns are well-formed constants
 		slices.SortFunc(matches, func(a, b string) int { return cmp.Compare(versionIn(b), versionIn(a)) })
 		paths = append(paths, matches...)
 	}
 	return paths
 }
 
-// versionIn returns the first number in a path that follows a separator, such as 15
-// in /usr/lib/postgresql/15/bin. As text, 9 would come after 15.
+// versionIn returns the first number in a path that follows a separator, such as 15 in
+// /usr/lib/postgresql/15/bin. Text order would put 9 after 15.
 func versionIn(path string) float64 {
 	for _, part := range strings.FieldsFunc(path, func(r rune) bool { return strings.ContainsRune("/@-", r) }) {
 		major, rest, _ := strings.Cut(part, ".")

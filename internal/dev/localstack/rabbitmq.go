@@ -21,27 +21,27 @@ const (
 	rabbitmqName = "rabbitmq"
 	epmdName     = "epmd"
 
-	// rabbitmqUser is the default user and its password. RabbitMQ lets it in over
-	// the loopback interface only.
+	// rabbitmqUser is the default user and its password. RabbitMQ accepts it only over
+	// the loopback interface.
 	rabbitmqUser = "guest"
 )
 
-// rabbitmq is the RabbitMQ of an instance, with an Erlang port mapper (epmd) of its
-// own. The node would start one by itself, but a shared one that outlives it and
-// that nobody stops.
+// rabbitmq is the RabbitMQ of an instance, with its own Erlang port mapper (epmd). A
+// node without one starts a shared port mapper, which outlives it and which nobody
+// stops.
 type rabbitmq struct {
 	*instance
 	programs programs
 	account  *account
 }
 
-// brokerURL is a URL of one of the node's listeners, with credentials.
+// brokerURL returns the URL of a listener of the node, with credentials.
 func brokerURL(scheme string, port int) string {
 	return fmt.Sprintf("%[1]s://%[2]s:%[2]s@%[3]s", scheme, rabbitmqUser, loopback(port))
 }
 
 func (r *rabbitmq) running(ctx context.Context) bool {
-	// Its port mapper does not count: no client needs that.
+	// Ignore its port mapper, which no client needs.
 	if _, alive := r.recorded(rabbitmqName); !alive {
 		return false
 	}
@@ -50,7 +50,7 @@ func (r *rabbitmq) running(ctx context.Context) bool {
 	return r.answers(ctx) == nil
 }
 
-// start replaces whatever is there by a node that answers.
+// start stops an old node and starts a new one that answers.
 func (r *rabbitmq) start(ctx context.Context) error {
 	if err := r.stopRabbitMQ(); err != nil {
 		return err
@@ -95,19 +95,19 @@ func (r *rabbitmq) configure() error {
 	config := fmt.Sprintf(`listeners.tcp.1 = %s
 management.tcp.ip = 127.0.0.1
 management.tcp.port = %d
-# Absolute and small: the default is fine for a server, but a developer's disk that
-# is nearly full would block every publisher.
+# Absolute and small: the default suits a server, but on a developer's nearly full
+# disk it would block every publisher.
 disk_free_limit.absolute = 50MB
-# Tests ask the management API for counts. These are as old as the interval in which
-# queues report (ms) plus the one in which reports are gathered, which is the
-# smallest interval (s) of the policy; the defaults of both are 5 s.
+# Tests read counts from the management API. The age of a count is at most the
+# interval of the queues' reports (ms) plus the interval of their collection, which
+# is the smallest interval (s) of the policy. The defaults of both are 5 s.
 collect_statistics_interval = 1000
 management.sample_retention_policies.global.minute = 1
 management.sample_retention_policies.basic.minute = 1
 management.sample_retention_policies.detailed.minute = 1
 `, loopback(r.state.AMQP), r.state.Management)
 	if r.profile.throwaway {
-		// Below our own limit of a message, so that a test can have one refused by the broker.
+		// Below our own limit of a message, so that a test can make the broker refuse one.
 		config += "max_message_size = 524288\n"
 	}
 	for name, content := range map[string]string{
@@ -136,7 +136,7 @@ func (r *rabbitmq) startEPMD(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	// A node that finds no epmd starts one itself, as a daemon that nobody stops.
+	// Wait, because a node that finds no epmd starts a daemon that nobody stops.
 	return waitFor(ctx, epmd, 10*time.Second, func(ctx context.Context) error {
 		conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", loopback(r.state.EPMD))
 		if err != nil {
@@ -167,24 +167,24 @@ func (r *rabbitmq) env() []string {
 		"RABBITMQ_CONF_ENV_FILE=/dev/null", // not the one in /etc
 		"RABBITMQ_MNESIA_BASE="+r.file("mnesia"),
 		"RABBITMQ_LOG_BASE="+r.file("log"),
-		"RABBITMQ_LOGS=-", // to standard output, which is our log
+		"RABBITMQ_LOGS=-", // standard output is our log
 		"RABBITMQ_ENABLED_PLUGINS_FILE="+r.file("enabled_plugins"),
 		"RABBITMQ_PID_FILE="+r.file("pid"),
 		"RABBITMQ_DIST_PORT="+strconv.Itoa(r.state.Distribution),
 		"ERL_EPMD_PORT="+strconv.Itoa(r.state.EPMD),
 		"ERL_EPMD_ADDRESS=127.0.0.1",
 		"ERL_CRASH_DUMP="+r.file("erl_crash.dump"),
-		// Makes the start script exec the Erlang VM instead of staying its parent,
+		// This makes the start script exec the Erlang VM instead of staying its parent,
 		// so that the recorded pid is the server's.
 		"RUNNING_UNDER_SYSTEMD=true",
-		// No busy waiting: idle schedulers would spin on cores that the tests need.
+		// No busy waiting: idle schedulers would occupy cores that the tests need.
 		"RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS=+sbwt none +sbwtdcpu none +sbwtdio none"+
 			" -kernel inet_dist_use_interface {127,0,0,1}",
 	)
 }
 
-// answers checks both listeners that clients use. An AMQP handshake is not enough
-// of a proof either way: the management plugin starts on its own.
+// answers checks both listeners that clients use. They start independently, so one
+// proves nothing about the other.
 func (r *rabbitmq) answers(ctx context.Context) error {
 	if err := r.managementAnswers(ctx); err != nil {
 		return err
@@ -206,11 +206,12 @@ func (r *rabbitmq) answers(ctx context.Context) error {
 }
 
 func (r *rabbitmq) managementAnswers(ctx context.Context) error {
-	request, err := http.NewRequestWithContext(ctx, http.MethodGet, brokerURL("http", r.state.Management)+"/api/vhosts", nil)
+	address := brokerURL("http", r.state.Management) + "/api/vhosts"
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, address, nil)
 	if err != nil {
 		return err
 	}
-	// A connection kept for reuse would be a leaked goroutine to the tests.
+	// The tests would report an idle connection as a leaked goroutine.
 	request.Close = true
 	response, err := http.DefaultClient.Do(request)
 	if err != nil {

@@ -7,7 +7,7 @@ import (
 	"slices"
 )
 
-// Status is what is known about one profile without starting anything.
+// Status describes a profile.
 type Status struct {
 	Profile   string
 	Stack     *Stack // nil unless both servers run
@@ -15,17 +15,17 @@ type Status struct {
 	Processes []ProcessStatus
 }
 
-// ProcessStatus is one recorded background process.
+// ProcessStatus describes a recorded background process.
 type ProcessStatus struct {
 	Name    string // postgres, rabbitmq, epmd, watchdog, or a daemon's
 	PID     int
-	Running bool // false if it ended by itself
+	Running bool // false if the process ended without being stopped
 	Log     string
 }
 
-// List returns the status of every profile that has background processes on record, in alphabetical
-// order. It reads records without a lock, so a start or stop under way shows as
-// what is done so far.
+// List returns the status of every profile with recorded background processes, in
+// alphabetical order. It starts nothing. It reads records without a lock, so it shows a
+// start or stop in progress as far as it has come.
 func List(config Config) ([]Status, error) {
 	var all []Status
 	for _, name := range slices.Sorted(maps.Keys(profiles)) {

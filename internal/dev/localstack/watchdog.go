@@ -11,25 +11,25 @@ import (
 )
 
 const (
-	// watchdogVar holds the folder of the instance to watch.
+	// watchdogVar names the folder of the instance to watch.
 	watchdogVar  = "LOCALSTACK_WATCHDOG"
 	watchdogName = "watchdog"
 
-	// watchdogTick is how often the watchdog looks for users.
+	// watchdogTick is the interval of the watchdog's checks for users.
 	watchdogTick = 500 * time.Millisecond
 
-	// minLinger is what the watchdog waits at least. It only gets to stop servers of
-	// a user without a linger time if that user was killed.
+	// minLinger is the watchdog's minimum wait. It stops the servers of a user without
+	// a linger time only if that user was killed.
 	minLinger = time.Second
 )
 
-// watchdogArmed says that RunWatchdog was called. Without it, starting a watchdog
-// would run the whole program once more.
+// watchdogArmed records that RunWatchdog was called. Without that call, starting a
+// watchdog would run the whole program again.
 var watchdogArmed bool
 
 // RunWatchdog must be the first call of main and of TestMain in programs that call
-// [Join] or [Up]. It returns at once, except in the copy of the program that Join
-// started to be the watchdog: there it watches, and exits the process.
+// [Join] or [Up]. It returns immediately, except in the copy of the program that Join
+// starts as the watchdog: there it watches, and then exits the process.
 func RunWatchdog() {
 	watchdogArmed = true
 	dir := os.Getenv(watchdogVar)
@@ -47,17 +47,17 @@ func RunWatchdog() {
 // watchdogLockFD is the number of the first inherited file in a child.
 const watchdogLockFD = 3
 
-// ensureWatchdog starts a watchdog unless one watches. It wants start.lock held.
+// ensureWatchdog starts a watchdog unless one runs. The caller must hold start.lock.
 func (i *instance) ensureWatchdog() error {
 	lock, err := tryLock(i.path("watchdog.lock"), lockExclusive)
 	if lock == nil || err != nil {
 		return err
 	}
-	// The watchdog inherits the lock, so there is no moment without it.
+	// The watchdog inherits the lock, so the lock is held throughout.
 	defer lock.unlock()
 	executable, err := os.Executable()
 	if err != nil {
-		return fmt.Errorf("find own program: %w", err)
+		return fmt.Errorf("find own executable: %w", err)
 	}
 	_, err = i.spawn(command{
 		name:    watchdogName,
@@ -88,10 +88,10 @@ func (i *instance) watch(lock *os.File) error {
 	return nil
 }
 
-// look is one round of watch: idle says that nobody uses the servers, which stop
-// if that is so since long enough.
+// look is a round of watch. idle reports that nobody uses the servers. It stops them
+// if they were idle for long enough.
 func (i *instance) look(lock *os.File, now, idleSince time.Time) (done, idle bool, err error) {
-	// Never wait for start.lock: whoever holds it is about to use the servers.
+	// Do not wait for start.lock: its holder is about to use the servers.
 	start, err := tryLock(i.path("start.lock"), lockExclusive)
 	if start == nil || err != nil {
 		return false, false, err
@@ -112,8 +112,8 @@ func (i *instance) look(lock *os.File, now, idleSince time.Time) (done, idle boo
 	return true, true, errors.Join(i.stopServers(), i.retire(lock))
 }
 
-// retire gives up the watch. It wants start.lock held: the next user must not take
-// a watchdog that is about to exit for one that watches.
+// retire ends the watch. The caller must hold start.lock: the next user must not mistake
+// a watchdog that is about to exit for a running one.
 func (i *instance) retire(lock *os.File) error {
 	return errors.Join(os.Remove(i.recordPath(watchdogName)), lock.Close())
 }

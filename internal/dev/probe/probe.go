@@ -1,4 +1,5 @@
-// Package probe is a service of well-known types, for tests of what stands around handlers: it does not depend on anybody's domain.
+// Package probe is a service of well-known types. Tests of the code around handlers use it, because it does not depend
+// on a domain.
 package probe
 
 import (
@@ -18,13 +19,13 @@ const service = "probe.durable.v1.Probe"
 
 // The methods take a google.protobuf.StringValue and return one. Any caller with credentials may call them.
 var (
-	// Mutate is declared IDEMPOTENT and honours keys, as is Slow.
+	// Mutate and Slow are declared IDEMPOTENT and accept idempotency keys.
 	Mutate, Slow connect.Spec
-	// Plain declares nothing.
+	// Plain has no declared idempotency.
 	Plain connect.Spec
 	// Read is declared NO_SIDE_EFFECTS.
 	Read connect.Spec
-	// Follow is a stream of responses.
+	// Follow streams responses.
 	Follow connect.Spec
 )
 
@@ -47,13 +48,16 @@ func init() {
 		}
 	}
 	file, err := protodesc.NewFile(&descriptorpb.FileDescriptorProto{
-		Name: proto.String("probe/durable/v1/probe.proto"), Package: proto.String("probe.durable.v1"), Syntax: proto.String("proto3"),
-		Dependency: []string{"google/protobuf/wrappers.proto"},
-		Service: []*descriptorpb.ServiceDescriptorProto{{Name: proto.String("Probe"), Method: []*descriptorpb.MethodDescriptorProto{
-			method("Mutate", withKey()), method("Slow", withKey()), method("Plain", nil),
-			method("Read", &descriptorpb.MethodOptions{IdempotencyLevel: reads}),
-			method("Follow", &descriptorpb.MethodOptions{IdempotencyLevel: idempotent}),
-		}}},
+		Name: proto.String("probe/durable/v1/probe.proto"), Package: proto.String("probe.durable.v1"),
+		Syntax: proto.String("proto3"), Dependency: []string{"google/protobuf/wrappers.proto"},
+		Service: []*descriptorpb.ServiceDescriptorProto{{
+			Name: proto.String("Probe"),
+			Method: []*descriptorpb.MethodDescriptorProto{
+				method("Mutate", withKey()), method("Slow", withKey()), method("Plain", nil),
+				method("Read", &descriptorpb.MethodOptions{IdempotencyLevel: reads}),
+				method("Follow", &descriptorpb.MethodOptions{IdempotencyLevel: idempotent}),
+			},
+		}},
 	}, protoregistry.GlobalFiles)
 	if err == nil {
 		err = protoregistry.GlobalFiles.RegisterFile(file)
@@ -63,20 +67,20 @@ func init() {
 	}
 	methods := file.Services().Get(0).Methods()
 	for i, spec := range []*connect.Spec{&Mutate, &Slow, &Plain, &Read, &Follow} {
-		one := methods.Get(i)
-		*spec = connect.Spec{Procedure: "/" + service + "/" + string(one.Name()), Schema: one}
-		if level := one.Options().(*descriptorpb.MethodOptions); level != nil {
+		method := methods.Get(i)
+		*spec = connect.Spec{Procedure: "/" + service + "/" + string(method.Name()), Schema: method}
+		if options := method.Options().(*descriptorpb.MethodOptions); options != nil {
 			spec.IdempotencyLevel = map[descriptorpb.MethodOptions_IdempotencyLevel]connect.IdempotencyLevel{
 				*idempotent: connect.IdempotencyIdempotent, *reads: connect.IdempotencyNoSideEffects,
-			}[level.GetIdempotencyLevel()]
+			}[options.GetIdempotencyLevel()]
 		}
 	}
 	Follow.StreamType = connect.StreamTypeServer
 }
 
-// Handle serves a method by fn.
+// Handle serves a method with fn.
 func Handle(server *connect.Server, spec connect.Spec, fn func(ctx context.Context, text string) (string, error)) {
-	server.Register(connect.Method{Spec: spec, Handler: func(ctx context.Context, _ connect.Spec, stream connect.ServerStream) error {
+	handler := func(ctx context.Context, _ connect.Spec, stream connect.ServerStream) error {
 		var request wrapperspb.StringValue
 		if err := stream.Receive(&request); err != nil {
 			return err
@@ -86,7 +90,8 @@ func Handle(server *connect.Server, spec connect.Spec, fn func(ctx context.Conte
 			return err
 		}
 		return stream.Send(wrapperspb.String(response))
-	}})
+	}
+	server.Register(connect.Method{Spec: spec, Handler: handler})
 }
 
 // Call calls a unary method.

@@ -5,7 +5,7 @@ import (
 	"testing"
 )
 
-// FreeAddress is an address of this machine that nobody listens on, HOST:PORT, for a process that is told where to listen.
+// FreeAddress returns an unused local address, HOST:PORT, for a process to listen on.
 func FreeAddress(t testing.TB) string {
 	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")

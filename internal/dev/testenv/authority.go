@@ -18,21 +18,22 @@ import (
 	"time"
 )
 
-// Authority signs certificates for one test.
+// Authority signs certificates for a test.
 type Authority struct {
-	// File holds the authority's own certificate.
+	// File contains the authority's own certificate.
 	File        string
 	certificate *x509.Certificate
 	key         *ecdsa.PrivateKey
 }
 
-// NewAuthority makes an authority that nobody trusts yet.
+// NewAuthority returns an authority that nobody trusts yet.
 func NewAuthority(t testing.TB) *Authority {
 	t.Helper()
 	a := &Authority{File: filepath.Join(t.TempDir(), "ca.pem"), key: newKey(t)}
 	template := &x509.Certificate{
-		SerialNumber: newSerial(t), Subject: pkix.Name{CommonName: "authority of " + t.Name()}, IsCA: true, BasicConstraintsValid: true,
-		KeyUsage: x509.KeyUsageCertSign, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+		SerialNumber: newSerial(t), Subject: pkix.Name{CommonName: "authority of " + t.Name()},
+		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
 	}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, a.key.Public(), a.key)
 	if err != nil {
@@ -45,7 +46,8 @@ func NewAuthority(t testing.TB) *Authority {
 	return a
 }
 
-// Issue makes a certificate for this machine, as a server and as a client, changed as the caller likes, and returns its files.
+// Issue issues a certificate for this machine that is valid for servers and clients, and returns its files. change may
+// modify the template.
 func (a *Authority) Issue(t testing.TB, change func(*x509.Certificate)) (cert, key string) {
 	t.Helper()
 	dir := t.TempDir()
@@ -54,12 +56,14 @@ func (a *Authority) Issue(t testing.TB, change func(*x509.Certificate)) (cert, k
 	return cert, key
 }
 
-// Replace writes a new certificate into the files of an old one.
+// Replace writes a new certificate to the files of an old one.
 func (a *Authority) Replace(t testing.TB, cert, key string, change func(*x509.Certificate)) {
 	t.Helper()
 	template := &x509.Certificate{
-		SerialNumber: newSerial(t), Subject: pkix.Name{CommonName: "test"}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
-		DNSNames: []string{"localhost"}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}, KeyUsage: x509.KeyUsageDigitalSignature,
+		SerialNumber: newSerial(t), Subject: pkix.Name{CommonName: "test"},
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+		DNSNames: []string{"localhost"}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
+		KeyUsage:    x509.KeyUsageDigitalSignature,
 		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
 	}
 	if change != nil {
@@ -78,7 +82,7 @@ func (a *Authority) Replace(t testing.TB, cert, key string, change func(*x509.Ce
 	writePEM(t, key, "PRIVATE KEY", pkcs8)
 }
 
-// Client returns the configuration of a client that trusts the authority and shows a certificate, if there is one.
+// Client returns the configuration of a client that trusts the authority and, if cert is set, presents a certificate.
 func (a *Authority) Client(t testing.TB, cert, key string) *tls.Config {
 	t.Helper()
 	config := &tls.Config{RootCAs: x509.NewCertPool()}
@@ -118,7 +122,7 @@ func writePEM(t testing.TB, path, kind string, der []byte) {
 	}
 }
 
-// Copy replaces what is in the file to.
+// Copy replaces the content of the file to.
 func Copy(t testing.TB, from, to string) {
 	t.Helper()
 	content, err := os.ReadFile(from)

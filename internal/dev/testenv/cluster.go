@@ -13,28 +13,29 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-// Cluster starts a Postgres that is the test's own and holds an empty database. It returns a superuser's URL of that,
-// and the folder of the server's programs, pg_dump among them.
+// Cluster starts a private Postgres for the test with an empty database. It returns the database's URL for a superuser,
+// and the folder of the server's programs, such as pg_dump.
 func Cluster(t testing.TB) (url, programs string) {
 	t.Helper()
 	server := newServer(t, "cluster", localstack.Cluster)
 	return server.URL(), server.cluster.Programs()
 }
 
-// Server is a Postgres that is the test's own, to be broken. Its methods fail the test when they fail themselves, and
-// are for the test's own goroutine, one at a time. It ends with the test, frozen or not, also if that is killed.
+// Server is a private Postgres that the test may break. Its methods fail the test on any error. Call them from the
+// test's goroutine. The server ends with the test, even if it is frozen or the test is killed.
 type Server struct {
 	t       testing.TB
 	cluster *localstack.Server
 }
 
 // Replicated starts a primary with a migrated database and a synchronous standby: a COMMIT that wrote something waits
-// until the standby has it on disk. [As] gives URLs for the service's roles, on either server. It takes some seconds.
+// until the standby has it on disk. [As] returns URLs for the service's roles on either server. Starting takes some
+// seconds.
 //
 // For a failover kill the primary, then promote the standby. While the standby is stopped, killed or frozen, a COMMIT
-// waits without end. When that wait is cancelled, by pgx at a deadline for instance, the transaction is committed on
-// the primary and can be read there, with a warning. A failover is certain to lose it if the standby was stopped or
-// killed before the COMMIT. To a frozen standby it lies in a socket, and arrives when that is thawed.
+// waits without a limit. If that wait is cancelled, for instance by pgx at a deadline, the transaction is committed on
+// the primary with a warning, and can be read there. A failover is certain to lose it if the standby was stopped or
+// killed before the COMMIT. If the standby is frozen, the transaction waits in a socket and arrives after the thaw.
 func Replicated(t testing.TB) (primary, standby *Server) {
 	t.Helper()
 	primary = newServer(t, "primary", localstack.Cluster)
@@ -53,7 +54,7 @@ func newServer(
 	t testing.TB, name string, start func(context.Context, localstack.Config) (*localstack.Server, error),
 ) *Server {
 	t.Helper()
-	shared(t) // for its watchdog
+	shared(t) // starts the watchdog
 	ctx, cancel := context.WithTimeout(t.Context(), startPatience)
 	defer cancel()
 	cluster, err := start(ctx, localstack.Config{Dir: filepath.Join(t.TempDir(), name), Profile: "test"})
@@ -64,16 +65,16 @@ func newServer(
 	return &Server{t: t, cluster: cluster}
 }
 
-// URL is a superuser's URL of the server's database. A server that was started again can have another.
+// URL returns a superuser's URL of the server's database. A restart can change it.
 func (s *Server) URL() string { return s.cluster.URL() }
 
-// Start starts the server again after Stop or Kill, and waits until it answers.
+// Start restarts the server after Stop or Kill, and waits until it answers.
 func (s *Server) Start() {
 	s.t.Helper()
 	s.must("start server", s.cluster.Start(s.t.Context()))
 }
 
-// Stop shuts the server down in order.
+// Stop shuts the server down cleanly.
 func (s *Server) Stop() {
 	s.t.Helper()
 	s.must("stop server", s.cluster.Stop(s.t.Context()))
@@ -85,20 +86,20 @@ func (s *Server) Kill() {
 	s.must("kill server", s.cluster.Kill(s.t.Context()))
 }
 
-// Freeze suspends all processes of the server: its connections stay open, and nothing answers until Thaw.
+// Freeze suspends all processes of the server. Its connections stay open, but do not answer until Thaw.
 func (s *Server) Freeze() {
 	s.t.Helper()
 	s.must("freeze server", s.cluster.Freeze())
 }
 
-// Thaw lets a frozen server go on.
+// Thaw resumes a frozen server.
 func (s *Server) Thaw() {
 	s.t.Helper()
 	s.must("thaw server", s.cluster.Thaw())
 }
 
-// Promote makes a standby a primary, started again if it was stopped, and returns its URL when it accepts writes. If
-// its primary still runs, it first takes from it what it missed. Nothing waits for a standby of the new primary.
+// Promote promotes a standby to primary and returns its URL when it accepts writes. It starts a stopped standby. If the
+// old primary still runs, the standby catches up first. Commits on the new primary wait for no standby.
 func (s *Server) Promote() (url string) {
 	s.t.Helper()
 	s.Start()
@@ -106,30 +107,30 @@ func (s *Server) Promote() (url string) {
 	return s.URL()
 }
 
-// AwaitSyncWait returns when as many sessions of this primary wait for the standby in COMMIT.
+// AwaitSyncWait returns when exactly this number of sessions of the primary wait for the standby in COMMIT.
 func (s *Server) AwaitSyncWait(sessions int) {
 	s.t.Helper()
 	s.await(`SELECT count(*) = $1 FROM pg_stat_activity WHERE wait_event = 'SyncRep'`, sessions)
 }
 
-// awaitStandby returns when every COMMIT waits for the standby, and the standby is there.
+// awaitStandby returns when the standby is connected and every COMMIT waits for it.
 func (s *Server) awaitStandby() {
 	s.t.Helper()
 	s.await(`SELECT EXISTS (SELECT FROM pg_stat_replication WHERE sync_state = 'sync')`)
 }
 
-// await returns when a query gives true.
+// await returns when a query returns true.
 func (s *Server) await(sql string, args ...any) {
 	s.t.Helper()
 	conn := s.connect()
 	defer conn.Close(context.WithoutCancel(s.t.Context()))
 	Eventually(s.t, callPatience, func() error {
-		var yes bool
-		if err := conn.QueryRow(s.t.Context(), sql, args...).Scan(&yes); err != nil {
+		var reached bool
+		if err := conn.QueryRow(s.t.Context(), sql, args...).Scan(&reached); err != nil {
 			return err
 		}
-		if !yes {
-			return fmt.Errorf("not so: %s %v", sql, args)
+		if !reached {
+			return fmt.Errorf("false: %s %v", sql, args)
 		}
 		return nil
 	})
@@ -152,9 +153,9 @@ func (s *Server) connect() *pgx.Conn {
 	return conn
 }
 
-func (s *Server) must(what string, err error) {
+func (s *Server) must(action string, err error) {
 	s.t.Helper()
 	if err != nil {
-		s.t.Fatalf("%s: %v", what, err)
+		s.t.Fatalf("%s: %v", action, err)
 	}
 }

@@ -15,16 +15,16 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 )
 
-// Rows that the standby has are there after a failover. Rows whose COMMIT waits for it are not.
+// A failover keeps the rows that the standby has. It loses rows whose COMMIT still waits for the standby.
 func TestReplicated(t *testing.T) {
 	t.Parallel()
 	primary, standby := testenv.Replicated(t)
-	connect(t, testenv.As(t, primary.URL(), "shop_api")) // it is migrated
+	connect(t, testenv.As(t, primary.URL(), "shop_api")) // succeeds only if the database is migrated
 	first, notices := connect(t, primary.URL())
 	mustExec(t, first, `CREATE TABLE kept (name text)`)
 	mustExec(t, first, `INSERT INTO kept VALUES ('confirmed')`)
 
-	// A frozen standby makes a COMMIT wait, and a thawed one ends the wait.
+	// A frozen standby makes a COMMIT wait. A thaw ends the wait.
 	standby.Freeze()
 	thawed := execAside(t, first, `INSERT INTO kept VALUES ('thawed')`)
 	primary.AwaitSyncWait(1)
@@ -33,7 +33,7 @@ func TestReplicated(t *testing.T) {
 		t.Errorf("insert during the freeze: %v", err)
 	}
 
-	// Without a standby a COMMIT waits until somebody cancels it. It succeeds then, with a warning.
+	// Without a standby a COMMIT waits until it is cancelled. Then it succeeds with a warning.
 	standby.Stop()
 	cancelled := execAside(t, first, `INSERT INTO kept VALUES ('cancelled')`)
 	primary.AwaitSyncWait(1)
@@ -66,7 +66,7 @@ func TestReplicated(t *testing.T) {
 	mustExec(t, after, `INSERT INTO kept VALUES ('after')`)
 }
 
-// A server that was killed comes back with its data.
+// A killed server has its data after a restart.
 func TestServerStartsAgain(t *testing.T) {
 	t.Parallel()
 	primary, standby := testenv.Replicated(t)
@@ -77,8 +77,8 @@ func TestServerStartsAgain(t *testing.T) {
 	primary.Start()
 	standby.Start()
 	conn, _ = connect(t, primary.URL())
-	mustExec(t, conn, `INSERT INTO kept VALUES ('after')`) // the standby is back, too, and streams
-	testenv.Eventually(t, 10*time.Second, func() error {   // COMMIT waits for its disk, and not for its replay
+	mustExec(t, conn, `INSERT INTO kept VALUES ('after')`) // succeeds only if the standby streams again
+	testenv.Eventually(t, 10*time.Second, func() error {   // COMMIT waits for the standby's disk, not for its replay
 		if got, want := kept(t, standby.URL()), []string{"after", "before"}; !slices.Equal(got, want) {
 			return fmt.Errorf("standby has %v, want %v", got, want)
 		}
@@ -86,7 +86,7 @@ func TestServerStartsAgain(t *testing.T) {
 	})
 }
 
-// execAside runs a statement while the test goes on, and returns what became of it.
+// execAside runs a statement in the background, and returns its outcome.
 func execAside(t *testing.T, conn *pgx.Conn, sql string) <-chan error {
 	t.Helper()
 	done := make(chan error, 1)

@@ -12,12 +12,11 @@ const (
 	lastPoll  = 50 * time.Millisecond
 )
 
-// Eventually calls check until it returns nil, and fails the test with its last
-// error if that has not happened within the timeout.
+// Eventually calls check until it returns nil. At the timeout it fails the test with
+// the last error.
 //
-// It is only for states of systems that cannot signal: a server, or another
-// process. What the code under test does is awaited through channels, and pure
-// timing is tested under testing/synctest.
+// Use it only for systems that cannot signal: a server, or another process. Wait for
+// the code under test through channels, and test pure timing under testing/synctest.
 func Eventually(t testing.TB, timeout time.Duration, check func() error) {
 	t.Helper()
 	poll := firstPoll
@@ -30,7 +29,7 @@ func Eventually(t testing.TB, timeout time.Duration, check func() error) {
 			t.Fatalf("still after %s: %v", timeout, err)
 		}
 		select {
-		case <-t.Context().Done(): // the test's cleanup has begun: it will not get better
+		case <-t.Context().Done(): // the test's cleanup has begun
 			t.Fatalf("test ended while waiting: %v", err)
 		case <-time.After(poll):
 		}

@@ -15,7 +15,7 @@ import (
 	"strings"
 )
 
-// management speaks to the HTTP API of RabbitMQ's management plugin.
+// management calls the HTTP API of RabbitMQ's management plugin.
 type management struct {
 	base *url.URL // with credentials
 	http *http.Client
@@ -23,7 +23,7 @@ type management struct {
 
 var errNoConnections = errors.New("the broker lists no connections")
 
-// statusError is an answer that is not a success.
+// statusError is an unsuccessful answer.
 type statusError struct {
 	code int
 	text string
@@ -41,13 +41,13 @@ func newManagement(rawURL string) (*management, error) {
 	if err != nil {
 		return nil, fmt.Errorf("parse management url: %w", err)
 	}
-	// A transport of its own, so that its idle connections can be closed before
-	// goroutines are counted without closing anyone else's.
+	// Use a separate transport. Its idle connections can be closed before the goroutines
+	// are counted, without closing connections of the tests.
 	return &management{base: base, http: &http.Client{Transport: &http.Transport{}}}, nil
 }
 
-// call sends body as JSON unless it is nil and decodes the answer into result
-// unless that is nil. Each element of path is escaped, since names contain slashes.
+// call sends body as JSON and decodes the answer into result. Both may be nil. It
+// escapes each element of path, because names contain slashes.
 func (m *management) call(ctx context.Context, method string, body, result any, path ...string) error {
 	var content bytes.Buffer
 	if body != nil {
@@ -81,12 +81,12 @@ func (m *management) call(ctx context.Context, method string, body, result any, 
 	return nil
 }
 
-// deleteVhost deletes a vhost, its queues first. A queue that is deleted ends its
-// consumers and, in a quorum queue that dead-letters at least once, the process that
-// does so. With the vhost gone beneath it that process crashes instead, and RabbitMQ
-// allows only one crash in 5 s: at the second it ends the supervisor of all of them,
-// and queues of other tests break. A queue is deleted before the one that it
-// dead-letters to, which has a longer name.
+// deleteVhost deletes the queues of a vhost and then the vhost. Deleting a queue ends
+// its consumers and, if it is a quorum queue that dead-letters at least once, its
+// dead-lettering process. If the vhost is deleted first, that process crashes. RabbitMQ
+// allows only one such crash in 5 s: the second one ends the supervisor of all of these
+// processes and breaks the queues of other tests. Delete a queue before the queue that
+// it dead-letters to, which has a longer name.
 func (m *management) deleteVhost(ctx context.Context, vhost string) error {
 	var queues []Queue
 	if err := m.call(ctx, http.MethodGet, nil, &queues, "queues", vhost); err != nil {
@@ -102,8 +102,8 @@ func (m *management) deleteVhost(ctx context.Context, vhost string) error {
 	return m.call(ctx, http.MethodDelete, nil, nil, "vhosts", vhost)
 }
 
-// isGone: the queue went on its own, or is going to: it is the exclusive one of a
-// connection, which ends with the vhost.
+// isGone reports whether the queue is already gone, or is an exclusive queue, which
+// ends together with its connection and so with the vhost.
 func isGone(err error) bool {
 	var status *statusError
 	return errors.As(err, &status) &&

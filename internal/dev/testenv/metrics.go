@@ -11,7 +11,7 @@ import (
 	"go.opentelemetry.io/otel/sdk/metric/metricdata"
 )
 
-// Metrics returns each metric's value, or the count of a histogram, under its name and the values of its attributes.
+// Metrics returns the value of each metric, or the count of a histogram, by name and attribute values.
 func Metrics(t testing.TB, reader *metric.ManualReader) map[string]float64 {
 	t.Helper()
 	var found metricdata.ResourceMetrics
@@ -21,40 +21,40 @@ func Metrics(t testing.TB, reader *metric.ManualReader) map[string]float64 {
 	values := map[string]float64{}
 	add := func(name string, attributes attribute.Set, value float64) {
 		label := ""
-		for _, one := range attributes.ToSlice() {
-			label += one.Value.String()
+		for _, pair := range attributes.ToSlice() {
+			label += pair.Value.String()
 		}
 		values[fmt.Sprintf("%s{%s}", name, label)] += value
 	}
 	for _, scope := range found.ScopeMetrics {
-		for _, one := range scope.Metrics {
-			switch data := one.Data.(type) {
+		for _, m := range scope.Metrics {
+			switch data := m.Data.(type) {
 			case metricdata.Sum[int64]:
 				for _, point := range data.DataPoints {
-					add(one.Name, point.Attributes, float64(point.Value))
+					add(m.Name, point.Attributes, float64(point.Value))
 				}
 			case metricdata.Sum[float64]:
 				for _, point := range data.DataPoints {
-					add(one.Name, point.Attributes, point.Value)
+					add(m.Name, point.Attributes, point.Value)
 				}
 			case metricdata.Gauge[int64]:
 				for _, point := range data.DataPoints {
-					add(one.Name, point.Attributes, float64(point.Value))
+					add(m.Name, point.Attributes, float64(point.Value))
 				}
 			case metricdata.Gauge[float64]:
 				for _, point := range data.DataPoints {
-					add(one.Name, point.Attributes, point.Value)
+					add(m.Name, point.Attributes, point.Value)
 				}
 			case metricdata.Histogram[int64]:
 				for _, point := range data.DataPoints {
-					add(one.Name, point.Attributes, float64(point.Count))
+					add(m.Name, point.Attributes, float64(point.Count))
 				}
 			case metricdata.Histogram[float64]:
 				for _, point := range data.DataPoints {
-					add(one.Name, point.Attributes, float64(point.Count))
+					add(m.Name, point.Attributes, float64(point.Count))
 				}
 			default:
-				t.Fatalf("%s is a %T", one.Name, data)
+				t.Fatalf("%s is a %T", m.Name, data)
 			}
 		}
 	}

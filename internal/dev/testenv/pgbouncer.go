@@ -18,7 +18,7 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-// pgbouncerConfig is a pooler in transaction mode with so few server connections that clients do share them.
+// pgbouncerConfig configures transaction mode with so few server connections that clients must share them.
 const pgbouncerConfig = `[databases]
 * = host=%s port=%s user=%s password=%s
 [pgbouncer]
@@ -32,8 +32,9 @@ max_client_conn = 200
 ignore_startup_parameters = extra_float_digits
 `
 
-// PgBouncer puts a pooler in transaction mode before the server of a database, and returns the database's URL through it. It is installed if it is
-// missing, and ends with the test, also if that is killed. Whoever connects is the user of the given URL.
+// PgBouncer starts a pooler in transaction mode in front of a database's server, and returns the database's URL through
+// it. It installs PgBouncer if it is missing. The pooler ends with the test, even if the test is killed. Every client
+// connects as the user of the given URL.
 func PgBouncer(t testing.TB, postgresURL string) string {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), startPatience)
@@ -54,13 +55,14 @@ func PgBouncer(t testing.TB, postgresURL string) string {
 	free.Close()
 	config := filepath.Join(t.TempDir(), "pgbouncer.ini")
 	password, _ := parsed.User.Password()
-	content := fmt.Sprintf(pgbouncerConfig, parsed.Hostname(), parsed.Port(), parsed.User.Username(), cmp.Or(password, "none"), port)
+	content := fmt.Sprintf(pgbouncerConfig,
+		parsed.Hostname(), parsed.Port(), parsed.User.Username(), cmp.Or(password, "none"), port)
 	if err := os.WriteFile(config, []byte(content), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	args := []string{"-c", `"$@" & pid=$!; cat >/dev/null; kill -9 $pid; wait`, "sh", program, config}
 	if os.Geteuid() == 0 {
-		args = append(args, "-u", "nobody") // it refuses to be root, and becomes somebody else once it has read its file
+		args = append(args, "-u", "nobody") // it refuses to run as root, and switches users after reading its file
 	}
 	command := exec.Command("sh", args...)
 	log, err := os.Create(filepath.Join(t.TempDir(), "pgbouncer.log"))
@@ -68,7 +70,7 @@ func PgBouncer(t testing.TB, postgresURL string) string {
 		t.Fatal(err)
 	}
 	command.Stdout, command.Stderr = log, log
-	lifeline, err := command.StdinPipe() // the shell kills it when this ends, with us or before
+	lifeline, err := command.StdinPipe() // the shell kills the pooler when this pipe ends, at the latest with us
 	if err == nil {
 		err = command.Start()
 	}
@@ -85,7 +87,7 @@ func PgBouncer(t testing.TB, postgresURL string) string {
 	})
 	parsed.Host = net.JoinHostPort("127.0.0.1", port)
 	query := parsed.Query()
-	query.Set("default_query_exec_mode", "cache_describe") // it prepares nothing
+	query.Set("default_query_exec_mode", "cache_describe") // without prepared statements
 	parsed.RawQuery = query.Encode()
 	Eventually(t, 10*time.Second, func() error {
 		conn, err := pgx.Connect(ctx, parsed.String())

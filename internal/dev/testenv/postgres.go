@@ -18,20 +18,20 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// maxConns is more than pgx's default of the number of cores, so that a test can
-// hold several transactions open at once.
+// maxConns is more than pgx's default, the number of cores, so that a test can have
+// several open transactions.
 const maxConns = 16
 
-// Postgres returns a pool on a new migrated database that is the test's own. The
-// pool is closed and the database dropped when the test ends; a connection that the
-// test did not give back by then fails it.
+// Postgres returns a pool on a new migrated database for the test. At the end of the
+// test it closes the pool and drops the database. A connection that is not released
+// by then fails the test.
 func Postgres(t testing.TB) *pgxpool.Pool {
 	t.Helper()
 	return openPool(t, PostgresURL(t))
 }
 
-// OwnPostgres is [Postgres] on a server that is the test's own. It also returns the folder of that server's programs,
-// pg_dump among them, which are of its version. It takes some seconds.
+// OwnPostgres is [Postgres] on a private server. It also returns the folder of that server's programs, such as pg_dump,
+// which have the server's version. It takes some seconds.
 func OwnPostgres(t testing.TB) (db *pgxpool.Pool, programs string) {
 	t.Helper()
 	url, programs := Cluster(t)
@@ -41,15 +41,15 @@ func OwnPostgres(t testing.TB) (db *pgxpool.Pool, programs string) {
 	return openPool(t, url), programs
 }
 
-// Preparing is Postgres on a server that keeps prepared transactions: on the one that all tests share if that is set up
-// for them, otherwise on one of the test's own.
+// Preparing is [Postgres] on a server that allows prepared transactions: the shared server if it does, otherwise a
+// private one.
 func Preparing(t testing.TB) *pgxpool.Pool {
 	t.Helper()
-	var most string
-	if err := shared(t).maintenance.QueryRow(t.Context(), `SHOW max_prepared_transactions`).Scan(&most); err != nil {
+	var limit string
+	if err := shared(t).maintenance.QueryRow(t.Context(), `SHOW max_prepared_transactions`).Scan(&limit); err != nil {
 		t.Fatal(err)
 	}
-	if most != "0" {
+	if limit != "0" {
 		return Postgres(t)
 	}
 	db, _ := OwnPostgres(t)
@@ -74,8 +74,8 @@ func openPool(t testing.TB, url string) *pgxpool.Pool {
 	return pool
 }
 
-// closePool waits for connections to be given back, but not for ever: a leaked one
-// should fail one test with a name and not the whole binary with a timeout.
+// closePool waits for the release of all connections, up to callPatience. A leaked
+// connection then fails the test by name, and not the whole binary with a timeout.
 func closePool(t testing.TB, pool *pgxpool.Pool) {
 	t.Helper()
 	closed := make(chan struct{})
@@ -86,12 +86,12 @@ func closePool(t testing.TB, pool *pgxpool.Pool) {
 	select {
 	case <-closed:
 	case <-time.After(callPatience):
-		t.Errorf("close pool: %d connections were not given back", pool.Stat().AcquiredConns())
+		t.Errorf("close pool: %d connections were not released", pool.Stat().AcquiredConns())
 	}
 }
 
-// PostgresURL returns the URL of a new migrated database that is the test's own and
-// is dropped when the test ends, whoever is connected to it.
+// PostgresURL returns the URL of a new migrated database for the test. It drops the
+// database when the test ends, even if there are connections to it.
 func PostgresURL(t testing.TB) string {
 	t.Helper()
 	e := shared(t)
@@ -102,9 +102,9 @@ func PostgresURL(t testing.TB) string {
 		t.Fatalf("make template database: %v", err)
 	}
 	name := uniqueName(t)
-	// FILE_COPY is measured quicker than WAL_LOG here: 78 against 132 ms for create and
-	// drop together, four tests at once on two cores. Its price is checkpoints, and
-	// those are nearly free without fsync.
+	// FILE_COPY is faster than WAL_LOG here: 78 against 132 ms for create and drop
+	// together, measured with four concurrent tests on two cores. It costs checkpoints,
+	// which are nearly free without fsync.
 	create := "CREATE DATABASE " + quote(name) + " TEMPLATE " + quote(template) + " STRATEGY FILE_COPY"
 	if _, err := e.maintenance.Exec(ctx, create); err != nil {
 		t.Fatalf("create database: %v", err)
@@ -119,7 +119,8 @@ func PostgresURL(t testing.TB) string {
 	return databaseURL(e.stack.PostgresURL, name)
 }
 
-// As returns a database's URL for one of the service's roles. It logs in as the role: a superuser who played it could take its own rights back.
+// As returns a database's URL for one of the service's roles. It logs in as the role, because a superuser with SET ROLE
+// could reset its role.
 func As(t testing.TB, rawURL, role string) string {
 	t.Helper()
 	parsed, err := url.Parse(rawURL)
@@ -130,8 +131,8 @@ func As(t testing.TB, rawURL, role string) string {
 	return parsed.String()
 }
 
-// Login returns a database's URL for a superuser of the test's own with this password. A server may check passwords or
-// not: whoever names the servers decides that. The user is gone when the test ends.
+// Login returns a database's URL for a new superuser with this password. The server may ignore passwords: that depends
+// on the servers that the environment names. The user is dropped when the test ends.
 func Login(t testing.TB, rawURL, password string) string {
 	t.Helper()
 	parsed, err := url.Parse(rawURL)
@@ -153,7 +154,7 @@ func Login(t testing.TB, rawURL, password string) string {
 	return parsed.String()
 }
 
-// dropLogin drops a user, who may have made something in the database.
+// dropLogin drops a user and the objects that it owns in the database.
 func dropLogin(t testing.TB, rawURL, name string) {
 	t.Helper()
 	ctx, cancel := cleanupContext()
@@ -169,7 +170,7 @@ func dropLogin(t testing.TB, rawURL, name string) {
 	}
 }
 
-// With returns a URL with one more parameter, whether or not it has others: whoever names the servers decides that.
+// With returns a URL with one more parameter. The URL may already have others, depending on the environment.
 func With(t testing.TB, rawURL, name, value string) string {
 	t.Helper()
 	parsed, err := url.Parse(rawURL)
@@ -182,13 +183,13 @@ func With(t testing.TB, rawURL, name, value string) string {
 	return parsed.String()
 }
 
-// openMaintenance connects to the database from which others are made.
+// openMaintenance connects to the database from which testenv creates others.
 func openMaintenance(ctx context.Context, serverURL string) (*pgxpool.Pool, error) {
 	config, err := pgxpool.ParseConfig(databaseURL(serverURL, "postgres"))
 	if err != nil {
 		return nil, fmt.Errorf("parse postgres url: %w", err)
 	}
-	// CREATE and DROP DATABASE keep a core busy each.
+	// Each CREATE or DROP DATABASE keeps a core busy.
 	config.MaxConns = 4
 	pool, err := pgxpool.NewWithConfig(ctx, config)
 	if err != nil {
@@ -201,7 +202,7 @@ func openMaintenance(ctx context.Context, serverURL string) (*pgxpool.Pool, erro
 	return pool, nil
 }
 
-// databaseURL is a URL with another database.
+// databaseURL returns the URL of another database on the server.
 func databaseURL(serverURL, name string) string {
 	parsed, err := url.Parse(serverURL)
 	if err != nil {
@@ -213,8 +214,8 @@ func databaseURL(serverURL, name string) string {
 
 var notInNames = regexp.MustCompile(`[^a-z0-9]+`)
 
-// uniqueName names something after the test, so that logs of the servers can be
-// read, and never twice. It fits the 63 bytes of a Postgres name.
+// uniqueName returns a unique name that contains the name of the test, so that the
+// servers' logs are readable. It fits the 63 bytes of a Postgres name.
 func uniqueName(t testing.TB) string {
 	name := strings.Trim(notInNames.ReplaceAllString(strings.ToLower(t.Name()), "_"), "_")
 	return fmt.Sprintf("%.40s_%.16s", name, strings.ReplaceAll(uuid.NewString(), "-", ""))

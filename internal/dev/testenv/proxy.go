@@ -13,8 +13,12 @@ import (
 	"time"
 )
 
-// TCPProxy forwards connections to a server until it is told to break them. It
-// knows nothing of what it forwards. All methods may be called at any time.
+// TCPProxy forwards connections to a server and breaks them on demand. It does not
+// interpret the data. All methods are safe for concurrent use.
+//
+// Why not toxiproxy's package: its reset_peer toxic cannot reset connections that are
+// already open, its timeout toxic drops data where Freeze delays it, and it turns a
+// half-close into a full close.
 type TCPProxy struct {
 	listener net.Listener
 	target   string
@@ -28,7 +32,7 @@ type TCPProxy struct {
 	thawed chan struct{} // closed unless frozen
 }
 
-// link is one forwarded connection.
+// link is a forwarded connection.
 type link struct {
 	client, server *net.TCPConn
 	done           chan struct{} // closed by reset
@@ -54,8 +58,8 @@ func Proxy(t testing.TB, target string) *TCPProxy {
 	return p
 }
 
-// ProxyURL starts a proxy to the server of a URL and returns it with the URL that
-// leads through it.
+// ProxyURL starts a proxy to the server of a URL, and returns it with the URL through
+// the proxy.
 func ProxyURL(t testing.TB, rawURL string) (*TCPProxy, string) {
 	t.Helper()
 	parsed, err := url.Parse(rawURL)
@@ -67,15 +71,15 @@ func ProxyURL(t testing.TB, rawURL string) (*TCPProxy, string) {
 	return p, parsed.String()
 }
 
-// Addr is where clients connect to: host:port.
+// Addr returns the address for clients, host:port.
 func (p *TCPProxy) Addr() string { return p.listener.Addr().String() }
 
-// Accepted returns how many connections clients have made so far, those among them
-// that were refused.
+// Accepted returns the number of connections that clients have made so far, refused
+// ones included.
 func (p *TCPProxy) Accepted() int { return int(p.accepted.Load()) }
 
-// Cut resets all present connections, on both sides, and returns how many. Bytes
-// under way are lost, as when a machine dies.
+// Cut resets all current connections on both sides and returns their number. Data in
+// flight is lost, as when a machine dies.
 func (p *TCPProxy) Cut() int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -87,18 +91,18 @@ func (p *TCPProxy) Cut() int {
 	return cut
 }
 
-// Refuse makes new connections fail, or work again. They are accepted and reset at
-// once rather than refused: giving up the port could lose it to somebody else.
-// Present connections go on; Cut ends them.
+// Refuse makes new connections fail, or work again. It accepts and immediately resets
+// them, because another process could take the port of a closed listener. Current
+// connections continue; Cut ends them.
 func (p *TCPProxy) Refuse(refuse bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.refuse = refuse
 }
 
-// Freeze stops forwarding in both directions without closing anything, or goes on
-// where it stopped. Connections can be made, as with a router that drops packets
-// only after the handshake, but nothing comes back.
+// Freeze stops forwarding in both directions without closing connections, or resumes
+// it without losing data. New connections succeed but receive nothing, as with a router
+// that drops packets only after the handshake.
 func (p *TCPProxy) Freeze(freeze bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -147,8 +151,7 @@ func (p *TCPProxy) serve(client *net.TCPConn) {
 	server.Close()
 }
 
-// dialPatience bounds how long the end of a test waits for a target that is itself
-// a black hole.
+// dialPatience bounds the wait at the end of a test for a target that does not answer.
 const dialPatience = 2 * time.Second
 
 var errRefused = errors.New("refused")
@@ -167,7 +170,7 @@ func (p *TCPProxy) dial() (*net.TCPConn, error) {
 	return conn.(*net.TCPConn), nil
 }
 
-// add reports false if the connection came too late to be let through.
+// add returns false if the proxy refuses connections or was closed meanwhile.
 func (p *TCPProxy) add(l *link) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -178,15 +181,15 @@ func (p *TCPProxy) add(l *link) bool {
 	return true
 }
 
-// copy forwards one direction until either side ends it. An orderly end is passed on
-// only for this direction, since the other may still have something to say; any
-// other end resets both.
+// copy forwards one direction until either side ends it. It passes a clean end on for
+// this direction only, because the other side may still send data. Any other end resets
+// both sides.
 func (p *TCPProxy) copy(l *link, to, from *net.TCPConn) {
 	buffer := make([]byte, 32<<10)
 	for {
 		n, err := from.Read(buffer)
-		// Between reading and writing, so that what was read before the freeze is
-		// held back as well.
+		// Wait between reading and writing, so that a freeze also delays data that was
+		// read before it.
 		if !p.passable(l) {
 			return
 		}
@@ -207,8 +210,8 @@ func (p *TCPProxy) copy(l *link, to, from *net.TCPConn) {
 	}
 }
 
-// passable waits while the proxy is frozen, and reports false if the connection was
-// cut meanwhile.
+// passable waits while the proxy is frozen. It returns false if the connection is cut
+// meanwhile.
 func (p *TCPProxy) passable(l *link) bool {
 	p.mu.Lock()
 	thawed := p.thawed

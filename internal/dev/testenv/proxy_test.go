@@ -48,10 +48,10 @@ func TestProxy(t *testing.T) {
 		if _, err := conn.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
 			t.Errorf("got %v, want a reset", err)
 		}
-		roundTrip(t, dialTCP(t, proxy)) // new connections are not concerned
+		roundTrip(t, dialTCP(t, proxy)) // new connections work
 	})
 
-	t.Run("RefuseConcernsNewConnectionsOnly", func(t *testing.T) {
+	t.Run("RefusesOnlyNewConnections", func(t *testing.T) {
 		t.Parallel()
 		proxy := testenv.Proxy(t, echo(t))
 		old := dialTCP(t, proxy)
@@ -74,7 +74,7 @@ func TestProxy(t *testing.T) {
 		if _, err := conn.Write([]byte("x")); err != nil {
 			t.Fatalf("write: %v", err)
 		}
-		// There is no signal for "nothing comes"; this much of nothing is taken for it.
+		// Nothing signals the absence of data, so wait for a while.
 		if err := conn.SetReadDeadline(time.Now().Add(100 * time.Millisecond)); err != nil {
 			t.Fatalf("set deadline: %v", err)
 		}
@@ -106,7 +106,7 @@ func TestProxy(t *testing.T) {
 		}
 	})
 
-	t.Run("PassesOnAnOrderlyEnd", func(t *testing.T) {
+	t.Run("PassesOnACleanEnd", func(t *testing.T) {
 		t.Parallel()
 		conn := dialTCP(t, testenv.Proxy(t, echo(t)))
 		roundTrip(t, conn)
@@ -119,7 +119,7 @@ func TestProxy(t *testing.T) {
 	})
 }
 
-// echo starts a server that sends back what it gets and returns its address.
+// echo starts a server that returns the data that it receives. It returns its address.
 func echo(t *testing.T) string {
 	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
@@ -152,7 +152,7 @@ func dialTCP(t *testing.T, proxy *testenv.TCPProxy) *net.TCPConn {
 	return conn.(*net.TCPConn)
 }
 
-// readNew reads from a new connection. A proxy that refuses may reset it before the dial is over, or after.
+// readNew reads from a new connection. A refusing proxy may reset it during the dial or after it.
 func readNew(proxy *testenv.TCPProxy) error {
 	conn, err := net.Dial("tcp", proxy.Addr())
 	if err != nil {

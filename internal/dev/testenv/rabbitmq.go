@@ -15,8 +15,8 @@ import (
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 
-// AMQP returns the URL of a new RabbitMQ vhost that is the test's own. It is
-// deleted when the test ends, after its queues and with all its connections.
+// AMQP returns the URL of a new RabbitMQ vhost for the test. When the test ends, it
+// deletes the queues and then the vhost, which closes all connections to it.
 func AMQP(t testing.TB) string {
 	t.Helper()
 	e := shared(t)
@@ -38,15 +38,15 @@ func AMQP(t testing.TB) string {
 		t.Fatalf("parse AMQP_URL: %v", err)
 	}
 	all := map[string]string{"configure": ".*", "write": ".*", "read": ".*"}
-	if err := e.management.call(ctx, http.MethodPut, all, nil, "permissions", vhost, broker.User.Username()); err != nil {
+	if err := e.management.call(ctx, http.MethodPut, all, nil, "permissions", vhost,
+		broker.User.Username()); err != nil {
 		t.Fatalf("grant permissions: %v", err)
 	}
 	broker.Path = "/" + vhost
 	return broker.String()
 }
 
-// Queue is what the management API says about a queue. Counts are up to two
-// seconds old.
+// Queue is a queue as the management API reports it. Counts are up to two seconds old.
 type Queue struct {
 	Name      string         `json:"name"`
 	Type      string         `json:"type"` // classic, quorum or stream
@@ -72,8 +72,8 @@ type Message struct {
 	} `json:"properties"`
 }
 
-// ManagementClient does to one vhost what operators and accidents do. Its methods
-// fail the test on any error and must be called from the test's goroutine.
+// ManagementClient operates on a vhost as operators and accidents do. Its methods fail
+// the test on any error and must be called from the test's goroutine.
 type ManagementClient struct {
 	t     testing.TB
 	api   *management
@@ -90,11 +90,12 @@ func Management(t testing.TB, amqpURL string) *ManagementClient {
 	return &ManagementClient{t: t, api: shared(t).management, vhost: strings.TrimPrefix(parsed.Path, "/")}
 }
 
-// User makes a user who may do so much in the vhost, each of it for the names that match an expression, and returns the URL that it connects with.
+// User creates a user and returns its URL. Each permission in the vhost is an expression that matches names.
 func (c *ManagementClient) User(configure, write, read string) (amqpURL string) {
 	c.t.Helper()
 	name, password := uniqueName(c.t), rand.Text()
-	c.must("make user", c.try(http.MethodPut, map[string]string{"password": password, "tags": ""}, nil, "users", name))
+	user := map[string]string{"password": password, "tags": ""}
+	c.must("create user", c.try(http.MethodPut, user, nil, "users", name))
 	c.deleteUser(name)
 	permissions := map[string]string{"configure": configure, "write": write, "read": read}
 	c.must("grant permissions", c.try(http.MethodPut, permissions, nil, "permissions", c.vhost, name))
@@ -104,20 +105,20 @@ func (c *ManagementClient) User(configure, write, read string) (amqpURL string) 
 	return broker.String()
 }
 
-// Users returns what users may do in the vhost whose names begin with prefix: expressions of what each may configure,
-// write and read, by the name's rest. They are deleted when the test ends.
+// Users returns the permissions in the vhost of users whose names begin with prefix: the expressions for configure,
+// write and read by the rest of the name. It deletes these users when the test ends.
 func (c *ManagementClient) Users(prefix string) map[string][3]string {
 	c.t.Helper()
 	var all []struct{ User, Configure, Write, Read string }
 	c.must("read permissions", c.try(http.MethodGet, nil, &all, "vhosts", c.vhost, "permissions"))
 	found := map[string][3]string{}
-	for _, one := range all {
-		rest, ok := strings.CutPrefix(one.User, prefix)
+	for _, permission := range all {
+		rest, ok := strings.CutPrefix(permission.User, prefix)
 		if !ok {
 			continue
 		}
-		found[rest] = [3]string{one.Configure, one.Write, one.Read}
-		c.deleteUser(one.User)
+		found[rest] = [3]string{permission.Configure, permission.Write, permission.Read}
+		c.deleteUser(permission.User)
 	}
 	return found
 }
@@ -133,16 +134,16 @@ func (c *ManagementClient) deleteUser(name string) {
 	})
 }
 
-// sizes are larger than what brokers take: ours for tests, RabbitMQ from version 4 on, and before.
+// sizes lists sizes just above the limits of brokers: our test broker, RabbitMQ from version 4 on, and older versions.
 var sizes = []int{513 << 10, 16<<20 + 1, 128<<20 + 1}
 
-// oversized is found once for all tests of a binary.
+// oversized is determined once for all tests of a binary.
 var oversized struct {
 	sync.Once
 	size int
 }
 
-// Oversized returns the size of a message that is too large for the broker, in bytes. No API says how much it takes.
+// Oversized returns the size in bytes of a message that is too large for the broker. No API reports the limit.
 func Oversized(t testing.TB) int {
 	t.Helper()
 	url := AMQP(t)
@@ -159,12 +160,12 @@ func Oversized(t testing.TB) int {
 		}
 	})
 	if oversized.size == 0 {
-		t.Fatalf("the broker takes a message of %d bytes", sizes[len(sizes)-1])
+		t.Fatalf("the broker accepts a message of %d bytes", sizes[len(sizes)-1])
 	}
 	return oversized.size
 }
 
-// refuses tries a message of so many bytes, which has no queue to go to.
+// refuses publishes an unroutable message of this size in bytes.
 func refuses(url string, size int) (refused bool, err error) {
 	conn, err := amqp.Dial(url)
 	if err != nil {
@@ -179,7 +180,8 @@ func refuses(url string, size int) (refused bool, err error) {
 		return false, err
 	}
 	closed, done := channel.NotifyClose(make(chan *amqp.Error, 1)), make(chan struct{})
-	confirm, err := channel.PublishWithDeferredConfirm("", "nobody", false, false, amqp.Publishing{Body: make([]byte, size)})
+	message := amqp.Publishing{Body: make([]byte, size)}
+	confirm, err := channel.PublishWithDeferredConfirm("", "nobody", false, false, message)
 	if err != nil {
 		return false, err
 	}
@@ -192,9 +194,9 @@ func refuses(url string, size int) (refused bool, err error) {
 	}
 }
 
-// CloseConnections closes all connections to the vhost from the broker's side, as
-// an operator would, and returns how many. It waits for the first one to show up,
-// since the API learns of connections a moment after their clients do.
+// CloseConnections closes all connections to the vhost on the broker's side, as an
+// operator would, and returns their number. It waits for the first one to be listed,
+// because the API lists connections with a delay.
 func (c *ManagementClient) CloseConnections() int {
 	c.t.Helper()
 	var connections []struct {
@@ -218,7 +220,7 @@ func (c *ManagementClient) CloseConnections() int {
 	return len(connections)
 }
 
-// Queue returns a queue; ok is false if there is none of this name.
+// Queue returns a queue. ok is false if it does not exist.
 func (c *ManagementClient) Queue(name string) (queue Queue, ok bool) {
 	c.t.Helper()
 	err := c.try(http.MethodGet, nil, &queue, "queues", c.vhost, name)
@@ -229,7 +231,7 @@ func (c *ManagementClient) Queue(name string) (queue Queue, ok bool) {
 	return queue, true
 }
 
-// Get takes up to max messages from a queue, for good. Unlike counts it is exact.
+// Get removes up to max messages from a queue. Unlike counts it is exact.
 func (c *ManagementClient) Get(queue string, max int) []Message {
 	c.t.Helper()
 	request := map[string]any{"count": max, "ackmode": "ack_requeue_false", "encoding": "auto"}
@@ -238,7 +240,7 @@ func (c *ManagementClient) Get(queue string, max int) []Message {
 	return messages
 }
 
-// Purge removes the messages that are ready in a queue.
+// Purge removes the ready messages of a queue.
 func (c *ManagementClient) Purge(queue string) {
 	c.t.Helper()
 	c.must("purge queue", c.try(http.MethodDelete, nil, nil, "queues", c.vhost, queue, "contents"))
@@ -256,7 +258,7 @@ func (c *ManagementClient) DeleteExchange(name string) {
 	c.must("delete exchange", c.try(http.MethodDelete, nil, nil, "exchanges", c.vhost, name))
 }
 
-// Policy makes a policy for the queues whose names match an expression, or with operator given an operator policy.
+// Policy creates a policy, or an operator policy, for the queues whose names match an expression.
 func (c *ManagementClient) Policy(name, pattern string, definition map[string]any, operator bool) {
 	c.t.Helper()
 	kind := "policies"
@@ -264,16 +266,16 @@ func (c *ManagementClient) Policy(name, pattern string, definition map[string]an
 		kind = "operator-policies"
 	}
 	policy := map[string]any{"pattern": pattern, "definition": definition, "apply-to": "queues"}
-	c.must("make policy", c.try(http.MethodPut, policy, nil, kind, c.vhost, name))
+	c.must("create policy", c.try(http.MethodPut, policy, nil, kind, c.vhost, name))
 }
 
 // URL returns the API's URL, with credentials.
 func (c *ManagementClient) URL() string { return c.api.base.String() }
 
-func (c *ManagementClient) must(what string, err error) {
+func (c *ManagementClient) must(action string, err error) {
 	c.t.Helper()
 	if err != nil {
-		c.t.Fatalf("%s: %v", what, err)
+		c.t.Fatalf("%s: %v", action, err)
 	}
 }
 

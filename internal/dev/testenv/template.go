@@ -16,12 +16,12 @@ import (
 	"example.com/shop/migrations"
 )
 
-// templateLock is the advisory lock, in the maintenance database, of whoever makes
-// a template. Any number would do that nothing else there uses.
+// templateLock is an advisory lock in the maintenance database. It serializes the
+// creation of templates. The number only has to be unique there.
 const templateLock = 0x7e3b1a7e
 
 // template is the migrated database that tests get copies of. Its name is a hash of
-// the migrations, so that changed migrations get another one. All test binaries on
+// the migrations, so that changed migrations get a new template. All test binaries on
 // a server share it.
 type template struct {
 	once sync.Once
@@ -29,7 +29,7 @@ type template struct {
 	err  error
 }
 
-// ensure makes the template unless there is one, and returns its name.
+// ensure makes the template unless it exists, and returns its name.
 func (t *template) ensure(ctx context.Context, e *environment) (string, error) {
 	t.once.Do(func() {
 		if t.name, t.err = templateName(migrations.FS); t.err == nil {
@@ -55,7 +55,7 @@ func templateName(migrations fs.FS) (string, error) {
 	return fmt.Sprintf("template_%.8x", hash.Sum(nil)), nil
 }
 
-// makeTemplate makes the template as the only one on the server who does so now.
+// makeTemplate makes the template unless it exists. A lock excludes other processes.
 func makeTemplate(ctx context.Context, maintenance *pgxpool.Pool, serverURL, name string) (err error) {
 	conn, err := maintenance.Acquire(ctx)
 	if err != nil {
@@ -78,8 +78,8 @@ func makeTemplate(ctx context.Context, maintenance *pgxpool.Pool, serverURL, nam
 	if ready {
 		return nil
 	}
-	// It is marked as a template last. One without the mark is what a killed test
-	// left half-made.
+	// Mark it as a template last. A killed test leaves an incomplete one without the
+	// mark.
 	for _, statement := range []string{
 		"DROP DATABASE IF EXISTS " + quote(name) + " WITH (FORCE)",
 		"CREATE DATABASE " + quote(name),
@@ -94,7 +94,7 @@ func makeTemplate(ctx context.Context, maintenance *pgxpool.Pool, serverURL, nam
 	if err := givePasswords(ctx, conn); err != nil {
 		return err
 	}
-	// Without connections: a database that somebody is connected to cannot be copied.
+	// Forbid connections: a database with connections cannot be copied.
 	_, err = conn.Exec(ctx, "ALTER DATABASE "+quote(name)+" WITH IS_TEMPLATE true ALLOW_CONNECTIONS false")
 	if err != nil {
 		return fmt.Errorf("mark template: %w", err)
@@ -102,10 +102,10 @@ func makeTemplate(ctx context.Context, maintenance *pgxpool.Pool, serverURL, nam
 	return nil
 }
 
-// rolePassword is for servers that want one, as those in containers do.
+// rolePassword is for servers that require passwords, as those in containers do.
 const rolePassword = "testenv"
 
-// givePasswords lets tests log in as each of the service's roles.
+// givePasswords sets the passwords of the service's roles, so that tests can log in.
 func givePasswords(ctx context.Context, conn *pgxpool.Conn) error {
 	rows, err := conn.Query(ctx, `SELECT rolname FROM pg_roles WHERE rolname LIKE 'shop\_%'`)
 	if err != nil {
@@ -117,7 +117,7 @@ func givePasswords(ctx context.Context, conn *pgxpool.Conn) error {
 	}
 	for _, role := range roles {
 		if _, err := conn.Exec(ctx, "ALTER ROLE "+quote(role)+" PASSWORD '"+rolePassword+"'"); err != nil {
-			return fmt.Errorf("give role a password: %w", err)
+			return fmt.Errorf("set password of role %s: %w", role, err)
 		}
 	}
 	return nil

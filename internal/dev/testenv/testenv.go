@@ -1,17 +1,17 @@
 //go:build unix
 
-// Package testenv gives tests real servers: a Postgres database and a RabbitMQ
-// vhost of their own, and a proxy to break the network with.
+// Package testenv gives each test real servers: its own Postgres database and RabbitMQ
+// vhost, and a proxy that breaks the network.
 //
-// It guarantees that tests which ask for servers run against servers. They are
-// started when missing (see package localstack), and if that fails the tests fail
-// with the reason; nothing is ever skipped. It also guarantees that no two tests
-// share anything: NOTIFY channels and advisory locks belong to a database, and
-// queues and exchanges to a vhost.
+// It guarantees that tests which need servers run against servers. It starts missing
+// servers (see package localstack). If that fails, the tests fail with the reason; it
+// never skips them. It also guarantees that no two tests share anything: NOTIFY
+// channels and advisory locks belong to a database, and queues and exchanges to a
+// vhost.
 //
-// What it does not isolate: the servers' CPU and disk, server-wide views such as
-// pg_stat_activity, and prepared transactions that a test leaves behind, which
-// block the removal of its database and thereby fail that test.
+// It does not isolate the servers' CPU and disk, or server-wide views such as
+// pg_stat_activity. A prepared transaction that a test leaves behind blocks the removal
+// of its database and thereby fails that test.
 package testenv
 
 import (
@@ -32,37 +32,34 @@ import (
 
 const (
 	// linger bridges the gap between two test binaries of `go test ./...`, so that
-	// they share one boot of RabbitMQ.
+	// RabbitMQ boots only once.
 	linger = 15 * time.Second
 
 	// startPatience covers a bare machine, where packages are installed first.
 	startPatience = 5 * time.Minute
 
-	// callPatience bounds each thing that testenv itself asks of a server. It is
-	// long because the tests of all packages may be asking at the same time.
+	// callPatience bounds each request of testenv itself to a server. It is long because
+	// the tests of all packages may send requests at the same time.
 	callPatience = 30 * time.Second
 )
 
-// environment is what all tests of a binary share.
+// environment is shared by all tests of a binary.
 type environment struct {
 	stack       *localstack.Stack
-	maintenance *pgxpool.Pool // of a database that is no test's
+	maintenance *pgxpool.Pool // on a database that belongs to no test
 	management  *management
 	template    template
 }
 
-// env is set by Main while tests run. Tests have no other way to get at what
-// TestMain made.
+// env is set by Main while tests run. Tests cannot get it from TestMain in another way.
 var env *environment
 
-// Main runs the tests of a package that needs servers. TestMain calls it and
-// nothing else:
+// Main runs the tests of a package that needs servers. TestMain must call only Main:
 //
 //	func TestMain(m *testing.M) { testenv.Main(m) }
 //
-// It also fails the run if goroutines are left when all tests have passed. Nothing
-// is excepted from that; a package whose dependencies keep goroutines for good
-// names them in options, with a reason.
+// It also fails the run if all tests passed but goroutines are left. A package whose
+// dependencies keep goroutines running lists them in options, with a reason.
 func Main(m *testing.M, options ...goleak.Option) {
 	localstack.RunWatchdog()
 	code, err := run(m, options)
@@ -81,7 +78,7 @@ func run(m *testing.M, options []goleak.Option) (code int, err error) {
 	defer release()
 	code = m.Run()
 	env.close()
-	// Leaks of failed tests say nothing: they failed before they could clean up.
+	// Ignore the leaks of failed tests, which may have failed before their cleanup.
 	if code == 0 {
 		err = goleak.Find(options...)
 	}
@@ -89,7 +86,7 @@ func run(m *testing.M, options []goleak.Option) (code int, err error) {
 }
 
 func start() (release func(), err error) {
-	// Ctrl-C while servers start must stop them; later it is the tests' business.
+	// Ctrl-C while servers start must stop them. Later the tests handle it.
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
 	ctx, cancel := context.WithTimeout(ctx, startPatience)
@@ -119,16 +116,16 @@ func (e *environment) close() {
 	e.management.http.CloseIdleConnections()
 }
 
-// shared returns the environment, or fails the test with what its author forgot.
+// shared returns the environment, or fails the test if its package has no TestMain.
 func shared(t testing.TB) *environment {
 	t.Helper()
 	if env == nil {
-		t.Fatal("no servers: this package needs  func TestMain(m *testing.M) { testenv.Main(m) }")
+		t.Fatal("no servers: this package needs func TestMain(m *testing.M) { testenv.Main(m) }")
 	}
 	return env
 }
 
-// cleanupContext is for cleanups: the context of a test is done by then.
+// cleanupContext returns a context for cleanups, when the context of the test is done.
 func cleanupContext() (context.Context, context.CancelFunc) {
 	return context.WithTimeoutCause(context.Background(), callPatience, errors.New("server did not answer in time"))
 }

@@ -77,8 +77,9 @@ func TestAMQP(t *testing.T) {
 	declare(t, ch, queue)
 	publish(t, ch, queue, "hello")
 
-	// Present only in its own vhost.
-	if _, err := dial(t, second).QueueDeclarePassive(queue, false, false, false, false, nil); !isCode(err, amqp.NotFound) {
+	// The queue exists only in its own vhost.
+	_, err := dial(t, second).QueueDeclarePassive(queue, false, false, false, false, nil)
+	if !isCode(err, amqp.NotFound) {
 		t.Errorf("got %v in the other vhost, want not found", err)
 	}
 
@@ -100,7 +101,7 @@ func TestAMQP(t *testing.T) {
 	}
 	client.DeleteQueue(queue)
 	if _, ok := client.Queue(queue); ok {
-		t.Error("the queue is still there")
+		t.Error("the queue still exists")
 	}
 }
 

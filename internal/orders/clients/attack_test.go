@@ -31,7 +31,7 @@ const (
 	largest   = 4 << 20 // of a message
 )
 
-// pod is the API as a process of its own, with the memory that its manifest grants.
+// pod is a separate API process with the memory limit of its manifest.
 type pod struct {
 	t         *testing.T
 	pid       int
@@ -40,7 +40,7 @@ type pod struct {
 	limit     int      // bytes
 }
 
-// fromManifests returns a number that the manifests state.
+// fromManifests returns a number from the manifests.
 func fromManifests(t *testing.T, file, pattern string) int {
 	t.Helper()
 	text, err := os.ReadFile(filepath.Join(root, "deploy", "kubernetes", "base", file))
@@ -49,7 +49,7 @@ func fromManifests(t *testing.T, file, pattern string) int {
 	}
 	found := regexp.MustCompile(pattern).FindSubmatch(text)
 	if found == nil {
-		t.Fatalf("%s states no %s", file, pattern)
+		t.Fatalf("%s does not match %s", file, pattern)
 	}
 	n, err := strconv.Atoi(string(found[1]))
 	if err != nil {
@@ -66,7 +66,11 @@ func startPod(t *testing.T) *pod {
 	if output, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, output)
 	}
-	p := &pod{t: t, addr: testenv.FreeAddress(t), ops: testenv.FreeAddress(t), limit: fromManifests(t, "api.yaml", `limits: \{memory: (\d+)Mi\}`) << 20}
+	p := &pod{
+		t: t, addr: testenv.FreeAddress(t), ops: testenv.FreeAddress(t),
+		limit: fromManifests(t, "api.yaml", `limits: \{memory: (\d+)Mi\}`) << 20,
+	}
+	maxConns := fromManifests(t, "kustomization.yaml", `HTTP_MAX_CONNS=(\d+)`)
 	var lines []string
 	for i := range 8 {
 		key, line, err := auth.NewKey(fmt.Sprint("caller-", i), []string{"customer"})
@@ -78,10 +82,11 @@ func startPod(t *testing.T) *pod {
 	command := exec.Command("sh", "-c", `[ -z "$GROUP" ] || echo $$ >"$GROUP/cgroup.procs"; exec "$0" api`, binary)
 	command.Env = []string{
 		"LISTEN=" + p.addr, "OPS_LISTEN=" + p.ops, "POSTGRES_URL=" + testenv.As(t, testenv.PostgresURL(t), "shop_api"),
-		"API_KEYS=" + strings.Join(lines, " "), "HTTP_MAX_CONNS=" + strconv.Itoa(fromManifests(t, "kustomization.yaml", `HTTP_MAX_CONNS=(\d+)`)),
+		"API_KEYS=" + strings.Join(lines, " "), "HTTP_MAX_CONNS=" + strconv.Itoa(maxConns),
 		"GROUP=" + p.memoryGroup(),
 	}
-	if slices.Contains(command.Env, "GROUP=") { // no right to make one: the process is told its limit, and its peak is measured all the same
+	if slices.Contains(command.Env, "GROUP=") {
+		// Without permission to create a control group, pass the limit to the process. The test still measures its peak.
 		command.Env = append(command.Env, fmt.Sprint("GOMEMLIMIT=", p.limit/10*9))
 	}
 	var log bytes.Buffer
@@ -100,14 +105,17 @@ func startPod(t *testing.T) *pod {
 	return p
 }
 
-// memoryGroup makes a control group that ends the process where a kubelet would, and returns its folder; "" if that is not allowed.
+// memoryGroup creates a control group that kills the process at the limit, as under a kubelet, and returns its folder.
+// It returns "" without permission to create one.
 func (p *pod) memoryGroup() string {
-	for hierarchy, file := range map[string]string{"/sys/fs/cgroup/memory": "memory.limit_in_bytes", "/sys/fs/cgroup": "memory.max"} {
+	for hierarchy, file := range map[string]string{
+		"/sys/fs/cgroup/memory": "memory.limit_in_bytes", "/sys/fs/cgroup": "memory.max",
+	} {
 		group := filepath.Join(hierarchy, "pod-"+strconv.Itoa(os.Getpid()))
 		if os.Mkdir(group, 0o755) != nil {
 			continue
 		}
-		p.t.Cleanup(func() { _ = os.Remove(group) }) // after the process
+		p.t.Cleanup(func() { _ = os.Remove(group) }) // runs after the process has ended
 		if os.WriteFile(filepath.Join(group, file), []byte(strconv.Itoa(p.limit)), 0o644) == nil {
 			return group
 		}
@@ -115,7 +123,7 @@ func (p *pod) memoryGroup() string {
 	return ""
 }
 
-// get returns an error unless a path is answered with 200.
+// get returns an error unless the response to a GET request has status 200.
 func get(addr, path string) error {
 	response, err := probes.Get("http://" + addr + path)
 	if err != nil {
@@ -130,16 +138,16 @@ func get(addr, path string) error {
 
 var probes = &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: 10 * time.Second}
 
-// peak is the most memory that the process had, in bytes.
+// peak returns the peak memory of the process, in bytes.
 func (p *pod) peak() int {
 	p.t.Helper()
 	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.pid))
 	if err != nil {
-		p.t.Fatalf("the API is gone: %v", err)
+		p.t.Fatalf("the API process has ended: %v", err)
 	}
 	found := regexp.MustCompile(`VmHWM:\s+(\d+) kB`).FindSubmatch(status)
 	if found == nil {
-		p.t.Fatal("the API is gone")
+		p.t.Fatal("the API process has ended")
 	}
 	kilobytes, err := strconv.Atoi(string(found[1]))
 	if err != nil {
@@ -148,7 +156,7 @@ func (p *pod) peak() int {
 	return kilobytes << 10
 }
 
-// watch asks for health until stop is called, which returns the longest that an answer took.
+// watch polls the health probe until stop is called, which returns the longest response time.
 func (p *pod) watch() (stop func() time.Duration) {
 	ctx, cancel := context.WithCancel(context.Background())
 	slowest := make(chan time.Duration, 1)
@@ -171,29 +179,33 @@ func (p *pod) watch() (stop func() time.Duration) {
 	return func() time.Duration { cancel(); return <-slowest }
 }
 
-// A pod with the limits of its manifest survives all that callers send at once: connections, bodies that never end, bombs, and the largest wrong
-// requests. Its probes are answered meanwhile, and afterwards it serves.
+// A pod with the limits of its manifest survives many callers at once that send connections, bodies that never end,
+// compression bombs, and the largest invalid requests. Meanwhile it answers probes, and afterwards it serves calls.
 func TestAPodSurvivesItsCallers(t *testing.T) {
 	t.Parallel()
 	p := startPod(t)
 	for _, attack := range []struct {
 		name string
 		run  func(*pod)
-	}{{"connections", (*pod).connect}, {"held bodies", (*pod).hold}, {"bombs", (*pod).bomb}, {"wrong requests", (*pod).err}} {
+	}{
+		{"connections", (*pod).connect}, {"unfinished bodies", (*pod).stall}, {"bombs", (*pod).bomb},
+		{"invalid requests", (*pod).err},
+	} {
 		stop := p.watch()
 		attack.run(p)
-		t.Logf("%-15s peak %3d of %d MiB, /healthz in %v at most", attack.name, p.peak()>>20, p.limit>>20, stop())
+		t.Logf("%-17s peak %3d of %d MiB, /healthz in %v at most", attack.name, p.peak()>>20, p.limit>>20, stop())
 	}
 	if peak := p.peak(); peak > p.limit {
-		t.Errorf("the API had %d MiB, its limit is %d", peak>>20, p.limit>>20)
+		t.Errorf("the API used %d MiB, its limit is %d", peak>>20, p.limit>>20)
 	}
-	status := p.post(p.keys[0], "application/json", "", []byte(`{"orderId":"0190c0de-0000-7000-8000-000000000001","customerId":"ann","lines":[{"sku":"apple","quantity":1}]}`))
-	if status != http.StatusOK {
-		t.Errorf("afterwards an order is answered with %d", status)
+	const order = `{"orderId":"0190c0de-0000-7000-8000-000000000001","customerId":"ann",` +
+		`"lines":[{"sku":"apple","quantity":1}]}`
+	if status := p.post(p.keys[0], "application/json", "", []byte(order)); status != http.StatusOK {
+		t.Errorf("afterwards PlaceOrder returns status %d", status)
 	}
 }
 
-// each runs fn n times, many at once.
+// each runs fn n times, at most atOnce calls at a time.
 func each(n, atOnce int, fn func(i int)) {
 	var running sync.WaitGroup
 	slots := make(chan struct{}, atOnce)
@@ -204,7 +216,7 @@ func each(n, atOnce int, fn func(i int)) {
 	running.Wait()
 }
 
-// connect opens 10,000 connections from many addresses, and keeps those that it gets.
+// connect opens 10,000 connections from many addresses, and keeps open those that succeed.
 func (p *pod) connect() {
 	var mu sync.Mutex
 	var open []net.Conn
@@ -217,15 +229,16 @@ func (p *pod) connect() {
 			mu.Unlock()
 		}
 	})
-	p.t.Logf("%d connections are open", len(open))
+	p.t.Logf("%d connections open", len(open))
 	for _, conn := range open {
 		conn.Close()
 	}
 }
 
-// hold sends bodies of which the last byte is missing: as many as all callers may have calls.
-func (p *pod) hold() {
-	head := "POST " + procedure + " HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/proto\r\nContent-Length: " + strconv.Itoa(largest) + "\r\n"
+// stall sends request bodies without their last byte, as many as the callers together may have calls in progress.
+func (p *pod) stall() {
+	head := "POST " + procedure + " HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/proto\r\n" +
+		"Content-Length: " + strconv.Itoa(largest) + "\r\n"
 	body := bytes.Repeat([]byte{0x1a, 0}, largest/2)[1:]
 	var mu sync.Mutex
 	var open []net.Conn
@@ -239,19 +252,19 @@ func (p *pod) hold() {
 		mu.Unlock()
 		_ = conn.SetDeadline(time.Now().Add(20 * time.Second))
 		_, _ = io.WriteString(conn, head+"X-Api-Key: "+p.keys[i%len(p.keys)]+"\r\n\r\n")
-		_, _ = conn.Write(body) // what is refused is closed
+		_, _ = conn.Write(body) // the API closes connections of refused requests
 	})
 	for _, conn := range open {
 		conn.Close()
 	}
 }
 
-// bomb sends gzip that inflates to the largest message, and to more.
+// bomb sends gzip bodies that inflate to the largest message, and to more.
 func (p *pod) bomb() {
 	pack := func(n int) []byte {
 		var packed bytes.Buffer
 		zip := gzip.NewWriter(&packed)
-		_, _ = zip.Write(bytes.Repeat([]byte{0x1a, 0}, n/2)) // to memory
+		_, _ = zip.Write(bytes.Repeat([]byte{0x1a, 0}, n/2)) // to memory, so it cannot fail
 		_ = zip.Close()
 		return packed.Bytes()
 	}
@@ -259,7 +272,7 @@ func (p *pod) bomb() {
 	each(600, 100, func(i int) { p.post(p.keys[i%len(p.keys)], "application/proto", "gzip", bombs[i%len(bombs)]) })
 }
 
-// err sends the largest wrong requests.
+// err sends the largest invalid requests.
 func (p *pod) err() {
 	empty := bytes.Repeat([]byte{0x1a, 0}, largest/2)
 	bodies := []struct {
@@ -273,14 +286,14 @@ func (p *pod) err() {
 		{"application/json", bytes.Repeat([]byte("["), largest)},
 	}
 	each(600, 100, func(i int) {
-		one := bodies[i%len(bodies)]
-		p.post(p.keys[i%len(p.keys)], one.kind, "", one.body)
+		request := bodies[i%len(bodies)]
+		p.post(p.keys[i%len(p.keys)], request.kind, "", request.body)
 	})
 }
 
 var callers = &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 100}, Timeout: time.Minute}
 
-// post makes a call and returns the status of its answer, 0 for none.
+// post makes a call and returns the status of the response, or 0 if there is none.
 func (p *pod) post(key, contentType, encoding string, body []byte) int {
 	request, err := http.NewRequest(http.MethodPost, "http://"+p.addr+procedure, bytes.NewReader(body))
 	if err != nil {
@@ -294,9 +307,9 @@ func (p *pod) post(key, contentType, encoding string, body []byte) int {
 	}
 	response, err := callers.Do(request)
 	if err != nil {
-		return 0 // cut off
+		return 0 // the API closed the connection
 	}
 	defer response.Body.Close()
-	_, _ = io.Copy(io.Discard, response.Body) // cut off
+	_, _ = io.Copy(io.Discard, response.Body) // the API may close the connection
 	return response.StatusCode
 }

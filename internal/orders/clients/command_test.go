@@ -31,7 +31,7 @@ func (c call) json(t *testing.T) string {
 	return string(text)
 }
 
-// run runs a command at the top of the repository and returns what it prints. How it ends does not matter: what it prints does.
+// run runs a command at the top of the repository and returns its output. It ignores the exit status.
 func (c call) run(t *testing.T, stdin string, name string, args ...string) (stdout, stderr string) {
 	t.Helper()
 	command := exec.CommandContext(t.Context(), name, args...)
@@ -45,7 +45,7 @@ func (c call) run(t *testing.T, stdin string, name string, args ...string) (stdo
 	return printed.String(), problems.String()
 }
 
-// output tells when something is printed for the first time.
+// output calls heard when something is printed for the first time.
 type output struct {
 	to    io.Writer // not embedded: io.Copy would find its ReadFrom
 	heard func()
@@ -60,7 +60,7 @@ func (o *output) Write(p []byte) (int, error) {
 	return n, err
 }
 
-// answer is a response, or an error, in the JSON of Connect.
+// answer is a response or an error in Connect's JSON.
 type answer struct {
 	Order struct {
 		Status string
@@ -75,7 +75,7 @@ type failure struct {
 	Details []struct{ Type, Value string }
 }
 
-// read notes what an answer says.
+// read records an answer.
 func (o *outcome) read(t *testing.T, text []byte) {
 	t.Helper()
 	var a answer
@@ -83,7 +83,7 @@ func (o *outcome) read(t *testing.T, text []byte) {
 		t.Fatalf("%v in %.1000s", err, text)
 	}
 	if a.Order.Status != "" {
-		o.note(a.Order.Status)
+		o.record(a.Order.Status)
 	}
 	for _, failure := range []failure{a.failure, a.Error} {
 		if failure.Code != "" {
@@ -124,10 +124,11 @@ func callCurl(t *testing.T, addr string, c call) outcome {
 		o.read(t, []byte(stdout))
 		return o
 	}
-	// The messages of a stream are framed: a byte of flags, the length in four bytes, the JSON.
+	// Each message of a stream is framed: one byte of flags, four bytes of length, then the JSON.
 	request := c.json(t)
 	frame := binary.BigEndian.AppendUint32([]byte{0}, uint32(len(request)))
-	stdout, _ := c.run(t, string(frame)+request, "curl", append(args, "-H", "Content-Type: application/connect+json")...)
+	stdout, _ := c.run(t, string(frame)+request, "curl",
+		append(args, "-H", "Content-Type: application/connect+json")...)
 	for rest := []byte(stdout); len(rest) > 0; {
 		if len(rest) < 5 || len(rest)-5 < int(binary.BigEndian.Uint32(rest[1:])) {
 			t.Fatalf("half a message: %q", rest)
@@ -139,35 +140,37 @@ func callCurl(t *testing.T, addr string, c call) outcome {
 	return o
 }
 
-// callBuf calls as `buf curl` does, which asks the service for its schema first. Its timeout would cover that question,
-// too, so a call with one brings the schema along.
+// callBuf calls with `buf curl`, which first asks the service for its schema. A timeout would include that request, so
+// a call with a timeout gets the schema from a file.
 func callBuf(protocol string) func(t *testing.T, addr string, c call) outcome {
 	return func(t *testing.T, addr string, c call) outcome {
-		args := append([]string{"curl", "--protocol", protocol, "--http2-prior-knowledge", "-d", "@-"}, headerArgs("-H")...)
+		args := append([]string{"curl", "--protocol", protocol, "--http2-prior-knowledge", "-d", "@-"},
+			headerArgs("-H")...)
 		if c.timeout > 0 {
 			args = append(args, "--timeout", c.timeout.String(), "--schema", schema(t))
 		} else {
 			args = append(args, "--reflect-header", "*")
 		}
-		stdout, stderr := c.run(t, c.json(t), "tools/node_modules/.bin/buf", append(args, "http://"+addr+c.procedure())...)
+		stdout, stderr := c.run(t, c.json(t), "tools/node_modules/.bin/buf",
+			append(args, "http://"+addr+c.procedure())...)
 		o := outcome{Code: "ok"}
 		for _, text := range []string{stdout, stderr} {
 			decoder := json.NewDecoder(strings.NewReader(text))
 			for {
-				var one json.RawMessage
-				if err := decoder.Decode(&one); errors.Is(err, io.EOF) {
+				var message json.RawMessage
+				if err := decoder.Decode(&message); errors.Is(err, io.EOF) {
 					break
 				} else if err != nil {
 					t.Fatalf("%v in %s", err, text)
 				}
-				o.read(t, one)
+				o.read(t, message)
 			}
 		}
 		return o
 	}
 }
 
-// schema writes the descriptors of the service, as reflection would give them, and returns the file.
+// schema writes the service's descriptors to a file, as reflection would return them, and returns the file's name.
 func schema(t *testing.T) string {
 	t.Helper()
 	var set descriptorpb.FileDescriptorSet
@@ -188,7 +191,8 @@ func schema(t *testing.T) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	file, err := os.CreateTemp("", "schema-*.binpb") // buf takes a comma for the end of a path, and t.TempDir may have one
+	// Not in t.TempDir, whose name may contain a comma: buf takes that as the end of the path.
+	file, err := os.CreateTemp("", "schema-*.binpb")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -206,7 +210,8 @@ func schema(t *testing.T) string {
 func callNode(protocol string) func(t *testing.T, addr string, c call) outcome {
 	return func(t *testing.T, addr string, c call) outcome {
 		call := map[string]any{
-			"baseUrl": "http://" + addr, "protocol": protocol, "headers": headers, "method": strings.ToLower(c.method[:1]) + c.method[1:],
+			"baseUrl": "http://" + addr, "protocol": protocol, "headers": headers,
+			"method": strings.ToLower(c.method[:1]) + c.method[1:],
 		}
 		if c.timeout > 0 {
 			call["timeoutMs"] = c.timeout.Milliseconds()
@@ -232,7 +237,7 @@ func callNode(protocol string) func(t *testing.T, addr string, c call) outcome {
 			o.Code, o.Violations = got.Code, got.Violations
 		}
 		if o.Code == "" {
-			t.Errorf("no end: %s", stderr)
+			t.Errorf("the output has no final line: %s", stderr)
 		}
 		return o
 	}

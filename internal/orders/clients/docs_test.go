@@ -10,7 +10,7 @@ import (
 	"testing"
 )
 
-// example is a block of docs/clients.md that is run, and the lines that it prints as the document shows them.
+// example is a block of code in docs/clients.md, and the lines that it prints according to the document.
 type example struct {
 	language, code string
 	prints         []string
@@ -18,7 +18,7 @@ type example struct {
 
 var block = regexp.MustCompile("(?ms)^```(\\w+)( setup)?\n(.*?)^```$")
 
-// examples returns the examples of the document in their order, and the shell code that all of them begin with.
+// examples returns the examples of the document in their order, and the setup code that precedes every shell example.
 func examples(t *testing.T) (all []example, setup string) {
 	t.Helper()
 	text, err := os.ReadFile(filepath.Join(root, "docs", "clients.md"))
@@ -40,45 +40,46 @@ func examples(t *testing.T) (all []example, setup string) {
 	return all, setup
 }
 
-// The document's examples work, one after the other as a reader would run them, and print what it says.
+// The document's examples work one after the other, as a reader would run them, and print what the document shows.
 func TestDocs(t *testing.T) {
 	t.Parallel()
 	if err := install(); err != nil {
 		t.Fatal(err)
 	}
 	addr, amqpURL := serveQueues(t)
-	binary := filepath.Join(root, ".stack", "bin", "shop-of-the-docs") // kept: the next run replaces it
-	if output, err := exec.Command("go", "build", "-o", binary, "example.com/shop/cmd/shop").CombinedOutput(); err != nil {
+	binary := filepath.Join(root, ".stack", "bin", "shop-of-the-docs") // not removed: the next run overwrites it
+	output, err := exec.Command("go", "build", "-o", binary, "example.com/shop/cmd/shop").CombinedOutput()
+	if err != nil {
 		t.Fatalf("build shop: %v\n%s", err, output)
 	}
 	all, setup := examples(t)
 	languages := map[string]int{}
-	for _, one := range all {
-		languages[one.language]++
-		t.Run(one.language, func(t *testing.T) {
-			output := one.run(t, setup, "API=http://"+addr, "AMQP_URL="+amqpURL, "TOKEN="+token, "SHOP="+binary)
+	for _, example := range all {
+		languages[example.language]++
+		t.Run(example.language, func(t *testing.T) {
+			output := example.run(t, setup, "API=http://"+addr, "AMQP_URL="+amqpURL, "TOKEN="+token, "SHOP="+binary)
 			rest := squeeze(output)
-			for _, line := range one.prints {
+			for _, line := range example.prints {
 				_, after, found := strings.Cut(rest, squeeze(line))
 				if !found {
-					t.Fatalf("%s\nprints\n%s\nand not\n%s", one.code, output, line)
+					t.Fatalf("%s\nprints\n%s\nwithout\n%s", example.code, output, line)
 				}
 				rest = after
 			}
-			if len(one.prints) == 0 {
-				t.Errorf("the document does not say what this prints:\n%s", one.code)
+			if len(example.prints) == 0 {
+				t.Errorf("the document does not show what this prints:\n%s", example.code)
 			}
 		})
 	}
 	if languages["sh"] < 12 || languages["ts"] != 1 || languages["go"] != 2 {
-		t.Errorf("found %v: are these all?", languages)
+		t.Errorf("found examples %v; some may be missing", languages)
 	}
 }
 
-// squeeze takes blanks away: those in JSON mean nothing, and protobuf varies them on purpose.
+// squeeze removes whitespace, which means nothing in JSON and which protobuf varies on purpose.
 func squeeze(text string) string { return strings.Join(strings.Fields(text), "") }
 
-// run runs an example at the top of the repository, and returns what it prints.
+// run runs an example at the top of the repository, and returns its output.
 func (e example) run(t *testing.T, setup string, environment ...string) string {
 	t.Helper()
 	var command *exec.Cmd
@@ -86,18 +87,20 @@ func (e example) run(t *testing.T, setup string, environment ...string) string {
 	case "sh":
 		command = exec.CommandContext(t.Context(), "bash", "-euo", "pipefail", "-c", setup+e.code)
 	case "go":
-		// Within the module, whose internal packages it uses, and where ./... does not look.
+		// The file must be in the module, because it imports internal packages, but in a folder that ./... ignores.
 		command = exec.CommandContext(t.Context(), "go", "run", write(t, ".stack", "main.go", e.code))
 	case "ts":
 		source := write(t, "web/dist", "example.ts", e.code)
 		folder := filepath.Dir(source)
-		config := `{"extends": "../../tsconfig.json", "compilerOptions": {"rootDir": ".", "outDir": "."}, "include": [], "files": ["example.ts"]}`
+		const config = `{"extends": "../../tsconfig.json", "compilerOptions": {"rootDir": ".", "outDir": "."},
+			"include": [], "files": ["example.ts"]}`
 		if err := os.WriteFile(filepath.Join(folder, "tsconfig.json"), []byte(config), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		command = exec.CommandContext(t.Context(), "bash", "-c", `web/node_modules/.bin/tsc -p "$1" && node "$1/example.js"`, "bash", folder)
+		const script = `web/node_modules/.bin/tsc -p "$1" && node "$1/example.js"`
+		command = exec.CommandContext(t.Context(), "bash", "-c", script, "bash", folder)
 	default:
-		t.Fatalf("nobody knows how to run %s", e.language)
+		t.Fatalf("this test cannot run %s", e.language)
 	}
 	command.Dir, command.Env = root, append(os.Environ(), environment...)
 	output, err := command.CombinedOutput()
@@ -107,7 +110,7 @@ func (e example) run(t *testing.T, setup string, environment ...string) string {
 	return string(output)
 }
 
-// write writes a file into a new folder below one of the repository's, and returns its name.
+// write writes a file to a new folder below a folder of the repository, and returns the file's path.
 func write(t *testing.T, below, name, content string) string {
 	t.Helper()
 	below = filepath.Join(root, below)

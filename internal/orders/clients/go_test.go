@@ -31,7 +31,7 @@ func (c call) context(t *testing.T) (context.Context, context.CancelFunc) {
 	return context.WithTimeout(t.Context(), c.timeout)
 }
 
-// response makes an empty answer.
+// response returns an empty response message.
 func (c call) response(t *testing.T) proto.Message {
 	t.Helper()
 	service, err := protoregistry.GlobalFiles.FindDescriptorByName("orders.v1.OrderService")
@@ -46,7 +46,8 @@ func (c call) response(t *testing.T) proto.Message {
 	return kind.New().Interface()
 }
 
-// receive notes the messages that next gives, until it gives an error other than io.EOF.
+// receive records the messages that next decodes, until next returns an error. It returns that error, or nil for
+// io.EOF.
 func (o *outcome) receive(t *testing.T, c call, next func(response proto.Message) error) error {
 	for {
 		response := c.response(t)
@@ -55,14 +56,14 @@ func (o *outcome) receive(t *testing.T, c call, next func(response proto.Message
 		} else if err != nil {
 			return err
 		}
-		o.note(response.(interface{ GetOrder() *ordersv1.Order }).GetOrder().GetStatus().String())
+		o.record(response.(interface{ GetOrder() *ordersv1.Order }).GetOrder().GetStatus().String())
 		if c.heard != nil && len(o.Statuses) == 1 {
 			c.heard()
 		}
 	}
 }
 
-func (o *outcome) note(status string) {
+func (o *outcome) record(status string) {
 	o.Statuses = append(o.Statuses, strings.TrimPrefix(status, "ORDER_STATUS_"))
 }
 
@@ -75,7 +76,7 @@ func (o *outcome) violate(details ...any) {
 	}
 }
 
-// once makes a unary answer a stream of one.
+// once makes a unary call look like a stream of one message.
 func once(answer func(response proto.Message) error) func(response proto.Message) error {
 	given := false
 	return func(response proto.Message) error {
@@ -150,7 +151,7 @@ func callConnect(options ...connecthttp.Option) func(t *testing.T, addr string, 
 	}
 }
 
-// codeName is the code as Connect spells it, which has no word for success.
+// codeName returns Connect's name of a code, and "ok" for success, for which Connect has no name.
 func codeName(code connect.Code) string {
 	if code == 0 {
 		return "ok"

@@ -13,10 +13,12 @@ import (
 	"github.com/google/uuid"
 )
 
-// A page in a real browser, on another origin that is allowed, places an order durably and watches what becomes of it.
+// A page in a real browser, from another origin that is allowed, places an order durably and watches the operation.
 func TestAPageOfAnotherOriginPlacesAnOrderDurably(t *testing.T) {
 	t.Parallel()
-	const prepare = `bash scripts/packages.sh web && { command -v chromium || command -v google-chrome || bash scripts/need.sh chromium chromium; } && { command -v chromium || command -v google-chrome; }`
+	const prepare = `bash scripts/packages.sh web &&
+		{ command -v chromium || command -v google-chrome || bash scripts/need.sh chromium chromium; } &&
+		{ command -v chromium || command -v google-chrome; }`
 	found := exec.Command("bash", "-c", prepare)
 	found.Dir = root
 	output, err := found.CombinedOutput()
@@ -29,14 +31,18 @@ func TestAPageOfAnotherOriginPlacesAnOrderDurably(t *testing.T) {
 		_, _ = w.Write([]byte("<!doctype html><title>page</title>"))
 	}))
 	defer page.Close()
-	origin := strings.Replace(page.URL, "127.0.0.1", "localhost", 1) // another site, too
+	origin := strings.Replace(page.URL, "127.0.0.1", "localhost", 1) // also another site
 	addr := serve(t, func(config *app.Config) { config.Edge.Origins = []string{origin} })
-	place(t, newClient(t, addr), "apple") // so that the consumers are at work
-	order, err := json.Marshal(map[string]any{"orderId": uuid.NewString(), "customerId": "ann", "lines": []any{map[string]any{"sku": "apple", "quantity": 1}}})
+	place(t, newClient(t, addr), "apple") // so that the consumers are running
+	order, err := json.Marshal(map[string]any{
+		"orderId": uuid.NewString(), "customerId": "ann", "lines": []any{map[string]any{"sku": "apple", "quantity": 1}},
+	})
 	if err != nil {
 		t.Fatal(err)
 	}
-	config, err := json.Marshal(map[string]string{"page": origin, "api": "http://" + addr, "order": string(order), "chromium": lines[len(lines)-1]})
+	config, err := json.Marshal(map[string]string{
+		"page": origin, "api": "http://" + addr, "order": string(order), "chromium": lines[len(lines)-1],
+	})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -51,18 +57,20 @@ func TestAPageOfAnotherOriginPlacesAnOrderDurably(t *testing.T) {
 	if err == nil {
 		err = json.Unmarshal(printed, &seen)
 	}
-	if err != nil || seen.Status != http.StatusOK || !strings.HasPrefix(seen.Operation, "operations/") || seen.Applied != "respond-async" ||
-		seen.RequestID != "page-1" || !seen.Same || !strings.Contains(seen.Watched, "OPERATION_STATE_SUCCEEDED") {
+	if err != nil || seen.Status != http.StatusOK || !strings.HasPrefix(seen.Operation, "operations/") ||
+		seen.Applied != "respond-async" || seen.RequestID != "page-1" || !seen.Same ||
+		!strings.Contains(seen.Watched, "OPERATION_STATE_SUCCEEDED") {
 		t.Errorf("got %+v, %v", seen, err)
 	}
 }
 
-// A status that does not exist finds no orders, instead of all of them.
-func TestAFilterThatDoesNotExistIsRefused(t *testing.T) {
+// A filter with an unknown status is refused; it does not return all orders. An unknown field is ignored.
+func TestAFilterWithAnUnknownStatusIsRefused(t *testing.T) {
 	t.Parallel()
 	method := "http://" + serve(t) + "/orders.v1.OrderService/ListOrders"
 	for filter, want := range map[string]int{
-		`{"status":"ORDER_STATUS_CANCELED"}`: http.StatusBadRequest, `{"status":"ORDER_STATUS_CANCELLED","more":"x"}`: http.StatusOK,
+		`{"status":"ORDER_STATUS_CANCELED"}`:             http.StatusBadRequest,
+		`{"status":"ORDER_STATUS_CANCELLED","more":"x"}`: http.StatusOK,
 	} {
 		posted, err := http.Post(method, "application/json", strings.NewReader(filter))
 		if err != nil {

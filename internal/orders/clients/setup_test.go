@@ -1,4 +1,5 @@
-// Package clients calls the running service as its clients do: every kind of client gets the same answers, and what docs/clients.md shows works.
+// Package clients calls the running service as its clients do. It tests that every kind of client gets the same
+// responses, and that the examples in docs/clients.md work.
 package clients
 
 import (
@@ -23,22 +24,23 @@ import (
 
 func TestMain(m *testing.M) { testenv.Main(m) }
 
-// token is what clients send as their credential, each in the way in which it sets headers. The service does not look at it.
+// token is the credential that clients send, each with its own means of setting headers. The service does not check it.
 const token = "none"
 
-// headers are those of every call of every client.
+// headers are the headers of every call of every client.
 var headers = map[string]string{"Authorization": "Bearer " + token}
 
-// serveQueues is serve, and also serves over RabbitMQ.
+// serveQueues is like serve, and also serves over RabbitMQ.
 func serveQueues(t *testing.T) (addr, amqpURL string) {
 	t.Helper()
 	amqpURL = testenv.AMQP(t)
 	addr = serve(t, func(config *app.Config) { config.AMQPURL, config.RPCOverRabbitMQ = amqpURL, true })
-	testenv.Eventually(t, 30*time.Second, func() error { // the API is ready without
+	// Being ready does not imply that the API serves its queues.
+	testenv.Eventually(t, 30*time.Second, func() error {
 		states, err := rabbitrpc.Look(t.Context(), amqpURL, app.Services()...)
-		for _, one := range states {
-			if one.Replicas == 0 {
-				return fmt.Errorf("nobody serves %s", one.Name)
+		for _, service := range states {
+			if service.Replicas == 0 {
+				return fmt.Errorf("no process serves %s", service.Name)
 			}
 		}
 		return err
@@ -46,7 +48,7 @@ func serveQueues(t *testing.T) (addr, amqpURL string) {
 	return addr, amqpURL
 }
 
-// serve runs the whole service on real servers until the test ends, and returns its address, host:port.
+// serve runs the whole service on real servers until the test ends, and returns its address as host:port.
 func serve(t *testing.T, changes ...func(*app.Config)) string {
 	t.Helper()
 	addr, opsAddr := testenv.FreeAddress(t), testenv.FreeAddress(t)
@@ -95,7 +97,7 @@ var install = sync.OnceValue(func() error {
 	return nil
 })
 
-// newClient is the client that the tests prepare things with.
+// newClient returns the client that tests use for their setup.
 func newClient(t *testing.T, addr string) ordersv1connect.OrderServiceClient {
 	t.Helper()
 	return ordersv1connect.NewOrderServiceClient(connectClient(t, addr))
@@ -106,10 +108,11 @@ func connectClient(t *testing.T, addr string, options ...connecthttp.Option) *co
 	transport := &http.Transport{Protocols: new(http.Protocols)}
 	transport.Protocols.SetUnencryptedHTTP2(true)
 	t.Cleanup(transport.CloseIdleConnections)
-	return connect.NewClient(connecthttp.NewTransport(&http.Client{Transport: withHeaders{transport}}, "http://"+addr, options...))
+	httpClient := &http.Client{Transport: withHeaders{transport}}
+	return connect.NewClient(connecthttp.NewTransport(httpClient, "http://"+addr, options...))
 }
 
-// withHeaders sends the headers with every request.
+// withHeaders adds the headers to every request.
 type withHeaders struct{ http.RoundTripper }
 
 func (w withHeaders) RoundTrip(r *http.Request) (*http.Response, error) {

@@ -22,18 +22,18 @@ type call struct {
 	request proto.Message
 	stream  bool
 	timeout time.Duration
-	// heard is called when the first message of a stream has come.
+	// heard is called when the first message of a stream has arrived.
 	heard func()
 }
 
-// outcome is what the client made of the answer.
+// outcome is the result of a call as the client saw it.
 type outcome struct {
 	Code       string
 	Statuses   []string // of the orders in the messages, without ORDER_STATUS_
 	Violations []string // the fields that an error's details name
 }
 
-// client makes a call its way.
+// client is one kind of client and its way to make a call.
 type client struct {
 	name string
 	call func(t *testing.T, addr string, c call) outcome
@@ -52,7 +52,7 @@ var clients = []client{
 	{"connect-web, gRPC-Web", callNode("grpc-web")},
 }
 
-// Every client gets the same answers from the same port.
+// Every client gets the same responses from the same port.
 func TestSmoke(t *testing.T) {
 	t.Parallel()
 	if err := install(); err != nil {
@@ -89,15 +89,19 @@ func TestSmoke(t *testing.T) {
 
 		{"a stream", func(t *testing.T) call {
 			id := confirmed(t)
-			return call{method: "WatchOrder", stream: true, request: &ordersv1.WatchOrderRequest{OrderId: id}, heard: func() {
-				if _, err := own.CancelOrder(t.Context(), &ordersv1.CancelOrderRequest{OrderId: id}); err != nil {
-					t.Error(err)
-				}
-			}}
+			return call{method: "WatchOrder", stream: true, request: &ordersv1.WatchOrderRequest{OrderId: id},
+				heard: func() {
+					if _, err := own.CancelOrder(t.Context(), &ordersv1.CancelOrderRequest{OrderId: id}); err != nil {
+						t.Error(err)
+					}
+				}}
 		}, outcome{Code: "ok", Statuses: []string{"CONFIRMED", "CANCELLED"}}},
 
 		{"a deadline", func(t *testing.T) call {
-			return call{method: "WatchOrder", stream: true, request: &ordersv1.WatchOrderRequest{OrderId: confirmed(t)}, timeout: 2 * time.Second}
+			return call{
+				method: "WatchOrder", stream: true, timeout: 2 * time.Second,
+				request: &ordersv1.WatchOrderRequest{OrderId: confirmed(t)},
+			}
 		}, outcome{Code: "deadline_exceeded"}},
 
 		{"a request that is too large", func(*testing.T) call {
@@ -108,7 +112,7 @@ func TestSmoke(t *testing.T) {
 			t.Run(row.name+"/"+client.name, func(t *testing.T) {
 				got := client.call(t, addr, row.call(t))
 				if got.Code == "deadline_exceeded" {
-					got.Statuses = nil // whether something came before depends on the machine
+					got.Statuses = nil // a slow machine may receive no message before the deadline
 				}
 				if diff := cmp.Diff(row.want, got, cmpopts.EquateEmpty()); diff != "" {
 					t.Errorf("-want +got:\n%s", diff)

@@ -1,4 +1,5 @@
-// The client of ops.v1, and the credential it sends: kept in this tab only, and never in a cookie, so that no other page can make the browser send it.
+// The client of ops.v1, and the credential it sends: kept in this tab only, and never in a cookie, so that no other
+// page can make the browser send it.
 import { type Client, Code, ConnectError, createClient } from "@connectrpc/connect";
 import { createConnectTransport } from "@connectrpc/connect-web";
 import { OpsService } from "../../src/gen/ops/v1/ops_pb.js";

@@ -1,5 +1,5 @@
-// The one way in which the console makes elements. Whatever comes from a message, a key or an error becomes a text node or a plain attribute and is
-// never parsed: there is no innerHTML here and nowhere else.
+// The one way in which the console makes elements. Whatever comes from a message, a key or an error becomes a text node
+// or a plain attribute and is never parsed: there is no innerHTML here and nowhere else.
 
 type Child = Node | string | number | null | undefined | false;
 
@@ -30,7 +30,8 @@ interface Attributes {
   onsubmit?: (event: SubmitEvent) => void;
 }
 
-// What a reader would not see, or what would have him read other than it is: control characters, and those that turn the direction of text.
+// What a reader would not see, or what would have him read other than it is: control characters, and those that turn
+// the direction of text.
 const invisible = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]/g;
 
 /** visible shows such characters by their numbers. */

@@ -1,4 +1,5 @@
-// One stream of samples for the whole console. It is made anew for as long as the page is open, and holds the last sample and the series.
+// One stream of samples for the whole console. It is made anew for as long as the page is open, and holds the last
+// sample and the series.
 import type { Station } from "../../src/gen/ops/v1/ops_pb.js";
 import { api, isUnauthenticated, reason } from "./api.js";
 import { Series } from "./series.js";

@@ -1,4 +1,5 @@
-// The last 15 minutes in numbers. What is older is dropped with each new point, so a page that is open for hours holds what it holds after 15 minutes.
+// The last 15 minutes in numbers. What is older is dropped with each new point, so a page that is open for hours holds
+// what it holds after 15 minutes.
 import { timestampMs } from "@bufbuild/protobuf/wkt";
 import type { Point } from "../../src/gen/ops/v1/ops_pb.js";
 

@@ -1,5 +1,6 @@
-// Uses the console as a person does, in a real Chromium, and fails with what is not as it should be. The test that starts it holds the stack: it is asked
-// to do something to that by a line on standard output, and answers when it is done.
+// Uses the console as a person does, in a real Chromium, and fails with what is not as it should be. The test that
+// starts it holds the stack: it is asked to do something to that by a line on standard output, and answers when it is
+// done.
 //
 //   node browser.mjs '{"url": ..., "key": ..., "chromium": ..., "screenshots": ...}'
 import { mkdirSync } from "node:fs";

@@ -8,14 +8,14 @@ import (
 	"example.com/shop/internal/messaging"
 )
 
-// inflating sends messages whose header "inflate" says so with a payload of as many bytes. The outbox takes none that a
-// broker with its own defaults refuses, and so no test could have one refused otherwise.
+// inflating replaces the payload of messages with a header "inflate" by that many bytes. Tests need it because the
+// outbox accepts no message that is too large for a broker with default settings.
 type inflating struct{ messaging.Publisher }
 
 func (p inflating) Publish(ctx context.Context, messages []messaging.Message) (messaging.Receipt, error) {
 	messages = slices.Clone(messages)
-	for i, one := range messages {
-		size, err := strconv.Atoi(one.Headers["inflate"])
+	for i, message := range messages {
+		size, err := strconv.Atoi(message.Headers["inflate"])
 		if err == nil {
 			messages[i].Payload = make([]byte, size)
 		}

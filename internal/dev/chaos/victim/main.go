@@ -1,5 +1,5 @@
-// Command victim is the relay, the consumer or the worker of durable calls of a service without a domain, for the tests in internal/dev/chaos to kill. Its one handler writes
-// down each effect, so that a doubled or a missing one shows.
+// Command victim runs the relay, the consumer or the worker for durable calls of a service without a domain. The tests
+// in internal/dev/chaos kill it. Its only handler records each effect, which reveals doubled and missing ones.
 package main
 
 import (
@@ -86,12 +86,12 @@ func run(ctx context.Context, role string) error {
 		running.Go(func() error { return consumer.Run(ctx) })
 		running.Go(func() error { return worker.Run(ctx) })
 	default:
-		return fmt.Errorf("no such role: %q", role)
+		return fmt.Errorf("unknown role %q", role)
 	}
 	return running.Wait()
 }
 
-// apply is not idempotent on purpose.
+// apply is deliberately not idempotent.
 func apply(ctx context.Context, tx pgx.Tx, message *wrapperspb.StringValue) error {
 	if message.GetValue() == "poison" {
 		die()
@@ -108,24 +108,25 @@ func newWorker(db *pgxpool.Pool) *operations.Worker {
 			if err := apply(ctx, tx, wrapperspb.String(text)); err != nil {
 				return err
 			}
-			_, err := tx.Exec(ctx, `SELECT pg_sleep(0.02)`) // so that it is often in the middle that it is killed
+			_, err := tx.Exec(ctx, `SELECT pg_sleep(0.02)`) // makes kills in the middle of a call likely
 			return err
 		})
 		return text, err
 	})
-	return operations.NewWorker(db, operations.New(db, out, changes.New(changes.Config{}), operations.Config{}), server, operations.WorkerConfig{
+	store := operations.New(db, out, changes.New(changes.Config{}), operations.Config{})
+	return operations.NewWorker(db, store, server, operations.WorkerConfig{
 		Concurrency: 4, Inbox: inbox.Config{PollInterval: 20 * time.Millisecond, HandlerTimeout: 2 * time.Second},
 	})
 }
 
-// die ends the process as a kill from outside does: nothing is closed, nothing deferred runs.
+// die ends the process as a kill from outside does: it closes nothing and runs no deferred function.
 func die() {
 	self, err := os.FindProcess(os.Getpid())
 	if err == nil {
 		err = self.Kill()
 	}
 	if err == nil {
-		select {} // until the signal is there
+		select {} // until the signal arrives
 	}
 	os.Exit(137)
 }

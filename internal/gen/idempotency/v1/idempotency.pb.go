@@ -36,8 +36,8 @@ var file_idempotency_v1_idempotency_proto_extTypes = []protoimpl.ExtensionInfo{
 
 // Extension fields to descriptorpb.MethodOptions.
 var (
-	// The unary method honours the header Idempotency-Key: option (idempotency.v1.key) = true. Its effects must be made in a transaction of
-	// internal/postgres or internal/outbox, as all of this project's are.
+	// The unary method honours the header Idempotency-Key: option (idempotency.v1.key) = true. Its effects must be made
+	// in a transaction of internal/postgres or internal/outbox, as all of this project's are.
 	//
 	// optional bool key = 50752;
 	E_Key = &file_idempotency_v1_idempotency_proto_extTypes[0]

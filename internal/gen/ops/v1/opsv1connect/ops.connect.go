@@ -179,8 +179,8 @@ var (
 type OpsServiceClient interface {
 	// GetSession tells who the caller is and what it may do.
 	GetSession(context.Context, *v1.GetSessionRequest) (*v1.GetSessionResponse, error)
-	// WatchFlow sends the state of every station on the way of a message, once a second, and first the last 15 minutes in numbers. One reading of the
-	// database and the broker serves all who watch.
+	// WatchFlow sends the state of every station on the way of a message, once a second, and first the last 15 minutes in
+	// numbers. One reading of the database and the broker serves all who watch.
 	WatchFlow(context.Context, *v1.WatchFlowRequest) (OpsServiceWatchFlowClientStream, error)
 	// SearchMessages returns messages that the outbox still holds, page by page, the newest first.
 	SearchMessages(context.Context, *v1.SearchMessagesRequest) (*v1.SearchMessagesResponse, error)
@@ -190,8 +190,8 @@ type OpsServiceClient interface {
 	ListDeadLetters(context.Context, *v1.ListDeadLettersRequest) (*v1.ListDeadLettersResponse, error)
 	// GetDeadLetter returns one letter with its payload and what was done about it, or not_found.
 	GetDeadLetter(context.Context, *v1.GetDeadLetterRequest) (*v1.GetDeadLetterResponse, error)
-	// ResolveDeadLetters redrives or discards letters, one transaction each, and tells of its progress. A caller that leaves ends it; what is resolved
-	// by then stays so.
+	// ResolveDeadLetters redrives or discards letters, one transaction each, and tells of its progress. A caller that
+	// leaves ends it; what is resolved by then stays so.
 	ResolveDeadLetters(context.Context, *v1.ResolveDeadLettersRequest) (OpsServiceResolveDeadLettersClientStream, error)
 	// ReopenDeadLetter takes a discard back. What was redriven is failed_precondition: it is on its way.
 	ReopenDeadLetter(context.Context, *v1.ReopenDeadLetterRequest) (*v1.ReopenDeadLetterResponse, error)
@@ -262,8 +262,8 @@ func (s OpsServiceResolveDeadLettersClientStream) Close() error {
 type OpsServiceHandler interface {
 	// GetSession tells who the caller is and what it may do.
 	GetSession(context.Context, *v1.GetSessionRequest) (*v1.GetSessionResponse, error)
-	// WatchFlow sends the state of every station on the way of a message, once a second, and first the last 15 minutes in numbers. One reading of the
-	// database and the broker serves all who watch.
+	// WatchFlow sends the state of every station on the way of a message, once a second, and first the last 15 minutes in
+	// numbers. One reading of the database and the broker serves all who watch.
 	WatchFlow(context.Context, *v1.WatchFlowRequest, OpsServiceWatchFlowServerStream) error
 	// SearchMessages returns messages that the outbox still holds, page by page, the newest first.
 	SearchMessages(context.Context, *v1.SearchMessagesRequest) (*v1.SearchMessagesResponse, error)
@@ -273,8 +273,8 @@ type OpsServiceHandler interface {
 	ListDeadLetters(context.Context, *v1.ListDeadLettersRequest) (*v1.ListDeadLettersResponse, error)
 	// GetDeadLetter returns one letter with its payload and what was done about it, or not_found.
 	GetDeadLetter(context.Context, *v1.GetDeadLetterRequest) (*v1.GetDeadLetterResponse, error)
-	// ResolveDeadLetters redrives or discards letters, one transaction each, and tells of its progress. A caller that leaves ends it; what is resolved
-	// by then stays so.
+	// ResolveDeadLetters redrives or discards letters, one transaction each, and tells of its progress. A caller that
+	// leaves ends it; what is resolved by then stays so.
 	ResolveDeadLetters(context.Context, *v1.ResolveDeadLettersRequest, OpsServiceResolveDeadLettersServerStream) error
 	// ReopenDeadLetter takes a discard back. What was redriven is failed_precondition: it is on its way.
 	ReopenDeadLetter(context.Context, *v1.ReopenDeadLetterRequest) (*v1.ReopenDeadLetterResponse, error)

@@ -108,12 +108,12 @@ type OrderServiceClient interface {
 	GetOrder(context.Context, *v1.GetOrderRequest) (*v1.GetOrderResponse, error)
 	// ListOrders returns orders page by page, the newest first. Orders placed meanwhile never shift a page.
 	ListOrders(context.Context, *v1.ListOrdersRequest) (*v1.ListOrdersResponse, error)
-	// CancelOrder cancels an order that is placed or confirmed and gives its stock back. An order that is already cancelled
-	// is returned as it is; a rejected one is failed_precondition, an unknown one not_found.
+	// CancelOrder cancels an order that is placed or confirmed and gives its stock back. An order that is already
+	// cancelled is returned as it is; a rejected one is failed_precondition, an unknown one not_found.
 	CancelOrder(context.Context, *v1.CancelOrderRequest) (*v1.CancelOrderResponse, error)
-	// WatchOrder sends the order as it is and then each change. The stream ends after the order was rejected or cancelled;
-	// a confirmed order can still be cancelled, so its stream goes on until the caller leaves. Of several changes in quick
-	// succession only the last may be sent.
+	// WatchOrder sends the order as it is and then each change. The stream ends after the order was rejected or
+	// cancelled; a confirmed order can still be cancelled, so its stream goes on until the caller leaves. Of several
+	// changes in quick succession only the last may be sent.
 	WatchOrder(context.Context, *v1.WatchOrderRequest) (OrderServiceWatchOrderClientStream, error)
 	// SetStock sets how many pieces of an SKU there are in all, reserved ones included. Less than what is reserved is
 	// failed_precondition.
@@ -157,12 +157,12 @@ type OrderServiceHandler interface {
 	GetOrder(context.Context, *v1.GetOrderRequest) (*v1.GetOrderResponse, error)
 	// ListOrders returns orders page by page, the newest first. Orders placed meanwhile never shift a page.
 	ListOrders(context.Context, *v1.ListOrdersRequest) (*v1.ListOrdersResponse, error)
-	// CancelOrder cancels an order that is placed or confirmed and gives its stock back. An order that is already cancelled
-	// is returned as it is; a rejected one is failed_precondition, an unknown one not_found.
+	// CancelOrder cancels an order that is placed or confirmed and gives its stock back. An order that is already
+	// cancelled is returned as it is; a rejected one is failed_precondition, an unknown one not_found.
 	CancelOrder(context.Context, *v1.CancelOrderRequest) (*v1.CancelOrderResponse, error)
-	// WatchOrder sends the order as it is and then each change. The stream ends after the order was rejected or cancelled;
-	// a confirmed order can still be cancelled, so its stream goes on until the caller leaves. Of several changes in quick
-	// succession only the last may be sent.
+	// WatchOrder sends the order as it is and then each change. The stream ends after the order was rejected or
+	// cancelled; a confirmed order can still be cancelled, so its stream goes on until the caller leaves. Of several
+	// changes in quick succession only the last may be sent.
 	WatchOrder(context.Context, *v1.WatchOrderRequest, OrderServiceWatchOrderServerStream) error
 	// SetStock sets how many pieces of an SKU there are in all, reserved ones included. Less than what is reserved is
 	// failed_precondition.

@@ -28,7 +28,8 @@ type OperationSubmitted struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Which one: the UUID of its name.
 	OperationId string `protobuf:"bytes,1,opt,name=operation_id,json=operationId,proto3" json:"operation_id,omitempty"`
-	// What it calls, as in Operation.method: so that a worker can wait for its turn before it asks the database for anything.
+	// What it calls, as in Operation.method: so that a worker can wait for its turn before it asks the database for
+	// anything.
 	Method        string `protobuf:"bytes,2,opt,name=method,proto3" json:"method,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

@@ -28,7 +28,8 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
-// OperationState is where an operation stands. PENDING leads to RUNNING or CANCELLED, and RUNNING to SUCCEEDED or FAILED.
+// OperationState is where an operation stands. PENDING leads to RUNNING or CANCELLED, and RUNNING to SUCCEEDED or
+// FAILED.
 type OperationState int32
 
 const (
@@ -243,7 +244,8 @@ func (*Operation_Error) isOperation_Result() {}
 
 func (*Operation_Response) isOperation_Result() {}
 
-// Status is an error of a call. It is google.rpc.Status field by field, so a client that has that type can read one as the other.
+// Status is an error of a call. It is google.rpc.Status field by field, so a client that has that type can read one as
+// the other.
 type Status struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The code, as gRPC numbers them.

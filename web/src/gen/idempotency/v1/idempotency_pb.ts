@@ -16,8 +16,8 @@ export const file_idempotency_v1_idempotency: GenFile = /*@__PURE__*/
   fileDesc("CiBpZGVtcG90ZW5jeS92MS9pZGVtcG90ZW5jeS5wcm90bxIOaWRlbXBvdGVuY3kudjE6MgoDa2V5Eh4uZ29vZ2xlLnByb3RvYnVmLk1ldGhvZE9wdGlvbnMYwIwDIAEoCFIDa2V5YgZwcm90bzM", [file_google_protobuf_descriptor]);
 
 /**
- * The unary method honours the header Idempotency-Key: option (idempotency.v1.key) = true. Its effects must be made in a transaction of
- * internal/postgres or internal/outbox, as all of this project's are.
+ * The unary method honours the header Idempotency-Key: option (idempotency.v1.key) = true. Its effects must be made
+ * in a transaction of internal/postgres or internal/outbox, as all of this project's are.
  *
  * @generated from extension: bool key = 50752;
  */

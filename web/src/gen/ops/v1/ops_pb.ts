@@ -1970,8 +1970,9 @@ export const ResolutionSchema: GenEnum<Resolution> = /*@__PURE__*/
   enumDesc(file_ops_v1_ops, 2);
 
 /**
- * OpsService is served on the operators' port, not with the API. Who has the role observer may look, who has the role operator may look and act. What
- * is done is kept in an audit log with the caller's name and a reason, in the transaction that does it.
+ * OpsService is served on the operators' port, not with the API. Who has the role observer may look, who has the role
+ * operator may look and act. What is done is kept in an audit log with the caller's name and a reason, in the
+ * transaction that does it.
  *
  * @generated from service ops.v1.OpsService
  */
@@ -1987,8 +1988,8 @@ export const OpsService: GenService<{
     output: typeof GetSessionResponseSchema;
   },
   /**
-   * WatchFlow sends the state of every station on the way of a message, once a second, and first the last 15 minutes in numbers. One reading of the
-   * database and the broker serves all who watch.
+   * WatchFlow sends the state of every station on the way of a message, once a second, and first the last 15 minutes in
+   * numbers. One reading of the database and the broker serves all who watch.
    *
    * @generated from rpc ops.v1.OpsService.WatchFlow
    */
@@ -2038,8 +2039,8 @@ export const OpsService: GenService<{
     output: typeof GetDeadLetterResponseSchema;
   },
   /**
-   * ResolveDeadLetters redrives or discards letters, one transaction each, and tells of its progress. A caller that leaves ends it; what is resolved
-   * by then stays so.
+   * ResolveDeadLetters redrives or discards letters, one transaction each, and tells of its progress. A caller that
+   * leaves ends it; what is resolved by then stays so.
    *
    * @generated from rpc ops.v1.OpsService.ResolveDeadLetters
    */

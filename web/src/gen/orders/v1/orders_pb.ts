@@ -582,8 +582,8 @@ export const OrderService: GenService<{
     output: typeof ListOrdersResponseSchema;
   },
   /**
-   * CancelOrder cancels an order that is placed or confirmed and gives its stock back. An order that is already cancelled
-   * is returned as it is; a rejected one is failed_precondition, an unknown one not_found.
+   * CancelOrder cancels an order that is placed or confirmed and gives its stock back. An order that is already
+   * cancelled is returned as it is; a rejected one is failed_precondition, an unknown one not_found.
    *
    * @generated from rpc orders.v1.OrderService.CancelOrder
    */
@@ -593,9 +593,9 @@ export const OrderService: GenService<{
     output: typeof CancelOrderResponseSchema;
   },
   /**
-   * WatchOrder sends the order as it is and then each change. The stream ends after the order was rejected or cancelled;
-   * a confirmed order can still be cancelled, so its stream goes on until the caller leaves. Of several changes in quick
-   * succession only the last may be sent.
+   * WatchOrder sends the order as it is and then each change. The stream ends after the order was rejected or
+   * cancelled; a confirmed order can still be cancelled, so its stream goes on until the caller leaves. Of several
+   * changes in quick succession only the last may be sent.
    *
    * @generated from rpc orders.v1.OrderService.WatchOrder
    */

@@ -90,13 +90,13 @@ type OperationServiceClient interface {
 	GetOperation(context.Context, *v1.GetOperationRequest) (*v1.GetOperationResponse, error)
 	// WaitOperation returns an operation as soon as it has ended, or when the time is up as it is then.
 	WaitOperation(context.Context, *v1.WaitOperationRequest) (*v1.WaitOperationResponse, error)
-	// WatchOperation sends the operation as it is and then each change, until it has ended. Of several changes in quick succession only the
-	// last may be sent.
+	// WatchOperation sends the operation as it is and then each change, until it has ended. Of several changes in quick
+	// succession only the last may be sent.
 	WatchOperation(context.Context, *v1.WatchOperationRequest) (OperationServiceWatchOperationClientStream, error)
 	// ListOperations returns operations page by page, the newest first, and without their responses.
 	ListOperations(context.Context, *v1.ListOperationsRequest) (*v1.ListOperationsResponse, error)
-	// CancelOperation ends an operation that no worker has begun. One that is cancelled already is returned as it is; any other is
-	// failed_precondition.
+	// CancelOperation ends an operation that no worker has begun. One that is cancelled already is returned as it is; any
+	// other is failed_precondition.
 	CancelOperation(context.Context, *v1.CancelOperationRequest) (*v1.CancelOperationResponse, error)
 }
 
@@ -133,13 +133,13 @@ type OperationServiceHandler interface {
 	GetOperation(context.Context, *v1.GetOperationRequest) (*v1.GetOperationResponse, error)
 	// WaitOperation returns an operation as soon as it has ended, or when the time is up as it is then.
 	WaitOperation(context.Context, *v1.WaitOperationRequest) (*v1.WaitOperationResponse, error)
-	// WatchOperation sends the operation as it is and then each change, until it has ended. Of several changes in quick succession only the
-	// last may be sent.
+	// WatchOperation sends the operation as it is and then each change, until it has ended. Of several changes in quick
+	// succession only the last may be sent.
 	WatchOperation(context.Context, *v1.WatchOperationRequest, OperationServiceWatchOperationServerStream) error
 	// ListOperations returns operations page by page, the newest first, and without their responses.
 	ListOperations(context.Context, *v1.ListOperationsRequest) (*v1.ListOperationsResponse, error)
-	// CancelOperation ends an operation that no worker has begun. One that is cancelled already is returned as it is; any other is
-	// failed_precondition.
+	// CancelOperation ends an operation that no worker has begun. One that is cancelled already is returned as it is; any
+	// other is failed_precondition.
 	CancelOperation(context.Context, *v1.CancelOperationRequest) (*v1.CancelOperationResponse, error)
 }
 

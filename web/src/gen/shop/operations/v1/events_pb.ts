@@ -28,7 +28,8 @@ export type OperationSubmitted = Message<"shop.operations.v1.OperationSubmitted"
   operationId: string;
 
   /**
-   * What it calls, as in Operation.method: so that a worker can wait for its turn before it asks the database for anything.
+   * What it calls, as in Operation.method: so that a worker can wait for its turn before it asks the database for
+   * anything.
    *
    * @generated from field: string method = 2;
    */

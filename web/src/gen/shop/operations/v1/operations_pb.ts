@@ -105,7 +105,8 @@ export const OperationSchema: GenMessage<Operation> = /*@__PURE__*/
   messageDesc(file_shop_operations_v1_operations, 0);
 
 /**
- * Status is an error of a call. It is google.rpc.Status field by field, so a client that has that type can read one as the other.
+ * Status is an error of a call. It is google.rpc.Status field by field, so a client that has that type can read one as
+ * the other.
  *
  * @generated from message shop.operations.v1.Status
  */
@@ -385,7 +386,8 @@ export const CancelOperationResponseSchema: GenMessage<CancelOperationResponse> 
   messageDesc(file_shop_operations_v1_operations, 11);
 
 /**
- * OperationState is where an operation stands. PENDING leads to RUNNING or CANCELLED, and RUNNING to SUCCEEDED or FAILED.
+ * OperationState is where an operation stands. PENDING leads to RUNNING or CANCELLED, and RUNNING to SUCCEEDED or
+ * FAILED.
  *
  * @generated from enum shop.operations.v1.OperationState
  */
@@ -440,8 +442,9 @@ export const OperationStateSchema: GenEnum<OperationState> = /*@__PURE__*/
   enumDesc(file_shop_operations_v1_operations, 0);
 
 /**
- * OperationService tells what became of durable calls. A durable call is a unary call with the header Prefer: respond-async; the header
- * Operation of its answer is the operation's name. A caller sees its own operations and no others.
+ * OperationService tells what became of durable calls. A durable call is a unary call with the header Prefer:
+ * respond-async; the header Operation of its answer is the operation's name. A caller sees its own operations and no
+ * others.
  *
  * @generated from service shop.operations.v1.OperationService
  */
@@ -467,8 +470,8 @@ export const OperationService: GenService<{
     output: typeof WaitOperationResponseSchema;
   },
   /**
-   * WatchOperation sends the operation as it is and then each change, until it has ended. Of several changes in quick succession only the
-   * last may be sent.
+   * WatchOperation sends the operation as it is and then each change, until it has ended. Of several changes in quick
+   * succession only the last may be sent.
    *
    * @generated from rpc shop.operations.v1.OperationService.WatchOperation
    */
@@ -488,8 +491,8 @@ export const OperationService: GenService<{
     output: typeof ListOperationsResponseSchema;
   },
   /**
-   * CancelOperation ends an operation that no worker has begun. One that is cancelled already is returned as it is; any other is
-   * failed_precondition.
+   * CancelOperation ends an operation that no worker has begun. One that is cancelled already is returned as it is; any
+   * other is failed_precondition.
    *
    * @generated from rpc shop.operations.v1.OperationService.CancelOperation
    */

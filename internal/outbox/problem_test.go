@@ -11,26 +11,26 @@ import (
 // A failure is told until something got through, and silence when it lasts.
 func TestTrouble(t *testing.T) {
 	t.Parallel()
-	var one problem
+	var p problem
 	now := time.Now()
 	says := func(want string) {
 		t.Helper()
-		if got := one.text(now); got != want && (want == "" || !strings.HasPrefix(got, want)) {
+		if got := p.text(now); got != want && (want == "" || !strings.HasPrefix(got, want)) {
 			t.Errorf("got %q, want %q", got, want)
 		}
 	}
 	says("")
-	one.failed(fmt.Errorf("%w: connect:\n%w", errBroker, errors.New("refused")))
+	p.failed(fmt.Errorf("%w: connect:\n%w", errBroker, errors.New("refused")))
 	says("connect: refused")
-	one.wrote(now.Add(-time.Hour)) // is tried again, and not known to have got through
+	p.wrote(now.Add(-time.Hour)) // is tried again, and not known to have got through
 	says("connect: refused")
-	one.heard(nil)
+	p.settled(nil)
 	says("")
-	one.wrote(now.Add(-time.Second))
+	p.wrote(now.Add(-time.Second))
 	says("")
-	one.wrote(now)
+	p.wrote(now)
 	now = now.Add(time.Minute)
 	says("the broker has confirmed nothing for 1m1s")
-	one.heard([]flight{{written: now}})
+	p.settled([]flight{{written: now}})
 	says("")
 }
