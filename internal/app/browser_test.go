@@ -158,6 +158,9 @@ func (s *browserSession) run(config map[string]string, actions map[string]func()
 				s.t.Errorf("%s: %v", rest, err)
 			}
 			_, _ = io.WriteString(stdin, "done\n") // if the browser has ended, Wait returns the error
+		case what == "do": // without an answer the browser would wait forever
+			_ = command.Process.Kill()
+			s.t.Errorf("the browser requests an unknown action: %s", rest)
 		default:
 			s.t.Log(lines.Text())
 		}

@@ -102,13 +102,13 @@ async function flow() {
   await ask("messages");
   await page.locator(".station.moves .name[title=shipping]").waitFor();
   await pictures("flow");
-  await ask("break broker");
+  await ask("stop broker");
   await station("RabbitMQ", "fault").waitFor();
   await page.locator(".headline[data-state=fault]", { hasText: "The broker cannot be reached" }).waitFor();
   await ask("messages");
   await station("relay", "attention").waitFor();
   await pictures("flow-broker-away");
-  await ask("mend broker");
+  await ask("start broker");
   await station("RabbitMQ", "ok").waitFor();
   await page.locator(".headline[data-state=ok]").waitFor();
 }
@@ -151,7 +151,7 @@ async function deadLetters() {
   await page.locator(".tag", { hasText: "redriven" }).waitFor();
   const done = await page.locator(".timeline .where").allTextContents();
   check(done.join() === "discarded,reopened,redriven", `the record says ${done}`);
-  await ask("effect of the letter");
+  await ask("effect of the redrive");
   await show("dead");
   for (const letter of await page.locator("tbody td a").allTextContents()) await show(`dead/${letter}`);
   await show("dead?cause=no_id");
