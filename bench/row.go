@@ -26,7 +26,7 @@ type row struct {
 type contestant struct {
 	name string
 	run  func(ctx context.Context, b *bench) (measured, error)
-	// once limits a contestant that takes too long for every round to the first one. Its line says so.
+	// once runs a slow contestant in the first round only. Its line in the report says so.
 	once bool
 }
 
