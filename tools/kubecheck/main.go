@@ -25,7 +25,7 @@ import (
 
 func main() {
 	if len(os.Args) < 4 {
-		fail(errors.New("want the arguments OPENAPI_DIR CRD_DIRS KUSTOMIZATION..."))
+		fail(errors.New("usage: kubecheck OPENAPI_DIR CRD_DIRS KUSTOMIZATION"))
 	}
 	known, err := load(os.Args[1], os.Args[2])
 	if err != nil {
