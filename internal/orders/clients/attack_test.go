@@ -79,7 +79,7 @@ func startPod(t *testing.T) *pod {
 		}
 		p.keys, lines = append(p.keys, key), append(lines, line)
 	}
-	command := exec.Command("sh", "-c", `[ -z "$GROUP" ] || echo $$ >"$GROUP/cgroup.procs"; exec "$0" api`, binary)
+	command := exec.Command("sh", "-c", `[ -z "$GROUP" ] || echo $$ >"$GROUP/cgroup.procs" && exec "$0" api`, binary)
 	command.Env = []string{
 		"LISTEN=" + p.addr, "OPS_LISTEN=" + p.ops, "POSTGRES_URL=" + testenv.As(t, testenv.PostgresURL(t), "shop_api"),
 		"API_KEYS=" + strings.Join(lines, " "), "HTTP_MAX_CONNS=" + strconv.Itoa(maxConns),
@@ -116,7 +116,13 @@ func (p *pod) memoryGroup() string {
 			continue
 		}
 		p.t.Cleanup(func() { _ = os.Remove(group) }) // runs after the process has ended
-		if os.WriteFile(filepath.Join(group, file), []byte(strconv.Itoa(p.limit)), 0o644) == nil {
+		// Only the kernel puts files into a new folder. In an ordinary file system, os.WriteFile would create the file.
+		limit, err := os.OpenFile(filepath.Join(group, file), os.O_WRONLY, 0)
+		if err != nil {
+			continue
+		}
+		defer limit.Close()
+		if _, err := limit.WriteString(strconv.Itoa(p.limit)); err == nil {
 			return group
 		}
 	}
