@@ -15,11 +15,12 @@ import (
 	"golang.org/x/mod/module"
 )
 
-// serviceShape is what is at once a Go package, a protobuf package, a database, a container and a Kubernetes object.
+// serviceShape matches names that can be a Go package, a protobuf package, a database, a container and a Kubernetes
+// object.
 var serviceShape = regexp.MustCompile(`^[a-z][a-z0-9]{1,29}$`)
 
-// reserved are names that mean something else where the service's name is used: commands and packages of the template
-// come from its tree.
+// reserved are names that already mean something where the service's name is used. Commands and packages of the
+// template are not listed, because checkService finds them in the template's tree.
 var reserved = map[string]string{
 	"template0": "a database of Postgres", "template1": "a database of Postgres", "postgres": "a database of Postgres",
 	"rabbitmq": "a service of docker-compose.yml",
@@ -34,14 +35,15 @@ var reserved = map[string]string{
 	"on": "a value in YAML", "off": "a value in YAML", "null": "a value in YAML",
 }
 
-// sqlWords are those which Postgres takes for a database's name only in quotes.
-var sqlWords = strings.Fields(`all analyse analyze and any array as asc asymmetric both case cast check collate column constraint create cross
-	current default deferrable desc distinct do else end except false fetch for foreign freeze from full grant group having in initially inner
-	intersect into is isnull join lateral leading left like limit localtime localtimestamp natural not notnull null offset on only or order outer
-	overlaps placing primary references returning right select similar some symmetric table then to trailing true union unique user using
-	variadic verbose when where window with`)
+// sqlWords are words that Postgres accepts as a database's name only in quotes.
+var sqlWords = strings.Fields(`all analyse analyze and any array as asc asymmetric both case cast check collate column
+	constraint create cross current default deferrable desc distinct do else end except false fetch for foreign freeze
+	from full grant group having in initially inner intersect into is isnull join lateral leading left like limit
+	localtime localtimestamp natural not notnull null offset on only or order outer overlaps placing primary references
+	returning right select similar some symmetric table then to trailing true union unique user using variadic verbose
+	when where window with`)
 
-func (o *order) check() error {
+func (o *options) check() error {
 	if err := module.CheckPath(o.module); err != nil {
 		return fmt.Errorf("-module: %w", err)
 	}
@@ -54,8 +56,8 @@ func (o *order) check() error {
 	return o.checkFolder()
 }
 
-// findTemplate looks for the checkout that this program belongs to: the one it is called in.
-func (o *order) findTemplate() error {
+// findTemplate finds the checkout in which this program was called.
+func (o *options) findTemplate() error {
 	top, err := exec.Command("git", "rev-parse", "--show-toplevel").Output()
 	o.template = strings.TrimSuffix(string(top), "\n")
 	if err == nil {
@@ -66,22 +68,22 @@ func (o *order) findTemplate() error {
 		text, err = os.ReadFile(filepath.Join(o.template, "go.mod"))
 	}
 	if err != nil {
-		return errors.New("this is no git checkout of the template: clone it, and call this there")
+		return errors.New("this is not a git checkout of the template: clone the template, and call this program there")
 	}
 	o.oldModule = modfile.ModulePath(text)
 	return nil
 }
 
-func (o *order) checkService() error {
+func (o *options) checkService() error {
 	name := o.service
 	if !serviceShape.MatchString(name) {
-		return fmt.Errorf("%q is not 2 to 30 lower-case letters and digits, the first a letter", name)
+		return fmt.Errorf("%q must be 2 to 30 lower-case letters and digits, and begin with a letter", name)
 	}
 	switch {
 	case token.IsKeyword(name):
-		return fmt.Errorf("%q is a word of Go", name)
+		return fmt.Errorf("%q is a Go keyword", name)
 	case slices.Contains(sqlWords, name):
-		return fmt.Errorf("%q is a word of SQL", name)
+		return fmt.Errorf("%q is an SQL keyword", name)
 	case reserved[name] != "":
 		return fmt.Errorf("%q is %s", name, reserved[name])
 	case name == templateService:
@@ -95,22 +97,22 @@ func (o *order) checkService() error {
 	return nil
 }
 
-func (o *order) checkFolder() (err error) {
+func (o *options) checkFolder() (err error) {
 	if o.folder, err = filepath.Abs(o.folder); err != nil {
 		return err
 	}
 	if _, err := os.Lstat(o.folder); err == nil {
-		return fmt.Errorf("%s exists already", o.folder)
+		return fmt.Errorf("%s already exists", o.folder)
 	}
 	parent, err := filepath.EvalSymlinks(filepath.Dir(o.folder))
 	if err != nil {
-		return fmt.Errorf("%s: there is no folder to make it in", o.folder)
+		return fmt.Errorf("%s: its parent folder does not exist", o.folder)
 	}
 	if info, err := os.Stat(parent); err != nil || !info.IsDir() {
-		return fmt.Errorf("%s is no folder to make it in", parent)
+		return fmt.Errorf("%s is not a folder", parent)
 	}
 	if parent == o.template || strings.HasPrefix(parent, o.template+string(filepath.Separator)) {
-		return fmt.Errorf("%s would lie in the template itself", o.folder)
+		return fmt.Errorf("%s is inside the template", o.folder)
 	}
 	return nil
 }

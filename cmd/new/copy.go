@@ -13,43 +13,43 @@ import (
 	"syscall"
 )
 
-// guide is the page that fills a bare tree.
+// guide is the page that explains how to fill a bare tree.
 const guide = "docs/make-it-yours.md"
 
-// Files that no new tree gets: this program, and generated code, which is made anew (in its descriptors names stand
-// behind their lengths, so nothing can be replaced there).
+// templateFiles are files that no new tree gets: this program, and generated code. A new tree generates that code
+// itself, because in its descriptors each name follows its length and cannot be replaced.
 var templateFiles = []string{
 	"cmd/new/", "internal/gen/", "web/src/gen/", "scripts/new_test.sh",
 	"internal/dev/architecture/language_test.go", // other names make lines longer
 }
 
-// Files that go with the example. Parts of files are marked in them.
+// exampleFiles are files that belong to the example. Marks delimit parts of other files that belong to it.
 var exampleFiles = []string{
 	"internal/orders/", "proto/orders/", "migrations/0004_orders.sql", "cmd/demo/", "bench/", "web/test/",
 	"scripts/compose_test.sh", "docs/clients.md",
 }
 
-// measured pages hold numbers that were measured with the example, also in a bare tree.
+// measured are pages with numbers that were measured with the example. A bare tree keeps them unchanged.
 var measured = map[string]bool{"docs/benchmarks.md": true, "docs/comparison.md": true, "docs/scaling.md": true}
 
-// leftBehind says whether a file of the template is missing in the new tree.
-func (o *order) leftBehind(name string) bool {
+// omitted reports whether the new tree does not get a file of the template.
+func (o *options) omitted(name string) bool {
 	left := templateFiles
 	if o.bare {
 		left = append(left[:len(left):len(left)], exampleFiles...)
 	} else {
 		left = append(left[:len(left):len(left)], guide)
 	}
-	for _, one := range left {
-		if name == one || strings.HasSuffix(one, "/") && strings.HasPrefix(name, one) {
+	for _, file := range left {
+		if name == file || strings.HasSuffix(file, "/") && strings.HasPrefix(name, file) {
 			return true
 		}
 	}
 	return false
 }
 
-// run makes the tree in a hidden folder beside the one that is wanted, and gives it that name when it is complete.
-func (o *order) run(ctx context.Context, out io.Writer) (err error) {
+// run makes the tree in a hidden folder beside the requested one, and renames it when it is complete.
+func (o *options) run(ctx context.Context, out io.Writer) (err error) {
 	scratch, err := os.MkdirTemp(filepath.Dir(o.folder), "."+filepath.Base(o.folder)+"-")
 	if err != nil {
 		return err
@@ -72,18 +72,18 @@ func (o *order) run(ctx context.Context, out io.Writer) (err error) {
 	return os.Rename(tree, o.folder)
 }
 
-// copyTo copies what git knows of, as it is in the folders now.
-func (o *order) copyTo(ctx context.Context, tree string) (n int, err error) {
+// copyTo copies all tracked files in their current state.
+func (o *options) copyTo(ctx context.Context, tree string) (n int, err error) {
 	list, err := exec.CommandContext(ctx, "git", "-C", o.template, "ls-files", "-z").Output()
 	if err != nil {
 		return 0, fmt.Errorf("list the template's files: %w", err)
 	}
 	for name := range strings.SplitSeq(strings.TrimSuffix(string(list), "\x00"), "\x00") {
-		if o.leftBehind(name) {
+		if o.omitted(name) {
 			continue
 		}
 		if err := o.copyOne(name, tree); errors.Is(err, fs.ErrNotExist) {
-			continue // deleted, and not committed yet
+			continue // deleted but not committed
 		} else if err != nil {
 			return n, fmt.Errorf("copy %s: %w", name, err)
 		}
@@ -92,7 +92,7 @@ func (o *order) copyTo(ctx context.Context, tree string) (n int, err error) {
 	return n, nil
 }
 
-func (o *order) copyOne(name, tree string) error {
+func (o *options) copyOne(name, tree string) error {
 	source := filepath.Join(o.template, filepath.FromSlash(name))
 	info, err := os.Stat(source)
 	if err != nil {
@@ -117,8 +117,8 @@ func (o *order) copyOne(name, tree string) error {
 	return os.WriteFile(target, []byte(text), info.Mode().Perm())
 }
 
-// finish makes a repository of the copied files, if they can be built.
-func (o *order) finish(ctx context.Context, tree string, out io.Writer) error {
+// finish makes a repository of the copied files if they build.
+func (o *options) finish(ctx context.Context, tree string, out io.Writer) error {
 	steps := []struct {
 		what string
 		args []string
@@ -139,7 +139,7 @@ func (o *order) finish(ctx context.Context, tree string, out io.Writer) error {
 		}
 		command := exec.CommandContext(ctx, step.args[0], step.args[1:]...)
 		command.Dir = tree
-		// Make tells its children, and npm ends before its folder does.
+		// On SIGTERM, make stops its children, so npm ends before its folder is removed.
 		command.Cancel = func() error { return command.Process.Signal(syscall.SIGTERM) }
 		if output, err := command.CombinedOutput(); err != nil {
 			return fmt.Errorf("%s: %w\n%s", strings.Join(step.args, " "), err, output)
@@ -148,16 +148,16 @@ func (o *order) finish(ctx context.Context, tree string, out io.Writer) error {
 	return nil
 }
 
-// benchTidied tidies the module of the benchmarks, which goes with the example.
-func (o *order) benchTidied() []string {
+// benchTidied returns the command that tidies the module of the benchmarks, which belongs to the example.
+func (o *options) benchTidied() []string {
 	if o.bare {
 		return []string{"true"}
 	}
 	return []string{"go", "-C", "bench", "mod", "tidy"}
 }
 
-// identity is git, with a name for who has not told git theirs.
-func (o *order) identity(ctx context.Context) []string {
+// identity returns the git command, with a user name if git has none configured.
+func (o *options) identity(ctx context.Context) []string {
 	git := []string{"git", "-c", "commit.gpgsign=false"}
 	if exec.CommandContext(ctx, "git", "-C", o.template, "var", "GIT_COMMITTER_IDENT").Run() != nil {
 		git = append(git, "-c", "user.name="+o.service, "-c", "user.email="+o.service+"@localhost")
@@ -165,8 +165,8 @@ func (o *order) identity(ctx context.Context) []string {
 	return git
 }
 
-// describe says which state of the template is copied.
-func (o *order) describe(ctx context.Context) string {
+// describe describes the copied state of the template.
+func (o *options) describe(ctx context.Context) string {
 	text, err := exec.CommandContext(ctx, "git", "-C", o.template, "describe", "--always", "--dirty").Output()
 	if err != nil {
 		return "not committed"

@@ -17,13 +17,13 @@ import (
 	"time"
 )
 
-// These make services and run their tests, which takes minutes: `make new-test`. They start servers of their own, as a
-// newcomer's machine does.
+// These tests make services and run their tests, which takes minutes: `make new-test`. They start their own servers, as
+// on a new user's machine.
 
-// block is a piece of code of the guide: what to run, or what to put into a file.
+// block is a code block of the guide: a script to run, or the contents of a file.
 var block = regexp.MustCompile("(?ms)^```(\\w+)(?: file=(\\S+))?\n(.*?)^```$")
 
-// The guide is done word by word: it touches five files, and what it ends with works.
+// The test follows the guide literally. The guide touches five files, and the resulting service works.
 func TestMadeByTheGuide(t *testing.T) {
 	template := checkout(t)
 	text, err := os.ReadFile(filepath.Join(template, guide))
@@ -54,20 +54,20 @@ func TestMadeByTheGuide(t *testing.T) {
 			s.run(strings.ReplaceAll(code, "127.0.0.1:8080", "127.0.0.1:"+port))
 		}
 	}
-	// What is generated is not counted.
+	// Generated files do not count.
 	changed := s.run(`git status --porcelain --untracked-files=all | grep -v '/gen/' | wc -l`)
 	if touched != 5 || strings.TrimSpace(changed) != "5" {
-		t.Errorf("%d files are told of, and %s changed, want 5", touched, changed)
+		t.Errorf("the guide writes %d files, and %s changed, want 5", touched, changed)
 	}
 }
 
-// With MADE_FULL=1 it is the whole of make test: else what deals with the new names. The core is the same as in the
-// tree of the guide.
+// With MADE_FULL=1 it runs all of make test. Otherwise it runs the tests that depend on names; the rest of the code is
+// the same as in the tree of the guide.
 func TestMadeWithTheExample(t *testing.T) {
 	s := &shell{t: t, dir: checkout(t), env: environment()}
 	s.run("go run ./cmd/new -example -module github.com/acme/pay -service pay ../pay\ncd ../pay")
 	if status := s.run("git status --porcelain; git log --oneline | wc -l"); strings.TrimSpace(status) != "1" {
-		t.Errorf("not one commit of everything: %s", status)
+		t.Errorf("want one commit that contains everything: %s", status)
 	}
 	if os.Getenv("MADE_FULL") != "" {
 		s.run("make lint test")
@@ -75,11 +75,12 @@ func TestMadeWithTheExample(t *testing.T) {
 	}
 	s.run(`make lint
 		make -s .stack/bin/stack
-		.stack/bin/stack --profile test -- go test -race -count=1 ./cmd/pay/ ./cmd/demo/ ./internal/app/ ./internal/dev/architecture/ ./internal/orders/... ./migrations/
+		.stack/bin/stack --profile test -- go test -race -count=1 ./cmd/pay/ ./cmd/demo/ ./internal/app/ \
+			./internal/dev/architecture/ ./internal/orders/... ./migrations/
 		.stack/bin/stack --profile test -- go run ./cmd/demo --orders 400`)
 }
 
-// gonew rewrites import paths and nothing else, so the tree must not name its module anywhere else.
+// gonew rewrites only import paths, so the tree must not contain its module's name anywhere else.
 func TestMadeByGonew(t *testing.T) {
 	s := &shell{t: t, dir: checkout(t), env: environment()}
 	proxy := t.TempDir()
@@ -90,17 +91,20 @@ func TestMadeByGonew(t *testing.T) {
 		cp go.mod "$versions/v0.1.0.mod"
 		echo '{"Version": "v0.1.0", "Time": "2026-01-01T00:00:00Z"}' >"$versions/v0.1.0.info"
 		echo v0.1.0 >"$versions/list"
-		git archive --prefix=example.com/shop@v0.1.0/ -o "$versions/v0.1.0.zip" HEAD $(git ls-files | grep -v '^bench/\|^conformance/\|^tools/')
-		GOPROXY=file://%[1]s GONOSUMDB='*' GOFLAGS=-modcacherw GOMODCACHE=%[1]s/cache %[1]s/bin/gonew example.com/shop@v0.1.0 github.com/acme/gone ../gone
+		git archive --prefix=example.com/shop@v0.1.0/ -o "$versions/v0.1.0.zip" HEAD \
+			$(git ls-files | grep -v '^bench/\|^conformance/\|^tools/')
+		GOPROXY=file://%[1]s GONOSUMDB='*' GOFLAGS=-modcacherw GOMODCACHE=%[1]s/cache \
+			%[1]s/bin/gonew example.com/shop@v0.1.0 github.com/acme/gone ../gone
 		cd ../gone
 		go vet ./...
 		go build -o .stack/bin/stack ./cmd/stack
-		.stack/bin/stack --profile test -- go test -count=1 ./cmd/shop/ ./cmd/demo/ ./internal/app/ ./internal/dev/architecture/ ./internal/orders/ ./migrations/
+		.stack/bin/stack --profile test -- go test -count=1 ./cmd/shop/ ./cmd/demo/ ./internal/app/ \
+			./internal/dev/architecture/ ./internal/orders/ ./migrations/
 		.stack/bin/stack --profile test -- go run ./cmd/demo --orders 400`, proxy))
 }
 
-// checkout is a repository with what this one's folders hold now, so that what is made lies beside it in a folder of
-// the test's.
+// checkout makes a repository of the current files in a folder of the test, so that new services are made beside it in
+// that folder.
 func checkout(t *testing.T) string {
 	t.Helper()
 	dir := filepath.Join(t.TempDir(), "template")
@@ -115,16 +119,18 @@ func checkout(t *testing.T) string {
 	return dir
 }
 
-// environment is ours without servers, and without what make tells its children.
+// environment is the process's environment without servers, and without the variables that make passes to its children.
 func environment() []string {
-	return slices.DeleteFunc(os.Environ(), func(one string) bool {
-		name, _, _ := strings.Cut(one, "=")
-		return slices.Contains([]string{"POSTGRES_URL", "AMQP_URL", "RABBITMQ_MANAGEMENT_URL", "MAKEFLAGS", "MFLAGS",
-			"MAKELEVEL"}, name)
+	unwanted := []string{
+		"POSTGRES_URL", "AMQP_URL", "RABBITMQ_MANAGEMENT_URL", "MAKEFLAGS", "MFLAGS", "MAKELEVEL",
+	}
+	return slices.DeleteFunc(os.Environ(), func(variable string) bool {
+		name, _, _ := strings.Cut(variable, "=")
+		return slices.Contains(unwanted, name)
 	})
 }
 
-// shell runs one script after another and stays in the folder in which each ends.
+// shell runs scripts one after another. Each starts in the folder in which the previous one ended.
 type shell struct {
 	t   *testing.T
 	dir string
@@ -145,9 +151,8 @@ func (s *shell) run(script string) (output string) {
 	var out bytes.Buffer
 	command.Stdout, command.Stderr = &out, &out
 	if err := command.Run(); err != nil {
-		// What services under test log.
+		// Omit the log lines of services under test, and show failures before the output, which may be very long.
 		text := regexp.MustCompile(`(?m)^time=.*\n`).ReplaceAllString(out.String(), "")
-		// In front of what may be very long.
 		failed := regexp.MustCompile(`(?m)^ *(--- FAIL|\w+_test\.go:\d+:).*\n`).FindAllString(text, 100)
 		s.t.Fatalf("%s: %v\n%s\n%s", script, err, strings.Join(failed, ""), text[max(0, len(text)-10_000):])
 	}

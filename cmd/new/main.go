@@ -1,12 +1,11 @@
-// Command new makes a service of one's own from this template:
+// Command new makes a new service from this template:
 //
 //	go run ./cmd/new -module github.com/acme/billing -service billing ../billing
 //
-// It copies what git knows of, gives everything the new names, generates code anew, and leaves a repository with one
-// commit. With -bare the example domain stays behind: what is left builds, migrates, starts and passes the core's
-// tests.
+// It copies all tracked files, replaces names everywhere, generates code again, and leaves a repository with one
+// commit. With -bare it omits the example domain. The rest builds, migrates, starts and passes its tests.
 //
-// Either the folder is there in the end and complete, or it is not there.
+// The folder is either complete at the end or does not exist.
 package main
 
 import (
@@ -26,7 +25,7 @@ const usage = "usage: go run ./cmd/new -module MODULE -service NAME [-bare | -ex
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
-	order, err := parse(os.Args[1:])
+	options, err := parse(os.Args[1:])
 	if errors.Is(err, flag.ErrHelp) {
 		fmt.Println(help)
 		return
@@ -34,10 +33,10 @@ func main() {
 	if err != nil {
 		fail(2, err)
 	}
-	if err := order.run(ctx, os.Stdout); err != nil {
+	if err := options.run(ctx, os.Stdout); err != nil {
 		fail(1, err)
 	}
-	order.report(os.Stdout)
+	options.report(os.Stdout)
 }
 
 const help = usage + `
@@ -47,20 +46,20 @@ Makes a service from this template in FOLDER, which must not exist.
   -module   path of the new Go module, such as github.com/acme/billing
   -service  name of the service: of its binary, packages, queues and database. Lower-case letters and digits
   -example  keep the example domain, under the new name (this is the default)
-  -bare     leave it out: an empty service, for docs/make-it-yours.md to fill`
+  -bare     omit it: an empty service, for docs/make-it-yours.md to fill`
 
-// order is what is asked for, as the command line says it.
-type order struct {
+// options are the parsed command line.
+type options struct {
 	module, service string
 	bare            bool
-	folder          string // absolute
-	template        string // top of the checkout that is copied
-	oldModule       string // its module: not templateModule, if gonew has made it
+	folder          string // absolute path of the new service
+	template        string // top folder of the checkout that is copied
+	oldModule       string // module of that checkout; not templateModule if gonew made it
 }
 
-// parse returns an order that can be carried out, or an error of one line.
-func parse(args []string) (*order, error) {
-	o := new(order)
+// parse returns checked options, or an error of one line.
+func parse(args []string) (*options, error) {
+	o := new(options)
 	flags := flag.NewFlagSet("new", flag.ContinueOnError)
 	flags.SetOutput(io.Discard)
 	flags.StringVar(&o.module, "module", "", "")
@@ -80,14 +79,14 @@ func parse(args []string) (*order, error) {
 	return o, o.check()
 }
 
-func (o *order) report(out io.Writer) {
+func (o *options) report(out io.Writer) {
 	kind := "with the example domain"
 	next := "make demo             # its worst day, then the ledger"
 	if o.bare {
 		kind, next = "without a domain", "docs/make-it-yours.md # your first RPC and event"
 	}
-	fmt.Fprintf(out, "\n%s: the service %s, module %s, %s, one commit. Next:\n\n  cd %s\n  make test             # "+
-		"every test, on real servers\n  %s\n",
+	fmt.Fprintf(out, "\n%s: the service %s, module %s, %s, one commit. Next:\n\n"+
+		"  cd %s\n  make test             # every test, on real servers\n  %s\n",
 		o.folder, o.service, o.module, kind, o.folder, next)
 }
 

@@ -7,12 +7,13 @@ import (
 	"strings"
 )
 
-// In files that stay, lines between "# example" and "# /example" go with the example, and lines between "# template"
-// and "# /template" with the template. The comment is the file's own: # or // or -- or <!-- -->.
+// mark matches a mark, which is a comment in the file's own syntax (#, //, -- or <!-- -->). Lines between "# example"
+// and "# /example" belong to the example, and lines between "# template" and "# /template" to the template, in files
+// that otherwise stay.
 var mark = regexp.MustCompile(`^\s*(?:#|//|--|<!--) (/?)(example|template)(?: -->)?$`)
 
-// unmarked leaves the marks out, and with them what is not wanted.
-func (o *order) unmarked(text string) (string, error) {
+// unmarked removes the marks and the lines between them that the new tree does not get.
+func (o *options) unmarked(text string) (string, error) {
 	var kept strings.Builder
 	open := ""
 	for line := range strings.Lines(text) {
@@ -27,7 +28,7 @@ func (o *order) unmarked(text string) (string, error) {
 		case found[1] == "/" && open == found[2]:
 			open = ""
 		default:
-			return "", fmt.Errorf("the mark %q does not fit where it stands", strings.TrimSpace(line))
+			return "", fmt.Errorf("the mark %q is unexpected here", strings.TrimSpace(line))
 		}
 	}
 	if open != "" {
@@ -41,14 +42,14 @@ var (
 	exampleTests = regexp.MustCompile("(?:, `orders\\.Test\\w+`)+ \\|\n")
 )
 
-// tabled leaves out rows of a page's tables, between which no mark can stand: those that lead to what is left behind,
-// and those that only the example keeps.
-func (o *order) tabled(name, text string) string {
+// withoutRows removes rows from a page's tables, where no mark can be: rows that link to omitted files, and rows and
+// tests that only the example needs.
+func (o *options) withoutRows(name, text string) string {
 	var kept strings.Builder
 	for line := range strings.Lines(text) {
 		if strings.HasPrefix(line, "| ") {
 			found := linkIn.FindStringSubmatch(line)
-			if found != nil && o.leftBehind(path.Join(path.Dir(name), found[1])) {
+			if found != nil && o.omitted(path.Join(path.Dir(name), found[1])) {
 				continue
 			}
 			if o.bare {

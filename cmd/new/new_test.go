@@ -80,40 +80,40 @@ func TestWrongArguments(t *testing.T) {
 		"module with a version": {"-module github.com/acme/billing@v1 -service billing DIR/billing",
 			"-module: malformed"},
 		"capitals": {"-module github.com/acme/billing -service Billing DIR/billing",
-			`"Billing" is not 2 to 30 lower-case`},
+			`"Billing" must be 2 to 30 lower-case`},
 		"a hyphen": {"-module github.com/acme/billing -service my-billing DIR/billing",
-			"is not 2 to 30 lower-case"},
+			"must be 2 to 30 lower-case"},
 		"a digit first": {"-module github.com/acme/billing -service 2pay DIR/billing",
-			"is not 2 to 30 lower-case"},
+			"must be 2 to 30 lower-case"},
 		"a path": {"-module github.com/acme/billing -service ../x DIR/billing",
-			"is not 2 to 30 lower-case"},
-		"a word of Go": {"-module github.com/acme/billing -service func DIR/billing",
-			`"func" is a word of Go`},
-		"a word of SQL": {"-module github.com/acme/billing -service user DIR/billing",
-			`"user" is a word of SQL`},
-		"a package of the core": {"-module github.com/acme/billing -service outbox DIR/billing",
+			"must be 2 to 30 lower-case"},
+		"a Go keyword": {"-module github.com/acme/billing -service func DIR/billing",
+			`"func" is a Go keyword`},
+		"an SQL keyword": {"-module github.com/acme/billing -service user DIR/billing",
+			`"user" is an SQL keyword`},
+		"a package of the template": {"-module github.com/acme/billing -service outbox DIR/billing",
 			`"outbox" is internal/outbox of the template`},
-		"another": {"-module github.com/acme/billing -service stack DIR/billing",
+		"a command of the template": {"-module github.com/acme/billing -service stack DIR/billing",
 			`"stack" is cmd/stack of the template`},
 		"a folder of Go": {"-module github.com/acme/billing -service internal DIR/billing",
 			`"internal" is a folder`},
-		"what everybody tries": {"-module github.com/acme/billing -service test DIR/billing", `"test" is `},
-		"a folder that exists": {"-module github.com/acme/billing -service billing FULL", "exists already"},
-		"a file that exists":   {"-module github.com/acme/billing -service billing FULL/file", "exists already"},
-		"below nothing": {"-module github.com/acme/billing -service billing DIR/none/billing",
-			"no folder to make it in"},
-		"below a file": {"-module github.com/acme/billing -service billing FULL/file/billing",
-			"no folder to make it in"},
+		"a common first try":   {"-module github.com/acme/billing -service test DIR/billing", `"test" is `},
+		"a folder that exists": {"-module github.com/acme/billing -service billing FULL", "already exists"},
+		"a file that exists":   {"-module github.com/acme/billing -service billing FULL/file", "already exists"},
+		"in no folder": {"-module github.com/acme/billing -service billing DIR/none/billing",
+			"parent folder does not exist"},
+		"in a file": {"-module github.com/acme/billing -service billing FULL/file/billing",
+			"is not a folder"},
 		"in the template": {"-module github.com/acme/billing -service billing ../billing",
-			"would lie in the template itself"},
+			"is inside the template"},
 		"in the template, hidden": {"-module github.com/acme/billing -service billing ../../.github/billing",
-			"would lie in the template itself"},
+			"is inside the template"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			dir := t.TempDir()
-			status, stderr := call(t, ".", strings.Fields(strings.NewReplacer("DIR", dir, "FULL",
-				full).Replace(test.args))...)
+			replacer := strings.NewReplacer("DIR", dir, "FULL", full)
+			status, stderr := call(t, ".", strings.Fields(replacer.Replace(test.args))...)
 			if status != 2 || strings.Count(stderr, "\n") != 1 || !strings.HasPrefix(stderr, "new: ") ||
 				!strings.Contains(stderr, test.want) {
 				t.Errorf("exit status %d, %q, want %q", status, stderr, test.want)
@@ -123,18 +123,19 @@ func TestWrongArguments(t *testing.T) {
 	}
 }
 
-func TestWantsACheckout(t *testing.T) {
+func TestNeedsACheckout(t *testing.T) {
 	t.Parallel()
 	outside, dir := t.TempDir(), t.TempDir()
 	status, stderr := call(t, outside, "-module", "github.com/acme/billing", "-service", "billing",
 		filepath.Join(dir, "billing"))
-	if status != 2 || stderr != "new: this is no git checkout of the template: clone it, and call this there\n" {
+	const want = "new: this is not a git checkout of the template: clone the template, and call this program there\n"
+	if status != 2 || stderr != want {
 		t.Errorf("exit status %d, %q", status, stderr)
 	}
 	wantEmpty(t, dir)
 }
 
-// Ctrl-C in the middle of it: what was copied is gone.
+// Ctrl-C in the middle removes what was copied.
 func TestInterruptLeavesNothingBehind(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -149,8 +150,8 @@ func TestInterruptLeavesNothingBehind(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	said := make([]byte, len("copied"))
-	if _, err := stdout.Read(said); err != nil {
+	output := make([]byte, len("copied"))
+	if _, err := stdout.Read(output); err != nil {
 		t.Error(err)
 	}
 	if err := command.Process.Signal(syscall.SIGINT); err != nil {
@@ -164,8 +165,8 @@ func TestInterruptLeavesNothingBehind(t *testing.T) {
 	wantEmpty(t, dir)
 }
 
-// orderOf is what the command line would ask for.
-func orderOf(t *testing.T, form, service, folder string) *order {
+// optionsOf parses a command line.
+func optionsOf(t *testing.T, form, service, folder string) *options {
 	t.Helper()
 	o, err := parse([]string{form, "-module", "github.com/acme/billing", "-service", service, folder})
 	if err != nil {
@@ -174,21 +175,23 @@ func orderOf(t *testing.T, form, service, folder string) *order {
 	return o
 }
 
-// cores are lines of the core that use the word orders or name a tool of the template in a sense of their own.
-var cores = regexp.MustCompile(`Key orders|key orders|opposite orders|two orders differ|different orders|DROP TABLE orders|relation orders|"cmd/demo"`)
+// exempt matches lines that use the word orders, or name a tool of the template, in a sense that is not the example's.
+var exempt = regexp.MustCompile(`Key orders|key orders|opposite orders|two orders differ|different orders|` +
+	`DROP TABLE orders|relation orders|"cmd/demo"`)
 
-// A bare tree names neither the template's service nor its example nor what was left out.
+// A bare tree mentions neither the template's service nor its example nor what was omitted.
 func TestBareTreeDoesNotNameTheExample(t *testing.T) {
 	t.Parallel()
-	named := regexp.MustCompile(`(?i)shop|\borders\b|\bordersv1|PlaceOrder|OrderService|OrderPlaced|SetStock|cmd/demo|make demo|make bench|compose_test`)
+	named := regexp.MustCompile(`(?i)shop|\borders\b|\bordersv1|PlaceOrder|OrderService|OrderPlaced|SetStock|` +
+		`cmd/demo|make demo|make bench|compose_test`)
 	everyText(t, copied(t, "-bare", "billing"), func(name, line string) {
-		if !measured[name] && named.MatchString(line) && !cores.MatchString(line) {
+		if !measured[name] && named.MatchString(line) && !exempt.MatchString(line) {
 			t.Errorf("%s: %s", name, line)
 		}
 	})
 }
 
-// With the example, the domain keeps its name and the service gets the new one.
+// With the example, the domain keeps its name and the service gets its new one.
 func TestNameOfTheServiceIsRenamedEverywhere(t *testing.T) {
 	t.Parallel()
 	tree := copied(t, "-example", "billing")
@@ -206,7 +209,7 @@ func TestNameOfTheServiceIsRenamedEverywhere(t *testing.T) {
 	}
 }
 
-// The service's name is a word that means nothing else, and no part of another word. Otherwise it could not be renamed.
+// The service's name has no other meaning and is not part of another word. Otherwise it could not be replaced.
 func TestTheServicesNameStandsAlone(t *testing.T) {
 	t.Parallel()
 	part := regexp.MustCompile(`(?i:[a-z]shop|shop[a-z])|Shop`)
@@ -217,8 +220,7 @@ func TestTheServicesNameStandsAlone(t *testing.T) {
 	})
 }
 
-// Marks are gone, pages lead to files that are there, and workflows and compose files are the same but for names and
-// marks.
+// Marks are removed, and links lead to existing files.
 func TestPagesOfANewTreeLeadSomewhere(t *testing.T) {
 	t.Parallel()
 	for _, form := range []string{"-bare", "-example"} {
@@ -242,33 +244,36 @@ func TestPagesOfANewTreeLeadSomewhere(t *testing.T) {
 
 func TestMarks(t *testing.T) {
 	t.Parallel()
-	const text = "a\n  # example\nb\n  # /example\n<!-- template -->\nc\n<!-- /template -->\n// example of " +
-		"something\nd\n"
-	for bare, want := range map[bool]string{true: "a\n// example of something\nd\n",
-		false: "a\nb\n// example of something\nd\n"} {
-		if got, err := (&order{bare: bare}).unmarked(text); err != nil || got != want {
+	const text = "a\n  # example\nb\n  # /example\n<!-- template -->\nc\n<!-- /template -->\n" +
+		"// example of something\nd\n"
+	for bare, want := range map[bool]string{
+		true:  "a\n// example of something\nd\n",
+		false: "a\nb\n// example of something\nd\n",
+	} {
+		if got, err := (&options{bare: bare}).unmarked(text); err != nil || got != want {
 			t.Errorf("bare %v: %q, %v", bare, got, err)
 		}
 	}
-	for _, wrong := range []string{"# example\n", "# /example\n", "# example\n# template\n",
-		"# example\n# /template\n"} {
-		if got, err := new(order).unmarked(wrong); err == nil {
+	for _, wrong := range []string{
+		"# example\n", "# /example\n", "# example\n# template\n", "# example\n# /template\n",
+	} {
+		if got, err := new(options).unmarked(wrong); err == nil {
 			t.Errorf("%q became %q", wrong, got)
 		}
 	}
 }
 
-// copied is a tree of renamed files, without generated code.
+// copied makes a tree of renamed files without generated code, and returns its folder.
 func copied(t *testing.T, form, service string) string {
 	t.Helper()
-	o := orderOf(t, form, service, filepath.Join(t.TempDir(), "billing"))
+	o := optionsOf(t, form, service, filepath.Join(t.TempDir(), "billing"))
 	if n, err := o.copyTo(t.Context(), o.folder); err != nil || n < 200 {
 		t.Fatalf("%d files copied, %v", n, err)
 	}
 	return o.folder
 }
 
-// everyText calls fn with each line of the tree that is ours.
+// everyText calls fn with each line of the tree, except in verbatim files.
 func everyText(t *testing.T, tree string, fn func(name, line string)) {
 	t.Helper()
 	err := filepath.WalkDir(tree, func(path string, d os.DirEntry, err error) error {

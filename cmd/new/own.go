@@ -8,7 +8,7 @@ import (
 	"text/template"
 )
 
-// Files that a new tree has of its own.
+// These are the new tree's own versions of files.
 var (
 	//go:embed own/README.md.tmpl
 	readme string
@@ -18,8 +18,8 @@ var (
 	changelog string
 )
 
-// rewritten is what a file says in the new tree, under its old names still.
-func (o *order) rewritten(name, text string) (string, error) {
+// rewritten returns the text of a file in the new tree, before names are replaced.
+func (o *options) rewritten(name, text string) (string, error) {
 	switch {
 	case verbatim(name):
 		return text, nil
@@ -31,18 +31,18 @@ func (o *order) rewritten(name, text string) (string, error) {
 		return bareDomain, nil
 	}
 	if o.bare && name == "docs/benchmarks.md" {
-		text = strings.Replace(text, "\n\n", "\n\nMeasured with the template that this service is made from; its "+
-			"`make bench` measures anew.\n\n", 1)
+		text = strings.Replace(text, "\n\n", "\n\nMeasured with the template that this service was made from; run its "+
+			"`make bench` to measure again.\n\n", 1)
 	}
 	text, err := o.unmarked(text)
 	if path.Ext(name) == ".md" {
-		text = o.tabled(name, text)
+		text = o.withoutRows(name, text)
 	}
 	return text, err
 }
 
-// readme is a page of its own, with the sections of the template's README that hold for every service.
-func (o *order) readme(templates string) (string, error) {
+// readme returns the new tree's own README, with the sections of the template's README that are true for every service.
+func (o *options) readme(templates string) (string, error) {
 	page, err := template.New("README.md").Funcs(template.FuncMap{"section": func(title string) (string, error) {
 		_, rest, found := strings.Cut(templates, "\n## "+title+"\n")
 		if !found {
@@ -56,7 +56,7 @@ func (o *order) readme(templates string) (string, error) {
 	}
 	domain := "orders"
 	if o.bare {
-		domain = "invoices" // the guide's
+		domain = "invoices" // the domain of the guide
 	}
 	var text strings.Builder
 	if err := page.Execute(&text, map[string]any{"Bare": o.bare, "Domain": domain}); err != nil {

@@ -6,15 +6,15 @@ import (
 	"strings"
 )
 
-// The template calls its service shop, a word that occurs nowhere else (TestTheServicesNameStandsAlone). So a new
-// service is one word and one module path away.
+// The template calls its service shop, a word that occurs nowhere else (TestTheServicesNameStandsAlone). So making a
+// new service means replacing one word and one module path.
 const (
 	templateModule  = "example.com/shop"
 	templateService = "shop"
 )
 
-// guideExamples replace calls and events of the example domain in a bare tree, which has none of them. Their
-// replacements are the ones that the guide adds.
+// guideExamples replaces calls and events of the example domain in a bare tree, which has none of them, by those that
+// the guide adds.
 var guideExamples = strings.NewReplacer(
 	"orders.v1", "invoices.v1", "orders/v1", "invoices/v1", "ordersv1", "invoicesv1", "internal/orders",
 	"internal/invoices", `orders\.v1`, `invoices\.v1`, "OrderService", "InvoiceService",
@@ -25,13 +25,13 @@ var guideExamples = strings.NewReplacer(
 	`{"order_id": "..."}`, `{"customer_id": "ann"}`,
 )
 
-// verbatim files are vendored or written by a tool. They keep their text.
+// verbatim reports whether a file is vendored or written by a tool, and therefore copied unchanged.
 func verbatim(name string) bool {
 	return strings.HasPrefix(name, "proto/buf/") || path.Base(name) == "LICENSE" || path.Base(name) == "go.sum"
 }
 
 // renamed returns a file's name and text in the new tree.
-func (o *order) renamed(name, text string) (newName, newText string, err error) {
+func (o *options) renamed(name, text string) (newName, newText string, err error) {
 	if verbatim(name) {
 		return name, text, nil
 	}
@@ -39,7 +39,7 @@ func (o *order) renamed(name, text string) (newName, newText string, err error) 
 		text = guideExamples.Replace(text)
 	}
 	text = o.names().Replace(text)
-	if name == guide { // it makes a service of its own
+	if name == guide { // its own example must name the new service
 		text = strings.NewReplacer("github.com/acme/billing", o.module, "billing", o.service).Replace(text)
 	}
 	name = strings.ReplaceAll(name, templateService, o.service)
@@ -52,7 +52,7 @@ func (o *order) renamed(name, text string) (newName, newText string, err error) 
 
 // names replaces the template's module and service by the new ones. A buf module's name has three parts, whatever the
 // Go module's path is.
-func (o *order) names() *strings.Replacer {
+func (o *options) names() *strings.Replacer {
 	return strings.NewReplacer(
 		"name: "+templateModule+"/api", "name: example.com/"+o.service+"/api",
 		templateModule, o.module, o.oldModule, o.module,

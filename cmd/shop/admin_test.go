@@ -172,9 +172,8 @@ func TestUnreachableServersGiveOneLine(t *testing.T) {
 	f.environment = []string{goodPostgres, goodAMQP, "USER=ann"} // closed ports
 	for _, args := range []string{
 		"outbox status", "outbox repair", "outbox shards", "outbox shards 2", "outbox replay --dry-run",
-		"outbox replay",
-		"dead list", "dead show 1", "dead redrive --id=1 --reason=x", "dead discard --id=1 --reason=x", "trace x",
-		"doctor",
+		"outbox replay", "dead list", "dead show 1", "dead redrive --id=1 --reason=x",
+		"dead discard --id=1 --reason=x", "trace x", "doctor",
 	} {
 		f.wantOutput(1, args, `refused`)
 	}

@@ -10,15 +10,15 @@ func TestConsumerCommands(t *testing.T) {
 	f := newFixture(t)
 	name := f.group.Name
 	for i := range 3 {
-		f.exec(`INSERT INTO inbox_retry (consumer, message_id, type, key, payload, headers, attempts, due_at,
-			last_error)
+		f.exec(`INSERT INTO inbox_retry
+				(consumer, message_id, type, key, payload, headers, attempts, due_at, last_error)
 			VALUES ($1, $2, 't.T', 'k', '', '{}', 1, now(), E'it is\x1b[31m broken')`, name, fmt.Sprint("m", i))
 	}
 	f.wantOutput(0, "consumer ls", name+` +no process runs it +0 +3 `, `operations`,
 		name+` +k +3 .* m0 +it is\\x1b\[31m broken`)
 	f.wantOutput(0, "consumer pause "+name+" --reason=why", "is paused")
-	f.wantOutput(1, "consumer pause "+name+" --reason=why", "paused already")
-	f.wantOutput(1, "consumer pause nobody --reason=why", "there is no consumer group")
+	f.wantOutput(1, "consumer pause "+name+" --reason=why", "already paused")
+	f.wantOutput(1, "consumer pause nobody --reason=why", `consumer group "nobody" does not exist`)
 	f.wantOutput(2, "consumer pause "+name, "--reason")
 	f.wantOutput(0, "consumer ls", name+` +paused by ann: why`)
 	var list struct {

@@ -232,8 +232,8 @@ func (f *resolveFlags) checkAs(actor string) error {
 	}
 	switch {
 	case f.isEmpty() && !f.All:
-		return errors.New("--all: is required to resolve every open dead letter; select some with --id or another " +
-			"filter")
+		return errors.New("--all: is required to resolve every open dead letter; " +
+			"select some with --id or another filter")
 	case !f.isEmpty() && f.All:
 		return errors.New("--all: cannot be combined with a filter")
 	}

@@ -80,7 +80,7 @@ func TestDeadRedriveAndDiscard(t *testing.T) {
 	f.wantRows("open, open, open, open", states)
 	f.wantOutput(1, "dead redrive --all --reason=fixed --rate=1000",
 		`letter 1 .*: redriven\n`, `letter 2 of relay, .*: redriven\n`, `letter 3 .*: not resolved: .*force`,
-		`letter 4 .*: not resolved: there is no consumer group "gone" any more`,
+		`letter 4 .*: not resolved: consumer group "gone" no longer exists`,
 		`\n2 redriven, 0 duplicate, 2 not resolved\n`, `shop: 2 dead letters were not resolved\n$`)
 	f.wantRows("redriven, redriven, open, open", states)
 	f.wantRows("ann fixed, ann fixed", `SELECT actor || ' ' || reason FROM dead_letter_audit`)
@@ -169,7 +169,7 @@ func TestDeadLettersOfDurableCalls(t *testing.T) {
 	f.exec(`INSERT INTO dead_letter (consumer, message_id, type, key, payload, headers, reason, error, attempts)
 		VALUES ('operations', $1, $2, '', '', '{}', 'exhausted', 'broken', 10)`, id, operations.MessageType)
 	f.wantOutput(1, "dead redrive --id=1 --reason=why",
-		`letter 1 of operations, .*: not resolved: its durable call has ended as failed, and its caller was told so: `+
+		`letter 1 of operations, .*: not resolved: its durable call has ended as failed, and its caller has that result: `+
 			`only the caller can submit it again`, `0 redriven, 0 duplicate, 1 not resolved\n`)
 	f.wantOutput(0, "dead discard --id=1 --reason=why", `1 discarded, 0 not resolved`)
 }

@@ -68,12 +68,12 @@ func TestDoctorWithoutServers(t *testing.T) {
 	good := f.environment
 	f.environment = append(good, goodPostgres)
 	f.wantOutput(1, "doctor",
-		`database +unknown +could not look: .*refused`, `→ Check host and port in POSTGRES_URL`,
+		`database +unknown +could not run: .*refused`, `→ Check host and port in POSTGRES_URL`,
 		`skipped for the same reason: schema, grants, .*retries\n`,
 		`broker +(ok|attention) `, `shop: \d+ checks could not run\n$`)
 	f.environment = append(good, goodAMQP)
 	f.wantOutput(1, "doctor",
-		`broker +unknown +could not look: .*refused`, `→ Check host and port in AMQP_URL`,
+		`broker +unknown +could not run: .*refused`, `→ Check host and port in AMQP_URL`,
 		`skipped for the same reason: queues, policies\n`, `relay +wrong`,
 		`shop: \d checks? failed, 3 checks could not run\n$`)
 	var answer struct {

@@ -104,8 +104,9 @@ func (f *edgeFlags) config() app.Edge {
 	return app.Edge{
 		JWKS: f.JWKS, Tokens: auth.TokenConfig{Issuer: f.Issuer, Audience: f.Audience, RolesClaim: f.RolesClaim},
 		APIKeysFile: f.APIKeysFile, APIKeys: f.APIKeys, NoAuth: f.NoAuth, NoAuthHosts: f.NoAuthHosts,
-		TLS: rpcserver.TLSFiles{Cert: f.TLSCert, Key: f.TLSKey, ClientCA: f.TLSClientCA,
-			RequireClient: f.TLSRequire},
+		TLS: rpcserver.TLSFiles{
+			Cert: f.TLSCert, Key: f.TLSKey, ClientCA: f.TLSClientCA, RequireClient: f.TLSRequire,
+		},
 		Limit:   rpcserver.LimitConfig{Rate: f.CallerRate, Burst: f.CallerBurst, Concurrent: f.CallerConcurrency},
 		Origins: f.CORSOrigins, ReadMaxBytes: f.ReadMaxBytes, InFlightBytes: f.InFlightMaxBytes,
 		MaxConns: f.HTTPMaxConns, MaxConnsPerAddress: f.maxConnsPerAddress(),

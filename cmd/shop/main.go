@@ -190,8 +190,7 @@ func appConfig(
 	ops listenAddress, db databaseFlags, api apiFlags, broker brokerFlags, relay relayFlags, consumer consumerFlags,
 ) app.Config {
 	return app.Config{
-		OpsAddr: string(ops), PostgresURL: string(db.PostgresURL), ListenURL: string(db.ListenURL),
-		MaxConns:  db.MaxConns,
+		OpsAddr: string(ops), PostgresURL: string(db.PostgresURL), ListenURL: string(db.ListenURL), MaxConns: db.MaxConns,
 		HighWater: outbox.GateConfig{MaxMessages: api.MaxBacklog, MaxAge: api.MaxBacklogAge},
 		AMQPURL:   string(broker.AMQPURL), Exchange: broker.Exchange, TopologyGiven: broker.Topology == "given",
 		Relay: outbox.Config{
@@ -321,8 +320,8 @@ func (k *signingKey) UnmarshalText(text []byte) error {
 	return nil
 }
 
-// amqpURL is checked in the same way. A user without a password gets the one in AMQP_PASSWORD, as libpq uses
-// PGPASSWORD, so scripts need not escape it.
+// amqpURL is checked in the same way. AMQP_PASSWORD provides a missing password, as PGPASSWORD does for libpq, so that
+// scripts need not escape it.
 type amqpURL string
 
 const amqpPassword = "AMQP_PASSWORD"

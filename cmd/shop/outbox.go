@@ -56,9 +56,8 @@ func (s outboxStatus) print(out io.Writer) error {
 	t := newTable(out, "SHARD", "RELAY", "EPOCH", "BACKLOG", "LAG", "PUBLISHED", "PARKED", "LAST MOVE")
 	for _, shard := range s.Shards {
 		if !shard.Drained {
-			t.row(shard.Shard, shard.Owner, shard.Epoch, shard.Backlog, seconds(shard.Lag), shard.Published,
-				shard.Parked,
-				shard.MovedAt)
+			t.row(shard.Shard, shard.Owner, shard.Epoch, shard.Backlog, seconds(shard.Lag),
+				shard.Published, shard.Parked, shard.MovedAt)
 		}
 	}
 	if err := t.Flush(); err != nil {

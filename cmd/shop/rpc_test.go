@@ -83,7 +83,7 @@ func TestRPCCallOverRabbitMQ(t *testing.T) {
 	}
 	serveQueue(t, url, health)
 	var stdout string
-	testenv.Eventually(t, 20*time.Second, func() error { // it is coming up
+	testenv.Eventually(t, 20*time.Second, func() error { // the server is starting
 		status, stdout, stderr = call(t, environment, "rpc", "call", method, "--amqp", "--header", "authorization=token")
 		if status != 0 && strings.Contains(stderr, "no replica serves") {
 			return context.DeadlineExceeded

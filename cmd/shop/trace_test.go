@@ -21,7 +21,7 @@ func TestTraceOfAMessage(t *testing.T) {
 	f.run(0, "dead", "redrive", "--id=1", "--reason=fixed")
 	f.exec(`UPDATE inbox_retry SET attempts = 2, last_error = 'once more'`)
 	f.wantOutput(0, "trace "+id, `dead letter 1 redriven by ann: fixed`,
-		`waits for a retry, due 20\S+; 2 attempts failed, the last one with: once more; 2 copies came, 1 absorbed`)
+		`waits for a retry, due 20\S+; 2 attempts failed, the last one with: once more; 2 copies arrived, 1 absorbed`)
 	var answer struct {
 		MessageID string           `json:"message_id"`
 		Outbox    []entryView      `json:"outbox"`

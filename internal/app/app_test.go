@@ -75,7 +75,7 @@ func await(t *testing.T, what string, ready func() int, want int) {
 	})
 }
 
-// Each process is ready while its servers are available: all need the database, and relay and consumer the broker.
+// Each process is ready while its servers are available. All need the database; API and console do not need the broker.
 func TestReadiness(t *testing.T) {
 	t.Parallel()
 	for name, process := range map[string]struct {
@@ -158,8 +158,8 @@ func TestUnreadableMessagesAreKept(t *testing.T) {
 		}
 		return err
 	})
-	if state, ok := testenv.Management(t, config.AMQPURL).Queue(rabbit.DeadQueue(probeQueue)); !ok ||
-		state.Messages > 0 {
+	state, ok := testenv.Management(t, config.AMQPURL).Queue(rabbit.DeadQueue(probeQueue))
+	if !ok || state.Messages > 0 {
 		t.Errorf("state of the dead queue is %+v", state)
 	}
 }

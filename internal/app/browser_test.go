@@ -184,8 +184,8 @@ func (s *browserSession) send() error {
 func (s *browserSession) awaitEffect(effect string) error {
 	testenv.Eventually(s.t, 20*time.Second, func() error {
 		var found bool
-		err := s.db.QueryRow(s.t.Context(), `SELECT EXISTS (SELECT FROM effects WHERE effect = $1)`,
-			effect).Scan(&found)
+		const sql = `SELECT EXISTS (SELECT FROM effects WHERE effect = $1)`
+		err := s.db.QueryRow(s.t.Context(), sql, effect).Scan(&found)
 		if err == nil && !found {
 			err = fmt.Errorf("there is no effect %q", effect)
 		}
@@ -197,8 +197,8 @@ func (s *browserSession) awaitEffect(effect string) error {
 // corpus puts hostile texts into every field that the console shows, and adds the rows that the browser acts on.
 func (s *browserSession) corpus() error {
 	ctx := s.t.Context()
-	const letterSQL = `INSERT INTO dead_letter (consumer, message_id, type, key, payload, headers, reason, error,
-		attempts)
+	const letterSQL = `INSERT INTO dead_letter
+			(consumer, message_id, type, key, payload, headers, reason, error, attempts)
 		VALUES ($1, $2, $3, $4, $5, jsonb_build_object($2::text, $2::text), $6, $7, 3)`
 	var errs []error
 	exec := func(sql string, args ...any) {

@@ -69,14 +69,14 @@ func TestCallsThroughTheProcesses(t *testing.T) {
 	await(t, "API", api.ready, http.StatusOK)
 	await(t, "relay", serve(t, RunRelay, config("shop_relay", topology.PublisherPermissions())), http.StatusOK)
 	await(t, "consumer", serve(t, RunConsumer, config("shop_consumer", topology.ConsumerPermissions())), http.StatusOK)
-	client := connect.NewClient(connecthttp.NewTransport(web, api.url),
-		func(next connect.ClientFunc) connect.ClientFunc {
-			return func(ctx context.Context, spec connect.Spec) (connect.ClientStream, error) {
-				info, _ := connect.CallInfoForClientContext(ctx)
-				info.RequestHeader().Set("X-Api-Key", secret)
-				return next(ctx, spec)
-			}
-		})
+	authenticate := func(next connect.ClientFunc) connect.ClientFunc {
+		return func(ctx context.Context, spec connect.Spec) (connect.ClientStream, error) {
+			info, _ := connect.CallInfoForClientContext(ctx)
+			info.RequestHeader().Set("X-Api-Key", secret)
+			return next(ctx, spec)
+		}
+	}
+	client := connect.NewClient(connecthttp.NewTransport(web, api.url), authenticate)
 	ctx, info := connect.NewClientContext(t.Context())
 	info.RequestHeader().Set("Prefer", "respond-async")
 	if answer, err := probe.Call(ctx, client, probe.Mutate, "later"); err != nil || answer != "" {

@@ -140,8 +140,8 @@ func TestConsolePausesAGroup(t *testing.T) {
 		t.Fatal(err)
 	}
 	awaitEffects(1)
-	if _, err := client.PauseGroup(t.Context(), &opsv1.PauseGroupRequest{Group: probeGroup,
-		Reason: "why"}); err != nil {
+	pause := &opsv1.PauseGroupRequest{Group: probeGroup, Reason: "why"}
+	if _, err := client.PauseGroup(t.Context(), pause); err != nil {
 		t.Fatal(err)
 	}
 	awaitQueue(t, client, func(queue *opsv1.Station) bool {
@@ -152,8 +152,8 @@ func TestConsolePausesAGroup(t *testing.T) {
 	}
 	awaitQueue(t, client, func(queue *opsv1.Station) bool { return queue.GetWaiting() == 1 })
 	awaitEffects(1)
-	if _, err := client.ResumeGroup(t.Context(), &opsv1.ResumeGroupRequest{Group: probeGroup,
-		Reason: "why"}); err != nil {
+	resume := &opsv1.ResumeGroupRequest{Group: probeGroup, Reason: "why"}
+	if _, err := client.ResumeGroup(t.Context(), resume); err != nil {
 		t.Fatal(err)
 	}
 	awaitEffects(2)

@@ -95,8 +95,8 @@ func startPrometheus(t *testing.T, service string) string {
 	}
 	dir := t.TempDir()
 	config := filepath.Join(dir, "prometheus.yml")
-	text := fmt.Sprintf("scrape_configs: [{job_name: service, scrape_interval: 1s, static_configs: [{targets: "+
-		"[%q]}]}]\n",
+	text := fmt.Sprintf("scrape_configs: [{job_name: service, scrape_interval: 1s, "+
+		"static_configs: [{targets: [%q]}]}]\n",
 		strings.TrimPrefix(service, "http://"))
 	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
 		t.Fatal(err)

@@ -190,8 +190,8 @@ func TestAccess(t *testing.T) {
 				check("with a wrong key", header{"x-api-key": keys["stranger"] + "x"}, refused)
 				check("with a wrong token", header{"authorization": "Bearer e30.e30."}, refused)
 				check("with basic authentication", header{"authorization": "Basic YTpi"}, refused)
-				check("with two credentials", header{"x-api-key": keys["stranger"], "authorization": "Bearer x"},
-					refused)
+				both := header{"x-api-key": keys["stranger"], "authorization": "Bearer x"}
+				check("with two credentials", both, refused)
 				for role, key := range keys {
 					check("as "+role, header{"x-api-key": key}, wantCode(access, role))
 				}

@@ -189,8 +189,8 @@ func TestUnauthenticatedNamesTheWaysIn(t *testing.T) {
 			t.Fatal(err)
 		}
 		response.Body.Close()
-		if got := response.Header.Values("WWW-Authenticate"); !slices.Equal(got,
-			[]string{`ApiKey header="X-Api-Key"`}) {
+		got := response.Header.Values("WWW-Authenticate")
+		if !slices.Equal(got, []string{`ApiKey header="X-Api-Key"`}) {
 			t.Errorf("%s: %s, %q", kind, response.Status, got)
 		}
 	}

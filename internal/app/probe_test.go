@@ -49,8 +49,8 @@ func effectsIn(t *testing.T, db *pgxpool.Pool) (await func(n int)) {
 		t.Helper()
 		testenv.Eventually(t, 30*time.Second, func() error {
 			var all, distinct int
-			err := db.QueryRow(t.Context(), `SELECT count(*), count(DISTINCT effect) FROM effects`).Scan(&all,
-				&distinct)
+			const sql = `SELECT count(*), count(DISTINCT effect) FROM effects`
+			err := db.QueryRow(t.Context(), sql).Scan(&all, &distinct)
 			if err == nil && (all != n || distinct != n) {
 				err = fmt.Errorf("%d effects of %d messages, want %d", all, distinct, n)
 			}

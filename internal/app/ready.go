@@ -13,7 +13,7 @@ import (
 )
 
 // openReadiness opens the connection that readiness alone uses. Calls that wait for a lock, such as a migration's, may
-// hold all others; readiness would then report the database away on every replica at once. The connection bypasses a
+// hold all others; readiness would then report the database as down on every replica at once. The connection bypasses a
 // pooler where a direct URL is known, since a pooler runs out in the same way.
 func (p *process) openReadiness(ctx context.Context) (err error) {
 	p.readyDB, err = postgres.Open(ctx, postgres.Config{

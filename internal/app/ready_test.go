@@ -151,8 +151,8 @@ func TestNotReadyBeforeTheFirstKeys(t *testing.T) {
 			w.WriteHeader(http.StatusServiceUnavailable)
 			return
 		}
-		_, _ = w.Write([]byte(`{"keys":[{"kty":"OKP","crv":"Ed25519","kid":"1","x":"` + strings.Repeat("A", 43) +
-			`"}]}`))
+		key := strings.Repeat("A", 43)
+		_, _ = w.Write([]byte(`{"keys":[{"kty":"OKP","crv":"Ed25519","kid":"1","x":"` + key + `"}]}`))
 	}))
 	defer issuer.Close()
 	tokens := Edge{JWKS: issuer.URL, Tokens: auth.TokenConfig{Issuer: "i", Audience: "a"}}

@@ -74,7 +74,7 @@ func TestMovedRowsWithoutTheirSequences(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 		err := run(ctx, config)
 		cancel()
-		if !errors.Is(err, ops.ErrBehind) || !strings.Contains(err.Error(), "inbox_retry.seq goes on from 0, and ") {
+		if !errors.Is(err, ops.ErrBehind) || !strings.Contains(err.Error(), "inbox_retry.seq continues from 0, but ") {
 			t.Errorf("%s: %v", role, err)
 		}
 	}

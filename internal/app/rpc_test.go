@@ -45,11 +45,11 @@ func testQueueAPI(t *testing.T, edge Edge, want *connect.Error) {
 	var executed atomic.Int64
 	config.domain = func(*pgxpool.Pool, *outbox.Writer, *changes.Hub) domain {
 		return domain{register: func(s *connect.Server) {
-			s.Register(connect.Method{Spec: spec, Handler: func(context.Context, connect.Spec,
-				connect.ServerStream) error {
+			handler := func(context.Context, connect.Spec, connect.ServerStream) error {
 				executed.Add(1)
 				return errors.New("secret")
-			}})
+			}
+			s.Register(connect.Method{Spec: spec, Handler: handler})
 		}}
 	}
 	amqpURL := testenv.AMQP(t)

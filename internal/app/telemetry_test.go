@@ -170,8 +170,8 @@ func documented(t *testing.T) map[string]family {
 		t.Fatal(err)
 	}
 	found := map[string]family{}
-	for _, row := range regexp.MustCompile("(?m)^\\| `([a-z_]+)` \\| (\\w+) \\|").FindAllStringSubmatch(string(text),
-		-1) {
+	rows := regexp.MustCompile("(?m)^\\| `([a-z_]+)` \\| (\\w+) \\|")
+	for _, row := range rows.FindAllStringSubmatch(string(text), -1) {
 		found[row[1]] = family{kind: row[2]}
 	}
 	return found

@@ -3,7 +3,7 @@
 // It guarantees three things. A procedure is closed to everybody unless its proto file, or a list in this package,
 // declares its access. A credential that is sent must be valid, even if the procedure needs none. API keys are stored
 // as hashes and compared in constant time. The package does not authorize access to objects: the handler decides with
-// FromContext which objects, for example, a caller may see.
+// FromContext which objects a caller may see.
 //
 // The interceptors work over any transport that fills in the request headers of connect.CallInfo.
 package auth

@@ -1,5 +1,5 @@
-// Package changes lets any number of watchers follow the current state of objects. The cost to the
-// database does not depend on the number of watchers.
+// Package changes lets any number of watchers follow the current state of objects. The cost to the database does not
+// depend on the number of watchers.
 //
 // # How it works
 //

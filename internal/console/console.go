@@ -1,8 +1,8 @@
 // Package console serves the operators' console: ops.v1.OpsService, and the page that talks to it.
 //
-// It guarantees that what it changes goes through package ops, as the commands do, and so is recorded with the caller's
-// name and a reason in the transaction that changes it. Looking costs the same however many look: one reading of the
-// database and the broker a second serves all. It keeps no more than 15 minutes of numbers, in memory.
+// Every change goes through package ops, as with the commands: the audit log records it with the caller's name and a
+// reason in the same transaction. The load on database and broker does not depend on the number of watchers: one sample
+// per second serves all of them. The console keeps 15 minutes of samples, in memory.
 package console
 
 import (
@@ -23,18 +23,18 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// Config says what there is to be looked at.
+// Config configures a Console.
 type Config struct {
 	DB         *pgxpool.Pool
 	Operations *operations.Operations
 	// Groups are the consumer groups.
 	Groups []Group
-	// Depths asks the broker how full queues are.
+	// Depths returns how many messages and consumers queues have.
 	Depths func(ctx context.Context, queues []string) ([]rabbit.Depth, error)
-	// Dangers asks which policies of the broker are dangerous to the queues. It is asked twice a minute; its failure is
-	// nobody's fault.
+	// Dangers returns the broker's policies that are dangerous to the queues. The console calls it twice a minute, and
+	// ignores errors.
 	Dangers func(ctx context.Context) ([]rabbit.Danger, error)
-	// APIs are the names under which the processes that take calls are known to the database.
+	// APIs are the application names of the sessions of processes that serve the API.
 	APIs             []string
 	Service, Version string
 }
@@ -47,27 +47,27 @@ type Group struct {
 
 // Console implements ops.v1.OpsService.
 type Console struct {
-	config Config
-	db     *pgxpool.Pool
-	desk   ops.Operator
-	groups []ops.Group
-	flow   *flow
+	config   Config
+	db       *pgxpool.Pool
+	operator ops.Operator
+	groups   []ops.Group
+	flow     *flow
 }
 
-// New makes a Console. Its flow stands still until Run runs.
+// New makes a Console. Its flow has no samples until Run runs.
 func New(config Config) *Console {
-	c := &Console{config: config, db: config.DB, flow: newFlow(), desk: ops.Operator{DB: config.DB}}
+	c := &Console{config: config, db: config.DB, flow: newFlow(), operator: ops.Operator{DB: config.DB}}
 	for _, group := range config.Groups {
 		c.groups = append(c.groups, group.Group)
-		c.desk.Groups = append(c.desk.Groups, group.Name)
+		c.operator.Groups = append(c.operator.Groups, group.Name)
 	}
 	return c
 }
 
-// The roles that ops.proto names.
+// Roles in ops.proto.
 const (
-	observer = "observer"
-	operator = "operator"
+	observerRole = "observer"
+	operatorRole = "operator"
 )
 
 // GetSession implements ops.v1.OpsService.
@@ -75,17 +75,17 @@ func (c *Console) GetSession(ctx context.Context, _ *opsv1.GetSessionRequest) (*
 	caller, _ := auth.FromContext(ctx)
 	off := caller.By == "nothing"
 	response := &opsv1.GetSessionResponse{
-		Actor: actor(ctx), Service: c.config.Service, Version: c.config.Version, Groups: c.desk.Groups,
-		MayAct: off || slices.Contains(caller.Roles, operator),
+		Actor: actor(ctx), Service: c.config.Service, Version: c.config.Version, Groups: c.operator.Groups,
+		MayAct: off || slices.Contains(caller.Roles, operatorRole),
 	}
-	response.MayLook = response.MayAct || slices.Contains(caller.Roles, observer)
+	response.MayLook = response.MayAct || slices.Contains(caller.Roles, observerRole)
 	for _, reason := range deadletter.Reasons {
 		response.Causes = append(response.Causes, string(reason))
 	}
 	return response, nil
 }
 
-// actor is what the audit log calls the caller.
+// actor returns the caller's name for the audit log.
 func actor(ctx context.Context) string {
 	caller, known := auth.FromContext(ctx)
 	switch {
@@ -97,7 +97,7 @@ func actor(ctx context.Context) string {
 	return caller.By + ":" + caller.Subject
 }
 
-// note is why the caller does something.
+// note returns the actor and the reason for the audit log.
 func note(ctx context.Context, reason string) deadletter.Note {
 	return deadletter.Note{Actor: actor(ctx), Reason: strings.TrimSpace(reason)}
 }
@@ -106,14 +106,14 @@ func note(ctx context.Context, reason string) deadletter.Note {
 func storable(texts ...string) error {
 	for _, text := range texts {
 		if !messaging.ValidText(text) {
-			return connect.NewError(connect.CodeInvalidArgument, "texts are UTF-8 without NUL")
+			return connect.NewError(connect.CodeInvalidArgument, "texts must be UTF-8 without NUL")
 		}
 	}
 	return nil
 }
 
-// tell makes of an error what the caller may read.
-func tell(err error) error {
+// publicError converts an error to one that callers may see.
+func publicError(err error) error {
 	switch {
 	case err == nil:
 		return nil

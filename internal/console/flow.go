@@ -11,18 +11,18 @@ import (
 )
 
 const (
-	// interval is the time between two samples, and keep how many are remembered: 15 minutes.
+	// interval is the time between two samples.
 	interval = time.Second
-	keep     = 900
-	// window is how many samples a rate is made of: the processes tell their counts once a second, but not in step with
-	// us.
+	// maxPoints is how many samples are kept: 15 minutes.
+	maxPoints = 900
+	// window is how many intervals a rate covers. Processes report their counts once per second, but not in step with us.
 	window = 5
 )
 
-// flow is what was sampled, for all who watch. Who is slow misses samples and costs no memory.
+// flow contains the samples for all watchers. A slow watcher misses samples and uses no memory.
 type flow struct {
 	mu      sync.Mutex
-	points  []*opsv1.Point // a ring once it is full
+	points  []*opsv1.Point // a ring buffer once it is full
 	oldest  int
 	latest  *opsv1.WatchFlowResponse
 	renewed chan struct{} // closed by the next sample
@@ -30,29 +30,29 @@ type flow struct {
 
 func newFlow() *flow { return &flow{renewed: make(chan struct{})} }
 
-// add takes in a sample.
+// add stores a sample and wakes the watchers.
 func (f *flow) add(sample *opsv1.WatchFlowResponse) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.latest = sample
-	if len(f.points) < keep {
+	if len(f.points) < maxPoints {
 		f.points = append(f.points, sample.GetPoint())
 	} else {
 		f.points[f.oldest] = sample.GetPoint()
-		f.oldest = (f.oldest + 1) % keep
+		f.oldest = (f.oldest + 1) % maxPoints
 	}
 	close(f.renewed)
 	f.renewed = make(chan struct{})
 }
 
-// now returns the latest sample, nil before the first, and a channel that is closed when there is another.
+// now returns the latest sample, nil before the first, and a channel that the next sample closes.
 func (f *flow) now() (*opsv1.WatchFlowResponse, <-chan struct{}) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return f.latest, f.renewed
 }
 
-// history returns the points before the latest one, the oldest first.
+// history returns the points before the latest one, oldest first.
 func (f *flow) history() []*opsv1.Point {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -88,8 +88,9 @@ func (c *Console) WatchFlow(
 		if sample != nil {
 			if first {
 				first = false
-				sample = &opsv1.WatchFlowResponse{History: c.flow.history(), Point: sample.GetPoint(),
-					Stations: sample.GetStations()}
+				sample = &opsv1.WatchFlowResponse{
+					History: c.flow.history(), Point: sample.GetPoint(), Stations: sample.GetStations(),
+				}
 			}
 			if err := stream.Send(sample); err != nil {
 				return err
@@ -103,14 +104,14 @@ func (c *Console) WatchFlow(
 	}
 }
 
-// totals are counters at one time. Rates are made of two of them.
+// totals are the counters at one time. A rate is the difference of two of them.
 type totals struct {
 	at                  time.Time
 	inserted, published int64
 	applied             map[string]int64 // by group
 }
 
-// rate is how fast a counter grew. One that shrank has begun anew.
+// rate returns the growth of a counter per second, 0 if it was reset.
 func rate(from, to int64, over time.Duration) float64 {
 	if over <= 0 || to < from {
 		return 0
@@ -118,17 +119,17 @@ func rate(from, to int64, over time.Duration) float64 {
 	return float64(to-from) / over.Seconds()
 }
 
-// point puts a sample's numbers together.
-func point(at time.Time, r *reading, v *velocity) *opsv1.Point {
+// point summarizes a sample.
+func point(at time.Time, r *reading, v *rates) *opsv1.Point {
 	p := &opsv1.Point{At: timestamppb.New(at), Inserted: v.inserted, Published: v.published, Dead: r.dead}
 	for _, shard := range r.shards {
 		if !shard.Drained {
 			p.Backlog, p.Lag = p.Backlog+shard.Backlog, max(p.Lag, shard.Lag)
 		}
 	}
-	for _, standing := range r.standings {
-		p.Applied += v.applied[standing.Consumer]
-		p.Retrying += standing.Retrying
+	for _, status := range r.groups {
+		p.Applied += v.applied[status.Consumer]
+		p.Retrying += status.Retrying
 	}
 	for _, depth := range r.depths {
 		p.Queued += depth.Ready

@@ -10,51 +10,49 @@ import (
 )
 
 const (
-	mostBlocked = 200
-	mostAudit   = 50
+	maxBlocked = 200
+	maxAudit   = 50
 )
 
 // ListGroups implements ops.v1.OpsService.
 func (c *Console) ListGroups(ctx context.Context, _ *opsv1.ListGroupsRequest) (*opsv1.ListGroupsResponse, error) {
-	standings, err := inbox.GroupStatuses(ctx, c.db, c.desk.Groups)
+	statuses, err := inbox.GroupStatuses(ctx, c.db, c.operator.Groups)
 	if err != nil {
-		return nil, tell(err)
+		return nil, publicError(err)
 	}
-	blocked, err := inbox.Blocked(ctx, c.db, mostBlocked)
+	blocked, err := inbox.Blocked(ctx, c.db, maxBlocked)
 	if err != nil {
-		return nil, tell(err)
+		return nil, publicError(err)
 	}
-	entries, err := ops.Log(ctx, c.db, mostAudit)
+	entries, err := ops.Log(ctx, c.db, maxAudit)
 	if err != nil {
-		return nil, tell(err)
+		return nil, publicError(err)
 	}
 	response := &opsv1.ListGroupsResponse{}
-	for i, standing := range standings {
-		response.Groups = append(response.Groups, c.groupOf(c.groups[i], standing))
+	for i, status := range statuses {
+		response.Groups = append(response.Groups, c.groupOf(c.groups[i], status))
 	}
-	for _, one := range blocked {
+	for _, k := range blocked {
 		response.BlockedKeys = append(response.BlockedKeys, &opsv1.BlockedKey{
-			Group: one.Consumer, Key: one.Key, Waiting: int64(one.Waiting), Since: timestamppb.New(one.Since),
-			MessageId: one.MessageID,
-			Attempts:  int32(one.Attempts), DueTime: timestamppb.New(one.DueAt), LastError: one.LastError,
+			Group: k.Consumer, Key: k.Key, Waiting: int64(k.Waiting), Since: timestamppb.New(k.Since), MessageId: k.MessageID,
+			Attempts: int32(k.Attempts), DueTime: timestamppb.New(k.DueAt), LastError: k.LastError,
 		})
 	}
-	for _, one := range entries {
+	for _, e := range entries {
 		response.Audit = append(response.Audit, &opsv1.AuditEntry{
-			At: timestamppb.New(one.At), Actor: one.Actor, Action: one.Action, Target: one.Target, Reason: one.Reason,
-			Detail: one.Detail,
+			At: timestamppb.New(e.At), Actor: e.Actor, Action: e.Action, Target: e.Target, Reason: e.Reason, Detail: e.Detail,
 		})
 	}
 	return response, nil
 }
 
-// groupOf joins what the database says of a group with what the flow knows: its rate, and how full its queue is.
-func (c *Console) groupOf(group ops.Group, standing inbox.GroupStatus) *opsv1.Group {
+// groupOf combines a group's status in the database with the rate and queue depth from the flow.
+func (c *Console) groupOf(group ops.Group, status inbox.GroupStatus) *opsv1.Group {
 	g := &opsv1.Group{
-		Name: group.Name, Types: group.Types, Processes: int32(len(standing.Applied)), Lag: standing.Lag,
-		Retrying: standing.Retrying, Oldest: standing.Oldest, BlockedKeys: standing.Blocked,
+		Name: group.Name, Types: group.Types, Processes: int32(len(status.Applied)), Lag: status.Lag,
+		Retrying: status.Retrying, Oldest: status.Oldest, BlockedKeys: status.Blocked,
 	}
-	if pause := standing.Paused; pause != nil {
+	if pause := status.Paused; pause != nil {
 		g.PausedBy, g.PauseReason, g.PauseTime = pause.Actor, pause.Reason, timestamppb.New(pause.At)
 	}
 	sample, _ := c.flow.now()
@@ -75,7 +73,7 @@ func (c *Console) PauseGroup(ctx context.Context, req *opsv1.PauseGroupRequest) 
 	if err := storable(req.GetGroup(), req.GetReason()); err != nil {
 		return nil, err
 	}
-	return &opsv1.PauseGroupResponse{}, tell(c.desk.Pause(ctx, req.GetGroup(), note(ctx, req.GetReason())))
+	return &opsv1.PauseGroupResponse{}, publicError(c.operator.Pause(ctx, req.GetGroup(), note(ctx, req.GetReason())))
 }
 
 // ResumeGroup implements ops.v1.OpsService.
@@ -83,7 +81,7 @@ func (c *Console) ResumeGroup(ctx context.Context, req *opsv1.ResumeGroupRequest
 	if err := storable(req.GetGroup(), req.GetReason()); err != nil {
 		return nil, err
 	}
-	return &opsv1.ResumeGroupResponse{}, tell(c.desk.Resume(ctx, req.GetGroup(), note(ctx, req.GetReason())))
+	return &opsv1.ResumeGroupResponse{}, publicError(c.operator.Resume(ctx, req.GetGroup(), note(ctx, req.GetReason())))
 }
 
 // BuryKey implements ops.v1.OpsService.
@@ -92,9 +90,9 @@ func (c *Console) BuryKey(ctx context.Context, req *opsv1.BuryKeyRequest) (*opsv
 		return nil, err
 	}
 	if req.GetWhole() {
-		moved, err := c.desk.ParkKey(ctx, req.GetGroup(), req.GetKey(), note(ctx, req.GetReason()))
-		return &opsv1.BuryKeyResponse{Moved: int64(moved)}, tell(err)
+		moved, err := c.operator.ParkKey(ctx, req.GetGroup(), req.GetKey(), note(ctx, req.GetReason()))
+		return &opsv1.BuryKeyResponse{Moved: int64(moved)}, publicError(err)
 	}
-	_, err := c.desk.SkipHead(ctx, req.GetGroup(), req.GetKey(), note(ctx, req.GetReason()))
-	return &opsv1.BuryKeyResponse{Moved: 1}, tell(err)
+	_, err := c.operator.SkipHead(ctx, req.GetGroup(), req.GetKey(), note(ctx, req.GetReason()))
+	return &opsv1.BuryKeyResponse{Moved: 1}, publicError(err)
 }

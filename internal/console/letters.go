@@ -15,12 +15,15 @@ import (
 )
 
 func filterOf(f *opsv1.DeadLetterFilter) (deadletter.Filter, error) {
+	err := cmp.Or(
+		storable(f.GetGroup(), f.GetMessageId(), f.GetType(), f.GetKey(), f.GetCause()),
+		validTimes(f.GetSince(), f.GetUntil()),
+	)
 	return deadletter.Filter{
-			IDs: f.GetIds(), Consumer: f.GetGroup(), MessageID: f.GetMessageId(), Type: f.GetType(), Key: f.GetKey(),
-			Reason: deadletter.Reason(f.GetCause()),
-			Since:  moment(f.GetSince()), Until: moment(f.GetUntil()), Resolved: f.GetResolved(),
-		}, cmp.Or(storable(f.GetGroup(), f.GetMessageId(), f.GetType(), f.GetKey(), f.GetCause()),
-			dated(f.GetSince(), f.GetUntil()))
+		IDs: f.GetIds(), Consumer: f.GetGroup(), MessageID: f.GetMessageId(), Type: f.GetType(), Key: f.GetKey(),
+		Reason: deadletter.Reason(f.GetCause()), Since: optionalTime(f.GetSince()), Until: optionalTime(f.GetUntil()),
+		Resolved: f.GetResolved(),
+	}, err
 }
 
 // ListDeadLetters implements ops.v1.OpsService.
@@ -31,31 +34,30 @@ func (c *Console) ListDeadLetters(
 	if err != nil {
 		return nil, err
 	}
-	// One more, to know whether there are more.
+	// One row more than a page tells if there is a next page.
 	letters, err := deadletter.Newest(ctx, c.db, filter, req.GetPageToken(), pageRows+1)
 	if err != nil {
-		return nil, tell(err)
+		return nil, publicError(err)
 	}
 	response := &opsv1.ListDeadLettersResponse{}
 	if len(letters) > pageRows {
 		letters = letters[:pageRows]
 		response.NextPageToken = letters[pageRows-1].ID
 	}
-	for _, one := range letters {
-		response.Letters = append(response.Letters, letterOf(one))
+	for _, letter := range letters {
+		response.Letters = append(response.Letters, letterOf(letter))
 	}
 	if req.GetCount() {
 		response.Count, _, err = deadletter.Count(ctx, c.db, filter)
 	}
-	return response, tell(err)
+	return response, publicError(err)
 }
 
 func letterOf(l deadletter.Stored) *opsv1.DeadLetter {
 	return &opsv1.DeadLetter{
 		Id: l.ID, Group: cmp.Or(l.Consumer, deadletter.Relay), MessageId: l.MessageID, Type: l.Type, Key: l.Key,
-		Cause: string(l.Reason), Error: l.Error,
-		Attempts: int32(l.Attempts), DeadTime: timestamppb.New(l.DeadAt), Resolution: string(l.Resolution),
-		ResolveTime: stamp(l.ResolvedAt),
+		Cause: string(l.Reason), Error: l.Error, Attempts: int32(l.Attempts), DeadTime: timestamppb.New(l.DeadAt),
+		Resolution: string(l.Resolution), ResolveTime: optionalTimestamp(l.ResolvedAt),
 	}
 }
 
@@ -66,33 +68,32 @@ func (c *Console) GetDeadLetter(
 	letter, found, err := deadletter.Get(ctx, c.db, req.GetId())
 	switch {
 	case err != nil:
-		return nil, tell(err)
+		return nil, publicError(err)
 	case !found:
 		return nil, connect.Errorf(connect.CodeNotFound, "there is no dead letter %d", req.GetId())
 	}
 	records, err := deadletter.Audit(ctx, c.db, req.GetId())
 	if err != nil {
-		return nil, tell(err)
+		return nil, publicError(err)
 	}
 	response := &opsv1.GetDeadLetterResponse{
 		Letter: letterOf(letter), Payload: show(letter.Type, letter.Payload), Headers: letter.Headers,
 	}
-	for _, one := range records {
+	for _, r := range records {
 		response.Audit = append(response.Audit, &opsv1.AuditEntry{
-			At: timestamppb.New(one.At), Actor: one.Actor, Action: string(one.Resolution), Reason: one.Reason,
-			Detail: one.Detail,
+			At: timestamppb.New(r.At), Actor: r.Actor, Action: string(r.Resolution), Reason: r.Reason, Detail: r.Detail,
 		})
 	}
 	return response, nil
 }
 
 const (
-	// pace is how many letters a second are resolved: what failed together should not come back at once. A dry run takes
-	// what it can get.
-	pace    = 200
-	dryPace = 1e5
-	// tellEvery is how often progress is told.
-	tellEvery = 200 * time.Millisecond
+	// resolveRate is how many dead letters are resolved per second: messages that failed together should not all return
+	// at once. A dry run is practically unlimited.
+	resolveRate = 200
+	dryRunRate  = 1e5
+	// reportInterval is the minimum time between two reports of progress.
+	reportInterval = 200 * time.Millisecond
 )
 
 // ResolveDeadLetters implements ops.v1.OpsService.
@@ -106,7 +107,7 @@ func (c *Console) ResolveDeadLetters(
 func (c *Console) resolve(
 	ctx context.Context, req *opsv1.ResolveDeadLettersRequest, send func(*opsv1.ResolveDeadLettersResponse) error,
 ) error {
-	order, err := c.orderOf(ctx, req)
+	selection, err := c.selectionOf(ctx, req)
 	if err != nil {
 		return err
 	}
@@ -120,13 +121,13 @@ func (c *Console) resolve(
 			stop()
 		}
 	}
-	order.Begin = func(total int64) {
+	selection.Begin = func(total int64) {
 		progress.Total = total
 		report()
 	}
 	each := func(o ops.Outcome) {
 		count(progress, o)
-		if broken == nil && time.Since(sent) > tellEvery {
+		if broken == nil && time.Since(sent) > reportInterval {
 			report()
 		}
 	}
@@ -134,31 +135,31 @@ func (c *Console) resolve(
 	if req.GetResolution() == opsv1.Resolution_RESOLUTION_REDRIVE {
 		do = ops.Redrive
 	}
-	if err := do(ctx, c.db, order, each); err != nil {
-		return errors.Join(broken, tell(err))
+	if err := do(ctx, c.db, selection, each); err != nil {
+		return errors.Join(broken, publicError(err))
 	}
 	progress.Done = true
 	return send(progress)
 }
 
-// orderOf is what a request asks for.
-func (c *Console) orderOf(ctx context.Context, req *opsv1.ResolveDeadLettersRequest) (ops.Selection, error) {
+// selectionOf converts a request.
+func (c *Console) selectionOf(ctx context.Context, req *opsv1.ResolveDeadLettersRequest) (ops.Selection, error) {
 	filter, err := filterOf(req.GetFilter())
 	if err == nil {
 		err = storable(req.GetReason())
 	}
 	filter.Resolved = false
-	order := ops.Selection{
+	selection := ops.Selection{
 		Filter: filter, Note: note(ctx, req.GetReason()), DryRun: req.GetDryRun(), Force: req.GetForce(),
-		PerSecond: pace, Groups: c.desk.Groups,
+		PerSecond: resolveRate, Groups: c.operator.Groups,
 	}
-	if err == nil && order.Note.Reason == "" {
-		err = connect.NewError(connect.CodeInvalidArgument, "reason: is empty; it is kept in the audit log")
+	if err == nil && selection.Note.Reason == "" {
+		err = connect.NewError(connect.CodeInvalidArgument, "reason: must not be empty, since the audit log records it")
 	}
-	if order.DryRun {
-		order.PerSecond = dryPace
+	if selection.DryRun {
+		selection.PerSecond = dryRunRate
 	}
-	return order, err
+	return selection, err
 }
 
 func count(p *opsv1.ResolveDeadLettersResponse, o ops.Outcome) {
@@ -183,5 +184,6 @@ func (c *Console) ReopenDeadLetter(
 	if err := storable(req.GetReason()); err != nil {
 		return nil, err
 	}
-	return &opsv1.ReopenDeadLetterResponse{}, tell(ops.Reopen(ctx, c.db, req.GetId(), note(ctx, req.GetReason())))
+	err := ops.Reopen(ctx, c.db, req.GetId(), note(ctx, req.GetReason()))
+	return &opsv1.ReopenDeadLetterResponse{}, publicError(err)
 }

@@ -18,18 +18,19 @@ const pageRows = 50
 func (c *Console) SearchMessages(
 	ctx context.Context, req *opsv1.SearchMessagesRequest,
 ) (*opsv1.SearchMessagesResponse, error) {
-	if err := cmp.Or(storable(req.GetType(), req.GetKey()), dated(req.GetSince(), req.GetUntil())); err != nil {
+	if err := cmp.Or(storable(req.GetType(), req.GetKey()), validTimes(req.GetSince(), req.GetUntil())); err != nil {
 		return nil, err
 	}
-	search := ops.Search{Type: req.GetType(), Key: req.GetKey(), Since: moment(req.GetSince()),
-		Until: moment(req.GetUntil())}
+	search := ops.Search{
+		Type: req.GetType(), Key: req.GetKey(), Since: optionalTime(req.GetSince()), Until: optionalTime(req.GetUntil()),
+	}
 	found, last, err := ops.SearchLog(ctx, c.db, search, req.GetPageToken(), pageRows)
 	if err != nil {
-		return nil, tell(err)
+		return nil, publicError(err)
 	}
 	response := &opsv1.SearchMessagesResponse{}
-	for _, one := range found {
-		response.Messages = append(response.Messages, entry(one))
+	for _, e := range found {
+		response.Messages = append(response.Messages, messageOf(e))
 	}
 	if len(found) == pageRows {
 		response.NextPageToken = last
@@ -37,10 +38,10 @@ func (c *Console) SearchMessages(
 	return response, nil
 }
 
-func entry(one ops.Logged) *opsv1.Message {
+func messageOf(e ops.Logged) *opsv1.Message {
 	return &opsv1.Message{
-		MessageId: one.ID.String(), Type: one.Type, Key: one.Key, InsertTime: timestamppb.New(one.CreatedAt),
-		TransactionId: one.TransactionID, Shard: int32(one.Shard), Delivered: one.Delivered,
+		MessageId: e.ID.String(), Type: e.Type, Key: e.Key, InsertTime: timestamppb.New(e.CreatedAt),
+		TransactionId: e.TransactionID, Shard: int32(e.Shard), Delivered: e.Delivered,
 	}
 }
 
@@ -49,54 +50,55 @@ func (c *Console) GetMessage(ctx context.Context, req *opsv1.GetMessageRequest) 
 	if err := storable(req.GetMessageId()); err != nil {
 		return nil, err
 	}
-	journey, err := ops.Trace(ctx, c.db, req.GetMessageId())
+	trace, err := ops.Trace(ctx, c.db, req.GetMessageId())
 	switch {
 	case err != nil:
-		return nil, tell(err)
-	case !journey.Known():
+		return nil, publicError(err)
+	case !trace.Known():
 		return nil, connect.NewError(connect.CodeNotFound,
-			"no message of this ID is known: neither outbox nor inbox nor dead letters hold it, or not any more")
+			"the message is unknown: outbox, inbox and dead letters do not contain it, or no longer do")
 	}
 	response := &opsv1.GetMessageResponse{}
-	for _, one := range journey.Log {
-		response.Copies = append(response.Copies, entry(one))
+	for _, e := range trace.Log {
+		response.Copies = append(response.Copies, messageOf(e))
 	}
-	for _, step := range journey.Steps(c.groups) {
-		response.Steps = append(response.Steps, &opsv1.Step{At: stamp(step.At), Where: step.Where, What: step.What})
+	for _, step := range trace.Steps(c.groups) {
+		at := optionalTimestamp(step.At)
+		response.Steps = append(response.Steps, &opsv1.Step{At: at, Where: step.Where, What: step.What})
 	}
-	for _, letter := range journey.Letters {
+	for _, letter := range trace.Letters {
 		response.LetterIds = append(response.LetterIds, letter.ID)
 		response.Type, response.Key, response.Headers = letter.Type, letter.Key, letter.Headers
 		response.Payload = show(letter.Type, letter.Payload)
 	}
-	if len(journey.Log) > 0 {
-		first := journey.Log[0]
+	if len(trace.Log) > 0 {
+		first := trace.Log[0]
 		response.Type, response.Key, response.Headers = first.Type, first.Key, first.Headers
 		response.Payload = show(first.Type, first.Payload)
 	}
 	return response, nil
 }
 
-// stamp is a time that may be missing.
-func stamp(at *time.Time) *timestamppb.Timestamp {
+// optionalTimestamp converts a time that may be nil.
+func optionalTimestamp(at *time.Time) *timestamppb.Timestamp {
 	if at == nil {
 		return nil
 	}
 	return timestamppb.New(*at)
 }
 
-// dated refuses times that are none: between the years 1 and 9999 Postgres knows them, too.
-func dated(times ...*timestamppb.Timestamp) error {
+// validTimes refuses times outside of the years 1 to 9999. Postgres accepts all others.
+func validTimes(times ...*timestamppb.Timestamp) error {
 	for _, at := range times {
 		if at != nil && !at.IsValid() {
-			return connect.NewError(connect.CodeInvalidArgument, "a time is not one between the years 1 and 9999")
+			return connect.NewError(connect.CodeInvalidArgument, "times must be between the years 1 and 9999")
 		}
 	}
 	return nil
 }
 
-// moment is a time that may be missing, as a zero.
-func moment(at *timestamppb.Timestamp) time.Time {
+// optionalTime converts a time that may be nil, which becomes the zero time.
+func optionalTime(at *timestamppb.Timestamp) time.Time {
 	if at == nil {
 		return time.Time{}
 	}

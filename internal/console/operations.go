@@ -22,31 +22,29 @@ func (c *Console) ListOperations(
 	ctx context.Context, req *opsv1.ListOperationsRequest,
 ) (*opsv1.ListOperationsResponse, error) {
 	listing := operations.Listing{Limit: pageRows + 1}
-	listing.State = operationsv1.OperationState(operationsv1.OperationState_value[statePrefix+
-		strings.ToUpper(req.GetState())])
+	state := operationsv1.OperationState_value[statePrefix+strings.ToUpper(req.GetState())]
+	listing.State = operationsv1.OperationState(state)
 	if req.GetPageToken() != "" {
 		before, err := uuid.Parse(req.GetPageToken())
 		if err != nil {
-			return nil, connect.NewError(connect.CodeInvalidArgument,
-				"page_token is not one that ListOperations returned")
+			return nil, connect.NewError(connect.CodeInvalidArgument, "page_token is not one that ListOperations returned")
 		}
 		listing.Before = &before
 	}
 	found, err := c.config.Operations.List(ctx, listing)
 	if err != nil {
-		return nil, tell(err)
+		return nil, publicError(err)
 	}
 	response := &opsv1.ListOperationsResponse{}
 	if len(found) > pageRows {
 		found = found[:pageRows]
 		response.NextPageToken = found[pageRows-1].ID.String()
 	}
-	for _, one := range found {
+	for _, o := range found {
 		response.Operations = append(response.Operations, &opsv1.Operation{
-			Id: one.ID.String(), Method: one.Method, Caller: one.Caller, Attempts: one.Attempts,
-			State:      strings.ToLower(strings.TrimPrefix(one.State.String(), statePrefix)),
-			CreateTime: one.CreateTime, StartTime: one.StartTime, EndTime: one.EndTime,
-			Error: one.GetError().GetMessage(),
+			Id: o.ID.String(), Method: o.Method, Caller: o.Caller, Attempts: o.Attempts,
+			State:      strings.ToLower(strings.TrimPrefix(o.State.String(), statePrefix)),
+			CreateTime: o.CreateTime, StartTime: o.StartTime, EndTime: o.EndTime, Error: o.GetError().GetMessage(),
 		})
 	}
 	return response, nil
@@ -62,7 +60,7 @@ func (c *Console) CancelOperation(
 	}
 	why := note(ctx, req.GetReason())
 	if err != nil || why.Reason == "" {
-		return nil, connect.NewError(connect.CodeInvalidArgument, "id must be a UUID, and reason a text")
+		return nil, connect.NewError(connect.CodeInvalidArgument, "id must be a UUID, and reason must not be empty")
 	}
 	err = postgres.Transact(ctx, c.db, func(tx pgx.Tx) error {
 		if err := c.config.Operations.CancelFor(ctx, tx, id, why.Reason); err != nil {
@@ -70,32 +68,30 @@ func (c *Console) CancelOperation(
 		}
 		return ops.Record(ctx, tx, ops.Entry{Action: "cancel", Target: "operations/" + id.String(), Note: why})
 	})
-	return &opsv1.CancelOperationResponse{}, tell(err)
+	return &opsv1.CancelOperationResponse{}, publicError(err)
 }
 
 // ListRelays implements ops.v1.OpsService.
 func (c *Console) ListRelays(ctx context.Context, _ *opsv1.ListRelaysRequest) (*opsv1.ListRelaysResponse, error) {
 	shards, err := ops.Shards(ctx, c.db)
 	if err != nil {
-		return nil, tell(err)
+		return nil, publicError(err)
 	}
 	relays, err := ops.Relays(ctx, c.db)
 	if err != nil {
-		return nil, tell(err)
+		return nil, publicError(err)
 	}
 	response := &opsv1.ListRelaysResponse{}
-	for _, one := range shards {
-		if !one.Drained {
+	for _, s := range shards {
+		if !s.Drained {
 			response.Shards = append(response.Shards, &opsv1.Shard{
-				Shard: int32(one.Shard), Generation: int32(one.Generation), Retired: one.Retired, Owner: one.Owner,
-				Epoch:   one.Epoch,
-				Backlog: one.Backlog, Lag: one.Lag, Published: one.Published, Parked: one.Parked,
-				MoveTime: timestamppb.New(one.MovedAt),
+				Shard: int32(s.Shard), Generation: int32(s.Generation), Retired: s.Retired, Owner: s.Owner, Epoch: s.Epoch,
+				Backlog: s.Backlog, Lag: s.Lag, Published: s.Published, Parked: s.Parked, MoveTime: timestamppb.New(s.MovedAt),
 			})
 		}
 	}
-	for _, one := range relays {
-		response.Relays = append(response.Relays, &opsv1.Relay{Owner: one.Owner, Problem: one.Problem})
+	for _, r := range relays {
+		response.Relays = append(response.Relays, &opsv1.Relay{Owner: r.Owner, Problem: r.Problem})
 	}
 	return response, nil
 }

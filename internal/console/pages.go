@@ -14,7 +14,7 @@ import (
 	"strings"
 )
 
-// The built pages. `make console` builds them from web/console, and `make lint` fails if they are not what that gives.
+// The built pages. `make console` builds them from web/console, and `make lint` fails if they are out of date.
 //
 //go:embed dist
 var dist embed.FS
@@ -22,18 +22,18 @@ var dist embed.FS
 // Prefix is where the pages are served.
 const Prefix = "/console/"
 
-// policy lets the pages load their own files, call their own server, and nothing else: no other origin, no inline
-// script, no frame around them. uPlot sets its styles through the CSSOM, which a policy does not concern.
+// policy lets the pages load their own files and call their own server. It forbids other origins, inline scripts and
+// embedding in frames. uPlot sets its styles through the CSSOM, to which a policy does not apply.
 const policy = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; " +
 	"form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
 
-// page is a file as it is sent.
+// page is a file, ready to be sent.
 type page struct {
 	kind, tag   string
 	plain, gzip []byte
 }
 
-// Pages serves the console's files, compressed once at the start.
+// Pages serves the console's files, which it compresses once.
 func Pages() http.Handler {
 	pages := map[string]*page{}
 	err := fs.WalkDir(dist, "dist", func(name string, entry fs.DirEntry, err error) error {
@@ -69,8 +69,8 @@ func newPage(name string, content []byte) (*page, error) {
 	if err == nil {
 		err = writer.Close()
 	}
-	return &page{mime.TypeByExtension(path.Ext(name)), fmt.Sprintf(`"%.16x"`, sha256.Sum256(content)), content,
-		packed.Bytes()}, err
+	kind, tag := mime.TypeByExtension(path.Ext(name)), fmt.Sprintf(`"%.16x"`, sha256.Sum256(content))
+	return &page{kind, tag, content, packed.Bytes()}, err
 }
 
 func (p *page) serve(w http.ResponseWriter, r *http.Request) {
@@ -78,7 +78,7 @@ func (p *page) serve(w http.ResponseWriter, r *http.Request) {
 	header.Set("Content-Security-Policy", policy)
 	header.Set("X-Frame-Options", "DENY")
 	header.Set("Cross-Origin-Opener-Policy", "same-origin")
-	header.Set("Cache-Control", "no-cache") // asked for each time, and answered by 304
+	header.Set("Cache-Control", "no-cache") // browsers revalidate each time, and get 304
 	header.Set("ETag", p.tag)
 	header.Set("Vary", "Accept-Encoding")
 	if r.Header.Get("If-None-Match") == p.tag {
@@ -92,5 +92,5 @@ func (p *page) serve(w http.ResponseWriter, r *http.Request) {
 		header.Set("Content-Encoding", "gzip")
 	}
 	header.Set("Content-Length", strconv.Itoa(len(body)))
-	_, _ = w.Write(body) // who has left needs no more
+	_, _ = w.Write(body) // fails if the browser has disconnected
 }

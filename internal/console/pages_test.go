@@ -7,7 +7,7 @@ import (
 	"testing"
 )
 
-// The whole console is small, strict about what a page may load, and sent compressed to who takes that.
+// The console is small, has a strict content security policy, and is sent compressed to clients that accept gzip.
 func TestPages(t *testing.T) {
 	t.Parallel()
 	server := httptest.NewServer(Pages())
@@ -41,7 +41,7 @@ func TestPages(t *testing.T) {
 	}
 	for _, unsafe := range []string{"unsafe-inline", "unsafe-eval", "http:", "https:", "*"} {
 		if strings.Contains(policy, unsafe) {
-			t.Errorf("the policy has %s", unsafe)
+			t.Errorf("the policy contains %s", unsafe)
 		}
 	}
 }

@@ -10,24 +10,24 @@ import (
 	"google.golang.org/protobuf/reflect/protoregistry"
 )
 
-// What a page can show of a payload.
+// Limits of the payload on a page.
 const (
-	longestText = 64 << 10 // bytes of JSON
-	longestDump = 4 << 10  // bytes of payload, of which a dump has five times as many
+	maxText = 64 << 10 // bytes of JSON
+	maxDump = 4 << 10  // bytes of payload; the dump is five times as long
 )
 
-// show makes a payload readable: by its descriptor, if the type is linked in and the bytes are of it, else as hex.
+// show returns a payload as JSON, if its type is linked in and the bytes decode, else as hex.
 func show(typeName string, payload []byte) *opsv1.Payload {
 	p := &opsv1.Payload{Size: int32(len(payload))}
 	if text, ok := decode(typeName, payload); ok {
 		p.Text, p.Decoded = text, true
-		if p.Cut = len(text) > longestText; p.Cut {
-			p.Text = string([]rune(text[:longestText])) // mends a rune that was cut
+		if p.Cut = len(text) > maxText; p.Cut {
+			p.Text = string([]rune(text[:maxText])) // the conversion replaces a truncated rune
 		}
 		return p
 	}
-	p.Cut = len(payload) > longestDump
-	p.Text = hex.Dump(payload[:min(len(payload), longestDump)])
+	p.Cut = len(payload) > maxDump
+	p.Text = hex.Dump(payload[:min(len(payload), maxDump)])
 	return p
 }
 

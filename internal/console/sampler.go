@@ -14,38 +14,38 @@ import (
 	"example.com/shop/internal/rabbit"
 )
 
-// patience bounds one reading. What does not answer by then cannot be reached, as far as a console is concerned.
-const patience = 3 * time.Second
+// readTimeout bounds one reading. The console shows a server that does not answer in time as unreachable.
+const readTimeout = 3 * time.Second
 
-// reading is what database and broker say at one time, or why they do not.
+// reading is the state of database and broker at one time, or the errors of reading it.
 type reading struct {
-	shards    []ops.Shard
-	relays    []ops.RunningRelay
-	standings []inbox.GroupStatus
-	sessions  map[string]int
-	dead      int64
-	database  error
+	shards   []ops.Shard
+	relays   []ops.RunningRelay
+	groups   []inbox.GroupStatus
+	sessions map[string]int
+	dead     int64
+	database error
 
 	depths  []rabbit.Depth
 	broker  error
 	dangers []rabbit.Danger
 }
 
-// velocity is how fast messages pass, a second.
-type velocity struct {
+// rates are messages per second.
+type rates struct {
 	inserted, published float64
 	applied             map[string]float64
 }
 
-// sampler reads, and remembers what rates need.
+// sampler makes samples, and keeps the counters that rates need.
 type sampler struct {
 	console *Console
 	queues  []string
-	// dead is read less often: with 100,000 open letters it is the one thing here that takes time.
+	// dead is read less often, since counting 100,000 open dead letters is slow.
 	dead postgres.Sample[int64]
-	// dangers are read less often, too: they change when somebody changes them.
+	// dangers are read less often, since policies rarely change.
 	dangers postgres.Sample[[]rabbit.Danger]
-	owners  map[string]map[string]int64 // what each process had applied, by group
+	owners  map[string]map[string]int64 // how many messages each process had applied, by group
 	recent  []totals
 }
 
@@ -62,17 +62,17 @@ func newSampler(c *Console) *sampler {
 	return s
 }
 
-// sample reads once and judges.
+// sample reads the state and evaluates it.
 func (s *sampler) sample(ctx context.Context) *opsv1.WatchFlowResponse {
 	r := s.read(ctx)
 	at := time.Now()
 	v := s.measure(at, r)
-	return &opsv1.WatchFlowResponse{Point: point(at, r, v), Stations: s.console.judge(r, v)}
+	return &opsv1.WatchFlowResponse{Point: point(at, r, v), Stations: s.console.stations(r, v)}
 }
 
-// read asks the database and the broker at the same time: one that is away must not make the other look so.
+// read reads the database and the broker concurrently, so that one that is down does not time out the other.
 func (s *sampler) read(ctx context.Context) *reading {
-	ctx, cancel := context.WithTimeout(ctx, patience)
+	ctx, cancel := context.WithTimeout(ctx, readTimeout)
 	defer cancel()
 	r := &reading{}
 	var both sync.WaitGroup
@@ -93,7 +93,7 @@ func (s *sampler) readDatabase(ctx context.Context, r *reading) (err error) {
 	if r.relays, err = ops.Relays(ctx, db); err != nil {
 		return err
 	}
-	if r.standings, err = inbox.GroupStatuses(ctx, db, s.console.desk.Groups); err != nil {
+	if r.groups, err = inbox.GroupStatuses(ctx, db, s.console.operator.Groups); err != nil {
 		return err
 	}
 	if r.sessions, err = ops.Sessions(ctx, db); err != nil {
@@ -103,9 +103,9 @@ func (s *sampler) readDatabase(ctx context.Context, r *reading) (err error) {
 	return err
 }
 
-// measure makes rates of a reading and those before it. While the database is away nothing passes.
-func (s *sampler) measure(at time.Time, r *reading) *velocity {
-	v := &velocity{applied: map[string]float64{}}
+// measure calculates the rates from a reading and those before it. They are 0 while the database is unreachable.
+func (s *sampler) measure(at time.Time, r *reading) *rates {
+	v := &rates{applied: map[string]float64{}}
 	if r.database != nil {
 		return v
 	}
@@ -117,8 +117,8 @@ func (s *sampler) measure(at time.Time, r *reading) *velocity {
 		now.published += shard.Published
 		now.inserted += shard.Published + shard.Parked + shard.Backlog
 	}
-	for _, standing := range r.standings {
-		now.applied[standing.Consumer] += s.progress(standing)
+	for _, status := range r.groups {
+		now.applied[status.Consumer] += s.progress(status)
 	}
 	s.recent = append(s.recent, now)
 	if len(s.recent) > window+1 {
@@ -133,15 +133,15 @@ func (s *sampler) measure(at time.Time, r *reading) *velocity {
 	return v
 }
 
-// progress is what the processes of a group have applied since the last reading. One that is new has applied all it
-// tells, except when we are new ourselves.
-func (s *sampler) progress(standing inbox.GroupStatus) (applied int64) {
-	before, known := s.owners[standing.Consumer]
-	for owner, total := range standing.Applied {
+// progress returns how many messages the processes of a group have applied since the last reading. The whole count of a
+// new process is progress, except in the first reading.
+func (s *sampler) progress(status inbox.GroupStatus) (applied int64) {
+	before, known := s.owners[status.Consumer]
+	for owner, total := range status.Applied {
 		if known {
 			applied += max(0, total-before[owner])
 		}
 	}
-	s.owners[standing.Consumer] = standing.Applied
+	s.owners[status.Consumer] = status.Applied
 	return applied
 }

@@ -1,8 +1,8 @@
-// Package deadletter keeps what could not be published or applied, with everything needed to look at it and to send it
-// again.
+// Package deadletter stores messages that could not be published or applied, with everything needed to inspect them and
+// to send them again.
 //
-// It guarantees that a letter is kept byte for byte in its payload, and in the transaction of the caller: a message
-// leaves the outbox's or the inbox's care in the same commit in which it arrives here.
+// It guarantees that a dead letter keeps its payload byte for byte. It is inserted in the caller's transaction: a
+// message leaves the outbox or the inbox in the same commit that stores it here.
 package deadletter
 
 import (
@@ -13,48 +13,48 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-// Reason says in one word why a message is dead; the letter's error text has the details.
+// Reason is why a message is dead, in one word. The dead letter's error text has the details.
 type Reason string
 
-// Of the relay.
+// These are the reasons of the relay.
 const (
-	// Unroutable: no queue is bound for the message's type.
+	// Unroutable means that no queue is bound for the message's type.
 	Unroutable Reason = "unroutable"
-	// Malformed: the row holds what must not be published.
+	// Malformed means that the row contains something that must not be published.
 	Malformed Reason = "malformed"
-	// Refused: the broker closed the channel over this message.
+	// Refused means that the broker closed the channel because of this message.
 	Refused Reason = "refused"
 )
 
-// Of the inbox.
+// These are the reasons of the inbox.
 const (
-	// NoID: the delivery has no message ID, so copies of it cannot be told from news.
+	// NoID means that the delivery has no message ID, so its copies cannot be recognized.
 	NoID Reason = "no_id"
-	// OutsideWindow: the time in the message ID is older than the inbox remembers, or in the future.
+	// OutsideWindow means that the time in the message ID is in the future, or is earlier than the inbox remembers.
 	OutsideWindow Reason = "outside_window"
-	// UnknownType: the group has no handler for the type.
+	// UnknownType means that the consumer group has no handler for the type.
 	UnknownType Reason = "unknown_type"
-	// Undecodable: the payload is not valid protobuf of its type.
+	// Undecodable means that the payload is not valid protobuf of its type.
 	Undecodable Reason = "undecodable"
-	// Permanent: the handler said that trying again is useless.
+	// Permanent means that the handler reported that a retry is useless.
 	Permanent Reason = "permanent"
-	// Exhausted: the handler failed as often as it may.
+	// Exhausted means that the handler failed as often as it may.
 	Exhausted Reason = "exhausted"
-	// Crashed: the handler was started again and again and never came to an end.
+	// Crashed means that the handler was started repeatedly and never finished.
 	Crashed Reason = "crashed"
-	// Undelivered: the broker gave up delivering, after its own limit.
+	// Undelivered means that the broker stopped delivering the message at its own limit.
 	Undelivered Reason = "undelivered"
-	// Skipped: an operator took it out of the way of those behind it.
+	// Skipped means that an operator moved the message out of the way of later ones.
 	Skipped Reason = "skipped"
 )
 
-// Reasons are all there are.
+// Reasons are all reasons.
 var Reasons = []Reason{
-	Unroutable, Malformed, Refused, NoID, OutsideWindow, UnknownType, Undecodable, Permanent, Exhausted, Crashed,
-	Undelivered, Skipped,
+	Unroutable, Malformed, Refused,
+	NoID, OutsideWindow, UnknownType, Undecodable, Permanent, Exhausted, Crashed, Undelivered, Skipped,
 }
 
-// Letter is one dead message.
+// Letter is one dead letter.
 type Letter struct {
 	// Consumer is the consumer group, "" for the relay.
 	Consumer  string
@@ -64,9 +64,9 @@ type Letter struct {
 	Payload   []byte
 	Headers   map[string]string
 	Reason    Reason
-	// Error says what happened, for people.
+	// Error describes what happened, for operators.
 	Error string
-	// Attempts is how often it was tried.
+	// Attempts is how often publishing or handling the message was tried.
 	Attempts int
 }
 
@@ -74,8 +74,8 @@ const insertSQL = `
 INSERT INTO dead_letter (consumer, message_id, type, key, payload, headers, reason, error, attempts)
 VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)`
 
-// Insert keeps letters as part of tx. Text that Postgres cannot store (NUL, broken UTF-8) is mended; payloads are kept
-// as they are.
+// Insert stores dead letters as part of tx. It repairs text that Postgres cannot store (NUL, invalid UTF-8), and keeps
+// payloads unchanged.
 func Insert(ctx context.Context, tx pgx.Tx, letters ...Letter) error {
 	batch := &pgx.Batch{}
 	for _, letter := range letters {
@@ -84,9 +84,8 @@ func Insert(ctx context.Context, tx pgx.Tx, letters ...Letter) error {
 			headers[messaging.CleanText(name)] = messaging.CleanText(value)
 		}
 		batch.Queue(insertSQL, letter.Consumer, messaging.CleanText(letter.MessageID), messaging.CleanText(letter.Type),
-			messaging.CleanText(letter.Key),
-			messaging.NotNil(letter.Payload), headers, letter.Reason, messaging.CleanText(letter.Error),
-			letter.Attempts)
+			messaging.CleanText(letter.Key), messaging.NotNil(letter.Payload), headers, letter.Reason,
+			messaging.CleanText(letter.Error), letter.Attempts)
 	}
 	if err := tx.SendBatch(ctx, batch).Close(); err != nil {
 		return fmt.Errorf("insert dead letter: %w", err)

@@ -18,8 +18,8 @@ func TestMain(m *testing.M) { testenv.Main(m) }
 
 func read(t *testing.T, db *pgxpool.Pool) []Letter {
 	t.Helper()
-	rows, err := db.Query(t.Context(),
-		`SELECT consumer, message_id, type, key, payload, headers, reason, error, attempts FROM dead_letter ORDER BY id`)
+	rows, err := db.Query(t.Context(), `
+		SELECT consumer, message_id, type, key, payload, headers, reason, error, attempts FROM dead_letter ORDER BY id`)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -30,7 +30,7 @@ func read(t *testing.T, db *pgxpool.Pool) []Letter {
 	return letters
 }
 
-// resolve closes a letter as package ops does.
+// resolve resolves a dead letter as package ops does.
 func resolve(t *testing.T, tx pgx.Tx, id int64, resolution Resolution, note Note) error {
 	t.Helper()
 	_, err := tx.Exec(t.Context(),
@@ -53,38 +53,42 @@ func TestInsert(t *testing.T) {
 		for i := range every {
 			every[i] = byte(i)
 		}
-		want := Letter{"group", "id", "type", "key", every[:], map[string]string{"a": "ü <&>", "": ""}, Permanent,
-			"error", 3}
+		headers := map[string]string{"a": "ü <&>", "": ""}
+		want := Letter{"group", "id", "type", "key", every[:], headers, Permanent, "error", 3}
 		err := postgres.Transact(t.Context(), db, func(tx pgx.Tx) error {
-			return Insert(t.Context(), tx, want,
-				Letter{Reason: NoID})
+			return Insert(t.Context(), tx, want, Letter{Reason: NoID})
 		})
 		if err != nil {
 			t.Fatal(err)
 		}
 		got := read(t, db)
 		if len(got) != 2 {
-			t.Fatalf("got %d letters", len(got))
+			t.Fatalf("got %d dead letters", len(got))
 		}
 		if string(got[0].Payload) != string(want.Payload) || !maps.Equal(got[0].Headers, want.Headers) {
 			t.Errorf("got payload %q, headers %q", got[0].Payload, got[0].Headers)
 		}
 		got[0].Payload, got[0].Headers = nil, nil
-		if bare := (Letter{Consumer: "group", MessageID: "id", Type: "type", Key: "key", Reason: Permanent,
-			Error: "error", Attempts: 3}); !equal(got[0], bare) {
+		bare := Letter{
+			Consumer: "group", MessageID: "id", Type: "type", Key: "key",
+			Reason: Permanent, Error: "error", Attempts: 3,
+		}
+		if !equal(got[0], bare) {
 			t.Errorf("got %+v", got[0])
 		}
 		if len(got[1].Payload) != 0 || len(got[1].Headers) != 0 || got[1].Reason != NoID {
-			t.Errorf("of nothing it made %+v", got[1])
+			t.Errorf("an empty dead letter became %+v", got[1])
 		}
 	})
 
-	t.Run("MendsTextThatPostgresCannotStore", func(t *testing.T) {
+	t.Run("RepairsTextThatPostgresCannotStore", func(t *testing.T) {
 		t.Parallel()
 		db := testenv.Postgres(t)
 		for _, broken := range []string{"\x00", "a\xffb", "\xed\xa0\x80", strings.Repeat("ü\x00", 1<<20)} {
-			letter := Letter{MessageID: broken, Type: broken, Key: broken, Payload: []byte(broken),
-				Headers: map[string]string{broken: broken}, Reason: Malformed, Error: broken}
+			letter := Letter{
+				MessageID: broken, Type: broken, Key: broken, Payload: []byte(broken),
+				Headers: map[string]string{broken: broken}, Reason: Malformed, Error: broken,
+			}
 			err := postgres.Transact(t.Context(), db, func(tx pgx.Tx) error { return Insert(t.Context(), tx, letter) })
 			if err != nil {
 				t.Fatalf("%.20q: %v", broken, err)
@@ -94,8 +98,8 @@ func TestInsert(t *testing.T) {
 			if string(got.Payload) != broken {
 				t.Errorf("%.20q: payload became %.20q", broken, got.Payload)
 			}
-			for _, text := range []string{got.MessageID, got.Type, got.Key, got.Error,
-				got.Headers[messaging.CleanText(broken)]} {
+			header := got.Headers[messaging.CleanText(broken)]
+			for _, text := range []string{got.MessageID, got.Type, got.Key, got.Error, header} {
 				if text != messaging.CleanText(broken) {
 					t.Errorf("%.20q became %.20q", broken, text)
 				}
@@ -114,7 +118,7 @@ func TestInsert(t *testing.T) {
 			return cause
 		})
 		if !errors.Is(err, cause) || len(read(t, db)) != 0 {
-			t.Errorf("got error %v and %d letters, want none", err, len(read(t, db)))
+			t.Errorf("got error %v and %d dead letters, want 0", err, len(read(t, db)))
 		}
 	})
 
@@ -133,7 +137,7 @@ func TestInsert(t *testing.T) {
 	})
 }
 
-// equal compares all but payload and headers.
+// equal compares everything but payload and headers.
 func equal(a, b Letter) bool {
 	return a.Consumer == b.Consumer && a.MessageID == b.MessageID && a.Type == b.Type && a.Key == b.Key &&
 		a.Reason == b.Reason && a.Error == b.Error && a.Attempts == b.Attempts
@@ -153,8 +157,8 @@ func TestNothingLeavesSilently(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, sql := range []string{
-		`DELETE FROM dead_letter`, `TRUNCATE dead_letter CASCADE`, `UPDATE dead_letter SET payload = 'x'`,
-		`UPDATE dead_letter SET error = 'x', resolved_at = now()`,
+		`DELETE FROM dead_letter`, `TRUNCATE dead_letter CASCADE`,
+		`UPDATE dead_letter SET payload = 'x'`, `UPDATE dead_letter SET error = 'x', resolved_at = now()`,
 		`DELETE FROM dead_letter_audit`, `TRUNCATE dead_letter_audit`, `UPDATE dead_letter_audit SET actor = 'bob'`,
 	} {
 		if _, err := db.Exec(t.Context(), sql); err == nil || !strings.Contains(err.Error(), "redrive or discard") {
@@ -162,11 +166,11 @@ func TestNothingLeavesSilently(t *testing.T) {
 		}
 	}
 	for _, note := range []Note{{}, {Actor: "ann"}, {Reason: "gone"}} {
-		if err := postgres.Transact(t.Context(), db, func(tx pgx.Tx) error {
-			return resolve(t, tx, 1, Discarded,
-				note)
-		}); err == nil {
-			t.Errorf("%+v is enough of a note", note)
+		err := postgres.Transact(t.Context(), db, func(tx pgx.Tx) error {
+			return resolve(t, tx, 1, Discarded, note)
+		})
+		if err == nil {
+			t.Errorf("accepted the note %+v", note)
 		}
 	}
 	records, err := Audit(t.Context(), db, 1)
@@ -175,7 +179,7 @@ func TestNothingLeavesSilently(t *testing.T) {
 	}
 }
 
-// Two drains may be handed the copies of one message at the same time: the second sees what the first has kept.
+// Two drains may receive copies of one message at the same time. The second sees what the first has stored.
 func TestInsertOnceByTwoAtOnce(t *testing.T) {
 	t.Parallel()
 	db := testenv.Postgres(t)
@@ -200,7 +204,7 @@ func TestInsertOnceByTwoAtOnce(t *testing.T) {
 		const sql = `SELECT EXISTS (SELECT FROM pg_locks WHERE pid = $1 AND NOT granted)`
 		err := db.QueryRow(t.Context(), sql, pid).Scan(&waits)
 		if err == nil && !waits {
-			err = errors.New("the second does not wait")
+			err = errors.New("the second transaction does not wait")
 		}
 		return err
 	})
@@ -214,7 +218,7 @@ func TestInsertOnceByTwoAtOnce(t *testing.T) {
 		}
 	}
 	if got := len(read(t, db)); got != 1 {
-		t.Errorf("%d letters of one message", got)
+		t.Errorf("%d dead letters of one message", got)
 	}
 }
 
@@ -222,14 +226,13 @@ func TestList(t *testing.T) {
 	t.Parallel()
 	db := testenv.Postgres(t)
 	err := postgres.Transact(t.Context(), db, func(tx pgx.Tx) error {
-		for _, one := range []Letter{
+		for _, letter := range []Letter{
 			{MessageID: "1", Type: "a", Key: "k", Reason: Unroutable},
 			{Consumer: "group", MessageID: "2", Type: "a", Key: "k", Reason: Permanent},
 			{Consumer: "group", MessageID: "3", Type: "b", Key: "l", Reason: Exhausted},
-			// A group of that name is not the relay.
-			{Consumer: "relay", MessageID: "4", Type: "b", Key: "l", Reason: Exhausted},
+			{Consumer: "relay", MessageID: "4", Type: "b", Key: "l", Reason: Exhausted}, // a group named relay is not the relay
 		} {
-			if err := Insert(t.Context(), tx, one); err != nil {
+			if err := Insert(t.Context(), tx, letter); err != nil {
 				return err
 			}
 		}
@@ -257,8 +260,8 @@ func TestList(t *testing.T) {
 	} {
 		letters, err := List(t.Context(), db, test.filter, 0, 10)
 		got := ""
-		for _, one := range letters {
-			got += one.MessageID
+		for _, letter := range letters {
+			got += letter.MessageID
 		}
 		if err != nil || got != test.want {
 			t.Errorf("%s: got %q, %v, want %q", name, got, err, test.want)

@@ -12,8 +12,9 @@ import (
 	"go.opentelemetry.io/otel/metric"
 )
 
-// A process that reports, the relay, may see how many there are and why, and not what is in them.
-const countOpenSQL = `SELECT consumer, reason, count(*) FROM dead_letter WHERE resolution IS NULL GROUP BY consumer, reason`
+// countOpenSQL shows a reporting process, the relay, how many dead letters there are and why, but not their contents.
+const countOpenSQL = `
+SELECT consumer, reason, count(*) FROM dead_letter WHERE resolution IS NULL GROUP BY consumer, reason`
 
 type open struct {
 	Consumer string
@@ -21,8 +22,7 @@ type open struct {
 	Letters  int64
 }
 
-// ObserveOpen reports the letters that nobody has resolved, by consumer ("" for those that the relay parked) and
-// reason.
+// ObserveOpen reports the unresolved dead letters, by consumer ("" for those that the relay parked) and reason.
 func ObserveOpen(db *pgxpool.Pool, provider metric.MeterProvider) error {
 	meter := provider.Meter("example.com/shop/internal/deadletter")
 	gauge, err := meter.Int64ObservableGauge("dead_letters.open", metric.WithUnit("{message}"),
@@ -37,14 +37,14 @@ func ObserveOpen(db *pgxpool.Pool, provider metric.MeterProvider) error {
 	_, err2 := meter.RegisterCallback(func(ctx context.Context, o metric.Observer) error {
 		found, err := sample.Get(ctx)
 		if err != nil {
-			return nil // Sample has said it; the rest of the metrics is worth having
+			return nil // Sample has logged it, and the other metrics are still useful
 		}
 		if len(found) == 0 {
 			o.ObserveInt64(gauge, 0)
 		}
-		for _, one := range found {
-			o.ObserveInt64(gauge, one.Letters, metric.WithAttributes(attribute.String("consumer", one.Consumer),
-				attribute.String("reason", string(one.Reason))))
+		for _, group := range found {
+			o.ObserveInt64(gauge, group.Letters, metric.WithAttributes(
+				attribute.String("consumer", group.Consumer), attribute.String("reason", string(group.Reason))))
 		}
 		return nil
 	}, gauge)

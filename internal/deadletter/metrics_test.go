@@ -11,30 +11,33 @@ import (
 	sdkmetric "go.opentelemetry.io/otel/sdk/metric"
 )
 
-// What is open is counted, as the relay may count it; what is resolved is not.
+// ObserveOpen counts open dead letters and not resolved ones, with the rights of the relay.
 func TestObserveOpen(t *testing.T) {
 	t.Parallel()
-	for name, one := range map[string]struct {
+	for name, test := range map[string]struct {
 		letters  []Letter
 		resolved int64
 		want     map[string]float64
 	}{
 		"none": {nil, 0, map[string]float64{"dead_letters.open{}": 0}},
-		"open": {[]Letter{{Consumer: "g", Reason: Permanent}, {Consumer: "g", Reason: Permanent},
-			{Reason: Unroutable}}, 0, map[string]float64{"dead_letters.open{gpermanent}": 2,
-			"dead_letters.open{unroutable}": 1}},
-		"resolved": {[]Letter{{Consumer: "g", Reason: Permanent}, {Reason: Unroutable}}, 1,
-			map[string]float64{"dead_letters.open{unroutable}": 1}},
+		"open": {
+			[]Letter{{Consumer: "g", Reason: Permanent}, {Consumer: "g", Reason: Permanent}, {Reason: Unroutable}}, 0,
+			map[string]float64{"dead_letters.open{gpermanent}": 2, "dead_letters.open{unroutable}": 1},
+		},
+		"resolved": {
+			[]Letter{{Consumer: "g", Reason: Permanent}, {Reason: Unroutable}}, 1,
+			map[string]float64{"dead_letters.open{unroutable}": 1},
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			url := testenv.PostgresURL(t)
 			db := pool(t, url)
 			err := postgres.Transact(t.Context(), db, func(tx pgx.Tx) error {
-				if err := Insert(t.Context(), tx, one.letters...); err != nil || one.resolved == 0 {
+				if err := Insert(t.Context(), tx, test.letters...); err != nil || test.resolved == 0 {
 					return err
 				}
-				return resolve(t, tx, one.resolved, Discarded, Note{Reason: "test", Actor: "test"})
+				return resolve(t, tx, test.resolved, Discarded, Note{Reason: "test", Actor: "test"})
 			})
 			if err != nil {
 				t.Fatal(err)
@@ -45,8 +48,8 @@ func TestObserveOpen(t *testing.T) {
 				t.Fatal(err)
 			}
 			got := testenv.Metrics(t, reader)
-			if !maps.Equal(got, one.want) {
-				t.Errorf("got %v, want %v", got, one.want)
+			if !maps.Equal(got, test.want) {
+				t.Errorf("got %v, want %v", got, test.want)
 			}
 		})
 	}

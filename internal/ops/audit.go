@@ -10,7 +10,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// Entry is what an operator did, besides to dead letters, which have a log of their own.
+// Entry is an operator's action in the audit log. Actions on dead letters have a log of their own.
 type Entry struct {
 	Action, Target string
 	deadletter.Note
@@ -18,7 +18,7 @@ type Entry struct {
 	At     time.Time
 }
 
-// Record keeps an entry as part of tx, the transaction of what was done.
+// Record stores an entry as part of tx, the transaction of the action.
 func Record(ctx context.Context, tx pgx.Tx, e Entry) error {
 	_, err := tx.Exec(ctx,
 		`INSERT INTO operator_audit (action, target, reason, actor, detail) VALUES ($1, $2, $3, $4, $5)`,
@@ -29,7 +29,7 @@ func Record(ctx context.Context, tx pgx.Tx, e Entry) error {
 	return nil
 }
 
-// Log returns the last entries, the newest first.
+// Log returns the last entries, newest first.
 func Log(ctx context.Context, db *pgxpool.Pool, limit int) ([]Entry, error) {
 	rows, err := db.Query(ctx,
 		`SELECT action, target, actor, reason, detail, at FROM operator_audit ORDER BY id DESC LIMIT $1`, limit)

@@ -10,8 +10,8 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// maxSkew is how far this machine's clock may be ahead of the database's, or behind it, before CheckClock complains:
-// half of what is accepted of an ID, so that a process says it is not ready before its messages are refused.
+// maxSkew is how far this machine's clock may differ from the database's before CheckClock returns an error. It is half
+// of what is accepted in an ID, so that a process is no longer ready before its messages are refused.
 const maxSkew = 5 * time.Minute
 
 // CheckClock returns outbox.ErrClock if this machine's clock differs from the database's by more than maxSkew. It
@@ -19,13 +19,13 @@ const maxSkew = 5 * time.Minute
 func CheckClock(ctx context.Context, db *pgxpool.Pool) error {
 	ahead, err := skew(ctx, db)
 	if err == nil && ahead.Abs() > maxSkew {
-		return fmt.Errorf("%w: Postgres' is ahead by %s", outbox.ErrClock, ahead)
+		return fmt.Errorf("%w: Postgres' clock is ahead by %s", outbox.ErrClock, ahead)
 	}
 	return nil
 }
 
-// skew returns by how much the database's clock is ahead of this machine's; negative if it is behind. It is exact to
-// half a round trip.
+// skew returns how far the database's clock is ahead of this machine's, or a negative value if it is behind. It is
+// exact to half a round trip.
 func skew(ctx context.Context, db *pgxpool.Pool) (ahead time.Duration, err error) {
 	var there time.Time
 	before := time.Now()
@@ -44,14 +44,14 @@ FROM (
     UNION ALL SELECT 'the count of shard ' || shard, measured_at FROM outbox_backlog
     UNION ALL SELECT 'the oldest message of shard ' || shard, oldest_at FROM outbox_backlog
     UNION ALL SELECT 'the newest message of shard ' || shard, (
-        SELECT created_at FROM outbox WHERE outbox.shard = outbox_cursor.shard ORDER BY id DESC LIMIT 1)
-            FROM outbox_cursor
+        SELECT created_at FROM outbox WHERE outbox.shard = outbox_cursor.shard ORDER BY id DESC LIMIT 1
+    ) FROM outbox_cursor
 ) AS stored (what, written_at)
 WHERE written_at > clock_timestamp() + $1
 ORDER BY written_at DESC`
 
-// outboxAhead names the times in the outbox that are by more than the tolerance in the future: the database's clock was
-// set back since.
+// outboxAhead describes the times in the outbox that are in the future by more than the tolerance, because the
+// database's clock was set back after they were written.
 func outboxAhead(ctx context.Context, db *pgxpool.Pool, tolerance time.Duration) ([]string, error) {
 	rows, err := db.Query(ctx, aheadSQL, tolerance)
 	if err != nil {

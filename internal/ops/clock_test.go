@@ -12,8 +12,9 @@ import (
 
 func TestCheckClock(t *testing.T) {
 	t.Parallel()
-	for shift, wrong := range map[time.Duration]bool{0: false, 4 * time.Minute: false, -4 * time.Minute: false,
-		6 * time.Minute: true, -6 * time.Minute: true} {
+	for shift, wrong := range map[time.Duration]bool{
+		0: false, 4 * time.Minute: false, -4 * time.Minute: false, 6 * time.Minute: true, -6 * time.Minute: true,
+	} {
 		t.Run(shift.String(), func(t *testing.T) {
 			t.Parallel()
 			db := testenv.Postgres(t)
@@ -25,13 +26,14 @@ func TestCheckClock(t *testing.T) {
 	}
 }
 
-// A database whose clock was set back by half an hour has rows that seem to come from the future.
-func TestAClockThatWasSetBackIsNoticed(t *testing.T) {
+// If the clock of a database was set back half an hour, its rows seem to come from the future.
+func TestClockThatWasSetBackIsNoticed(t *testing.T) {
 	t.Parallel()
 	db := testenv.Postgres(t)
-	d := &desk{Pool: db}
-	d.insert(t, "", "m")
-	d.exec(t, `UPDATE outbox_cursor SET moved_at = clock_timestamp(), lease = '1 h', lease_expires_at = clock_timestamp() + interval '1 h'`)
+	f := &fixture{Pool: db}
+	f.insert(t, "", "m")
+	f.exec(t, `UPDATE outbox_cursor
+		SET moved_at = clock_timestamp(), lease = '1 h', lease_expires_at = clock_timestamp() + interval '1 h'`)
 	if _, err := outbox.Measure(t.Context(), db, 0); err != nil {
 		t.Fatal(err)
 	}
@@ -45,17 +47,17 @@ func TestAClockThatWasSetBackIsNoticed(t *testing.T) {
 	if found := ahead(); found != "" {
 		t.Errorf("ahead: %s", found)
 	}
-	d.exec(t, `UPDATE outbox SET created_at = created_at + interval '30 min'`)
-	d.exec(t, `UPDATE outbox_cursor SET lease_expires_at = lease_expires_at + interval '30 min',
+	f.exec(t, `UPDATE outbox SET created_at = created_at + interval '30 min'`)
+	f.exec(t, `UPDATE outbox_cursor SET lease_expires_at = lease_expires_at + interval '30 min',
 		moved_at = moved_at + interval '30 min'`)
-	d.exec(t, `UPDATE outbox_backlog SET measured_at = measured_at + interval '30 min',
+	f.exec(t, `UPDATE outbox_backlog SET measured_at = measured_at + interval '30 min',
 		oldest_at = oldest_at + interval '30 min'`)
-	for _, what := range []string{
-		"last move of shard 0", "lease of shard 0", "count of shard 0", "oldest message of shard 0",
-		"newest message of shard 0",
+	for _, name := range []string{
+		"last move of shard 0", "lease of shard 0", "count of shard 0",
+		"oldest message of shard 0", "newest message of shard 0",
 	} {
-		if found := ahead(); !strings.Contains(found, what+" is 00:2") {
-			t.Errorf("%s is not named: %s", what, found)
+		if found := ahead(); !strings.Contains(found, name+" is 00:2") {
+			t.Errorf("%s is not named: %s", name, found)
 		}
 	}
 	shards, err := Shards(t.Context(), db)

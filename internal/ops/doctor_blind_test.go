@@ -21,7 +21,7 @@ import (
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 
-// altered returns a URL with something else in it.
+// altered returns a changed URL.
 func altered(t *testing.T, rawURL string, alter func(*url.URL)) string {
 	t.Helper()
 	parsed, err := url.Parse(rawURL)
@@ -32,59 +32,58 @@ func altered(t *testing.T, rawURL string, alter func(*url.URL)) string {
 	return parsed.String()
 }
 
-// reach has the doctor use another way to the database.
-func (c *clinic) reach(t *testing.T, url string) {
+// reach makes the doctor use another URL of the database.
+func (s *healthyService) reach(t *testing.T, url string) {
 	t.Helper()
-	c.DB, c.PostgresURL, c.ListenURL = openAt(t, url), url, url
+	s.DB, s.PostgresURL, s.ListenURL = openAt(t, url), url, url
 }
 
-// A doctor who could not look says so once, with the cure of what is in the way, and never with the cure of what would
-// have been found.
+// A doctor that cannot check says so once, with the cure of the obstacle, and never with the cure for what it might
+// have found.
 func TestDoctorCouldNotLook(t *testing.T) {
 	t.Parallel()
 	for name, test := range map[string]struct {
-		harm    func(t *testing.T, c *clinic)
+		breakIt func(t *testing.T, s *healthyService)
 		check   string
 		verdict Verdict
-		cure    string   // what the cure must name
-		skipped []string // some of the checks that could not be made either
+		cure    string   // must be in the cure
+		skipped []string // some of the checks that could not run for the same reason
 	}{
-		"DatabaseAway": {func(t *testing.T, c *clinic) { c.reach(t, "postgres://u:hunter2@127.0.0.1:1/d") },
+		"DatabaseAway": {func(t *testing.T, s *healthyService) { s.reach(t, "postgres://u:hunter2@127.0.0.1:1/d") },
 			"database", Unknown, "host and port in POSTGRES_URL", []string{"schema", "cluster", "relay", "retries"}},
 		"DatabaseWrongPassword": {wrongPassword, "database", Unknown, "user and password in POSTGRES_URL",
 			[]string{"schema", "cluster", "relay", "retries"}},
-		"DatabaseUnknownUser": {func(t *testing.T, c *clinic) {
-			c.reach(t, altered(t, c.PostgresURL, func(u *url.URL) {
-				u.User = url.UserPassword("nobody_here",
-					"hunter2")
+		"DatabaseUnknownUser": {func(t *testing.T, s *healthyService) {
+			s.reach(t, altered(t, s.PostgresURL, func(u *url.URL) {
+				u.User = url.UserPassword("nobody_here", "hunter2")
 			}))
 		}, "database", Unknown, "user and password in POSTGRES_URL", []string{"schema", "cluster", "relay", "retries"}},
-		"DatabaseWrongName": {func(t *testing.T, c *clinic) {
-			c.reach(t, altered(t, testenv.As(t, c.PostgresURL, "shop_operator"),
-				func(u *url.URL) { u.Path = "/nothing" }))
+		"DatabaseWrongName": {func(t *testing.T, s *healthyService) {
+			s.reach(t, altered(t, testenv.As(t, s.PostgresURL, "shop_operator"), func(u *url.URL) { u.Path = "/nothing" }))
 		}, "database", Unknown, "name in POSTGRES_URL", []string{"schema", "cluster", "relay", "retries"}},
-		"DatabaseNoConnect": {func(t *testing.T, c *clinic) {
-			c.exec(t, `DO $$ BEGIN EXECUTE format('REVOKE CONNECT ON DATABASE %I FROM PUBLIC', current_database()); END $$`)
-			c.reach(t, testenv.As(t, c.PostgresURL, "shop_operator"))
+		"DatabaseNoConnect": {func(t *testing.T, s *healthyService) {
+			s.exec(t, `DO $$ BEGIN EXECUTE format('REVOKE CONNECT ON DATABASE %I FROM PUBLIC', current_database()); END $$`)
+			s.reach(t, testenv.As(t, s.PostgresURL, "shop_operator"))
 		}, "database", Unknown, "Grant CONNECT", []string{"schema", "cluster", "relay", "retries"}},
-		"DatabaseNoRights": {func(t *testing.T, c *clinic) { c.reach(t, testenv.As(t, c.PostgresURL, "shop_api")) },
+		"DatabaseNoRights": {func(t *testing.T, s *healthyService) { s.reach(t, testenv.As(t, s.PostgresURL, "shop_api")) },
 			"clock", Unknown, "Connect as shop_operator", []string{"cluster", "relay", "retries"}},
-		"DatabaseNoRightOnOneTable": {func(t *testing.T,
-			c *clinic) {
-			c.exec(t, `REVOKE SELECT ON inbox_retry FROM shop_operator`)
+		"DatabaseNoRightOnOneTable": {func(t *testing.T, s *healthyService) {
+			s.exec(t, `REVOKE SELECT ON inbox_retry FROM shop_operator`)
 		},
 			"clock", Unknown, "Connect as shop_operator", []string{"retries"}},
-		"NoSchema": {func(t *testing.T, c *clinic) {
-			c.exec(t, `DROP SCHEMA public CASCADE; CREATE SCHEMA public; GRANT USAGE ON SCHEMA public TO PUBLIC`)
-			c.reach(t, testenv.As(t, c.PostgresURL, "shop_operator"))
+		"NoSchema": {func(t *testing.T, s *healthyService) {
+			s.exec(t, `DROP SCHEMA public CASCADE; CREATE SCHEMA public; GRANT USAGE ON SCHEMA public TO PUBLIC`)
+			s.reach(t, testenv.As(t, s.PostgresURL, "shop_operator"))
 		}, "schema", Wrong, "Run the command migrate", []string{"grants", "indexes", "cluster", "relay", "retries"}},
-		"HalfASchema": {func(t *testing.T, c *clinic) {
-			c.exec(t, `DELETE FROM goose_db_version WHERE version_id = (SELECT max(version_id) FROM goose_db_version); DROP TABLE inbox_retry`)
+		"HalfASchema": {func(t *testing.T, s *healthyService) {
+			s.exec(t, `
+				DELETE FROM goose_db_version WHERE version_id = (SELECT max(version_id) FROM goose_db_version);
+				DROP TABLE inbox_retry`)
 		}, "schema", Wrong, "Run the command migrate", []string{"grants", "retries"}},
-		"TableMissing": {func(t *testing.T, c *clinic) { c.exec(t, `DROP TABLE inbox_retry`) },
+		"TableMissing": {func(t *testing.T, s *healthyService) { s.exec(t, `DROP TABLE inbox_retry`) },
 			"grants", Unknown, "Run the command migrate", []string{"retries"}},
-		"DatabaseLocked": {func(t *testing.T, c *clinic) {
-			tx, err := c.desk.Begin(t.Context())
+		"DatabaseLocked": {func(t *testing.T, s *healthyService) {
+			tx, err := s.fixture.Begin(t.Context())
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -92,68 +91,65 @@ func TestDoctorCouldNotLook(t *testing.T) {
 			if _, err := tx.Exec(t.Context(), `LOCK TABLE outbox_cursor`); err != nil {
 				t.Fatal(err)
 			}
-			c.CheckTimeout = 3 * time.Second
+			s.CheckTimeout = 3 * time.Second
 		}, "clock", Unknown, "took too long", []string{"cluster", "relay"}},
-		"ListenerAway": {func(_ *testing.T, c *clinic) { c.ListenURL = "postgres://u:hunter2@127.0.0.1:1/d" },
+		"ListenerAway": {func(_ *testing.T, s *healthyService) { s.ListenURL = "postgres://u:hunter2@127.0.0.1:1/d" },
 			"doorbell", Unknown, "host and port in POSTGRES_LISTEN_URL", nil},
-		"BrokerAway": {func(_ *testing.T, c *clinic) { c.AMQPURL = "amqp://u:hunter2@127.0.0.1:1/" },
+		"BrokerAway": {func(_ *testing.T, s *healthyService) { s.AMQPURL = "amqp://u:hunter2@127.0.0.1:1/" },
 			"broker", Unknown, "host and port in AMQP_URL", []string{"queues"}},
-		"BrokerWrongPassword": {func(t *testing.T, c *clinic) {
-			c.AMQPURL = altered(t, c.AMQPURL, func(u *url.URL) {
-				u.User = url.UserPassword(u.User.Username(),
-					"hunter2")
+		"BrokerWrongPassword": {func(t *testing.T, s *healthyService) {
+			s.AMQPURL = altered(t, s.AMQPURL, func(u *url.URL) {
+				u.User = url.UserPassword(u.User.Username(), "hunter2")
 			})
 		}, "broker", Unknown, "user and password in AMQP_URL", []string{"queues"}},
-		"BrokerWrongVhost": {func(t *testing.T, c *clinic) {
-			c.AMQPURL = altered(t, c.AMQPURL, func(u *url.URL) { u.Path = "/nothing" })
-		},
-			"broker", Unknown, "vhost in AMQP_URL", []string{"queues"}},
-		"BrokerNoRights": {func(t *testing.T, c *clinic) {
-			c.AMQPURL = testenv.Management(t, c.AMQPURL).User("^$", "^$",
-				"^$")
+		"BrokerWrongVhost": {func(t *testing.T, s *healthyService) {
+			s.AMQPURL = altered(t, s.AMQPURL, func(u *url.URL) { u.Path = "/nothing" })
+		}, "broker", Unknown, "vhost in AMQP_URL", []string{"queues"}},
+		"BrokerNoRights": {func(t *testing.T, s *healthyService) {
+			s.AMQPURL = testenv.Management(t, s.AMQPURL).User("^$", "^$", "^$")
 		},
 			"queues", Unknown, "may configure the queues", nil},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			c := newClinic(t)
-			test.harm(t, c)
+			s := newHealthyService(t)
+			test.breakIt(t, s)
 			found := false
-			for _, one := range Doctor(t.Context(), c.Target) {
+			for _, finding := range Doctor(t.Context(), s.Target) {
 				switch {
-				case strings.Contains(one.Detail+one.Cure, "hunter2"):
-					t.Errorf("a password is shown: %+v", one)
-				case one.Check == test.check:
+				case strings.Contains(finding.Detail+finding.Cure, "hunter2"):
+					t.Errorf("a password is shown: %+v", finding)
+				case finding.Check == test.check:
 					found = true
-					if one.Verdict != test.verdict || !strings.Contains(one.Cure, test.cure) {
-						t.Errorf("got %+v, want %s and %q", one, test.verdict, test.cure)
+					if finding.Verdict != test.verdict || !strings.Contains(finding.Cure, test.cure) {
+						t.Errorf("got %+v, want %s and %q", finding, test.verdict, test.cure)
 					}
 					for _, skipped := range test.skipped {
-						if !slices.Contains(one.Skipped, skipped) {
-							t.Errorf("%s is not among those skipped: %q", skipped, one.Skipped)
+						if !slices.Contains(finding.Skipped, skipped) {
+							t.Errorf("%s is not among the skipped checks: %q", skipped, finding.Skipped)
 						}
 					}
-				case one.Check == "grants" && strings.HasPrefix(one.Detail, "shop_operator may not select inbox_retry"):
-				case one.Check == "indexes" && strings.HasPrefix(one.Detail, "missing: inbox_retry"): // with its table
-				case one.Verdict == Wrong || one.Verdict == Unknown:
-					t.Errorf("another check says more: %+v", one)
+				case finding.Check == "grants" && strings.HasPrefix(finding.Detail, "shop_operator may not select inbox_retry"):
+				case finding.Check == "indexes" && strings.HasPrefix(finding.Detail, "missing: inbox_retry"): // with its table
+				case finding.Verdict == Wrong || finding.Verdict == Unknown:
+					t.Errorf("another check has a finding: %+v", finding)
 				}
 				for _, other := range append(slices.Clone(databaseChecks), brokerChecks...) {
-					if one.Verdict == Unknown && other.cure != "" && one.Cure == other.cure {
-						t.Errorf("%s could not look, and gives the cure of what %s would have found: %s", one.Check,
-							other.name, one.Cure)
+					if finding.Verdict == Unknown && other.cure != "" && finding.Cure == other.cure {
+						t.Errorf("%s could not run, and gives the cure for findings of %s: %s",
+							finding.Check, other.name, finding.Cure)
 					}
 				}
 			}
 			if !found {
-				t.Errorf("no finding of %s", test.check)
+				t.Errorf("no finding for %s", test.check)
 			}
 		})
 	}
 }
 
-// wrongPassword has the database ask for one, on a server of its own.
-func wrongPassword(t *testing.T, c *clinic) {
+// wrongPassword starts a database server that requires a password, and uses a wrong one.
+func wrongPassword(t *testing.T, s *healthyService) {
 	t.Helper()
 	owner, _ := testenv.Cluster(t)
 	db, err := pgxpool.New(t.Context(), owner)
@@ -179,14 +175,15 @@ func wrongPassword(t *testing.T, c *clinic) {
 		conn, err := session.Connect(t.Context(), guarded)
 		if err == nil {
 			_ = conn.Close(t.Context())
-			return errors.New("any password will do")
+			return errors.New("the server does not check passwords yet")
 		}
 		return nil
 	})
-	c.reach(t, guarded)
+	s.reach(t, guarded)
 }
 
-// Every kind of failure has a cure, and one that does not concern the server's other checks leaves them.
+// Every kind of failure has a cure, and a failure that does not concern the other checks of a server does not block
+// them.
 func TestCauses(t *testing.T) {
 	t.Parallel()
 	code := func(code string) error { return fmt.Errorf("read: %w", &pgconn.PgError{Code: code}) }
@@ -215,23 +212,28 @@ func TestCauses(t *testing.T) {
 		"role":              {databaseCause(code("42704"), "X"), "migrate", false},
 		"statement timeout": {databaseCause(code("57014"), "X"), "too long", false},
 		"lock timeout":      {databaseCause(code("55P03"), "X"), "too long", false},
-		"own timeout":       {databaseCause(fmt.Errorf("read: %w", context.DeadlineExceeded), "X"), "too long", false},
-		"connection lost": {databaseCause(fmt.Errorf("read: %w", io.ErrUnexpectedEOF), "X"), "host and port in X",
-			true},
-		"elsewhere":         {databaseCause(elsewhere{"Y", code("28P01")}, "X"), "password in Y", false},
-		"unknown":           {databaseCause(code("XX000"), "X"), "log", false},
-		"unknown here":      {databaseCause(errors.New("odd"), "X"), "Read the error", false},
+		"own timeout": {
+			databaseCause(fmt.Errorf("read: %w", context.DeadlineExceeded), "X"), "too long", false,
+		},
+		"connection lost":   {databaseCause(fmt.Errorf("read: %w", io.ErrUnexpectedEOF), "X"), "host and port in X", true},
+		"other server":      {databaseCause(otherServer{"Y", code("28P01")}, "X"), "password in Y", false},
+		"unknown code":      {databaseCause(code("XX000"), "X"), "log", false},
+		"unknown error":     {databaseCause(errors.New("odd"), "X"), "Read the error", false},
 		"broker login":      {brokerCause(broker(amqp.AccessRefused, true), "X"), "password in X", true},
 		"broker vhost":      {brokerCause(broker(amqp.NotAllowed, true), "X"), "vhost in X", true},
 		"broker permission": {brokerCause(broker(amqp.AccessRefused, false), "X"), "may configure", false},
 		"broker error":      {brokerCause(broker(amqp.InternalError, false), "X"), "broker's log", false},
-		"broker cut": {brokerCause(fmt.Errorf("%w: %w", rabbit.ErrNotConnected, amqp.ErrClosed), "X"),
-			"host and port in X", true},
-		"broker timeout": {brokerCause(fmt.Errorf("read: %w", context.DeadlineExceeded), "X"), "too long", false},
-		"broker mute socket": {brokerCause(fmt.Errorf("%w: %w", rabbit.ErrNotConnected, amqp.ErrCredentials), "X"),
-			"password in X", true},
+		"broker cut": {
+			brokerCause(fmt.Errorf("%w: %w", rabbit.ErrNotConnected, amqp.ErrClosed), "X"), "host and port in X", true,
+		},
+		"broker timeout": {
+			brokerCause(fmt.Errorf("read: %w", context.DeadlineExceeded), "X"), "too long", false,
+		},
+		"broker mute socket": {
+			brokerCause(fmt.Errorf("%w: %w", rabbit.ErrNotConnected, amqp.ErrCredentials), "X"), "password in X", true,
+		},
 	} {
-		if test.cause.kind == "" || !strings.Contains(test.cause.cure, test.cure) || test.cause.whole != test.whole {
+		if test.cause.kind == "" || !strings.Contains(test.cause.cure, test.cure) || test.cause.blocksAll != test.whole {
 			t.Errorf("%s: %+v", name, test.cause)
 		}
 	}

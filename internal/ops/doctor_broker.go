@@ -9,15 +9,15 @@ import (
 	"example.com/shop/internal/rabbit"
 )
 
-func checkBroker(ctx context.Context, p Target) (Finding, error) {
-	version, err := rabbit.Version(ctx, p.AMQPURL)
+func checkBroker(ctx context.Context, target Target) (Finding, error) {
+	version, err := rabbit.Version(ctx, target.AMQPURL)
 	if err != nil {
 		return Finding{}, err
 	}
 	return judgeBroker(version), nil
 }
 
-// oldestRabbitMQ is the oldest major version that is still mended.
+// oldestRabbitMQ is the oldest major version that still gets fixes.
 const oldestRabbitMQ = 4
 
 func judgeBroker(version string) Finding {
@@ -26,14 +26,14 @@ func judgeBroker(version string) Finding {
 	major, _, _ := strings.Cut(number, ".")
 	if n, err := strconv.Atoi(major); err != nil || n < oldestRabbitMQ {
 		finding.Verdict = Attention
-		finding.Cure = fmt.Sprintf("Plan the way to RabbitMQ %d: it works with this one, which is not mended any more.",
+		finding.Cure = fmt.Sprintf("Plan the upgrade to RabbitMQ %d: this version works but gets no more fixes.",
 			oldestRabbitMQ)
 	}
 	return finding
 }
 
-func checkQueues(ctx context.Context, p Target) (Finding, error) {
-	missing, differing, err := p.Topology.Compare(ctx, p.AMQPURL)
+func checkQueues(ctx context.Context, target Target) (Finding, error) {
+	missing, differing, err := target.Topology.Compare(ctx, target.AMQPURL)
 	if finding, broken := brokenQueue(err); broken {
 		return finding, nil
 	}
@@ -41,11 +41,11 @@ func checkQueues(ctx context.Context, p Target) (Finding, error) {
 	case err != nil:
 		return Finding{}, err
 	case len(differing) > 0:
-		return none(differing, nil, Wrong, "")
+		return listFinding(differing, nil, Wrong, "")
 	case len(missing) > 0:
-		finding, err := none(missing, nil, Attention, "")
-		finding.Cure = "Start the relay or a consumer: they declare what is missing."
+		finding, err := listFinding(missing, nil, Attention, "")
+		finding.Cure = "Start the relay or a consumer: they declare missing queues."
 		return finding, err
 	}
-	return Finding{Detail: fmt.Sprintf("%d queues are as wanted", 2*len(p.Topology.Queues))}, nil
+	return Finding{Detail: fmt.Sprintf("%d queues are as declared", 2*len(target.Topology.Queues))}, nil
 }

@@ -11,31 +11,31 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-// errNotHeard means that the doorbell was rung at one URL and not heard at the other.
-var errNotHeard = errors.New("the doorbell is not heard")
+// errNoRing means that the doorbell was rung at one URL and did not arrive at the other.
+var errNoRing = errors.New("the doorbell did not arrive")
 
-// bellPatience is how long tryDoorbell waits for the ring.
-const bellPatience = 3 * time.Second
+// ringTimeout is how long tryDoorbell waits for the ring.
+const ringTimeout = 3 * time.Second
 
-// tryDoorbell rings at one URL as writers do, and returns after what time it was heard at the other, where relays
-// listen. It returns errNotHeard if both can be reached and the ring does not come.
+// tryDoorbell rings at one URL as writers do, and returns how long the ring took to arrive at the other, where relays
+// listen. It returns errNoRing if both can be reached and the ring does not arrive.
 func tryDoorbell(ctx context.Context, ringURL, listenURL string) (time.Duration, error) {
 	var took time.Duration
-	err := session.With(ctx, listenURL, func(ears *pgx.Conn) error {
-		if _, err := ears.Exec(ctx, "LISTEN "+outbox.Channel); err != nil {
+	err := session.With(ctx, listenURL, func(listener *pgx.Conn) error {
+		if _, err := listener.Exec(ctx, "LISTEN "+outbox.Channel); err != nil {
 			return err
 		}
-		return session.With(ctx, ringURL, func(hand *pgx.Conn) error {
+		return session.With(ctx, ringURL, func(writer *pgx.Conn) error {
 			began := time.Now()
-			if _, err := hand.Exec(ctx, "NOTIFY "+outbox.Channel); err != nil {
+			if _, err := writer.Exec(ctx, "NOTIFY "+outbox.Channel); err != nil {
 				return err
 			}
-			limited, cancel := context.WithTimeout(ctx, bellPatience)
+			limited, cancel := context.WithTimeout(ctx, ringTimeout)
 			defer cancel()
-			_, err := ears.WaitForNotification(limited)
+			_, err := listener.WaitForNotification(limited)
 			took = time.Since(began)
 			if err != nil && limited.Err() != nil && ctx.Err() == nil {
-				return fmt.Errorf("%w within %s", errNotHeard, bellPatience)
+				return fmt.Errorf("%w within %s", errNoRing, ringTimeout)
 			}
 			return err
 		})

@@ -6,7 +6,7 @@ import (
 	"example.com/shop/internal/dev/testenv"
 )
 
-// LISTEN is lost in such a pooler, and that is noticed. NOTIFY is not.
+// A transaction-mode pooler loses LISTEN but not NOTIFY, and the doctor notices.
 func TestDoorbellThroughAPooler(t *testing.T) {
 	t.Parallel()
 	direct := testenv.PostgresURL(t)
@@ -15,6 +15,6 @@ func TestDoorbellThroughAPooler(t *testing.T) {
 		t.Errorf("rung through the pooler: %v", err)
 	}
 	if _, err := tryDoorbell(t.Context(), direct, pooled); err == nil {
-		t.Error("heard through the pooler")
+		t.Error("the ring arrived through the pooler")
 	}
 }

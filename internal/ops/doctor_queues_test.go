@@ -8,7 +8,7 @@ import (
 	"example.com/shop/internal/rabbit"
 )
 
-func TestDoctorNamesTheRepairOfABrokenQueue(t *testing.T) {
+func TestDoctorDescribesTheRepairOfABrokenQueue(t *testing.T) {
 	t.Parallel()
 	finding, broken := brokenQueue(fmt.Errorf("declare queue group: %w", rabbit.ErrQueueBroken))
 	if !broken || finding.Verdict != Wrong || !strings.Contains(finding.Detail, "queue group") {
@@ -16,7 +16,7 @@ func TestDoctorNamesTheRepairOfABrokenQueue(t *testing.T) {
 	}
 	for _, step := range []string{"restart", "delete", "topology --declare", "replay"} {
 		if !strings.Contains(finding.Cure, step) {
-			t.Errorf("the cure does not say %s: %s", step, finding.Cure)
+			t.Errorf("the cure does not mention %s: %s", step, finding.Cure)
 		}
 	}
 	for _, other := range []error{nil, rabbit.Check(t.Context(), "amqp://127.0.0.1:1/")} {

@@ -14,27 +14,27 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// Refusal is an error that an operator should read: what was asked for cannot be done, and nothing was.
+// Refusal is an error for the operator to read: the request is impossible, and nothing was changed.
 type Refusal struct{ error }
 
 func refuse(format string, args ...any) error { return Refusal{fmt.Errorf(format, args...)} }
 
-// checked says what is missing of a note.
+// checked returns an error if the note is incomplete.
 func checked(note deadletter.Note) error {
 	if strings.TrimSpace(note.Actor) == "" || strings.TrimSpace(note.Reason) == "" {
-		return refuse("who does this and why must be given: both are kept in the audit log")
+		return refuse("actor and reason are required: both are stored in the audit log")
 	}
 	return nil
 }
 
-// Operator acts on consumer groups, for the commands and the console alike.
+// Operator acts on consumer groups, for the commands and for the console.
 type Operator struct {
 	DB *pgxpool.Pool
-	// Groups are the consumer groups that there are.
+	// Groups are all consumer groups.
 	Groups []string
 }
 
-// act runs fn in one transaction with its record in the audit log. What fn returns is the record's detail.
+// act runs fn in one transaction together with its record in the audit log. The result of fn is the record's detail.
 func (d Operator) act(
 	ctx context.Context, action, group, key string, note deadletter.Note, fn func(tx pgx.Tx) (detail string, err error),
 ) error {
@@ -42,7 +42,7 @@ func (d Operator) act(
 		return err
 	}
 	if !slices.Contains(d.Groups, group) {
-		return refuse("there is no consumer group %q", group)
+		return refuse("consumer group %q does not exist", group)
 	}
 	target := group
 	if key != "" {
@@ -57,19 +57,19 @@ func (d Operator) act(
 	})
 }
 
-// Pause has a group take no more messages: what its consumers have taken they finish, the rest stays in the queue and
+// Pause stops a group from taking messages. Its consumers finish what they have taken; the rest stays in the queue and
 // in the retries.
 func (d Operator) Pause(ctx context.Context, group string, note deadletter.Note) error {
 	return d.act(ctx, "pause", group, "", note, func(tx pgx.Tx) (string, error) {
 		done, err := inbox.Pause(ctx, tx, group, note.Actor, note.Reason)
 		if err == nil && !done {
-			err = refuse("group %s is paused already", group)
+			err = refuse("group %s is already paused", group)
 		}
 		return "", err
 	})
 }
 
-// Resume takes a pause back.
+// Resume ends a pause.
 func (d Operator) Resume(ctx context.Context, group string, note deadletter.Note) error {
 	return d.act(ctx, "resume", group, "", note, func(tx pgx.Tx) (string, error) {
 		done, err := inbox.Resume(ctx, tx, group)
@@ -80,8 +80,8 @@ func (d Operator) Resume(ctx context.Context, group string, note deadletter.Note
 	})
 }
 
-// SkipHead moves the message that a key's others wait for to the dead letters, and returns its ID. To take it back,
-// redrive the letter: the message then comes last of its key.
+// SkipHead moves the message that blocks a key to the dead letters, and returns its ID. To undo that, redrive the dead
+// letter; the message then comes last of its key.
 func (d Operator) SkipHead(ctx context.Context, group, key string, note deadletter.Note) (messageID string, err error) {
 	moved, err := d.bury(ctx, "skip", group, key, false, note)
 	if err != nil {
@@ -90,7 +90,7 @@ func (d Operator) SkipHead(ctx context.Context, group, key string, note deadlett
 	return moved[0], nil
 }
 
-// ParkKey moves all that waits of a key to the dead letters, and returns how many messages. They are redriven in their
+// ParkKey moves all waiting messages of a key to the dead letters, and returns how many. A redrive sends them in their
 // order.
 func (d Operator) ParkKey(ctx context.Context, group, key string, note deadletter.Note) (int, error) {
 	moved, err := d.bury(ctx, "park", group, key, true, note)
@@ -118,7 +118,7 @@ func (d Operator) bury(
 	return moved, err
 }
 
-// Reopen takes back that a letter was discarded.
+// Reopen reverts the discard of a dead letter.
 func Reopen(ctx context.Context, db *pgxpool.Pool, id int64, note deadletter.Note) error {
 	if err := checked(note); err != nil {
 		return err

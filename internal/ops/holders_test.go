@@ -13,28 +13,27 @@ import (
 	sdk "go.opentelemetry.io/otel/sdk/metric"
 )
 
-// Whoever holds back vacuum is found, with its age, and named.
+// Sessions that hold back vacuum are found, with age and name.
 func TestHoldersOfVacuumAreMeasured(t *testing.T) {
 	t.Parallel()
 	url := testenv.PostgresURL(t)
 	db := openAt(t, url)
-	d := &desk{Pool: db}
-	other := openAt(t, testenv.With(t, url, "application_name", "forgotten"))
+	f := &fixture{Pool: db}
+	other := openAt(t, testenv.With(t, url, "application_name", "idle"))
 	old, err := other.BeginTx(t.Context(), pgx.TxOptions{IsoLevel: pgx.RepeatableRead})
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = old.Rollback(context.Background()) })
-	if _, err := old.Exec(t.Context(), `SELECT 1`); err != nil { // its snapshot
+	if _, err := old.Exec(t.Context(), `SELECT 1`); err != nil { // takes its snapshot
 		t.Fatal(err)
 	}
-	d.exec(t, `CREATE TABLE t (n integer)`)
-	d.exec(t, `INSERT INTO t VALUES (1)`)
+	f.exec(t, `CREATE TABLE t (n integer)`)
+	f.exec(t, `INSERT INTO t VALUES (1)`)
 	var found []Holder
-	testenv.Eventually(t, 20*time.Second, func() error { // until it has an age
+	testenv.Eventually(t, 20*time.Second, func() error { // until it is old enough
 		found, err = holders(t.Context(), db)
-		if err == nil && (len(found) == 0 || found[0].Kind != "session" ||
-			!strings.HasPrefix(found[0].Name, "forgotten/") ||
+		if err == nil && (len(found) == 0 || found[0].Kind != "session" || !strings.HasPrefix(found[0].Name, "idle/") ||
 			found[0].Seconds < .1 || found[0].Transactions < 2) {
 			err = fmt.Errorf("found %+v", found)
 		}
@@ -45,7 +44,7 @@ func TestHoldersOfVacuumAreMeasured(t *testing.T) {
 	sample := &postgres.Sample[[]Holder]{MaxAge: time.Nanosecond, Read: func(ctx context.Context) ([]Holder, error) {
 		found, err := holders(ctx, db)
 		for i := range found {
-			found[i].Seconds *= 100 // for it to be old
+			found[i].Seconds *= 100 // makes it old
 		}
 		return found, err
 	}}
@@ -58,7 +57,7 @@ func TestHoldersOfVacuumAreMeasured(t *testing.T) {
 		t.Errorf("metrics are %v", metrics)
 	}
 	if value, there := metrics["postgres.vacuum.held{prepared}"]; !there || value != 0 {
-		t.Errorf("no prepared transaction holds anything, and the metrics are %v", metrics)
+		t.Errorf("there is no prepared transaction, but the metrics are %v", metrics)
 	}
 	if err := old.Rollback(t.Context()); err != nil {
 		t.Fatal(err)
@@ -71,7 +70,7 @@ func TestHoldersOfVacuumAreMeasured(t *testing.T) {
 	})
 }
 
-// Names that change with each scrape would make a time series each.
+// Names that change with each scrape would make a new time series each time.
 func TestYoungHoldersAreNotNamed(t *testing.T) {
 	t.Parallel()
 	all := []Holder{{"slot", "s", 0, 9}, {"session", "young/1", 9, 5}, {"prepared", "old", 11, 3}}

@@ -14,8 +14,8 @@ var errNotOpen = errors.New("dead letter is not open")
 
 const lockSQL = `SELECT FROM dead_letter WHERE id = $1 AND resolution IS NULL FOR UPDATE SKIP LOCKED`
 
-// lockLetter returns an open dead letter and locks it until tx ends. It returns errNotOpen if the letter is resolved or
-// locked by another transaction.
+// lockLetter returns an open dead letter and locks it until tx ends. It returns errNotOpen if the dead letter is
+// resolved or locked by another transaction.
 func lockLetter(ctx context.Context, tx pgx.Tx, id int64) (letter deadletter.Stored, err error) {
 	locked, err := tx.Exec(ctx, lockSQL, id)
 	if err != nil {
@@ -28,12 +28,12 @@ func lockLetter(ctx context.Context, tx pgx.Tx, id int64) (letter deadletter.Sto
 	return letter, err
 }
 
-// resolveLetter closes a dead letter that tx has locked, and records who did it and why.
+// resolveLetter resolves a dead letter that tx has locked, and records who did it and why.
 func resolveLetter(
 	ctx context.Context, tx pgx.Tx, id int64, resolution deadletter.Resolution, note deadletter.Note, detail string,
 ) error {
-	_, err := tx.Exec(ctx, `UPDATE dead_letter SET resolution = $2, resolved_at = clock_timestamp() WHERE id = $1`, id,
-		resolution)
+	_, err := tx.Exec(ctx,
+		`UPDATE dead_letter SET resolution = $2, resolved_at = clock_timestamp() WHERE id = $1`, id, resolution)
 	if err == nil {
 		err = recordLetter(ctx, tx, id, resolution, note, detail)
 	}
@@ -46,11 +46,11 @@ func resolveLetter(
 // errNotDiscarded means that a dead letter cannot be reopened.
 var errNotDiscarded = errors.New("dead letter is not discarded, and only a discard can be undone")
 
-// reopenLetter undoes a discard in tx, and records who did it and why. A redrive cannot be undone: its message is under
-// way.
+// reopenLetter undoes a discard in tx, and records who did it and why. A redrive cannot be undone, because its message
+// has been sent.
 func reopenLetter(ctx context.Context, tx pgx.Tx, id int64, note deadletter.Note) error {
-	tag, err := tx.Exec(ctx,
-		`UPDATE dead_letter SET resolution = NULL, resolved_at = NULL WHERE id = $1 AND resolution = 'discarded'`, id)
+	tag, err := tx.Exec(ctx, `
+		UPDATE dead_letter SET resolution = NULL, resolved_at = NULL WHERE id = $1 AND resolution = 'discarded'`, id)
 	switch {
 	case err == nil && tag.RowsAffected() == 0:
 		return errNotDiscarded
@@ -64,10 +64,10 @@ func reopenLetter(ctx context.Context, tx pgx.Tx, id int64, note deadletter.Note
 }
 
 func recordLetter(
-	ctx context.Context, tx pgx.Tx, id int64, what deadletter.Resolution, note deadletter.Note, detail string,
+	ctx context.Context, tx pgx.Tx, id int64, resolution deadletter.Resolution, note deadletter.Note, detail string,
 ) error {
 	_, err := tx.Exec(ctx,
 		`INSERT INTO dead_letter_audit (letter_id, resolution, reason, actor, detail) VALUES ($1, $2, $3, $4, $5)`,
-		id, what, note.Reason, note.Actor, detail)
+		id, resolution, note.Reason, note.Actor, detail)
 	return err
 }

@@ -24,11 +24,11 @@ type Logged struct {
 // Search selects messages of the outbox. Empty fields select all.
 type Search struct {
 	Type, Key    string
-	Since, Until time.Time // of their insertion
+	Since, Until time.Time // times of insertion
 }
 
-// Reads the newest messages of each shard by its primary key and returns the newest of all. So it reads no more rows
-// than it returns, unless the search selects few of many.
+// searchSQL reads the newest messages of each shard by its primary key, and returns the newest of all. So it reads no
+// more rows of a shard than it may return, unless the search selects few of many.
 const searchSQL = `
 SELECT message.* FROM outbox_cursor AS at, LATERAL (
     SELECT id, message_id, type, key, created_at, at.shard, xid, outbox_delivered(outbox_cursor, xid, id)
@@ -39,15 +39,15 @@ SELECT message.* FROM outbox_cursor AS at, LATERAL (
     JOIN outbox_cursor USING (shard)) AS message
 ORDER BY id DESC LIMIT $6`
 
-// searchTimeout bounds a search. A search for a rare message would read the whole outbox.
+// searchTimeout limits a search. A search for a rare message would read the whole outbox.
 const searchTimeout = 5 * time.Second
 
 // ErrTooSlow means that a search reached its time limit.
 var ErrTooSlow = errors.New("the search took too long; give a message ID, or a shorter time")
 
 // SearchLog returns at most limit messages of the outbox without their payloads, newest first. It starts before the
-// place before, or at the newest message if before is 0. It returns the place of the last message, for the next page.
-// It returns ErrTooSlow after 5 s.
+// place before, or at the newest message if before is 0. It also returns the place of the last message, for the next
+// page. It returns ErrTooSlow after 5 s.
 func SearchLog(
 	ctx context.Context, db *pgxpool.Pool, s Search, before int64, limit int,
 ) (found []Logged, last int64, err error) {
@@ -82,11 +82,11 @@ SELECT message_id, type, key, payload, headers, created_at, shard, xid, outbox_d
 FROM outbox JOIN outbox_cursor USING (shard)
 WHERE message_id = $1 AND created_at BETWEEN $2 AND $3`
 
-// FindInLog returns the outbox's rows of a message: usually one, and none after the retention. The time in the ID tells
-// where to look.
+// FindInLog returns the outbox's rows of a message: usually one, and none after the retention. The time in the ID
+// limits the search.
 func FindInLog(ctx context.Context, db *pgxpool.Pool, id uuid.UUID) ([]Logged, error) {
 	created := time.Unix(id.Time().UnixTime())
-	// Clocks differ by minutes. Redriven messages are older than their IDs say.
+	// Clocks differ by minutes, but a redriven message may be inserted much later than its ID says.
 	for _, around := range []time.Duration{15 * time.Minute, 100 * 365 * 24 * time.Hour} {
 		rows, err := db.Query(ctx, findSQL, id, created.Add(-around), created.Add(around))
 		if err != nil {

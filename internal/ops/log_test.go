@@ -16,14 +16,13 @@ import (
 func TestFindInLog(t *testing.T) {
 	t.Parallel()
 	db := testenv.Postgres(t)
-	d := &desk{Pool: db}
+	f := &fixture{Pool: db}
 	fresh, old := messaging.New("k", wrapperspb.String("fresh")), messaging.New("k", wrapperspb.String("old"))
-	var created [8]byte // as of a message that was redriven
+	var created [8]byte // an old time, like that of a redriven message
 	binary.BigEndian.PutUint64(created[:], uint64(time.Now().Add(-outbox.MaxAge+time.Hour).UnixMilli()))
 	copy(old.ID[:6], created[2:])
 	err := postgres.Transact(t.Context(), db, func(tx pgx.Tx) error {
-		return outbox.Insert(t.Context(), tx, fresh,
-			old)
+		return outbox.Insert(t.Context(), tx, fresh, old)
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -37,9 +36,9 @@ func TestFindInLog(t *testing.T) {
 			if m := found[0]; m.ID != message.ID || m.Delivered != delivered || m.TransactionID == 0 {
 				t.Errorf("found %+v, want delivered %t", m, delivered)
 			}
-			d.exec(t, `UPDATE outbox_cursor SET delivered = pg_current_snapshot()`)
+			f.exec(t, `UPDATE outbox_cursor SET delivered = pg_current_snapshot()`)
 		}
-		d.exec(t, `UPDATE outbox_cursor SET delivered = '1:1:'`)
+		f.exec(t, `UPDATE outbox_cursor SET delivered = '1:1:'`)
 	}
 	unknown := messaging.New("", wrapperspb.String(""))
 	if found, err := FindInLog(t.Context(), db, unknown.ID); err != nil || len(found) != 0 {

@@ -16,92 +16,92 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-// park makes n letters of the relay.
-func (d *desk) park(t testing.TB, n int) {
+// park inserts n dead letters of the relay.
+func (f *fixture) park(t testing.TB, n int) {
 	t.Helper()
 	ids := make([]uuid.UUID, n)
 	for i := range ids {
 		ids[i] = uuid.Must(uuid.NewV7())
 	}
-	d.exec(t, `INSERT INTO dead_letter (consumer, message_id, type, key, payload, headers, reason, error, attempts)
+	f.exec(t, `INSERT INTO dead_letter (consumer, message_id, type, key, payload, headers, reason, error, attempts)
 		SELECT '', id, 'type', 'k', '', '{}', 'unroutable', '312', 1 FROM unnest($1::uuid[]) AS id`, ids)
 }
 
-// A redriven message may come back as a newer letter, as fast as it is redriven. Every command leaves such letters
+// A redriven message may become a new dead letter as fast as it is redriven. Every command leaves such dead letters
 // alone.
 func TestLettersThatComeMeanwhileAreLeftAlone(t *testing.T) {
 	t.Parallel()
-	rehearsal := order
-	rehearsal.DryRun = true
+	dryRun := all
+	dryRun.DryRun = true
 	for name, test := range map[string]struct {
-		order Selection
-		do    func(context.Context, *desk, Selection, func(Outcome)) error
+		selection Selection
+		do        func(context.Context, *fixture, Selection, func(Outcome)) error
 	}{
-		"Redrive": {order, func(ctx context.Context, d *desk, o Selection, each func(Outcome)) error {
-			return Redrive(ctx, d.Pool, o, each)
+		"Redrive": {all, func(ctx context.Context, f *fixture, o Selection, each func(Outcome)) error {
+			return Redrive(ctx, f.Pool, o, each)
 		}},
-		"Discard": {order, func(ctx context.Context, d *desk, o Selection, each func(Outcome)) error {
-			return Discard(ctx, d.Pool, o, each)
+		"Discard": {all, func(ctx context.Context, f *fixture, o Selection, each func(Outcome)) error {
+			return Discard(ctx, f.Pool, o, each)
 		}},
-		"DryRun": {rehearsal, func(ctx context.Context, d *desk, o Selection, each func(Outcome)) error {
-			return Redrive(ctx, d.Pool, o, each)
+		"DryRun": {dryRun, func(ctx context.Context, f *fixture, o Selection, each func(Outcome)) error {
+			return Redrive(ctx, f.Pool, o, each)
 		}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			d := newDesk(t)
+			f := newFixture(t)
 			const n = 250 // more than two pages
-			d.park(t, n)
-			told, total := 0, int64(0)
-			test.order.Begin = func(n int64) { total = n }
-			err := test.do(t.Context(), d, test.order, func(o Outcome) {
+			f.park(t, n)
+			outcomes, total := 0, int64(0)
+			test.selection.Begin = func(n int64) { total = n }
+			err := test.do(t.Context(), f, test.selection, func(o Outcome) {
 				if o.Err != nil {
 					t.Error(o.Err)
 				}
-				if told++; told <= 2*n {
-					d.park(t, 1)
+				if outcomes++; outcomes <= 2*n {
+					f.park(t, 1)
 				}
 			})
-			if err != nil || told != n || total != n {
-				t.Errorf("%d letters of %d, %v; want %d", told, total, err, n)
+			if err != nil || outcomes != n || total != n {
+				t.Errorf("%d dead letters of %d, %v; want %d", outcomes, total, err, n)
 			}
 		})
 	}
-	t.Run("NoneAtFirst", func(t *testing.T) {
+	t.Run("NoneAtTheBeginning", func(t *testing.T) {
 		t.Parallel()
-		d := newDesk(t)
-		late := order
-		late.Begin = func(int64) { d.park(t, 1) }
-		equal(t, "outcomes", d.redrive(t, late))
+		f := newFixture(t)
+		late := all
+		late.Begin = func(int64) { f.park(t, 1) }
+		equal(t, "outcomes", f.redrive(t, late))
 	})
 }
 
-// An operator who breaks off sees every letter that was resolved, the one under way included.
+// An operator who interrupts sees every dead letter that was resolved, including the current one.
 func TestBreakingOffCountsWhatWasDone(t *testing.T) {
 	t.Parallel()
 	t.Run("BetweenLetters", func(t *testing.T) {
 		t.Parallel()
-		d := newDesk(t)
-		d.park(t, 10)
-		ctx, breakOff := context.WithCancel(t.Context())
-		defer breakOff()
-		told := 0
-		err := Redrive(ctx, d.Pool, order, func(Outcome) {
-			if told++; told == 3 {
-				breakOff()
+		f := newFixture(t)
+		f.park(t, 10)
+		ctx, interrupt := context.WithCancel(t.Context())
+		defer interrupt()
+		outcomes := 0
+		err := Redrive(ctx, f.Pool, all, func(Outcome) {
+			if outcomes++; outcomes == 3 {
+				interrupt()
 			}
 		})
 		if !errors.Is(err, context.Canceled) {
 			t.Errorf("error: %v", err)
 		}
-		d.want(t, "resolved", `SELECT count(*)::text FROM dead_letter WHERE resolution IS NOT NULL`, fmt.Sprint(told))
+		f.want(t, "resolved", `SELECT count(*)::text FROM dead_letter WHERE resolution IS NOT NULL`, fmt.Sprint(outcomes))
 	})
 	t.Run("WithinALetter", func(t *testing.T) {
 		t.Parallel()
-		d := newDesk(t)
-		d.park(t, 2)
-		// Of a lock for which the redrive waits before its COMMIT, which nothing breaks off.
-		holder, err := d.Begin(t.Context())
+		f := newFixture(t)
+		f.park(t, 2)
+		// The redrive waits for this lock before its COMMIT, which nothing interrupts.
+		holder, err := f.Begin(t.Context())
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -109,79 +109,83 @@ func TestBreakingOffCountsWhatWasDone(t *testing.T) {
 		if _, err := holder.Exec(t.Context(), `LOCK TABLE dead_letter_audit IN SHARE MODE`); err != nil {
 			t.Fatal(err)
 		}
-		ctx, breakOff := context.WithCancel(t.Context())
-		defer breakOff()
-		told, ended := 0, make(chan error)
+		ctx, interrupt := context.WithCancel(t.Context())
+		defer interrupt()
+		outcomes, ended := 0, make(chan error)
 		go func() {
-			ended <- Redrive(ctx, d.Pool, order, func(o Outcome) {
-				if told++; o.Resolution != deadletter.Redriven {
+			ended <- Redrive(ctx, f.Pool, all, func(o Outcome) {
+				if outcomes++; o.Resolution != deadletter.Redriven {
 					t.Errorf("got %+v", o)
 				}
 			})
 		}()
 		testenv.Eventually(t, 10*time.Second, func() error {
 			var waiting int
-			err := d.QueryRow(t.Context(),
-				`SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'`).Scan(&waiting)
+			err := f.QueryRow(t.Context(), `SELECT count(*) FROM pg_stat_activity
+				WHERE datname = current_database() AND wait_event_type = 'Lock'`).Scan(&waiting)
 			if err == nil && waiting == 0 {
 				err = errors.New("the redrive does not wait")
 			}
 			return err
 		})
-		breakOff()
+		interrupt()
 		if err := holder.Rollback(t.Context()); err != nil {
 			t.Fatal(err)
 		}
-		if err := <-ended; !errors.Is(err, context.Canceled) || told != 1 {
-			t.Errorf("%d letters, error: %v", told, err)
+		if err := <-ended; !errors.Is(err, context.Canceled) || outcomes != 1 {
+			t.Errorf("%d dead letters, error: %v", outcomes, err)
 		}
-		d.wantLetters(t, "unroutable redriven", "unroutable open")
+		f.wantLetters(t, "unroutable redriven", "unroutable open")
 	})
 }
 
-// The message of a durable call goes on only if the call has no result yet: one that has ended is not executed again.
+// The message of a durable call continues only if the call has no result yet. A call that has ended is not executed
+// again.
 func TestRedriveOfDurableCalls(t *testing.T) {
 	t.Parallel()
 	const insertSQL = `
-		INSERT INTO operation (id, caller, idempotency_key, method, request, request_hash, identity, signature, state,
-			response, error, ended_at)
+		INSERT INTO operation (id, caller, idempotency_key, method, request, request_hash, identity, signature,
+			state, response, error, ended_at)
 		SELECT $1, 'ann', '', 'm', '', '', '', '', $2, CASE $2 WHEN 'succeeded' THEN ''::bytea END,
-			CASE WHEN $2 IN ('failed', 'cancelled') THEN ''::bytea END, CASE WHEN $2 IN ('succeeded', 'failed', 'cancelled') THEN now() END
-		WHERE $2 <> 'forgotten'`
+			CASE WHEN $2 IN ('failed', 'cancelled') THEN ''::bytea END,
+			CASE WHEN $2 IN ('succeeded', 'failed', 'cancelled') THEN now() END
+		WHERE $2 <> 'deleted'`
 	for state, want := range map[string]string{
 		"pending": "redriven", "running": "redriven", "succeeded": "duplicate",
-		"failed": "ended as failed", "cancelled": "ended as cancelled", "forgotten": "not known",
+		"failed": "ended as failed", "cancelled": "ended as cancelled", "deleted": "unknown or was deleted",
 	} {
 		for _, consumer := range []string{"", operations.Consumer} {
 			t.Run(state+" of "+consumer, func(t *testing.T) {
 				t.Parallel()
-				d := newDesk(t)
+				f := newFixture(t)
 				id := uuid.Must(uuid.NewV7())
-				d.exec(t, insertSQL, id, state)
-				letter := deadletter.Letter{Consumer: consumer, MessageID: id.String(), Type: operations.MessageType,
-					Reason: deadletter.Exhausted}
-				err := postgres.Transact(t.Context(), d.Pool,
-					func(tx pgx.Tx) error { return deadletter.Insert(t.Context(), tx, letter) })
+				f.exec(t, insertSQL, id, state)
+				letter := deadletter.Letter{
+					Consumer: consumer, MessageID: id.String(), Type: operations.MessageType, Reason: deadletter.Exhausted,
+				}
+				err := postgres.Transact(t.Context(), f.Pool, func(tx pgx.Tx) error {
+					return deadletter.Insert(t.Context(), tx, letter)
+				})
 				if err != nil {
 					t.Fatal(err)
 				}
-				all := order
-				all.Groups = []string{"group", operations.Consumer}
-				got := d.redrive(t, all)
+				selection := all
+				selection.Groups = []string{"group", operations.Consumer}
+				got := f.redrive(t, selection)
 				if len(got) != 1 || !strings.Contains(got[0], want) {
 					t.Errorf("got %q, want %q", got, want)
 				}
-				onItsWay := "0"
+				sent := "0"
 				if want == "redriven" {
-					onItsWay = "1"
+					sent = "1"
 				}
-				d.want(t, "on its way",
-					`SELECT ((SELECT count(*) FROM outbox) + (SELECT count(*) FROM inbox_retry))::text`, onItsWay)
+				f.want(t, "sent", `
+					SELECT ((SELECT count(*) FROM outbox) + (SELECT count(*) FROM inbox_retry))::text`, sent)
 				if strings.HasPrefix(got[0], "refused") {
-					equal(t, "discarded", collect(t, func(each func(Outcome)) error {
-						return Discard(t.Context(),
-							d.Pool, all, each)
-					}), "discarded")
+					discarded := collect(t, func(each func(Outcome)) error {
+						return Discard(t.Context(), f.Pool, selection, each)
+					})
+					equal(t, "outcomes of the discard", discarded, "discarded")
 				}
 			})
 		}

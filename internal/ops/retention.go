@@ -10,14 +10,14 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// ErrForgetful means that the inbox forgets a message while copies of it may still come. Such a copy would not be
-// applied a second time, since the inbox takes nothing older than it remembers; it would be a dead letter, and so would
-// be every replay.
+// ErrForgetful means that the inbox forgets a message while copies of it may still arrive. Such a copy would not be
+// applied a second time, because the inbox accepts nothing older than it remembers. It would become a dead letter, and
+// so would every replayed message.
 var ErrForgetful = errors.New("the inbox forgets too early")
 
-// CheckRetention holds what the inbox remembers against the oldest copy that may come: of a message that the outbox has
-// kept to the end of its retention, replayed then, and under way for as long as redelivery takes. It returns
-// ErrForgetful, with the numbers, if that is too old. What is spare is the time for which consumers may be away.
+// CheckRetention compares what the inbox remembers with the oldest copy that may arrive: of a message that the outbox
+// kept to the end of its retention, that was replayed then, and that took the longest redelivery. It returns
+// ErrForgetful, with the numbers, if that copy is too old. The difference is how long consumers may be away.
 func CheckRetention(ctx context.Context, db *pgxpool.Pool, longestRedelivery time.Duration) (detail string, err error) {
 	kept, err := longestRetention(ctx, db)
 	if err != nil {
@@ -32,7 +32,7 @@ func CheckRetention(ctx context.Context, db *pgxpool.Pool, longestRedelivery tim
 	return detail + "; consumers may be away for " + days(spare), nil
 }
 
-// days is a duration for people, to the minute.
+// days formats a duration in days, hours and minutes.
 func days(d time.Duration) string {
 	minutes := int(d.Round(time.Minute).Minutes())
 	text := ""

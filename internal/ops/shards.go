@@ -68,8 +68,8 @@ func EnsureShards(ctx context.Context, db *pgxpool.Pool, n int) (changed bool, e
 
 // Repair makes the outbox usable after the database was moved into another cluster, by a dump or by a copy of its rows.
 // It returns the number of messages to publish, some of them possibly again, and skips no undelivered message. It also
-// moves sequences of all tables past their rows. It returns ErrNoRepairNeeded if nothing is wrong. If it cannot tell
-// what was delivered, its error says what to do.
+// moves sequences of all tables past their rows. It returns ErrNoRepairNeeded if nothing is wrong. If it cannot
+// determine what was delivered, its error says what to do.
 func Repair(ctx context.Context, db *pgxpool.Pool) (undelivered int, err error) {
 	var found *int
 	err = postgres.Transact(ctx, db, func(tx pgx.Tx) error {
@@ -85,8 +85,8 @@ func Repair(ctx context.Context, db *pgxpool.Pool) (undelivered int, err error) 
 }
 
 // ErrNoRepairNeeded means that the cursor belongs to this cluster and that no sequence is behind its table.
-var ErrNoRepairNeeded = errors.New("the outbox cursor belongs to this cluster and no sequence is behind, there is " +
-	"nothing to repair")
+var ErrNoRepairNeeded = errors.New("the outbox cursor belongs to this cluster and no sequence is behind: " +
+	"there is nothing to repair")
 
 // Shard is the state of one shard of the outbox.
 type Shard struct {
@@ -98,7 +98,7 @@ type Shard struct {
 	// Owner is the relay that holds the lease, "" if none does.
 	Owner string `json:"owner"`
 	Epoch int64  `json:"epoch"`
-	// Backlog and Lag were counted at MeasuredAt: messages not delivered, and the age of the oldest in seconds.
+	// Backlog is the number of undelivered messages and Lag the age of the oldest in seconds, as of MeasuredAt.
 	Backlog    int64      `json:"backlog"`
 	Lag        float64    `json:"lag_seconds"`
 	MeasuredAt *time.Time `json:"measured_at"`
@@ -109,9 +109,8 @@ type Shard struct {
 
 const statusSQL = `
 SELECT shard, generation, retired, drained, CASE WHEN clock_holds(lease_expires_at, lease) THEN owner ELSE '' END,
-    epoch, coalesce(messages, 0),
-    greatest(coalesce(extract(epoch
-        FROM measured_at - oldest_at)::float8, 0), 0), measured_at, published, parked, moved_at
+    epoch, coalesce(messages, 0), greatest(coalesce(extract(epoch FROM measured_at - oldest_at)::float8, 0), 0),
+    measured_at, published, parked, moved_at
 FROM outbox_cursor LEFT JOIN outbox_backlog USING (shard)
 ORDER BY shard`
 
@@ -134,7 +133,7 @@ func Shards(ctx context.Context, db *pgxpool.Pool) ([]Shard, error) {
 // RunningRelay is a relay that has renewed its registration.
 type RunningRelay struct {
 	Owner string
-	// Problem says what keeps the relay from publishing, "" if nothing does.
+	// Problem is why the relay cannot publish, "" if it can.
 	Problem string
 }
 
@@ -148,7 +147,7 @@ func Relays(ctx context.Context, db *pgxpool.Pool) ([]RunningRelay, error) {
 	return pgx.CollectRows(rows, pgx.RowToStructByPos[RunningRelay])
 }
 
-// A cursor holds snapshots, which mean nothing in another cluster.
+// isNativeSQL compares clusters because a cursor contains snapshots, which are valid only in their own cluster.
 const isNativeSQL = `
 SELECT bool_and(system_identifier = (SELECT system_identifier FROM pg_control_system())) FROM outbox_cursor`
 

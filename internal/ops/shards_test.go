@@ -42,7 +42,7 @@ func TestSetShardsWaitsForOpenWriters(t *testing.T) {
 	}
 }
 
-func TestSetShardsRefusesWrongNumbers(t *testing.T) {
+func TestSetShardsRejectsInvalidNumbers(t *testing.T) {
 	t.Parallel()
 	db := testenv.Postgres(t)
 	for _, n := range []int{0, -1, MaxShards + 1} {

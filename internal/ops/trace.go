@@ -14,138 +14,138 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// MessageTrace is the way of one message as far as it is known.
+// MessageTrace is how one message travelled, as far as it is known.
 type MessageTrace struct {
-	// Log is where it stands in the outbox; empty past the retention, or if another service sent it.
+	// Log contains its rows in the outbox. It is empty after the retention, or if another service sent the message.
 	Log []Logged
-	// Groups are the consumer groups that took it.
+	// Groups contains the consumer groups that took it.
 	Groups []inbox.MessageStatus
-	// Letters are its dead letters, resolved ones included.
+	// Letters contains its dead letters, including resolved ones.
 	Letters []deadletter.Stored
-	// Audit is what was done about the letters, by their IDs.
+	// Audit contains what operators did with the dead letters, by their IDs.
 	Audit map[int64][]deadletter.Record
 }
 
-// Trace follows a message.
-func Trace(ctx context.Context, db *pgxpool.Pool, messageID string) (j MessageTrace, err error) {
+// Trace collects what is known of a message.
+func Trace(ctx context.Context, db *pgxpool.Pool, messageID string) (t MessageTrace, err error) {
 	if messageID == "" {
-		return j, errors.New("the message ID is empty")
+		return t, errors.New("the message ID is empty")
 	}
 	if id, invalid := uuid.Parse(messageID); invalid == nil {
-		if j.Log, err = FindInLog(ctx, db, id); err != nil {
-			return j, err
+		if t.Log, err = FindInLog(ctx, db, id); err != nil {
+			return t, err
 		}
 	}
-	if j.Groups, err = inbox.StatusesOf(ctx, db, messageID); err != nil {
-		return j, err
+	if t.Groups, err = inbox.StatusesOf(ctx, db, messageID); err != nil {
+		return t, err
 	}
-	j.Letters, err = deadletter.List(ctx, db, deadletter.Filter{MessageID: messageID, Resolved: true}, 0, 100)
-	j.Audit = make(map[int64][]deadletter.Record, len(j.Letters))
-	for _, letter := range j.Letters {
+	t.Letters, err = deadletter.List(ctx, db, deadletter.Filter{MessageID: messageID, Resolved: true}, 0, 100)
+	t.Audit = make(map[int64][]deadletter.Record, len(t.Letters))
+	for _, letter := range t.Letters {
 		if err == nil { // an open one may have been discarded and reopened
-			j.Audit[letter.ID], err = deadletter.Audit(ctx, db, letter.ID)
+			t.Audit[letter.ID], err = deadletter.Audit(ctx, db, letter.ID)
 		}
 	}
-	return j, err
+	return t, err
 }
 
-// Known tells whether anything holds the message.
-func (j MessageTrace) Known() bool { return len(j.Log)+len(j.Groups)+len(j.Letters) > 0 }
+// Known reports whether anything is known of the message.
+func (t MessageTrace) Known() bool { return len(t.Log)+len(t.Groups)+len(t.Letters) > 0 }
 
-// Group is a consumer group, and the types that it wants.
+// Group is a consumer group and the types that it consumes.
 type Group struct {
 	Name  string
 	Types []string
 }
 
-// Step is one thing that happened to a message, or has yet to happen.
+// Step is something that happened to a message, or has yet to happen.
 type Step struct {
-	// At is when; nil for what has not happened, or whose time nobody keeps.
+	// At is when it happened; nil if it has not happened or its time is not recorded.
 	At *time.Time `json:"at,omitempty"`
 	// Where is outbox, relay, or the consumer group.
 	Where string    `json:"where"`
 	What  string    `json:"what"`
-	order time.Time // At, or the time of what it follows
+	order time.Time // At, or the time of the step before it
 }
 
 func at(when time.Time, where, what string) Step { return Step{&when, where, what, when} }
 
-// behind is a step whose time is not known, but what it came after; no other step has that order, since Postgres' times
-// are whole microseconds.
-func behind(when time.Time, where, what string) Step {
+// after returns a step whose time is not known, but which step it follows. No other step has the same order, because
+// Postgres' times are whole microseconds.
+func after(when time.Time, where, what string) Step {
 	return Step{nil, where, what, when.Add(time.Nanosecond)}
 }
 
-// now is how things stand.
+// now returns a step for the current state.
 func now(where, what string) Step { return Step{Where: where, What: what, order: endOfTime} }
 
 var endOfTime = time.Unix(1<<40, 0)
 
-// Steps returns the journey in the order of time, and last how things stand. Groups are those that there are: that one
-// wants the message and has not received it is a step, too.
-func (j MessageTrace) Steps(groups []Group) []Step {
+// Steps returns the steps in the order of time, and the current state last. groups are all consumer groups: if one of
+// them consumes the message and has not received it, that is also a step.
+func (t MessageTrace) Steps(groups []Group) []Step {
 	var steps []Step
-	for _, entry := range j.Log {
+	for _, entry := range t.Log {
 		steps = append(steps, at(entry.CreatedAt, "outbox",
 			fmt.Sprintf("inserted by transaction %d, shard %d", entry.TransactionID, entry.Shard)))
 		switch {
 		case !entry.Delivered:
 			steps = append(steps, now(deadletter.Relay, "waits to be published"))
-		// Else it may have been parked.
-		case !slices.ContainsFunc(j.Letters, func(l deadletter.Stored) bool { return l.Consumer == "" }):
-			steps = append(steps, behind(entry.CreatedAt, deadletter.Relay, "published"))
+		// If the relay has a dead letter of it, it may be parked and not published.
+		case !slices.ContainsFunc(t.Letters, func(l deadletter.Stored) bool { return l.Consumer == "" }):
+			steps = append(steps, after(entry.CreatedAt, deadletter.Relay, "published"))
 		}
 	}
-	for _, passage := range j.Groups {
-		steps = append(steps, at(passage.ReceivedAt, passage.Consumer, "received"))
-		steps = append(steps, j.state(passage)...)
+	for _, status := range t.Groups {
+		steps = append(steps, at(status.ReceivedAt, status.Consumer, "received"))
+		steps = append(steps, t.groupSteps(status)...)
 	}
-	for _, letter := range j.Letters {
-		steps = append(steps, j.death(letter)...)
+	for _, letter := range t.Letters {
+		steps = append(steps, t.letterSteps(letter)...)
 	}
-	steps = append(steps, j.missing(groups)...)
+	steps = append(steps, t.missing(groups)...)
 	slices.SortStableFunc(steps, func(a, b Step) int { return a.order.Compare(b.order) })
 	return steps
 }
 
-// state is how a group stands to a message that it has taken. Letters that the inbox wrote for messages which it had
-// taken say that the effect was not committed; what the broker gave up, and copies past the window, say nothing of
-// that.
-func (j MessageTrace) state(passage inbox.MessageStatus) []Step {
+// groupSteps returns the state of a message in a group that has taken it. If the inbox wrote a dead letter for a
+// message that it had taken, the effect was not committed. Dead letters for undelivered messages and for copies outside
+// the window say nothing about the effect.
+func (t MessageTrace) groupSteps(status inbox.MessageStatus) []Step {
 	copies := ""
-	if passage.Copies > 1 {
-		copies = fmt.Sprintf("; %d copies came, %d absorbed", passage.Copies, passage.Copies-1)
+	if status.Copies > 1 {
+		copies = fmt.Sprintf("; %d copies arrived, %d absorbed", status.Copies, status.Copies-1)
 	}
 	switch {
-	case passage.Waits && (passage.Attempts == 0 || passage.DueAt == nil):
-		return []Step{now(passage.Consumer, "waits for its turn"+copies)}
-	case passage.Waits:
-		return []Step{now(passage.Consumer, fmt.Sprintf("waits for a retry, due %s; %d %s failed, the last one "+
-			"with: %s%s",
-			passage.DueAt.UTC().Format(time.RFC3339), passage.Attempts, plural(passage.Attempts, "attempt", "attempts"),
-			passage.LastError, copies))}
+	case status.Waits && (status.Attempts == 0 || status.DueAt == nil):
+		return []Step{now(status.Consumer, "waits for its turn"+copies)}
+	case status.Waits:
+		return []Step{now(status.Consumer,
+			fmt.Sprintf("waits for a retry, due %s; %d %s failed, the last one with: %s%s",
+				status.DueAt.UTC().Format(time.RFC3339), status.Attempts, plural(status.Attempts, "attempt", "attempts"),
+				status.LastError, copies))}
 	}
-	since := passage.ReceivedAt
-	for _, letter := range j.Letters {
+	since := status.ReceivedAt
+	for _, letter := range t.Letters {
 		switch {
-		case letter.Consumer != passage.Consumer || !slices.Contains(owned, letter.Reason):
+		case letter.Consumer != status.Consumer || !slices.Contains(neverApplied, letter.Reason):
 		case letter.Resolution == deadletter.Redriven || letter.Resolution == deadletter.Duplicate:
-			for _, record := range j.Audit[letter.ID] {
-				since = record.At // another letter may follow
+			for _, record := range t.Audit[letter.ID] {
+				since = record.At // another dead letter may follow
 			}
 		default:
-			return nil // the letter says it
+			return nil // letterSteps covers it
 		}
 	}
-	return []Step{behind(since, passage.Consumer, "applied"+copies)}
+	return []Step{after(since, status.Consumer, "applied"+copies)}
 }
 
-// death tells of a letter and what became of it.
-func (j MessageTrace) death(letter deadletter.Stored) []Step {
+// letterSteps returns the steps of a dead letter and what became of it.
+func (t MessageTrace) letterSteps(letter deadletter.Stored) []Step {
 	where := cmp.Or(letter.Consumer, deadletter.Relay)
 	steps := []Step{at(letter.DeadAt, where, fmt.Sprintf("dead letter %d, %s after %d %s: %s",
 		letter.ID, letter.Reason, letter.Attempts, plural(letter.Attempts, "attempt", "attempts"), letter.Error))}
-	for _, record := range j.Audit[letter.ID] {
+	for _, record := range t.Audit[letter.ID] {
 		what := fmt.Sprintf("dead letter %d %s by %s: %s", letter.ID, record.Resolution, record.Actor, record.Reason)
 		if record.Detail != "" {
 			what += " (" + record.Detail + ")"
@@ -158,24 +158,24 @@ func (j MessageTrace) death(letter deadletter.Stored) []Step {
 	return steps
 }
 
-// missing are the groups that want the message and hold nothing of it.
-func (j MessageTrace) missing(groups []Group) (steps []Step) {
-	if len(j.Log) == 0 || !j.Log[0].Delivered {
+// missing returns a step for each group that consumes the message and has no trace of it.
+func (t MessageTrace) missing(groups []Group) (steps []Step) {
+	if len(t.Log) == 0 || !t.Log[0].Delivered {
 		return nil
 	}
 	for _, group := range groups {
-		took := slices.ContainsFunc(j.Groups, func(p inbox.MessageStatus) bool { return p.Consumer == group.Name })
-		dead := slices.ContainsFunc(j.Letters, func(l deadletter.Stored) bool { return l.Consumer == group.Name })
-		if slices.Contains(group.Types, j.Log[0].Type) && !took && !dead {
+		took := slices.ContainsFunc(t.Groups, func(p inbox.MessageStatus) bool { return p.Consumer == group.Name })
+		dead := slices.ContainsFunc(t.Letters, func(l deadletter.Stored) bool { return l.Consumer == group.Name })
+		if slices.Contains(group.Types, t.Log[0].Type) && !took && !dead {
 			steps = append(steps, now(group.Name, "has not received it"))
 		}
 	}
 	return steps
 }
 
-func plural(n int, one, many string) string {
+func plural(n int, singular, plural string) string {
 	if n == 1 {
-		return one
+		return singular
 	}
-	return many
+	return plural
 }

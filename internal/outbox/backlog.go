@@ -15,21 +15,22 @@ import (
 	"go.opentelemetry.io/otel/metric"
 )
 
-// Backlog is what waits to be delivered in one shard.
+// Backlog describes the undelivered messages of one shard.
 type Backlog struct {
 	Shard    int16
 	Messages int64
-	// Age of the oldest; 0 if there is none.
+	// Age is the age of the oldest message, or 0 if there is none.
 	Age time.Duration
 }
 
 const measureSQL = `
 SELECT shard, messages, coalesce(clock_age(oldest_at), interval '0') FROM outbox_measure($1)`
 
-// Measure returns the backlog of each shard as it was counted within the time stale, and counts it if nobody has.
+// Measure returns the backlog of each shard. It returns the last count if that is not older than stale, and counts anew
+// otherwise.
 func Measure(ctx context.Context, db *pgxpool.Pool, stale time.Duration) ([]Backlog, error) {
 	var found []Backlog
-	err := postgres.Transact(ctx, db, func(tx pgx.Tx) error { // for the lock that it takes
+	err := postgres.Transact(ctx, db, func(tx pgx.Tx) error { // because it takes a lock
 		rows, err := tx.Query(ctx, measureSQL, stale)
 		if err == nil {
 			found, err = pgx.CollectRows(rows, pgx.RowToStructByPos[Backlog])
@@ -42,11 +43,11 @@ func Measure(ctx context.Context, db *pgxpool.Pool, stale time.Duration) ([]Back
 	return found, nil
 }
 
-// measureInterval is how often the relay counts. What is counted costs little as long as it is little; a large backlog
-// is counted less often.
+// measureInterval is how often the relay counts the backlog. A count costs little while the backlog is small; the relay
+// counts a large one less often.
 const measureInterval = time.Second
 
-// measure keeps the numbers fresh until ctx is done.
+// measure keeps the count fresh until ctx is done.
 func (r *Relay) measure(ctx context.Context) {
 	for ctx.Err() == nil {
 		began := time.Now()
@@ -60,8 +61,8 @@ func (r *Relay) measure(ctx context.Context) {
 	}
 }
 
-// Gate keeps the backlog from growing for ever while the broker is away: above the high-water mark, transactions that
-// would write are refused before they begin.
+// Gate limits the backlog while the broker is down: above the high-water mark, it refuses transactions that would
+// insert messages before they begin.
 type Gate struct {
 	db     *pgxpool.Pool
 	config GateConfig
@@ -71,18 +72,18 @@ type Gate struct {
 	refused metric.Int64Counter
 }
 
-// GateConfig is the high-water mark; 0 means none.
+// GateConfig sets the high-water mark. A limit of 0 means no limit.
 type GateConfig struct {
 	MaxMessages int64
 	MaxAge      time.Duration
-	// MeterProvider takes the metrics. Default: the global one.
+	// MeterProvider receives the metrics. Default: the global one.
 	MeterProvider metric.MeterProvider
 }
 
-// ErrBacklogFull means that too much waits for the broker, and that nothing was written.
+// ErrBacklogFull means that too many messages wait for the broker, and that nothing was written.
 var ErrBacklogFull = errors.New("outbox backlog is full")
 
-// NewGate makes a Gate. It is open, and follows the backlog while Run runs.
+// NewGate returns an open Gate. The Gate follows the backlog while Run runs.
 func NewGate(db *pgxpool.Pool, config GateConfig) *Gate {
 	if config.MeterProvider == nil {
 		config.MeterProvider = otel.GetMeterProvider()
@@ -102,7 +103,7 @@ func NewGate(db *pgxpool.Pool, config GateConfig) *Gate {
 			o.Observe(refusing)
 			return nil
 		}))
-	errs[2] = g.backlog.observe(meter) // as the relay does: the backlog must be seen all the more when no relay runs
+	errs[2] = g.backlog.observe(meter) // the relay reports it too, but operators need it most when no relay runs
 	report(errors.Join(errs[:]...))
 	g.refused.Add(context.Background(), 0)
 	return g
@@ -120,15 +121,15 @@ func (g *Gate) Check() error {
 	return nil
 }
 
-// closed tells whether Check would refuse, and counts nothing.
+// closed reports whether Check would return an error. It counts nothing.
 func (g *Gate) closed() bool { return g != nil && g.why.Load() != nil }
 
-// gateStale is how old the relay's count may be before the gate counts itself: when no relay runs, the backlog grows
-// all the more.
+// gateStale is how old the relay's count may be before the gate counts the backlog itself. When no relay runs, the
+// backlog grows most.
 const gateStale = 5 * time.Second
 
-// Run looks at the count each second, until ctx is done. The relay makes it; what the database cannot tell leaves the
-// gate as it is.
+// Run reads the backlog's count, which the relay usually makes, every second until ctx is done. If the database does
+// not answer, the gate stays as it is.
 func (g *Gate) Run(ctx context.Context) {
 	for ctx.Err() == nil {
 		found, err := Measure(ctx, g.db, gateStale)
@@ -146,16 +147,16 @@ func (g *Gate) Run(ctx context.Context) {
 func (g *Gate) judge(ctx context.Context, found []Backlog) {
 	var messages int64
 	var age time.Duration
-	for _, one := range found {
-		messages, age = messages+one.Messages, max(age, one.Age)
+	for _, shard := range found {
+		messages, age = messages+shard.Messages, max(age, shard.Age)
 	}
 	var why string
 	switch {
 	case g.config.MaxMessages > 0 && messages >= g.config.MaxMessages:
 		why = fmt.Sprintf("%d messages wait for the broker, the limit is %d", messages, g.config.MaxMessages)
 	case g.config.MaxAge > 0 && age >= g.config.MaxAge:
-		why = fmt.Sprintf("messages wait for the broker since %s, the limit is %s", age.Round(time.Second),
-			g.config.MaxAge)
+		why = fmt.Sprintf("the oldest message has waited for the broker for %s, the limit is %s",
+			age.Round(time.Second), g.config.MaxAge)
 	}
 	was := g.closed()
 	if why == "" {

@@ -33,7 +33,7 @@ func TestMeasure(t *testing.T) {
 	if age := measured(0).Age; age < time.Minute || age > 2*time.Minute {
 		t.Errorf("age is %s", age)
 	}
-	// Part of a batch is delivered, and a transaction that was under way at its base has committed.
+	// Part of a batch is delivered, and a transaction that was in progress at its base has committed.
 	held, at, err := acquire(t.Context(), db, 0, "a", time.Hour)
 	if err != nil {
 		t.Fatal(err)
@@ -44,7 +44,7 @@ func TestMeasure(t *testing.T) {
 	if err := held.move(t.Context(), progress{delivered: found.end}); err != nil {
 		t.Fatal(err)
 	}
-	equal(t, "messages behind the first page", measured(0).Messages, int64(15))
+	equal(t, "messages after the first page", measured(0).Messages, int64(15))
 	commitTx(t, slow)
 	equal(t, "messages with the late one", measured(0).Messages, int64(16))
 	exec(t, db, `UPDATE outbox_cursor SET delivered = pg_current_snapshot(), batch = NULL`)
@@ -77,7 +77,7 @@ func TestGate(t *testing.T) {
 				}
 			}
 			exec(t, db, `UPDATE outbox SET created_at = created_at - interval '1 minute'`)
-			// Nobody relays, so nobody counts but the gate itself, and that not before all is there.
+			// No relay runs, so only the gate counts, and it starts after all messages are inserted.
 			ctx, cancel := context.WithCancel(t.Context())
 			var running sync.WaitGroup
 			running.Go(func() { gate.Run(ctx) })

@@ -12,36 +12,35 @@ import (
 // Channel is the Postgres notification channel of the doorbell.
 const Channel = "outbox"
 
-// Bell tells the relay that there may be something new. Ring never blocks, and any number of rings may become one:
-// the relay reads until nothing is left, so all that counts is that a ring follows the last commit.
+// Bell tells the relay that there may be new messages. Ring never blocks, and several rings may merge into one: the
+// relay reads until nothing is left, so it is enough that a ring follows the last commit.
 type Bell interface {
 	Ring()
 }
 
-// LocalBell is the doorbell of a relay in the same process, and what the relay itself waits on.
+// LocalBell is the doorbell of a relay in the same process. The relay itself waits on it.
 type LocalBell chan struct{}
 
-// NewLocalBell makes a LocalBell.
+// NewLocalBell returns a LocalBell.
 func NewLocalBell() LocalBell { return make(LocalBell, 1) }
 
-// Ring wakes the relay, now or when it next looks.
+// Ring wakes the relay, now or the next time that it waits.
 func (b LocalBell) Ring() {
 	select {
 	case b <- struct{}{}:
-	default: // one ring is waiting already, and it will be heard after this commit
+	default: // a ring is pending already, and the relay will receive it after this commit
 	}
 }
 
-// NotifyBell rings a relay in another process by NOTIFY. It does so outside of business transactions, on a connection
-// of its own: a NOTIFY inside a transaction takes a lock over the whole cluster at commit and costs writers half of
-// their throughput.
+// NotifyBell rings a relay in another process with NOTIFY. It uses its own connection, outside business transactions: a
+// NOTIFY inside a transaction takes a cluster-wide lock at commit and costs writers half of their throughput.
 type NotifyBell struct {
 	local LocalBell
 	rings atomic.Int64
 	url   string
 }
 
-// NewNotifyBell makes a bell for the database at url. It rings only while Run runs.
+// NewNotifyBell returns a NotifyBell for the database at url. It notifies only while Run runs.
 func NewNotifyBell(url string) *NotifyBell {
 	return &NotifyBell{local: NewLocalBell(), url: url}
 }
@@ -52,22 +51,21 @@ func (b *NotifyBell) Ring() {
 	b.local.Ring()
 }
 
-// The least time between two notifications of one process, which commits within it share. It doubles while they come
-// faster than one in busyGap: then the relay is busy, and looks at the log again every few milliseconds by itself
-// (minPoll).
+// A process waits between minNotifyInterval and maxNotifyInterval between two notifications, and commits in that
+// interval share one. The interval doubles while commits come faster than one per busyGap: the relay is then busy and
+// polls the log every few milliseconds anyway (minPoll).
 const (
 	minNotifyInterval = 2 * time.Millisecond
 	maxNotifyInterval = 32 * time.Millisecond
 	busyGap           = 3 * time.Millisecond
 )
 
-// A transaction that only notifies has written nothing that could be lost, so Postgres commits it without waiting for
-// the disk. As a command by itself NOTIFY needs no plan, and is heard in half the time that it takes SELECT pg_notify
-// (measured).
+// notifySQL runs in its own transaction, which writes nothing that could be lost, so Postgres commits it without
+// waiting for the disk. NOTIFY as a command needs no plan; it arrives in half the time of SELECT pg_notify (measured).
 const notifySQL = `NOTIFY ` + Channel
 
-// Run passes rings on until ctx is done. Failures only cost latency, since the relay polls as well: they are logged and
-// tried again.
+// Run sends a notification for each ring, or one for several, until ctx is done. It logs failures and retries. A
+// failure costs only latency, because the relay also polls.
 func (b *NotifyBell) Run(ctx context.Context) {
 	session.Keep(ctx, b.url, "doorbell", func(conn *pgx.Conn) error {
 		interval := minNotifyInterval
@@ -95,5 +93,5 @@ func nextInterval(last time.Duration, rings int64) time.Duration {
 	return min(2*last, maxNotifyInterval)
 }
 
-// leaseNews is the payload of a notification that a shard has become free.
+// leaseNews is the payload of a notification that a shard is free.
 const leaseNews = "lease"

@@ -14,19 +14,21 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// setBack makes rows look as they do after the database's clock was set back by half an hour.
+// setBack changes the rows as if the database's clock had been set back by half an hour.
 func setBack(t testing.TB, db *pgxpool.Pool) {
 	t.Helper()
 	exec(t, db, `UPDATE outbox SET created_at = created_at + interval '30 min'`)
-	exec(t, db, `UPDATE outbox_cursor SET lease_expires_at = lease_expires_at + interval '30 min', moved_at = moved_at + interval '30 min'`)
+	exec(t, db, `UPDATE outbox_cursor
+		SET lease_expires_at = lease_expires_at + interval '30 min', moved_at = moved_at + interval '30 min'`)
 	exec(t, db, `UPDATE outbox_relay SET expires_at = expires_at + interval '30 min'`)
-	exec(t, db, `UPDATE outbox_backlog SET measured_at = measured_at + interval '30 min', oldest_at = oldest_at + interval '30 min'`)
+	exec(t, db, `UPDATE outbox_backlog
+		SET measured_at = measured_at + interval '30 min', oldest_at = oldest_at + interval '30 min'`)
 }
 
 func TestClockThatIsSetBack(t *testing.T) {
 	t.Parallel()
 
-	// The gate had closed, and the backlog is gone since.
+	// The gate closed, and the backlog has been delivered since.
 	t.Run("DoesNotKeepTheGateClosed", func(t *testing.T) {
 		t.Parallel()
 		db := testenv.Postgres(t)
@@ -66,7 +68,7 @@ func TestClockThatIsSetBack(t *testing.T) {
 		if err := dead.attend(t.Context(), t.Context()); err != nil {
 			t.Fatal(err)
 		}
-		testenv.Eventually(t, 10*time.Second, func() error { // it leads, and is never heard of again
+		testenv.Eventually(t, 10*time.Second, func() error { // it leads and then falls silent
 			if holders(t, db)[0] == "" {
 				return errors.New("no relay leads")
 			}
@@ -82,20 +84,20 @@ func TestClockThatIsSetBack(t *testing.T) {
 		await(t, "the message", b.complete)
 	})
 
-	// A message delivered a moment ago seems to lie in a slot that is almost a turn of the ring old.
+	// A message delivered a moment ago seems to be in a slot that is almost a full turn of the ring old.
 	t.Run("MakesNoSweepForgetTooEarly", func(t *testing.T) {
 		t.Parallel()
 		db := testenv.Postgres(t)
 		const ahead = `clock_timestamp() + outbox_slot_length()`
-		exec(t, db, `INSERT INTO outbox (slot, shard, message_id, type, payload, created_at) VALUES (outbox_slot(`+
-			ahead+`), 0, outbox_uuidv7(), 't.T', '', `+ahead+`)`)
+		exec(t, db, `INSERT INTO outbox (slot, shard, message_id, type, payload, created_at)
+			VALUES (outbox_slot(`+ahead+`), 0, outbox_uuidv7(), 't.T', '', `+ahead+`)`)
 		deliver(t, db)
 		equal(t, "swept", len(sweepNow(t, db, time.Hour)), 0)
 		exec(t, db, `UPDATE outbox SET created_at = clock_timestamp() - interval '25 h'`)
 		equal(t, "swept when it is old", len(sweepNow(t, db, 24*time.Hour)), 1)
 	})
 
-	// Nothing further ahead than the ring is long is believed, or the log would never be emptied again.
+	// A time further ahead than the ring's length is ignored; otherwise the log would never be emptied again.
 	t.Run("LeavesNothingForGood", func(t *testing.T) {
 		t.Parallel()
 		db := testenv.Postgres(t)
@@ -109,13 +111,13 @@ func TestClockThatIsSetBack(t *testing.T) {
 func TestMaxAgeIsThatOfPostgres(t *testing.T) {
 	t.Parallel()
 	var oldest time.Duration
-	if err := testenv.Postgres(t).QueryRow(t.Context(), `SELECT outbox_oldest()`).Scan(&oldest); err != nil ||
-		oldest != MaxAge {
+	err := testenv.Postgres(t).QueryRow(t.Context(), `SELECT outbox_oldest()`).Scan(&oldest)
+	if err != nil || oldest != MaxAge {
 		t.Errorf("Postgres says %s, %v", oldest, err)
 	}
 }
 
-// dated gives a message an ID that was made so long ago; negative for one of the future.
+// dated gives a message an ID of the given age. A negative age is in the future.
 func dated(m messaging.Message, age time.Duration) messaging.Message {
 	var millis [8]byte
 	binary.BigEndian.PutUint64(millis[:], uint64(time.Now().Add(-age).UnixMilli()))
@@ -123,10 +125,10 @@ func dated(m messaging.Message, age time.Duration) messaging.Message {
 	return m
 }
 
-// Each way into the log refuses the time of a clock that is wrong, whatever the caller says it has checked.
+// Every way into the log refuses a time from a wrong clock, even if the caller claims to have checked the message.
 func TestWhatAWrongClockDatedIsRefused(t *testing.T) {
 	t.Parallel()
-	for name, one := range map[string]struct {
+	for name, test := range map[string]struct {
 		age     time.Duration
 		refused bool
 	}{
@@ -147,19 +149,22 @@ func TestWhatAWrongClockDatedIsRefused(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer prepares.Close()
-			m := dated(probe("k", "m"), one.age)
+			m := dated(probe("k", "m"), test.age)
 			for way, insert := range map[string]func() error{
-				"Insert": func() error { // by the statement that says that the message is checked
-					return NewWriter(prepares, nil, nil).Transact(t.Context(),
-						func(tx pgx.Tx) error { return Insert(t.Context(), tx, m) })
+				"Insert": func() error { // uses the statement that declares the message checked
+					return NewWriter(prepares, nil, nil).Transact(t.Context(), func(tx pgx.Tx) error {
+						return Insert(t.Context(), tx, m)
+					})
 				},
 				"InsertMany": func() error {
-					return NewWriter(db, nil, nil).Transact(t.Context(),
-						func(tx pgx.Tx) error { return Insert(t.Context(), tx, m, probe("k", "innocent")) })
+					return NewWriter(db, nil, nil).Transact(t.Context(), func(tx pgx.Tx) error {
+						return Insert(t.Context(), tx, m, probe("k", "innocent"))
+					})
 				},
 				"InsertUnprepared": func() error {
-					return NewWriter(pooled, nil, nil).Transact(t.Context(),
-						func(tx pgx.Tx) error { return Insert(t.Context(), tx, m) })
+					return NewWriter(pooled, nil, nil).Transact(t.Context(), func(tx pgx.Tx) error {
+						return Insert(t.Context(), tx, m)
+					})
 				},
 				"View": func() error {
 					_, err := db.Exec(t.Context(),
@@ -168,25 +173,23 @@ func TestWhatAWrongClockDatedIsRefused(t *testing.T) {
 				},
 				"ViewWithoutTheTime": func() error {
 					_, err := db.Exec(t.Context(),
-						`INSERT INTO outbox_message (id, type, payload, checked) VALUES ($1, 't.T', '', true)`,
-						m.ID.String())
+						`INSERT INTO outbox_message (id, type, payload, checked) VALUES ($1, 't.T', '', true)`, m.ID.String())
 					return blameClock(err)
 				},
 				"Function": func() error {
-					_, err := db.Exec(t.Context(), `SELECT outbox_insert('t.T', 'k', ''::bytea, '{}'::jsonb, $1::uuid)`,
-						m.ID.String())
+					_, err := db.Exec(t.Context(), `SELECT outbox_insert('t.T', 'k', ''::bytea, '{}'::jsonb, $1::uuid)`, m.ID.String())
 					return blameClock(err)
 				},
 			} {
 				before := rowsOf(t, db)
 				err := insert()
-				if errors.Is(err, ErrClock) != one.refused || !one.refused && err != nil {
+				if errors.Is(err, ErrClock) != test.refused || !test.refused && err != nil {
 					t.Errorf("%s: %v", way, err)
 				}
-				if wrote := rowsOf(t, db) > before; wrote == one.refused {
+				if wrote := rowsOf(t, db) > before; wrote == test.refused {
 					t.Errorf("%s: written: %t", way, wrote)
 				}
-				if one.refused && err != nil && !strings.Contains(err.Error(), "clock") {
+				if test.refused && err != nil && !strings.Contains(err.Error(), "clock") {
 					t.Errorf("%s: the error names no clock: %v", way, err)
 				}
 			}
@@ -194,7 +197,7 @@ func TestWhatAWrongClockDatedIsRefused(t *testing.T) {
 	}
 }
 
-// pooledPool is a pool whose statements are not prepared, as through a pooler.
+// pooledPool returns a pool that prepares no statements, as through a pooler.
 func pooledPool(t testing.TB, db *pgxpool.Pool) *pgxpool.Pool {
 	t.Helper()
 	config := db.Config()

@@ -12,9 +12,9 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// TestCostStaysFlat lets 200,000 messages flow while somebody holds back what vacuum may remove, and compares what
-// Postgres reads for the last thousand with what it read for the first. A queue of row states, or a cursor row that is
-// searched by its key, fails this.
+// TestCostStaysFlat sends 200,000 messages while an old snapshot keeps vacuum from removing rows, and compares what
+// Postgres reads for the last thousand with what it read for the first thousand. A queue of row states would fail this
+// test, and so would a cursor row that is found by its key.
 func TestCostStaysFlat(t *testing.T) {
 	t.Parallel()
 	for name, hold := range map[string]string{
@@ -37,59 +37,59 @@ func TestCostStaysFlat(t *testing.T) {
 				t.Fatal(err)
 			}
 			log := &eventLog{db: db, maxRows: 500, maxBytes: 4 << 20}
-			look := func() { // where the explained statement has moved the row, as the relay's own does
+			look := func() { // the explained statement has moved the row, as the relay's own statement does
 				t.Helper()
-				if err := db.QueryRow(t.Context(), `SELECT ctid, moves FROM outbox_cursor`).Scan(&held.row.tid,
-					&held.moves); err != nil {
+				row := db.QueryRow(t.Context(), `SELECT ctid, moves FROM outbox_cursor`)
+				if err := row.Scan(&held.row.tid, &held.moves); err != nil {
 					t.Fatal(err)
 				}
 			}
-			// Each transaction under way, in whatever database of the cluster, costs the claim a look into each of the five
-			// slots' indexes: some 10 buffers a page. Other tests have such.
+			// For each transaction in progress anywhere in the cluster, the claim searches the indexes of all five slots,
+			// about 10 buffers per page. Other tests run such transactions.
 			const perTransaction = 12
 			flow := func(messages, page int) (buffers, underWay int) {
 				t.Helper()
 				for range messages / page {
 					fill(t, db, page, 100)
 					var open int
-					if err := db.QueryRow(t.Context(), `SELECT count(*) FROM pg_snapshot_xip($1::pg_snapshot)`,
-						at.base).Scan(&open); err != nil {
+					row := db.QueryRow(t.Context(), `SELECT count(*) FROM pg_snapshot_xip($1::pg_snapshot)`, at.base)
+					if err := row.Scan(&open); err != nil {
 						t.Fatal(err)
 					}
 					underWay += open
 					before := held.moves
-					buffers += explain(t, db, claimSQL, int16(0), at.base, 500, 4<<20, held.row.tid, at.base, at.batch,
-						at.lastID, 0, 0, held.epoch, held.moves, held.timeline)
+					buffers += explain(t, db, claimSQL, int16(0), at.base, 500, 4<<20, held.row.tid,
+						at.base, at.batch, at.lastID, 0, 0, held.epoch, held.moves, held.timeline)
 					look()
 					found, _, err := log.next(t.Context(), at)
 					if err != nil || len(found.rows) != page {
 						t.Fatalf("%v, %v", found, err)
 					}
 					at = found.end
-					buffers += explain(t, db, moveSQL, int16(0), held.row.tid, held.epoch, at.base, at.batch, at.lastID,
-						found.snapshot, 0, 0, held.moves, held.timeline, 0)
+					buffers += explain(t, db, moveSQL, int16(0), held.row.tid, held.epoch,
+						at.base, at.batch, at.lastID, found.snapshot, 0, 0, held.moves, held.timeline, 0)
 					if look(); held.moves != before+2 {
-						t.Fatalf("%d moves, want two", held.moves-before)
+						t.Fatalf("%d moves, want 2", held.moves-before)
 					}
 				}
 				return buffers, underWay
 			}
-			flow(10_000, 500) // so that the indexes have grown to where they need no further level for long
+			flow(10_000, 500) // grow the indexes to a depth that lasts
 			early, underWayEarly := flow(1000, 100)
 			flow(188_000, 500)
 			late, underWayLate := flow(1000, 100)
 			others := perTransaction * max(0, underWayLate-underWayEarly)
-			t.Logf("buffers read for 1,000 messages behind 10,000: %d, behind 200,000: %d", early, late)
+			t.Logf("buffers read for 1,000 messages after 10,000: %d, after 200,000: %d", early, late)
 			if float64(late-others) > 1.5*float64(early) {
-				t.Errorf("1,000 messages cost %d buffers early and %d late, %d of them for others' transactions", early,
-					late, others)
+				t.Errorf("1,000 messages cost %d buffers early and %d late, %d of them for other tests' transactions",
+					early, late, others)
 			}
 		})
 	}
 }
 
-// TestMovingTheCursorStaysFlat: a busy relay moves its cursor hundreds of times a second, and a snapshot that is held
-// keeps every old version of the row. Finding the row by its key would visit them all.
+// TestMovingTheCursorStaysFlat moves a cursor many times while an old snapshot keeps every version of its row. A busy
+// relay moves its cursor hundreds of times a second, and finding the row by its key would visit every version.
 func TestMovingTheCursorStaysFlat(t *testing.T) {
 	t.Parallel()
 	db := testenv.Postgres(t)
@@ -138,14 +138,14 @@ func TestMovingTheCursorStaysFlat(t *testing.T) {
 	first := moveTimes(200)
 	moveTimes(2000)
 	last := moveTimes(200)
-	t.Logf("buffers a move: %.1f at first, %.1f at last", first, last)
+	t.Logf("buffers per move: %.1f at first, %.1f at last", first, last)
 	if last > 2*first {
 		t.Errorf("a move reads %.1f buffers at last, %.1f at first", last, first)
 	}
 }
 
-// TestAPlanForAnEmptyLogIsGoodForAFullOne: the relay keeps its plans, and those that Postgres likes best while it knows
-// the log to be empty read all of it for each page.
+// TestAPlanForAnEmptyLogIsGoodForAFullOne checks the relay's plans, which it keeps. The plans that Postgres prefers
+// while it knows that the log is empty read the whole log for each page.
 func TestAPlanForAnEmptyLogIsGoodForAFullOne(t *testing.T) {
 	t.Parallel()
 	url := testenv.PostgresURL(t)
@@ -155,13 +155,14 @@ func TestAPlanForAnEmptyLogIsGoodForAFullOne(t *testing.T) {
 	}
 	t.Cleanup(db.Close)
 	exec(t, db, `VACUUM ANALYZE`)
-	for slot := range 5 { // nobody tells the planner better
+	for slot := range 5 { // autovacuum must not update the planner's statistics
 		exec(t, db, fmt.Sprintf(`ALTER TABLE outbox_slot_%d SET (autovacuum_enabled = off)`, slot))
 	}
 	log, at := &eventLog{db: db, maxRows: 500, maxBytes: 4 << 20}, position{base: "1:1:"}
 	read := func() (blocks int) {
 		t.Helper()
-		const sql = `SELECT sum(heap_blks_hit + heap_blks_read + idx_blks_hit + idx_blks_read)::int FROM pg_statio_user_tables WHERE relname LIKE 'outbox_slot_%'`
+		const sql = `SELECT sum(heap_blks_hit + heap_blks_read + idx_blks_hit + idx_blks_read)::int
+			FROM pg_statio_user_tables WHERE relname LIKE 'outbox_slot_%'`
 		exec(t, db, `SELECT pg_stat_force_next_flush()`)
 		if err := db.QueryRow(t.Context(), sql).Scan(&blocks); err != nil {
 			t.Fatal(err)
@@ -197,8 +198,7 @@ func TestAPlanForAnEmptyLogIsGoodForAFullOne(t *testing.T) {
 func explain(t *testing.T, db *pgxpool.Pool, sql string, args ...any) int {
 	t.Helper()
 	var plan []byte
-	if err := db.QueryRow(t.Context(), `EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) `+sql,
-		args...).Scan(&plan); err != nil {
+	if err := db.QueryRow(t.Context(), `EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) `+sql, args...).Scan(&plan); err != nil {
 		t.Fatal(err)
 	}
 	var parsed []struct {

@@ -48,8 +48,7 @@ func TestCursor(t *testing.T) {
 			next, _, err = acquire(t.Context(), db, 0, "next", time.Hour)
 			return err
 		})
-		moved := progress{delivered: position{base: "900:900:"}, published: 1,
-			parked: []deadletter.Letter{{MessageID: "x"}}}
+		moved := progress{delivered: position{base: "900:900:"}, published: 1, parked: []deadletter.Letter{{MessageID: "x"}}}
 		if err := zombie.move(t.Context(), moved); !errors.Is(err, errFenced) {
 			t.Fatalf("move: %v", err)
 		}
@@ -76,13 +75,12 @@ func TestCursor(t *testing.T) {
 		if err := held.move(t.Context(), progress{delivered: at}); err != nil {
 			t.Fatal(err)
 		}
-		// A standby that had not got the last move was promoted.
-		exec(t, db, `UPDATE outbox_cursor SET moves = moves - 1`)
+		exec(t, db, `UPDATE outbox_cursor SET moves = moves - 1`) // a standby without the last move was promoted
 		if err := held.move(t.Context(), progress{delivered: at}); !errors.Is(err, errFenced) {
 			t.Errorf("a row that lost a move: %v", err)
 		}
 		exec(t, db, `UPDATE outbox_cursor SET moves = moves + 1`)
-		held.timeline = "0000FFFF" // it had got all of them
+		held.timeline = "0000FFFF" // the standby had all moves
 		if err := held.move(t.Context(), progress{delivered: at}); !errors.Is(err, errFenced) {
 			t.Errorf("move on another timeline: %v", err)
 		}
@@ -91,8 +89,8 @@ func TestCursor(t *testing.T) {
 		}
 	})
 
-	// What fits into one page is claimed by the statement that reads it, with what is settled; and only if the row is as
-	// this relay left it.
+	// The statement that reads the rows also claims them and records progress, but only if they fit into one page and the
+	// cursor's row is as this relay left it.
 	t.Run("ClaimsWhatItReads", func(t *testing.T) {
 		t.Parallel()
 		db := testenv.Postgres(t)
@@ -109,8 +107,8 @@ func TestCursor(t *testing.T) {
 			if err := db.QueryRow(t.Context(), sql).Scan(&moves, &total, &claimed, &delivered); err != nil {
 				t.Fatal(err)
 			}
-			found, _, moved, err := log.nextAndMove(t.Context(), at,
-				claim{held, progress{delivered: at, published: published}})
+			recorded := progress{delivered: at, published: published}
+			found, _, moved, err := log.nextAndMove(t.Context(), at, claim{held, recorded})
 			if moved != nil {
 				held.moved(*moved)
 			}
@@ -125,23 +123,23 @@ func TestCursor(t *testing.T) {
 				if found != nil && found.claimed || nowMoves != moves || nowTotal != total {
 					t.Errorf("claimed, %d moves", nowMoves-moves)
 				}
-			case !found.claimed || nowMoves != moves+1 || held.moves != nowMoves || nowTotal != total+
-				int64(published) || claimed != found.snapshot || delivered != at.base:
-				t.Errorf("claimed %v as %s of %s, %d moves, %d published", found.claimed, claimed, found.snapshot,
-					nowMoves-moves, nowTotal-total)
+			case !found.claimed || nowMoves != moves+1 || held.moves != nowMoves ||
+				nowTotal != total+int64(published) || claimed != found.snapshot || delivered != at.base:
+				t.Errorf("claimed %v as %s of %s, %d moves, %d published",
+					found.claimed, claimed, found.snapshot, nowMoves-moves, nowTotal-total)
 			default:
 				at = found.end
 			}
 		}
-		next(0, 0, false) // nothing there
+		next(0, 0, false) // the log is empty
 		insert(t, db, "", "m000")
 		next(0, 1, true)
 		insert(t, db, "", "m001")
 		next(1, 1, true)
-		exec(t, db, `UPDATE outbox_cursor SET lease_expires_at = lease_expires_at`) // and so the row has another place
+		exec(t, db, `UPDATE outbox_cursor SET lease_expires_at = lease_expires_at`) // gives the row a new ctid
 		insert(t, db, "", "m002")
 		next(1, 1, false)
-		if err := held.move(t.Context(), progress{delivered: at}); err != nil { // finds it
+		if err := held.move(t.Context(), progress{delivered: at}); err != nil { // finds the row by key
 			t.Fatal(err)
 		}
 		next(0, 1, true)
@@ -155,7 +153,7 @@ func TestCursor(t *testing.T) {
 		next(0, 3, false) // fenced
 	})
 
-	// A claim does; what else is recorded does not, and leaves nothing of that behind on the connection.
+	// A claim waits for the disk. Other records do not, and they leave the connection's setting unchanged.
 	t.Run("WaitsForTheDiskOnlyWhenItClaims", func(t *testing.T) {
 		t.Parallel()
 		config := testenv.Postgres(t).Config()
@@ -168,16 +166,16 @@ func TestCursor(t *testing.T) {
 		exec(t, db, `CREATE TABLE seen (how text)`)
 		exec(t, db, `CREATE FUNCTION see() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
 			INSERT INTO seen VALUES (current_setting('synchronous_commit')); RETURN NULL; END $$`)
-		exec(t, db, `CREATE CONSTRAINT TRIGGER see AFTER UPDATE ON outbox_cursor DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION see()`)
+		exec(t, db, `CREATE CONSTRAINT TRIGGER see AFTER UPDATE ON outbox_cursor DEFERRABLE INITIALLY DEFERRED
+			FOR EACH ROW EXECUTE FUNCTION see()`)
 		held, at, err := acquire(t.Context(), db, 0, "a", time.Hour)
 		if err != nil {
 			t.Fatal(err)
 		}
-		letter := deadletter.Letter{Reason: deadletter.Unroutable, Payload: []byte{}}
+		letters := []deadletter.Letter{{Reason: deadletter.Unroutable, Payload: []byte{}}}
 		for _, p := range []progress{
 			{delivered: at}, {delivered: at, claimed: "1:1:"}, {delivered: at},
-			{delivered: at, parked: []deadletter.Letter{letter}},
-			{delivered: at, claimed: "1:1:", parked: []deadletter.Letter{letter}},
+			{delivered: at, parked: letters}, {delivered: at, claimed: "1:1:", parked: letters},
 		} {
 			if err := held.move(t.Context(), p); err != nil {
 				t.Fatal(err)
@@ -208,15 +206,15 @@ func TestCursor(t *testing.T) {
 			}
 			return nil
 		})
-		// The promoted standby knows nothing of the delivery; the connections of the pool reach it as if nothing had
-		// happened.
-		exec(t, db, `UPDATE outbox_cursor SET delivered = '1:1:', batch = NULL, last_id = 0, published = 0, moves = moves - 1`)
+		// The promoted standby has no record of the delivery, and the pool's connections silently reach it.
+		exec(t, db, `UPDATE outbox_cursor
+			SET delivered = '1:1:', batch = NULL, last_id = 0, published = 0, moves = moves - 1`)
 		insert(t, db, "", "m001")
 		testenv.Eventually(t, 10*time.Second, func() error {
 			b.mu.Lock()
 			defer b.mu.Unlock()
 			if count(b.stored, "m000") != 2 || count(b.stored, "m001") != 1 {
-				return fmt.Errorf("stored %v, want what this cursor says is not delivered", b.stored)
+				return fmt.Errorf("stored %v, want also the messages that this cursor calls undelivered", b.stored)
 			}
 			return nil
 		})
@@ -234,7 +232,7 @@ func TestCursor(t *testing.T) {
 		start(t, db, b, Config{Lease: 200 * time.Millisecond, PollInterval: 10 * time.Millisecond})
 		insert(t, db, "", "m000")
 		await(t, "m000", b.complete)
-		proxy.Freeze(true) // the queries that are under way are never answered
+		proxy.Freeze(true) // queries in progress never get an answer
 		b.mu.Lock()
 		closed := b.closed
 		b.mu.Unlock()
@@ -287,8 +285,7 @@ func TestCursor(t *testing.T) {
 		started := time.Now()
 		start(t, db, b, Config{Lease: time.Second})
 		await(t, "take-over", b.complete)
-		// Far above 2 x lease: a guard against waiting for nothing.
-		if took := time.Since(started); took > 10*time.Second {
+		if took := time.Since(started); took > 10*time.Second { // far above twice the lease
 			t.Errorf("took %s", took)
 		}
 	})

@@ -43,38 +43,35 @@ func TestInsertRefusesWhatCouldNeverBePublished(t *testing.T) {
 		"header of the broker": func(m *messaging.Message) { m.Headers = map[string]string{"x-delay": "1"} },
 		"header of the key":    func(m *messaging.Message) { m.Headers = map[string]string{"message-key": "k"} },
 		"header with space":    func(m *messaging.Message) { m.Headers = map[string]string{"a b": ""} },
-		"long header": func(m *messaging.Message) {
-			m.Headers = map[string]string{"a": strings.Repeat("v",
-				1025)}
-		},
-		"header not UTF-8": func(m *messaging.Message) { m.Headers = map[string]string{"a": "\xff"} },
+		"long header":          func(m *messaging.Message) { m.Headers = map[string]string{"a": strings.Repeat("v", 1025)} },
+		"header not UTF-8":     func(m *messaging.Message) { m.Headers = map[string]string{"a": "\xff"} },
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			m := probe("", "spoilt")
 			spoil(&m)
 			err := postgres.Transact(t.Context(), db, func(tx pgx.Tx) error {
-				return Insert(t.Context(), tx,
-					probe("", "innocent"), m)
+				return Insert(t.Context(), tx, probe("", "innocent"), m)
 			})
 			if !errors.Is(err, messaging.ErrInvalid) {
 				t.Fatalf("error is %v", err)
 			}
 		})
 	}
-	t.Run("one ID twice", func(t *testing.T) {
+	t.Run("duplicate ID", func(t *testing.T) {
 		t.Parallel()
-		one, other := probe("", "one"), probe("", "other")
-		other.ID = one.ID
+		first, second := probe("", "first"), probe("", "second")
+		second.ID = first.ID
 		for name, insert := range map[string]func(tx pgx.Tx) error{
-			"Insert": func(tx pgx.Tx) error { return Insert(t.Context(), tx, one, probe("", "innocent"), other) },
+			"Insert": func(tx pgx.Tx) error {
+				return Insert(t.Context(), tx, first, probe("", "innocent"), second)
+			},
 			"Schedule": func(tx pgx.Tx) error {
-				return Schedule(t.Context(), tx, time.Now().Add(time.Hour), one,
-					other)
+				return Schedule(t.Context(), tx, time.Now().Add(time.Hour), first, second)
 			},
 		} {
 			err := postgres.Transact(t.Context(), db, insert)
-			if !errors.Is(err, messaging.ErrInvalid) || !strings.Contains(err.Error(), one.ID.String()) {
+			if !errors.Is(err, messaging.ErrInvalid) || !strings.Contains(err.Error(), first.ID.String()) {
 				t.Errorf("%s: error is %v", name, err)
 			}
 		}
@@ -87,11 +84,16 @@ func TestInsertRefusesWhatCouldNeverBePublished(t *testing.T) {
 	})
 }
 
-// What Go refuses, Postgres refuses as well: nobody else can put into the log what the relay could not publish.
+// Postgres refuses every message that Go refuses, so no other writer can insert a message that the relay cannot
+// publish.
 func TestPostgresRefusesTheSame(t *testing.T) {
 	t.Parallel()
 	db := testenv.Postgres(t)
-	const good = `'probe.P', 'k', '', '{}', outbox_uuidv7()`
+	const (
+		good            = `'probe.P', 'k', '', '{}', outbox_uuidv7()`
+		tooManyHeaders  = `'probe.P', 'k', '', (SELECT jsonb_object_agg('h' || i, '') FROM generate_series(1, 33) i)`
+		severalMessages = `ARRAY[outbox_uuidv7(), outbox_uuidv7()], '{probe.P,a.*}', '{k,k}', '{x,x}', '{"{}","{}"}'`
+	)
 	if _, err := db.Exec(t.Context(), `SELECT outbox_insert(`+good+`)`); err != nil {
 		t.Fatal(err)
 	}
@@ -100,15 +102,15 @@ func TestPostgresRefusesTheSame(t *testing.T) {
 		`'a.*', 'k', ''`:                  "outbox_type_is_protobuf_name",
 		`'', 'k', ''`:                     "outbox_type_is_protobuf_name",
 		`'probe.P', repeat('k', 256), ''`: "outbox_key_fits",
-		`'probe.P', 'k', decode(repeat('00', 1048577), 'hex')`:                                      "outbox_payload_fits",
-		`'probe.P', 'k', '', '{"CC": "elsewhere"}'`:                                                 "outbox_headers_are_valid",
-		`'probe.P', 'k', '', '{"x-delay": "1"}'`:                                                    "outbox_headers_are_valid",
-		`'probe.P', 'k', '', '{"message-key": "k"}'`:                                                "outbox_headers_are_valid",
-		`'probe.P', 'k', '', '[]'`:                                                                  "outbox_headers_are_valid",
-		`'probe.P', 'k', '', '{"a": 1}'`:                                                            "outbox_headers_are_valid",
-		`'probe.P', 'k', '', jsonb_build_object('a', repeat('v', 1025))`:                            "outbox_headers_are_valid",
-		`'probe.P', 'k', '', (SELECT jsonb_object_agg('h' || i, '') FROM generate_series(1, 33) i)`: "outbox_headers_are_valid",
-		`ARRAY[outbox_uuidv7(), outbox_uuidv7()], '{probe.P,a.*}', '{k,k}', '{x,x}', '{"{}","{}"}'`: "outbox_type_is_protobuf_name",
+		`'probe.P', 'k', decode(repeat('00', 1048577), 'hex')`:           "outbox_payload_fits",
+		`'probe.P', 'k', '', '{"CC": "elsewhere"}'`:                      "outbox_headers_are_valid",
+		`'probe.P', 'k', '', '{"x-delay": "1"}'`:                         "outbox_headers_are_valid",
+		`'probe.P', 'k', '', '{"message-key": "k"}'`:                     "outbox_headers_are_valid",
+		`'probe.P', 'k', '', '[]'`:                                       "outbox_headers_are_valid",
+		`'probe.P', 'k', '', '{"a": 1}'`:                                 "outbox_headers_are_valid",
+		`'probe.P', 'k', '', jsonb_build_object('a', repeat('v', 1025))`: "outbox_headers_are_valid",
+		tooManyHeaders:  "outbox_headers_are_valid",
+		severalMessages: "outbox_type_is_protobuf_name",
 	} {
 		t.Run(arguments, func(t *testing.T) {
 			t.Parallel()
@@ -124,8 +126,9 @@ func TestPostgresRefusesTheSame(t *testing.T) {
 func TestInsertStoresTheTrace(t *testing.T) {
 	t.Parallel()
 	db := testenv.Postgres(t)
-	span := trace.NewSpanContext(trace.SpanContextConfig{TraceID: trace.TraceID{1}, SpanID: trace.SpanID{2},
-		TraceFlags: trace.FlagsSampled})
+	span := trace.NewSpanContext(trace.SpanContextConfig{
+		TraceID: trace.TraceID{1}, SpanID: trace.SpanID{2}, TraceFlags: trace.FlagsSampled,
+	})
 	ctx := trace.ContextWithSpanContext(t.Context(), span)
 	inTx(t, db, func(tx pgx.Tx) error { return Insert(ctx, tx, probe("", "traced")) })
 	rows, _ := newReader(db).rawPage(t)
@@ -133,7 +136,7 @@ func TestInsertStoresTheTrace(t *testing.T) {
 		"00-01000000000000000000000000000000-0200000000000000-01")
 }
 
-// Two transactions insert the same keys in opposite orders, calling Insert twice each: Postgres ends one of them, and
+// Two transactions call Insert twice each, with the same keys in opposite order. Postgres aborts one of them, and
 // Transact runs it again.
 func TestInsertSurvivesADeadlock(t *testing.T) {
 	t.Parallel()
@@ -165,7 +168,7 @@ func TestInsertSurvivesADeadlock(t *testing.T) {
 	}
 }
 
-// One call with several keys locks them in one order, whatever theirs is.
+// One call with several keys always locks them in the same order, regardless of the order of the messages.
 func TestInsertLocksInOneOrder(t *testing.T) {
 	t.Parallel()
 	db := testenv.Postgres(t)
@@ -180,7 +183,7 @@ func TestInsertLocksInOneOrder(t *testing.T) {
 				if err == nil {
 					err = tx.Commit(t.Context())
 				}
-				if err != nil { // a deadlock would be one
+				if err != nil { // such as a deadlock
 					t.Error(err)
 					return
 				}
@@ -216,8 +219,8 @@ func TestTheDoorbellRingsLessOftenWhileCommitsNeverCease(t *testing.T) {
 	}
 	equal(t, "at 1,000/s", intervals(1000), []int64{4, 8, 16, 32, 32})
 	equal(t, "at 200/s", intervals(200), []int64{2, 2, 2, 2, 2})
-	equal(t, "when it has become less", nextInterval(maxNotifyInterval, 200*maxNotifyInterval.Milliseconds()/1000),
-		minNotifyInterval)
+	equal(t, "after the rate has fallen",
+		nextInterval(maxNotifyInterval, 200*maxNotifyInterval.Milliseconds()/1000), minNotifyInterval)
 }
 
 func TestNotifyBellReachesAnotherProcess(t *testing.T) {

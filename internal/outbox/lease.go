@@ -13,7 +13,7 @@ import (
 	"golang.org/x/sync/errgroup"
 )
 
-// lease is the time for which a relay has, or tries to have, one shard.
+// lease is a relay's tenure, or its attempt at one, over one shard.
 type lease struct {
 	relay     *Relay
 	shard     int16
@@ -26,85 +26,84 @@ type lease struct {
 	over      chan struct{}
 }
 
-// begin starts a lease. It lasts through failures of the database and the broker, until ctx is done or the shard is
-// another's.
+// begin starts a lease. It survives failures of the database and the broker, and ends when ctx is done, the shard is
+// drained, or another relay holds the shard.
 func (r *Relay) begin(ctx context.Context, shard int16) *lease {
 	ctx, end := context.WithCancel(ctx)
-	t := &lease{
-		relay: r, shard: shard, publisher: r.newPublisher(), wake: NewLocalBell(),
-		pause: newPause(r.config.PollInterval),
-		end:   end, over: make(chan struct{}),
+	l := &lease{
+		relay: r, shard: shard, publisher: r.newPublisher(), wake: NewLocalBell(), pause: newPause(r.config.PollInterval),
+		end: end, over: make(chan struct{}),
 	}
 	go func() {
-		defer close(t.over)
+		defer close(l.over)
 		defer end()
-		defer t.publisher.Close()
-		t.serve(ctx)
-		r.attention.Ring() // there may be something else to take
+		defer l.publisher.Close()
+		l.serve(ctx)
+		r.attention.Ring() // there may be another shard to take
 	}()
-	return t
+	return l
 }
 
-func (t *lease) isOver() bool {
+func (l *lease) isOver() bool {
 	select {
-	case <-t.over:
+	case <-l.over:
 		return true
 	default:
 		return false
 	}
 }
 
-// serve takes the lease and publishes, again and again.
-func (t *lease) serve(ctx context.Context) {
+// serve takes the lease and publishes, and repeats that after a failure.
+func (l *lease) serve(ctx context.Context) {
 	for {
-		err := t.lead(ctx)
+		err := l.lead(ctx)
 		switch {
 		case ctx.Err() != nil, errors.Is(err, errNotLeased):
 			return
 		case errors.Is(err, errDrained):
-			slog.InfoContext(ctx, "shard is drained", "shard", t.shard)
+			slog.InfoContext(ctx, "shard is drained", "shard", l.shard)
 			return
 		case errors.Is(err, errFenced):
-			slog.WarnContext(ctx, "relay lost its shard, nothing more was moved", "shard", t.shard, "error", err)
+			slog.WarnContext(ctx, "relay lost its shard, nothing more was moved", "shard", l.shard, "error", err)
 			return
 		}
-		retryIn := t.pause.NextBackOff()
-		slog.WarnContext(ctx, "relay interrupted", "shard", t.shard, "error", err, "retry_in", retryIn)
+		retryIn := l.pause.NextBackOff()
+		slog.WarnContext(ctx, "relay interrupted", "shard", l.shard, "error", err, "retry_in", retryIn)
 		wait(ctx, nil, retryIn)
 	}
 }
 
 // lead takes the lease and publishes until something fails.
-func (t *lease) lead(ctx context.Context) error {
+func (l *lease) lead(ctx context.Context) error {
 	limited, cancel := context.WithTimeout(ctx, databaseTimeout)
-	held, at, err := acquire(limited, t.relay.db, t.shard, t.relay.owner, t.relay.config.Lease)
+	held, at, err := acquire(limited, l.relay.db, l.shard, l.relay.owner, l.relay.config.Lease)
 	cancel()
 	if err != nil {
 		return err
 	}
 	if held.stolen {
-		t.relay.meters.steals.Add(ctx, 1)
+		l.relay.meters.steals.Add(ctx, 1)
 	}
-	t.leads.Store(true)
-	defer t.leads.Store(false)
-	slog.InfoContext(ctx, "relay leads", "shard", t.shard, "epoch", held.epoch, "owner", t.relay.owner)
+	l.leads.Store(true)
+	defer l.leads.Store(false)
+	slog.InfoContext(ctx, "relay leads", "shard", l.shard, "epoch", held.epoch, "owner", l.relay.owner)
 	defer func() {
-		// Also when ctx is done: the next relay should not have to wait for the lease to end.
+		// Release even if ctx is done, so that the next relay need not wait for the lease to expire.
 		if err := shortly(ctx, held.release); err != nil {
-			slog.WarnContext(ctx, "lease not released, it will end by itself", "shard", t.shard, "error", err)
+			slog.WarnContext(ctx, "lease not released, it will expire", "shard", l.shard, "error", err)
 		}
 	}()
 	group, ctx := errgroup.WithContext(ctx)
-	group.Go(func() error { return t.keepLease(ctx, held) })
-	group.Go(func() error { return t.newRun(held, at).loop(ctx) })
+	group.Go(func() error { return l.keepLease(ctx, held) })
+	group.Go(func() error { return l.newRun(held, at).loop(ctx) })
 	return group.Wait()
 }
 
-// keepLease renews the lease at a third of its time. It runs beside the publishing, which may wait long for the broker.
-// When it has not come through for a whole lease, it ends the run: the database may be gone without a word, and whoever
-// waits for its answer with it.
-func (t *lease) keepLease(ctx context.Context, held *cursor) error {
-	lease := t.relay.config.Lease
+// keepLease renews the lease every third of its duration. It runs beside the run, which may wait long for the broker.
+// If no renewal succeeds for a whole lease, it ends the run, which may be waiting for a database that vanished without
+// closing the connection.
+func (l *lease) keepLease(ctx context.Context, held *cursor) error {
+	lease := l.relay.config.Lease
 	renewed := time.Now()
 	for {
 		if wait(ctx, nil, lease/3); ctx.Err() != nil {
@@ -124,7 +123,7 @@ func (t *lease) keepLease(ctx context.Context, held *cursor) error {
 		case time.Since(renewed) > lease:
 			return fmt.Errorf("lease not renewed for %s: %w", lease, err)
 		default:
-			slog.WarnContext(ctx, "lease not renewed", "shard", t.shard, "error", err)
+			slog.WarnContext(ctx, "lease not renewed", "shard", l.shard, "error", err)
 		}
 	}
 }

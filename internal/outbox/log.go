@@ -11,8 +11,8 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// position is a place in the log: everything visible in base is before it, and, while a batch is open, everything
-// visible in batch whose id is at most lastID. Snapshots are kept in Postgres' text form; only Postgres computes with
+// position is a place in the log. Everything visible in base is before it. While a batch is open, so is everything
+// visible in batch whose id is at most lastID. Snapshots are stored in Postgres' text form; only Postgres computes with
 // them.
 type position struct {
 	base   string
@@ -35,8 +35,8 @@ type row struct {
 	headers messaging.StoredHeaders
 }
 
-// validate reports what keeps the row from being published. It was checked when it was inserted, unless somebody
-// claimed to have checked it, or was a superuser.
+// validate returns the reason that the row cannot be published, or nil. Every row is checked when it is inserted,
+// except when the inserter claims to have checked it or is a superuser.
 func (r *row) validate() error {
 	if r.headers.Malformed != nil {
 		return fmt.Errorf("%w: headers are not an object of strings: %w", messaging.ErrInvalid, r.headers.Malformed)
@@ -44,7 +44,7 @@ func (r *row) validate() error {
 	return r.message.Validate()
 }
 
-// before returns the position before the i-th row: everything up to the row in front of it is done.
+// before returns the position before the i-th row.
 func (p *page) before(i int) position {
 	switch {
 	case i == 0:
@@ -76,13 +76,15 @@ type bounds struct {
 	lo, hi int64
 }
 
-// The two ways in which a row is new since a snapshot, as two branches so that each is an index range: a transaction
-// that was under way when it was taken, or one that began later. (xid >= pg_snapshot_xmin would do as one, and would
-// read again everything since the oldest open transaction, for as long as that is open.)
+// openSQL reads the rows that are new since a snapshot. A row is new if its transaction was in progress when the
+// snapshot was taken or began later. Each case is its own branch, so that each is an index range. (A single condition,
+// xid >= pg_snapshot_xmin, would read everything since the oldest open transaction again and again while that stays
+// open.)
 //
-// One row more than a page is read of each, to see whether all fits. What fits is sorted by id; what does not is a
-// batch that pageSQL walks through, and only its first row is returned, to carry the snapshot. Payloads are carried
-// along: what is large is stored out of line, and fetched from there only for the rows that are returned.
+// Each branch reads one row more than a page, to see whether all rows fit. If they fit, they are sorted by id. If not,
+// they are a batch that pageSQL reads page by page, and openSQL returns only the first row, to carry the snapshot. The
+// branches can include the payloads: Postgres stores large ones out of line and fetches them only for the rows that it
+// returns.
 const openSQL = freshSQL + openedSQL + `, NULL::tid, NULL::boolean` + messagesSQL
 
 const freshSQL = `
@@ -97,8 +99,8 @@ WITH fresh AS (
      WHERE shard = $1 AND xid >= pg_snapshot_xmax($2::pg_snapshot)
      ORDER BY xid LIMIT $3 + 1)
 ), measured AS MATERIALIZED (
-    SELECT *, count(*) OVER () <= $3
-        AND sum(octet_length(payload)) OVER () <= $4 AS complete, row_number() OVER (ORDER BY id) AS position
+    SELECT *, count(*) OVER () <= $3 AND sum(octet_length(payload)) OVER () <= $4 AS complete,
+        row_number() OVER (ORDER BY id) AS position
     FROM fresh
 )`
 
@@ -112,9 +114,9 @@ FROM measured
 WHERE complete OR position = 1
 ORDER BY id`
 
-// openSQL that claims the page that it returns, if everything fits into one: what moveSQL does, in the same round trip.
-// The claim is the statement's own snapshot. If the cursor's row is not where it was last seen, or not as this relay
-// left it, nothing is claimed, and moveSQL is to find out why.
+// claimSQL is openSQL that also claims the page that it returns if all rows fit into one page. It does the work of
+// moveSQL in the same round trip and claims the statement's own snapshot. If the cursor's row is not where it was last
+// seen, or not as this relay left it, claimSQL claims nothing, and moveSQL finds out why.
 const claimSQL = freshSQL + `, moved AS (
     UPDATE outbox_cursor
     SET delivered = $6, batch = nullif($7, '')::pg_snapshot, last_id = $8, claimed = pg_current_snapshot(),
@@ -124,17 +126,19 @@ const claimSQL = freshSQL + `, moved AS (
     RETURNING ctid, retired
 )` + openedSQL + `, (SELECT ctid FROM moved), (SELECT retired FROM moved)` + messagesSQL
 
-// The bounds of a batch that does not fit into a page. Reads the batch once in the index, whatever its size. The count
-// keeps the planner from answering min() and max() by walking the primary key through everything delivered long ago.
+// boundsSQL returns the bounds of a batch that does not fit into a page. It reads the batch once in the index, however
+// large the batch is. The count keeps the planner from answering min() and max() with a walk of the primary key through
+// everything delivered long ago.
 const boundsSQL = `
 SELECT coalesce(min(id), 0), coalesce(max(id), 0), count(*)
 FROM outbox
 WHERE shard = $1 AND xid >= pg_snapshot_xmax($2::pg_snapshot) AND xid < pg_snapshot_xmax($3::pg_snapshot)
   AND pg_visible_in_snapshot(xid, $3::pg_snapshot)`
 
-// One page of an open batch: what is visible in the batch ($3), is not in the base ($2), and stands after the last id.
-// For each transaction that was under way at the base, its next rows; for the later ones the next rows by id within the
-// bounds, between which nearly everything belongs to the batch. The cut by size keeps at least one row.
+// pageSQL returns one page of an open batch: rows that are visible in the batch ($3), are not visible in the base ($2),
+// and come after the last id. It reads the next rows of each transaction that was in progress at the base. For later
+// transactions, it reads the next rows by id within the bounds, where nearly every row belongs to the batch. The limit
+// on bytes keeps at least one row.
 const pageSQL = `
 WITH candidates AS (
     SELECT old.*
@@ -159,18 +163,17 @@ FROM measured
 WHERE running <= $6 OR position = 1
 ORDER BY id`
 
-// next returns the page after at, or nil and the position to continue from if there is no page yet.
+// next returns the page after at. If there is no page yet, it returns nil and the position to continue from.
 func (l *eventLog) next(ctx context.Context, at position) (*page, position, error) {
 	found, at, _, err := l.read(ctx, at, openSQL, l.shard, at.base, l.maxRows, l.maxBytes)
 	return found, at, err
 }
 
-// nextAndMove is next in one round trip with cursor.move. If the rest of the log fits into one page, it records c,
-// claims the page, and returns the cursor's new row. Otherwise it records nothing and returns nil.
+// nextAndMove is next and cursor.move in one round trip. If the rest of the log fits into one page, it records c,
+// claims the page and returns the cursor's new row. Otherwise it records nothing and returns a nil row.
 func (l *eventLog) nextAndMove(ctx context.Context, at position, c claim) (*page, position, *cursorRow, error) {
 	found, at, moved, err := l.read(ctx, at, claimSQL, l.shard, at.base, l.maxRows, l.maxBytes, c.row.tid,
-		c.delivered.base,
-		c.delivered.batch, c.delivered.lastID, c.published, c.topID, c.epoch, c.moves, c.timeline)
+		c.delivered.base, c.delivered.batch, c.delivered.lastID, c.published, c.topID, c.epoch, c.moves, c.timeline)
 	if found != nil {
 		found.claimed = moved != nil
 	}
@@ -186,7 +189,7 @@ func (l *eventLog) read(
 		if found != nil || err != nil {
 			return found, at, nil, err
 		}
-		at = position{base: at.batch} // the batch is read to its end
+		at = position{base: at.batch} // the batch has been read to its end
 		args[1] = at.base
 	}
 	opened, err := l.query(ctx, sql, args...)
@@ -210,8 +213,8 @@ func (l *eventLog) nextOfBatch(ctx context.Context, at position) (*page, error) 
 		}
 		l.bounds = found
 	}
-	found, err := l.query(ctx, pageSQL, l.shard, at.base, at.batch, at.lastID, l.maxRows, l.maxBytes, l.bounds.lo,
-		l.bounds.hi)
+	found, err := l.query(ctx, pageSQL,
+		l.shard, at.base, at.batch, at.lastID, l.maxRows, l.maxBytes, l.bounds.lo, l.bounds.hi)
 	if err != nil || len(found.rows) == 0 {
 		return nil, err
 	}
@@ -219,7 +222,7 @@ func (l *eventLog) nextOfBatch(ctx context.Context, at position) (*page, error) 
 	return &page{rows: found.rows, snapshot: at.batch, start: at, end: end}, nil
 }
 
-// opened is what was read: all there is, if it is complete.
+// opened is the result of a query. If complete is true, it contains all rows there are.
 type opened struct {
 	rows     []row
 	snapshot string
@@ -239,12 +242,12 @@ func (o *opened) moved() *cursorRow {
 func (l *eventLog) query(ctx context.Context, sql string, args ...any) (found opened, err error) {
 	err = postgres.TransactRows(ctx, l.db, sql, args, func(rows pgx.Rows) error {
 		found.rows, err = pgx.CollectRows(rows, func(r pgx.CollectableRow) (row, error) {
-			var one row
-			m := &one.message
-			err := r.Scan(&found.snapshot, &found.complete, &one.id, (*[16]byte)(&m.ID), &m.Type, &m.Key, &m.Payload,
-				&one.headers, &m.CreatedAt, &found.cursor, &found.retired)
-			m.Headers = one.headers.Map
-			return one, err
+			var scanned row
+			m := &scanned.message
+			err := r.Scan(&found.snapshot, &found.complete, &scanned.id, (*[16]byte)(&m.ID), &m.Type, &m.Key, &m.Payload,
+				&scanned.headers, &m.CreatedAt, &found.cursor, &found.retired)
+			m.Headers = scanned.headers.Map
+			return scanned, err
 		})
 		return err
 	})

@@ -59,7 +59,7 @@ func TestLogSkipsNothing(t *testing.T) {
 		db := testenv.Postgres(t)
 		r := newReader(db)
 		outer := openTx(t, db)
-		inner, err := outer.Begin(t.Context()) // a savepoint has an xid of its own
+		inner, err := outer.Begin(t.Context()) // a savepoint has its own xid
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -131,12 +131,11 @@ func TestLogKeepsTheCommitOrderOfAKey(t *testing.T) {
 	insert(t, db, "k", "second starter, committed first")
 	insertIn(t, first, "k", "first starter, committed second")
 	commitTx(t, first)
-	equal(t, "order", newReader(db).all(t), []string{"second starter, committed first",
-		"first starter, committed second"})
+	equal(t, "order", newReader(db).all(t), []string{"second starter, committed first", "first starter, committed second"})
 }
 
-// Breaks an insert that does not lock the key: the id would be drawn before the commit of the one in front. One message
-// and several take different functions, and each has a lock of its own.
+// Breaks an insert that does not lock the key: it would draw its id before the previous transaction commits. One
+// message and several messages use different functions, and each function takes the lock itself.
 func TestLogOrdersWritersOfAKeyThatOverlap(t *testing.T) {
 	t.Parallel()
 	for name, texts := range map[string][]string{"OneMessage": {"second"}, "SeveralMessages": {"second", "fourth"}} {
@@ -169,11 +168,11 @@ func overlap(t *testing.T, texts []string) {
 		}
 		committed <- err
 	}()
-	// It must come to wait for the first one's commit.
+	// The second writer must wait for the first one's commit.
 	testenv.Eventually(t, 10*time.Second, func() error {
 		var waits bool
-		err := db.QueryRow(t.Context(),
-			`SELECT EXISTS (SELECT FROM pg_locks WHERE pid = $1 AND locktype = 'advisory' AND NOT granted)`,
+		err := db.QueryRow(t.Context(), `
+			SELECT EXISTS (SELECT FROM pg_locks WHERE pid = $1 AND locktype = 'advisory' AND NOT granted)`,
 			pid).Scan(&waits)
 		if err == nil && !waits {
 			err = errors.New("the second writer does not wait")
@@ -199,7 +198,7 @@ func TestLogPages(t *testing.T) {
 		want := numbered(60)
 		insertIn(t, slow, "", want[0])
 		insert(t, db, "", "before")
-		equal(t, "before the batch", r.all(t), []string{"before"}) // slow is under way in the base
+		equal(t, "before the batch", r.all(t), []string{"before"}) // slow is in progress at the base
 		for i, text := range want[1:] {
 			if i%3 == 0 {
 				insertIn(t, slow, "", text)
@@ -243,7 +242,7 @@ func TestLogPages(t *testing.T) {
 		equal(t, "rows of the pages", sizes, []int{3, 3, 3}) // 1 MiB at most
 	})
 
-	t.Run("CanBeResumedBehindEachRow", func(t *testing.T) {
+	t.Run("CanBeResumedAfterEachRow", func(t *testing.T) {
 		t.Parallel()
 		db := testenv.Postgres(t)
 		for _, text := range numbered(25) {
@@ -253,34 +252,34 @@ func TestLogPages(t *testing.T) {
 		for done := 0; done < 25; {
 			got, found := r.page(t)
 			for i := range found.rows {
-				again := newReader(db) // as a relay that starts anew
+				again := newReader(db) // as a relay after a restart
 				again.at = found.before(i)
-				equal(t, fmt.Sprintf("resumed behind %d", done+i), again.all(t), numbered(25)[done+i:])
+				equal(t, fmt.Sprintf("resumed after %d", done+i), again.all(t), numbered(25)[done+i:])
 			}
 			done += len(got)
 		}
 	})
 }
 
-// TestLogAgainstModel runs random interleavings of transactions, some of which share keys, with readers that page in
-// between and start anew at any row: what was committed is read once and in the commit order of its key, what was not
-// is never read.
+// TestLogAgainstModel runs random interleavings of transactions, some of which share keys, with readers that read
+// pages in between and restart at any row. Each committed message must be read once and in the commit order of its
+// key. A message that was not committed must never be read.
 func TestLogAgainstModel(t *testing.T) {
 	t.Parallel()
 	db := testenv.Postgres(t)
 	at := position{base: "1:1:"}
 	rapid.Check(t, func(rt *rapid.T) {
-		// The table is shared between the runs: begin behind what earlier runs left.
+		// The runs share a table, so begin after the rows of earlier runs.
 		r := &reader{log: eventLog{db: db, maxRows: rapid.IntRange(1, 5).Draw(rt, "page"), maxBytes: 1 << 20}, at: at}
 		r.all(t)
 		var open []*modelTx
 		var committed, read []string
 		next := 0
-		end := func(one *modelTx, commit bool) {
+		end := func(model *modelTx, commit bool) {
 			if commit {
-				commitTx(t, one.tx)
-				committed = append(committed, one.texts...)
-			} else if err := one.tx.Rollback(t.Context()); err != nil {
+				commitTx(t, model.tx)
+				committed = append(committed, model.texts...)
+			} else if err := model.tx.Rollback(t.Context()); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -295,15 +294,15 @@ func TestLogAgainstModel(t *testing.T) {
 				if len(open) == 0 {
 					rt.Skip()
 				}
-				one := rapid.SampledFrom(open).Draw(rt, "tx")
+				model := rapid.SampledFrom(open).Draw(rt, "tx")
 				key := rapid.SampledFrom([]string{"", "a", "b"}).Draw(rt, "key")
-				if slices.ContainsFunc(open, func(other *modelTx) bool { return other != one && other.keys[key] }) {
+				if slices.ContainsFunc(open, func(other *modelTx) bool { return other != model && other.keys[key] }) {
 					rt.Skip() // it would wait for the other's commit
 				}
 				text := fmt.Sprintf("%s/%d", key, next)
 				next++
-				insertIn(t, one.tx, key, text)
-				one.add(key, text)
+				insertIn(t, model.tx, key, text)
+				model.add(key, text)
 			},
 			"end": func(rt *rapid.T) {
 				if len(open) == 0 {
@@ -318,15 +317,15 @@ func TestLogAgainstModel(t *testing.T) {
 				if found == nil {
 					return
 				}
-				if rapid.Bool().Draw(rt, "crash") { // in the middle of the page; what was before is recorded
+				if rapid.Bool().Draw(rt, "crash") { // in the middle of the page; the rows before are recorded
 					done := rapid.IntRange(0, len(found.rows)).Draw(rt, "done")
 					some, r.at, r.log.bounds = some[:done], found.before(done), bounds{}
 				}
 				read = append(read, some...)
 			},
 		})
-		for _, one := range open {
-			end(one, true)
+		for _, model := range open {
+			end(model, true)
 		}
 		read = append(read, r.all(t)...)
 		at = r.at
@@ -345,7 +344,7 @@ func TestLogAgainstModel(t *testing.T) {
 
 type modelTx struct {
 	tx    pgx.Tx
-	keys  map[string]bool // that it holds the lock of
+	keys  map[string]bool // the keys that it has locked
 	texts []string
 }
 
@@ -367,8 +366,8 @@ func ofKey(all []string, key string) []string {
 	return found
 }
 
-// TestAllWaysInAreOne: a writer in another language gets what Go gets, and so does Go when nothing is prepared, or of
-// several messages each.
+// TestAllWaysInAreOne checks that every way to insert stores the same row: from another language, from Go, from Go
+// without prepared statements, and as one of several messages.
 func TestAllWaysInAreOne(t *testing.T) {
 	t.Parallel()
 	db := testenv.Postgres(t)
@@ -384,37 +383,42 @@ func TestAllWaysInAreOne(t *testing.T) {
 	}
 	defer prepares.Close()
 	inTx(t, prepares, func(tx pgx.Tx) error { return Insert(t.Context(), tx, m) })
-	for _, sql := range []string{`SELECT outbox_insert($1, $2, $3, $4)`,
-		`INSERT INTO outbox_message (id, type, key, payload, headers) VALUES (outbox_uuidv7(), $1, $2, $3, $4)`} {
+	for _, sql := range []string{
+		`SELECT outbox_insert($1, $2, $3, $4)`,
+		`INSERT INTO outbox_message (id, type, key, payload, headers) VALUES (outbox_uuidv7(), $1, $2, $3, $4)`,
+	} {
 		if _, err := db.Exec(t.Context(), sql, m.Type, m.Key, m.Payload, m.Headers); err != nil {
 			t.Fatalf("%s: %v", sql, err)
 		}
 	}
 	rows, _ := newReader(db).rawPage(t)
 	equal(t, "messages", len(rows), 6)
-	for _, one := range rows {
-		if err := one.message.Validate(); err != nil {
+	for _, row := range rows {
+		if err := row.message.Validate(); err != nil {
 			t.Error(err)
 		}
-		one.message.ID, one.message.CreatedAt = m.ID, m.CreatedAt
-		equal(t, "message", fmt.Sprint(one.message), fmt.Sprint(m))
+		row.message.ID, row.message.CreatedAt = m.ID, m.CreatedAt
+		equal(t, "message", fmt.Sprint(row.message), fmt.Sprint(m))
 	}
 }
 
-// A rule puts what the caller gives for a column wherever it names the column. What is checked, locked and stored is
-// one value all the same.
+// A rule substitutes the caller's expression wherever it names the column. Even so, the value that is checked, locked
+// and stored must be evaluated only once.
 func TestWhatIsInsertedIsEvaluatedOnce(t *testing.T) {
 	t.Parallel()
 	db := testenv.Postgres(t)
 	for _, sql := range []string{
 		`CREATE SEQUENCE turns`,
 		`CREATE FUNCTION turn(ids uuid[]) RETURNS uuid LANGUAGE sql VOLATILE RETURN ids[nextval('turns')]`,
-		// The second is no UUIDv7, and must never be looked at.
-		`INSERT INTO outbox_message (id, type, key, payload) VALUES (turn(ARRAY[outbox_uuidv7(), gen_random_uuid(), gen_random_uuid()]), 't.T', 'k', '')`,
-		`INSERT INTO outbox_message (id, type, key, payload) SELECT outbox_uuidv7(), 't.T', nextval('turns')::text, '' FROM generate_series(1, 10)`,
+		// The second value is not a UUIDv7, and must never be evaluated.
+		`INSERT INTO outbox_message (id, type, key, payload)
+			VALUES (turn(ARRAY[outbox_uuidv7(), gen_random_uuid(), gen_random_uuid()]), 't.T', 'k', '')`,
+		`INSERT INTO outbox_message (id, type, key, payload)
+			SELECT outbox_uuidv7(), 't.T', nextval('turns')::text, '' FROM generate_series(1, 10)`,
 		`INSERT INTO outbox_message (id, type, payload) SELECT outbox_uuidv7(), 't.T', '' FROM generate_series(1, 10)`,
-		`INSERT INTO outbox_message (id, type, key, payload) SELECT outbox_uuidv7(), 't.T', nextval('turns')::text, '' FROM generate_series(1, 10) ORDER BY random()`,
-		// One that lies about its volatility.
+		`INSERT INTO outbox_message (id, type, key, payload)
+			SELECT outbox_uuidv7(), 't.T', nextval('turns')::text, '' FROM generate_series(1, 10) ORDER BY random()`,
+		// A function that is declared with the wrong volatility.
 		`CREATE FUNCTION liar() RETURNS text LANGUAGE plpgsql STABLE AS $$ BEGIN RETURN nextval('turns'); END $$`,
 		`INSERT INTO outbox_message (id, type, key, payload) VALUES (outbox_uuidv7(), 't.T', liar(), '')`,
 	} {
@@ -423,9 +427,8 @@ func TestWhatIsInsertedIsEvaluatedOnce(t *testing.T) {
 		}
 	}
 	var messages, turns int
-	if err := db.QueryRow(t.Context(),
-		`SELECT count(DISTINCT message_id), (SELECT last_value FROM turns) FROM outbox`).Scan(&messages,
-		&turns); err != nil {
+	const countSQL = `SELECT count(DISTINCT message_id), (SELECT last_value FROM turns) FROM outbox`
+	if err := db.QueryRow(t.Context(), countSQL).Scan(&messages, &turns); err != nil {
 		t.Fatal(err)
 	}
 	equal(t, "messages", messages, 32)

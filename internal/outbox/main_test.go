@@ -16,7 +16,7 @@ import (
 
 func TestMain(m *testing.M) { testenv.Main(m) }
 
-// probe is a message whose payload is a text.
+// probe returns a message with a text as its payload.
 func probe(key, text string) messaging.Message { return messaging.New(key, wrapperspb.String(text)) }
 
 // insert commits one transaction with one message.
@@ -38,7 +38,7 @@ func exec(t testing.TB, db *pgxpool.Pool, sql string, args ...any) {
 	}
 }
 
-// fillProbes inserts n probes with the texts of numbered in one transaction.
+// fillProbes inserts n probes in one transaction, with the texts of numbered.
 func fillProbes(t testing.TB, db *pgxpool.Pool, n int) { fillProbesFrom(t, db, 0, n) }
 
 func fillProbesFrom(t testing.TB, db *pgxpool.Pool, from, to int) {
@@ -50,7 +50,7 @@ func fillProbesFrom(t testing.TB, db *pgxpool.Pool, from, to int) {
 	commitTx(t, tx)
 }
 
-// openTx begins a transaction that the test ends itself.
+// openTx begins a transaction that the test must end.
 func openTx(t testing.TB, db *pgxpool.Pool) pgx.Tx {
 	t.Helper()
 	tx, err := db.Begin(t.Context())
@@ -87,7 +87,7 @@ func fill(t testing.TB, db *pgxpool.Pool, n, size int) {
 	}
 }
 
-// reader reads the log like a relay that is never disturbed.
+// reader reads the log like a relay that never fails.
 type reader struct {
 	log eventLog
 	at  position
@@ -97,14 +97,14 @@ func newReader(db *pgxpool.Pool) *reader {
 	return &reader{log: eventLog{db: db, maxRows: 10, maxBytes: 1 << 20}, at: position{base: "1:1:"}}
 }
 
-// page returns the texts of the next page, and the page.
+// page returns the next page and its texts.
 func (r *reader) page(t testing.TB) ([]string, *page) {
 	t.Helper()
 	rows, found := r.rawPage(t)
 	return texts(t, rows), found
 }
 
-// rawPage is page for rows that are no probes.
+// rawPage is page for rows that are not probes.
 func (r *reader) rawPage(t testing.TB) ([]row, *page) {
 	t.Helper()
 	found, at, err := r.log.next(t.Context(), r.at)
@@ -119,7 +119,7 @@ func (r *reader) rawPage(t testing.TB) ([]row, *page) {
 	return found.rows, found
 }
 
-// all returns the texts of everything that is there.
+// all reads to the end of the log and returns the texts.
 func (r *reader) all(t testing.TB) []string {
 	t.Helper()
 	var all []string
@@ -135,8 +135,8 @@ func (r *reader) all(t testing.TB) []string {
 func texts(t testing.TB, rows []row) []string {
 	t.Helper()
 	found := make([]string, len(rows))
-	for i, one := range rows {
-		found[i] = text(t, one.message)
+	for i, row := range rows {
+		found[i] = text(t, row.message)
 	}
 	return found
 }
@@ -158,7 +158,7 @@ func numbered(n int) []string {
 	return all
 }
 
-// setShards spreads the outbox over n shards.
+// setShards distributes the outbox over n shards.
 func setShards(t testing.TB, db *pgxpool.Pool, n int) {
 	t.Helper()
 	err := postgres.Transact(t.Context(), db, func(tx pgx.Tx) error {
@@ -170,7 +170,7 @@ func setShards(t testing.TB, db *pgxpool.Pool, n int) {
 	}
 }
 
-// tryRepair repairs the outbox and returns the number of messages to publish, or nil if there was nothing to repair.
+// tryRepair repairs the outbox. It returns the number of messages to publish, or nil if there was nothing to repair.
 func tryRepair(t testing.TB, db *pgxpool.Pool) (undelivered *int, err error) {
 	t.Helper()
 	err = postgres.Transact(t.Context(), db, func(tx pgx.Tx) error {
@@ -196,3 +196,9 @@ func wantRepaired(t testing.TB, db *pgxpool.Pool) {
 		t.Errorf("repaired again: %v, %v", undelivered, err)
 	}
 }
+
+// lockWaitSQL reports whether a transaction on this database waits for a lock.
+const lockWaitSQL = `
+SELECT EXISTS (
+    SELECT FROM pg_locks
+    WHERE NOT granted AND database = (SELECT oid FROM pg_database WHERE datname = current_database()))`

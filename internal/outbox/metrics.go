@@ -15,8 +15,7 @@ import (
 
 const scope = "example.com/shop/internal/outbox"
 
-// meters are what a relay counts. Counters count when the cursor's move is committed, or, for verdicts, when they
-// arrive.
+// meters are the relay's instruments. Verdicts count when they arrive, everything else when the cursor's move commits.
 type meters struct {
 	published, returned, nacked, unknown, parked, steals metric.Int64Counter
 	confirm                                              metric.Float64Histogram
@@ -31,13 +30,13 @@ func (r *Relay) newMeters() (m meters) {
 		return c
 	}
 	m.published = counter("published", "Messages published and confirmed by the broker.")
-	m.returned = counter("returned", "Messages that the broker returned because no queue wants them.")
+	m.returned = counter("returned", "Messages that the broker returned because no queue is bound for them.")
 	m.nacked = counter("nacked", "Messages that the broker nacked; they are published again.")
-	m.unknown = counter("unknown", "Messages whose verdict got lost with the connection; they are published again.")
+	m.unknown = counter("unknown", "Messages whose verdict was lost with the connection; they are published again.")
 	m.parked = counter("parked", "Messages moved to dead_letter because they cannot be published.")
 	var errs [5]error
 	m.steals, errs[0] = meter.Int64Counter("outbox.lease.steals", metric.WithUnit("{lease}"),
-		metric.WithDescription("Shards taken over from a relay that had let its lease end."))
+		metric.WithDescription("Shards taken over from a relay whose lease expired."))
 	m.confirm, errs[1] = meter.Float64Histogram("outbox.confirm.duration", metric.WithUnit("s"),
 		metric.WithDescription("Time from writing a page to the broker until the verdict on its last message."),
 		metric.WithExplicitBucketBoundaries(.001, .002, .004, .008, .015, .03, .06, .125, .25, .5, 1, 2, 5, 10, 30))
@@ -54,19 +53,19 @@ func (r *Relay) newMeters() (m meters) {
 		m.parked.Add(ctx, 0, ofReason(reason))
 	}
 	for _, counter := range []metric.Int64Counter{m.published, m.returned, m.nacked, m.unknown, m.steals} {
-		counter.Add(ctx, 0) // a counter that first appears with its first event hides that from increase()
+		counter.Add(ctx, 0) // increase() would miss the first event if the counter appeared only with it
 	}
 	return m
 }
 
-// report hands on what is wrong with an instrument's definition.
+// report passes an error in an instrument's definition to OpenTelemetry's error handler.
 func report(err error) {
 	if err != nil {
 		otel.Handle(err)
 	}
 }
 
-// measured is the backlog as it was measured last.
+// measured is the backlog's last measurement.
 type measured struct {
 	last atomic.Pointer[measurement]
 }
@@ -78,23 +77,23 @@ type measurement struct {
 
 func (m *measured) set(shards []Backlog) { m.last.Store(&measurement{shards, time.Now()}) }
 
-// observe reports the backlog. What waits grows older also while the database does not answer.
+// observe reports the backlog. Waiting messages age even while the database does not answer.
 func (m *measured) observe(meter metric.Meter) error {
 	lag, err1 := meter.Float64ObservableGauge("outbox.lag", metric.WithUnit("s"),
-		metric.WithDescription("Age of the oldest message not delivered."))
+		metric.WithDescription("Age of the oldest undelivered message."))
 	backlog, err2 := meter.Int64ObservableGauge("outbox.backlog", metric.WithUnit("{message}"),
-		metric.WithDescription("Messages not delivered."))
+		metric.WithDescription("Undelivered messages."))
 	_, err3 := meter.RegisterCallback(func(_ context.Context, o metric.Observer) error {
 		last := m.last.Load()
 		if last == nil {
 			return nil
 		}
-		for _, one := range last.shards {
-			if one.Messages > 0 {
-				one.Age += time.Since(last.at)
+		for _, shard := range last.shards {
+			if shard.Messages > 0 {
+				shard.Age += time.Since(last.at)
 			}
-			o.ObserveFloat64(lag, one.Age.Seconds(), ofShard(one.Shard))
-			o.ObserveInt64(backlog, one.Messages, ofShard(one.Shard))
+			o.ObserveFloat64(lag, shard.Age.Seconds(), ofShard(shard.Shard))
+			o.ObserveInt64(backlog, shard.Messages, ofShard(shard.Shard))
 		}
 		return nil
 	}, lag, backlog)
@@ -104,12 +103,12 @@ func (m *measured) observe(meter metric.Meter) error {
 func (r *Relay) observeLeases(_ context.Context, o metric.Int64Observer) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	for _, one := range r.view {
+	for _, shard := range r.view {
 		var held int64
-		if t := r.leases[one.Shard]; t != nil && t.leads.Load() {
+		if l := r.leases[shard.Shard]; l != nil && l.leads.Load() {
 			held = 1
 		}
-		o.Observe(held, ofShard(one.Shard))
+		o.Observe(held, ofShard(shard.Shard))
 	}
 	return nil
 }
@@ -122,7 +121,7 @@ func ofReason(reason deadletter.Reason) metric.MeasurementOption {
 	return metric.WithAttributes(attribute.String("reason", string(reason)))
 }
 
-// verdict counts what became of a message that was not confirmed.
+// verdict counts the verdict on a message that was not confirmed.
 func (m *meters) verdict(ctx context.Context, verdict error) {
 	switch {
 	case errors.Is(verdict, messaging.ErrReturned):
@@ -134,7 +133,7 @@ func (m *meters) verdict(ctx context.Context, verdict error) {
 	}
 }
 
-// moved counts what a committed move of the cursor says.
+// moved counts what a committed move of the cursor has recorded.
 func (m *meters) moved(ctx context.Context, p *progress) {
 	if p.published > 0 {
 		m.published.Add(ctx, int64(p.published))

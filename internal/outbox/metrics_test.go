@@ -12,7 +12,7 @@ import (
 	sdk "go.opentelemetry.io/otel/sdk/metric"
 )
 
-// Every metric moves when its event happens.
+// Every metric changes when its event happens.
 func TestMetrics(t *testing.T) {
 	t.Parallel()
 	db := testenv.Postgres(t)
@@ -20,15 +20,15 @@ func TestMetrics(t *testing.T) {
 		insert(t, db, "", text)
 	}
 	exec(t, db, `UPDATE outbox SET created_at = created_at - interval '1 minute'`)
-	if _, _, err := acquire(t.Context(), db, 0, "killed", time.Second); err != nil { // to be stolen from
+	if _, _, err := acquire(t.Context(), db, 0, "killed", time.Second); err != nil { // the relay steals this lease
 		t.Fatal(err)
 	}
 	reader := sdk.NewManualReader()
 	b := newBroker(0)
-	tries, away := map[string]int{}, true
+	tries, down := map[string]int{}, true
 	b.onPage = func([]string) error {
-		if away {
-			return errors.New("broker away")
+		if down {
+			return errors.New("broker down")
 		}
 		return nil
 	}
@@ -38,13 +38,15 @@ func TestMetrics(t *testing.T) {
 			return messaging.ErrReturned
 		case text == "m002" && tries[text] == 1:
 			return messaging.ErrNacked
-		case text == "m003" && tries[text] == 2: // the first time it is behind the nacked one, and not looked at
+		case text == "m003" && tries[text] == 2: // the first verdict is ignored: it follows the nacked message
 			return messaging.ErrUnknown
 		}
 		return nil
 	}
-	start(t, db, b, Config{Lease: time.Second, PollInterval: 10 * time.Millisecond,
-		MeterProvider: sdk.NewMeterProvider(sdk.WithReader(reader))})
+	start(t, db, b, Config{
+		Lease: time.Second, PollInterval: 10 * time.Millisecond,
+		MeterProvider: sdk.NewMeterProvider(sdk.WithReader(reader)),
+	})
 	await := func(want map[string]float64) {
 		t.Helper()
 		testenv.Eventually(t, 20*time.Second, func() error {
@@ -57,20 +59,21 @@ func TestMetrics(t *testing.T) {
 			return nil
 		})
 	}
-	await(map[string]float64{"outbox.backlog{0}": 4, "outbox.lag{0}": 60, "outbox.lease.held{0}": 1,
-		"outbox.lease.steals{}": 1})
+	await(map[string]float64{
+		"outbox.backlog{0}": 4, "outbox.lag{0}": 60, "outbox.lease.held{0}": 1, "outbox.lease.steals{}": 1,
+	})
 	b.mu.Lock()
-	away = false
+	down = false
 	b.mu.Unlock()
 	await(map[string]float64{
 		"outbox.backlog{0}": 0, "outbox.lag{0}": 0, "outbox.published{}": 3, "outbox.returned{}": 1,
-		"outbox.nacked{}": 1, "outbox.unknown{}": 1,
-		"outbox.parked{unroutable}": 1, "outbox.confirm.duration{}": 3, "outbox.page.messages{}": 3,
+		"outbox.nacked{}": 1, "outbox.unknown{}": 1, "outbox.parked{unroutable}": 1,
+		"outbox.confirm.duration{}": 3, "outbox.page.messages{}": 3,
 	})
 	equal(t, "published", testenv.Metrics(t, reader)["outbox.published{}"], 3.0)
 }
 
-// While the database does not answer, the lag of what waits goes on growing, and that of nothing stays 0.
+// While the database does not answer, the lag of a backlog keeps growing, and the lag of an empty shard stays 0.
 func TestLagGrowsBetweenMeasurements(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {

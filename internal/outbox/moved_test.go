@@ -12,31 +12,30 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// published relays until the log is read, and returns what the broker got.
+// published runs a relay until the broker has stored the wanted number of messages, and returns them.
 func published(t *testing.T, db *pgxpool.Pool, wanted int) []string {
 	t.Helper()
 	b := newBroker(wanted)
 	stop := start(t, db, b, Config{})
-	await(t, "what was not delivered", b.complete)
+	await(t, "the undelivered messages", b.complete)
 	stop()
 	return b.stored
 }
 
-// moveRows makes a database look like one into which the rows of another cluster were copied, and neither its sequences
-// nor its functions: as by logical replication, where the schema comes from migrations. The other cluster has seen a
-// million transactions more, so that by its snapshots all that is written here was visible.
+// moveRows changes a database as if the rows of another cluster had been copied into it, but not its sequences or
+// functions. Logical replication does that when the schema comes from migrations. The other cluster has run a million
+// more transactions, so by its snapshots everything written here is visible.
 func moveRows(t testing.TB, db *pgxpool.Pool) {
 	t.Helper()
 	leaveBehind(t, db)
 	exec(t, db, `UPDATE outbox SET xid = (xid::text::bigint + 1000000)::text::xid8`)
-	exec(t, db, `UPDATE outbox_cursor SET system_identifier = 1, batch = NULL, last_id = 0,
-		delivered = format('%s:%s:%s',
+	exec(t, db, `UPDATE outbox_cursor SET system_identifier = 1, batch = NULL, last_id = 0, delivered = format('%s:%s:%s',
 		pg_snapshot_xmin(delivered)::text::bigint + 1000000, pg_snapshot_xmax(delivered)::text::bigint + 1000000,
 		(SELECT string_agg((xip::text::bigint + 1000000)::text, ',') FROM pg_snapshot_xip(delivered) AS xip))::pg_snapshot`)
 }
 
-// leaveBehind restarts what does not travel with rows: sequences, and the function that spreads messages. The rows that
-// were copied are in another slot than new ones, as they are after some hours.
+// leaveBehind resets what is not copied with the rows: the sequences, and the function that distributes messages over
+// shards. The copied rows are in another slot than new rows, as they would be after some hours.
 func leaveBehind(t testing.TB, db *pgxpool.Pool) {
 	t.Helper()
 	exec(t, db, `UPDATE outbox SET slot = (slot + 1) % outbox_slots()`)
@@ -50,9 +49,11 @@ func sequencesOf(t testing.TB, db *pgxpool.Pool) []string {
 	t.Helper()
 	rows, _ := db.Query(t.Context(), `
 		SELECT sequence_name FROM information_schema.sequences
-			WHERE sequence_schema = 'public' AND sequence_name NOT LIKE 'goose%'
+		WHERE sequence_schema = 'public' AND sequence_name NOT LIKE 'goose%'
 		UNION SELECT pg_get_serial_sequence(quote_ident(table_name), column_name)::regclass::text
-		FROM information_schema.columns WHERE table_schema = 'public' AND is_identity = 'YES' AND table_name NOT LIKE 'goose%' AND table_name NOT LIKE 'outbox_slot%'`)
+		FROM information_schema.columns
+		WHERE table_schema = 'public' AND is_identity = 'YES'
+			AND table_name NOT LIKE 'goose%' AND table_name NOT LIKE 'outbox_slot%'`)
 	found, err := pgx.CollectRows(rows, pgx.RowTo[string])
 	if err != nil || len(found) < 5 {
 		t.Fatalf("sequences: %v, %v", found, err)
@@ -60,7 +61,8 @@ func sequencesOf(t testing.TB, db *pgxpool.Pool) []string {
 	return found
 }
 
-// nothingBehind fails if a number would be drawn twice, or a message be put where nobody reads.
+// nothingBehind fails if a sequence would return a number twice, or if messages would go to a shard that no relay
+// reads.
 func nothingBehind(t testing.TB, db *pgxpool.Pool) {
 	t.Helper()
 	rows, _ := db.Query(t.Context(),
@@ -75,8 +77,7 @@ func TestRepairOfMovedRows(t *testing.T) {
 	t.Parallel()
 
 	// Ids begin at 1 again, and the cursor has delivered up to 8.
-	for name, forgotten := range map[string]bool{"PublishesWhatWasDrawnAnew": false,
-		"PublishesWhatWasDrawnAnewIntoAnEmptyLog": true} {
+	for name, forgotten := range map[string]bool{"PublishesReusedIDs": false, "PublishesReusedIDsInAnEmptyLog": true} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			db := testenv.Postgres(t)
@@ -93,8 +94,8 @@ func TestRepairOfMovedRows(t *testing.T) {
 			}
 			waiting := repair(t, db)
 			stored := published(t, db, waiting)
-			if fresh := slices.DeleteFunc(stored,
-				func(text string) bool { return text[0] == 'm' }); !slices.Equal(fresh, []string{"n1", "n2", "n3"}) {
+			fresh := slices.DeleteFunc(stored, func(text string) bool { return text[0] == 'm' })
+			if !slices.Equal(fresh, []string{"n1", "n2", "n3"}) {
 				t.Errorf("published %v", fresh)
 			}
 			nothingBehind(t, db)
@@ -103,8 +104,8 @@ func TestRepairOfMovedRows(t *testing.T) {
 		})
 	}
 
-	// The cursor was last moved by a clock that was ahead of this one, so the new rows look older than its last move.
-	t.Run("PublishesWhatWasDrawnAnewByAClockThatIsBehind", func(t *testing.T) {
+	// The clock at the cursor's last move was ahead of this one, so the new rows look older than that move.
+	t.Run("PublishesReusedIDsIfTheClockIsBehind", func(t *testing.T) {
 		t.Parallel()
 		db := testenv.Postgres(t)
 		fillProbes(t, db, 8)
@@ -127,14 +128,14 @@ func TestRepairOfMovedRows(t *testing.T) {
 		insert(t, db, "k", "u1")
 		insert(t, db, "k", "u2")
 		moveRows(t, db)
-		exec(t, db, `DELETE FROM outbox WHERE id <= 4`) // forgotten before
+		exec(t, db, `DELETE FROM outbox WHERE id <= 4`) // swept before the move
 		insert(t, db, "k", "v1")
 		insert(t, db, "k", "v2")
 		equal(t, "to be published", repair(t, db), 4)
 		equal(t, "published", published(t, db, 4), []string{"u1", "u2", "v1", "v2"})
 	})
 
-	// Somebody has helped himself before, and now nothing of the numbers shows that some were drawn twice.
+	// An operator has set the sequence manually, so the ids no longer show that some were used twice.
 	t.Run("PublishesWhatIsYoungerThanTheCursor", func(t *testing.T) {
 		t.Parallel()
 		db := testenv.Postgres(t)
@@ -153,7 +154,7 @@ func TestRepairOfMovedRows(t *testing.T) {
 		setShards(t, db, 3)
 		exec(t, db, `UPDATE outbox_cursor SET drained = true WHERE retired`)
 		moveRows(t, db)
-		insert(t, db, "k", "n1") // into the shard that is drained
+		insert(t, db, "k", "n1") // goes to the drained shard
 		equal(t, "to be published", repair(t, db), 1)
 		equal(t, "published", published(t, db, 1), []string{"n1"})
 		nothingBehind(t, db)
@@ -164,15 +165,13 @@ func TestRepairOfMovedRows(t *testing.T) {
 	t.Run("MovesEverySequence", func(t *testing.T) {
 		t.Parallel()
 		db := testenv.Postgres(t)
-		exec(t, db, `CREATE TABLE of_the_domain (id bigint GENERATED BY DEFAULT AS IDENTITY, old serial,
-			PRIMARY KEY (id));
+		exec(t, db, `CREATE TABLE of_the_domain (id bigint GENERATED BY DEFAULT AS IDENTITY, old serial, PRIMARY KEY (id));
 			INSERT INTO of_the_domain SELECT FROM generate_series(1, 3);
 			INSERT INTO dead_letter (consumer, message_id, type, key, payload, headers, reason, error, attempts)
 				SELECT '', n, '', '', '', '{}', '', '', 1 FROM generate_series(1, 3) AS n;
-			INSERT INTO dead_letter_audit (letter_id, resolution, reason, actor) SELECT 1, 'discarded', 'r', 'a'
-				FROM generate_series(1, 3);
-			INSERT INTO operator_audit (action, target, reason, actor) SELECT 'a', 't', 'r', 'a'
-				FROM generate_series(1, 3);
+			INSERT INTO dead_letter_audit (letter_id, resolution, reason, actor)
+				SELECT 1, 'discarded', 'r', 'a' FROM generate_series(1, 3);
+			INSERT INTO operator_audit (action, target, reason, actor) SELECT 'a', 't', 'r', 'a' FROM generate_series(1, 3);
 			INSERT INTO inbox_retry (consumer, message_id, type, key, payload, headers, attempts, due_at, last_error)
 				SELECT 'c', n, '', 'k', '', '{}', 1, 'infinity', '' FROM generate_series(1, 3) AS n`)
 		fillProbes(t, db, 3)
@@ -182,22 +181,23 @@ func TestRepairOfMovedRows(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		equal(t, "behind", behind, []string{"dead_letter.id", "dead_letter_audit.id", "inbox_retry.seq",
-			"of_the_domain.id", "of_the_domain.old",
-			"operator_audit.id", "outbox.id"})
+		equal(t, "behind", behind, []string{
+			"dead_letter.id", "dead_letter_audit.id", "inbox_retry.seq", "of_the_domain.id", "of_the_domain.old",
+			"operator_audit.id", "outbox.id",
+		})
 		repair(t, db)
 		nothingBehind(t, db)
 		exec(t, db, `INSERT INTO of_the_domain DEFAULT VALUES;
-			INSERT INTO inbox_retry (consumer, message_id, type, key, payload, headers, attempts, due_at, last_error) VALUES ('c', 'next', '', 'k', '', '{}', 1, 'infinity', '')`)
+			INSERT INTO inbox_retry (consumer, message_id, type, key, payload, headers, attempts, due_at, last_error)
+				VALUES ('c', 'next', '', 'k', '', '{}', 1, 'infinity', '')`)
 		var last string
-		if err := db.QueryRow(t.Context(),
-			`SELECT message_id FROM inbox_retry ORDER BY seq DESC LIMIT 1`).Scan(&last); err != nil || last != "next" {
-			t.Errorf("the last of the key is %q, %v", last, err)
+		err = db.QueryRow(t.Context(), `SELECT message_id FROM inbox_retry ORDER BY seq DESC LIMIT 1`).Scan(&last)
+		if err != nil || last != "next" {
+			t.Errorf("the last message of the key is %q, %v", last, err)
 		}
 	})
 
-	// Rows that were restored by hand, in the cluster in which they were written: snapshots are right, and only the
-	// sequence is not.
+	// Rows were restored manually in the cluster that wrote them: the snapshots are right, and only the sequence is wrong.
 	t.Run("InTheSameClusterRepeatsNothing", func(t *testing.T) {
 		t.Parallel()
 		db := testenv.Postgres(t)
@@ -214,19 +214,21 @@ func TestRepairOfMovedRows(t *testing.T) {
 
 func TestRepairRefusesWhatItCannotTell(t *testing.T) {
 	t.Parallel()
-	for name, one := range map[string]struct{ harm, says string }{
-		"NoCursor": {`DELETE FROM outbox_cursor`, "no shard that accepts messages"},
-		"ClockBehind": {`UPDATE outbox_cursor SET moved_at = clock_timestamp() + interval '1 h'`,
-			"which is in the future by this cluster's clock"},
+	for name, test := range map[string]struct{ harm, says string }{
+		"NoCursor": {`DELETE FROM outbox_cursor`, "no shard that is written to"},
+		"ClockBehind": {
+			`UPDATE outbox_cursor SET moved_at = clock_timestamp() + interval '1 h'`,
+			"which is yet to come by this cluster's clock",
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			db := testenv.Postgres(t)
 			insert(t, db, "k", "m000")
 			moveRows(t, db)
-			exec(t, db, one.harm)
+			exec(t, db, test.harm)
 			_, err := tryRepair(t, db)
-			if err == nil || !strings.Contains(err.Error(), one.says) || strings.Contains(err.Error(), "\n") {
+			if err == nil || !strings.Contains(err.Error(), test.says) || strings.Contains(err.Error(), "\n") {
 				t.Errorf("error is %v", err)
 			}
 			equal(t, "rows", rowsOf(t, db), 1)
@@ -234,8 +236,8 @@ func TestRepairRefusesWhatItCannotTell(t *testing.T) {
 	}
 }
 
-// The repair waits for open transactions, and their messages are published. Under another isolation level the repair
-// would not see it.
+// The repair waits for open transactions and includes their messages. Under another isolation level, it would not see
+// them.
 func TestRepairSeesWhatItWaitedFor(t *testing.T) {
 	t.Parallel()
 	db := testenv.Postgres(t)
@@ -264,10 +266,9 @@ func TestRepairSeesWhatItWaitedFor(t *testing.T) {
 	}()
 	testenv.Eventually(t, 10*time.Second, func() (err error) {
 		var waits bool
-		err = db.QueryRow(t.Context(),
-			`SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted AND database = (SELECT oid FROM pg_database WHERE datname = current_database()))`).Scan(&waits)
+		err = db.QueryRow(t.Context(), lockWaitSQL).Scan(&waits)
 		if err == nil && !waits {
-			err = errors.New("it does not wait")
+			err = errors.New("the repair does not wait")
 		}
 		return err
 	})

@@ -14,7 +14,7 @@
 // A crash of the relay repeats at most the two pages in flight. A crash of Postgres also repeats the deliveries that
 // Postgres had not yet recorded on disk, which is less than a second's worth.
 //
-// The package promises no order between keys, and not that a message is published only once: the inbox absorbs copies.
+// The package promises neither order between keys nor that a message is published only once: the inbox absorbs copies.
 // If the broker nacks a message and accepts a later one with the same key, the two swap places. Queues without a length
 // limit, which this project declares, do not do that in normal operation.
 //

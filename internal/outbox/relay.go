@@ -23,28 +23,28 @@ import (
 	"go.opentelemetry.io/otel/trace"
 )
 
-// Config sets up a Relay; the zero value is fit for production.
+// Config configures a Relay. The zero value is suitable for production.
 type Config struct {
-	// PageRows is the most messages of one page. Two pages are in flight at most, so a crash of the relay repeats up to
-	// twice as many. Default 1000: with two such pages in flight RabbitMQ, not the relay, is the limit; half of that costs
-	// a tenth of the rate.
+	// PageRows is the maximum number of messages in one page. At most two pages are in flight, so a crash of the relay
+	// repeats up to twice as many. Default 1000: with two such pages in flight, RabbitMQ limits the rate, not the relay.
+	// Half of that reduces the rate by a tenth.
 	PageRows int
-	// PageBytes is the most payload bytes of one page, and with it bounds the relay's memory. Default 4 MiB.
+	// PageBytes is the maximum number of payload bytes in one page. It bounds the relay's memory. Default 4 MiB.
 	PageBytes int
-	// Lease is how long a relay that went silent keeps its shards, by the database's clock. Another one takes over within
-	// twice that. Default 5 s.
+	// Lease is how long a relay that went silent keeps its shards, by the database's clock. Another relay takes over
+	// within twice that time. Default 5 s.
 	Lease time.Duration
-	// PollInterval is the longest time between two looks at the log when no doorbell rings. Default 1 s.
+	// PollInterval is the longest time between two polls of the log when no doorbell rings. Default 1 s.
 	PollInterval time.Duration
-	// Retention is how long delivered messages stay in the log at least, to be looked at and replayed. Default 24 h.
+	// Retention is the minimum time that delivered messages stay in the log, for inspection and replay. Default 24 h.
 	Retention time.Duration
-	// MeterProvider takes the metrics. Default: the global one.
+	// MeterProvider receives the metrics. Default: the global one.
 	MeterProvider metric.MeterProvider
-	// TracerProvider takes a span for each message that is published, if its trace is recorded. Default: none.
+	// TracerProvider receives a span for each published message whose trace is recorded. Default: none.
 	TracerProvider trace.TracerProvider
 }
 
-// MaxRetention is the longest Retention: the ring of slots comes round after 40 hours, and one slot of eight hours is
+// MaxRetention is the longest Retention. The ring of slots wraps around after 40 hours, and one slot of eight hours is
 // being written.
 const MaxRetention = 32 * time.Hour
 
@@ -60,8 +60,8 @@ func (c Config) withDefaults() Config {
 	return c
 }
 
-// Relay publishes the log, each shard in order. Any number of relays may run: they share the shards out among them, and
-// each shard is published by the one that holds its lease.
+// Relay publishes the log, each shard in order. Any number of relays may run. They distribute the shards among
+// themselves, and the relay that holds a shard's lease publishes it.
 type Relay struct {
 	db           *pgxpool.Pool
 	newPublisher func() messaging.Publisher
@@ -75,22 +75,22 @@ type Relay struct {
 
 	mu     sync.Mutex
 	leases map[int16]*lease
-	view   []shardView // as last seen
+	view   []shardView // the result of the last viewSQL
 }
 
-// NewRelay makes a Relay. Each shard that it holds is published through a publisher of its own.
+// NewRelay returns a Relay. It makes one publisher for each shard that it holds.
 func NewRelay(db *pgxpool.Pool, newPublisher func() messaging.Publisher, config Config) *Relay {
 	host, _ := os.Hostname()
 	r := &Relay{
-		db: db, newPublisher: newPublisher, config: config.withDefaults(), attention: NewLocalBell(),
-		leases: map[int16]*lease{},
-		owner:  fmt.Sprintf("%s/%d/%s", host, os.Getpid(), uuid.NewString()[:8]),
+		db: db, newPublisher: newPublisher, config: config.withDefaults(),
+		attention: NewLocalBell(), leases: map[int16]*lease{},
+		owner: fmt.Sprintf("%s/%d/%s", host, os.Getpid(), uuid.NewString()[:8]),
 	}
 	r.meters, r.spans = r.newMeters(), newSpanMaker(r.config.TracerProvider)
 	return r
 }
 
-// Ring makes the relay look at the log now. It is the Bell for writers in the same process.
+// Ring makes the relay poll the log now. It makes the Relay a Bell for writers in the same process.
 func (r *Relay) Ring() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -99,8 +99,8 @@ func (r *Relay) Ring() {
 	}
 }
 
-// Listen hears the doorbells of other processes until ctx is done, on a direct connection to url. A relay that does not
-// listen polls.
+// Listen receives the doorbells of other processes until ctx is done, on a direct connection to url. A relay that does
+// not listen finds their messages by polling.
 func (r *Relay) Listen(ctx context.Context, url string) {
 	session.Listen(ctx, url, Channel, func(payload string) {
 		if payload == leaseNews {
@@ -111,30 +111,30 @@ func (r *Relay) Listen(ctx context.Context, url string) {
 	})
 }
 
-// Run publishes until ctx is done, then waits for what is in flight and gives the leases back. It goes on through every
-// failure of the database and the broker; the only error it returns is ErrForeignCluster.
+// Run publishes until ctx is done. Then it waits for the pages in flight and releases the leases. It survives every
+// failure of the database and the broker; the only error that it returns is ErrForeignCluster.
 func (r *Relay) Run(ctx context.Context) error {
 	work, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	var chores sync.WaitGroup
-	chores.Go(func() { r.sweepNowAndThen(work) })
+	chores.Go(func() { r.sweepPeriodically(work) })
 	chores.Go(func() { r.moveDue(work) })
 	chores.Go(func() { r.measure(work) })
 	defer func() {
-		r.leave(ctx) // first, or those who hear of a free shard would leave it to us
+		r.leave(ctx) // first: relays notified of a free shard would otherwise leave it to this one
 		cancel()
-		r.settleDown()
+		r.waitForLeases()
 		chores.Wait()
 	}()
 	pause := newPause(r.config.PollInterval)
 	for ctx.Err() == nil {
-		next := r.config.Lease / 4 // so that a shard is taken soon after its lease has ended
+		next := r.config.Lease / 4 // take a shard soon after its lease has expired
 		err := r.attend(ctx, work)
 		switch {
 		case errors.Is(err, ErrForeignCluster):
 			return err
 		case err != nil && ctx.Err() == nil:
 			next = pause.NextBackOff()
-			slog.WarnContext(ctx, "relay has no view of the shards", "error", err, "retry_in", next)
+			slog.WarnContext(ctx, "relay cannot read the list of shards", "error", err, "retry_in", next)
 		default:
 			pause.Reset()
 		}
@@ -143,7 +143,7 @@ func (r *Relay) Run(ctx context.Context) error {
 	return nil
 }
 
-// newPause spaces the tries after failures. What failed for one relay fails for all of them at once, hence the jitter.
+// newPause spaces retries. A failure often hits all relays at once, hence the jitter.
 func newPause(first time.Duration) *backoff.ExponentialBackOff {
 	pause := backoff.NewExponentialBackOff()
 	pause.InitialInterval = min(first, 100*time.Millisecond)
@@ -151,8 +151,8 @@ func newPause(first time.Duration) *backoff.ExponentialBackOff {
 	return pause
 }
 
-// databaseTimeout ends statements that should be quick: a database that vanished without a word is given up, and looked
-// for anew.
+// databaseTimeout bounds statements that should be quick. If the database vanishes without closing the connection, the
+// relay gives the connection up and connects again.
 const databaseTimeout = 10 * time.Second
 
 const aliveSQL = `
@@ -165,8 +165,8 @@ SELECT shard, ` + nativeSQL + `, CASE WHEN clock_holds(lease_expires_at, lease) 
 FROM outbox_cursor WHERE ` + readableSQL + `
 ORDER BY shard`
 
-// attend says that this relay is alive, takes shards if it has less than its share, and gives one up if another relay
-// has too little.
+// attend reports that this relay is alive, takes shards if it has less than its share, and gives up one shard if
+// another relay has too few.
 func (r *Relay) attend(ctx, work context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, databaseTimeout)
 	defer cancel()
@@ -183,7 +183,7 @@ func (r *Relay) attend(ctx, work context.Context) error {
 		return err
 	case len(view) == 0:
 		return errors.New("outbox_cursor has no shard to read")
-	case slices.ContainsFunc(view, func(one shardView) bool { return !one.Native }):
+	case slices.ContainsFunc(view, func(shard shardView) bool { return !shard.Native }):
 		return ErrForeignCluster
 	}
 	r.mu.Lock()
@@ -195,10 +195,10 @@ func (r *Relay) attend(ctx, work context.Context) error {
 		}
 	}
 	take, give := share(view, r.owner)
-	for _, one := range view {
-		// What is ours by the book and not served is what we lost by a failover.
-		if r.leases[one.Shard] == nil && (one.Holder == r.owner || slices.Contains(take, one.Shard)) {
-			r.leases[one.Shard] = r.begin(work, one.Shard)
+	for _, shard := range view {
+		// A shard that the database assigns to this relay, but that the relay does not serve, was lost in a failover.
+		if r.leases[shard.Shard] == nil && (shard.Holder == r.owner || slices.Contains(take, shard.Shard)) {
+			r.leases[shard.Shard] = r.begin(work, shard.Shard)
 		}
 	}
 	if held := r.leases[give]; held != nil {
@@ -207,19 +207,20 @@ func (r *Relay) attend(ctx, work context.Context) error {
 	return nil
 }
 
-// leave takes this relay from the list of those alive.
+const leaveSQL = `DELETE FROM outbox_relay WHERE owner = $1 OR NOT clock_within(expires_at, interval '1 day')`
+
+// leave removes this relay from the list of live relays.
 func (r *Relay) leave(ctx context.Context) {
 	err := shortly(ctx, func(ctx context.Context) error {
-		_, err := r.db.Exec(ctx,
-			`DELETE FROM outbox_relay WHERE owner = $1 OR NOT clock_within(expires_at, interval '1 day')`, r.owner)
+		_, err := r.db.Exec(ctx, leaveSQL, r.owner)
 		return err
 	})
 	if err != nil {
-		slog.WarnContext(ctx, "relay stays listed as alive until its time ends", "error", err)
+		slog.WarnContext(ctx, "relay stays listed as alive until its entry expires", "error", err)
 	}
 }
 
-func (r *Relay) settleDown() {
+func (r *Relay) waitForLeases() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for _, held := range r.leases {
@@ -227,20 +228,19 @@ func (r *Relay) settleDown() {
 	}
 }
 
-// shardView is a shard that can be read, whether its cursor belongs to this cluster, who holds it ("" for nobody), and
-// which relays are alive.
+// shardView describes a shard that can be read.
 type shardView struct {
 	Shard  int16
-	Native bool
-	Holder string
-	Relays []string
+	Native bool     // the cursor belongs to this cluster
+	Holder string   // the owner of the lease, "" if none
+	Relays []string // the live relays
 }
 
 const none = -1
 
-// share works out which shards to take and which one to give up. A relay takes what is free up to its share, rounded
-// up; and it gives one up to a relay that has at least two less. So in the end nobody has more than one shard more than
-// another.
+// share returns which shards to take and which one to give up. A relay takes free shards up to its share, rounded up.
+// It gives up a shard if another relay has at least two fewer. So eventually no relay has more than one shard more
+// than another.
 func share(view []shardView, me string) (take []int16, give int16) {
 	give = none
 	if len(view) == 0 {
@@ -251,12 +251,12 @@ func share(view []shardView, me string) (take []int16, give int16) {
 		holds[relay] = 0
 	}
 	var last int16 = none
-	for _, one := range view {
-		if _, alive := holds[one.Holder]; alive {
-			holds[one.Holder]++
+	for _, shard := range view {
+		if _, alive := holds[shard.Holder]; alive {
+			holds[shard.Holder]++
 		}
-		if one.Holder == me {
-			last = one.Shard
+		if shard.Holder == me {
+			last = shard.Shard
 		}
 	}
 	mine, least := holds[me], len(view)
@@ -268,17 +268,17 @@ func share(view []shardView, me string) (take []int16, give int16) {
 	if len(holds) > 1 && mine-least >= 2 {
 		return nil, last
 	}
-	for _, one := range view {
-		if one.Holder == "" && mine+len(take) < (len(view)+len(holds)-1)/len(holds) {
-			take = append(take, one.Shard)
+	for _, shard := range view {
+		if shard.Holder == "" && mine+len(take) < (len(view)+len(holds)-1)/len(holds) {
+			take = append(take, shard.Shard)
 		}
 	}
 	return take, give
 }
 
-// wait returns when the bell rings, after a time, or when ctx is done.
-func wait(ctx context.Context, bell LocalBell, at time.Duration) {
-	timer := time.NewTimer(at)
+// wait returns when the bell rings, the timeout expires or ctx is done.
+func wait(ctx context.Context, bell LocalBell, timeout time.Duration) {
+	timer := time.NewTimer(timeout)
 	defer timer.Stop()
 	select {
 	case <-ctx.Done():
@@ -287,17 +287,17 @@ func wait(ctx context.Context, bell LocalBell, at time.Duration) {
 	}
 }
 
-// MaxInFlight returns the largest number of unconfirmed messages of one shard. The publisher must have room for them.
+// MaxInFlight returns the maximum number of unconfirmed messages of one shard. The publisher must have room for them.
 func (c Config) MaxInFlight() int { return maxInFlight * c.withDefaults().PageRows }
 
 const sweepInterval = time.Minute
 
-// sweepNowAndThen empties the slots whose time is over.
-func (r *Relay) sweepNowAndThen(ctx context.Context) {
+// sweepPeriodically empties expired slots every sweepInterval until ctx is done.
+func (r *Relay) sweepPeriodically(ctx context.Context) {
 	for ctx.Err() == nil {
 		emptied, err := sweep(ctx, r.db, r.config.Retention)
 		if err != nil && ctx.Err() == nil {
-			slog.WarnContext(ctx, "outbox not swept, it grows until it is", "error", err)
+			slog.WarnContext(ctx, "outbox not swept, it grows until a sweep succeeds", "error", err)
 		}
 		if len(emptied) > 0 {
 			slog.InfoContext(ctx, "outbox swept", "slots", emptied)
@@ -306,12 +306,12 @@ func (r *Relay) sweepNowAndThen(ctx context.Context) {
 	}
 }
 
-// sweep empties the slots of the log in which everything is delivered and older than retention, and returns them. A
-// slot that holds something undelivered stays, however old it is.
+// sweep empties the slots of the log in which every message is delivered and older than retention, and returns them. A
+// slot with an undelivered message stays, however old it is.
 func sweep(ctx context.Context, db *pgxpool.Pool, retention time.Duration) (slots []int16, err error) {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
-	err = postgres.Transact(ctx, db, func(tx pgx.Tx) error { // for its isolation level
+	err = postgres.Transact(ctx, db, func(tx pgx.Tx) error { // sets the isolation level
 		return tx.QueryRow(ctx, `SELECT outbox_sweep($1)`, retention).Scan(&slots)
 	})
 	return slots, err

@@ -19,14 +19,14 @@ import (
 	"google.golang.org/protobuf/types/known/wrapperspb"
 )
 
-// broker is a messaging.Publisher whose verdicts the test decides. The real one is tested in internal/rabbit, and both
-// together in internal/app; this one can fail at will.
+// broker is a messaging.Publisher whose verdicts and failures the test controls. The real publisher is tested in
+// internal/rabbit, and together with the relay in internal/app.
 type broker struct {
 	mu       sync.Mutex
-	stored   []string // in the order in which the broker took them
+	stored   []string // in the order in which the broker stored them
 	sizes    []int    // of the pages
 	closed   int
-	verdict  func(text string, page []string) error // nil: all is well
+	verdict  func(text string, page []string) error // nil: the broker confirms everything
 	onPage   func(page []string) error              // what Publish returns
 	complete chan struct{}                          // closed when wanted texts are stored
 	wanted   int
@@ -90,7 +90,7 @@ func (b *broker) firstCopies() []string {
 	return first
 }
 
-// start runs a relay until the test, or the function that it returns, ends it.
+// start runs a relay until the test ends or stop is called.
 func start(t *testing.T, db *pgxpool.Pool, b messaging.Publisher, config Config) (stop func()) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
@@ -110,7 +110,7 @@ func await(t *testing.T, what string, done <-chan struct{}) {
 	select {
 	case <-done:
 	case <-time.After(30 * time.Second):
-		t.Fatalf("%s: not within 30 s", what)
+		t.Fatalf("%s: did not happen within 30 s", what)
 	}
 }
 
@@ -125,15 +125,15 @@ func parked(t *testing.T, db *pgxpool.Pool) (letters []letter, published, inCurs
 	defer rows.Close()
 	for rows.Next() {
 		var payload []byte
-		var one letter
-		if err := rows.Scan(&payload, &one.Reason); err != nil {
+		var scanned letter
+		if err := rows.Scan(&payload, &scanned.Reason); err != nil {
 			t.Fatal(err)
 		}
-		one.Text = text(t, messaging.Message{Payload: payload})
-		letters = append(letters, one)
+		scanned.Text = text(t, messaging.Message{Payload: payload})
+		letters = append(letters, scanned)
 	}
-	if err := db.QueryRow(t.Context(), `SELECT published, parked FROM outbox_cursor`).Scan(&published,
-		&inCursor); err != nil {
+	const countsSQL = `SELECT published, parked FROM outbox_cursor`
+	if err := db.QueryRow(t.Context(), countsSQL).Scan(&published, &inCursor); err != nil {
 		t.Fatal(err)
 	}
 	return letters, published, inCursor
@@ -151,7 +151,7 @@ func TestRelay(t *testing.T) {
 		b := newBroker(50)
 		stop := start(t, db, b, Config{PageRows: 7})
 		await(t, "all", b.complete)
-		insert(t, db, "k", "m050") // without a doorbell: found by polling
+		insert(t, db, "k", "m050") // no doorbell rings: polling finds it
 		testenv.Eventually(t, 10*time.Second, func() error {
 			b.mu.Lock()
 			defer b.mu.Unlock()
@@ -166,7 +166,7 @@ func TestRelay(t *testing.T) {
 		equal(t, "published", published, 51)
 		equal(t, "parked", len(letters), 0)
 
-		next := newBroker(1) // whoever comes next has nothing to repeat
+		next := newBroker(1) // the next relay has nothing to repeat
 		insert(t, db, "k", "m051")
 		start(t, db, next, Config{})
 		await(t, "next", next.complete)
@@ -202,10 +202,13 @@ func TestRelay(t *testing.T) {
 		const sql = `INSERT INTO outbox_message (type, payload, key, headers, id, checked, made_at)
 			VALUES ('probe.P', '', 'k', '{}', outbox_uuidv7(), true, clock_timestamp())`
 		bad := []string{
-			strings.Replace(sql, `{}`, `[]`, 1), strings.Replace(sql, `{}`, `{"a": 1, "b": "x"}`, 1),
-			strings.Replace(sql, `{}`, `{"a": null}`, 1), strings.Replace(sql, `{}`, `null`, 1),
+			strings.Replace(sql, `{}`, `[]`, 1),
+			strings.Replace(sql, `{}`, `{"a": 1, "b": "x"}`, 1),
+			strings.Replace(sql, `{}`, `{"a": null}`, 1),
+			strings.Replace(sql, `{}`, `null`, 1),
 			strings.Replace(sql, `{}`, `{"CC": "elsewhere"}`, 1),
-			strings.Replace(sql, `outbox_uuidv7()`, `gen_random_uuid()`, 1), strings.Replace(sql, `probe.P`, `a.*`, 1),
+			strings.Replace(sql, `outbox_uuidv7()`, `gen_random_uuid()`, 1),
+			strings.Replace(sql, `probe.P`, `a.*`, 1),
 			strings.Replace(sql, `'k'`, `repeat('k', 256)`, 1),
 			strings.Replace(sql, `''`, `decode(repeat('00', 1048577), 'hex')`, 1),
 		}
@@ -220,8 +223,9 @@ func TestRelay(t *testing.T) {
 		stop()
 		equal(t, "stored", b.stored, numbered(2))
 		var inCursor, malformed int
-		err := db.QueryRow(t.Context(),
-			`SELECT parked, (SELECT count(*) FROM dead_letter WHERE reason = 'malformed') FROM outbox_cursor`).Scan(&inCursor, &malformed)
+		err := db.QueryRow(t.Context(), `
+			SELECT parked, (SELECT count(*) FROM dead_letter WHERE reason = 'malformed')
+			FROM outbox_cursor`).Scan(&inCursor, &malformed)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -240,7 +244,7 @@ func TestRelay(t *testing.T) {
 		}
 		b := newBroker(49)
 		b.verdict = func(text string, page []string) error {
-			// The channel closes over m013. What came before is stored, but its confirms may be lost with the channel.
+			// The channel closes over m013. The messages before it are stored, but their confirms may be lost with it.
 			if i := slices.Index(page, "m013"); i >= 0 {
 				if text < "m013" {
 					b.stored = append(b.stored, text)
@@ -264,7 +268,7 @@ func TestRelay(t *testing.T) {
 		}
 	})
 
-	t.Run("DoesNotTakeAPageOfOneForTheCulpritOfTheNext", func(t *testing.T) {
+	t.Run("DoesNotBlameASingleMessagePageForTheNextPage", func(t *testing.T) {
 		t.Parallel()
 		db := testenv.Postgres(t)
 		insert(t, db, "", "m000")
@@ -273,8 +277,7 @@ func TestRelay(t *testing.T) {
 		b := newBroker(2)
 		closed := false
 		b.verdict = func(text string, page []string) error {
-			// As one page after the other went out, the channel closed over the second, and took the first one's
-			// confirm with it.
+			// Two pages are in flight. The channel closes over the second, and the first one's confirm is lost with it.
 			switch {
 			case text == "m001", text == "m000" && !closed:
 				closed = true
@@ -337,7 +340,7 @@ func TestRelay(t *testing.T) {
 		b := newBroker(40)
 		pages := 0
 		b.onPage = func(page []string) error {
-			if pages++; pages%3 == 0 { // half of the page is stored, and nobody hears of it
+			if pages++; pages%3 == 0 { // half of the page is stored, and its confirms are lost
 				b.stored = append(b.stored, page[:len(page)/2]...)
 				return errors.New("connection lost")
 			}
@@ -358,21 +361,20 @@ func TestRelay(t *testing.T) {
 		b := newBroker(1)
 		var claimed string
 		b.onPage = func([]string) error {
-			return db.QueryRow(context.Background(),
-				`SELECT coalesce(claimed::text, '') FROM outbox_cursor`).Scan(&claimed)
+			return db.QueryRow(context.Background(), `SELECT coalesce(claimed::text, '') FROM outbox_cursor`).Scan(&claimed)
 		}
 		stop := start(t, db, b, Config{})
 		await(t, "all", b.complete)
 		stop()
 		var visible bool
-		err := db.QueryRow(t.Context(),
-			`SELECT bool_and(pg_visible_in_snapshot(xid, $1::text::pg_snapshot)) FROM outbox`, claimed).Scan(&visible)
+		const visibleSQL = `SELECT bool_and(pg_visible_in_snapshot(xid, $1::text::pg_snapshot)) FROM outbox`
+		err := db.QueryRow(t.Context(), visibleSQL, claimed).Scan(&visible)
 		if err != nil || !visible {
 			t.Fatalf("published before its snapshot was committed: claimed %q, %v", claimed, err)
 		}
 	})
 
-	t.Run("GoesOnAfterTheDatabaseWasAway", func(t *testing.T) {
+	t.Run("ContinuesAfterTheDatabaseWasDown", func(t *testing.T) {
 		t.Parallel()
 		db := testenv.Postgres(t)
 		proxy, url := testenv.ProxyURL(t, db.Config().ConnString())
@@ -399,7 +401,7 @@ func TestRelay(t *testing.T) {
 	})
 }
 
-// slowBroker confirms one page in two parts: the rest comes only after the wait for it was broken off.
+// slowBroker confirms one page in two parts. The second part arrives only after the wait was interrupted.
 type slowBroker struct {
 	*broker
 	waiting chan struct{}
@@ -444,7 +446,7 @@ func TestAPageIsCountedOnceWhenTheRelayIsStoppedInTheMiddle(t *testing.T) {
 	equal(t, "published, parked", []int{published, inCursor}, []int{4, 1})
 }
 
-// silentBroker stores pages at once, and says nothing of them until told to.
+// silentBroker stores pages immediately, but confirms nothing until speaks is closed.
 type silentBroker struct {
 	*broker
 	pages  chan int // written pages, by size
@@ -490,7 +492,7 @@ func TestTheDoorbellIsHeardWhileTheBrokerIsSilent(t *testing.T) {
 		select {
 		case <-b.pages:
 		case <-time.After(30 * time.Second):
-			t.Fatalf("%s is not written", what)
+			t.Fatalf("%s was not written", what)
 		}
 	}
 	insert(t, db, "k", "m000")
@@ -498,7 +500,7 @@ func TestTheDoorbellIsHeardWhileTheBrokerIsSilent(t *testing.T) {
 	insert(t, db, "k", "m001")
 	relay.Ring()
 	written("the second page, with the first one unconfirmed")
-	// There is no room for a third: more in flight would be more to repeat after a crash.
+	// There is no room for a third page: more pages in flight would mean more to repeat after a crash.
 	insert(t, db, "k", "m002")
 	relay.Ring()
 	select {
@@ -515,7 +517,7 @@ func TestTheDoorbellIsHeardWhileTheBrokerIsSilent(t *testing.T) {
 	equal(t, "published", published, 3)
 }
 
-// reads counts the statements that look for messages.
+// reads counts the statements that read the log.
 type reads struct{ atomic.Int32 }
 
 func (r *reads) TraceQueryStart(ctx context.Context, _ *pgx.Conn, data pgx.TraceQueryStartData) context.Context {
@@ -527,7 +529,7 @@ func (r *reads) TraceQueryStart(ctx context.Context, _ *pgx.Conn, data pgx.Trace
 
 func (r *reads) TraceQueryEnd(context.Context, *pgx.Conn, pgx.TraceQueryEndData) {}
 
-// A message alone costs two looks at the log, one that finds it and one that finds nothing more: each goes through
+// A single message costs two reads of the log, one that finds it and one that finds nothing more. Each read visits
 // every slot.
 func TestTheLogIsNotReadInVain(t *testing.T) {
 	t.Parallel()
@@ -535,8 +537,8 @@ func TestTheLogIsNotReadInVain(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	var looks reads
-	config.ConnConfig.Tracer = &looks
+	var counted reads
+	config.ConnConfig.Tracer = &counted
 	db, err := pgxpool.NewWithConfig(t.Context(), config)
 	if err != nil {
 		t.Fatal(err)
@@ -555,18 +557,19 @@ func TestTheLogIsNotReadInVain(t *testing.T) {
 		if idle, err = r.step(t.Context()); err != nil {
 			t.Fatal(err)
 		}
-		done = append(done, fmt.Sprintf("%d stored, %d in flight, %d looks", len(b.stored), len(r.inFlight),
-			looks.Load()))
+		done = append(done,
+			fmt.Sprintf("%d stored, %d in flight, reads: %d", len(b.stored), len(r.inFlight), counted.Load()))
 	}
-	equal(t, "steps", done, []string{"1 stored, 1 in flight, 1 looks", "1 stored, 0 in flight, 1 looks",
-		"1 stored, 0 in flight, 2 looks"})
+	equal(t, "steps", done, []string{
+		"1 stored, 1 in flight, reads: 1", "1 stored, 0 in flight, reads: 1", "1 stored, 0 in flight, reads: 2",
+	})
 	_, published, _ := parked(t, db)
 	equal(t, "published", published, 1)
 }
 
 func count(all []string, wanted string) (n int) {
-	for _, one := range all {
-		if one == wanted {
+	for _, text := range all {
+		if text == wanted {
 			n++
 		}
 	}

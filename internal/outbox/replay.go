@@ -16,13 +16,13 @@ import (
 	"golang.org/x/time/rate"
 )
 
-// ReplayFilter chooses messages that are delivered and still in the log; what is empty chooses all. Since and Until are
-// times of insertion.
+// ReplayFilter selects messages that are delivered and still in the log. An empty field selects all of them. Since and
+// Until are times of insertion.
 type ReplayFilter struct {
 	Since, Until time.Time
 	Types, Keys  []string
 	IDs          []uuid.UUID
-	// After leaves out what a replay before this one has done.
+	// After skips the messages that an earlier replay has published.
 	After Place
 }
 
@@ -37,39 +37,39 @@ ORDER BY id LIMIT $8`
 
 const replayPage = 200
 
-// Place is how far a replay came: after the message with this ID in the log, of this shard. The zero value is the
-// beginning.
+// Place is how far a replay got: it has processed the message of this shard with this ID in the log. The zero value is
+// the beginning.
 type Place struct {
 	Shard int16
 	ID    int64
 }
 
-// Replayed says what a replay has done so far.
+// Replayed is the progress of a replay.
 type Replayed struct {
 	Published int
-	// Unroutable are those that were left out: no queue wanted them, or they are malformed.
+	// Unroutable counts the messages left out because no queue wanted them or because they are malformed.
 	Unroutable int
-	// Last is the place of the last message, and LastAt when it was inserted.
+	// Last is the place of the last message, and LastAt is when it was inserted.
 	Last   Place
 	LastAt time.Time
 }
 
-// Replay publishes delivered messages again, with the same IDs and in the order of the log, at most perSecond of them a
-// second. Those who have applied a message absorb its copy. What is inserted after the beginning is left out, so that a
-// replay that is slower than the service ends. Between what is replayed and what is published meanwhile there is no
-// order. With a nil publisher it only counts. Failures of database and broker are waited out; unroutable messages are
-// logged and counted, and left out, and so are malformed ones.
+// Replay publishes delivered messages again, with the same IDs and in the order of the log, at most perSecond messages
+// per second. Consumers that have applied a message absorb its copy. Replay leaves out messages inserted after it
+// began, so that it ends even if it is slower than the service. There is no order between replayed messages and those
+// that the relay publishes meanwhile. With a nil publisher, Replay only counts. It waits out failures of the database
+// and the broker. It leaves out unroutable and malformed messages, and logs and counts them.
 //
-// It calls progress, unless that is nil, after each page. Whatever ends it, it returns how far it came: given as
-// filter.After, the place has another replay go on from there.
+// It calls progress, unless that is nil, after each page. It always returns how far it got, even with an error. Another
+// replay with that place as filter.After continues from there.
 func Replay(
 	ctx context.Context, db *pgxpool.Pool, publisher messaging.Publisher, filter ReplayFilter, perSecond float64,
 	progress func(Replayed),
 ) (Replayed, error) {
 	done := Replayed{Last: filter.After}
-	page := max(1, min(replayPage, int(perSecond))) // a second's worth at most: a rate, and not bursts
+	page := max(1, min(replayPage, int(perSecond))) // at most a second's worth, to avoid bursts
 	pace := rate.NewLimiter(rate.Limit(perSecond), page)
-	pace.AllowN(time.Now(), page) // nor one at the beginning
+	pace.AllowN(time.Now(), page) // no burst at the start either
 	shards, err := replayShards(ctx, db, filter.After)
 	pause := newPause(time.Second)
 	for len(shards) > 0 && err == nil {
@@ -85,7 +85,7 @@ func Replay(
 		switch {
 		case ctx.Err() != nil:
 			return done, ctx.Err()
-		case err != nil && passing(err):
+		case err != nil && transient(err):
 			retryIn := pause.NextBackOff()
 			slog.WarnContext(ctx, "replay interrupted", "error", err, "retry_in", retryIn)
 			wait(ctx, nil, retryIn)
@@ -109,18 +109,18 @@ func Replay(
 	return done, err
 }
 
-// passing tells whether an error is one that time mends.
-func passing(err error) bool {
+// transient reports whether a retry may succeed after err.
+func transient(err error) bool {
 	return !errors.Is(err, messaging.ErrRefused) &&
 		(errors.Is(err, postgres.ErrUnavailable) || errors.Is(err, errBroker))
 }
 
-// The newest message of each shard, in the order of the shards.
+// replayShardsSQL returns the newest message of each shard, in the order of the shards.
 const replayShardsSQL = `
 SELECT shard, coalesce((SELECT max(id) FROM outbox WHERE outbox.shard = outbox_cursor.shard), 0)
 FROM outbox_cursor ORDER BY generation, shard`
 
-// replayShards returns the ends of the shards as they are now, in the order of the shards, from that of the place on.
+// replayShards returns the current ends of the shards, in the order of the shards, starting with the shard of after.
 func replayShards(ctx context.Context, db *pgxpool.Pool, after Place) ([]Place, error) {
 	rows, err := db.Query(ctx, replayShardsSQL)
 	if err != nil {
@@ -140,10 +140,11 @@ func replayShards(ctx context.Context, db *pgxpool.Pool, after Place) ([]Place, 
 	return ends[i:], nil
 }
 
-// errNoShard means that a place names a shard that is not there.
+// errNoShard means that a place names a shard that does not exist.
 var errNoShard = errors.New("the outbox has no shard")
 
-// replayRows reads a page of a shard, up to its end. A place in another shard is before it.
+// replayRows reads a page of end's shard, from last up to end. If last is in another shard, the page starts at the
+// beginning.
 func replayRows(ctx context.Context, db *pgxpool.Pool, end, last Place, f ReplayFilter, limit int) ([]row, error) {
 	after := int64(0)
 	if last.Shard == end.Shard {
@@ -160,11 +161,11 @@ func replayRows(ctx context.Context, db *pgxpool.Pool, end, last Place, f Replay
 	if err != nil {
 		return nil, fmt.Errorf("read outbox: %w", postgres.Classify(err))
 	}
-	rows, err := pgx.CollectRows(found, func(r pgx.CollectableRow) (one row, err error) {
-		m := &one.message
-		err = r.Scan(&one.id, &m.ID, &m.Type, &m.Key, &m.Payload, &one.headers, &m.CreatedAt)
-		m.Headers = one.headers.Map
-		return one, err
+	rows, err := pgx.CollectRows(found, func(r pgx.CollectableRow) (scanned row, err error) {
+		m := &scanned.message
+		err = r.Scan(&scanned.id, &m.ID, &m.Type, &m.Key, &m.Payload, &scanned.headers, &m.CreatedAt)
+		m.Headers = scanned.headers.Map
+		return scanned, err
 	})
 	if err != nil {
 		return nil, fmt.Errorf("read outbox: %w", postgres.Classify(err))
@@ -172,14 +173,14 @@ func replayRows(ctx context.Context, db *pgxpool.Pool, end, last Place, f Replay
 	return rows, nil
 }
 
-// publishAgain publishes a page and waits for the verdicts. It returns how many messages are left out, since no queue
-// wanted them or they are malformed.
+// publishAgain publishes a page and waits for the verdicts. It returns how many messages it left out because no queue
+// wanted them or because they are malformed.
 func publishAgain(ctx context.Context, publisher messaging.Publisher, rows []row) (leftOut int, err error) {
 	messages := make([]messaging.Message, 0, len(rows))
 	for _, row := range rows {
 		if err := row.validate(); err != nil {
 			leftOut++
-			slog.WarnContext(ctx, "message is not replayed", "message_id", row.message.ID, "error", err)
+			slog.WarnContext(ctx, "malformed message not replayed", "message_id", row.message.ID, "error", err)
 			continue
 		}
 		messages = append(messages, row.message)
@@ -192,10 +193,10 @@ func publishAgain(ctx context.Context, publisher messaging.Publisher, rows []row
 		switch {
 		case errors.Is(verdict, messaging.ErrReturned):
 			leftOut++
-			slog.WarnContext(ctx, "replayed message is unroutable", "message_id", messages[i].ID,
-				"type", messages[i].Type)
+			slog.WarnContext(ctx, "replayed message is unroutable",
+				"message_id", messages[i].ID, "type", messages[i].Type)
 		case verdict != nil:
-			_ = publisher.Close() // it is broken, or will be of no further use
+			_ = publisher.Close() // it is broken or no longer needed
 			return 0, fmt.Errorf("%w: replay message %s: %w", errBroker, messages[i].ID, verdict)
 		}
 	}

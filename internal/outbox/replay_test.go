@@ -16,7 +16,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-const fast = 1e9 // messages a second
+const fast = 1e9 // messages per second
 
 func replay(t testing.TB, db *pgxpool.Pool, b *broker, filter ReplayFilter) (published, unroutable int) {
 	t.Helper()
@@ -39,7 +39,7 @@ func TestReplay(t *testing.T) {
 		insert(t, db, "a", "m002")
 		deliver(t, db)
 		kind := first.Type
-		for name, one := range map[string]struct {
+		for name, test := range map[string]struct {
 			filter ReplayFilter
 			want   []string
 		}{
@@ -53,11 +53,11 @@ func TestReplay(t *testing.T) {
 			"KeySince":  {ReplayFilter{Keys: []string{"a"}, Since: between}, []string{"m002"}},
 		} {
 			b := newBroker(0)
-			published, _ := replay(t, db, b, one.filter)
-			equal(t, name, b.stored, one.want)
-			equal(t, name+", count", published, len(one.want))
-			counted, err := Replay(t.Context(), db, nil, one.filter, fast, nil)
-			if err != nil || counted.Published != len(one.want) {
+			published, _ := replay(t, db, b, test.filter)
+			equal(t, name, b.stored, test.want)
+			equal(t, name+", count", published, len(test.want))
+			counted, err := Replay(t.Context(), db, nil, test.filter, fast, nil)
+			if err != nil || counted.Published != len(test.want) {
 				t.Errorf("%s: dry run counted %d, %v", name, counted.Published, err)
 			}
 		}
@@ -81,7 +81,7 @@ func TestReplay(t *testing.T) {
 		deliver(t, db)
 		b := newBroker(0)
 		pages := 0
-		b.onPage = func([]string) error { // as fast as it is replayed
+		b.onPage = func([]string) error { // inserts as fast as the replay publishes
 			if pages++; pages < 5 {
 				fillProbes(t, db, replayPage)
 				deliver(t, db)
@@ -92,7 +92,7 @@ func TestReplay(t *testing.T) {
 		equal(t, "published", published, replayPage)
 	})
 
-	t.Run("GoesOnThroughFailuresInOrder", func(t *testing.T) {
+	t.Run("ContinuesThroughFailuresInOrder", func(t *testing.T) {
 		t.Parallel()
 		db := testenv.Postgres(t)
 		const n = 2*replayPage + 50
@@ -124,8 +124,8 @@ func TestReplay(t *testing.T) {
 		}
 		published, unroutable := replay(t, db, b, ReplayFilter{})
 		equal(t, "published, unroutable", []int{published, unroutable}, []int{n - 1, 1})
-		equal(t, "first copies", b.firstCopies(), slices.DeleteFunc(numbered(n),
-			func(text string) bool { return text == "m017" }))
+		want := slices.DeleteFunc(numbered(n), func(text string) bool { return text == "m017" })
+		equal(t, "first copies", b.firstCopies(), want)
 	})
 
 	t.Run("KeepsToItsRate", func(t *testing.T) {
@@ -138,11 +138,11 @@ func TestReplay(t *testing.T) {
 			t.Fatal(err)
 		}
 		if took := time.Since(started); took < 280*time.Millisecond {
-			t.Errorf("30 messages at 100 a second took %s", took)
+			t.Errorf("30 messages at 100 per second took %s", took)
 		}
 	})
 
-	t.Run("GoesOnWhereItWasBrokenOff", func(t *testing.T) {
+	t.Run("ContinuesWhereItWasInterrupted", func(t *testing.T) {
 		t.Parallel()
 		db := testenv.Postgres(t)
 		fillProbes(t, db, 250)
@@ -162,35 +162,35 @@ func TestReplay(t *testing.T) {
 			cancel()
 		})
 		if !errors.Is(err, context.Canceled) || first.Published != replayPage {
-			t.Fatalf("broken off after %+v, %v", first, err)
+			t.Fatalf("interrupted after %+v, %v", first, err)
 		}
 		rest, err := Replay(t.Context(), db, b, ReplayFilter{After: first.Last}, fast, nil)
 		if err != nil || rest.Published != 60 {
-			t.Errorf("the rest: %+v, %v", rest, err)
+			t.Errorf("second replay: %+v, %v", rest, err)
 		}
 		equal(t, "replayed", b.stored, all.stored)
-		var behind int // in the shards after it
-		if err := db.QueryRow(t.Context(), `SELECT count(*) FROM outbox WHERE shard = 2`).Scan(&behind); err != nil {
+		var remaining int // in the shard after the place
+		if err := db.QueryRow(t.Context(), `SELECT count(*) FROM outbox WHERE shard = 2`).Scan(&remaining); err != nil {
 			t.Fatal(err)
 		}
 		last, err := Replay(t.Context(), db, nil, ReplayFilter{After: Place{Shard: 1, ID: math.MaxInt64}}, fast, nil)
-		if err != nil || last.Published != behind {
-			t.Errorf("behind the second shard: %+v, %v, want %d", last, err, behind)
+		if err != nil || last.Published != remaining {
+			t.Errorf("after the second shard: %+v, %v, want %d", last, err, remaining)
 		}
-		if _, err := Replay(t.Context(), db, b, ReplayFilter{After: Place{Shard: 77, ID: 1}}, fast,
-			nil); !errors.Is(err, errNoShard) {
-			t.Errorf("a shard that is not there: %v", err)
+		_, err = Replay(t.Context(), db, b, ReplayFilter{After: Place{Shard: 77, ID: 1}}, fast, nil)
+		if !errors.Is(err, errNoShard) {
+			t.Errorf("a shard that does not exist: %v", err)
 		}
 	})
 
-	t.Run("CanBeBrokenOff", func(t *testing.T) {
+	t.Run("CanBeInterrupted", func(t *testing.T) {
 		t.Parallel()
 		db := testenv.Postgres(t)
 		fillProbes(t, db, 1)
 		deliver(t, db)
 		ctx, cancel := context.WithCancel(t.Context())
 		b := newBroker(0)
-		b.onPage = func([]string) error { cancel(); return errors.New("broker away") }
+		b.onPage = func([]string) error { cancel(); return errors.New("broker down") }
 		if _, err := Replay(ctx, db, b, ReplayFilter{}, fast, nil); !errors.Is(err, context.Canceled) {
 			t.Errorf("error is %v", err)
 		}

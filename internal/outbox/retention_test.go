@@ -13,14 +13,14 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// shortSlots makes the ring come round within seconds.
+// shortSlots makes the ring of slots wrap around within seconds.
 func shortSlots(t testing.TB, db *pgxpool.Pool, length time.Duration) {
 	t.Helper()
-	exec(t, db, fmt.Sprintf(`CREATE OR REPLACE FUNCTION outbox_slot_length() RETURNS interval LANGUAGE sql IMMUTABLE PARALLEL SAFE RETURN interval '%d milliseconds'`,
-		length.Milliseconds()))
+	exec(t, db, fmt.Sprintf(`CREATE OR REPLACE FUNCTION outbox_slot_length() RETURNS interval
+		LANGUAGE sql IMMUTABLE PARALLEL SAFE RETURN interval '%d milliseconds'`, length.Milliseconds()))
 }
 
-// nextSlot waits until rows fall into another slot than now, and returns it.
+// nextSlot waits until new rows go to another slot than now, and returns that slot.
 func nextSlot(t testing.TB, db *pgxpool.Pool) (slot int16) {
 	t.Helper()
 	now := func() (slot int16) {
@@ -39,7 +39,7 @@ func nextSlot(t testing.TB, db *pgxpool.Pool) (slot int16) {
 	return slot
 }
 
-// deliver moves the cursor behind everything that is there.
+// deliver moves the cursor past every message in the log.
 func deliver(t testing.TB, db *pgxpool.Pool) {
 	t.Helper()
 	exec(t, db, `UPDATE outbox_cursor SET delivered = pg_current_snapshot()`)
@@ -84,16 +84,16 @@ func TestSweep(t *testing.T) {
 		t.Parallel()
 		db := testenv.Postgres(t)
 		shortSlots(t, db, length)
-		nextSlot(t, db) // from its beginning, so that both fall into one
+		nextSlot(t, db) // start at the beginning of a slot, so that both rows go to it
 		open := openTx(t, db)
-		insertIn(t, open, "", "late") // falls into a slot that is over when it commits
+		insertIn(t, open, "", "late") // its slot has ended when it commits
 		insert(t, db, "", "m000")
 		nextSlot(t, db)
 		equal(t, "swept", len(sweepNow(t, db, 0)), 0)
 		deliver(t, db)
 		equal(t, "swept while its writer is open", len(sweepNow(t, db, 0)), 0)
 		commitTx(t, open)
-		for range 9 { // the ring comes round: old and new share a slot
+		for range 9 { // the ring wraps around: old and new rows share a slot
 			insert(t, db, "", "more")
 			nextSlot(t, db)
 			equal(t, "swept", len(sweepNow(t, db, 0)), 0)
@@ -103,12 +103,12 @@ func TestSweep(t *testing.T) {
 		equal(t, "messages", len(r.all(t)), 11)
 	})
 
-	// A writer of the slot's time commits just when the sweep, which did not see its row, waits for it.
+	// A writer commits a row into the slot while the sweep, which did not see the row, waits for that writer.
 	t.Run("LooksAgainUnderTheLock", func(t *testing.T) {
 		t.Parallel()
 		db := testenv.Postgres(t)
 		shortSlots(t, db, length)
-		nextSlot(t, db) // from its beginning, so that both fall into one
+		nextSlot(t, db) // start at the beginning of a slot, so that both rows go to it
 		insert(t, db, "", "m000")
 		deliver(t, db)
 		open := openTx(t, db)
@@ -125,8 +125,7 @@ func TestSweep(t *testing.T) {
 				swept <- slots
 			}()
 			for !met && len(swept) == 0 {
-				err := db.QueryRow(t.Context(),
-					`SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted AND database = (SELECT oid FROM pg_database WHERE datname = current_database()))`).Scan(&met)
+				err := db.QueryRow(t.Context(), lockWaitSQL).Scan(&met)
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -150,8 +149,8 @@ func TestSweep(t *testing.T) {
 		deliver(t, db)
 		nextSlot(t, db)
 		other := openTx(t, db)
-		if _, err := other.Exec(t.Context(), fmt.Sprintf(`LOCK TABLE ONLY outbox_slot_%d IN ACCESS EXCLUSIVE MODE`,
-			next)); err != nil {
+		lockSQL := fmt.Sprintf(`LOCK TABLE ONLY outbox_slot_%d IN ACCESS EXCLUSIVE MODE`, next)
+		if _, err := other.Exec(t.Context(), lockSQL); err != nil {
 			t.Fatal(err)
 		}
 		equal(t, "swept", sweepNow(t, db, 0), []int16{slot})
@@ -172,7 +171,8 @@ func TestSweep(t *testing.T) {
 	})
 }
 
-// TestSizeStaysFlat lets the ring come round several times. Its size at the end of a turn is what one turn writes.
+// TestSizeStaysFlat lets the ring wrap around several times. The log's size at the end of a turn is what one turn
+// writes.
 func TestSizeStaysFlat(t *testing.T) {
 	t.Parallel()
 	db := testenv.Postgres(t)
@@ -209,18 +209,19 @@ func TestSizeStaysFlat(t *testing.T) {
 	}
 }
 
-// A function that Postgres cannot inline is planned anew by every insert, and nothing but the time tells.
+// Postgres plans a function that it cannot inline again for every insert, which shows only in the time that inserts
+// take.
 func TestTheSlotOfANewRowIsInlined(t *testing.T) {
 	t.Parallel()
 	db := testenv.Postgres(t)
-	rows, _ := db.Query(t.Context(),
-		`EXPLAIN (VERBOSE, COSTS off) SELECT outbox_slot(clock_timestamp()), outbox_shard(key, message_id) FROM outbox_scheduled`)
+	rows, _ := db.Query(t.Context(), `EXPLAIN (VERBOSE, COSTS off)
+		SELECT outbox_slot(clock_timestamp()), outbox_shard(key, message_id) FROM outbox_scheduled`)
 	plan, err := pgx.CollectRows(rows, pgx.RowTo[string])
 	if err != nil {
 		t.Fatal(err)
 	}
-	if text := strings.Join(plan, "\n"); strings.Contains(text, "outbox_slot(") ||
-		strings.Contains(text, "outbox_shard(") {
+	text := strings.Join(plan, "\n")
+	if strings.Contains(text, "outbox_slot(") || strings.Contains(text, "outbox_shard(") {
 		t.Errorf("a function is called:\n%s", text)
 	}
 }

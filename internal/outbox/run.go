@@ -15,20 +15,19 @@ import (
 	"github.com/cenkalti/backoff/v5"
 )
 
-// maxInFlight is how many pages may be without verdict. With two, the next page is read, claimed and written while the
-// broker still works on the one before; more would only add to what a crash repeats.
+// maxInFlight is how many pages may wait for verdicts. With two, the relay reads, claims and writes the next page while
+// the broker still works on the previous one. More would only add to what a crash repeats.
 const maxInFlight = 2
 
-// minPoll is how soon the log is looked at again after something was found; the pause doubles from there to the poll
-// interval.
+// minPoll is the first pause after the relay has read everything. The pause doubles from there up to the poll interval.
 const minPoll = 2 * time.Millisecond
 
-// errBroker is wrapped by the failures that leave the lease and the position intact.
+// errBroker marks failures of the broker, which leave the lease and the position intact.
 var errBroker = errors.New("broker")
 
-// run publishes under one lease. It is a single goroutine: read, claim, publish, settle. When the broker fails, it goes
-// back to the last position that is known to be delivered; when the database fails, it ends, and the next run asks the
-// cursor where it stands.
+// run publishes under one lease. It is a single goroutine: read, claim, publish, settle. When the broker fails, it
+// returns to the last position known to be delivered. When the database fails, it ends, and the next run starts from
+// the position in the cursor's row.
 type run struct {
 	log       eventLog
 	cursor    *cursor
@@ -40,41 +39,42 @@ type run struct {
 	poll      time.Duration
 	pause     *backoff.ExponentialBackOff
 
-	next     position // where to read on
-	claimed  string   // the snapshot that was claimed last
-	ahead    *ahead   // what is being read there already
-	inFlight []flight // published, without verdict, oldest first
-	settled  progress // what is delivered and not yet recorded
+	next     position // where the next page starts
+	claimed  string   // the snapshot claimed last
+	ahead    *ahead   // the page at next, if it is being read already
+	inFlight []flight // published pages that wait for verdicts, oldest first
+	settled  progress // what is delivered but not yet recorded
 	dirty    bool     // settled has something to record
-	// caughtUp: all that there was has been read, and no doorbell has rung since. There is no use in looking for more
-	// before the broker has answered.
+	// caughtUp is true when everything has been read and no doorbell has rung since. Until the broker has answered,
+	// there is no point in reading again.
 	caughtUp bool
-	// alone is how many more messages are to be published one by one. The broker closed the channel over one of them
-	// without saying which; published alone, it gives itself away, and the others are repeated once and no more.
+	// alone is how many more messages must be published one by one. The broker closed the channel over one of them
+	// without naming it. Publishing them one by one identifies it, and repeats the others only once.
 	alone int
 }
 
-// flight is a page on its way.
+// flight is a page in flight.
 type flight struct {
 	*page
 	sent    []int   // indexes of the rows that were published
-	invalid []error // a row: why it was not
+	invalid []error // for each row, why it was not published, or nil
 	receipt messaging.Receipt
 	written time.Time
 	spans   spans
 }
 
-func (t *lease) newRun(held *cursor, at position) *run {
-	config := t.relay.config
+func (l *lease) newRun(held *cursor, at position) *run {
+	config := l.relay.config
 	return &run{
-		log:    eventLog{db: t.relay.db, shard: t.shard, maxRows: config.PageRows, maxBytes: config.PageBytes},
-		cursor: held, publisher: t.publisher, meters: &t.relay.meters, problem: &t.problem, spans: t.relay.spans,
-		wake: t.wake, poll: config.PollInterval, pause: t.pause,
+		log:    eventLog{db: l.relay.db, shard: l.shard, maxRows: config.PageRows, maxBytes: config.PageBytes},
+		cursor: held, publisher: l.publisher, meters: &l.relay.meters, problem: &l.problem, spans: l.relay.spans,
+		wake: l.wake, poll: config.PollInterval, pause: l.pause,
 		next: at, settled: progress{delivered: at},
 	}
 }
 
-// loop publishes until the database fails, the lease is lost, or ctx is done, when it still settles what is in flight.
+// loop publishes until the database fails, the lease is lost or ctx is done. When ctx is done, it settles the pages in
+// flight before it returns.
 func (r *run) loop(ctx context.Context) error {
 	var sleep time.Duration
 	for {
@@ -102,10 +102,10 @@ func (r *run) loop(ctx context.Context) error {
 	}
 }
 
-// step does the next thing: publish another page if there is one and room for it, else settle the oldest in flight,
-// else record. It returns true when there was nothing to do.
+// step publishes another page if there is one and there is room for it. Otherwise it settles the oldest page in flight.
+// Otherwise it records progress. It returns true when there was nothing to do.
 func (r *run) step(ctx context.Context) (idle bool, err error) {
-	retired := r.ahead == nil && r.cursor.retired.Load() // known before the log is looked at
+	retired := r.ahead == nil && r.cursor.retired.Load() // must be known before the log is read
 	if len(r.inFlight) < r.room() && (len(r.inFlight) == 0 || !r.caughtUp) {
 		found, at, err := r.read(ctx)
 		if err != nil {
@@ -119,7 +119,7 @@ func (r *run) step(ctx context.Context) (idle bool, err error) {
 	switch {
 	case len(r.inFlight) > 0:
 		return false, r.settle(ctx)
-	case r.settled.delivered != r.next: // a batch came to its end, and there is nothing new
+	case r.settled.delivered != r.next: // a batch has ended, and there is nothing new
 		r.settled.delivered, r.dirty = r.next, true
 		fallthrough
 	case r.dirty:
@@ -137,7 +137,7 @@ func (r *run) room() int {
 	return maxInFlight
 }
 
-// read returns the next page, which may have been read ahead.
+// read returns the next page, which readAhead may have read already.
 func (r *run) read(ctx context.Context) (*page, position, error) {
 	if ahead := r.ahead; ahead != nil {
 		r.ahead = nil
@@ -149,7 +149,7 @@ func (r *run) read(ctx context.Context) (*page, position, error) {
 		log.maxRows = 1
 	}
 	defer func() { r.log.bounds = log.bounds }()
-	if len(r.settled.parked) > 0 { // parking takes a statement of its own
+	if len(r.settled.parked) > 0 { // parking needs its own statement
 		return log.next(ctx, r.next)
 	}
 	found, at, moved, err := log.nextAndMove(ctx, r.next, claim{r.cursor, r.settled})
@@ -168,9 +168,9 @@ type ahead struct {
 	err   error
 }
 
-// readAhead begins to read the page behind one that has been published. It begins within a batch only: what stands
-// there is settled, while the news behind the batch are the fresher the later they are looked for. (At the batch's end
-// it finds news all the same.)
+// readAhead starts to read the page after one that was published, but only within a batch. The rows of a batch cannot
+// change, whereas a later read after the batch finds more new rows. (A read at the batch's very end also finds new
+// rows.)
 func (r *run) readAhead(ctx context.Context) {
 	if r.next.batch == "" || r.alone > 0 {
 		return
@@ -182,12 +182,12 @@ func (r *run) readAhead(ctx context.Context) {
 	}(r.ahead, r.next)
 }
 
-// publish claims a page, if that is not done yet, and only then writes it to the broker.
+// publish claims a page, unless it is claimed already, and only then writes it to the broker.
 func (r *run) publish(ctx context.Context, found *page) error {
 	if !found.claimed {
 		claim := found.snapshot
 		if claim == r.claimed {
-			claim = "" // a further page of a batch that is claimed: no need to wait for the disk again
+			claim = "" // another page of a claimed batch: no need to wait for the disk again
 		}
 		if err := r.record(ctx, claim); err != nil {
 			return err
@@ -195,71 +195,72 @@ func (r *run) publish(ctx context.Context, found *page) error {
 	}
 	r.claimed = found.snapshot
 	failpoint.Hit("relay.claimed")
-	one := flight{page: found, invalid: make([]error, len(found.rows))}
+	page := flight{page: found, invalid: make([]error, len(found.rows))}
 	var messages []messaging.Message
 	for i, row := range found.rows {
-		if one.invalid[i] = row.validate(); one.invalid[i] == nil {
-			messages, one.sent = append(messages, row.message), append(one.sent, i)
+		if page.invalid[i] = row.validate(); page.invalid[i] == nil {
+			messages, page.sent = append(messages, row.message), append(page.sent, i)
 		}
 	}
-	one.spans = r.spans.start(ctx, messages)
+	page.spans = r.spans.start(ctx, messages)
 	receipt, err := r.publisher.Publish(ctx, messages)
 	if err != nil {
-		one.spans.end(nil, err)
+		page.spans.end(nil, err)
 		return fmt.Errorf("%w: publish page: %w", errBroker, err)
 	}
 	failpoint.Hit("relay.published")
-	one.receipt, one.written = receipt, time.Now()
+	page.receipt, page.written = receipt, time.Now()
 	r.meters.page.Record(ctx, int64(len(found.rows)))
-	r.inFlight = append(r.inFlight, one)
-	r.problem.wrote(one.written)
+	r.inFlight = append(r.inFlight, page)
+	r.problem.wrote(page.written)
 	r.next, r.caughtUp = found.end, found.end.batch == ""
 	r.readAhead(ctx)
 	return nil
 }
 
-// await waits for what the broker says of a page. It returns false if ctx ended the wait, or the doorbell while there
-// is room for another page: what has been inserted meanwhile should be read, claimed and written while the broker
-// works, and not wait for its answer first.
-func (r *run) await(ctx context.Context, page flight) ([]error, bool) {
+// await waits for the broker's verdicts on a page. It returns false if ctx ended the wait, or if the doorbell rang
+// while there is room for another page: the relay should read, claim and write new messages while the broker works,
+// and not wait for its answer first.
+func (r *run) await(ctx context.Context, page flight) (verdicts []error, complete bool) {
 	if len(r.inFlight) >= r.room() {
-		found := page.receipt.Wait(ctx)
-		return found, ctx.Err() == nil
+		verdicts = page.receipt.Wait(ctx)
+		return verdicts, ctx.Err() == nil
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	listening := make(chan struct{})
 	go func() {
 		defer close(listening)
 		select {
-		case <-r.wake: // and the log is looked at next, whether or not the wait is over by itself
+		case <-r.wake: // read the log next, even if the verdicts arrive before the cancellation
 			r.caughtUp = false
 			cancel()
 		case <-ctx.Done():
 		}
 	}()
-	found := page.receipt.Wait(ctx)
-	brokenOff := ctx.Err() != nil
+	verdicts = page.receipt.Wait(ctx)
+	interrupted := ctx.Err() != nil
 	cancel()
 	<-listening
-	return found, !brokenOff || !slices.ContainsFunc(found,
-		func(verdict error) bool { return errors.Is(verdict, context.Canceled) })
+	cancelled := func(verdict error) bool { return errors.Is(verdict, context.Canceled) }
+	return verdicts, !interrupted || !slices.ContainsFunc(verdicts, cancelled)
 }
 
-// settle waits for the verdicts on the oldest page. The position moves over the rows up to the first one that must be
-// sent again: everything behind that one is sent again too, whatever its own verdict, so that the order holds. It
-// counts a page once: if the wait is broken off, nothing is counted yet and the page stays in flight; else the page is
-// out of flight, in whole or with all that is behind it.
+// settle waits for the verdicts on the oldest page. It moves the position up to the first row that must be sent again.
+// All rows after that one are sent again too, regardless of their own verdicts, to keep the order.
+//
+// settle counts a page once. If the wait is interrupted, it counts nothing and the page stays in flight. Otherwise the
+// page leaves the list of pages in flight; if a row must be sent again, all later pages leave it too.
 func (r *run) settle(ctx context.Context) error {
 	oldest := r.inFlight[0]
-	heard, complete := r.await(ctx, oldest)
+	answers, complete := r.await(ctx, oldest)
 	if err := ctx.Err(); err != nil || !complete {
 		return err
 	}
 	verdicts := slices.Clone(oldest.invalid)
-	for i, verdict := range heard {
+	for i, verdict := range answers {
 		verdicts[oldest.sent[i]] = verdict
 	}
-	oldest.spans.end(heard, nil)
+	oldest.spans.end(answers, nil)
 	failpoint.Hit("relay.confirmed")
 	r.meters.confirm.Record(ctx, time.Since(oldest.written).Seconds())
 	for i, verdict := range verdicts {
@@ -285,12 +286,12 @@ func (r *run) settle(ctx context.Context) error {
 	r.inFlight = r.inFlight[1:]
 	r.problem.settled(r.inFlight)
 	r.alone = max(0, r.alone-len(oldest.rows))
-	r.pause.Reset() // something got through
+	r.pause.Reset() // the broker works again
 	return nil
 }
 
-// judge tells whether a verdict is final, and why the message is parked if it is not nil. A refusal is final for a
-// message that was alone on the channel.
+// judge reports whether a verdict is final and, if it is final and not nil, the reason to park the message. A refusal
+// is final only for a message that was alone on the channel.
 func judge(verdict error, alone bool) (reason deadletter.Reason, final bool) {
 	switch {
 	case verdict == nil:
@@ -305,8 +306,8 @@ func judge(verdict error, alone bool) (reason deadletter.Reason, final bool) {
 	return "", false
 }
 
-func park(ctx context.Context, one row, reason deadletter.Reason, verdict error) deadletter.Letter {
-	m := one.message
+func park(ctx context.Context, parked row, reason deadletter.Reason, verdict error) deadletter.Letter {
+	m := parked.message
 	ctx = traceOf(ctx, m.Headers)
 	slog.ErrorContext(ctx, "message parked", "message_id", m.ID, "type", m.Type, "reason", reason, "error", verdict)
 	return deadletter.Letter{
@@ -319,7 +320,7 @@ func (r *run) passed(at position) {
 	r.settled.delivered, r.dirty = at, true
 }
 
-// record commits what is settled, and the claim of a snapshot if one is given.
+// record commits what is settled. If claimed is not "", it also claims that snapshot.
 func (r *run) record(ctx context.Context, claimed string) error {
 	r.settled.claimed = claimed
 	if err := r.cursor.move(ctx, r.settled); err != nil {
@@ -329,14 +330,14 @@ func (r *run) record(ctx context.Context, claimed string) error {
 	return nil
 }
 
-// recorded begins anew, after what was settled has been committed.
+// recorded counts and resets what was settled, after it was committed.
 func (r *run) recorded(ctx context.Context) {
 	r.meters.moved(ctx, &r.settled)
 	r.settled, r.dirty = progress{delivered: r.settled.delivered}, false
 	failpoint.Hit("relay.moved")
 }
 
-// retreat gives up what is in flight after a failure of the broker, and waits before the next try.
+// retreat gives up the pages in flight after a failure of the broker, and waits before the next try.
 func (r *run) retreat(ctx context.Context, cause error) error {
 	r.giveUp()
 	if r.dirty {
@@ -345,8 +346,8 @@ func (r *run) retreat(ctx context.Context, cause error) error {
 		}
 	}
 	if errors.Is(cause, messaging.ErrRefused) {
-		slog.WarnContext(ctx, "broker refused something on the page, publishing one by one", "messages", r.alone,
-			"error", cause)
+		slog.WarnContext(ctx, "broker refused a message of the page, publishing one by one",
+			"messages", r.alone, "error", cause)
 		return nil
 	}
 	r.problem.failed(cause)
@@ -356,27 +357,27 @@ func (r *run) retreat(ctx context.Context, cause error) error {
 	return nil
 }
 
-// giveUp forgets what is in flight, and goes back to what is known to be delivered. The channel must go with it: a
-// verdict that came later would be taken for one of the next try.
+// giveUp forgets the pages in flight and returns to the last position known to be delivered. It must close the channel
+// too: a late verdict would be taken for one of the next try.
 func (r *run) giveUp() {
 	if r.ahead != nil {
 		<-r.ahead.done
 		r.ahead = nil
 	}
-	_ = r.publisher.Close() // it is broken already, or will be of no further use
+	_ = r.publisher.Close() // it is broken already or no longer needed
 	r.forget(r.inFlight)
 	r.inFlight, r.next = nil, r.settled.delivered
 }
 
-// forget ends the spans of pages whose verdicts nobody will hear.
+// forget ends the spans of pages whose verdicts will never be read.
 func (r *run) forget(flights []flight) {
-	for _, one := range flights {
-		one.spans.end(nil, messaging.ErrUnknown)
+	for _, page := range flights {
+		page.spans.end(nil, messaging.ErrUnknown)
 	}
 }
 
-// finish settles what is in flight at shutdown, so that the next relay need not send it again. The broker's silence
-// must not use up the time to record what it has confirmed.
+// finish settles the pages in flight at shutdown, so that the next relay need not send them again. Recording has its
+// own time limit: a silent broker must not use up the time for recording what it has confirmed.
 func (r *run) finish(ctx context.Context) error {
 	err := shortly(ctx, func(ctx context.Context) (err error) {
 		for err == nil && len(r.inFlight) > 0 {
@@ -391,7 +392,7 @@ func (r *run) finish(ctx context.Context) error {
 	return errors.Join(err, shortly(ctx, func(ctx context.Context) error { return r.record(ctx, "") }))
 }
 
-// shortly calls fn with 5 s to go, although ctx is done.
+// shortly calls fn with a context that ignores the end of ctx and expires after 5 s.
 func shortly(ctx context.Context, fn func(ctx context.Context) error) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
 	defer cancel()

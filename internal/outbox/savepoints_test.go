@@ -17,12 +17,12 @@ import (
 	"pgregory.net/rapid"
 )
 
-// action is a step of a transaction. Handle chooses among the transactions and savepoints made so far, open or not.
+// action is a step of a transaction. handle selects one of the transactions and savepoints made so far, open or not.
 type action struct {
 	do     string
 	handle int
 	key    string
-	// Of a join: what is done in it, and whether it fails in the end.
+	// body and fails are set only for a join: the actions in it, and whether it fails after them.
 	body  []action
 	fails bool
 }
@@ -52,8 +52,8 @@ func actions(t *rapid.T, depth int) []action {
 	return all
 }
 
-// world runs actions. There are two: in one everything is written at once, and Postgres decides what stays; in the
-// other messages and functions wait for the commit.
+// world runs actions. The test has two. One writes everything immediately, and Postgres decides what stays. The other
+// defers messages and functions until the commit.
 type world struct {
 	begin func(ctx context.Context, tx pgx.Tx, fn func(ctx context.Context, tx pgx.Tx) error) error
 	after func(ctx context.Context, tx pgx.Tx, touch bool, n int) error
@@ -61,24 +61,24 @@ type world struct {
 	root    pgx.Tx
 	handles []pgx.Tx
 	n       int
-	closed  []bool // an action: whether it found its transaction closed
+	closed  []bool // for each action, whether its transaction was closed
 }
 
 var errFails = errors.New("fails")
 
 func (w *world) run(ctx context.Context, all []action) error {
-	for _, one := range all {
+	for _, step := range all {
 		w.n++
-		tx := w.handles[one.handle%len(w.handles)]
-		err := w.do(ctx, tx, one)
+		tx := w.handles[step.handle%len(w.handles)]
+		err := w.do(ctx, tx, step)
 		w.closed = append(w.closed, errors.Is(err, pgx.ErrTxClosed))
 	}
 	return nil
 }
 
-func (w *world) do(ctx context.Context, tx pgx.Tx, one action) error {
-	message := probe(one.key, fmt.Sprint(w.n))
-	switch one.do {
+func (w *world) do(ctx context.Context, tx pgx.Tx, step action) error {
+	message := probe(step.key, fmt.Sprint(w.n))
+	switch step.do {
 	case "row":
 		_, err := tx.Exec(ctx, `INSERT INTO t VALUES ($1)`, w.n)
 		return err
@@ -89,7 +89,7 @@ func (w *world) do(ctx context.Context, tx pgx.Tx, one action) error {
 	case "latest":
 		return InsertLatest(ctx, tx, time.Hour, message)
 	case "after", "touch":
-		return w.after(ctx, tx, one.do == "touch", w.n)
+		return w.after(ctx, tx, step.do == "touch", w.n)
 	case "begin":
 		savepoint, err := tx.Begin(ctx)
 		if err == nil {
@@ -98,49 +98,46 @@ func (w *world) do(ctx context.Context, tx pgx.Tx, one action) error {
 		return err
 	case "commit", "rollback":
 		if tx == w.root {
-			return nil // ends by itself
+			return nil // ends after the last action
 		}
-		if one.do == "commit" {
+		if step.do == "commit" {
 			return tx.Commit(ctx)
 		}
 		return tx.Rollback(ctx)
 	}
-	if one.do == "join in join" {
-		tx = w.root // as the context has it in which the handler runs
+	if step.do == "join in join" {
+		tx = w.root // the transaction in the handler's context
 	}
-	return w.begin(ctx, tx, func(ctx context.Context, part pgx.Tx) error {
-		w.handles = append(w.handles, part)
-		err := w.run(ctx, one.body)
-		if one.fails {
+	return w.begin(ctx, tx, func(ctx context.Context, inner pgx.Tx) error {
+		w.handles = append(w.handles, inner)
+		err := w.run(ctx, step.body)
+		if step.fails {
 			err = errFails
 		}
 		return err
 	})
 }
 
-// A transaction leaves what it would have left had it written everything at once, whatever its savepoints.
+// A transaction leaves the same result as if it had written everything immediately, with any nesting of savepoints.
 func TestDeferredMessagesFollowSavepoints(t *testing.T) {
 	t.Parallel()
 	db := testenv.Postgres(t)
 	exec(t, db, `CREATE TABLE t (n integer); CREATE TABLE after (n integer, position bigint GENERATED ALWAYS AS IDENTITY)`)
 	hub := changes.New(changes.Config{})
-	topic := changes.NewTopic(hub, "savepoints", func(context.Context, []string) (map[string]*wrapperspb.StringValue,
-		error) {
-		return nil, nil
-	})
+	read := func(context.Context, []string) (map[string]*wrapperspb.StringValue, error) { return nil, nil }
+	topic := changes.NewTopic(hub, "savepoints", read)
 	rapid.Check(t, func(rt *rapid.T) {
 		program, fails := actions(rt, 3), rapid.Bool().Draw(rt, "fails")
-		at := &world{begin: func(ctx context.Context, tx pgx.Tx, fn func(context.Context, pgx.Tx) error) error {
-			return atOnce(ctx, tx, fn)
+		immediate := &world{begin: func(ctx context.Context, tx pgx.Tx, fn func(context.Context, pgx.Tx) error) error {
+			return immediately(ctx, tx, fn)
 		}, after: func(ctx context.Context, tx pgx.Tx, _ bool, n int) error {
 			_, err := tx.Exec(ctx, `INSERT INTO after (n) VALUES ($1)`, n)
 			return err
 		}}
 		wantErr := pgx.BeginFunc(t.Context(), db, func(tx pgx.Tx) error {
-			return at.whole(t.Context(), tx, program,
-				fails)
+			return immediate.whole(t.Context(), tx, program, fails)
 		})
-		want := leavings(t, db)
+		want := results(t, db)
 		exec(t, db, `TRUNCATE outbox, outbox_scheduled, t, after`)
 
 		var called []int
@@ -158,28 +155,28 @@ func TestDeferredMessagesFollowSavepoints(t *testing.T) {
 			return nil
 		}}
 		err := postgres.Transact(t.Context(), db, func(tx pgx.Tx) error {
-			return deferred.whole(t.Context(), tx,
-				program, fails)
+			return deferred.whole(t.Context(), tx, program, fails)
 		})
-		got := leavings(t, db)
+		got := results(t, db)
 		exec(t, db, `TRUNCATE outbox, outbox_scheduled, t, after`)
 
 		got["after"] = nil
 		for _, n := range called {
 			got["after"] = append(got["after"], fmt.Sprint(n))
 		}
-		if (err == nil) != (wantErr == nil) || !slices.Equal(deferred.closed, at.closed) {
-			rt.Fatalf("ended with %v, found closed %v; at once with %v, %v", err, deferred.closed, wantErr, at.closed)
+		if (err == nil) != (wantErr == nil) || !slices.Equal(deferred.closed, immediate.closed) {
+			rt.Fatalf("deferred: error %v, closed %v; immediate: error %v, closed %v",
+				err, deferred.closed, wantErr, immediate.closed)
 		}
 		for what := range want {
 			if !slices.Equal(got[what], want[what]) {
-				rt.Fatalf("left %v of %s, at once %v", got[what], what, want[what])
+				rt.Fatalf("%s: deferred %v, immediate %v", what, got[what], want[what])
 			}
 		}
 	})
 }
 
-// whole runs a program as a whole transaction.
+// whole runs a program as an entire transaction.
 func (w *world) whole(ctx context.Context, tx pgx.Tx, program []action, fails bool) error {
 	w.root, w.handles, w.n, w.closed = tx, []pgx.Tx{tx}, 0, nil
 	if err := w.run(ctx, program); err != nil || !fails {
@@ -188,8 +185,8 @@ func (w *world) whole(ctx context.Context, tx pgx.Tx, program []action, fails bo
 	return errFails
 }
 
-// atOnce is Transact within tx, without anything deferred.
-func atOnce(ctx context.Context, tx pgx.Tx, fn func(context.Context, pgx.Tx) error) error {
+// immediately is Transact within tx without deferring.
+func immediately(ctx context.Context, tx pgx.Tx, fn func(context.Context, pgx.Tx) error) error {
 	savepoint, err := tx.Begin(ctx)
 	if err != nil {
 		return err
@@ -204,8 +201,8 @@ func atOnce(ctx context.Context, tx pgx.Tx, fn func(context.Context, pgx.Tx) err
 	return savepoint.Commit(ctx)
 }
 
-// leavings is everything that a transaction left, in its order.
-func leavings(t *testing.T, db *pgxpool.Pool) map[string][]string {
+// results returns everything that a transaction wrote, in order.
+func results(t *testing.T, db *pgxpool.Pool) map[string][]string {
 	t.Helper()
 	left := map[string][]string{}
 	for what, sql := range map[string]string{
@@ -225,7 +222,7 @@ func leavings(t *testing.T, db *pgxpool.Pool) map[string][]string {
 	return left
 }
 
-// A rollback that fails undoes nothing: the savepoint had gone with an outer one, and what was inserted since stays.
+// A failed rollback undoes nothing: the savepoint was removed with an outer one, and messages inserted since then stay.
 func TestAFailedRollbackForgetsNothing(t *testing.T) {
 	t.Parallel()
 	db := testenv.Postgres(t)
@@ -261,8 +258,8 @@ func TestAFailedRollbackForgetsNothing(t *testing.T) {
 	}
 }
 
-// A message that Insert accepts is in the log once its transaction has committed. So a transaction that has ended
-// accepts none, like a statement.
+// A message that Insert accepts is in the log once its transaction has committed. So Insert, like any statement, fails
+// in a transaction that has ended.
 func TestInsertIntoAnEndedTransaction(t *testing.T) {
 	t.Parallel()
 	db := testenv.Postgres(t)

@@ -44,7 +44,7 @@ func moveDue(t testing.TB, db *pgxpool.Pool) (moved int) {
 func TestSchedule(t *testing.T) {
 	t.Parallel()
 
-	t.Run("MovesWhatIsDueInTheOrderInWhichItIs", func(t *testing.T) {
+	t.Run("MovesMessagesInTheOrderOfTheirDueTimes", func(t *testing.T) {
 		t.Parallel()
 		db := testenv.Postgres(t)
 		now := time.Now()
@@ -57,8 +57,8 @@ func TestSchedule(t *testing.T) {
 		equal(t, "messages", newReader(db).all(t), numbered(3))
 	})
 
-	// An inbox forgets after days, and a message may be scheduled for next month.
-	t.Run("DatesTheIDAnew", func(t *testing.T) {
+	// An inbox forgets IDs after days, but a message may be scheduled for next month.
+	t.Run("SetsTheTimeInTheID", func(t *testing.T) {
 		t.Parallel()
 		db := testenv.Postgres(t)
 		message := probe("k", "m000")
@@ -69,8 +69,8 @@ func TestSchedule(t *testing.T) {
 		equal(t, "moved", moveDue(t, db), 1)
 		rows, _ := newReader(db).rawPage(t)
 		got := rows[0].message
-		if age := time.Since(time.Unix(got.ID.Time().UnixTime())); age > time.Minute || age < -time.Minute ||
-			got.ID.Version() != 7 {
+		age := time.Since(time.Unix(got.ID.Time().UnixTime()))
+		if age > time.Minute || age < -time.Minute || got.ID.Version() != 7 {
 			t.Errorf("ID %s is %s old", got.ID, age)
 		}
 		equal(t, "random bits", fmt.Sprintf("%x", got.ID[7:]), fmt.Sprintf("%x", message.ID[7:]))
@@ -90,7 +90,7 @@ func TestSchedule(t *testing.T) {
 		equal(t, "moved after the rollback", moveDue(t, db), 0)
 	})
 
-	t.Run("CanBeTakenBack", func(t *testing.T) {
+	t.Run("CanBeCancelled", func(t *testing.T) {
 		t.Parallel()
 		db := testenv.Postgres(t)
 		message := probe("", "never")
@@ -99,7 +99,7 @@ func TestSchedule(t *testing.T) {
 		equal(t, "moved", moveDue(t, db), 0)
 		err := postgres.Transact(t.Context(), db, func(tx pgx.Tx) error { return Unschedule(t.Context(), tx, message) })
 		if !errors.Is(err, ErrNotScheduled) {
-			t.Errorf("once more: %v", err)
+			t.Errorf("second time: %v", err)
 		}
 	})
 
@@ -119,7 +119,8 @@ func TestSchedule(t *testing.T) {
 			`SELECT outbox_schedule(ARRAY[gen_random_uuid()], '{probe.X}', '{k}', '{x}', '{"{}"}', now(), false)`,
 			`SELECT outbox_schedule(ARRAY[outbox_uuidv7()], '{not a name}', '{k}', '{x}', '{"{}"}', now(), false)`,
 			`SELECT outbox_schedule(ARRAY[outbox_uuidv7()], '{probe.X}', '{""}', '{x}', '{"{}"}', now(), true)`,
-			`SELECT outbox_schedule(ARRAY[outbox_uuidv7()], '{probe.X}', '{k}', '{x}', ARRAY['{"CC": "x"}'::jsonb], now(), false)`,
+			`SELECT outbox_schedule(ARRAY[outbox_uuidv7()], '{probe.X}', '{k}', '{x}',
+				ARRAY['{"CC": "x"}'::jsonb], now(), false)`,
 		} {
 			if _, err := db.Exec(t.Context(), insert); err == nil {
 				t.Errorf("accepted: %s", insert)
@@ -146,7 +147,7 @@ func TestInsertLatest(t *testing.T) {
 		t.Parallel()
 		db := testenv.Postgres(t)
 		latest(t, db, 0, probe("a", "old"), probe("b", "m001"), probe("a", "older"))
-		latest(t, db, time.Hour, probe("a", "m000")) // and is not put off by that
+		latest(t, db, time.Hour, probe("a", "m000")) // does not postpone the earlier due time
 		scheduled(t, db, time.Now(), probe("a", "m002"))
 		equal(t, "moved", moveDue(t, db), 3)
 		equal(t, "messages", len(newReader(db).all(t)), 3)
@@ -160,7 +161,7 @@ func TestInsertLatest(t *testing.T) {
 		equal(t, "of a", texts, []string{"m000", "m002"})
 	})
 
-	// Whatever is merged, what was committed last on a key comes out, and comes out last.
+	// However many messages are merged, the one committed last for a key is published, and published last.
 	t.Run("NeverLosesTheFinalState", func(t *testing.T) {
 		t.Parallel()
 		db := testenv.Postgres(t)
@@ -170,19 +171,20 @@ func TestInsertLatest(t *testing.T) {
 		const keys, each = 4, 50
 		var writers sync.WaitGroup
 		for k := range keys {
-			for range 2 { // two writers a key: the last to commit counts, and the table says which it was
+			for range 2 { // two writers per key: the last commit counts, and the table records its number
 				writers.Go(func() {
 					key := string(rune('a' + k))
 					for range each {
 						err := postgres.Transact(t.Context(), db, func(tx pgx.Tx) error {
 							var n int
 							err := tx.QueryRow(t.Context(), `
-								INSERT INTO state (key, n) VALUES ($1, 1) ON CONFLICT (key) DO UPDATE SET n = state.n + 1 RETURNING n`, key).Scan(&n)
+								INSERT INTO state (key, n) VALUES ($1, 1)
+								ON CONFLICT (key) DO UPDATE SET n = state.n + 1 RETURNING n`, key).Scan(&n)
 							if err != nil {
 								return err
 							}
-							return InsertLatest(t.Context(), tx, 10*time.Millisecond,
-								probe(key, fmt.Sprintf("%s%03d", key, n)))
+							message := probe(key, fmt.Sprintf("%s%03d", key, n))
+							return InsertLatest(t.Context(), tx, 10*time.Millisecond, message)
 						})
 						if err != nil {
 							t.Error(err)
@@ -212,24 +214,23 @@ func TestInsertLatest(t *testing.T) {
 		b.mu.Lock()
 		defer b.mu.Unlock()
 		if n := len(b.stored); n >= keys*2*each {
-			t.Errorf("%d messages for as many changes: nothing was merged", n)
+			t.Errorf("%d messages for %d changes: nothing was merged", n, keys*2*each)
 		}
 	})
 }
 
-// The time of which only the latest of a key matters counts by the database's clock, as the time at which it is due
-// does.
+// InsertLatest measures its time by the database's clock, as Schedule does.
 func TestInsertLatestCountsByTheDatabasesClock(t *testing.T) {
 	t.Parallel()
 	db := testenv.Postgres(t)
 	testenv.ShiftClock(t, db, time.Hour)
 	latest(t, db, time.Minute, probe("k", "m"))
 	var waits time.Duration
-	if err := db.QueryRow(t.Context(),
-		`SELECT due_at - clock_timestamp() FROM outbox_scheduled`).Scan(&waits); err != nil {
+	err := db.QueryRow(t.Context(), `SELECT due_at - clock_timestamp() FROM outbox_scheduled`).Scan(&waits)
+	if err != nil {
 		t.Fatal(err)
 	}
 	if waits > time.Minute || waits < 30*time.Second {
-		t.Errorf("it waits for %s", waits)
+		t.Errorf("the message waits for %s", waits)
 	}
 }

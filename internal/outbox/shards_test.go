@@ -18,8 +18,8 @@ import (
 
 func TestShare(t *testing.T) {
 	t.Parallel()
-	for name, one := range map[string]struct {
-		holders string // of each shard; . for nobody
+	for name, test := range map[string]struct {
+		holders string // one letter per shard; "." if it is free
 		relays  string
 		take    []int16
 		give    int16
@@ -41,18 +41,19 @@ func TestShare(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			var view []shardView
-			for i, holder := range one.holders {
-				view = append(view, shardView{int16(i), true, strings.Trim(string(holder), "."),
-					strings.Split(one.relays, "")})
+			for i, holder := range test.holders {
+				view = append(view, shardView{
+					int16(i), true, strings.Trim(string(holder), "."), strings.Split(test.relays, ""),
+				})
 			}
 			take, give := share(view, "a")
-			equal(t, "take", take, one.take)
-			equal(t, "give", give, one.give)
+			equal(t, "take", take, test.take)
+			equal(t, "give", give, test.give)
 		})
 	}
 }
 
-// startFleet runs several relays before one broker.
+// startFleet runs several relays on one broker.
 func startFleet(t *testing.T, db *pgxpool.Pool, b *broker, n int) (stops []func()) {
 	t.Helper()
 	config := Config{PageRows: 7, Lease: time.Second, PollInterval: 20 * time.Millisecond}
@@ -73,11 +74,10 @@ func startFleet(t *testing.T, db *pgxpool.Pool, b *broker, n int) (stops []func(
 	return stops
 }
 
-// holders returns the owners of the shards that are read, in their order.
+// holders returns the owners of the shards that can be read, in the order of the shards.
 func holders(t *testing.T, db *pgxpool.Pool) []string {
 	t.Helper()
-	rows, err := db.Query(t.Context(),
-		`SELECT owner FROM outbox_cursor WHERE NOT drained AND NOT retired ORDER BY shard`)
+	rows, err := db.Query(t.Context(), `SELECT owner FROM outbox_cursor WHERE NOT drained AND NOT retired ORDER BY shard`)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -101,7 +101,7 @@ func TestShardsAreSharedOut(t *testing.T) {
 				load[owner]++
 			}
 			if len(load) != relays || load[""] != 0 {
-				return fmt.Errorf("the shards are held so: %v, want by %d", load, relays)
+				return fmt.Errorf("holders are %v, want %d relays", load, relays)
 			}
 			for _, n := range load {
 				if n > (4+relays-1)/relays {
@@ -124,8 +124,8 @@ func TestShardsAreSharedOut(t *testing.T) {
 	}
 }
 
-// While writers write and two relays relay, the log is spread over ever other numbers of shards. In what the broker
-// receives, the first copies of each key stand in the order of their commits, and nothing is missing.
+// The number of shards changes repeatedly while writers insert messages and two relays publish them. The broker must
+// receive every message, and the first copies of each key in the order of their commits.
 func TestChangingTheShardsLosesAndReordersNothing(t *testing.T) {
 	t.Parallel()
 	db := testenv.Postgres(t)
@@ -138,8 +138,7 @@ func TestChangingTheShardsLosesAndReordersNothing(t *testing.T) {
 			key := string(rune('a' + k))
 			for i := range each {
 				err := postgres.Transact(t.Context(), db, func(tx pgx.Tx) error {
-					return Insert(t.Context(), tx,
-						probe(key, fmt.Sprintf("%s%03d", key, i)))
+					return Insert(t.Context(), tx, probe(key, fmt.Sprintf("%s%03d", key, i)))
 				})
 				if err != nil {
 					t.Error(err)
@@ -153,8 +152,8 @@ func TestChangingTheShardsLosesAndReordersNothing(t *testing.T) {
 	writers.Wait()
 	testenv.Eventually(t, 30*time.Second, func() error {
 		var left int
-		if err := db.QueryRow(t.Context(),
-			`SELECT count(*) FROM outbox_cursor WHERE retired AND NOT drained`).Scan(&left); err != nil || left > 0 {
+		const leftSQL = `SELECT count(*) FROM outbox_cursor WHERE retired AND NOT drained`
+		if err := db.QueryRow(t.Context(), leftSQL).Scan(&left); err != nil || left > 0 {
 			return fmt.Errorf("%d retired shards are not drained, %v", left, err)
 		}
 		b.mu.Lock()
@@ -213,8 +212,8 @@ func TestANewGenerationWaitsForTheOldOne(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		all = append(all, (&reader{log: eventLog{db: db, shard: 1 + shard, maxRows: 10, maxBytes: 1 << 20},
-			at: at}).all(t)...)
+		r := &reader{log: eventLog{db: db, shard: 1 + shard, maxRows: 10, maxBytes: 1 << 20}, at: at}
+		all = append(all, r.all(t)...)
 	}
 	equal(t, "in the new shards", all, []string{"m001"})
 }

@@ -12,20 +12,20 @@ import (
 	"go.opentelemetry.io/otel/trace/noop"
 )
 
-// The trace of a message: "create" where it is inserted, which is a child of whatever the caller is doing; "publish"
-// for each try of the relay, as a child of that, though hours may lie between; and "process" in the consumer, as a
-// child of the publishing that it got. The context travels in the row's headers and in those of AMQP, as W3C
-// traceparent.
+// A message's trace has three spans. The insert is "create", a child of the caller's span. Each try of the relay is
+// "publish", a child of "create", possibly hours later. The consumer's is "process", a child of the "publish" whose
+// copy it received. The context travels in the row's headers and in the AMQP headers, as W3C traceparent.
 
-// startCreate starts the span of an insert, with the provider of the span that ctx is in: where nothing is recorded, it
+// startCreate starts the span of an insert, with the provider of ctx's span. If that span is not recorded, startCreate
 // costs nothing.
 func startCreate(ctx context.Context, messages []messaging.Message) (context.Context, trace.Span) {
 	within := trace.SpanFromContext(ctx)
 	if !within.IsRecording() {
 		return ctx, noop.Span{}
 	}
-	attributes := []attribute.KeyValue{attribute.String("messaging.system", "rabbitmq"),
-		attribute.String("messaging.operation.type", "create")}
+	attributes := []attribute.KeyValue{
+		attribute.String("messaging.system", "rabbitmq"), attribute.String("messaging.operation.type", "create"),
+	}
 	if len(messages) == 1 {
 		attributes = append(attributes, attribute.String("messaging.message.id", messages[0].ID.String()))
 	} else {
@@ -35,10 +35,10 @@ func startCreate(ctx context.Context, messages []messaging.Message) (context.Con
 		trace.WithSpanKind(trace.SpanKindProducer), trace.WithAttributes(attributes...))
 }
 
-// withTrace returns headers with the W3C trace context of ctx, as a copy unless there is none. It is stored in the row
-// because the relay publishes much later, in a process that knows nothing of the request. A caller's trace must not be
-// what makes a message invalid: its state, which is the caller's to fill, is left out if it is long, and all of it if
-// there is no room.
+// withTrace returns a copy of headers with the W3C trace context of ctx, or headers itself if ctx has none. The row
+// stores the context because the relay publishes much later, in a process that has no access to the request. A caller's
+// trace must not make a message invalid: withTrace leaves out a tracestate that is too long, since callers control it,
+// and the whole context if the headers have no room for it.
 func withTrace(ctx context.Context, headers map[string]string) map[string]string {
 	carrier := propagation.MapCarrier{}
 	if len(headers) <= messaging.MaxHeaders-2 {
@@ -54,12 +54,12 @@ func withTrace(ctx context.Context, headers map[string]string) map[string]string
 	return carrier
 }
 
-// traceOf returns ctx within the trace that a message carries.
+// traceOf returns ctx with the trace context that a message carries.
 func traceOf(ctx context.Context, headers map[string]string) context.Context {
 	return propagation.TraceContext{}.Extract(ctx, propagation.MapCarrier(headers))
 }
 
-// spanMaker makes the spans of publishing. Without a provider it makes none, and looks at no message.
+// spanMaker makes the "publish" spans. Without a provider it makes none, and reads no message.
 type spanMaker struct{ tracer trace.Tracer }
 
 func newSpanMaker(provider trace.TracerProvider) (m spanMaker) {
@@ -69,37 +69,37 @@ func newSpanMaker(provider trace.TracerProvider) (m spanMaker) {
 	return m
 }
 
-// spans are those of the messages of a page, by their place among those sent; nil if none of them is recorded.
+// spans are the spans of a page's messages, by index among the messages sent. It is nil if none of them is recorded.
 type spans map[int]trace.Span
 
-// start starts a span for each message whose trace is recorded, and makes the message carry it on.
+// start starts a span for each message whose trace is recorded, and puts the span's context into the message's headers.
 func (m spanMaker) start(ctx context.Context, messages []messaging.Message) (started spans) {
 	if m.tracer == nil {
 		return nil
 	}
 	for i := range messages {
-		one := &messages[i]
-		created := traceOf(ctx, one.Headers)
+		message := &messages[i]
+		created := traceOf(ctx, message.Headers)
 		if !trace.SpanContextFromContext(created).IsSampled() {
 			continue
 		}
-		publishing, span := m.tracer.Start(created, "publish "+one.Type, trace.WithSpanKind(trace.SpanKindProducer),
-			trace.WithAttributes(
-				attribute.String("messaging.system", "rabbitmq"), attribute.String("messaging.operation.type", "send"),
-				attribute.String("messaging.rabbitmq.destination.routing_key", one.Type),
-				attribute.String("messaging.message.id", one.ID.String())))
+		publishing, span := m.tracer.Start(created, "publish "+message.Type,
+			trace.WithSpanKind(trace.SpanKindProducer), trace.WithAttributes(
+				attribute.String("messaging.system", "rabbitmq"),
+				attribute.String("messaging.operation.type", "send"),
+				attribute.String("messaging.rabbitmq.destination.routing_key", message.Type),
+				attribute.String("messaging.message.id", message.ID.String())))
 		if started == nil {
 			started = spans{}
 		}
 		started[i] = span
-		// The row's own stay what they are: they may be published again, or parked.
-		one.Headers = maps.Clone(one.Headers)
-		propagation.TraceContext{}.Inject(publishing, propagation.MapCarrier(one.Headers))
+		message.Headers = maps.Clone(message.Headers) // keep the row's headers: it may be published again or parked
+		propagation.TraceContext{}.Inject(publishing, propagation.MapCarrier(message.Headers))
 	}
 	return started
 }
 
-// end ends the spans with the verdict on each, or all of them with the error that kept them from one.
+// end ends each span with its message's verdict. If all is not nil, there are no verdicts, and all spans end with it.
 func (s spans) end(verdicts []error, all error) {
 	for i, span := range s {
 		err := all

@@ -16,8 +16,8 @@ import (
 	"go.opentelemetry.io/otel/trace"
 )
 
-// Each try to publish a message is a span below the insert, with the verdict; the broker's copy carries on that span,
-// and the row stays as it was.
+// Each try to publish a message is a child span of the insert, with the verdict. The published copy carries that span's
+// context, and the row stays unchanged.
 func TestPublishingIsTraced(t *testing.T) {
 	t.Parallel()
 	db := testenv.Postgres(t)
@@ -31,8 +31,8 @@ func TestPublishingIsTraced(t *testing.T) {
 	call.End()
 	insert(t, db, "", "untraced")
 	var stored string
-	if err := db.QueryRow(t.Context(),
-		`SELECT headers ->> 'traceparent' FROM outbox WHERE headers <> '{}'`).Scan(&stored); err != nil {
+	const parentSQL = `SELECT headers ->> 'traceparent' FROM outbox WHERE headers <> '{}'`
+	if err := db.QueryRow(t.Context(), parentSQL).Scan(&stored); err != nil {
 		t.Fatal(err)
 	}
 	b := newBroker(0)
@@ -63,32 +63,31 @@ func TestPublishingIsTraced(t *testing.T) {
 	created := recorder.Ended()[0]
 	equal(t, "first to end", created.Name(), "create google.protobuf.StringValue")
 	equal(t, "above the insert", created.Parent().SpanID(), call.SpanContext().SpanID())
-	equal(t, "in the row", stored, "00-"+created.SpanContext().TraceID().String()+"-"+
-		created.SpanContext().SpanID().String()+"-01")
+	equal(t, "in the row", stored,
+		"00-"+created.SpanContext().TraceID().String()+"-"+created.SpanContext().SpanID().String()+"-01")
 	for i, want := range []codes.Code{codes.Error, codes.Unset} {
 		equal(t, "above the publishing", publishes[i].Parent().SpanID(), created.SpanContext().SpanID())
 		equal(t, "verdict", publishes[i].Status().Code, want)
 		equal(t, "kind", publishes[i].SpanKind(), trace.SpanKindProducer)
 	}
 	var after string
-	if err := db.QueryRow(t.Context(),
-		`SELECT headers ->> 'traceparent' FROM outbox WHERE headers <> '{}'`).Scan(&after); err != nil {
+	if err := db.QueryRow(t.Context(), parentSQL).Scan(&after); err != nil {
 		t.Fatal(err)
 	}
 	equal(t, "in the row afterwards", after, stored)
 }
 
-// Without a tracer, and for a message whose trace is not recorded, nothing is done and nothing changed.
+// Without a tracer, and for a message whose trace is not recorded, the relay makes no span and changes no header.
 func TestUntracedMessagesAreLeftAlone(t *testing.T) {
 	t.Parallel()
 	const notSampled = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00"
-	one := probe("", "x")
-	one.Headers = map[string]string{"traceparent": strings.Replace(notSampled, "-00", "-01", 1)}
-	equal(t, "spans without tracer", len(newSpanMaker(nil).start(t.Context(), []messaging.Message{one})), 0)
-	one.Headers["traceparent"] = notSampled
-	equal(t, "spans of what is not sampled", len(newSpanMaker(sdktrace.NewTracerProvider()).start(t.Context(),
-		[]messaging.Message{one})), 0)
-	equal(t, "header", one.Headers["traceparent"], notSampled)
+	message := probe("", "x")
+	message.Headers = map[string]string{"traceparent": strings.Replace(notSampled, "-00", "-01", 1)}
+	equal(t, "spans without tracer", len(newSpanMaker(nil).start(t.Context(), []messaging.Message{message})), 0)
+	message.Headers["traceparent"] = notSampled
+	spans := newSpanMaker(sdktrace.NewTracerProvider()).start(t.Context(), []messaging.Message{message})
+	equal(t, "spans of an unsampled message", len(spans), 0)
+	equal(t, "header", message.Headers["traceparent"], notSampled)
 }
 
 // A caller's trace cannot make a message invalid.

@@ -9,7 +9,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// AfterCommit's functions run once the change is visible, and only if it may be.
+// Transact calls AfterCommit's functions once the change is visible, and only if it may be visible.
 func TestAfterCommit(t *testing.T) {
 	t.Parallel()
 	db, faults := setup(t), new(losesCommit)
@@ -32,7 +32,7 @@ func TestAfterCommit(t *testing.T) {
 		t.Errorf("rolled back: %v, %d calls", err, calls)
 	}
 	if err := transact(1, nil); err != nil || calls != 1 {
-		t.Errorf("committed: %v, %d calls, want one: not that of the rollback on the same connection", err, calls)
+		t.Errorf("committed: %v, %d calls, want 1: the rolled back transaction's call must not run", err, calls)
 	}
 	faults.answer.Store(true)
 	if err := transact(2, nil); !errors.Is(err, ErrOutcomeUnknown) || calls != 2 {

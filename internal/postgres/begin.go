@@ -8,63 +8,62 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 )
 
-// beginning is a transaction whose BEGIN goes to Postgres in one batch with its first statement or batch, so that it
-// costs no round trip of its own. Before what cannot be part of a batch it begins by itself, and it never begins if
-// nothing is asked of it.
+// beginning is a transaction that sends BEGIN in one batch with its first statement or batch, which saves a round trip.
+// If the first call cannot be part of a batch, BEGIN is sent alone. An unused transaction never begins.
 type beginning struct {
 	pgx.Tx // nil until it has begun
 	conn   *pgx.Conn
-	// ctx is for the two methods that have none of their own.
+	// ctx is for the two methods that take no context.
 	ctx context.Context
-	// failed is why it has not begun. As after any statement that fails, nothing can be done in it any more.
+	// failed is why it has not begun. As after any failed statement, nothing can be done in it any more.
 	failed error
-	// over: committed or rolled back. Somebody else has the connection now, or soon.
+	// over means committed or rolled back. Another caller has the connection now, or soon will.
 	over bool
 }
 
-// send begins the transaction and sends statements along. The results that it returns are those of the statements
-// alone, and must be closed.
-func (t *beginning) send(ctx context.Context, statements ...*pgx.QueuedQuery) pgx.BatchResults {
+// send begins the transaction and sends statements in the same batch. It returns the results of the statements without
+// those of BEGIN. The caller must close them.
+func (b *beginning) send(ctx context.Context, statements ...*pgx.QueuedQuery) pgx.BatchResults {
 	var batch pgx.Batch
 	batch.BeginTx(pgx.TxOptions{IsoLevel: pgx.ReadCommitted})
-	if setting, _ := t.conn.PgConn().CustomData()[settingSQL].(string); setting != "" {
+	if setting, _ := b.conn.PgConn().CustomData()[settingSQL].(string); setting != "" {
 		batch.Queue(setting)
 	}
-	ours := batch.Len()
+	preamble := batch.Len()
 	batch.QueuedQueries = append(batch.QueuedQueries, statements...)
-	results := t.conn.SendBatch(ctx, &batch)
-	t.Tx = results.Tx()
-	for i := range ours {
-		if _, err := results.Exec(); err != nil && i == 0 { // an error is that of everything that follows
-			// BEGIN failed; or nothing was sent, since Postgres could not prepare the statement, or pgx not encode its
+	results := b.conn.SendBatch(ctx, &batch)
+	b.Tx = results.Tx()
+	for i := range preamble {
+		if _, err := results.Exec(); err != nil && i == 0 { // all later results return the same error
+			// BEGIN failed, or nothing was sent: Postgres could not prepare a statement, or pgx could not encode its
 			// arguments.
-			t.failed = fmt.Errorf("the transaction has not begun: %w", err)
+			b.failed = fmt.Errorf("the transaction has not begun: %w", err)
 		}
 	}
 	return results
 }
 
-// begun begins the transaction, unless it has begun.
-func (t *beginning) begun(ctx context.Context) (pgx.Tx, error) {
-	if t.Tx == nil {
-		if err := t.send(ctx).Close(); err != nil && t.failed == nil {
+// begun begins the transaction if it has not begun.
+func (b *beginning) begun(ctx context.Context) (pgx.Tx, error) {
+	if b.Tx == nil {
+		if err := b.send(ctx).Close(); err != nil && b.failed == nil {
 			return nil, fmt.Errorf("begin: %w", err)
 		}
 	}
-	return t.Tx, t.failed
+	return b.Tx, b.failed
 }
 
-// ended closes a transaction that has not begun, or whose COMMIT went past pgx' own.
-func (t *beginning) ended() {
-	t.over = true
+// ended closes a transaction that has not begun, or that was committed without pgx's Commit.
+func (b *beginning) ended() {
+	b.over = true
 	var batch pgx.Batch
 	batch.BeginTx(pgx.TxOptions{})
-	t.Tx = pgx.FailedBatchResults(&batch, pgx.ErrTxClosed).Tx()
+	b.Tx = pgx.FailedBatchResults(&batch, pgx.ErrTxClosed).Tx()
 }
 
-// isFirst tells whether a statement is to be sent with BEGIN. One with options for pgx cannot be.
-func (t *beginning) isFirst(sql string, args []any) bool {
-	if t.Tx != nil || sql == "" {
+// isFirst reports whether to send a statement with BEGIN. A statement with options for pgx cannot be sent that way.
+func (b *beginning) isFirst(sql string, args []any) bool {
+	if b.Tx != nil || sql == "" {
 		return false
 	}
 	if len(args) == 0 {
@@ -78,17 +77,17 @@ func (t *beginning) isFirst(sql string, args []any) bool {
 }
 
 // Exec implements pgx.Tx.
-func (t *beginning) Exec(ctx context.Context, sql string, args ...any) (pgconn.CommandTag, error) {
-	// Without arguments it may be several statements, which only Exec can send.
-	if t.isFirst(sql, args) && len(args) > 0 {
-		results := t.send(ctx, &pgx.QueuedQuery{SQL: sql, Arguments: args})
+func (b *beginning) Exec(ctx context.Context, sql string, args ...any) (pgconn.CommandTag, error) {
+	// Without arguments sql may be several statements, which only Exec can send.
+	if b.isFirst(sql, args) && len(args) > 0 {
+		results := b.send(ctx, &pgx.QueuedQuery{SQL: sql, Arguments: args})
 		tag, err := results.Exec()
 		if closed := results.Close(); err == nil {
 			err = closed
 		}
 		return tag, err
 	}
-	tx, err := t.begun(ctx)
+	tx, err := b.begun(ctx)
 	if err != nil {
 		return pgconn.CommandTag{}, err
 	}
@@ -96,9 +95,9 @@ func (t *beginning) Exec(ctx context.Context, sql string, args ...any) (pgconn.C
 }
 
 // Query implements pgx.Tx.
-func (t *beginning) Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error) {
-	if t.isFirst(sql, args) {
-		results := t.send(ctx, &pgx.QueuedQuery{SQL: sql, Arguments: args})
+func (b *beginning) Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error) {
+	if b.isFirst(sql, args) {
+		results := b.send(ctx, &pgx.QueuedQuery{SQL: sql, Arguments: args})
 		rows, err := results.Query()
 		if err != nil {
 			_ = results.Close()
@@ -106,7 +105,7 @@ func (t *beginning) Query(ctx context.Context, sql string, args ...any) (pgx.Row
 		}
 		return &firstRows{Rows: rows, results: results}, nil
 	}
-	tx, err := t.begun(ctx)
+	tx, err := b.begun(ctx)
 	if err != nil {
 		rows, _ := pgx.FailedBatchResults(new(pgx.Batch), err).Query()
 		return rows, err
@@ -115,12 +114,12 @@ func (t *beginning) Query(ctx context.Context, sql string, args ...any) (pgx.Row
 }
 
 // QueryRow implements pgx.Tx.
-func (t *beginning) QueryRow(ctx context.Context, sql string, args ...any) pgx.Row {
-	if t.isFirst(sql, args) {
-		results := t.send(ctx, &pgx.QueuedQuery{SQL: sql, Arguments: args})
+func (b *beginning) QueryRow(ctx context.Context, sql string, args ...any) pgx.Row {
+	if b.isFirst(sql, args) {
+		results := b.send(ctx, &pgx.QueuedQuery{SQL: sql, Arguments: args})
 		return &firstRow{Row: results.QueryRow(), results: results}
 	}
-	tx, err := t.begun(ctx)
+	tx, err := b.begun(ctx)
 	if err != nil {
 		return pgx.FailedBatchResults(new(pgx.Batch), err).QueryRow()
 	}
@@ -128,11 +127,11 @@ func (t *beginning) QueryRow(ctx context.Context, sql string, args ...any) pgx.R
 }
 
 // SendBatch implements pgx.Tx.
-func (t *beginning) SendBatch(ctx context.Context, batch *pgx.Batch) pgx.BatchResults {
-	if t.Tx == nil && batch.Len() > 0 {
-		return firstResults{t.send(ctx, batch.QueuedQueries...)}
+func (b *beginning) SendBatch(ctx context.Context, batch *pgx.Batch) pgx.BatchResults {
+	if b.Tx == nil && batch.Len() > 0 {
+		return firstResults{b.send(ctx, batch.QueuedQueries...)}
 	}
-	tx, err := t.begun(ctx)
+	tx, err := b.begun(ctx)
 	if err != nil {
 		return pgx.FailedBatchResults(batch, err)
 	}
@@ -140,10 +139,10 @@ func (t *beginning) SendBatch(ctx context.Context, batch *pgx.Batch) pgx.BatchRe
 }
 
 // CopyFrom implements pgx.Tx.
-func (t *beginning) CopyFrom(
+func (b *beginning) CopyFrom(
 	ctx context.Context, table pgx.Identifier, columns []string, source pgx.CopyFromSource,
 ) (int64, error) {
-	tx, err := t.begun(ctx)
+	tx, err := b.begun(ctx)
 	if err != nil {
 		return 0, err
 	}
@@ -151,8 +150,8 @@ func (t *beginning) CopyFrom(
 }
 
 // Prepare implements pgx.Tx.
-func (t *beginning) Prepare(ctx context.Context, name, sql string) (*pgconn.StatementDescription, error) {
-	tx, err := t.begun(ctx)
+func (b *beginning) Prepare(ctx context.Context, name, sql string) (*pgconn.StatementDescription, error) {
+	tx, err := b.begun(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -160,8 +159,8 @@ func (t *beginning) Prepare(ctx context.Context, name, sql string) (*pgconn.Stat
 }
 
 // Begin implements pgx.Tx: it makes a savepoint.
-func (t *beginning) Begin(ctx context.Context) (pgx.Tx, error) {
-	tx, err := t.begun(ctx)
+func (b *beginning) Begin(ctx context.Context) (pgx.Tx, error) {
+	tx, err := b.begun(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -169,53 +168,53 @@ func (t *beginning) Begin(ctx context.Context) (pgx.Tx, error) {
 }
 
 // LargeObjects implements pgx.Tx.
-func (t *beginning) LargeObjects() pgx.LargeObjects {
-	tx, _ := t.begun(t.ctx) // if it fails, so does all that is done with them
+func (b *beginning) LargeObjects() pgx.LargeObjects {
+	tx, _ := b.begun(b.ctx) // if it fails, every call on the large objects fails too
 	return tx.LargeObjects()
 }
 
-// Conn implements pgx.Tx. What is done past the transaction is part of it all the same, so it begins.
-func (t *beginning) Conn() *pgx.Conn {
-	if _, err := t.begun(t.ctx); err != nil && !t.over && t.conn.PgConn().TxStatus() == 'I' {
-		_ = t.conn.Close(t.ctx) // what is done with it now would stay
+// Conn implements pgx.Tx. It begins the transaction, because statements sent directly on the connection are part of it.
+func (b *beginning) Conn() *pgx.Conn {
+	if _, err := b.begun(b.ctx); err != nil && !b.over && b.conn.PgConn().TxStatus() == 'I' {
+		_ = b.conn.Close(b.ctx) // statements on it would commit on their own
 	}
-	return t.conn
+	return b.conn
 }
 
 // Commit implements pgx.Tx.
-func (t *beginning) Commit(ctx context.Context) error {
-	defer func() { t.over = true }()
+func (b *beginning) Commit(ctx context.Context) error {
+	defer func() { b.over = true }()
 	switch {
-	case t.Tx == nil:
-		t.ended()
+	case b.Tx == nil:
+		b.ended()
 		return nil
-	case t.failed != nil:
-		return fmt.Errorf("%w: %w", pgx.ErrTxCommitRollback, t.failed)
+	case b.failed != nil:
+		return fmt.Errorf("%w: %w", pgx.ErrTxCommitRollback, b.failed)
 	}
-	return t.Tx.Commit(ctx)
+	return b.Tx.Commit(ctx)
 }
 
 // Rollback implements pgx.Tx.
-func (t *beginning) Rollback(ctx context.Context) error {
-	defer func() { t.over = true }()
-	if t.Tx == nil {
-		t.ended()
+func (b *beginning) Rollback(ctx context.Context) error {
+	defer func() { b.over = true }()
+	if b.Tx == nil {
+		b.ended()
 		return nil
 	}
-	return t.Tx.Rollback(ctx)
+	return b.Tx.Rollback(ctx)
 }
 
-// firstResults are those of a batch that was sent with BEGIN.
+// firstResults are the results of a batch that was sent with BEGIN.
 type firstResults struct{ pgx.BatchResults }
 
-// Tx implements pgx.BatchResults: the caller's batch begins none.
+// Tx implements pgx.BatchResults. The caller's batch begins no transaction.
 func (r firstResults) Tx() pgx.Tx { return nil }
 
-// firstRows are the answer to a statement that was sent with BEGIN. The batch ends with them.
+// firstRows are the rows of a statement that was sent with BEGIN. Closing them closes the batch.
 type firstRows struct {
 	pgx.Rows
 	results pgx.BatchResults
-	err     error // of the batch
+	err     error // from closing the batch
 }
 
 // Next implements pgx.Rows.
@@ -230,7 +229,7 @@ func (r *firstRows) Next() bool {
 // Close implements pgx.Rows.
 func (r *firstRows) Close() {
 	r.Rows.Close()
-	r.err = r.results.Close() // more often than once it does nothing
+	r.err = r.results.Close() // a second call does nothing
 }
 
 // Err implements pgx.Rows.
@@ -241,7 +240,7 @@ func (r *firstRows) Err() error {
 	return r.err
 }
 
-// firstRow is the only one.
+// firstRow is the row of a QueryRow that was sent with BEGIN.
 type firstRow struct {
 	pgx.Row
 	results pgx.BatchResults

@@ -13,7 +13,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// firsts are all the ways in which a transaction can begin. Each inserts one row into t.
+// firsts are all the calls with which a transaction can begin. Each inserts one row into t.
 var firsts = map[string]func(ctx context.Context, tx pgx.Tx) error{
 	"Exec": func(ctx context.Context, tx pgx.Tx) error {
 		_, err := tx.Exec(ctx, `INSERT INTO t VALUES ($1)`, 1)
@@ -40,8 +40,9 @@ var firsts = map[string]func(ctx context.Context, tx pgx.Tx) error{
 		return err
 	},
 	"QueryLeftEarly": func(ctx context.Context, tx pgx.Tx) error {
-		rows, err := tx.Query(ctx,
-			`WITH one AS (INSERT INTO t VALUES (1) RETURNING n) SELECT n FROM one, generate_series(1, 10000)`)
+		rows, err := tx.Query(ctx, `
+			WITH inserted AS (INSERT INTO t VALUES (1) RETURNING n)
+			SELECT n FROM inserted, generate_series(1, 10000)`)
 		if err != nil {
 			return err
 		}
@@ -52,8 +53,7 @@ var firsts = map[string]func(ctx context.Context, tx pgx.Tx) error{
 		return rows.Err()
 	},
 	"QueryWithOption": func(ctx context.Context, tx pgx.Tx) error {
-		rows, err := tx.Query(ctx, `INSERT INTO t VALUES ($1) RETURNING n`, pgx.QueryResultFormats{pgx.TextFormatCode},
-			1)
+		rows, err := tx.Query(ctx, `INSERT INTO t VALUES ($1) RETURNING n`, pgx.QueryResultFormats{pgx.TextFormatCode}, 1)
 		if err != nil {
 			return err
 		}
@@ -77,8 +77,9 @@ var firsts = map[string]func(ctx context.Context, tx pgx.Tx) error{
 	},
 	"SendBatchAndRead": func(ctx context.Context, tx pgx.Tx) error {
 		var batch pgx.Batch
-		batch.Queue(`INSERT INTO t VALUES ($1) RETURNING n`,
-			1).QueryRow(func(row pgx.Row) error { return row.Scan(new(int)) })
+		batch.Queue(`INSERT INTO t VALUES ($1) RETURNING n`, 1).QueryRow(func(row pgx.Row) error {
+			return row.Scan(new(int))
+		})
 		batch.Queue(`SELECT n FROM t WHERE n = $1`, 1)
 		results := tx.SendBatch(ctx, &batch)
 		var n int
@@ -121,22 +122,21 @@ var firsts = map[string]func(ctx context.Context, tx pgx.Tx) error{
 	},
 }
 
-// However a transaction begins, what it begins with is part of it, and its connection can be used again.
+// Whichever call begins a transaction is part of it, and the connection can be reused afterwards.
 func TestHoweverATransactionBegins(t *testing.T) {
 	t.Parallel()
 	for _, mode := range []string{"cache_statement", "cache_describe", "describe_exec", "exec", "simple_protocol"} {
 		t.Run(mode, func(t *testing.T) {
 			t.Parallel()
-			db := open(t, Config{URL: testenv.With(t, setup(t).Config().ConnString(), "default_query_exec_mode", mode),
-				MaxConns: 1})
+			url := testenv.With(t, setup(t).Config().ConnString(), "default_query_exec_mode", mode)
+			db := open(t, Config{URL: url, MaxConns: 1})
 			for name, first := range firsts {
 				if mode == "simple_protocol" && name == "CopyFrom" {
-					continue // pgx itself wants a prepared statement for it
+					continue // pgx itself needs a prepared statement for it
 				}
 				for range 2 { // the second time everything is prepared
 					err := Transact(t.Context(), db, func(tx pgx.Tx) error {
-						return errors.Join(first(t.Context(), tx),
-							errProbe)
+						return errors.Join(first(t.Context(), tx), errProbe)
 					})
 					if err == nil || err.Error() != errProbe.Error() {
 						t.Errorf("%s, rolled back: %v", name, err)
@@ -147,12 +147,12 @@ func TestHoweverATransactionBegins(t *testing.T) {
 							return err
 						}
 						if got := Prepares(tx.Conn()); got != (mode == "cache_statement") {
-							t.Errorf("it is said of its connection that it prepares: %t", got)
+							t.Errorf("Prepares returned %t", got)
 						}
 						var timeout string
-						if err := tx.QueryRow(t.Context(), `SELECT current_setting($1)`,
-							"idle_in_transaction_session_timeout").Scan(&timeout); err != nil || timeout != "1min" {
-							t.Errorf("%s: it may stand still for %q (%v)", name, timeout, err)
+						row := tx.QueryRow(t.Context(), `SELECT current_setting($1)`, "idle_in_transaction_session_timeout")
+						if err := row.Scan(&timeout); err != nil || timeout != "1min" {
+							t.Errorf("%s: the idle timeout is %q (%v)", name, timeout, err)
 						}
 						return nil
 					})
@@ -164,13 +164,13 @@ func TestHoweverATransactionBegins(t *testing.T) {
 				}
 			}
 			if n := db.Stat().NewConnsCount(); n != 1 {
-				t.Errorf("%d connections were made: one was not fit to be used again", n)
+				t.Errorf("%d connections were made: one could not be reused", n)
 			}
 		})
 	}
 }
 
-// countsWrites makes connections that count what is sent.
+// countsWrites makes connections that count their writes.
 type countsWrites struct{ n atomic.Int64 }
 
 func (c *countsWrites) dial(ctx context.Context, network, address string) (net.Conn, error) {
@@ -192,7 +192,7 @@ func TestBeginAndDeferredCostNoRoundTrip(t *testing.T) {
 	t.Parallel()
 	writes := new(countsWrites)
 	db := alter(t, setup(t), func(c *pgxpool.Config) { c.ConnConfig.DialFunc, c.MaxConns = writes.dial, 1 })
-	for name, one := range map[string]struct {
+	for name, test := range map[string]struct {
 		fn   func(tx pgx.Tx) error
 		want int64
 	}{
@@ -205,18 +205,17 @@ func TestBeginAndDeferredCostNoRoundTrip(t *testing.T) {
 		for _, prepared := range []bool{false, true} {
 			exec(t, db, `TRUNCATE t`)
 			before := writes.n.Load()
-			if err := Transact(t.Context(), db, one.fn); err != nil {
+			if err := Transact(t.Context(), db, test.fn); err != nil {
 				t.Fatal(err)
 			}
-			if n := writes.n.Load() - before; prepared && n != one.want {
-				t.Errorf("%s: %d times something was sent, want %d", name, n, one.want)
+			if n := writes.n.Load() - before; prepared && n != test.want {
+				t.Errorf("%s: %d writes, want %d", name, n, test.want)
 			}
 		}
 	}
 }
 
-// A transaction whose first statement fails is over, as with any other statement, although its BEGIN may never have
-// been sent.
+// If the first statement fails, the transaction has failed, as with any other statement, even if BEGIN was never sent.
 func TestTransactionsThatDoNotBegin(t *testing.T) {
 	t.Parallel()
 	for name, first := range map[string]func(ctx context.Context, tx pgx.Tx) error{
@@ -257,13 +256,13 @@ func TestTransactionsThatDoNotBegin(t *testing.T) {
 			exec(t, db, `INSERT INTO t VALUES (7)`)
 			err := Transact(t.Context(), db, func(tx pgx.Tx) error {
 				if err := first(t.Context(), tx); err == nil || strings.Contains(err.Error(), "not begun") {
-					t.Errorf("the statement: %v", err)
+					t.Errorf("first statement: %v", err)
 				}
 				if err := insert(t, 1)(tx); err == nil {
-					t.Error("it goes on after an error")
+					t.Error("a later statement succeeded")
 				}
 				_ = deferring(2)(tx)
-				_, _ = tx.Conn().Exec(t.Context(), `INSERT INTO t VALUES (3)`) // past the transaction
+				_, _ = tx.Conn().Exec(t.Context(), `INSERT INTO t VALUES (3)`) // directly on the connection
 				return nil
 			})
 			if !errors.Is(err, pgx.ErrTxCommitRollback) || errors.Is(err, ErrOutcomeUnknown) {
@@ -275,7 +274,7 @@ func TestTransactionsThatDoNotBegin(t *testing.T) {
 			}
 		})
 	}
-	t.Run("away", func(t *testing.T) {
+	t.Run("database down", func(t *testing.T) {
 		t.Parallel()
 		db := setup(t)
 		for name, first := range firsts {
@@ -284,10 +283,10 @@ func TestTransactionsThatDoNotBegin(t *testing.T) {
 			if err := lonely.QueryRow(t.Context(), `SELECT pg_backend_pid()`).Scan(&pid); err != nil {
 				t.Fatal(err)
 			}
-			// The pool takes a connection that was in use a moment ago as it is.
+			// The pool does not check a connection that was in use a moment ago.
 			exec(t, db, `SELECT pg_terminate_backend($1, 5000)`, pid)
 			err := Transact(t.Context(), lonely, func(tx pgx.Tx) error { return first(t.Context(), tx) })
-			// Which can only say that they are closed.
+			// LargeObjects can only return that they are closed.
 			if errors.Is(err, ErrOutcomeUnknown) || !errors.Is(err, ErrUnavailable) && name != "LargeObjects" {
 				t.Errorf("%s: got error %v", name, err)
 			}
@@ -296,7 +295,8 @@ func TestTransactionsThatDoNotBegin(t *testing.T) {
 	})
 }
 
-// Nobody works on a connection that was given back, and nobody else ends the transaction.
+// A transaction that has ended does not use its connection, which another caller may have. A statement cannot end the
+// transaction unnoticed.
 func TestTransactionsEndOnce(t *testing.T) {
 	t.Parallel()
 	for name, fn := range map[string]func(tx pgx.Tx) error{
@@ -304,11 +304,7 @@ func TestTransactionsEndOnce(t *testing.T) {
 		"statement": insert(t, 1),
 		"undone":    func(pgx.Tx) error { return errProbe },
 		"deferred":  func(tx pgx.Tx) error { return errors.Join(insert(t, 1)(tx), deferring(2)(tx)) },
-		"failed": func(tx pgx.Tx) error {
-			_, err := tx.Exec(t.Context(), `SELECT $1::int FROM nowhere`,
-				1)
-			return err
-		},
+		"failed":    func(tx pgx.Tx) error { _, err := tx.Exec(t.Context(), `SELECT $1::int FROM nowhere`, 1); return err },
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -317,9 +313,9 @@ func TestTransactionsEndOnce(t *testing.T) {
 			_ = Transact(t.Context(), db, func(tx pgx.Tx) error { left = tx; return fn(tx) })
 			exec(t, db, `TRUNCATE t`)
 			for first, use := range firsts {
-				if first != "Conn" { // which does not ask pgx' transaction
+				if first != "Conn" { // it bypasses pgx' transaction
 					if err := use(t.Context(), left); err == nil {
-						t.Errorf("%s: used afterwards", first)
+						t.Errorf("%s: succeeded after the end", first)
 					}
 				}
 			}
@@ -341,7 +337,9 @@ func TestTransactionsEndOnce(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			db := setup(t)
-			err := Transact(t.Context(), db, func(tx pgx.Tx) error { return errors.Join(end(tx), deferring(2)(tx)) })
+			err := Transact(t.Context(), db, func(tx pgx.Tx) error {
+				return errors.Join(end(tx), deferring(2)(tx))
+			})
 			if !errors.Is(err, ErrOutcomeUnknown) {
 				t.Errorf("got error %v", err)
 			}

@@ -9,17 +9,17 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 )
 
-// Deferred makes statements of values that were added in the course of a transaction, and sends them together with its
-// COMMIT: they cost no round trip of their own, and the locks that they take are held for the shortest time there is.
+// Deferred collects values during a transaction, turns them into statements and sends those together with COMMIT. The
+// statements cost no extra round trip, and they hold their locks for the shortest possible time.
 type Deferred[T any] struct {
-	// Queue is called right before COMMIT on conn with all that was added, in its order. It must not fail: what it
-	// queues may, and then nothing is committed.
+	// Queue is called right before COMMIT on conn, with all values in the order in which they were added. It cannot
+	// fail, but the statements that it queues can; then nothing is committed.
 	Queue func(conn *pgx.Conn, batch *pgx.Batch, values []T)
 }
 
-// Add adds values to tx. They share the fate of a statement that tx ran at this moment: a savepoint that is rolled back
-// takes them along, one that is released or left open keeps them. Add returns false if tx does not come from Transact,
-// and pgx.ErrTxClosed if tx has ended.
+// Add adds values to tx. They behave like a statement that tx runs at this moment: rolling back a savepoint discards
+// them, and releasing it or leaving it open keeps them. Add returns false if tx does not come from Transact, and
+// pgx.ErrTxClosed if tx has ended.
 func (d *Deferred[T]) Add(tx pgx.Tx, values ...T) (bool, error) {
 	t, ok := tx.(*transaction)
 	if !ok {
@@ -36,9 +36,9 @@ func (d *Deferred[T]) Add(tx pgx.Tx, values ...T) (bool, error) {
 
 func (d *Deferred[T]) queue(conn *pgx.Conn, batch *pgx.Batch, all []deferredValue) {
 	values := make([]T, 0, len(all))
-	for _, one := range all {
-		if one.of == d {
-			values = append(values, one.value.(T))
+	for _, added := range all {
+		if added.of == d {
+			values = append(values, added.value.(T))
 		}
 	}
 	d.Queue(conn, batch, values)
@@ -51,7 +51,7 @@ type deferredValue struct {
 	value any
 }
 
-// pending is what waits for the end of a transaction. There is one for the transaction and all of its savepoints.
+// pending is the work that waits for the end of a transaction. A transaction and all its savepoints share one.
 type pending struct {
 	deferred []deferredValue
 	// after are the functions of AfterCommit.
@@ -60,34 +60,35 @@ type pending struct {
 	confirm bool
 }
 
-// since returns a function that forgets what is added from now on, as ROLLBACK TO SAVEPOINT does with rows.
+// since returns a function that forgets everything added after this call, as ROLLBACK TO SAVEPOINT does with rows.
 func (p *pending) since() (forget func()) {
 	deferred, after := len(p.deferred), len(p.after)
 	return func() {
-		// An outer savepoint may have been rolled back before, and then less is left.
+		// There may be fewer entries now, because an outer savepoint was rolled back.
 		p.deferred = p.deferred[:min(deferred, len(p.deferred))]
 		p.after = p.after[:min(after, len(p.after))]
 	}
 }
 
-// transaction is what Transact hands to its function, or a savepoint in it.
+// transaction is the transaction that Transact passes to its function, or a savepoint in it.
 type transaction struct {
 	pgx.Tx
 	pending *pending
-	// Of a savepoint, wherever it was made: the transaction that it is in, and what forgets what was added since.
+	// root and forget are set only in a savepoint, however deeply it is nested: root is the transaction that contains it,
+	// and forget discards everything added since the savepoint was made.
 	root   *transaction
 	forget func()
 	ended  bool
 }
 
-// open tells whether pgx still takes statements for t. It does so for a savepoint within one that has ended.
+// open reports whether pgx still accepts statements for t. pgx accepts them for a savepoint inside one that has ended.
 func (t *transaction) open() bool { return !t.ended && (t.root == nil || !t.root.ended) }
 
 // Begin makes a savepoint.
 func (t *transaction) Begin(ctx context.Context) (pgx.Tx, error) {
 	savepoint, err := t.savepoint(ctx)
 	if err != nil {
-		return nil, err // and no transaction that is nil in an interface that is not
+		return nil, err // a nil *transaction would make a non-nil interface
 	}
 	return savepoint, nil
 }
@@ -100,7 +101,7 @@ func (t *transaction) savepoint(ctx context.Context) (*transaction, error) {
 	return &transaction{Tx: savepoint, pending: t.pending, root: cmp.Or(t.root, t), forget: t.pending.since()}, nil
 }
 
-// Rollback undoes a savepoint, and forgets what was added since it was made; or it ends the transaction.
+// Rollback undoes a savepoint and forgets everything added since it was made, or it ends the transaction.
 func (t *transaction) Rollback(ctx context.Context) error {
 	err := t.Tx.Rollback(ctx)
 	if t.root == nil {
@@ -108,16 +109,17 @@ func (t *transaction) Rollback(ctx context.Context) error {
 		return err
 	}
 	if errors.Is(err, pgx.ErrTxClosed) {
-		return err // as in the deferred Rollback behind a Commit
+		return err // as in a deferred Rollback after a Commit
 	}
 	t.ended = true
 	if err == nil {
 		t.forget()
 		return nil
 	}
-	// Nothing was undone, such as when an outer savepoint had taken this one along. An aborted transaction undoes it yet.
+	// Nothing was undone, for example because rolling back an outer savepoint removed this one. An aborted transaction
+	// will still undo it.
 	if !t.Conn().IsClosed() && t.Conn().PgConn().TxStatus() != 'E' {
-		_ = t.Conn().Close(ctx) // or the transaction could still commit what should have been undone
+		_ = t.Conn().Close(ctx) // otherwise the transaction could commit changes that should have been undone
 	}
 	return err
 }
@@ -130,16 +132,16 @@ func (t *transaction) Commit(ctx context.Context) error {
 	}
 	begun, first := t.Tx.(*beginning)
 	if first && len(t.pending.deferred) > 0 {
-		_, _ = begun.begun(ctx) // if nothing else has; an error is Commit's below
+		_, _ = begun.begun(ctx) // unless a statement has begun it; the Commit below returns the error
 	}
 	var batch pgx.Batch
 	t.queue(&batch)
-	// Without anything to send along, or with a transaction that cannot be committed, pgx knows what to do.
+	// If there is nothing to send with COMMIT, or the transaction cannot be committed, leave it to pgx.
 	if batch.Len() == 0 || first && begun.Tx == nil || t.Conn().PgConn().TxStatus() != 'T' {
 		return t.Tx.Commit(ctx)
 	}
 	conn := t.Conn()
-	// If a statement fails, Postgres skips what follows it in the batch, and with it COMMIT.
+	// If a statement fails, Postgres skips the rest of the batch, including COMMIT.
 	batch.Queue("commit").Exec(func(tag pgconn.CommandTag) error {
 		if tag.String() == "ROLLBACK" {
 			return pgx.ErrTxCommitRollback
@@ -156,17 +158,17 @@ func (t *transaction) Commit(ctx context.Context) error {
 	return err
 }
 
-// queue queues what is to be sent along with COMMIT.
+// queue adds the statements that are sent with COMMIT to the batch.
 func (t *transaction) queue(batch *pgx.Batch) {
 	all := t.pending.deferred
 	queued := make(map[any]bool, 1)
-	for _, one := range all {
-		if !queued[one.of] {
-			queued[one.of] = true
-			one.of.queue(t.Conn(), batch, all)
+	for _, added := range all {
+		if !queued[added.of] {
+			queued[added.of] = true
+			added.of.queue(t.Conn(), batch, all)
 		}
 	}
-	if t.pending.confirm && len(all) == 0 { // deferred statements write, and COMMIT waits for the standby by itself
+	if t.pending.confirm && len(all) == 0 { // deferred statements write, so COMMIT waits for the standby anyway
 		batch.Queue(confirmSQL)
 	}
 }

@@ -10,7 +10,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// numbers are inserted into t, all in one statement. Those below zero are refused.
+// numbers inserts its values into t in one statement, which fails if a value is negative.
 var numbers = Deferred[int]{Queue: func(_ *pgx.Conn, batch *pgx.Batch, values []int) {
 	batch.Queue(`INSERT INTO t SELECT sqrt(n) * sqrt(n) FROM unnest($1::int[]) AS n`, values)
 }}
@@ -27,7 +27,7 @@ func deferring(values ...int) func(tx pgx.Tx) error {
 
 func TestDeferred(t *testing.T) {
 	t.Parallel()
-	// A savepoint of Begin, and one of Join: what is added in it shares its fate.
+	// nested and joined add values in a savepoint, made by Begin and by Join. The values share its fate.
 	nested := func(tx pgx.Tx, undo bool, values ...int) error {
 		savepoint, err := tx.Begin(t.Context())
 		if err != nil {
@@ -50,32 +50,28 @@ func TestDeferred(t *testing.T) {
 		}
 		return nil
 	}
-	for name, one := range map[string]struct {
+	for name, test := range map[string]struct {
 		fn   func(db *pgxpool.Pool, tx pgx.Tx) error
 		want error
 		rows []int
 	}{
 		"commit": {func(_ *pgxpool.Pool, tx pgx.Tx) error {
-			return errors.Join(deferring(1, 2)(tx),
-				deferring(3)(tx))
+			return errors.Join(deferring(1, 2)(tx), deferring(3)(tx))
 		}, nil, []int{1, 2, 3}},
-		"rollback": {func(_ *pgxpool.Pool, tx pgx.Tx) error { return errors.Join(deferring(1)(tx), errProbe) },
-			errProbe, nil},
+		"rollback": {func(_ *pgxpool.Pool, tx pgx.Tx) error {
+			return errors.Join(deferring(1)(tx), errProbe)
+		}, errProbe, nil},
 		"refused": {func(_ *pgxpool.Pool, tx pgx.Tx) error {
-			return errors.Join(insert(t, 1)(tx),
-				deferring(-1)(tx))
+			return errors.Join(insert(t, 1)(tx), deferring(-1)(tx))
 		}, new(pgconn.PgError), nil},
 		"savepoint": {func(_ *pgxpool.Pool, tx pgx.Tx) error {
-			return errors.Join(nested(tx, false, 1),
-				deferring(2)(tx))
+			return errors.Join(nested(tx, false, 1), deferring(2)(tx))
 		}, nil, []int{1, 2}},
 		"savepoint undone": {func(_ *pgxpool.Pool, tx pgx.Tx) error {
-			return errors.Join(nested(tx, true, 1),
-				deferring(2)(tx))
+			return errors.Join(nested(tx, true, 1), deferring(2)(tx))
 		}, nil, []int{2}},
 		"join": {func(db *pgxpool.Pool, tx pgx.Tx) error {
-			return errors.Join(joined(db, tx, nil, 1),
-				deferring(2)(tx))
+			return errors.Join(joined(db, tx, nil, 1), deferring(2)(tx))
 		}, nil, []int{1, 2}},
 		"join that fails": {func(db *pgxpool.Pool, tx pgx.Tx) error {
 			return errors.Join(joined(db, tx, errProbe, 1), deferring(2)(tx))
@@ -84,41 +80,41 @@ func TestDeferred(t *testing.T) {
 			_, _ = tx.Exec(t.Context(), `SELECT 1 / 0`)
 			return deferring(1)(tx)
 		}, pgx.ErrTxCommitRollback, nil},
-		"refused and undone": {func(_ *pgxpool.Pool,
-			tx pgx.Tx) error {
+		"refused and undone": {func(_ *pgxpool.Pool, tx pgx.Tx) error {
 			return errors.Join(nested(tx, true, -1), deferring(2)(tx))
 		}, nil, []int{2}},
 		"nothing was deferred": {func(_ *pgxpool.Pool, tx pgx.Tx) error { return insert(t, 1)(tx) }, nil, []int{1}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			// What is left on a connection would show.
+			// One connection, so that leftovers on it would show.
 			db := alter(t, setup(t), func(c *pgxpool.Config) { c.MaxConns = 1 })
 			for range 2 {
 				exec(t, db, `TRUNCATE t`)
-				err := Transact(t.Context(), db, func(tx pgx.Tx) error { return one.fn(db, tx) })
+				err := Transact(t.Context(), db, func(tx pgx.Tx) error { return test.fn(db, tx) })
 				var refused *pgconn.PgError
-				if !errors.Is(err, one.want) && !(errors.As(one.want, &refused) && errors.As(err, &refused)) {
-					t.Errorf("got error %v, want %v", err, one.want)
+				if !errors.Is(err, test.want) && !(errors.As(test.want, &refused) && errors.As(err, &refused)) {
+					t.Errorf("got error %v, want %v", err, test.want)
 				}
 				rows, err := db.Query(t.Context(), `SELECT n FROM t ORDER BY n`)
 				if err != nil {
 					t.Fatal(err)
 				}
 				got, err := pgx.CollectRows(rows, pgx.RowTo[int])
-				if err != nil || !slices.Equal(got, one.rows) {
-					t.Errorf("got rows %v, %v, want %v", got, err, one.rows)
+				if err != nil || !slices.Equal(got, test.rows) {
+					t.Errorf("got rows %v, %v, want %v", got, err, test.rows)
 				}
 			}
-			wantRows(t, db, len(one.rows))
+			wantRows(t, db, len(test.rows))
 			if n := db.Stat().NewConnsCount(); n != 1 {
-				t.Errorf("%d connections were made: one was not fit to be used again", n)
+				t.Errorf("%d connections were made: one could not be reused", n)
 			}
 		})
 	}
 }
 
-// It ends like any COMMIT: what nobody knows is said to be unknown, and a conflict is tried again.
+// A COMMIT with deferred statements ends like any other: an unknown outcome is reported as such, and conflicts are
+// retried.
 func TestDeferredCommitEndsLikeAnyOther(t *testing.T) {
 	t.Parallel()
 	t.Run("AnswerLost", func(t *testing.T) {
@@ -126,8 +122,8 @@ func TestDeferredCommitEndsLikeAnyOther(t *testing.T) {
 		db, faults := setup(t), new(losesCommit)
 		lossy := alter(t, db, func(c *pgxpool.Config) { c.ConnConfig.DialFunc = faults.dial })
 		faults.answer.Store(true)
-		if err := Transact(t.Context(), lossy, deferring(1)); !errors.Is(err, ErrOutcomeUnknown) ||
-			errors.Is(err, ErrUnavailable) {
+		err := Transact(t.Context(), lossy, deferring(1))
+		if !errors.Is(err, ErrOutcomeUnknown) || errors.Is(err, ErrUnavailable) {
 			t.Errorf("got error %v", err)
 		}
 		wantRows(t, db, 1)
@@ -143,10 +139,11 @@ func TestDeferredCommitEndsLikeAnyOther(t *testing.T) {
 	t.Run("DiskFull", func(t *testing.T) {
 		t.Parallel()
 		db := setup(t)
-		exec(t, db, `CREATE FUNCTION no_room() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'full' USING ERRCODE = '53100'; END $$`)
+		exec(t, db, `CREATE FUNCTION no_room() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+			RAISE 'full' USING ERRCODE = '53100'; END $$`)
 		exec(t, db, `CREATE TRIGGER no_room BEFORE INSERT ON t FOR EACH ROW EXECUTE FUNCTION no_room()`)
-		if err := Transact(t.Context(), db, deferring(1)); !errors.Is(err, ErrUnavailable) ||
-			errors.Is(err, ErrOutcomeUnknown) {
+		err := Transact(t.Context(), db, deferring(1))
+		if !errors.Is(err, ErrUnavailable) || errors.Is(err, ErrOutcomeUnknown) {
 			t.Errorf("got error %v", err)
 		}
 	})
@@ -166,9 +163,11 @@ func TestDeferredCommitEndsLikeAnyOther(t *testing.T) {
 		}
 		wantRows(t, db, 1)
 	})
-	// Through a pooler, where nothing is prepared.
-	for _, mode := range []pgx.QueryExecMode{pgx.QueryExecModeCacheDescribe, pgx.QueryExecModeDescribeExec,
-		pgx.QueryExecModeExec, pgx.QueryExecModeSimpleProtocol} {
+	// The modes for poolers, in which nothing is prepared.
+	for _, mode := range []pgx.QueryExecMode{
+		pgx.QueryExecModeCacheDescribe, pgx.QueryExecModeDescribeExec, pgx.QueryExecModeExec,
+		pgx.QueryExecModeSimpleProtocol,
+	} {
 		t.Run(mode.String(), func(t *testing.T) {
 			t.Parallel()
 			db := setup(t)

@@ -23,7 +23,7 @@ func TestAJoinedTransactionSharesTheFateOfTheOther(t *testing.T) {
 				}
 				var elsewhere int
 				if err := db.QueryRow(ctx, `SELECT count(*) FROM t`).Scan(&elsewhere); err != nil || elsewhere != 0 {
-					t.Errorf("others see %d rows already, %v", elsewhere, err)
+					t.Errorf("another connection sees %d rows before the commit, %v", elsewhere, err)
 				}
 				return outcome
 			})
@@ -39,18 +39,22 @@ func TestAJoinedTransactionSharesTheFateOfTheOther(t *testing.T) {
 	}
 }
 
-// What fails undoes what it wrote itself, and the rest goes on.
+// A joined transaction that fails undoes only its own writes, and the outer transaction continues.
 func TestAJoinedTransactionFailsAlone(t *testing.T) {
 	t.Parallel()
-	for name, one := range map[string]struct {
+	for name, test := range map[string]struct {
 		end  func(tx pgx.Tx) error
 		want error
 	}{
 		"error": {func(pgx.Tx) error { return errProbe }, errProbe},
-		"statement": {func(tx pgx.Tx) error { _, err := tx.Exec(t.Context(), `SELECT 1 / 0`); return err },
-			new(pgconn.PgError)},
-		"swallowed error": {func(tx pgx.Tx) error { _, _ = tx.Exec(t.Context(), `SELECT 1 / 0`); return nil },
-			pgx.ErrTxCommitRollback},
+		"statement": {func(tx pgx.Tx) error {
+			_, err := tx.Exec(t.Context(), `SELECT 1 / 0`)
+			return err
+		}, new(pgconn.PgError)},
+		"swallowed error": {func(tx pgx.Tx) error {
+			_, _ = tx.Exec(t.Context(), `SELECT 1 / 0`)
+			return nil
+		}, pgx.ErrTxCommitRollback},
 		"panic": {func(pgx.Tx) error { panic(errProbe) }, errProbe},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -66,12 +70,12 @@ func TestAJoinedTransactionFailsAlone(t *testing.T) {
 						if err := insert(t, 2)(tx); err != nil {
 							return err
 						}
-						return one.end(tx)
+						return test.end(tx)
 					})
 				})
 				var refused *pgconn.PgError
-				if !errors.Is(err, one.want) && !(errors.As(one.want, &refused) && errors.As(err, &refused)) {
-					t.Errorf("failed with %v, want %v", err, one.want)
+				if !errors.Is(err, test.want) && !(errors.As(test.want, &refused) && errors.As(err, &refused)) {
+					t.Errorf("failed with %v, want %v", err, test.want)
 				}
 				return Transact(ctx, db, func(tx pgx.Tx) error { // nested
 					return Transact(ctx, db, insert(t, 3))
@@ -85,7 +89,7 @@ func TestAJoinedTransactionFailsAlone(t *testing.T) {
 	}
 }
 
-// recovered turns a panic with an error into that error.
+// recovered calls fn. If fn panics with an error, recovered returns it.
 func recovered(fn func() error) (err error) {
 	defer func() {
 		if cause, ok := recover().(error); ok {

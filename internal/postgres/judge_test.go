@@ -18,8 +18,9 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
-// Every class of SQLSTATE, and the codes within a class that differ from it, with the verdict on an ERROR before and at
-// COMMIT. FATAL and PANIC are "away" before COMMIT, whatever the code, and "unknown" at COMMIT.
+// verdicts lists every class of SQLSTATE, and the codes that differ from their class, with the verdict on an ERROR
+// before COMMIT and at COMMIT. FATAL and PANIC are "away" before COMMIT and "unknown" at COMMIT, regardless of the
+// code.
 var verdicts = map[string][2]string{
 	// class or code: before COMMIT, at COMMIT
 	"00": {"own", "own"}, "01": {"own", "own"}, "02": {"own", "own"}, "03": {"own", "own"}, "09": {"own", "own"},
@@ -43,8 +44,7 @@ var verdicts = map[string][2]string{
 
 func verdictOf(err error) string {
 	said := []string{}
-	for name, sentinel := range map[string]error{"away": ErrUnavailable, "busy": ErrBusy,
-		"unknown": ErrOutcomeUnknown} {
+	for name, sentinel := range map[string]error{"away": ErrUnavailable, "busy": ErrBusy, "unknown": ErrOutcomeUnknown} {
 		if errors.Is(err, sentinel) {
 			said = append(said, name)
 		}
@@ -60,12 +60,13 @@ func TestVerdicts(t *testing.T) {
 	for code, want := range verdicts {
 		for _, severity := range []string{"ERROR", "FATAL", "PANIC"} {
 			full := (code + "000")[:5]
-			refused := fmt.Errorf("query: %w", &pgconn.PgError{Code: full, Severity: "FEHLER",
-				SeverityUnlocalized: severity, Message: "text"})
+			refused := fmt.Errorf("query: %w", &pgconn.PgError{
+				Code: full, Severity: "FEHLER", SeverityUnlocalized: severity, Message: "text",
+			})
 			before, at := want[0], want[1]
 			if severity != "ERROR" {
 				at, before = "unknown", "away"
-				if slices.Contains(stoodStill, full) {
+				if slices.Contains(tooSlow, full) {
 					before = "busy"
 				}
 			}
@@ -76,11 +77,11 @@ func TestVerdicts(t *testing.T) {
 				t.Errorf("%s %s at COMMIT is %q, want %q", severity, full, got, at)
 			}
 			if again := Classify(Classify(refused)); verdictOf(again) != before || !errors.Is(again, refused) {
-				t.Errorf("%s %s becomes %v when it is classified twice", severity, full, again)
+				t.Errorf("%s %s becomes %v when classified twice", severity, full, again)
 			}
 		}
 	}
-	// A pooler that leaves out the severity proves nothing at COMMIT.
+	// An error without a severity, as some poolers send it, proves nothing at COMMIT.
 	if got := verdictOf(classifyCommit(&pgconn.PgError{Code: "23505"})); got != "unknown" {
 		t.Errorf("without severity: %q", got)
 	}
@@ -88,7 +89,7 @@ func TestVerdicts(t *testing.T) {
 
 func TestVerdictsOnOtherErrors(t *testing.T) {
 	t.Parallel()
-	for _, one := range []struct {
+	for _, test := range []struct {
 		err        error
 		before, at string
 	}{
@@ -102,19 +103,19 @@ func TestVerdictsOnOtherErrors(t *testing.T) {
 		{pgx.ErrNoRows, "own", "own"},
 		{pgx.ErrTxCommitRollback, "own", "own"},
 	} {
-		if got := verdictOf(Classify(one.err)); got != one.before {
-			t.Errorf("%v before COMMIT is %q, want %q", one.err, got, one.before)
+		if got := verdictOf(Classify(test.err)); got != test.before {
+			t.Errorf("%v before COMMIT is %q, want %q", test.err, got, test.before)
 		}
-		if got := verdictOf(classifyCommit(one.err)); got != one.at {
-			t.Errorf("%v at COMMIT is %q, want %q", one.err, got, one.at)
+		if got := verdictOf(classifyCommit(test.err)); got != test.at {
+			t.Errorf("%v at COMMIT is %q, want %q", test.err, got, test.at)
 		}
 	}
 	if Classify(nil) != nil || classifyCommit(nil) != nil {
-		t.Error("nothing became an error")
+		t.Error("nil became an error")
 	}
 }
 
-// The function's own error stays what it is, however much it looks like the database's.
+// The function's own error stays unchanged, even if it looks like the database's.
 func TestBlameAsksTheConnection(t *testing.T) {
 	t.Parallel()
 	db := setup(t)
@@ -144,7 +145,7 @@ func TestBlameAsksTheConnection(t *testing.T) {
 				}
 				err := fn(tx)
 				if IsAway(tx, err) {
-					t.Errorf("%s: %v is the database's", name, err)
+					t.Errorf("%s: IsAway is true for %v", name, err)
 				}
 				return err
 			})
@@ -156,7 +157,7 @@ func TestBlameAsksTheConnection(t *testing.T) {
 	}
 }
 
-// Nothing was written, and a repeat is safe: it says so.
+// ErrBusy reports that nothing was written and that a retry is safe.
 func TestBusy(t *testing.T) {
 	t.Parallel()
 	db := setup(t)
@@ -182,10 +183,10 @@ func TestBusy(t *testing.T) {
 		"in a savepoint": Transact(t.Context(), impatient, func(tx pgx.Tx) error {
 			return pgx.BeginFunc(t.Context(), tx, func(tx pgx.Tx) error { return insert(t, 2)(tx) })
 		}),
-		"in a part": Transact(t.Context(), impatient, func(tx pgx.Tx) error {
+		"in a joined transaction": Transact(t.Context(), impatient, func(tx pgx.Tx) error {
 			return Transact(Join(t.Context(), impatient, tx), impatient, insert(t, 2))
 		}),
-		"by itself": TransactRow(t.Context(), impatient, `INSERT INTO t VALUES (2) RETURNING n`, nil, new(int)),
+		"alone": TransactRow(t.Context(), impatient, `INSERT INTO t VALUES (2) RETURNING n`, nil, new(int)),
 	} {
 		if verdictOf(err) != "busy" {
 			t.Errorf("%s: got %v", name, err)
@@ -193,7 +194,7 @@ func TestBusy(t *testing.T) {
 	}
 }
 
-// A key that nobody will let go of, as that of a session which has forgotten it, ends the wait within a bound.
+// A wait for a key that is never released, for example by an abandoned session, ends within a bound.
 func TestWaitsForLocksAreBounded(t *testing.T) {
 	t.Parallel()
 	db := setup(t)
@@ -211,8 +212,7 @@ func TestWaitsForLocksAreBounded(t *testing.T) {
 	run(`BEGIN`)
 	run(`INSERT INTO t VALUES (1)`)
 	defer run(`ROLLBACK`)
-	for what, fn := range map[string]func(tx pgx.Tx) error{"a statement": insert(t, 1),
-		"what is deferred": deferring(1)} {
+	for what, fn := range map[string]func(tx pgx.Tx) error{"a statement": insert(t, 1), "a deferred value": deferring(1)} {
 		began := time.Now()
 		err := Transact(t.Context(), db, fn)
 		if verdictOf(err) != "busy" {
@@ -221,20 +221,19 @@ func TestWaitsForLocksAreBounded(t *testing.T) {
 	}
 }
 
-// Rows that are left open are the function's mistake, and nothing is written.
+// A function that leaves rows open is at fault, and nothing is written.
 func TestCommittable(t *testing.T) {
 	t.Parallel()
 	for name, fn := range map[string]func(tx pgx.Tx) error{
 		"rows left open": func(tx pgx.Tx) error {
-			_, err := tx.Query(t.Context(),
-				`SELECT generate_series(1, 1000)`)
+			_, err := tx.Query(t.Context(), `SELECT generate_series(1, 1000)`)
 			return err
 		},
-		"and a value deferred": func(tx pgx.Tx) error {
+		"with a deferred value": func(tx pgx.Tx) error {
 			_, err := tx.Query(t.Context(), `SELECT generate_series(1, 1000)`)
 			return errors.Join(err, deferring(2)(tx))
 		},
-		"behind a statement": func(tx pgx.Tx) error {
+		"after a statement": func(tx pgx.Tx) error {
 			if err := insert(t, 1)(tx); err != nil {
 				return err
 			}
@@ -251,21 +250,22 @@ func TestCommittable(t *testing.T) {
 			}
 			wantRows(t, db, 0)
 			err = Transact(t.Context(), db, func(tx pgx.Tx) error {
-				part := Transact(Join(t.Context(), db, tx), db, fn)
-				if part == nil || !strings.Contains(part.Error(), "rows of a query") {
-					t.Errorf("in a part: got %v", part)
+				inner := Transact(Join(t.Context(), db, tx), db, fn)
+				if inner == nil || !strings.Contains(inner.Error(), "rows of a query") {
+					t.Errorf("inner transaction: got %v", inner)
 				}
 				return nil
 			})
 			if err == nil || errors.Is(err, ErrOutcomeUnknown) {
-				t.Errorf("around it: got %v", err)
+				t.Errorf("outer transaction: got %v", err)
 			}
 			wantRows(t, db, 0)
 		})
 	}
 }
 
-// A migration that changes what a prepared statement returns costs a transaction a second run, and no caller an error.
+// After a migration changes the result of a prepared statement, the transaction runs again and the caller gets no
+// error.
 func TestPlansThatAMigrationMadeStale(t *testing.T) {
 	t.Parallel()
 	db := alter(t, setup(t), func(c *pgxpool.Config) { c.MaxConns = 1 })

@@ -14,14 +14,14 @@ import (
 
 const scope = "example.com/shop/internal/postgres"
 
-// sampleAge is how old an answer of the database may be that a scrape gets: many scrapers cost no more than one.
+// sampleAge is how old a Sample may be when a scrape reads it. With it, many scrapers cost no more than one.
 const sampleAge = 5 * time.Second
 
-// Sample remembers what a query found, so that those who read metrics do not hammer the database.
+// Sample caches the result of a query, so that metric scrapes do not overload the database.
 type Sample[T any] struct {
-	// Read asks the database. It gets 2 s.
+	// Read queries the database. Its context expires after 2 s.
 	Read func(ctx context.Context) (T, error)
-	// MaxAge is how long the answer, or the failure, is remembered. Default 5 s.
+	// MaxAge is how long the result, or the error, is cached. Default 5 s.
 	MaxAge time.Duration
 
 	mu    sync.Mutex
@@ -30,7 +30,7 @@ type Sample[T any] struct {
 	err   error
 }
 
-// Get returns what was read last, or reads anew if that is too old. Whoever comes meanwhile waits for the same answer.
+// Get returns the cached result, or reads anew if that is too old. Concurrent callers wait for the same result.
 func (s *Sample[T]) Get(ctx context.Context) (T, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -43,14 +43,14 @@ func (s *Sample[T]) Get(ctx context.Context) (T, error) {
 		defer cancel()
 		s.value, s.err = s.Read(ctx)
 		s.at = time.Now()
-		if s.err != nil { // logged here, where it is once in a while, and not by each scrape
+		if s.err != nil { // log here, once per read, and not on each scrape
 			slog.DebugContext(ctx, "metrics not read from the database", "error", s.err)
 		}
 	}
 	return s.value, s.err
 }
 
-// ObservePool reports how full a pool is and how often it made somebody wait.
+// ObservePool registers metrics of how full a pool is and how often callers wait for a connection.
 func ObservePool(db *pgxpool.Pool, name string, provider metric.MeterProvider) error {
 	meter := provider.Meter(scope)
 	of := func(more ...attribute.KeyValue) metric.ObserveOption {
@@ -59,9 +59,9 @@ func ObservePool(db *pgxpool.Pool, name string, provider metric.MeterProvider) e
 	conns, err1 := meter.Int64ObservableGauge("postgres.pool.connections", metric.WithUnit("{connection}"),
 		metric.WithDescription("Connections of a pool, by state."))
 	limit, err2 := meter.Int64ObservableGauge("postgres.pool.limit", metric.WithUnit("{connection}"),
-		metric.WithDescription("Most connections that a pool may have."))
+		metric.WithDescription("Maximum number of connections of a pool."))
 	waits, err3 := meter.Int64ObservableCounter("postgres.pool.waits", metric.WithUnit("{acquire}"),
-		metric.WithDescription("Times that somebody had to wait for a connection, because none was idle."))
+		metric.WithDescription("Times that a caller had to wait for a connection because none was idle."))
 	waited, err4 := meter.Float64ObservableCounter("postgres.pool.waited", metric.WithUnit("s"),
 		metric.WithDescription("Time spent waiting for connections."))
 	_, err5 := meter.RegisterCallback(func(_ context.Context, o metric.Observer) error {

@@ -16,14 +16,14 @@ import (
 	"go.opentelemetry.io/otel/sdk/trace/tracetest"
 )
 
-// However often somebody asks, the database is asked once in a while, also when it fails.
+// Sample reads at most once per sampleAge, even if the read fails, however often Get is called.
 func TestSample(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		reads := 0
 		sample := Sample[int]{Read: func(context.Context) (int, error) {
 			if reads++; reads == 2 {
-				return 0, errors.New("away")
+				return 0, errors.New("database down")
 			}
 			return reads, nil
 		}}
@@ -75,8 +75,7 @@ func TestPoolIsMeasured(t *testing.T) {
 	}
 }
 
-// Statements within a trace are spans of it, with their text and without their arguments; outside of one there are
-// none.
+// A statement within a trace has a span with its text but without its arguments. A statement outside a trace has none.
 func TestStatementsAreTraced(t *testing.T) {
 	t.Parallel()
 	recorder := tracetest.NewSpanRecorder()
@@ -89,11 +88,11 @@ func TestStatementsAreTraced(t *testing.T) {
 	}
 	span.End()
 	text := ""
-	for _, one := range recorder.Ended() {
-		if one.SpanContext().TraceID() != span.SpanContext().TraceID() {
-			t.Errorf("span %s is outside", one.Name())
+	for _, ended := range recorder.Ended() {
+		if ended.SpanContext().TraceID() != span.SpanContext().TraceID() {
+			t.Errorf("span %s is outside the trace", ended.Name())
 		}
-		text += fmt.Sprintln(one.Name(), one.Attributes())
+		text += fmt.Sprintln(ended.Name(), ended.Attributes())
 	}
 	if !strings.Contains(text, `SELECT $1::text`) || strings.Contains(text, "argument") {
 		t.Errorf("spans: %s", text)

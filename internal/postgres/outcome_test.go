@@ -22,8 +22,8 @@ func TestUnknownOutcome(t *testing.T) {
 		db, faults := setup(t), new(losesCommit)
 		lossy := alter(t, db, func(c *pgxpool.Config) { c.ConnConfig.DialFunc = faults.dial })
 		faults.answer.Store(true)
-		if err := Transact(t.Context(), lossy, insert(t, 1)); !errors.Is(err, ErrOutcomeUnknown) ||
-			errors.Is(err, ErrUnavailable) {
+		err := Transact(t.Context(), lossy, insert(t, 1))
+		if !errors.Is(err, ErrOutcomeUnknown) || errors.Is(err, ErrUnavailable) {
 			t.Errorf("got error %v", err)
 		}
 		wantRows(t, db, 1)
@@ -32,14 +32,14 @@ func TestUnknownOutcome(t *testing.T) {
 		}
 	})
 
-	// The caller cannot tell this from the other, and so it must not sound different.
+	// The caller cannot tell this case from the previous one, so the error must be the same.
 	t.Run("CommitLostOnItsWay", func(t *testing.T) {
 		t.Parallel()
 		db, faults := setup(t), new(losesCommit)
 		lossy := alter(t, db, func(c *pgxpool.Config) { c.ConnConfig.DialFunc = faults.dial })
 		faults.request.Store(true)
-		if err := Transact(t.Context(), lossy, insert(t, 1)); !errors.Is(err, ErrOutcomeUnknown) ||
-			errors.Is(err, ErrUnavailable) {
+		err := Transact(t.Context(), lossy, insert(t, 1))
+		if !errors.Is(err, ErrOutcomeUnknown) || errors.Is(err, ErrUnavailable) {
 			t.Errorf("got error %v", err)
 		}
 		wantRows(t, db, 0)
@@ -54,13 +54,13 @@ func TestUnknownOutcome(t *testing.T) {
 		}
 	})
 
-	// COMMIT succeeds with a warning that it is on no standby. Here a warning of a trigger stands for it, under its name.
+	// COMMIT succeeds with a warning that it is on no standby. The test simulates that warning with one from a trigger.
 	t.Run("WaitForTheStandbyCancelled", func(t *testing.T) {
 		t.Parallel()
 		plain := setup(t)
 		atCommit(t, plain, `IF NEW.n % 2 = 1 THEN RAISE WARNING 'cancelled'; END IF;`)
 		db := alter(t, plain, func(c *pgxpool.Config) {
-			c.MaxConns = 1 // so that each transaction has the connection of another
+			c.MaxConns = 1 // so that transactions reuse the connection
 			c.ConnConfig.OnNotice = func(conn *pgconn.PgConn, notice *pgconn.Notice) {
 				notice.Routine = "SyncRepWaitForLSN"
 				noteCancelledSyncWait(conn, notice)
@@ -79,9 +79,9 @@ func TestUnknownOutcome(t *testing.T) {
 		if err := all.Wait(); err != nil {
 			t.Error(err)
 		}
-		exec(t, db, `INSERT INTO t VALUES (41)`) // by itself, not through Transact
+		exec(t, db, `INSERT INTO t VALUES (41)`) // outside Transact
 		if err := Transact(t.Context(), db, insert(t, 42)); err != nil {
-			t.Errorf("the warning of another transaction: %v", err)
+			t.Errorf("after another transaction's warning: %v", err)
 		}
 	})
 }
@@ -101,12 +101,12 @@ func TestNoteCancelledSyncWait(t *testing.T) {
 	} {
 		noteCancelledSyncWait(raw, &other)
 		if _, noted := raw.CustomData()[syncWaitCancelled]; noted {
-			t.Errorf("took %+v for it", other)
+			t.Errorf("recorded %+v", other)
 		}
 	}
 	noteCancelledSyncWait(raw, &pgconn.Notice{Code: "01000", Routine: "SyncRepWaitForLSN"})
 	if raw.CustomData()[syncWaitCancelled] != true {
-		t.Error("did not take note")
+		t.Error("did not record the warning")
 	}
 }
 
@@ -120,23 +120,23 @@ func TestUnavailable(t *testing.T) {
 		wantUnavailable(t, open(t, Config{URL: url}), func(pgx.Tx) error { return nil })
 	})
 
-	t.Run("NobodyListens", func(t *testing.T) {
+	t.Run("NoListener", func(t *testing.T) {
 		t.Parallel()
 		listener, err := net.Listen("tcp", "127.0.0.1:0")
 		if err != nil {
 			t.Fatal(err)
 		}
 		listener.Close()
-		wantUnavailable(t, open(t, Config{URL: "postgres://x:x@" + listener.Addr().String() + "/x"}),
-			func(pgx.Tx) error { return nil })
+		db := open(t, Config{URL: "postgres://x:x@" + listener.Addr().String() + "/x"})
+		wantUnavailable(t, db, func(pgx.Tx) error { return nil })
 	})
 
 	t.Run("BlackHole", func(t *testing.T) {
 		t.Parallel()
 		proxy, url := testenv.ProxyURL(t, testenv.PostgresURL(t))
 		proxy.Freeze(true)
-		wantUnavailable(t, open(t, Config{URL: url, ConnectTimeout: 100 * time.Millisecond}),
-			func(pgx.Tx) error { return nil })
+		db := open(t, Config{URL: url, ConnectTimeout: 100 * time.Millisecond})
+		wantUnavailable(t, db, func(pgx.Tx) error { return nil })
 	})
 
 	t.Run("CutInTheMiddle", func(t *testing.T) {
@@ -154,7 +154,7 @@ func TestUnavailable(t *testing.T) {
 		wantRows(t, db, 0)
 	})
 
-	t.Run("ConnectionLongGone", func(t *testing.T) {
+	t.Run("ConnectionAlreadyClosed", func(t *testing.T) {
 		t.Parallel()
 		db := setup(t)
 		wantUnavailable(t, db, func(tx pgx.Tx) error {
@@ -173,8 +173,9 @@ func TestUnavailable(t *testing.T) {
 
 	t.Run("ReadOnly", func(t *testing.T) {
 		t.Parallel()
-		db := alter(t, setup(t),
-			func(c *pgxpool.Config) { c.ConnConfig.RuntimeParams["default_transaction_read_only"] = "on" })
+		db := alter(t, setup(t), func(c *pgxpool.Config) {
+			c.ConnConfig.RuntimeParams["default_transaction_read_only"] = "on"
+		})
 		wantUnavailable(t, db, insert(t, 1))
 		wantRows(t, db, 0)
 	})
@@ -190,14 +191,14 @@ func wantUnavailable(t *testing.T, db *pgxpool.Pool, fn func(tx pgx.Tx) error) {
 func TestOpen(t *testing.T) {
 	t.Parallel()
 	if _, err := Open(t.Context(), Config{URL: "postgres://[", MaxConns: 1}); err == nil {
-		t.Error("opened what is no URL")
+		t.Error("opened an invalid URL")
 	}
 	db := open(t, Config{URL: testenv.PostgresURL(t), ApplicationName: "probe"})
-	for setting, want := range map[string]string{"application_name": "probe",
-		"idle_in_transaction_session_timeout": "1min"} {
+	for setting, want := range map[string]string{
+		"application_name": "probe", "idle_in_transaction_session_timeout": "1min",
+	} {
 		var got string
-		if err := db.QueryRow(t.Context(), `SELECT current_setting($1)`, setting).Scan(&got); err != nil ||
-			got != want {
+		if err := db.QueryRow(t.Context(), `SELECT current_setting($1)`, setting).Scan(&got); err != nil || got != want {
 			t.Errorf("%s is %q, %v, want %q", setting, got, err, want)
 		}
 	}
@@ -206,7 +207,7 @@ func TestOpen(t *testing.T) {
 	}
 }
 
-// A statement that is a transaction by itself ends as honestly as one of several.
+// A single statement as a transaction reports its outcome as reliably as a transaction of several statements.
 func TestTransactRow(t *testing.T) {
 	t.Parallel()
 	const sql = `INSERT INTO t SELECT $1 WHERE $1 >= 0 RETURNING n`
@@ -225,7 +226,8 @@ func TestTransactRow(t *testing.T) {
 	if _, err := row(db, -1); !errors.Is(err, pgx.ErrNoRows) || errors.Is(err, ErrOutcomeUnknown) {
 		t.Errorf("no row: got error %v", err)
 	}
-	atCommit(t, db, `IF NEW.n = 2 THEN PERFORM pg_terminate_backend(pg_backend_pid()); ELSIF NEW.n = 3 THEN RAISE 'no'; ELSE RAISE WARNING 'cancelled'; END IF;`)
+	atCommit(t, db, `IF NEW.n = 2 THEN PERFORM pg_terminate_backend(pg_backend_pid());
+		ELSIF NEW.n = 3 THEN RAISE 'no'; ELSE RAISE WARNING 'cancelled'; END IF;`)
 	if _, err := row(db, 2); !errors.Is(err, ErrOutcomeUnknown) {
 		t.Errorf("terminated during commit: got error %v", err)
 	}
@@ -243,9 +245,9 @@ func TestTransactRow(t *testing.T) {
 	}
 	proxy, url := testenv.ProxyURL(t, testenv.PostgresURL(t))
 	proxy.Refuse(true)
-	if _, err := row(open(t, Config{URL: url}), 5); !errors.Is(err, ErrUnavailable) ||
-		errors.Is(err, ErrOutcomeUnknown) {
-		t.Errorf("database away: got error %v", err)
+	_, err := row(open(t, Config{URL: url}), 5)
+	if !errors.Is(err, ErrUnavailable) || errors.Is(err, ErrOutcomeUnknown) {
+		t.Errorf("database down: got error %v", err)
 	}
 	wantRows(t, db, 2)
 }

@@ -1,8 +1,8 @@
 // Package postgres opens the connection pool and runs transactions.
 //
-// It guarantees that an error of Transact is honest. Either the transaction certainly left nothing behind, or the error
-// wraps ErrOutcomeUnknown: COMMIT was sent and its answer never came, or Postgres took the commit back from the level
-// of durability that it is configured for. A caller who gets ErrOutcomeUnknown repeats the request with the same IDs.
+// It guarantees that an error of Transact is unambiguous. Either the transaction certainly wrote nothing, or the error
+// wraps ErrOutcomeUnknown: the answer to COMMIT never arrived, or Postgres committed below the configured level of
+// durability. A caller that gets ErrOutcomeUnknown repeats the request with the same IDs.
 package postgres
 
 import (
@@ -22,30 +22,30 @@ import (
 	"go.opentelemetry.io/otel/trace"
 )
 
-// Config says how to reach the database.
+// Config describes how to connect to the database.
 type Config struct {
-	// URL is a libpq connection string or URL. One that goes to a pooler in transaction mode must say so by a
-	// default_query_exec_mode that needs no session, such as cache_describe: see IsPooled.
+	// URL is a libpq connection string or URL. If it leads to a pooler in transaction mode, it must set a
+	// default_query_exec_mode that needs no session, such as cache_describe: see session.IsPooled.
 	URL string
-	// ApplicationName is shown in pg_stat_activity. Default: what the URL says.
+	// ApplicationName is shown in pg_stat_activity. Default: the application name in the URL.
 	ApplicationName string
-	// MaxConns bounds the pool. Default 10: two busy cores are saturated by fewer.
+	// MaxConns bounds the pool. Default 10: fewer connections already saturate two cores.
 	MaxConns int32
-	// GenericPlans plans each prepared statement once, for index scans, instead of trying anew for its parameters.
-	// Planning over the partitions costs the relay more than reading a page. But a plan that is made while a table is
-	// known to be empty would read all of it for as long as it is kept, which is until the next ANALYZE, and 30,000
-	// messages later that took 38 ms a page.
+	// GenericPlans plans each prepared statement once instead of for each set of parameters, and forces index scans.
+	// Planning over the partitions costs the relay more than reading a page. Without forced index scans, a plan made
+	// while a table is known to be empty would scan the whole table until the next ANALYZE; 30,000 messages later that
+	// took 38 ms per page.
 	GenericPlans bool
 	// ConnectTimeout bounds one attempt to connect. Default 5 s: a black hole must not look like a slow query.
 	ConnectTimeout time.Duration
-	// IdleInTransaction is how long Postgres lets a transaction stand still before it ends it. Default 1 min.
+	// IdleInTransaction is how long a transaction may be idle before Postgres ends its session. Default 1 min.
 	IdleInTransaction time.Duration
-	// TracerProvider takes a span of each statement that runs within a trace: its text, which our statements keep their
-	// values out of, and never its arguments. Default: none.
+	// TracerProvider receives a span for each statement that runs within a trace. The span contains the statement's
+	// text, in which this project's statements put no values, and never its arguments. Default: none.
 	TracerProvider trace.TracerProvider
 }
 
-// Open makes a pool. It does not connect: a database that is away at start-up is a state like any other.
+// Open returns a pool. It does not connect, so the database may be down at start-up.
 func Open(ctx context.Context, config Config) (*pgxpool.Pool, error) {
 	parsed, err := pgxpool.ParseConfig(config.URL)
 	if err != nil {
@@ -57,8 +57,7 @@ func Open(ctx context.Context, config Config) (*pgxpool.Pool, error) {
 	parsed.ConnConfig.OnNotice = noteCancelledSyncWait
 	if config.TracerProvider != nil {
 		parsed.ConnConfig.Tracer = otelpgx.NewTracer(otelpgx.WithTracerProvider(config.TracerProvider),
-			otelpgx.WithMeterProvider(noop.NewMeterProvider()),
-			otelpgx.WithDisableConnectionDetailsInAttributes())
+			otelpgx.WithMeterProvider(noop.NewMeterProvider()), otelpgx.WithDisableConnectionDetailsInAttributes())
 	}
 	params := parsed.ConnConfig.RuntimeParams
 	if config.ApplicationName != "" {
@@ -67,11 +66,11 @@ func Open(ctx context.Context, config Config) (*pgxpool.Pool, error) {
 	pooled := session.IsPooled(parsed.ConnConfig)
 	if config.GenericPlans && !pooled {
 		params["plan_cache_mode"], params["enable_seqscan"] = "force_generic_plan", "off"
-		// What must be scanned all the same looks so dear that Postgres would compile it, each time.
+		// An unavoidable sequential scan now has such a high estimated cost that Postgres would compile it, each time.
 		params["jit"] = "off"
 	}
-	local, err := session.Pin(parsed.ConnConfig, session.Options{Pooled: pooled,
-		IdleInTransaction: config.IdleInTransaction})
+	options := session.Options{Pooled: pooled, IdleInTransaction: config.IdleInTransaction}
+	local, err := session.Pin(parsed.ConnConfig, options)
 	if err != nil {
 		return nil, err
 	}
@@ -90,9 +89,9 @@ func Open(ctx context.Context, config Config) (*pgxpool.Pool, error) {
 	return pool, nil
 }
 
-// reloadTLS returns a function that reads the files that the URL names anew for each connection: certificates are
-// replaced while the service runs, and pgx reads them once. While the files cannot be used, because only one of two has
-// been replaced, those from before are.
+// reloadTLS returns a function that reads the certificate files named in the URL again for each connection. Operators
+// replace certificates while the service runs, but pgx reads them only once. While the files are unusable, for example
+// because only one of two has been replaced, the function uses the previous certificates.
 func reloadTLS(url string, first *pgx.ConnConfig) func(context.Context, *pgx.ConnConfig) error {
 	var usable atomic.Pointer[pgx.ConnConfig]
 	usable.Store(first)
@@ -100,8 +99,7 @@ func reloadTLS(url string, first *pgx.ConnConfig) func(context.Context, *pgx.Con
 		if fresh, err := pgx.ParseConfig(url); err == nil {
 			usable.Store(fresh)
 		} else {
-			slog.WarnContext(ctx, "certificates for postgres cannot be used; what they held before stays in force",
-				"error", err)
+			slog.WarnContext(ctx, "certificates for postgres are unusable; the previous ones stay in use", "error", err)
 		}
 		from := usable.Load()
 		next.TLSConfig, next.Fallbacks = from.TLSConfig, from.Fallbacks
@@ -109,22 +107,23 @@ func reloadTLS(url string, first *pgx.ConnConfig) func(context.Context, *pgx.Con
 	}
 }
 
-// Prepares tells whether conn prepares each statement once and keeps its plan, as those of Open do that go to no
-// pooler. Elsewhere a statement is planned each time, which can cost more than to run it.
+// Prepares reports whether conn prepares each statement once and keeps its plan. Connections of Open do, unless they go
+// through a pooler. On other connections Postgres plans a statement each time, which can cost more than running it.
 func Prepares(conn *pgx.Conn) bool { return conn.PgConn().CustomData()[prepares] == true }
 
-// settingSQL is the key under which a connection through a pooler knows what its transactions set first.
-const settingSQL = "setting"
+// The keys of a connection's custom data.
+const (
+	// settingSQL is the statement with which each transaction starts on a connection through a pooler.
+	settingSQL = "setting"
+	// prepares is the result of Prepares.
+	prepares = "prepares"
+	// syncWaitCancelled is true if a COMMIT stopped waiting for its standby.
+	syncWaitCancelled = "sync_wait_cancelled"
+)
 
-// prepares is the key under which a connection knows the answer to Prepares.
-const prepares = "prepares"
-
-// syncWaitCancelled is the key under which a connection remembers that a COMMIT gave up waiting for its standby.
-const syncWaitCancelled = "sync_wait_cancelled"
-
-// noteCancelledSyncWait remembers the warning that turns a successful COMMIT into an unknown one: the transaction is
-// visible here, is on no standby, and a failover would take it back. Postgres says so in a warning (SQLSTATE 01000)
-// only.
+// noteCancelledSyncWait records the warning that makes the outcome of a successful COMMIT unknown: the transaction is
+// visible here but on no standby, and a failover would undo it. Postgres reports this only as a warning (SQLSTATE
+// 01000).
 func noteCancelledSyncWait(conn *pgconn.PgConn, notice *pgconn.Notice) {
 	if notice.Code == "01000" && notice.Routine == "SyncRepWaitForLSN" {
 		conn.CustomData()[syncWaitCancelled] = true

@@ -11,8 +11,8 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-// pinned has for each setting a value of the database under which the core would break its promises, and the one that
-// sessions must have.
+// pinned lists, for each setting, a database default under which the core would break its guarantees, and the value
+// that sessions must have.
 var pinned = map[string]struct{ hostile, want string }{
 	"default_transaction_isolation":       {"'repeatable read'", "read committed"},
 	"client_encoding":                     {"LATIN1", "UTF8"},
@@ -24,13 +24,13 @@ var pinned = map[string]struct{ hostile, want string }{
 	"plan_cache_mode":                     {"force_generic_plan", "auto"},
 }
 
-// A session has the settings that the core relies on, whatever the database says: also in a transaction through a
-// pooler, which has no sessions.
+// A session has the settings that the core relies on, regardless of the database's defaults. So does a transaction
+// through a pooler, which has no sessions.
 func TestSessionsAreOurs(t *testing.T) {
 	t.Parallel()
-	for _, one := range session.Pinned {
-		if pinned[one.Name].hostile == "" {
-			t.Errorf("no hostile value for %s", one.Name)
+	for _, setting := range session.Pinned {
+		if pinned[setting.Name].hostile == "" {
+			t.Errorf("no hostile value for %s", setting.Name)
 		}
 	}
 	url := testenv.PostgresURL(t)
@@ -40,10 +40,11 @@ func TestSessionsAreOurs(t *testing.T) {
 	if err := db.QueryRow(t.Context(), `SELECT current_database()`).Scan(&name); err != nil {
 		t.Fatal(err)
 	}
-	for setting, one := range pinned {
-		exec(t, db, fmt.Sprintf(`ALTER DATABASE %s SET %s = %s`, pgx.Identifier{name}.Sanitize(), setting, one.hostile))
+	for setting, value := range pinned {
+		exec(t, db, fmt.Sprintf(`ALTER DATABASE %s SET %s = %s`,
+			pgx.Identifier{name}.Sanitize(), setting, value.hostile))
 	}
-	pooler := testenv.PgBouncer(t, url) // whose connections are as the database says
+	pooler := testenv.PgBouncer(t, url) // its connections have the database's defaults
 	const sql = `SELECT name, setting FROM pg_settings WHERE name = ANY ($1)
 		UNION ALL SELECT 'isolation', current_setting('transaction_isolation')`
 	read := func(tx pgx.Tx) (map[string]string, error) {
@@ -67,10 +68,10 @@ func TestSessionsAreOurs(t *testing.T) {
 			t.Errorf("%s: %v", how, err)
 		}
 		var level, foreign string
-		err = TransactRow(t.Context(), pool, `SELECT current_setting('transaction_isolation'), $1::text`, []any{"日本"},
-			&level, &foreign)
+		const rowSQL = `SELECT current_setting('transaction_isolation'), $1::text`
+		err = TransactRow(t.Context(), pool, rowSQL, []any{"日本"}, &level, &foreign)
 		if err != nil || level != "read committed" || foreign != "日本" {
-			t.Errorf("%s, a statement by itself: %q, %q, %v", how, level, foreign, err)
+			t.Errorf("%s, a single statement: %q, %q, %v", how, level, foreign, err)
 		}
 	}
 	conn, err := session.Connect(t.Context(), url)
@@ -80,7 +81,7 @@ func TestSessionsAreOurs(t *testing.T) {
 	defer conn.Close(t.Context())
 	err = pgx.BeginFunc(t.Context(), conn, func(tx pgx.Tx) error {
 		got, err := read(tx)
-		wantPinned(t, "by itself", got, false)
+		wantPinned(t, "session.Connect", got, false)
 		return err
 	})
 	if err != nil {
@@ -90,12 +91,12 @@ func TestSessionsAreOurs(t *testing.T) {
 
 func wantPinned(t *testing.T, how string, got map[string]string, pooled bool) {
 	t.Helper()
-	for name, one := range pinned {
+	for name, value := range pinned {
 		if name == "default_transaction_isolation" && pooled {
-			continue // BEGIN says it
+			continue // BEGIN sets it
 		}
-		if got[name] != one.want {
-			t.Errorf("%s: %s is %q, want %q", how, name, got[name], one.want)
+		if got[name] != value.want {
+			t.Errorf("%s: %s is %q, want %q", how, name, got[name], value.want)
 		}
 	}
 	if got["isolation"] != "read committed" {

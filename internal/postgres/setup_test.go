@@ -17,7 +17,7 @@ import (
 
 func TestMain(m *testing.M) { testenv.Main(m) }
 
-// setup returns a pool as this package opens it, on a database of the test's own with a table t of unique numbers.
+// setup returns a pool from Open on the test's own database, which has a table t of unique numbers.
 func setup(t *testing.T) *pgxpool.Pool {
 	t.Helper()
 	url := testenv.PostgresURL(t)
@@ -36,7 +36,7 @@ func open(t *testing.T, config Config) *pgxpool.Pool {
 	return db
 }
 
-// alter opens another pool like db, with changes.
+// alter opens another pool with db's configuration and the given change.
 func alter(t *testing.T, db *pgxpool.Pool, change func(config *pgxpool.Config)) *pgxpool.Pool {
 	t.Helper()
 	config := db.Config()
@@ -56,7 +56,7 @@ func exec(t *testing.T, db *pgxpool.Pool, sql string, args ...any) {
 	}
 }
 
-// insert makes a transaction that inserts a number.
+// insert returns a transaction function that inserts a number.
 func insert(t *testing.T, n int) func(tx pgx.Tx) error {
 	return func(tx pgx.Tx) error {
 		_, err := tx.Exec(t.Context(), `INSERT INTO t VALUES ($1)`, n)
@@ -64,7 +64,7 @@ func insert(t *testing.T, n int) func(tx pgx.Tx) error {
 	}
 }
 
-// wantRows checks how many numbers are in t, and that the pool has all its connections, fit to be used.
+// wantRows checks how many numbers are in t, and that all connections are back in the pool and usable.
 func wantRows(t *testing.T, db *pgxpool.Pool, want int) {
 	t.Helper()
 	var got int
@@ -73,7 +73,7 @@ func wantRows(t *testing.T, db *pgxpool.Pool, want int) {
 	}
 	testenv.Eventually(t, 10*time.Second, func() error { // the pool closes broken ones in the background
 		if n := db.Stat().AcquiredConns(); n != 0 {
-			return fmt.Errorf("%d connections were not given back", n)
+			return fmt.Errorf("%d connections were not released", n)
 		}
 		return nil
 	})
@@ -83,10 +83,11 @@ func wantRows(t *testing.T, db *pgxpool.Pool, want int) {
 func atCommit(t *testing.T, db *pgxpool.Pool, body string) {
 	t.Helper()
 	exec(t, db, `CREATE FUNCTION at_commit() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN `+body+` RETURN NULL; END $$`)
-	exec(t, db, `CREATE CONSTRAINT TRIGGER at_commit AFTER INSERT ON t DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION at_commit()`)
+	exec(t, db, `CREATE CONSTRAINT TRIGGER at_commit AFTER INSERT ON t DEFERRABLE INITIALLY DEFERRED
+		FOR EACH ROW EXECUTE FUNCTION at_commit()`)
 }
 
-// losesCommit makes connections that lose COMMIT while armed: on its way, or the answer.
+// losesCommit makes connections that lose the next COMMIT request, or the answer to it, if armed.
 type losesCommit struct {
 	request, answer atomic.Bool
 }
@@ -108,12 +109,12 @@ type lossyConn struct {
 func (c *lossyConn) Write(p []byte) (int, error) {
 	if bytes.Contains(p, []byte("commit\x00")) && c.faults.request.CompareAndSwap(true, false) {
 		c.Conn.Close()
-		return len(p), nil // the kernel took it, and no more is known
+		return len(p), nil // as if the kernel had accepted the data
 	}
 	return c.Conn.Write(p)
 }
 
-// Read waits for the answer, so that the commit is certainly done, and then breaks off.
+// Read waits for the answer, so that the commit is certainly done, and then closes the connection.
 func (c *lossyConn) Read(p []byte) (int, error) {
 	n, err := c.Conn.Read(p)
 	if bytes.Contains(p[:n], []byte("COMMIT\x00")) && c.faults.answer.CompareAndSwap(true, false) {

@@ -13,11 +13,11 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-// encrypted is a Postgres that speaks TLS only, and asks for client certificates.
+// encrypted is a Postgres server that requires TLS and client certificates.
 type encrypted struct {
-	admin              *pgx.Conn // through TLS, and from before it
+	admin              *pgx.Conn // made before the server required TLS
 	url                string
-	dir                string // of the server's data
+	dir                string // the server's data directory
 	cert, key, clients string // the server's files
 }
 
@@ -32,19 +32,20 @@ func startEncrypted(t *testing.T, authority *testenv.Authority) *encrypted {
 	t.Cleanup(func() { admin.Close(t.Context()) })
 	e.admin = admin
 	var hba string
-	if err := admin.QueryRow(t.Context(),
-		`SELECT current_setting('data_directory'), current_setting('hba_file')`).Scan(&e.dir, &hba); err != nil {
+	const filesSQL = `SELECT current_setting('data_directory'), current_setting('hba_file')`
+	if err := admin.QueryRow(t.Context(), filesSQL).Scan(&e.dir, &hba); err != nil {
 		t.Fatal(err)
 	}
-	e.cert, e.key, e.clients = filepath.Join(e.dir, "test.crt"), filepath.Join(e.dir, "test.key"),
-		filepath.Join(e.dir, "test.ca")
+	e.cert, e.key = filepath.Join(e.dir, "test.crt"), filepath.Join(e.dir, "test.key")
+	e.clients = filepath.Join(e.dir, "test.ca")
 	e.certify(t, authority)
 	rules := "local all all trust\nhostssl all all 127.0.0.1/32 trust clientcert=verify-ca\n"
 	if err := os.WriteFile(hba, []byte(rules), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	for _, setting := range []string{"ssl_cert_file = 'test.crt'", "ssl_key_file = 'test.key'",
-		"ssl_ca_file = 'test.ca'", "ssl = on"} {
+	for _, setting := range []string{
+		"ssl_cert_file = 'test.crt'", "ssl_key_file = 'test.key'", "ssl_ca_file = 'test.ca'", "ssl = on",
+	} {
 		e.exec(t, `ALTER SYSTEM SET `+setting)
 	}
 	e.exec(t, `SELECT pg_reload_conf()`)
@@ -60,7 +61,7 @@ func (e *encrypted) certify(t *testing.T, authority *testenv.Authority) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	owner := info.Sys().(*syscall.Stat_t) // another one than ours, where tests run as root
+	owner := info.Sys().(*syscall.Stat_t) // differs from the test's user if tests run as root
 	for _, path := range []string{e.cert, e.key, e.clients} {
 		if err := os.Chown(path, int(owner.Uid), int(owner.Gid)); err != nil {
 			t.Fatal(err)
@@ -105,8 +106,7 @@ func TestTLS(t *testing.T) {
 		}
 		return conn.Close(t.Context())
 	}
-	// The server reads its settings when it comes to it.
-	testenv.Eventually(t, 20*time.Second, func() error { return ask(good) })
+	testenv.Eventually(t, 20*time.Second, func() error { return ask(good) }) // the server reloads asynchronously
 
 	db := open(t, Config{URL: server.with(t, good)})
 	var encrypted bool
@@ -128,16 +128,16 @@ func TestTLS(t *testing.T) {
 		return settings
 	}
 	for name, settings := range map[string]map[string]string{
-		"plain":                  {"sslmode": "disable"},
-		"no client certificate":  without(map[string]string{"sslcert": "", "sslkey": ""}),
-		"a stranger's authority": without(map[string]string{"sslrootcert": next.File}),
+		"plain":                 {"sslmode": "disable"},
+		"no client certificate": without(map[string]string{"sslcert": "", "sslkey": ""}),
+		"an unknown authority":  without(map[string]string{"sslrootcert": next.File}),
 	} {
 		if err := ask(settings); err == nil {
-			t.Errorf("%s: let in", name)
+			t.Errorf("%s: the server accepted the connection", name)
 		}
 	}
 
-	// Everything is replaced, as after a year; only connections from before go on.
+	// Replace all certificates, as happens once a year. Existing connections continue.
 	server.certify(t, next)
 	server.exec(t, `SELECT pg_reload_conf()`)
 	next.Replace(t, cert, key, nil)
@@ -148,7 +148,7 @@ func TestTLS(t *testing.T) {
 		t.Errorf("the pool with new certificates: %t, %v", encrypted, err)
 	}
 
-	// Half a change changes nothing.
+	// While only one of two files has been replaced, the pool uses the previous certificates.
 	_, other := next.Issue(t, nil)
 	testenv.Copy(t, other, key)
 	db.Reset()

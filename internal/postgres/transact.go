@@ -12,24 +12,24 @@ import (
 )
 
 const (
-	// commitTimeout bounds COMMIT and what is sent with it, which the caller's context does not: pgx would cancel it in
-	// the server, and a commit that is cancelled while it waits for its standby is visible although it is not safe.
+	// commitTimeout bounds COMMIT and the statements sent with it. The caller's context does not: pgx would cancel them
+	// in the server, and a commit cancelled while it waits for its standby is visible although it is not safe.
 	commitTimeout = 10 * time.Second
-	// maxRuns is how often a transaction is run at most when others get in its way (40001, 40P01).
+	// maxRuns is how often a transaction runs at most if it conflicts with others (40001, 40P01).
 	maxRuns = 4
 )
 
 // Transact runs fn in one READ COMMITTED transaction and commits it. When Postgres chooses the transaction as the
-// victim of a deadlock or a serialization failure, it runs fn again, up to three times: fn must not keep state between
-// runs. BEGIN is sent with fn's first statement, and what is Deferred with COMMIT.
+// victim of a deadlock or a serialization failure, Transact runs fn again, up to three times. fn must not keep state
+// between runs. BEGIN is sent with fn's first statement, and Deferred values with COMMIT.
 //
-// With every error but ErrOutcomeUnknown nothing was written. The error is fn's own, the end of ctx, or Postgres'
-// refusal of COMMIT (a *pgconn.PgError, as for a deferred constraint); or it wraps ErrUnavailable or ErrBusy if the
-// database is to blame, as seen on the transaction's own connection. If ctx comes from Join, the transaction is part of
-// another.
+// If Transact returns an error other than ErrOutcomeUnknown, nothing was written. The error is fn's own, ctx's, or
+// Postgres' refusal of COMMIT (a *pgconn.PgError, for example from a deferred constraint). It wraps ErrUnavailable or
+// ErrBusy if the database is to blame, judged by the transaction's own connection. If ctx comes from Join, the
+// transaction is part of another.
 //
-// Once fn has returned, ctx ends nothing any more. COMMIT and what is sent with it may take 10 s; then the outcome is
-// unknown.
+// Once fn has returned, the end of ctx interrupts nothing. COMMIT and the statements sent with it may take 10 s; after
+// that the outcome is unknown.
 func Transact(ctx context.Context, db *pgxpool.Pool, fn func(tx pgx.Tx) error) error {
 	once := transactOnce
 	if joined(ctx, db) != nil {
@@ -49,7 +49,7 @@ func Transact(ctx context.Context, db *pgxpool.Pool, fn func(tx pgx.Tx) error) e
 }
 
 func transactOnce(ctx context.Context, db *pgxpool.Pool, fn func(tx pgx.Tx) error) error {
-	// Not db.Begin, whose Commit gives the connection away: committing reads from it afterwards.
+	// Do not use db.Begin: its Commit releases the connection, which committing still reads.
 	conn, err := db.Acquire(ctx)
 	if err != nil {
 		return Classify(fmt.Errorf("acquire connection: %w", err))
@@ -68,14 +68,15 @@ func transactOnce(ctx context.Context, db *pgxpool.Pool, fn func(tx pgx.Tx) erro
 	return err
 }
 
-// runIn runs fn in tx, a transaction or a savepoint, and rolls it back if it fails or panics, or cannot be committed.
+// runIn runs fn in tx, a transaction or a savepoint. It rolls tx back if fn fails or panics, or if tx cannot be
+// committed.
 func runIn(ctx context.Context, tx *transaction, fn func(tx pgx.Tx) error) error {
 	succeeded := false
 	defer func() {
 		if succeeded {
 			return
 		}
-		// The context may be done; the connection goes back to the pool clean or not at all.
+		// Roll back even if ctx is done: the connection must return to the pool clean or not at all.
 		rollbackCtx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
 		defer cancel()
 		_ = tx.Rollback(rollbackCtx)
@@ -84,7 +85,7 @@ func runIn(ctx context.Context, tx *transaction, fn func(tx pgx.Tx) error) error
 		return blame(tx, err)
 	}
 	if err := ctx.Err(); err != nil {
-		return err // the caller has left: better nothing than an effect that nobody hears of
+		return err // the caller has left: commit nothing rather than something that it never learns about
 	}
 	if err := Committable(tx); err != nil {
 		return err
@@ -93,17 +94,16 @@ func runIn(ctx context.Context, tx *transaction, fn func(tx pgx.Tx) error) error
 	return nil
 }
 
-// TransactRow runs a statement that is a transaction by itself, in one round trip, and scans the row that it returns.
-// Its errors are those of Transact, and pgx.ErrNoRows.
+// TransactRow runs a statement as its own transaction, in one round trip, and scans the row that it returns. It returns
+// the errors of Transact and pgx.ErrNoRows.
 func TransactRow(ctx context.Context, db *pgxpool.Pool, sql string, args []any, dest ...any) error {
-	return alone(ctx, db, func(ctx context.Context,
-		on querier) error {
+	return alone(ctx, db, func(ctx context.Context, on querier) error {
 		return on.QueryRow(ctx, sql, args...).Scan(dest...)
 	})
 }
 
-// TransactRows is TransactRow for a statement that returns any number of rows, none included. What fn collects counts
-// only if there is no error.
+// TransactRows is TransactRow for a statement that returns any number of rows, including none. The rows that fn
+// collects are valid only if TransactRows returns no error.
 func TransactRows(ctx context.Context, db *pgxpool.Pool, sql string, args []any, fn func(rows pgx.Rows) error) error {
 	return alone(ctx, db, func(ctx context.Context, on querier) error {
 		rows, err := on.Query(ctx, sql, args...)
@@ -114,7 +114,7 @@ func TransactRows(ctx context.Context, db *pgxpool.Pool, sql string, args []any,
 		if err := fn(rows); err != nil {
 			return err
 		}
-		rows.Close() // and with it comes what became of the commit
+		rows.Close() // reads the outcome of the commit
 		return rows.Err()
 	})
 }
@@ -125,8 +125,8 @@ type querier interface {
 	QueryRow(ctx context.Context, sql string, args ...any) pgx.Row
 }
 
-// alone runs fn, which runs one statement. On a session that is set up it commits by itself; through a pooler it needs
-// a transaction that sets it up.
+// alone runs fn, which runs one statement. On a session that is set up, the statement commits implicitly. Through a
+// pooler it needs a transaction that sets the session up.
 func alone(ctx context.Context, db *pgxpool.Pool, fn func(ctx context.Context, on querier) error) error {
 	conn, err := db.Acquire(ctx)
 	if err != nil {
@@ -140,10 +140,10 @@ func alone(ctx context.Context, db *pgxpool.Pool, fn func(ctx context.Context, o
 	return committing(ctx, conn.Conn(), func(ctx context.Context) error { return fn(ctx, conn.Conn()) })
 }
 
-// committing runs fn, which commits, and finds out whether it did.
+// committing runs fn, which commits, and classifies the outcome.
 func committing(ctx context.Context, conn *pgx.Conn, fn func(ctx context.Context) error) error {
 	notes := conn.PgConn().CustomData()
-	delete(notes, syncWaitCancelled) // may be left from a statement outside of this package, which committed by itself
+	delete(notes, syncWaitCancelled) // may be left from a statement that committed implicitly outside this package
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), commitTimeout)
 	defer cancel()
 	err := fn(ctx)

@@ -34,7 +34,7 @@ func TestTransactCommitsOrRollsBack(t *testing.T) {
 	}
 	wantRows(t, db, 1)
 	if n := db.Stat().NewConnsCount(); n != made {
-		t.Error("the connection was thrown away")
+		t.Error("the connection was closed")
 	}
 }
 
@@ -78,7 +78,7 @@ func TestTransactRunsAgainAfterConflicts(t *testing.T) {
 			for _, conflicts := range []int{maxRuns - 1, maxRuns + 1} {
 				runs, n := 0, 10*conflicts+int(code[2])
 				err := Transact(t.Context(), db, func(tx pgx.Tx) error {
-					if err := insert(t, n)(tx); err != nil { // what earlier runs wrote must be gone
+					if err := insert(t, n)(tx); err != nil { // fails if an earlier run's insert is still there
 						return err
 					}
 					if runs++; runs <= conflicts {
@@ -99,7 +99,7 @@ func TestTransactRunsAgainAfterConflicts(t *testing.T) {
 	t.Run("AlsoIfTheyShowAtCommit", func(t *testing.T) {
 		t.Parallel()
 		db := setup(t)
-		exec(t, db, `CREATE SEQUENCE runs`) // not taken back by a rollback
+		exec(t, db, `CREATE SEQUENCE runs`) // a rollback does not undo nextval
 		atCommit(t, db, `IF nextval('runs') < 3 THEN RAISE serialization_failure; END IF;`)
 		if err := Transact(t.Context(), db, insert(t, 1)); err != nil {
 			t.Errorf("transact: %v", err)
@@ -192,8 +192,9 @@ func TestTransactAndTheCallersContext(t *testing.T) {
 		testenv.Eventually(t, 10*time.Second, func() error {
 			var waiting bool
 			err := db.QueryRow(t.Context(), `
-				SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted
-				                                      AND database = (SELECT oid FROM pg_database WHERE datname = current_database()))`).Scan(&waiting)
+				SELECT EXISTS (
+					SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted
+					AND database = (SELECT oid FROM pg_database WHERE datname = current_database()))`).Scan(&waiting)
 			if err == nil && !waiting {
 				err = errors.New("COMMIT does not wait yet")
 			}
@@ -202,8 +203,8 @@ func TestTransactAndTheCallersContext(t *testing.T) {
 		cancel()
 		select {
 		case err := <-done:
-			t.Fatalf("COMMIT was broken off: %v", err)
-		case <-time.After(100 * time.Millisecond): // nothing signals that nothing happens
+			t.Fatalf("COMMIT was interrupted: %v", err)
+		case <-time.After(100 * time.Millisecond): // there is no event for "still waiting"
 		}
 		if err := holder.Commit(t.Context()); err != nil {
 			t.Fatal(err)
@@ -252,7 +253,7 @@ func TestDefiniteErrorsOfCommit(t *testing.T) {
 		wantRows(t, db, 0)
 	})
 
-	t.Run("LockTimeoutLeavesAConnectionFitForUse", func(t *testing.T) {
+	t.Run("LockTimeoutLeavesAUsableConnection", func(t *testing.T) {
 		t.Parallel()
 		db := setup(t)
 		holder, err := db.Begin(t.Context())

@@ -1,5 +1,5 @@
-// Builds the console into the Go package that embeds it. The same sources give the same bytes: file names have no hash in them, since the server
-// sends each file with an ETag of its own.
+// Builds the console reproducibly into the Go package that embeds it. File names contain no hash, since the server
+// sends each file with an ETag.
 import { defineConfig } from "vite";
 
 export default defineConfig({
@@ -10,7 +10,7 @@ export default defineConfig({
     emptyOutDir: true,
     target: "es2022",
     modulePreload: { polyfill: false },
-    // Nothing is inlined: the policy allows no styles or scripts within the page.
+    // Inline nothing: the content security policy forbids inline styles and scripts.
     assetsInlineLimit: 0,
     rolldownOptions: {
       output: { entryFileNames: "console.js", assetFileNames: "console[extname]", codeSplitting: false },

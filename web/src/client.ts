@@ -1,4 +1,4 @@
-// Clients of the API, for browsers and Node.js: the same calls as in Go, typed by proto/.
+// Clients of the API for browsers and Node.js, with the types of proto/.
 import type { DescService } from "@bufbuild/protobuf";
 import { type Client, ConnectError, createClient, type Interceptor, type Transport } from "@connectrpc/connect";
 import { createConnectTransport, createGrpcWebTransport } from "@connectrpc/connect-web";
@@ -13,16 +13,16 @@ export * from "./gen/orders/v1/orders_pb.js";
 // /example
 
 export interface ApiOptions {
-  /** Where the API is: http://127.0.0.1:8080 */
+  /** URL of the API, such as http://127.0.0.1:8080. */
   baseUrl: string;
-  /** Headers of every call, asked for anew each time: a token may have been refreshed. */
+  /** Returns the headers of a call. Each call requests them, since a token may have been refreshed. */
   headers?: () => HeadersInit | Promise<HeadersInit>;
-  /** How calls travel. Both go through any proxy; Connect can be read in the browser's tools. Default "connect". */
+  /** The protocol. Both work through any proxy; Connect is readable in the browser's tools. Default "connect". */
   protocol?: "connect" | "grpc-web";
 }
 
 // example
-/** createOrderClient makes a client of the orders. */
+/** createOrderClient makes a client of OrderService. */
 export function createOrderClient(options: ApiOptions): Client<typeof OrderService> {
   return createApiClient(OrderService, options);
 }
@@ -33,10 +33,11 @@ export function createApiClient<S extends DescService>(service: S, options: ApiO
   return createClient(service, createTransport(options));
 }
 
-/** createTransport makes what several clients can share. */
+/** createTransport makes a transport that several clients can share. */
 export function createTransport({ baseUrl, headers, protocol = "connect" }: ApiOptions): Transport {
   const interceptors: Interceptor[] = headers ? [withHeaders(headers)] : [];
-  return protocol === "connect" ? createConnectTransport({ baseUrl, interceptors }) : createGrpcWebTransport({ baseUrl, interceptors });
+  const create = protocol === "connect" ? createConnectTransport : createGrpcWebTransport;
+  return create({ baseUrl, interceptors });
 }
 
 function withHeaders(headers: () => HeadersInit | Promise<HeadersInit>): Interceptor {
@@ -46,14 +47,14 @@ function withHeaders(headers: () => HeadersInit | Promise<HeadersInit>): Interce
   };
 }
 
-/** FieldViolation says what is wrong with a field of a request. */
+/** FieldViolation describes an invalid field of a request. */
 export interface FieldViolation {
-  /** As the proto file names it: order_id, lines[0].sku. Empty for the message as a whole. */
+  /** The name in the proto file: order_id, lines[0].sku. Empty for the message as a whole. */
   field: string;
   message: string;
 }
 
-/** fieldViolations returns which fields of a request were refused. It is empty for any error but that. */
+/** fieldViolations returns the invalid fields of a refused request, and nothing for other errors. */
 export function fieldViolations(error: unknown): FieldViolation[] {
   return ConnectError.from(error)
     .findDetails(ViolationsSchema)
@@ -63,7 +64,10 @@ export function fieldViolations(error: unknown): FieldViolation[] {
 
 function fieldName(path: FieldPath | undefined): string {
   return (path?.elements ?? [])
-    .map(({ fieldName, subscript }) => fieldName + (subscript.case === undefined ? "" : `[${JSON.stringify(subscript.value, plain)}]`))
+    .map(({ fieldName, subscript }) => {
+      const index = subscript.case === undefined ? "" : `[${JSON.stringify(subscript.value, plain)}]`;
+      return fieldName + index;
+    })
     .join(".");
 }
 

@@ -1,9 +1,10 @@
-// Makes one call and prints what came of it, a line of JSON for each message and one for the end: for the test that
-// compares clients.
+// Makes one call, and prints a line of JSON for each message and one for the end. The test that compares clients runs
+// it.
 //
-//   node dist/test/call.js '{"baseUrl": ..., "protocol": ..., "headers": {...}, "method": "getOrder", "request": {...}, "timeoutMs": 500}'
+//   node dist/test/call.js '{"baseUrl": ..., "protocol": ..., "headers": {...},
+//     "method": "getOrder", "request": {...}, "timeoutMs": 500}'
 //
-// In place of a request that is too long for a command line, its text may come on standard input.
+// A request that is too long for the command line may be omitted there and come on standard input.
 import { readFileSync } from "node:fs";
 import { fromJson, type JsonValue, type Message, toJson } from "@bufbuild/protobuf";
 import { Code, ConnectError, createOrderClient, fieldViolations, OrderService } from "../src/client.js";
@@ -27,10 +28,9 @@ function print(message: Message): void {
 }
 
 try {
-  // The types of methods differ, and which one it is, is known at run time only.
-  const made = (client[call.method] as (request: Message, options: object) => Promise<Message> | AsyncIterable<Message>)(request, {
-    timeoutMs: call.timeoutMs,
-  });
+  // The types of methods differ, and the method is known only at run time.
+  type Method = (request: Message, options: object) => Promise<Message> | AsyncIterable<Message>;
+  const made = (client[call.method] as Method)(request, { timeoutMs: call.timeoutMs });
   if (Symbol.asyncIterator in made) {
     for await (const message of made) print(message);
   } else {
@@ -40,5 +40,6 @@ try {
 } catch (error) {
   const code = Code[ConnectError.from(error).code] ?? "";
   const name = code.replace(/[A-Z]/g, (letter, at) => (at > 0 ? "_" : "") + letter.toLowerCase());
-  console.log(JSON.stringify({ code: name, violations: fieldViolations(error).map(({ field }) => field), text: String(error) }));
+  const violations = fieldViolations(error).map(({ field }) => field);
+  console.log(JSON.stringify({ code: name, violations, text: String(error) }));
 }

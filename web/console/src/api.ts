@@ -1,12 +1,12 @@
-// The client of ops.v1, and the credential it sends: kept in this tab only, and never in a cookie, so that no other
-// page can make the browser send it.
+// The client of ops.v1 and its credential. The credential stays in this tab and is never in a cookie, so no other page
+// can make the browser send it.
 import { type Client, Code, ConnectError, createClient } from "@connectrpc/connect";
 import { createConnectTransport } from "@connectrpc/connect-web";
 import { OpsService } from "../../src/gen/ops/v1/ops_pb.js";
 
 const slot = "credential";
 
-/** signIn keeps a credential for as long as the tab lives; "" forgets it. */
+/** signIn stores a credential until the tab is closed; "" removes it. */
 export function signIn(credential: string): void {
   if (credential) sessionStorage.setItem(slot, credential);
   else sessionStorage.removeItem(slot);
@@ -16,7 +16,7 @@ export function isSignedIn(): boolean {
   return sessionStorage.getItem(slot) !== null;
 }
 
-/** header is how a credential is sent: a token has three parts, an API key has two. */
+/** header returns the header of a credential: a token has three parts, an API key has two. */
 function header(credential: string): [string, string] {
   return credential.split(".").length === 3 ? ["authorization", `Bearer ${credential}`] : ["x-api-key", credential];
 }
@@ -24,7 +24,7 @@ function header(credential: string): [string, string] {
 export const api: Client<typeof OpsService> = createClient(
   OpsService,
   createConnectTransport({
-    // The page is at console/, next to the procedures: a proxy may have put a path before both.
+    // The page is at console/, next to the procedures. A proxy may add a prefix to both paths.
     baseUrl: new URL("..", location.href).href.replace(/\/$/, ""),
     interceptors: [
       (next) => (request) => {
@@ -36,7 +36,7 @@ export const api: Client<typeof OpsService> = createClient(
   }),
 );
 
-/** reason says what went wrong, for people. */
+/** reason explains an error to the user. */
 export function reason(error: unknown): string {
   const failure = ConnectError.from(error);
   switch (failure.code) {
@@ -45,7 +45,7 @@ export function reason(error: unknown): string {
     case Code.Unauthenticated:
       return "You are not signed in, or your credential has expired.";
     case Code.Unavailable:
-      return "The service cannot be reached, or its database is away.";
+      return "The service or its database is unavailable.";
     case Code.Unknown:
       return failure.rawMessage === "Failed to fetch" ? "The console's process cannot be reached." : failure.rawMessage;
   }

@@ -1,4 +1,4 @@
-// The last 15 minutes as lines.
+// Line charts of the last 15 minutes.
 import uPlot from "uplot";
 import { h, setText } from "./dom.js";
 import { age, count, rate } from "./format.js";
@@ -14,18 +14,18 @@ interface Chart {
   title: string;
   lines: Line[];
   value: (n: number) => string;
-  /** What of a few seconds one point shows: the mean of rates, the most of what waits. */
+  /** Aggregates a few seconds into one point: the mean of rates, the maximum of counts. */
   of: (values: number[]) => number;
-  /** The least that the scale spans, so that noise does not look like a storm. */
+  /** Minimum span of the y axis, so that noise does not look like a peak. */
   span: number;
 }
 
 const mean = (values: number[]) => values.reduce((sum, n) => sum + n, 0) / values.length;
-const most = (values: number[]) => Math.max(...values);
+const maximum = (values: number[]) => Math.max(...values);
 
 const all: Chart[] = [
   {
-    title: "Messages a second",
+    title: "Messages per second",
     lines: [
       { name: "inserted", label: "inserted", color: "--line-1" },
       { name: "published", label: "published", color: "--line-2" },
@@ -36,7 +36,7 @@ const all: Chart[] = [
     span: 5,
   },
   {
-    title: "Messages that wait",
+    title: "Waiting messages",
     lines: [
       { name: "backlog", label: "outbox", color: "--line-1" },
       { name: "queued", label: "queues", color: "--line-2" },
@@ -44,29 +44,39 @@ const all: Chart[] = [
       { name: "dead", label: "dead letters", color: "--line-4" },
     ],
     value: count,
-    of: most,
+    of: maximum,
     span: 10,
   },
-  { title: "Age of the oldest in the outbox", lines: [{ name: "lag", label: "oldest", color: "--line-1" }], value: age, of: most, span: 1 },
+  {
+    title: "Age of the oldest message in the outbox",
+    lines: [{ name: "lag", label: "oldest", color: "--line-1" }],
+    value: age,
+    of: maximum,
+    span: 1,
+  },
 ];
 
 const height = 150;
 
-/** charts puts the charts into a box, and returns what draws them. */
+/** charts adds the charts to a box, and returns a function that draws them. */
 export function charts(box: HTMLElement, signal: AbortSignal): (series: Series) => void {
   const dark = matchMedia("(prefers-color-scheme: dark)");
   let made: { chart: Chart; plot: uPlot; values: HTMLElement[] }[] = [];
   let last: Series | undefined;
 
   const make = () => {
-    for (const one of made) one.plot.destroy();
+    for (const { plot } of made) plot.destroy();
     box.replaceChildren();
     made = all.map((chart) => {
       const values = chart.lines.map(() => h("b"));
-      const keys = chart.lines.map((line, i) => h("span", { class: `key ${line.color.slice(2)}` }, line.label, " ", values[i]));
+      const keys = chart.lines.map((line, i) =>
+        h("span", { class: `key ${line.color.slice(2)}` }, line.label, " ", values[i]),
+      );
       const canvas = h("div", { class: "plot" });
-      box.append(h("figure", {}, h("figcaption", {}, h("strong", {}, chart.title), h("span", { class: "keys" }, ...keys)), canvas));
-      return { chart, values, plot: new uPlot(options(chart, canvas.clientWidth), [[], ...chart.lines.map(() => [])], canvas) };
+      const caption = h("figcaption", {}, h("strong", {}, chart.title), h("span", { class: "keys" }, ...keys));
+      box.append(h("figure", {}, caption, canvas));
+      const plot = new uPlot(options(chart, canvas.clientWidth), [[], ...chart.lines.map(() => [])], canvas);
+      return { chart, values, plot };
     });
     if (last) draw(last);
   };
@@ -92,16 +102,19 @@ export function charts(box: HTMLElement, signal: AbortSignal): (series: Series) 
   dark.addEventListener("change", make, { signal });
   signal.addEventListener("abort", () => {
     resize.disconnect();
-    for (const one of made) one.plot.destroy();
+    for (const { plot } of made) plot.destroy();
   });
   return draw;
 }
 
-/** leastSeconds is the shortest time that is drawn. */
-const leastSeconds = 120;
+/** minSeconds is the minimum time range of a chart. */
+const minSeconds = 120;
 const bucketSeconds = 5;
 
-/** condense makes one point of five seconds: 900 on 300 pixels are a hatching. The buckets are those of the clock, so a point stays what it is once it is complete. */
+/**
+ * condense aggregates five seconds into one point: 900 points on 300 pixels would be unreadable. Buckets are aligned to
+ * the clock, so a complete point no longer changes.
+ */
 function condense(times: number[], columns: number[][], of: Chart["of"]): uPlot.AlignedData {
   const condensed: [number[], ...number[][]] = [[], ...columns.map(() => [])];
   for (let from = 0; from < times.length; ) {
@@ -118,8 +131,14 @@ function condense(times: number[], columns: number[][], of: Chart["of"]): uPlot.
 function options(chart: Chart, width: number): uPlot.Options {
   const style = getComputedStyle(document.documentElement);
   const color = (name: string) => style.getPropertyValue(name).trim();
-  const axis = { stroke: color("--muted"), grid: { stroke: color("--grid"), width: 1 }, ticks: { show: false }, font: "11px system-ui, sans-serif" };
+  const axis = {
+    stroke: color("--muted"),
+    grid: { stroke: color("--grid"), width: 1 },
+    ticks: { show: false },
+    font: "11px system-ui, sans-serif",
+  };
   const two = (n: number) => String(n).padStart(2, "0");
+  const time = (t: number) => ((d) => `${two(d.getHours())}:${two(d.getMinutes())}`)(new Date(t * 1000));
   return {
     width: Math.max(width, 200),
     height,
@@ -127,12 +146,12 @@ function options(chart: Chart, width: number): uPlot.Options {
     legend: { show: false },
     cursor: { show: false },
     scales: {
-      // It grows with what there is, so that somebody who has just started everything sees more than the right margin.
-      x: { time: true, range: (_, min, max) => [Math.max(Math.min(min, max - leastSeconds), max - keepSeconds), max] },
+      // The range grows with the data, so that the charts of a service that has just started are not almost empty.
+      x: { time: true, range: (_, min, max) => [Math.max(Math.min(min, max - minSeconds), max - keepSeconds), max] },
       y: { range: (_, __, max) => [0, Math.max(chart.span, (max ?? 0) * 1.1)] },
     },
     axes: [
-      { ...axis, space: 60, size: 24, values: (_, at) => at.map((t) => ((d) => `${two(d.getHours())}:${two(d.getMinutes())}`)(new Date(t * 1000))) },
+      { ...axis, space: 60, size: 24, values: (_, at) => at.map(time) },
       { ...axis, size: 50, space: 32, values: (_, at) => at.map((n) => chart.value(n)) },
     ],
     series: [{}, ...chart.lines.map((line) => ({ stroke: color(line.color), width: 1.75, points: { show: false } }))],

@@ -1,4 +1,4 @@
-// The way of a message as a picture, with live numbers on each station and one sentence where something is wrong.
+// The flow of messages as a diagram, with live numbers for each station and a sentence for each problem.
 import { type Station, StationKind, StationState } from "../../src/gen/ops/v1/ops_pb.js";
 import { charts } from "./chart.js";
 import { fill, h, setText } from "./dom.js";
@@ -8,14 +8,14 @@ import type { Context } from "./parts.js";
 
 const kinds: Record<StationKind, { label: string; page: `#/${string}` }> = {
   [StationKind.UNSPECIFIED]: { label: "", page: "#/flow" },
-  [StationKind.API]: { label: "takes calls", page: "#/messages" },
+  [StationKind.API]: { label: "accepts calls", page: "#/messages" },
   [StationKind.OUTBOX]: { label: "log in Postgres", page: "#/messages" },
   [StationKind.RELAY]: { label: "publishes", page: "#/relays" },
   [StationKind.EXCHANGE]: { label: "exchange", page: "#/relays" },
   [StationKind.QUEUE]: { label: "queue", page: "#/consumers" },
   [StationKind.GROUP]: { label: "group", page: "#/consumers" },
   [StationKind.EFFECT]: { label: "in Postgres", page: "#/messages" },
-  [StationKind.DEAD_LETTERS]: { label: "given up", page: "#/dead" },
+  [StationKind.DEAD_LETTERS]: { label: "failed messages", page: "#/dead" },
 };
 
 const states: Record<StationState, string> = {
@@ -26,7 +26,7 @@ const states: Record<StationState, string> = {
   [StationState.UNKNOWN]: "unknown",
 };
 
-/** What the numbers of a station are called, where that differs. */
+/** Labels of the numbers, for the stations that have them. */
 const waitingName: Partial<Record<StationKind, string>> = {
   [StationKind.OUTBOX]: "waiting",
   [StationKind.QUEUE]: "ready",
@@ -39,7 +39,7 @@ const lagName: Partial<Record<StationKind, string>> = {
   [StationKind.EFFECT]: "after insert",
 };
 
-/** Card is a station as it is drawn. Its elements are made once and get new texts. */
+/** Card displays a station. Its elements are created once, and updates change their texts. */
 class Card {
   readonly element: HTMLElement;
   private readonly big = h("b");
@@ -50,11 +50,12 @@ class Card {
 
   constructor(station: Station) {
     const kind = kinds[station.kind];
+    const name = station.kind === StationKind.QUEUE ? station.group : station.name;
     this.element = h(
       "a",
       { class: "station", href: kind.page, "data-kind": StationKind[station.kind]!.toLowerCase() },
       h("span", { class: "label" }, kind.label),
-      h("span", { class: "name", title: station.name }, station.kind === StationKind.QUEUE ? station.group : station.name),
+      h("span", { class: "name", title: station.name }, name),
       this.state,
       h("span", { class: "number" }, this.big, this.unit),
       this.lines,
@@ -79,30 +80,34 @@ function number(n: bigint | undefined): string {
   return n === undefined ? "–" : count(n);
 }
 
-/** describe says what the large number does not. */
+/** describe returns the numbers besides the large one. */
 function describe(station: Station, byWaiting: boolean): string {
   const parts: string[] = [];
-  if (byWaiting && station.rate !== undefined) parts.push(`${rate(station.rate)}/s taken`);
-  if (!byWaiting && station.waiting !== undefined && (station.waiting > 0n || station.kind !== StationKind.GROUP)) parts.push(`${count(station.waiting)} ${waitingName[station.kind] ?? "waiting"}`);
+  if (byWaiting && station.rate !== undefined) parts.push(`${rate(station.rate)}/s consumed`);
+  if (!byWaiting && station.waiting !== undefined && (station.waiting > 0n || station.kind !== StationKind.GROUP)) {
+    parts.push(`${count(station.waiting)} ${waitingName[station.kind] ?? "waiting"}`);
+  }
   if (station.lag !== undefined && station.lag > 0) parts.push(`${age(station.lag)} ${lagName[station.kind] ?? ""}`);
   if (station.processes !== undefined) parts.push(plural(station.processes, "process", "processes"));
   return parts.join(" · ");
 }
 
-/** headline says in one sentence how all of it does, and lists what is wrong. */
+/** headline summarizes the state in one sentence, and lists the problems. */
 function headline(live: Live): Node[] {
-  const wrong = live.stations.filter((s) => s.sentence && (s.state === StationState.FAULT || s.state === StationState.ATTENTION));
+  const isWrong = (s: Station) => s.state === StationState.FAULT || s.state === StationState.ATTENTION;
+  const wrong = live.stations.filter((s) => s.sentence && isWrong(s));
   wrong.sort((a, b) => b.state - a.state); // faults first
   const faults = wrong.filter((s) => s.state === StationState.FAULT);
-  const applied = live.stations.filter((s) => s.kind === StationKind.EFFECT).reduce((sum, s) => sum + (s.rate ?? 0), 0);
-  const moving = applied > 0 ? `${rate(applied)} effects a second.` : "Nothing is under way.";
+  const effects = live.stations.filter((s) => s.kind === StationKind.EFFECT);
+  const applied = effects.reduce((sum, s) => sum + (s.rate ?? 0), 0);
+  const moving = applied > 0 ? `${rate(applied)} effects per second.` : "No effects at the moment.";
   const title =
     faults.length === 1
       ? `${nameOf(faults[0]!)} does not work.`
       : faults.length > 0
         ? `${faults.length} stations do not work.`
         : wrong.length > 0
-          ? `It works; ${plural(wrong.length, "station needs", "stations need")} a look.`
+          ? `The service works; ${plural(wrong.length, "station needs", "stations need")} attention.`
           : `All stations work. ${moving}`;
   const list = wrong.map((s) =>
     h("li", { "data-state": states[s.state] }, h("a", { href: kinds[s.kind].page }, nameOf(s)), ` ${s.sentence}`),
@@ -111,22 +116,26 @@ function headline(live: Live): Node[] {
 }
 
 function nameOf(station: Station): string {
-  return station.kind === StationKind.GROUP ? `Group ${station.group}` : station.name.replace(/^[a-z]/, (letter) => letter.toUpperCase());
+  return station.kind === StationKind.GROUP
+    ? `Group ${station.group}`
+    : station.name.replace(/^[a-z]/, (letter) => letter.toUpperCase());
 }
 
 /** flow is the first page. */
 export function flow({ signal }: Context): Node {
   const head = h("section", { class: "headline", role: "status", "aria-live": "polite" });
-  const picture = h("section", { class: "picture", "aria-label": "The way of a message" });
+  const picture = h("section", { class: "picture", "aria-label": "Flow of messages" });
   const graphs = h("section", { class: "charts", "aria-label": "The last 15 minutes" });
   const cards = new Map<string, Card>();
   let drawn = "";
-  let said = "";
+  let shown = "";
   const draw = charts(graphs, signal);
 
   follow((live) => {
     if (live.stations.length === 0) {
-      fill(head, h("h1", {}, live.problem === "connecting" ? "Connecting …" : "No samples come."), h("p", {}, live.problem === "connecting" ? "" : live.problem));
+      const connecting = live.problem === "connecting";
+      const title = h("h1", {}, connecting ? "Connecting …" : "There are no samples.");
+      fill(head, title, h("p", {}, connecting ? "" : live.problem));
       return;
     }
     const shape = live.stations.map(id).join();
@@ -140,10 +149,10 @@ export function flow({ signal }: Context): Node {
     picture.classList.toggle("stale", live.problem !== "");
     const now = headline(live);
     const text = now.map((node) => node.textContent).join();
-    if (text !== said) {
+    if (text !== shown) {
       fill(head, ...now);
       head.dataset["state"] = worst(live.stations);
-      said = text;
+      shown = text;
     }
     draw(live.series);
   }, signal);
@@ -159,7 +168,7 @@ function worst(stations: Station[]): string {
   return has(StationState.FAULT) ? "fault" : has(StationState.ATTENTION) ? "attention" : "ok";
 }
 
-/** arrange draws the trunk from left to right, and a lane for each group that branches off from it. */
+/** arrange lays out the trunk from left to right, and a lane for each group that branches off it. */
 function arrange(stations: Station[], cards: Map<string, Card>): Node[] {
   const card = (station: Station) => cards.get(id(station))!.element;
   const groups = [...new Set(stations.map((s) => s.group).filter((g) => g))];
@@ -171,6 +180,10 @@ function arrange(stations: Station[], cards: Map<string, Card>): Node[] {
       h("div", { class: "trunk" }, ...alone.filter((s) => s.kind !== StationKind.DEAD_LETTERS).map(card)),
       h("div", { class: "aside" }, ...alone.filter((s) => s.kind === StationKind.DEAD_LETTERS).map(card)),
     ),
-    h("div", { class: "lanes" }, ...groups.map((g) => h("div", { class: "lane" }, ...stations.filter((s) => s.group === g).map(card)))),
+    h(
+      "div",
+      { class: "lanes" },
+      ...groups.map((g) => h("div", { class: "lane" }, ...stations.filter((s) => s.group === g).map(card))),
+    ),
   ];
 }

@@ -1,24 +1,24 @@
-// Numbers and times as people read them.
+// Formats of numbers and times.
 import { type Timestamp, timestampDate } from "@bufbuild/protobuf/wkt";
 
-/** count is a number with its thousands apart. */
+/** count formats a number with thousands separators. */
 export function count(n: number | bigint): string {
   return n.toLocaleString("en");
 }
 
-/** plural is a number of things. */
-export function plural(n: number | bigint, one: string, many = one + "s"): string {
-  return `${count(n)} ${Number(n) === 1 ? one : many}`;
+/** plural formats a number with its noun. */
+export function plural(n: number | bigint, singular: string, plural = singular + "s"): string {
+  return `${count(n)} ${Number(n) === 1 ? singular : plural}`;
 }
 
-/** rate is a number a second, short enough for a card. */
+/** rate formats a rate per second, short enough for a card. */
 export function rate(n: number): string {
   if (n >= 10_000) return `${(n / 1000).toFixed(0)}k`;
   if (n >= 1000) return `${(n / 1000).toFixed(1)}k`;
   return n >= 100 || Number.isInteger(n) ? n.toFixed(0) : n.toFixed(1);
 }
 
-/** age is a time span in seconds. */
+/** age formats a duration in seconds. */
 export function age(seconds: number): string {
   if (seconds < 0.9995) return `${Math.max(0, Math.round(seconds * 1000))} ms`;
   if (seconds < 10) return `${seconds.toFixed(1)} s`;
@@ -30,7 +30,7 @@ export function age(seconds: number): string {
 
 const two = (n: number) => String(n).padStart(2, "0");
 
-/** clock is a time of day, with the date unless it is today. */
+/** clock formats a time of day, with the date unless it is today. */
 export function clock(at: Timestamp | undefined, milliseconds = false): string {
   if (!at) return "–";
   const date = timestampDate(at);
@@ -40,12 +40,12 @@ export function clock(at: Timestamp | undefined, milliseconds = false): string {
   return (today ? "" : day) + time + (milliseconds ? `.${String(date.getMilliseconds()).padStart(3, "0")}` : "");
 }
 
-/** since is how long ago a time was. */
+/** since formats how long ago a time was. */
 export function since(at: Timestamp | undefined): string {
   return at ? age((Date.now() - timestampDate(at).getTime()) / 1000) : "–";
 }
 
-/** short is a type without its package. */
+/** shortType returns a type without its package. */
 export function shortType(type: string): string {
   return type.slice(type.lastIndexOf(".") + 1);
 }

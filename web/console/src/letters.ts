@@ -1,24 +1,43 @@
-// Dead letters: filter, look, redrive, discard, and take a discard back.
+// Dead letters: filter, inspect, redrive, discard and reopen.
 import { timestampFromDate } from "@bufbuild/protobuf/wkt";
 import { type DeadLetter, Resolution } from "../../src/gen/ops/v1/ops_pb.js";
 import { api } from "./api.js";
 import { fill, h } from "./dom.js";
 import { clock, count, plural, shortType } from "./format.js";
 import { headers, payload } from "./messages.js";
-import { ask, button, type Context, empty, facts, field, link, loaded, pageOf, search, select, table } from "./parts.js";
+import {
+  ask,
+  button,
+  type Context,
+  empty,
+  facts,
+  field,
+  link,
+  loaded,
+  pageOf,
+  search,
+  select,
+  table,
+} from "./parts.js";
 
 export function deadLetters(context: Context): Node {
   const id = context.path[0];
   return h("div", { class: "page" }, id && /^\d+$/.test(id) ? inspect(context, BigInt(id)) : list(context));
 }
 
-/** chosen makes the filter that the address holds. */
-function chosen(query: URLSearchParams) {
+/** filterOf returns the filter in the address. */
+function filterOf(query: URLSearchParams) {
   const value = (name: string) => query.get(name) ?? "";
   const time = (name: string) => (value(name) ? timestampFromDate(new Date(value(name))) : undefined);
   return {
-    group: value("group"), messageId: value("message"), type: value("type"), key: value("key"), cause: value("cause"),
-    since: time("since"), until: time("until"), resolved: value("show") === "all",
+    group: value("group"),
+    messageId: value("message"),
+    type: value("type"),
+    key: value("key"),
+    cause: value("cause"),
+    since: time("since"),
+    until: time("until"),
+    resolved: value("show") === "all",
   };
 }
 
@@ -26,12 +45,22 @@ function list(context: Context): Node {
   const { query, signal } = context;
   const value = (name: string) => query.get(name) ?? "";
   const any: [string, string] = ["", "any"];
+  const same = (text: string): [string, string] => [text, text];
   const form = h(
     "form",
     { class: "filter four", role: "search" },
-    field("Group", select("group", value("group"), [any, ["relay", "relay"], ...context.groups.map((g): [string, string] => [g, g])])),
-    field("Cause", select("cause", value("cause"), [any, ...context.causes.map((c): [string, string] => [c, c])])),
-    field("Type", h("input", { type: "search", name: "type", value: value("type"), placeholder: "full name", autocomplete: "off" })),
+    field("Group", select("group", value("group"), [any, same("relay"), ...context.groups.map(same)])),
+    field("Cause", select("cause", value("cause"), [any, ...context.causes.map(same)])),
+    field(
+      "Type",
+      h("input", {
+        type: "search",
+        name: "type",
+        value: value("type"),
+        placeholder: "full name",
+        autocomplete: "off",
+      }),
+    ),
     field("Key", h("input", { type: "search", name: "key", value: value("key"), autocomplete: "off" })),
     field("Died from", h("input", { type: "datetime-local", name: "since", value: value("since") })),
     field("Until", h("input", { type: "datetime-local", name: "until", value: value("until") })),
@@ -48,19 +77,22 @@ function list(context: Context): Node {
     fill(
       box,
       loaded(
-        () => api.listDeadLetters({ filter: chosen(query), pageToken: token, count: true }, { signal }),
+        () => api.listDeadLetters({ filter: filterOf(query), pageToken: token, count: true }, { signal }),
         (page) => results(context, page.letters, page.nextPageToken, page.count, show),
         signal,
       ),
     );
   show();
-  return h("div", {}, h("h1", {}, "Dead letters"), h("p", { class: "lead" }, "Messages that could not be published or applied. Nothing leaves this list without a record."), form, box);
+  const lead =
+    "Messages that could not be published or applied. The audit log records every message that leaves this list.";
+  return h("div", {}, h("h1", {}, "Dead letters"), h("p", { class: "lead" }, lead), form, box);
 }
 
 function results(context: Context, letters: DeadLetter[], next: bigint, total: bigint, renew: () => void): Node {
   if (letters.length === 0) {
-    const filtered = [...context.query.keys()].length > 0;
-    return empty(filtered ? "No dead letter matches." : "No dead letters.", filtered ? "Resolved ones are shown by Show: open and resolved." : "Every message was published and applied, or is being tried again.");
+    return [...context.query.keys()].length > 0
+      ? empty("No dead letter matches.", "To include resolved dead letters, set Show to “open and resolved”.")
+      : empty("No dead letters.", "Every message was published and applied, or is being retried.");
   }
   const picked = new Set<bigint>();
   const bar = h("div", { class: "bar", "aria-live": "polite" });
@@ -72,7 +104,7 @@ function results(context: Context, letters: DeadLetter[], next: bigint, total: b
       ? ""
       : h("input", {
           type: "checkbox",
-          "aria-label": `Choose letter ${letter.id}`,
+          "aria-label": `Select dead letter ${letter.id}`,
           onchange: (event) => {
             if ((event.target as HTMLInputElement).checked) picked.add(letter.id);
             else picked.delete(letter.id);
@@ -87,15 +119,15 @@ function results(context: Context, letters: DeadLetter[], next: bigint, total: b
     table<DeadLetter>(
       "Dead letters",
       [
-        ...(context.mayAct ? [{ name: "Choose", class: "check", cell: box }] : []),
-        { name: "Letter", class: "number", cell: (l: DeadLetter) => link(String(l.id), pageOf("dead", String(l.id))) },
+        ...(context.mayAct ? [{ name: "Select", class: "check", cell: box }] : []),
+        { name: "ID", class: "number", cell: (l: DeadLetter) => link(String(l.id), pageOf("dead", String(l.id))) },
         { name: "Died", class: "time", cell: (l: DeadLetter) => clock(l.deadTime) },
         { name: "Group", cell: (l: DeadLetter) => l.group },
         { name: "Cause", cell: (l: DeadLetter) => h("span", { class: "tag" }, l.cause) },
         { name: "Type", cell: (l: DeadLetter) => h("span", { class: "clip", title: l.type }, shortType(l.type)) },
         { name: "Key", class: "mono", cell: (l: DeadLetter) => l.key },
         { name: "Error", class: "long", cell: (l: DeadLetter) => l.error },
-        { name: "State", cell: (l: DeadLetter) => h("span", { class: `tag ${l.resolution ? "" : "attention"}` }, l.resolution || "open") },
+        { name: "State", cell: (l: DeadLetter) => state(l) },
       ],
       letters,
     ),
@@ -103,39 +135,58 @@ function results(context: Context, letters: DeadLetter[], next: bigint, total: b
   );
 }
 
+function state(letter: DeadLetter): Node {
+  return h("span", { class: `tag ${letter.resolution ? "" : "attention"}` }, letter.resolution || "open");
+}
+
 function actions(context: Context, picked: Set<bigint>, total: bigint, renew: () => void): Node[] {
-  const said = h("span", {}, picked.size > 0 ? `${plural(picked.size, "letter")} chosen` : `${plural(total, "letter")} ${context.query.get("show") === "all" ? "in all" : "open"}`);
-  if (!context.mayAct) return [said];
-  const filter = picked.size > 0 ? { ids: [...picked] } : { ...chosen(context.query), until: chosen(context.query).until ?? timestampFromDate(new Date()) };
-  const what = picked.size > 0 ? plural(picked.size, "chosen letter") : "all that match the filter";
+  const some = picked.size > 0;
+  const scope = context.query.get("show") === "all" ? "in total" : "open";
+  const text = some ? `${plural(picked.size, "dead letter")} selected` : `${plural(total, "dead letter")} ${scope}`;
+  const status = h("span", {}, text);
+  if (!context.mayAct) return [status];
+  const shown = filterOf(context.query);
+  const filter = some ? { ids: [...picked] } : { ...shown, until: shown.until ?? timestampFromDate(new Date()) };
+  const what = some ? plural(picked.size, "selected dead letter") : "all dead letters that match the filter";
   const start = (resolution: Resolution) => async () => {
     if (await resolve(filter, what, resolution)) renew();
   };
-  return [said, button(picked.size > 0 ? "Redrive" : "Redrive all …", start(Resolution.REDRIVE), "primary"), button(picked.size > 0 ? "Discard" : "Discard all …", start(Resolution.DISCARD), "danger")];
+  return [
+    status,
+    button(some ? "Redrive" : "Redrive all …", start(Resolution.REDRIVE), "primary"),
+    button(some ? "Discard" : "Discard all …", start(Resolution.DISCARD), "danger"),
+  ];
 }
 
-/** resolve asks why, lets one try it without effect, and does it. */
+/** resolve asks for a reason, offers a dry run, and resolves the dead letters. */
 export function resolve(filter: object, what: string, resolution: Resolution): Promise<boolean> {
   const redrive = resolution === Resolution.REDRIVE;
   const force = h("input", { type: "checkbox" });
   const outcome = h("p", { class: "progress", role: "status" });
   const run = async (reason: string, dryRun: boolean, progress: (text: string) => void, signal?: AbortSignal) => {
     let text = "";
-    for await (const at of api.resolveDeadLetters({ filter, resolution, reason, dryRun, force: force.checked }, { signal })) {
+    const request = { filter, resolution, reason, dryRun, force: force.checked };
+    for await (const at of api.resolveDeadLetters(request, { signal })) {
       const done = at.redriven + at.duplicate + at.discarded + at.unresolved;
-      const parts = redrive ? [`${count(at.redriven)} redriven`, `${count(at.duplicate)} duplicates`] : [`${count(at.discarded)} discarded`];
+      const parts = redrive
+        ? [`${count(at.redriven)} redriven`, `${count(at.duplicate)} duplicates`]
+        : [`${count(at.discarded)} discarded`];
       if (at.unresolved > 0n) parts.push(`${count(at.unresolved)} not resolved (${at.problem})`);
       text = parts.join(", ");
       progress(at.done ? text : `${count(done)} of ${count(at.total)}: ${text}`);
     }
     return text;
   };
-  const dry = button("Dry run", () => void run("dry run", true, (text) => (outcome.textContent = `Would be: ${text}`)).catch((error: unknown) => (outcome.textContent = String(error))));
+  const tryOut = () => {
+    const dryRun = run("dry run", true, (text) => (outcome.textContent = `Dry run: ${text}`));
+    void dryRun.catch((error: unknown) => (outcome.textContent = String(error)));
+  };
+  const dry = button("Dry run", tryOut);
   return ask({
     title: redrive ? "Redrive" : "Discard",
     text: redrive
-      ? `To be sent again: ${what}. Where the effect is committed already, that is found out, and the letter becomes a duplicate.`
-      : `To be given up: ${what}. A discard can be taken back later.`,
+      ? `Sends ${what} again. A message whose effect is committed already is not applied again: it becomes a duplicate.`
+      : `Discards ${what}. You can undo a discard later.`,
     verb: redrive ? "Redrive" : "Discard",
     danger: !redrive,
     more: h(
@@ -143,7 +194,13 @@ export function resolve(filter: object, what: string, resolution: Resolution): P
       { class: "dry" },
       dry,
       outcome,
-      redrive && h("label", { class: "check" }, force, " also what may have had its effect already, because its copies cannot be told from it"),
+      redrive &&
+        h(
+          "label",
+          { class: "check" },
+          force,
+          " also messages that may have been applied already, because their copies can no longer be detected",
+        ),
     ),
     act: (reason, progress, signal) => run(reason, false, progress, signal),
   });
@@ -152,31 +209,35 @@ export function resolve(filter: object, what: string, resolution: Resolution): P
 function inspect(context: Context, id: bigint): Node {
   const { signal, mayAct } = context;
   const box = h("div");
-  const show = () => fill(box, loaded(() => api.getDeadLetter({ id }, { signal }), (found) => details(found.letter!, found), signal));
+  const load = () => api.getDeadLetter({ id }, { signal });
+  const show = (): void => fill(box, loaded(load, (found) => details(found.letter!, found), signal));
   const details = (letter: DeadLetter, found: Awaited<ReturnType<typeof api.getDeadLetter>>) => {
-    const one = (resolution: Resolution) => async () => {
-      if (await resolve({ ids: [id] }, `letter ${id}`, resolution)) show();
+    const start = (resolution: Resolution) => async () => {
+      if (await resolve({ ids: [id] }, `dead letter ${id}`, resolution)) show();
     };
     const reopen = async () => {
       const done = await ask({
         title: "Reopen",
-        text: `Takes back that letter ${id} was discarded: it is open again.`,
+        text: `Reopens dead letter ${id}, which was discarded.`,
         verb: "Reopen",
-        act: async (reason) => (await api.reopenDeadLetter({ id, reason }), `Letter ${id} is open again.`),
+        act: async (reason) => (await api.reopenDeadLetter({ id, reason }), `Dead letter ${id} is open again.`),
       });
       if (done) show();
     };
     const buttons = !mayAct
       ? []
       : letter.resolution === ""
-        ? [button("Redrive", one(Resolution.REDRIVE), "primary"), button("Discard", one(Resolution.DISCARD), "danger")]
+        ? [
+            button("Redrive", start(Resolution.REDRIVE), "primary"),
+            button("Discard", start(Resolution.DISCARD), "danger"),
+          ]
         : letter.resolution === "discarded"
           ? [button("Reopen", () => void reopen())]
-          : [h("span", { class: "hint" }, "It is on its way, which cannot be taken back.")];
+          : [h("span", { class: "hint" }, "Its message is on its way, which cannot be undone.")];
     return h(
       "div",
       {},
-      h("div", { class: "bar below" }, h("span", { class: `tag ${letter.resolution ? "" : "attention"}` }, letter.resolution || "open"), ...buttons),
+      h("div", { class: "bar below" }, state(letter), ...buttons),
       h("p", { class: "error" }, letter.error),
       facts(
         ["Group", letter.group],
@@ -187,13 +248,19 @@ function inspect(context: Context, id: bigint): Node {
         ["Type", letter.type],
         ["Key", h("span", { class: "mono" }, letter.key)],
       ),
-      found.audit.length > 0 && h("h2", {}, "What was done"),
+      found.audit.length > 0 && h("h2", {}, "Audit log"),
       found.audit.length > 0 &&
         h(
           "ol",
           { class: "timeline" },
           ...found.audit.map((entry) =>
-            h("li", {}, h("time", {}, clock(entry.at)), h("span", { class: "where" }, entry.action), h("span", {}, `${entry.actor}: ${entry.reason}${entry.detail ? ` (${entry.detail})` : ""}`)),
+            h(
+              "li",
+              {},
+              h("time", {}, clock(entry.at)),
+              h("span", { class: "where" }, entry.action),
+              h("span", {}, `${entry.actor}: ${entry.reason}${entry.detail ? ` (${entry.detail})` : ""}`),
+            ),
           ),
         ),
       found.payload && payload(found.payload),

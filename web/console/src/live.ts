@@ -1,5 +1,5 @@
-// One stream of samples for the whole console. It is made anew for as long as the page is open, and holds the last
-// sample and the series.
+// The stream of samples that all pages share. It reconnects until the console is closed, and keeps the last sample and
+// the series.
 import type { Station } from "../../src/gen/ops/v1/ops_pb.js";
 import { api, isUnauthenticated, reason } from "./api.js";
 import { Series } from "./series.js";
@@ -7,7 +7,7 @@ import { Series } from "./series.js";
 export interface Live {
   stations: Station[];
   series: Series;
-  /** Why nothing comes, "" while it does. */
+  /** Why there are no new samples; "" while there are. */
   problem: string;
 }
 
@@ -16,21 +16,21 @@ type Listener = (live: Live) => void;
 const listeners = new Set<Listener>();
 const live: Live = { stations: [], series: new Series(), problem: "connecting" };
 
-/** follow calls a listener now and with each sample, until the signal. */
+/** follow calls a listener now and for each sample, until the signal is aborted. */
 export function follow(listener: Listener, signal: AbortSignal): void {
   listeners.add(listener);
   signal.addEventListener("abort", () => listeners.delete(listener));
   listener(live);
 }
 
-function tell(): void {
+function notify(): void {
   for (const listener of listeners) listener(live);
 }
 
 const shortest = 500;
 const longest = 5000;
 
-/** watch receives samples until the signal. */
+/** watch receives samples until the signal is aborted. */
 export async function watch(signal: AbortSignal, onUnauthenticated: () => void): Promise<void> {
   for (let pause = shortest; !signal.aborted; pause = Math.min(2 * pause, longest)) {
     try {
@@ -40,7 +40,7 @@ export async function watch(signal: AbortSignal, onUnauthenticated: () => void):
         live.stations = sample.stations;
         live.problem = "";
         pause = shortest;
-        tell();
+        notify();
       }
       live.problem = "The connection ended.";
     } catch (error) {
@@ -48,7 +48,7 @@ export async function watch(signal: AbortSignal, onUnauthenticated: () => void):
       if (isUnauthenticated(error)) return onUnauthenticated();
       live.problem = reason(error);
     }
-    tell();
+    notify();
     await new Promise((resolve) => setTimeout(resolve, pause));
   }
 }

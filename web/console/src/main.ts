@@ -1,4 +1,4 @@
-// The shell of the console: who is signed in, which page is shown, and whether samples come.
+// The shell of the console: sign-in, navigation, and the state of the connection.
 import "uplot/dist/uPlot.min.css";
 import "./style.css";
 import type { GetSessionResponse } from "../../src/gen/ops/v1/ops_pb.js";
@@ -26,17 +26,22 @@ const pages: Record<string, { name: string; show: (context: Context) => Node }> 
 
 let session = new AbortController();
 
-/** begin finds out who is here, and shows the console or the form to sign in. */
+/** begin gets the session, and shows the console or the sign-in form. */
 async function begin(): Promise<void> {
   session.abort();
   session = new AbortController();
   try {
     const who = await api.getSession({});
     if (who.mayLook) shell(who, session.signal);
-    else signInForm("You are known, but neither an observer nor an operator.");
+    else signInForm("This credential has neither the role observer nor the role operator.");
   } catch (error) {
-    if (isUnauthenticated(error)) signInForm(isSignedIn() ? "This credential is not accepted, or has expired." : "");
-    else fill(document.body, h("main", { class: "alone" }, h("h1", {}, "Console"), h("p", { class: "bad" }, reason(error)), button("Try again", () => void begin())));
+    if (isUnauthenticated(error)) {
+      signInForm(isSignedIn() ? "This credential is not accepted, or has expired." : "");
+      return;
+    }
+    const retry = button("Try again", () => void begin());
+    const problem = h("p", { class: "bad" }, reason(error));
+    fill(document.body, h("main", { class: "alone" }, h("h1", {}, "Console"), problem, retry));
   }
 }
 
@@ -47,7 +52,7 @@ function signInForm(problem: string): void {
     "form",
     { class: "alone" },
     h("h1", {}, "Console"),
-    h("p", {}, "Paste an API key or a token with the role observer or operator. It is kept in this tab and nowhere else."),
+    h("p", {}, "Paste an API key or a token with the role observer or operator. It is stored only in this tab."),
     field("API key or token", input),
     problem && h("p", { class: "bad", role: "alert" }, problem),
     h("button", { type: "submit", class: "primary" }, "Sign in"),
@@ -65,18 +70,25 @@ function shell(who: GetSessionResponse, signal: AbortSignal): void {
   document.title = `${who.service} console`;
   const live = h("span", { class: "live", role: "status" });
   const dead = h("b", { class: "badge" });
-  const links = Object.entries(pages).map(([key, page]) => h("a", { href: `#/${key}`, "data-page": key }, page.name, key === "dead" && dead));
+  const links = Object.entries(pages).map(([key, page]) =>
+    h("a", { href: `#/${key}`, "data-page": key }, page.name, key === "dead" && dead),
+  );
   const main = h("main", { id: "main", tabindex: -1 });
   const leave = isSignedIn() && button("Sign out", () => (signIn(""), void begin()), "quiet");
+  const name = who.actor + (who.mayAct ? "" : " (read only)");
   fill(
     document.body,
-    h("a", { href: "#main", class: "skip", onclick: (event) => (event.preventDefault(), main.focus()) }, "Skip to content"),
+    h(
+      "a",
+      { href: "#main", class: "skip", onclick: (event) => (event.preventDefault(), main.focus()) },
+      "Skip to content",
+    ),
     h(
       "header",
       {},
       h("div", { class: "brand" }, h("strong", {}, who.service), h("span", {}, "console")),
       h("nav", { "aria-label": "Pages" }, ...links),
-      h("div", { class: "who" }, live, h("span", { class: "actor", title: `version ${who.version}` }, who.actor + (who.mayAct ? "" : " (looks only)")), leave),
+      h("div", { class: "who" }, live, h("span", { class: "actor", title: `version ${who.version}` }, name), leave),
     ),
     main,
     h("div", { id: "toasts", role: "status", "aria-live": "polite" }),
@@ -92,7 +104,7 @@ function shell(who: GetSessionResponse, signal: AbortSignal): void {
   route(who, main, links, signal);
 }
 
-/** route shows the page that the address names, and again whenever that changes. */
+/** route shows the page in the address, now and after each change. */
 function route(who: GetSessionResponse, main: HTMLElement, links: HTMLElement[], signal: AbortSignal): void {
   let shown = new AbortController();
   const show = () => {
@@ -105,13 +117,20 @@ function route(who: GetSessionResponse, main: HTMLElement, links: HTMLElement[],
       if (pages[link.dataset["page"]!] === page) link.setAttribute("aria-current", "page");
       else link.removeAttribute("aria-current");
     }
-    const context = { path, query: new URLSearchParams(query), signal: shown.signal, mayAct: who.mayAct, groups: who.groups, causes: who.causes };
+    const context = {
+      path,
+      query: new URLSearchParams(query),
+      signal: shown.signal,
+      mayAct: who.mayAct,
+      groups: who.groups,
+      causes: who.causes,
+    };
     fill(main, page.show(context));
     scrollTo(0, 0);
   };
   const turn = () => {
     show();
-    main.focus(); // so that the keyboard and a screen reader go on within the page
+    main.focus(); // keyboard and screen reader continue in the page
   };
   addEventListener("hashchange", turn, { signal });
   signal.addEventListener("abort", () => shown.abort());

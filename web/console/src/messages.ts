@@ -1,4 +1,4 @@
-// Search for messages, and the journey of one.
+// Search for messages, and the history of one.
 import { timestampFromDate } from "@bufbuild/protobuf/wkt";
 import type { GetMessageResponse, Message, Payload, Step } from "../../src/gen/ops/v1/ops_pb.js";
 import { api } from "./api.js";
@@ -8,7 +8,7 @@ import { button, type Context, empty, facts, field, link, loaded, pageOf, search
 
 export function messages(context: Context): Node {
   const id = context.path[0];
-  return h("div", { class: "page" }, id ? journey(context, id) : list(context));
+  return h("div", { class: "page" }, id ? inspect(context, id) : list(context));
 }
 
 function list(context: Context): Node {
@@ -19,7 +19,16 @@ function list(context: Context): Node {
     { class: "filter", role: "search" },
     field("Message ID", h("input", { type: "search", name: "id", autocomplete: "off" })),
     field("Key", h("input", { type: "search", name: "key", value: value("key"), autocomplete: "off" })),
-    field("Type", h("input", { type: "search", name: "type", value: value("type"), placeholder: "full name", autocomplete: "off" })),
+    field(
+      "Type",
+      h("input", {
+        type: "search",
+        name: "type",
+        value: value("type"),
+        placeholder: "full name",
+        autocomplete: "off",
+      }),
+    ),
     field("From", h("input", { type: "datetime-local", name: "since", value: value("since") })),
     field("Until", h("input", { type: "datetime-local", name: "until", value: value("until") })),
     h("button", { type: "submit", class: "primary" }, "Search"),
@@ -32,19 +41,31 @@ function list(context: Context): Node {
   });
   const token = BigInt(query.get("page") ?? 0);
   const time = (name: string) => (value(name) ? timestampFromDate(new Date(value(name))) : undefined);
-  const load = () => api.searchMessages({ key: value("key"), type: value("type"), since: time("since"), until: time("until"), pageToken: token }, { signal });
+  const request = {
+    key: value("key"),
+    type: value("type"),
+    since: time("since"),
+    until: time("until"),
+    pageToken: token,
+  };
+  const load = () => api.searchMessages(request, { signal });
+  const lead = "The messages in the outbox, newest first. An ID also finds messages that are no longer in the outbox.";
   return h(
     "div",
     {},
     h("h1", {}, "Messages"),
-    h("p", { class: "lead" }, "What the outbox still holds, the newest first. A message ID finds a message also when the outbox holds it no more."),
+    h("p", { class: "lead" }, lead),
     form,
     loaded(load, (page) => results(page.messages, page.nextPageToken, query), signal),
   );
 }
 
 function results(found: Message[], next: bigint, query: URLSearchParams): Node {
-  if (found.length === 0) return empty("No message found.", "The outbox keeps delivered messages for about a day. Older ones are found by their ID, as long as a group remembers them.");
+  if (found.length === 0) {
+    const hint =
+      "The outbox keeps delivered messages for about a day. The inboxes of the groups keep them longer: search by ID.";
+    return empty("No message found.", hint);
+  }
   const more = new URLSearchParams(query);
   more.set("page", String(next));
   return h(
@@ -57,7 +78,11 @@ function results(found: Message[], next: bigint, query: URLSearchParams): Node {
         { name: "Type", cell: (m) => h("span", { class: "clip", title: m.type }, shortType(m.type)) },
         { name: "Key", class: "mono", cell: (m) => m.key },
         { name: "Message", class: "mono", cell: (m) => link(m.messageId, pageOf("messages", m.messageId)) },
-        { name: "State", cell: (m) => h("span", { class: `tag ${m.delivered ? "ok" : "attention"}` }, m.delivered ? "delivered" : "waits") },
+        {
+          name: "State",
+          cell: (m) =>
+            h("span", { class: `tag ${m.delivered ? "ok" : "attention"}` }, m.delivered ? "delivered" : "waiting"),
+        },
       ],
       found,
     ),
@@ -65,19 +90,19 @@ function results(found: Message[], next: bigint, query: URLSearchParams): Node {
   );
 }
 
-function journey({ signal }: Context, id: string): Node {
+function inspect({ signal }: Context, id: string): Node {
   return h(
     "div",
     {},
     link("← Messages", "#/messages", "back"),
     h("h1", { class: "id" }, id),
-    loaded(() => api.getMessage({ messageId: id }, { signal }), way, signal),
+    loaded(() => api.getMessage({ messageId: id }, { signal }), details, signal),
   );
 }
 
-function way(message: GetMessageResponse): Node {
+function details(message: GetMessageResponse): Node {
   const first = message.copies[0];
-  const letters = message.letterIds.map((letter) => link(`letter ${letter}`, pageOf("dead", String(letter))));
+  const letters = message.letterIds.map((letter) => link(`dead letter ${letter}`, pageOf("dead", String(letter))));
   return h(
     "div",
     {},
@@ -88,7 +113,7 @@ function way(message: GetMessageResponse): Node {
       ["Copies in the outbox", count(message.copies.length)],
       ["Dead letters", letters.length ? h("span", {}, ...letters) : "none"],
     ),
-    h("h2", {}, "Journey"),
+    h("h2", {}, "History"),
     h("ol", { class: "timeline" }, ...message.steps.map(step)),
     message.payload && payload(message.payload),
     headers(message.headers),
@@ -96,21 +121,30 @@ function way(message: GetMessageResponse): Node {
 }
 
 function step({ at, where, what }: Step): Node {
-  return h("li", { class: at ? "" : "open" }, h("time", {}, at ? clock(at, true) : ""), h("span", { class: "where" }, where), h("span", {}, what));
+  return h(
+    "li",
+    { class: at ? "" : "open" },
+    h("time", {}, at ? clock(at, true) : ""),
+    h("span", { class: "where" }, where),
+    h("span", {}, what),
+  );
 }
 
-/** payload shows what a message carries. */
+/** payload shows the payload of a message. */
 export function payload(p: Payload): Node {
   const copy = button("Copy", () => void navigator.clipboard?.writeText(p.text), "quiet");
+  const format = p.decoded ? "decoded" : "hex, since the type is unknown or the payload cannot be decoded";
   return h(
     "section",
     {},
-    h("h2", {}, "Payload ", h("small", {}, `${plural(p.size, "byte")}, ${p.decoded ? "decoded by its descriptor" : "type not known here or not decodable: hex"}${p.cut ? ", cut off" : ""}`), copy),
+    h("h2", {}, "Payload ", h("small", {}, `${plural(p.size, "byte")}, ${format}${p.cut ? ", truncated" : ""}`), copy),
     h("pre", { class: "payload", tabindex: 0 }, p.text || "(empty)"),
   );
 }
 
 export function headers(all: Record<string, string>): Node | false {
-  const names = Object.keys(all).sort();
-  return names.length > 0 && h("section", {}, h("h2", {}, "Headers"), facts(...names.map((name): [string, string] => [name, all[name]!])));
+  const pairs = Object.keys(all)
+    .sort()
+    .map((name): [string, string] => [name, all[name]!]);
+  return pairs.length > 0 && h("section", {}, h("h2", {}, "Headers"), facts(...pairs));
 }

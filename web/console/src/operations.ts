@@ -1,19 +1,26 @@
-// Durable calls: state, result, cancel.
+// Durable calls: states, errors and cancellation.
 import type { Operation } from "../../src/gen/ops/v1/ops_pb.js";
 import { api } from "./api.js";
 import { fill, h } from "./dom.js";
-import { clock, count } from "./format.js";
+import { clock, count, shortType } from "./format.js";
 import { ask, button, type Context, empty, field, link, loaded, pageOf, search, select, table } from "./parts.js";
 
-const tags: Record<string, string> = { pending: "", running: "attention", succeeded: "ok", failed: "fault", cancelled: "" };
+const tags: Record<string, string> = {
+  pending: "",
+  running: "attention",
+  succeeded: "ok",
+  failed: "fault",
+  cancelled: "",
+};
 
 export function operations(context: Context): Node {
   const { query, signal } = context;
   const state = query.get("state") ?? "";
+  const states = Object.keys(tags).map((name): [string, string] => [name, name]);
   const form = h(
     "form",
     { class: "filter one", role: "search" },
-    field("State", select("state", state, [["", "any"], ...Object.keys(tags).map((name): [string, string] => [name, name])])),
+    field("State", select("state", state, [["", "any"], ...states])),
     h("button", { type: "submit", class: "primary" }, "Filter"),
   );
   form.addEventListener("submit", (event) => {
@@ -22,27 +29,33 @@ export function operations(context: Context): Node {
   });
   const box = h("div");
   const load = () => api.listOperations({ state, pageToken: query.get("page") ?? "" }, { signal });
-  const show = () => fill(box, loaded(load, (page) => results(context, page.operations, page.nextPageToken, show), signal));
+  const show = (): void =>
+    fill(box, loaded(load, (page) => results(context, page.operations, page.nextPageToken, show), signal));
   show();
   return h(
     "div",
     { class: "page" },
     h("div", { class: "title" }, h("h1", {}, "Operations"), button("Refresh", show, "quiet")),
-    h("p", { class: "lead" }, "Durable calls: taken at once, executed later. Results are for their callers; what failed says why."),
+    h("p", { class: "lead" }, "Durable calls: accepted at once, executed later. Only their callers get the responses."),
     form,
     box,
   );
 }
 
 function results({ mayAct, query }: Context, all: Operation[], next: string, renew: () => void): Node {
-  if (all.length === 0) return empty("No operations.", "A call with the header Prefer: respond-async becomes one. They are kept for seven days after their end.");
-  const cancel = async (one: Operation) => {
+  if (all.length === 0) {
+    const hint =
+      "A call with the header Prefer: respond-async becomes an operation, which is kept for seven days after its end.";
+    return empty("No operations.", hint);
+  }
+  const cancel = async ({ id, method, caller }: Operation) => {
+    const name = caller || "an unnamed caller";
     const done = await ask({
       title: "Cancel operation",
-      text: `Calls off ${one.method} of ${one.caller || "a caller without name"}, if no worker has begun it. The caller reads why.`,
+      text: `Cancels ${method} of ${name}, if no worker has begun it. The caller can read the reason.`,
       verb: "Cancel operation",
       danger: true,
-      act: async (reason) => (await api.cancelOperation({ id: one.id, reason }), "The operation is called off."),
+      act: async (reason) => (await api.cancelOperation({ id, reason }), "The operation is cancelled."),
     });
     if (done) renew();
   };
@@ -54,15 +67,23 @@ function results({ mayAct, query }: Context, all: Operation[], next: string, ren
     table<Operation>(
       "Operations",
       [
-        { name: "Taken", class: "time", cell: (o) => clock(o.createTime) },
-        { name: "Method", cell: (o) => h("span", { class: "clip", title: o.method }, o.method.slice(o.method.lastIndexOf(".") + 1)) },
+        { name: "Accepted", class: "time", cell: (o) => clock(o.createTime) },
+        { name: "Method", cell: (o) => h("span", { class: "clip", title: o.method }, shortType(o.method)) },
         { name: "Caller", cell: (o) => o.caller },
         { name: "State", cell: (o) => h("span", { class: `tag ${tags[o.state] ?? ""}` }, o.state) },
         { name: "Attempts", class: "number", cell: (o) => count(o.attempts) },
         { name: "Ended", class: "time", cell: (o) => clock(o.endTime) },
         { name: "Error", class: "long", cell: (o) => o.error },
         { name: "Message", class: "mono", cell: (o) => link(`${o.id.slice(0, 8)}…`, pageOf("messages", o.id)) },
-        ...(mayAct ? [{ name: "", class: "acts", cell: (o: Operation) => (o.state === "pending" ? button("Cancel", () => void cancel(o)) : "\u00a0") }] : []),
+        ...(mayAct
+          ? [
+              {
+                name: "",
+                class: "acts",
+                cell: (o: Operation) => (o.state === "pending" ? button("Cancel", () => void cancel(o)) : "\u00a0"),
+              },
+            ]
+          : []),
       ],
       all,
     ),

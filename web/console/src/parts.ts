@@ -1,20 +1,20 @@
-// What several pages are made of.
+// Building blocks of the pages.
 import { isUnauthenticated, reason } from "./api.js";
 import { fill, h } from "./dom.js";
 
-/** Context is what a page gets. */
+/** Context is the input of a page. */
 export interface Context {
-  /** The rest of the address, divided at its slashes: for the page of one thing its ID. */
+  /** The rest of the address, split at slashes, such as the ID of a message. */
   path: string[];
   query: URLSearchParams;
-  /** Aborted when the page is left. */
+  /** Aborted when the user leaves the page. */
   signal: AbortSignal;
   mayAct: boolean;
   groups: string[];
   causes: string[];
 }
 
-/** loaded shows what a promise brings: a placeholder first, and if it fails the reason and a button to try again. */
+/** loaded shows the result of a promise, after a placeholder, or its error with a button to try again. */
 export function loaded<T>(load: () => Promise<T>, show: (value: T) => Node, signal: AbortSignal): HTMLElement {
   const box = h("div", { class: "loaded", "aria-busy": "true" }, skeleton());
   const run = async () => {
@@ -36,7 +36,13 @@ function skeleton(): HTMLElement {
 
 export function failed(error: unknown, again: () => void): HTMLElement {
   if (isUnauthenticated(error)) dispatchEvent(new Event("unauthenticated"));
-  return h("div", { class: "state bad", role: "alert" }, h("strong", {}, "This could not be loaded."), h("p", {}, reason(error)), button("Try again", again));
+  return h(
+    "div",
+    { class: "state bad", role: "alert" },
+    h("strong", {}, "This could not be loaded."),
+    h("p", {}, reason(error)),
+    button("Try again", again),
+  );
 }
 
 export function empty(title: string, hint: string): HTMLElement {
@@ -53,8 +59,10 @@ export interface Column<T> {
   cell: (row: T) => Node | string;
 }
 
-/** table shows rows; on a narrow screen each row becomes a card, whose lines have the names of the columns. */
+/** table shows rows. On a narrow screen each row becomes a card whose lines are labelled with the column names. */
 export function table<T>(caption: string, columns: Column<T>[], rows: T[]): HTMLElement {
+  const cell = (column: Column<T>, row: T) =>
+    h("td", { class: column.class ?? "", "data-label": column.name }, clip(column.cell(row)));
   return h(
     "div",
     { class: "table" },
@@ -66,22 +74,21 @@ export function table<T>(caption: string, columns: Column<T>[], rows: T[]): HTML
       h(
         "tbody",
         {},
-        ...rows.map((row) =>
-          h("tr", {}, ...columns.map((column) => h("td", { class: column.class ?? "", "data-label": column.name }, clip(column.cell(row))))),
-        ),
+        ...rows.map((row) => h("tr", {}, ...columns.map((column) => cell(column, row)))),
       ),
     ),
   );
 }
 
-/** clip keeps a long text from taking the whole table: the whole of it is in its title, and on the page of the one thing. */
+/** clip shortens a long text in a table. The whole text is in its title and on the page of the row. */
 function clip(cell: Node | string): Node {
   return typeof cell === "string" ? h("span", { class: "clip", title: cell }, cell || "–") : cell;
 }
 
 /** facts is a list of names and values. */
 export function facts(...pairs: [string, Node | string][]): HTMLElement {
-  return h("dl", { class: "facts" }, ...pairs.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value || "–"))));
+  const fact = ([name, value]: [string, Node | string]) => h("div", {}, h("dt", {}, name), h("dd", {}, value || "–"));
+  return h("dl", { class: "facts" }, ...pairs.map(fact));
 }
 
 /** field is an input with its label. */
@@ -103,14 +110,14 @@ export function pageOf(kind: string, id: string): `#${string}` {
   return `#/${kind}/${encodeURIComponent(id)}`;
 }
 
-/** go leads to a page with what a form holds. */
+/** search opens a page with the values of a form in its address. */
 export function search(page: string, form: HTMLFormElement): void {
   const query = new URLSearchParams();
   for (const [name, value] of new FormData(form)) if (String(value).trim()) query.set(name, String(value).trim());
   location.hash = `#/${page}${query.size ? `?${query}` : ""}`;
 }
 
-/** toast says what was done. */
+/** toast shows a text for six seconds. */
 export function toast(text: string): void {
   const line = h("p", { class: "toast" }, text);
   const all = document.getElementById("toasts")!;
@@ -121,19 +128,19 @@ export function toast(text: string): void {
 
 export interface Act {
   title: string;
-  /** What will happen, in a sentence or two. */
+  /** The effect, in a sentence or two. */
   text: string;
-  /** What stands on the button. */
+  /** The label of the button. */
   verb: string;
   danger?: boolean;
   more?: Node;
-  /** act does it, and says what was done. It may show its progress. */
+  /** act does it, and returns what it has done. It may report its progress. */
   act: (reason: string, progress: (text: string) => void, signal: AbortSignal) => Promise<string>;
 }
 
-/** ask asks why, does it, and says what was done. It returns true if it was done. */
+/** ask asks for a reason, acts, and shows the result. It returns true if act succeeded. */
 export function ask(act: Act): Promise<boolean> {
-  const why = h("textarea", { name: "reason", rows: 2, required: true, placeholder: "Kept in the audit log" });
+  const why = h("textarea", { name: "reason", rows: 2, required: true, placeholder: "Recorded in the audit log" });
   const status = h("p", { class: "progress", role: "status" });
   const confirm = h("button", { type: "submit", class: act.danger ? "danger" : "primary" }, act.verb);
   const leave = new AbortController();
@@ -143,7 +150,7 @@ export function ask(act: Act): Promise<boolean> {
     h("h2", {}, act.title),
     h("p", {}, act.text),
     act.more,
-    field("Why", why),
+    field("Reason", why),
     status,
     h("div", { class: "buttons" }, button("Cancel", () => dialog.close()), confirm),
   );

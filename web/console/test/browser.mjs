@@ -1,6 +1,5 @@
-// Uses the console as a person does, in a real Chromium, and fails with what is not as it should be. The test that
-// starts it holds the stack: it is asked to do something to that by a line on standard output, and answers when it is
-// done.
+// Uses the console in a real Chromium as a person does, and reports problems. A line on standard output requests an
+// action on the stack from the test that runs this script; the test answers when the action is done.
 //
 //   node browser.mjs '{"url": ..., "key": ..., "chromium": ..., "screenshots": ...}'
 import { mkdirSync } from "node:fs";
@@ -11,9 +10,9 @@ const { url, key, chromium: executablePath, screenshots } = JSON.parse(process.a
 mkdirSync(screenshots, { recursive: true });
 const answers = createInterface({ input: process.stdin })[Symbol.asyncIterator]();
 
-/** ask has the test do something to the stack. */
-async function ask(what) {
-  console.log(`do ${what}`);
+/** ask requests an action of the test. */
+async function ask(action) {
+  console.log(`do ${action}`);
   await answers.next();
 }
 
@@ -22,33 +21,40 @@ function check(ok, what) {
   if (!ok) problems.push(what);
 }
 
-const browser = await chromium.launch({ executablePath, args: ["--no-sandbox", "--disable-gpu", "--disable-background-networking"] });
+const args = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"];
+const browser = await chromium.launch({ executablePath, args });
 const context = await browser.newContext({ viewport: { width: 1280, height: 860 }, reducedMotion: "reduce" });
 const page = await context.newPage();
 page.setDefaultTimeout(60_000); // the machine may be busy with other tests
-page.on("request", (request) => check(request.url().startsWith(url) || request.url().startsWith("data:"), `a request goes to ${request.url()}`));
+page.on("request", (request) => {
+  const own = request.url().startsWith(url) || request.url().startsWith("data:");
+  check(own, `a request goes to ${request.url()}`);
+});
 page.on("pageerror", (error) => problems.push(`the page fails: ${error}`));
 page.on("dialog", (dialog) => (problems.push(`a dialog opens: ${dialog.message()}`), dialog.dismiss()));
 page.on("console", (message) => check(!message.text().includes("Content Security Policy"), message.text()));
 
-/** settled waits until a page has loaded what it shows. */
+/** settled waits until the page has loaded its content. */
 async function settled() {
   await page.waitForFunction(() => !document.querySelector("[aria-busy=true], .skeleton"));
 }
 
-/** show goes to a page, and checks what must hold on every page. */
+/** show opens a page, and makes the checks for every page. */
 async function show(hash) {
   await page.goto(`${url}/console/#/${hash}`);
   await settled();
   const found = await page.evaluate(() => ({
     pwned: "pwned" in window,
-    elements: document.querySelectorAll("main script, main img, main iframe, main svg, main object, main [onerror], main [onload]").length,
+    elements: document.querySelectorAll(
+      "main script, main img, main iframe, main svg, main object, main [onerror], main [onload]",
+    ).length,
     links: [...document.querySelectorAll("a")].filter((a) => !a.getAttribute("href")?.startsWith("#")).length,
   }));
-  check(!found.pwned && found.elements === 0 && found.links === 0, `${hash}: text of a message became part of the page: ${JSON.stringify(found)}`);
+  const safe = !found.pwned && found.elements === 0 && found.links === 0;
+  check(safe, `${hash}: text of a message became part of the page: ${JSON.stringify(found)}`);
 }
 
-/** pictures takes the page at each size, light and dark. */
+/** pictures takes screenshots of the page at each size, light and dark. */
 async function pictures(name) {
   for (const width of [1280, 390]) {
     await page.setViewportSize({ width, height: width === 390 ? 844 : 860 });
@@ -63,17 +69,18 @@ async function pictures(name) {
   await page.setViewportSize({ width: 1280, height: 860 });
 }
 
-const station = (name, state) => page.locator(`.station[data-state=${state}]`, { has: page.locator(`.name[title="${name}"]`) });
+const station = (name, state) =>
+  page.locator(`.station[data-state=${state}]`, { has: page.locator(`.name[title="${name}"]`) });
 
-/** why fills in the dialog and confirms it. */
-async function why(verb) {
+/** confirm fills in the dialog and confirms it. */
+async function confirm(verb) {
   await page.locator("dialog textarea").fill("tried in a browser");
   await page.locator("dialog button[type=submit]", { hasText: verb }).click();
   await page.locator("dialog").waitFor({ state: "detached" });
 }
 
 async function signIn() {
-  await page.goto(`${url}/`); // which leads to the console
+  await page.goto(`${url}/`); // redirects to the console
   await page.locator("input[name=credential]").fill("nobody.AAAA");
   await page.keyboard.press("Enter");
   await page.locator("text=This credential is not accepted").waitFor();
@@ -84,13 +91,15 @@ async function signIn() {
   check((await context.cookies()).length === 0, "there is a cookie");
 }
 
-/** firstPaint takes the best of some: what the machine does besides is not the console's fault. */
+/** firstPaint takes the best of several, since the machine may be busy. */
 async function firstPaint() {
   let best = Infinity;
   for (let i = 0; i < 5 && best > 500; i++) {
     await page.reload();
     await page.locator(".station").first().waitFor();
-    const painted = await page.waitForFunction(() => performance.getEntriesByName("first-contentful-paint")[0]?.startTime);
+    const painted = await page.waitForFunction(
+      () => performance.getEntriesByName("first-contentful-paint")[0]?.startTime,
+    );
     best = Math.min(best, await painted.jsonValue());
   }
   console.log(`first paint after ${Math.round(best)} ms`);
@@ -113,7 +122,7 @@ async function flow() {
   await page.locator(".headline[data-state=ok]").waitFor();
 }
 
-/** keyboard goes to a page with no mouse: over the link that skips, along the pages, and in. */
+/** keyboard opens a page with the keyboard alone: past the skip link and along the navigation. */
 async function keyboard() {
   await page.goto(`${url}/console/?keyboard#/flow`);
   await page.locator(".station").first().waitFor();
@@ -140,23 +149,23 @@ async function deadLetters() {
   await page.keyboard.press("Escape");
   await page.locator("dialog").waitFor({ state: "detached" });
   await page.locator("button", { hasText: "Discard" }).click();
-  await why("Discard");
+  await confirm("Discard");
   await page.locator("button", { hasText: "Reopen" }).click();
-  await why("Reopen");
+  await confirm("Reopen");
   await page.locator("button", { hasText: "Redrive" }).click();
   await page.locator("dialog button", { hasText: "Dry run" }).click();
-  await page.locator("dialog", { hasText: "Would be: 1 redriven" }).waitFor();
+  await page.locator("dialog", { hasText: "Dry run: 1 redriven" }).waitFor();
   await page.screenshot({ path: `${screenshots}/redrive.png` });
-  await why("Redrive");
+  await confirm("Redrive");
   await page.locator(".tag", { hasText: "redriven" }).waitFor();
   const done = await page.locator(".timeline .where").allTextContents();
-  check(done.join() === "discarded,reopened,redriven", `the record says ${done}`);
+  check(done.join() === "discarded,reopened,redriven", `the audit log contains ${done}`);
   await ask("effect of the redrive");
   await show("dead");
   for (const letter of await page.locator("tbody td a").allTextContents()) await show(`dead/${letter}`);
   await show("dead?cause=no_id");
   await page.locator("button", { hasText: "Discard all" }).click();
-  await why("Discard");
+  await confirm("Discard");
   await page.locator(".state", { hasText: "No dead letter matches" }).waitFor();
 }
 
@@ -178,35 +187,48 @@ async function consumers() {
   await show("consumers");
   await pictures("consumers");
   await page.locator("tr", { hasText: "blocked-key" }).locator("button", { hasText: "Skip" }).click();
-  await why("Skip");
+  await confirm("Skip");
   await page.locator("tr", { hasText: "shipping/blocked-key" }).waitFor();
   await page.locator("tr", { has: page.locator("strong", { hasText: "billing" }) }).locator("button").click();
-  await why("Pause");
+  await confirm("Pause");
   await page.locator(".tag", { hasText: "paused by" }).waitFor();
   await show("flow");
   await station("billing", "attention").first().waitFor();
   await pictures("flow-paused");
   await show("consumers");
   await page.locator("button", { hasText: "Resume" }).click();
-  await why("Resume");
+  await confirm("Resume");
 }
 
 async function others() {
   await show("operations");
   await pictures("operations");
   await page.locator("button", { hasText: "Cancel" }).first().click();
-  await why("Cancel operation");
+  await confirm("Cancel operation");
   await page.locator(".tag", { hasText: "cancelled" }).waitFor();
   await show("relays");
   await pictures("relays");
 }
 
-/** hour shows an hour of samples within seconds, and checks that the page holds no more at its end than after a quarter of it. */
+/** hour shows an hour of samples within seconds, and checks that it needs no more memory than 15 minutes of samples. */
 async function hour() {
   const start = Date.now() - 3600_000;
   const sample = (i) => ({
-    point: { at: new Date(start + i * 1000).toISOString(), inserted: i % 50, published: i % 49, applied: i % 48, backlog: String(i % 7), lag: 0.1 },
-    stations: ["API", "OUTBOX", "RELAY"].map((kind) => ({ kind: `STATION_KIND_${kind}`, name: kind, state: `STATION_STATE_${i % 9 ? "OK" : "FAULT"}`, sentence: i % 9 ? "" : "x", rate: i })),
+    point: {
+      at: new Date(start + i * 1000).toISOString(),
+      inserted: i % 50,
+      published: i % 49,
+      applied: i % 48,
+      backlog: String(i % 7),
+      lag: 0.1,
+    },
+    stations: ["API", "OUTBOX", "RELAY"].map((kind) => ({
+      kind: `STATION_KIND_${kind}`,
+      name: kind,
+      state: `STATION_STATE_${i % 9 ? "OK" : "FAULT"}`,
+      sentence: i % 9 ? "" : "x",
+      rate: i,
+    })),
   });
   const frame = (flags, message) => {
     const text = Buffer.from(JSON.stringify(message));
@@ -220,11 +242,11 @@ async function hour() {
     const frames = [];
     for (const end = next + 900; next < end; next++) frames.push(frame(0, sample(next)));
     const body = Buffer.concat([...frames, frame(2, {})]);
-    if (next > 3600) return; // and stays open
+    if (next > 3600) return; // the stream stays open
     return route.fulfill({ status: 200, contentType: "application/connect+json", body });
   });
   const debug = await context.newCDPSession(page);
-  const weigh = async (points) => {
+  const measure = async (points) => {
     await page.waitForFunction((n) => Number(document.querySelector(".charts")?.dataset.points) >= n, points);
     await debug.send("HeapProfiler.collectGarbage");
     const [heap, nodes, held] = await Promise.all([
@@ -235,12 +257,12 @@ async function hour() {
     return { heap: heap.usedSize, nodes: nodes.nodes, held };
   };
   await page.goto(`${url}/console/?hour#/flow`);
-  const first = await weigh(890);
+  const first = await measure(890);
   while (next < 3600) await page.waitForTimeout(100);
   await page.waitForTimeout(500);
-  const last = await weigh(890);
+  const last = await measure(890);
   console.log(`an hour: ${JSON.stringify(first)} after 15 minutes, ${JSON.stringify(last)} after 60`);
-  check(last.held <= 900, `${last.held} points are held`);
+  check(last.held <= 900, `the page holds ${last.held} points`);
   check(last.nodes < first.nodes * 1.5 + 200, `${first.nodes} nodes became ${last.nodes}`);
   check(last.heap < first.heap * 1.3 + 2e6, `${first.heap} bytes became ${last.heap}`);
 }

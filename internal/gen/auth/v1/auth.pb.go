@@ -4,7 +4,8 @@
 // 	protoc        (unknown)
 // source: auth/v1/auth.proto
 
-// Who may call what. Part of the core: services import it and say with each method who may call it.
+// Access rules of methods. This package belongs to the core: services import it and declare the callers of each
+// method.
 
 package authv1
 
@@ -24,14 +25,14 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
-// Access says who may call a method. A method without it, or with an empty one, is denied to everybody.
+// Access declares who may call a method. A method without it, or with an empty one, denies all callers.
 type Access struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Anyone may, without credentials. Goes with nothing else.
+	// Allows all callers, even without credentials. Excludes the other fields.
 	Public bool `protobuf:"varint,1,opt,name=public,proto3" json:"public,omitempty"`
-	// Any caller with valid credentials may, whatever its roles.
+	// Allows all callers with valid credentials, whatever their roles.
 	Authenticated bool `protobuf:"varint,2,opt,name=authenticated,proto3" json:"authenticated,omitempty"`
-	// Callers with at least one of these roles may.
+	// Allows callers with at least one of these roles.
 	Roles         []string `protobuf:"bytes,3,rep,name=roles,proto3" json:"roles,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -101,7 +102,7 @@ var file_auth_v1_auth_proto_extTypes = []protoimpl.ExtensionInfo{
 
 // Extension fields to descriptorpb.MethodOptions.
 var (
-	// Who may call the method: option (auth.v1.access).roles = "customer";
+	// The access rule of the method: option (auth.v1.access).roles = "customer";
 	//
 	// optional auth.v1.Access access = 50751;
 	E_Access = &file_auth_v1_auth_proto_extTypes[0]

@@ -4,7 +4,7 @@
 // 	protoc        (unknown)
 // source: idempotency/v1/idempotency.proto
 
-// Which methods answer a repeated call with the stored response. Part of the core: services import it.
+// Methods that answer a repeated call with the stored response. This package belongs to the core: services import it.
 
 package idempotencyv1
 
@@ -36,8 +36,8 @@ var file_idempotency_v1_idempotency_proto_extTypes = []protoimpl.ExtensionInfo{
 
 // Extension fields to descriptorpb.MethodOptions.
 var (
-	// The unary method honours the header Idempotency-Key: option (idempotency.v1.key) = true. Its effects must be made
-	// in a transaction of internal/postgres or internal/outbox, as all of this project's are.
+	// The unary method supports the header Idempotency-Key: option (idempotency.v1.key) = true. It must write in a
+	// transaction of internal/postgres or internal/outbox, as all methods of this project do.
 	//
 	// optional bool key = 50752;
 	E_Key = &file_idempotency_v1_idempotency_proto_extTypes[0]

@@ -4,7 +4,7 @@
 // 	protoc        (unknown)
 // source: ops/v1/ops.proto
 
-// What operators see and do: the API of the console.
+// The API of the operators' console.
 
 package opsv1
 
@@ -26,17 +26,17 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
-// StationKind is what a station is.
+// StationKind is the kind of a station.
 type StationKind int32
 
 const (
-	// No kind; no station has it.
+	// No station has this kind.
 	StationKind_STATION_KIND_UNSPECIFIED StationKind = 0
-	// The processes that take calls and insert messages.
+	// The processes that accept calls and insert messages.
 	StationKind_STATION_KIND_API StationKind = 1
-	// The log in the database.
+	// The outbox in the database.
 	StationKind_STATION_KIND_OUTBOX StationKind = 2
-	// The processes that publish it.
+	// The processes that publish the outbox.
 	StationKind_STATION_KIND_RELAY StationKind = 3
 	// The broker's exchange.
 	StationKind_STATION_KIND_EXCHANGE StationKind = 4
@@ -44,7 +44,7 @@ const (
 	StationKind_STATION_KIND_QUEUE StationKind = 5
 	// A consumer group.
 	StationKind_STATION_KIND_GROUP StationKind = 6
-	// What it has done in the database.
+	// The effects of a group in the database.
 	StationKind_STATION_KIND_EFFECT StationKind = 7
 	// The dead letters.
 	StationKind_STATION_KIND_DEAD_LETTERS StationKind = 8
@@ -103,19 +103,19 @@ func (StationKind) EnumDescriptor() ([]byte, []int) {
 	return file_ops_v1_ops_proto_rawDescGZIP(), []int{0}
 }
 
-// StationState is how a station does.
+// StationState is the health of a station.
 type StationState int32
 
 const (
-	// No state; no station has it.
+	// No station has this state.
 	StationState_STATION_STATE_UNSPECIFIED StationState = 0
-	// It works.
+	// The station works.
 	StationState_STATION_STATE_OK StationState = 1
-	// It works, and somebody should look.
+	// The station works, but an operator should look.
 	StationState_STATION_STATE_ATTENTION StationState = 2
-	// It does not work.
+	// The station does not work.
 	StationState_STATION_STATE_FAULT StationState = 3
-	// Nothing can be said of it.
+	// The state is unknown.
 	StationState_STATION_STATE_UNKNOWN StationState = 4
 )
 
@@ -164,15 +164,15 @@ func (StationState) EnumDescriptor() ([]byte, []int) {
 	return file_ops_v1_ops_proto_rawDescGZIP(), []int{1}
 }
 
-// Resolution is what is to become of a dead letter.
+// Resolution is a way to resolve a dead letter.
 type Resolution int32
 
 const (
-	// None.
+	// No resolution.
 	Resolution_RESOLUTION_UNSPECIFIED Resolution = 0
-	// Its message goes its way again.
+	// Send the message again.
 	Resolution_RESOLUTION_REDRIVE Resolution = 1
-	// It is given up.
+	// Discard the dead letter.
 	Resolution_RESOLUTION_DISCARD Resolution = 2
 )
 
@@ -217,7 +217,7 @@ func (Resolution) EnumDescriptor() ([]byte, []int) {
 	return file_ops_v1_ops_proto_rawDescGZIP(), []int{2}
 }
 
-// GetSessionRequest asks who the caller is.
+// GetSessionRequest asks for the session of the caller.
 type GetSessionRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -257,19 +257,19 @@ func (*GetSessionRequest) Descriptor() ([]byte, []int) {
 // GetSessionResponse answers GetSession.
 type GetSessionResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// What the audit log calls the caller.
+	// The caller's name in the audit log.
 	Actor string `protobuf:"bytes,1,opt,name=actor,proto3" json:"actor,omitempty"`
-	// Whether the caller may look.
+	// The caller may read.
 	MayLook bool `protobuf:"varint,2,opt,name=may_look,json=mayLook,proto3" json:"may_look,omitempty"`
-	// Whether the caller may act.
+	// The caller may act.
 	MayAct bool `protobuf:"varint,3,opt,name=may_act,json=mayAct,proto3" json:"may_act,omitempty"`
 	// The service's name.
 	Service string `protobuf:"bytes,4,opt,name=service,proto3" json:"service,omitempty"`
 	// The program's version.
 	Version string `protobuf:"bytes,5,opt,name=version,proto3" json:"version,omitempty"`
-	// The consumer groups that there are.
+	// All consumer groups.
 	Groups []string `protobuf:"bytes,6,rep,name=groups,proto3" json:"groups,omitempty"`
-	// The causes that a dead letter may have.
+	// All causes of dead letters.
 	Causes        []string `protobuf:"bytes,7,rep,name=causes,proto3" json:"causes,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -354,7 +354,7 @@ func (x *GetSessionResponse) GetCauses() []string {
 	return nil
 }
 
-// WatchFlowRequest asks for the flow.
+// WatchFlowRequest asks for the flow of messages.
 type WatchFlowRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -394,11 +394,11 @@ func (*WatchFlowRequest) Descriptor() ([]byte, []int) {
 // WatchFlowResponse is one sample.
 type WatchFlowResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The samples before this one, the oldest first: only in the first response.
+	// The samples before this one, oldest first; only in the first response.
 	History []*Point `protobuf:"bytes,1,rep,name=history,proto3" json:"history,omitempty"`
 	// The numbers of this sample.
 	Point *Point `protobuf:"bytes,2,opt,name=point,proto3" json:"point,omitempty"`
-	// The stations in the order of a message's way.
+	// The stations, in the order in which messages pass them.
 	Stations      []*Station `protobuf:"bytes,3,rep,name=stations,proto3" json:"stations,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -455,16 +455,16 @@ func (x *WatchFlowResponse) GetStations() []*Station {
 	return nil
 }
 
-// Point is the whole flow in a few numbers at one time.
+// Point summarizes the flow at one time.
 type Point struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// When.
+	// The time of the sample.
 	At *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=at,proto3" json:"at,omitempty"`
-	// Messages a second that were inserted.
+	// Messages inserted per second.
 	Inserted float64 `protobuf:"fixed64,2,opt,name=inserted,proto3" json:"inserted,omitempty"`
-	// Messages a second that the broker confirmed.
+	// Messages confirmed by the broker per second.
 	Published float64 `protobuf:"fixed64,3,opt,name=published,proto3" json:"published,omitempty"`
-	// Messages a second whose effect was committed, all groups together.
+	// Messages per second whose effects were committed, in all groups.
 	Applied float64 `protobuf:"fixed64,4,opt,name=applied,proto3" json:"applied,omitempty"`
 	// Messages in the outbox that wait to be published.
 	Backlog int64 `protobuf:"varint,5,opt,name=backlog,proto3" json:"backlog,omitempty"`
@@ -576,23 +576,23 @@ func (x *Point) GetLag() float64 {
 // Station is a place that messages pass.
 type Station struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// What it is.
+	// The kind.
 	Kind StationKind `protobuf:"varint,1,opt,name=kind,proto3,enum=ops.v1.StationKind" json:"kind,omitempty"`
-	// Its name: of a queue, of a group.
+	// The name, such as the name of the queue or group.
 	Name string `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
-	// The consumer group it belongs to, empty for those that are of all.
+	// The consumer group; empty if the station belongs to all of them.
 	Group string `protobuf:"bytes,3,opt,name=group,proto3" json:"group,omitempty"`
-	// How it does.
+	// The health.
 	State StationState `protobuf:"varint,4,opt,name=state,proto3,enum=ops.v1.StationState" json:"state,omitempty"`
-	// One sentence that says why, empty if all is well.
+	// One sentence that explains the state; empty if the station works.
 	Sentence string `protobuf:"bytes,5,opt,name=sentence,proto3" json:"sentence,omitempty"`
-	// Messages a second that pass it.
+	// Messages per second that pass the station.
 	Rate *float64 `protobuf:"fixed64,6,opt,name=rate,proto3,oneof" json:"rate,omitempty"`
 	// Messages that wait there.
 	Waiting *int64 `protobuf:"varint,7,opt,name=waiting,proto3,oneof" json:"waiting,omitempty"`
-	// Age in seconds: of the oldest that waits, or of what passed last.
+	// Age in seconds of the oldest waiting message, or of the last one that passed.
 	Lag *float64 `protobuf:"fixed64,8,opt,name=lag,proto3,oneof" json:"lag,omitempty"`
-	// Processes that work there.
+	// Processes of the station.
 	Processes     *int32 `protobuf:"varint,9,opt,name=processes,proto3,oneof" json:"processes,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -691,16 +691,16 @@ func (x *Station) GetProcesses() int32 {
 	return 0
 }
 
-// Payload is what a message carries.
+// Payload is the payload of a message, as text.
 type Payload struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// How many bytes it has.
+	// The size in bytes.
 	Size int32 `protobuf:"varint,1,opt,name=size,proto3" json:"size,omitempty"`
-	// As JSON, if the type is known here and the bytes are of it; else as a hex dump.
+	// JSON, if the type is known and the bytes decode; otherwise a hex dump.
 	Text string `protobuf:"bytes,2,opt,name=text,proto3" json:"text,omitempty"`
-	// Whether text is JSON.
+	// The text is JSON.
 	Decoded bool `protobuf:"varint,3,opt,name=decoded,proto3" json:"decoded,omitempty"`
-	// Whether the text is cut off.
+	// The text is truncated.
 	Cut           bool `protobuf:"varint,4,opt,name=cut,proto3" json:"cut,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -764,22 +764,22 @@ func (x *Payload) GetCut() bool {
 	return false
 }
 
-// Message is a message as the outbox holds it.
+// Message is a message in the outbox.
 type Message struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Its ID.
+	// The message ID.
 	MessageId string `protobuf:"bytes,1,opt,name=message_id,json=messageId,proto3" json:"message_id,omitempty"`
-	// Its type.
+	// The message type.
 	Type string `protobuf:"bytes,2,opt,name=type,proto3" json:"type,omitempty"`
-	// Its key.
+	// The key.
 	Key string `protobuf:"bytes,3,opt,name=key,proto3" json:"key,omitempty"`
 	// When it was inserted.
 	InsertTime *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=insert_time,json=insertTime,proto3" json:"insert_time,omitempty"`
-	// By which transaction of the database.
+	// The ID of the transaction that inserted it.
 	TransactionId uint64 `protobuf:"varint,5,opt,name=transaction_id,json=transactionId,proto3" json:"transaction_id,omitempty"`
-	// The shard it is in.
+	// The shard that contains it.
 	Shard int32 `protobuf:"varint,6,opt,name=shard,proto3" json:"shard,omitempty"`
-	// Whether it was published or parked.
+	// It was published or parked.
 	Delivered     bool `protobuf:"varint,7,opt,name=delivered,proto3" json:"delivered,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -864,18 +864,18 @@ func (x *Message) GetDelivered() bool {
 	return false
 }
 
-// SearchMessagesRequest chooses messages; what is empty chooses all.
+// SearchMessagesRequest filters messages; an empty field matches all.
 type SearchMessagesRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Of this type.
+	// Only messages of this type.
 	Type string `protobuf:"bytes,1,opt,name=type,proto3" json:"type,omitempty"`
-	// Of this key.
+	// Only messages of this key.
 	Key string `protobuf:"bytes,2,opt,name=key,proto3" json:"key,omitempty"`
-	// Inserted at or after this time.
+	// Only messages inserted at or after this time.
 	Since *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=since,proto3" json:"since,omitempty"`
-	// Inserted before this time.
+	// Only messages inserted before this time.
 	Until *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=until,proto3" json:"until,omitempty"`
-	// next_page_token of the page before.
+	// next_page_token of the previous page.
 	PageToken     int64 `protobuf:"varint,5,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -946,12 +946,12 @@ func (x *SearchMessagesRequest) GetPageToken() int64 {
 	return 0
 }
 
-// SearchMessagesResponse is one page of messages.
+// SearchMessagesResponse is a page of messages.
 type SearchMessagesResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The messages, the newest first.
+	// The messages, newest first.
 	Messages []*Message `protobuf:"bytes,1,rep,name=messages,proto3" json:"messages,omitempty"`
-	// Where the next page begins, 0 if there is none.
+	// The token of the next page; 0 if this is the last one.
 	NextPageToken int64 `protobuf:"varint,2,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1004,7 +1004,7 @@ func (x *SearchMessagesResponse) GetNextPageToken() int64 {
 // GetMessageRequest names a message.
 type GetMessageRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Its ID, which may be any text if another service sent it.
+	// The message ID, which may be any text if another service sent the message.
 	MessageId     string `protobuf:"bytes,1,opt,name=message_id,json=messageId,proto3" json:"message_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1050,19 +1050,19 @@ func (x *GetMessageRequest) GetMessageId() string {
 // GetMessageResponse answers GetMessage.
 type GetMessageResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// How the outbox holds it, usually once; none if it came from elsewhere or long ago.
+	// Its rows in the outbox: usually one; none if another service sent it, or if it is too old.
 	Copies []*Message `protobuf:"bytes,1,rep,name=copies,proto3" json:"copies,omitempty"`
-	// What happened to it, in the order of time, and last how it stands.
+	// Its history in chronological order; the last steps are its current state.
 	Steps []*Step `protobuf:"bytes,2,rep,name=steps,proto3" json:"steps,omitempty"`
-	// What it carries; unset if nothing holds it any more.
+	// The payload; unset if nothing contains it any more.
 	Payload *Payload `protobuf:"bytes,3,opt,name=payload,proto3" json:"payload,omitempty"`
-	// Its headers.
+	// The headers.
 	Headers map[string]string `protobuf:"bytes,4,rep,name=headers,proto3" json:"headers,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	// Its dead letters.
+	// The IDs of its dead letters.
 	LetterIds []int64 `protobuf:"varint,5,rep,packed,name=letter_ids,json=letterIds,proto3" json:"letter_ids,omitempty"`
-	// Its type, if that is known.
+	// The type, if it is known.
 	Type string `protobuf:"bytes,6,opt,name=type,proto3" json:"type,omitempty"`
-	// Its key.
+	// The key.
 	Key           string `protobuf:"bytes,7,opt,name=key,proto3" json:"key,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1147,14 +1147,14 @@ func (x *GetMessageResponse) GetKey() string {
 	return ""
 }
 
-// Step is one thing that happened to a message, or has yet to happen.
+// Step is an event in the history of a message, or its current state.
 type Step struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// When; unset for what has not happened, or whose time nobody keeps.
+	// The time; unset if the step has not happened yet, or if no time is recorded.
 	At *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=at,proto3" json:"at,omitempty"`
-	// Outbox, relay, or the consumer group.
+	// outbox, relay, or the name of the consumer group.
 	Where string `protobuf:"bytes,2,opt,name=where,proto3" json:"where,omitempty"`
-	// What.
+	// The event or state.
 	What          string `protobuf:"bytes,3,opt,name=what,proto3" json:"what,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1211,26 +1211,26 @@ func (x *Step) GetWhat() string {
 	return ""
 }
 
-// DeadLetterFilter chooses dead letters; what is empty chooses all that are open.
+// DeadLetterFilter selects dead letters; an empty filter selects all open ones.
 type DeadLetterFilter struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// These letters.
+	// Only these dead letters.
 	Ids []int64 `protobuf:"varint,1,rep,packed,name=ids,proto3" json:"ids,omitempty"`
-	// Of this consumer group, or "relay".
+	// Only dead letters of this consumer group, or of "relay".
 	Group string `protobuf:"bytes,2,opt,name=group,proto3" json:"group,omitempty"`
-	// Of this message.
+	// Only dead letters of this message.
 	MessageId string `protobuf:"bytes,3,opt,name=message_id,json=messageId,proto3" json:"message_id,omitempty"`
-	// Of this type.
+	// Only dead letters of this message type.
 	Type string `protobuf:"bytes,4,opt,name=type,proto3" json:"type,omitempty"`
-	// Of this key.
+	// Only dead letters of this key.
 	Key string `protobuf:"bytes,5,opt,name=key,proto3" json:"key,omitempty"`
-	// That died of this.
+	// Only dead letters with this cause.
 	Cause string `protobuf:"bytes,6,opt,name=cause,proto3" json:"cause,omitempty"`
-	// That died at or after this time.
+	// Only messages that died at or after this time.
 	Since *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=since,proto3" json:"since,omitempty"`
-	// That died before this time.
+	// Only messages that died before this time.
 	Until *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=until,proto3" json:"until,omitempty"`
-	// Resolved letters as well.
+	// Include resolved dead letters.
 	Resolved      bool `protobuf:"varint,9,opt,name=resolved,proto3" json:"resolved,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1332,27 +1332,27 @@ func (x *DeadLetterFilter) GetResolved() bool {
 // DeadLetter is a message that could not be published or applied.
 type DeadLetter struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Its ID.
+	// The ID of the dead letter.
 	Id int64 `protobuf:"varint,1,opt,name=id,proto3" json:"id,omitempty"`
 	// The consumer group, or "relay".
 	Group string `protobuf:"bytes,2,opt,name=group,proto3" json:"group,omitempty"`
-	// The message's ID, which may be any text.
+	// The message ID, which may be any text.
 	MessageId string `protobuf:"bytes,3,opt,name=message_id,json=messageId,proto3" json:"message_id,omitempty"`
-	// The message's type.
+	// The message type.
 	Type string `protobuf:"bytes,4,opt,name=type,proto3" json:"type,omitempty"`
 	// The message's key.
 	Key string `protobuf:"bytes,5,opt,name=key,proto3" json:"key,omitempty"`
-	// What it died of, in a word.
+	// The cause, in one word.
 	Cause string `protobuf:"bytes,6,opt,name=cause,proto3" json:"cause,omitempty"`
-	// What happened.
+	// The error.
 	Error string `protobuf:"bytes,7,opt,name=error,proto3" json:"error,omitempty"`
-	// How often it was tried.
+	// The number of attempts.
 	Attempts int32 `protobuf:"varint,8,opt,name=attempts,proto3" json:"attempts,omitempty"`
-	// When it died.
+	// When the message died.
 	DeadTime *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=dead_time,json=deadTime,proto3" json:"dead_time,omitempty"`
-	// What became of it: redriven, discarded or duplicate; empty while it is open.
+	// redriven, discarded or duplicate; empty while it is open.
 	Resolution string `protobuf:"bytes,10,opt,name=resolution,proto3" json:"resolution,omitempty"`
-	// When that was.
+	// When it was resolved.
 	ResolveTime   *timestamppb.Timestamp `protobuf:"bytes,11,opt,name=resolve_time,json=resolveTime,proto3" json:"resolve_time,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1465,14 +1465,14 @@ func (x *DeadLetter) GetResolveTime() *timestamppb.Timestamp {
 	return nil
 }
 
-// ListDeadLettersRequest asks for one page.
+// ListDeadLettersRequest asks for a page of dead letters.
 type ListDeadLettersRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Which.
+	// Selects the dead letters.
 	Filter *DeadLetterFilter `protobuf:"bytes,1,opt,name=filter,proto3" json:"filter,omitempty"`
-	// next_page_token of the page before.
+	// next_page_token of the previous page.
 	PageToken int64 `protobuf:"varint,2,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
-	// Whether to count them all.
+	// Also count all selected dead letters.
 	Count         bool `protobuf:"varint,3,opt,name=count,proto3" json:"count,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1529,14 +1529,14 @@ func (x *ListDeadLettersRequest) GetCount() bool {
 	return false
 }
 
-// ListDeadLettersResponse is one page.
+// ListDeadLettersResponse is a page of dead letters.
 type ListDeadLettersResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The letters, the newest first, without what a list has no room for.
+	// The dead letters, newest first.
 	Letters []*DeadLetter `protobuf:"bytes,1,rep,name=letters,proto3" json:"letters,omitempty"`
-	// Where the next page begins, 0 if there is none.
+	// The token of the next page; 0 if this is the last one.
 	NextPageToken int64 `protobuf:"varint,2,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
-	// How many the filter chooses, if that was asked for.
+	// Number of selected dead letters, if requested.
 	Count         int64 `protobuf:"varint,3,opt,name=count,proto3" json:"count,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1593,10 +1593,10 @@ func (x *ListDeadLettersResponse) GetCount() int64 {
 	return 0
 }
 
-// GetDeadLetterRequest names a letter.
+// GetDeadLetterRequest names a dead letter.
 type GetDeadLetterRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Its ID.
+	// The ID of the dead letter.
 	Id            int64 `protobuf:"varint,1,opt,name=id,proto3" json:"id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1642,13 +1642,13 @@ func (x *GetDeadLetterRequest) GetId() int64 {
 // GetDeadLetterResponse answers GetDeadLetter.
 type GetDeadLetterResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The letter.
+	// The dead letter.
 	Letter *DeadLetter `protobuf:"bytes,1,opt,name=letter,proto3" json:"letter,omitempty"`
-	// What the message carries.
+	// The message's payload.
 	Payload *Payload `protobuf:"bytes,2,opt,name=payload,proto3" json:"payload,omitempty"`
-	// Its headers.
+	// The message's headers.
 	Headers map[string]string `protobuf:"bytes,3,rep,name=headers,proto3" json:"headers,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	// What was done about it.
+	// Its audit log.
 	Audit         []*AuditEntry `protobuf:"bytes,4,rep,name=audit,proto3" json:"audit,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1712,20 +1712,20 @@ func (x *GetDeadLetterResponse) GetAudit() []*AuditEntry {
 	return nil
 }
 
-// AuditEntry is what somebody did.
+// AuditEntry is an action of an operator.
 type AuditEntry struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// When.
+	// The time.
 	At *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=at,proto3" json:"at,omitempty"`
-	// Who.
+	// The operator.
 	Actor string `protobuf:"bytes,2,opt,name=actor,proto3" json:"actor,omitempty"`
-	// What.
+	// The action.
 	Action string `protobuf:"bytes,3,opt,name=action,proto3" json:"action,omitempty"`
-	// To what.
+	// The target of the action.
 	Target string `protobuf:"bytes,4,opt,name=target,proto3" json:"target,omitempty"`
-	// Why.
+	// The reason.
 	Reason string `protobuf:"bytes,5,opt,name=reason,proto3" json:"reason,omitempty"`
-	// With which effect.
+	// The effect of the action.
 	Detail        string `protobuf:"bytes,6,opt,name=detail,proto3" json:"detail,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1803,18 +1803,18 @@ func (x *AuditEntry) GetDetail() string {
 	return ""
 }
 
-// ResolveDeadLettersRequest says what is to be done with which letters.
+// ResolveDeadLettersRequest selects dead letters and their resolution.
 type ResolveDeadLettersRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Which; an empty one chooses all that are open.
+	// Selects the dead letters; an empty filter selects all open ones.
 	Filter *DeadLetterFilter `protobuf:"bytes,1,opt,name=filter,proto3" json:"filter,omitempty"`
-	// What.
+	// The resolution.
 	Resolution Resolution `protobuf:"varint,2,opt,name=resolution,proto3,enum=ops.v1.Resolution" json:"resolution,omitempty"`
-	// Why.
+	// The reason, for the audit log.
 	Reason string `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
-	// Tell what would become of each, and change nothing.
+	// Report what would happen to each, and change nothing.
 	DryRun bool `protobuf:"varint,4,opt,name=dry_run,json=dryRun,proto3" json:"dry_run,omitempty"`
-	// Redrive also what may have had its effect already.
+	// Also redrive messages that may have been applied already.
 	Force         bool `protobuf:"varint,5,opt,name=force,proto3" json:"force,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1885,22 +1885,22 @@ func (x *ResolveDeadLettersRequest) GetForce() bool {
 	return false
 }
 
-// ResolveDeadLettersResponse tells of the progress.
+// ResolveDeadLettersResponse reports the progress.
 type ResolveDeadLettersResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// How many letters the filter chose at the beginning.
+	// Number of dead letters that the filter selected at the beginning.
 	Total int64 `protobuf:"varint,1,opt,name=total,proto3" json:"total,omitempty"`
-	// How many were redriven.
+	// Number of redriven ones.
 	Redriven int64 `protobuf:"varint,2,opt,name=redriven,proto3" json:"redriven,omitempty"`
-	// How many were found to be copies of what is taken care of.
+	// Number of copies of messages that are applied already or wait elsewhere.
 	Duplicate int64 `protobuf:"varint,3,opt,name=duplicate,proto3" json:"duplicate,omitempty"`
-	// How many were discarded.
+	// Number of discarded ones.
 	Discarded int64 `protobuf:"varint,4,opt,name=discarded,proto3" json:"discarded,omitempty"`
-	// How many could not be resolved.
+	// Number of those that could not be resolved.
 	Unresolved int64 `protobuf:"varint,5,opt,name=unresolved,proto3" json:"unresolved,omitempty"`
-	// Why the first of those could not.
+	// Why the first of those could not be resolved.
 	Problem string `protobuf:"bytes,6,opt,name=problem,proto3" json:"problem,omitempty"`
-	// Whether this is the last response.
+	// This is the last response.
 	Done          bool `protobuf:"varint,7,opt,name=done,proto3" json:"done,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1985,12 +1985,12 @@ func (x *ResolveDeadLettersResponse) GetDone() bool {
 	return false
 }
 
-// ReopenDeadLetterRequest names a letter that was discarded.
+// ReopenDeadLetterRequest names a discarded dead letter.
 type ReopenDeadLetterRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Its ID.
+	// The ID of the dead letter.
 	Id int64 `protobuf:"varint,1,opt,name=id,proto3" json:"id,omitempty"`
-	// Why.
+	// The reason, for the audit log.
 	Reason        string `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2040,7 +2040,7 @@ func (x *ReopenDeadLetterRequest) GetReason() string {
 	return ""
 }
 
-// ReopenDeadLetterResponse says that it is open.
+// ReopenDeadLetterResponse confirms that the dead letter is open.
 type ReopenDeadLetterResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -2121,7 +2121,7 @@ type ListGroupsResponse struct {
 	Groups []*Group `protobuf:"bytes,1,rep,name=groups,proto3" json:"groups,omitempty"`
 	// The keys that have been blocked longest, at most 200.
 	BlockedKeys []*BlockedKey `protobuf:"bytes,2,rep,name=blocked_keys,json=blockedKeys,proto3" json:"blocked_keys,omitempty"`
-	// What operators did last to groups, keys and operations, the newest first.
+	// The latest actions on groups, keys and operations, newest first.
 	Audit         []*AuditEntry `protobuf:"bytes,3,rep,name=audit,proto3" json:"audit,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2181,29 +2181,29 @@ func (x *ListGroupsResponse) GetAudit() []*AuditEntry {
 // Group is a consumer group.
 type Group struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Its name.
+	// The name.
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	// The message types it wants.
+	// The message types that it handles.
 	Types []string `protobuf:"bytes,2,rep,name=types,proto3" json:"types,omitempty"`
-	// Who paused it, empty if nobody did.
+	// The operator who paused it; empty if it is not paused.
 	PausedBy string `protobuf:"bytes,3,opt,name=paused_by,json=pausedBy,proto3" json:"paused_by,omitempty"`
-	// Why.
+	// The reason of the pause.
 	PauseReason string `protobuf:"bytes,4,opt,name=pause_reason,json=pauseReason,proto3" json:"pause_reason,omitempty"`
-	// When.
+	// The time of the pause.
 	PauseTime *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=pause_time,json=pauseTime,proto3" json:"pause_time,omitempty"`
-	// Processes that run it.
+	// Processes that run the group.
 	Processes int32 `protobuf:"varint,6,opt,name=processes,proto3" json:"processes,omitempty"`
-	// Messages a second that it applies.
+	// Messages that it applies per second.
 	Rate float64 `protobuf:"fixed64,7,opt,name=rate,proto3" json:"rate,omitempty"`
-	// How old the message was that it applied last, in seconds; unset before the first.
+	// Age of the message that it applied last, in seconds; unset before the first.
 	Lag *float64 `protobuf:"fixed64,8,opt,name=lag,proto3,oneof" json:"lag,omitempty"`
-	// Messages ready in its queue; unset if the broker does not say.
+	// Messages ready in its queue; unset if unknown.
 	Queued *int64 `protobuf:"varint,9,opt,name=queued,proto3,oneof" json:"queued,omitempty"`
 	// Messages that wait for a retry.
 	Retrying int64 `protobuf:"varint,10,opt,name=retrying,proto3" json:"retrying,omitempty"`
-	// How long the oldest of those has waited, in seconds.
+	// Waiting time of the oldest of those, in seconds.
 	Oldest float64 `protobuf:"fixed64,11,opt,name=oldest,proto3" json:"oldest,omitempty"`
-	// Keys among them that are blocked.
+	// Number of blocked keys.
 	BlockedKeys   int64 `protobuf:"varint,12,opt,name=blocked_keys,json=blockedKeys,proto3" json:"blocked_keys,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2323,24 +2323,24 @@ func (x *Group) GetBlockedKeys() int64 {
 	return 0
 }
 
-// BlockedKey is a key whose messages wait for the first of them.
+// BlockedKey is a key whose messages wait for a retry of the first one.
 type BlockedKey struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The consumer group.
 	Group string `protobuf:"bytes,1,opt,name=group,proto3" json:"group,omitempty"`
 	// The key.
 	Key string `protobuf:"bytes,2,opt,name=key,proto3" json:"key,omitempty"`
-	// How many messages wait.
+	// Number of waiting messages.
 	Waiting int64 `protobuf:"varint,3,opt,name=waiting,proto3" json:"waiting,omitempty"`
-	// Since when.
+	// When the key became blocked.
 	Since *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=since,proto3" json:"since,omitempty"`
-	// The first message.
+	// The ID of the first message.
 	MessageId string `protobuf:"bytes,5,opt,name=message_id,json=messageId,proto3" json:"message_id,omitempty"`
-	// How often it was tried.
+	// Number of attempts of the first message.
 	Attempts int32 `protobuf:"varint,6,opt,name=attempts,proto3" json:"attempts,omitempty"`
-	// When it is tried again.
+	// When the next attempt is due.
 	DueTime *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=due_time,json=dueTime,proto3" json:"due_time,omitempty"`
-	// What it failed with last.
+	// The error of the last attempt.
 	LastError     string `protobuf:"bytes,8,opt,name=last_error,json=lastError,proto3" json:"last_error,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2435,9 +2435,9 @@ func (x *BlockedKey) GetLastError() string {
 // PauseGroupRequest names a group.
 type PauseGroupRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Its name.
+	// The name of the group.
 	Group string `protobuf:"bytes,1,opt,name=group,proto3" json:"group,omitempty"`
-	// Why.
+	// The reason, for the audit log.
 	Reason        string `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2487,7 +2487,7 @@ func (x *PauseGroupRequest) GetReason() string {
 	return ""
 }
 
-// PauseGroupResponse says that it is paused.
+// PauseGroupResponse confirms that the group is paused.
 type PauseGroupResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -2527,9 +2527,9 @@ func (*PauseGroupResponse) Descriptor() ([]byte, []int) {
 // ResumeGroupRequest names a group.
 type ResumeGroupRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Its name.
+	// The name of the group.
 	Group string `protobuf:"bytes,1,opt,name=group,proto3" json:"group,omitempty"`
-	// Why.
+	// The reason, for the audit log.
 	Reason        string `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2579,7 +2579,7 @@ func (x *ResumeGroupRequest) GetReason() string {
 	return ""
 }
 
-// ResumeGroupResponse says that it goes on.
+// ResumeGroupResponse confirms that the group is resumed.
 type ResumeGroupResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -2623,9 +2623,9 @@ type BuryKeyRequest struct {
 	Group string `protobuf:"bytes,1,opt,name=group,proto3" json:"group,omitempty"`
 	// The key.
 	Key string `protobuf:"bytes,2,opt,name=key,proto3" json:"key,omitempty"`
-	// All messages that wait, and not only the first.
+	// Move all waiting messages, not only the first.
 	Whole bool `protobuf:"varint,3,opt,name=whole,proto3" json:"whole,omitempty"`
-	// Why.
+	// The reason, for the audit log.
 	Reason        string `protobuf:"bytes,4,opt,name=reason,proto3" json:"reason,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2689,10 +2689,10 @@ func (x *BuryKeyRequest) GetReason() string {
 	return ""
 }
 
-// BuryKeyResponse says what was moved.
+// BuryKeyResponse answers BuryKey.
 type BuryKeyResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// How many messages.
+	// Number of moved messages.
 	Moved         int64 `protobuf:"varint,1,opt,name=moved,proto3" json:"moved,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2735,12 +2735,12 @@ func (x *BuryKeyResponse) GetMoved() int64 {
 	return 0
 }
 
-// ListOperationsRequest asks for one page of durable calls.
+// ListOperationsRequest asks for a page of durable calls.
 type ListOperationsRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// In this state: pending, running, succeeded, failed or cancelled; empty for all.
+	// Only operations in this state: pending, running, succeeded, failed or cancelled; empty for all.
 	State string `protobuf:"bytes,1,opt,name=state,proto3" json:"state,omitempty"`
-	// next_page_token of the page before.
+	// next_page_token of the previous page.
 	PageToken     string `protobuf:"bytes,2,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2790,12 +2790,12 @@ func (x *ListOperationsRequest) GetPageToken() string {
 	return ""
 }
 
-// ListOperationsResponse is one page.
+// ListOperationsResponse is a page of durable calls.
 type ListOperationsResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The operations, the newest first.
+	// The operations, newest first.
 	Operations []*Operation `protobuf:"bytes,1,rep,name=operations,proto3" json:"operations,omitempty"`
-	// Where the next page begins, empty if there is none.
+	// The token of the next page; empty if this is the last one.
 	NextPageToken string `protobuf:"bytes,2,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2848,23 +2848,24 @@ func (x *ListOperationsResponse) GetNextPageToken() string {
 // Operation is a durable call.
 type Operation struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Its ID, which is that of its message.
+	// The ID, which is also the ID of its message.
 	Id string `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	// What is called.
+	// The called method.
 	Method string `protobuf:"bytes,2,opt,name=method,proto3" json:"method,omitempty"`
-	// Who called it.
+	// The caller.
 	Caller string `protobuf:"bytes,3,opt,name=caller,proto3" json:"caller,omitempty"`
-	// Where it stands.
+	// The state.
 	State string `protobuf:"bytes,4,opt,name=state,proto3" json:"state,omitempty"`
-	// Which attempt runs, or ran last. One that its worker or the database broke off is made again under its number.
+	// The number of the current or last attempt. An attempt that ended because of its worker or the database is repeated
+	// under the same number.
 	Attempts int32 `protobuf:"varint,5,opt,name=attempts,proto3" json:"attempts,omitempty"`
-	// When it was taken.
+	// When the service accepted the call.
 	CreateTime *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=create_time,json=createTime,proto3" json:"create_time,omitempty"`
-	// When it was begun.
+	// When a worker first began it.
 	StartTime *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=start_time,json=startTime,proto3" json:"start_time,omitempty"`
 	// When it ended.
 	EndTime *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=end_time,json=endTime,proto3" json:"end_time,omitempty"`
-	// What it failed with.
+	// The error, if it failed.
 	Error         string `protobuf:"bytes,9,opt,name=error,proto3" json:"error,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2966,9 +2967,9 @@ func (x *Operation) GetError() string {
 // CancelOperationRequest names an operation.
 type CancelOperationRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Its ID.
+	// The ID of the operation.
 	Id string `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	// Why; its caller reads it.
+	// The reason, which the caller of the operation can read.
 	Reason        string `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -3018,7 +3019,7 @@ func (x *CancelOperationRequest) GetReason() string {
 	return ""
 }
 
-// CancelOperationResponse says that it is called off.
+// CancelOperationResponse confirms that the operation is cancelled.
 type CancelOperationResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -3095,9 +3096,9 @@ func (*ListRelaysRequest) Descriptor() ([]byte, []int) {
 // ListRelaysResponse answers ListRelays.
 type ListRelaysResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The shards, those that are drained left out.
+	// The shards, without drained ones.
 	Shards []*Shard `protobuf:"bytes,1,rep,name=shards,proto3" json:"shards,omitempty"`
-	// The relays alive.
+	// The live relays.
 	Relays        []*Relay `protobuf:"bytes,2,rep,name=relays,proto3" json:"relays,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -3150,25 +3151,25 @@ func (x *ListRelaysResponse) GetRelays() []*Relay {
 // Shard is a shard of the outbox.
 type Shard struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Its number.
+	// The number of the shard.
 	Shard int32 `protobuf:"varint,1,opt,name=shard,proto3" json:"shard,omitempty"`
-	// Its generation.
+	// The generation.
 	Generation int32 `protobuf:"varint,2,opt,name=generation,proto3" json:"generation,omitempty"`
-	// Nothing is written to it any more.
+	// New messages are no longer written to it.
 	Retired bool `protobuf:"varint,3,opt,name=retired,proto3" json:"retired,omitempty"`
-	// The relay that holds the lease, empty if none does.
+	// The relay that holds the lease; empty if none does.
 	Owner string `protobuf:"bytes,4,opt,name=owner,proto3" json:"owner,omitempty"`
-	// How often the lease changed hands.
+	// Number of times that the lease has changed hands.
 	Epoch int64 `protobuf:"varint,5,opt,name=epoch,proto3" json:"epoch,omitempty"`
-	// Messages that wait.
+	// Messages that wait to be published.
 	Backlog int64 `protobuf:"varint,6,opt,name=backlog,proto3" json:"backlog,omitempty"`
-	// Age of the oldest, in seconds.
+	// Age of the oldest of those, in seconds.
 	Lag float64 `protobuf:"fixed64,7,opt,name=lag,proto3" json:"lag,omitempty"`
 	// Messages published so far.
 	Published int64 `protobuf:"varint,8,opt,name=published,proto3" json:"published,omitempty"`
 	// Messages parked so far.
 	Parked int64 `protobuf:"varint,9,opt,name=parked,proto3" json:"parked,omitempty"`
-	// When the cursor moved last.
+	// When the cursor last moved.
 	MoveTime      *timestamppb.Timestamp `protobuf:"bytes,10,opt,name=move_time,json=moveTime,proto3" json:"move_time,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -3274,12 +3275,12 @@ func (x *Shard) GetMoveTime() *timestamppb.Timestamp {
 	return nil
 }
 
-// Relay is a relay that is alive.
+// Relay is a live relay.
 type Relay struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Its name: host, process, and a word of chance.
+	// Its name: host, process ID and a random word.
 	Owner string `protobuf:"bytes,1,opt,name=owner,proto3" json:"owner,omitempty"`
-	// What keeps it from publishing, empty if nothing does.
+	// Why it cannot publish; empty if it can.
 	Problem       string `protobuf:"bytes,2,opt,name=problem,proto3" json:"problem,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

@@ -22,14 +22,14 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
-// OrderPlaced says that an order was placed. Its stock is to be reserved.
+// OrderPlaced says that an order was placed. Its stock must be reserved.
 type OrderPlaced struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The order's ID.
 	OrderId string `protobuf:"bytes,1,opt,name=order_id,json=orderId,proto3" json:"order_id,omitempty"`
-	// Who ordered.
+	// The customer who ordered.
 	CustomerId string `protobuf:"bytes,2,opt,name=customer_id,json=customerId,proto3" json:"customer_id,omitempty"`
-	// What was ordered, sorted by SKU.
+	// The ordered lines, sorted by SKU.
 	Lines []*Line `protobuf:"bytes,3,rep,name=lines,proto3" json:"lines,omitempty"`
 	// When it was placed.
 	PlacedAt      *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=placed_at,json=placedAt,proto3" json:"placed_at,omitempty"`
@@ -100,7 +100,7 @@ type OrderConfirmed struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The order's ID.
 	OrderId string `protobuf:"bytes,1,opt,name=order_id,json=orderId,proto3" json:"order_id,omitempty"`
-	// Who ordered.
+	// The customer who ordered.
 	CustomerId string `protobuf:"bytes,2,opt,name=customer_id,json=customerId,proto3" json:"customer_id,omitempty"`
 	// When it was confirmed.
 	ConfirmedAt   *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=confirmed_at,json=confirmedAt,proto3" json:"confirmed_at,omitempty"`
@@ -159,14 +159,14 @@ func (x *OrderConfirmed) GetConfirmedAt() *timestamppb.Timestamp {
 	return nil
 }
 
-// OrderRejected says that an order cannot be filled. It is final.
+// OrderRejected says that an order cannot be filled. Final.
 type OrderRejected struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The order's ID.
 	OrderId string `protobuf:"bytes,1,opt,name=order_id,json=orderId,proto3" json:"order_id,omitempty"`
-	// Who ordered.
+	// The customer who ordered.
 	CustomerId string `protobuf:"bytes,2,opt,name=customer_id,json=customerId,proto3" json:"customer_id,omitempty"`
-	// Why, in words for the customer.
+	// The reason, in words for the customer.
 	Reason string `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
 	// When it was rejected.
 	RejectedAt    *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=rejected_at,json=rejectedAt,proto3" json:"rejected_at,omitempty"`
@@ -232,12 +232,12 @@ func (x *OrderRejected) GetRejectedAt() *timestamppb.Timestamp {
 	return nil
 }
 
-// OrderCancelled says that an order was called off. What was reserved for it is to be released. It is final.
+// OrderCancelled says that an order was cancelled. Its reserved stock must be released. Final.
 type OrderCancelled struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The order's ID.
 	OrderId string `protobuf:"bytes,1,opt,name=order_id,json=orderId,proto3" json:"order_id,omitempty"`
-	// Who ordered.
+	// The customer who ordered.
 	CustomerId string `protobuf:"bytes,2,opt,name=customer_id,json=customerId,proto3" json:"customer_id,omitempty"`
 	// When it was cancelled.
 	CancelledAt   *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=cancelled_at,json=cancelledAt,proto3" json:"cancelled_at,omitempty"`

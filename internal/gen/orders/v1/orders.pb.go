@@ -4,7 +4,7 @@
 // 	protoc        (unknown)
 // source: orders/v1/orders.proto
 
-// The example domain: orders for goods that are in stock or not.
+// The example domain: orders of goods from a stock.
 
 package ordersv1
 
@@ -27,19 +27,19 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
-// OrderStatus is where an order stands. PLACED leads to CONFIRMED, REJECTED or CANCELLED, and CONFIRMED to CANCELLED.
+// OrderStatus is the status of an order. PLACED leads to CONFIRMED, REJECTED or CANCELLED, and CONFIRMED to CANCELLED.
 type OrderStatus int32
 
 const (
-	// No status; no order has it.
+	// No order has this status.
 	OrderStatus_ORDER_STATUS_UNSPECIFIED OrderStatus = 0
-	// Taken, its stock not looked at yet.
+	// The order is accepted, and its stock not checked yet.
 	OrderStatus_ORDER_STATUS_PLACED OrderStatus = 1
 	// Its stock is reserved.
 	OrderStatus_ORDER_STATUS_CONFIRMED OrderStatus = 2
-	// Its stock was missing. Final.
+	// Its stock was not available. Final.
 	OrderStatus_ORDER_STATUS_REJECTED OrderStatus = 3
-	// Called off by the caller. Final.
+	// A caller cancelled it. Final.
 	OrderStatus_ORDER_STATUS_CANCELLED OrderStatus = 4
 )
 
@@ -91,9 +91,9 @@ func (OrderStatus) EnumDescriptor() ([]byte, []int) {
 // Line is one line of an order.
 type Line struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// What is ordered.
+	// The SKU that is ordered.
 	Sku string `protobuf:"bytes,1,opt,name=sku,proto3" json:"sku,omitempty"`
-	// How many pieces of it, 1 to 1,000,000.
+	// The number of pieces, 1 to 1,000,000.
 	Quantity      int32 `protobuf:"varint,2,opt,name=quantity,proto3" json:"quantity,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -143,22 +143,22 @@ func (x *Line) GetQuantity() int32 {
 	return 0
 }
 
-// Order is an order as it stands.
+// Order is the current state of an order.
 type Order struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The UUID that the caller chose.
 	Id string `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	// Who ordered.
+	// The customer who ordered.
 	CustomerId string `protobuf:"bytes,2,opt,name=customer_id,json=customerId,proto3" json:"customer_id,omitempty"`
-	// What was ordered, sorted by SKU.
+	// The ordered lines, sorted by SKU.
 	Lines []*Line `protobuf:"bytes,3,rep,name=lines,proto3" json:"lines,omitempty"`
-	// Where the order stands.
+	// The status.
 	Status OrderStatus `protobuf:"varint,4,opt,name=status,proto3,enum=orders.v1.OrderStatus" json:"status,omitempty"`
-	// Why the order was rejected, else empty.
+	// Why the order was rejected; empty otherwise.
 	RejectReason string `protobuf:"bytes,5,opt,name=reject_reason,json=rejectReason,proto3" json:"reject_reason,omitempty"`
 	// When the order was placed.
 	PlacedAt *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=placed_at,json=placedAt,proto3" json:"placed_at,omitempty"`
-	// When the status changed last.
+	// When the status last changed.
 	UpdatedAt     *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=updated_at,json=updatedAt,proto3" json:"updated_at,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -243,14 +243,14 @@ func (x *Order) GetUpdatedAt() *timestamppb.Timestamp {
 	return nil
 }
 
-// Stock is how much there is of an SKU: total = free + reserved.
+// Stock is the stock of an SKU: total = free + reserved.
 type Stock struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// What is in stock.
+	// The SKU.
 	Sku string `protobuf:"bytes,1,opt,name=sku,proto3" json:"sku,omitempty"`
 	// All pieces, as set by SetStock.
 	Total int32 `protobuf:"varint,2,opt,name=total,proto3" json:"total,omitempty"`
-	// Pieces held for confirmed orders.
+	// Pieces reserved for confirmed orders.
 	Reserved int32 `protobuf:"varint,3,opt,name=reserved,proto3" json:"reserved,omitempty"`
 	// Pieces that can still be ordered.
 	Free          int32 `protobuf:"varint,4,opt,name=free,proto3" json:"free,omitempty"`
@@ -319,11 +319,11 @@ func (x *Stock) GetFree() int32 {
 // PlaceOrderRequest is an order to place.
 type PlaceOrderRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// A new UUID, chosen by the caller: with it a call whose answer was lost can be repeated.
+	// A new UUID, chosen by the caller. With it the caller can repeat a call whose response was lost.
 	OrderId string `protobuf:"bytes,1,opt,name=order_id,json=orderId,proto3" json:"order_id,omitempty"`
-	// Who orders.
+	// The customer who orders.
 	CustomerId string `protobuf:"bytes,2,opt,name=customer_id,json=customerId,proto3" json:"customer_id,omitempty"`
-	// What is ordered: 1 to 100 lines, each with an SKU of its own. Their order means nothing.
+	// The ordered lines: 1 to 100, each with a different SKU. Their order does not matter.
 	Lines         []*Line `protobuf:"bytes,3,rep,name=lines,proto3" json:"lines,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -383,7 +383,7 @@ func (x *PlaceOrderRequest) GetLines() []*Line {
 // PlaceOrderResponse answers PlaceOrder.
 type PlaceOrderResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The order as it is now.
+	// The current state of the order.
 	Order         *Order `protobuf:"bytes,1,opt,name=order,proto3" json:"order,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -475,7 +475,7 @@ func (x *GetOrderRequest) GetOrderId() string {
 // GetOrderResponse answers GetOrder.
 type GetOrderResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The order as it is now.
+	// The current state of the order.
 	Order         *Order `protobuf:"bytes,1,opt,name=order,proto3" json:"order,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -518,12 +518,12 @@ func (x *GetOrderResponse) GetOrder() *Order {
 	return nil
 }
 
-// ListOrdersRequest asks for one page of orders.
+// ListOrdersRequest asks for a page of orders.
 type ListOrdersRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The most orders to return, at most 1000; 0 means 50.
+	// The maximum number of orders to return, at most 1000; 0 means 50.
 	PageSize int32 `protobuf:"varint,1,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
-	// next_page_token of the page before, empty for the first page.
+	// next_page_token of the previous page; empty for the first page.
 	PageToken string `protobuf:"bytes,2,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
 	// Only orders with this status; unspecified means all.
 	Status OrderStatus `protobuf:"varint,3,opt,name=status,proto3,enum=orders.v1.OrderStatus" json:"status,omitempty"`
@@ -591,12 +591,12 @@ func (x *ListOrdersRequest) GetCustomerId() string {
 	return ""
 }
 
-// ListOrdersResponse is one page of orders.
+// ListOrdersResponse is a page of orders.
 type ListOrdersResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The orders, the newest first.
+	// The orders, newest first.
 	Orders []*Order `protobuf:"bytes,1,rep,name=orders,proto3" json:"orders,omitempty"`
-	// Where the next page begins, empty if there is none.
+	// The token of the next page; empty if this is the last one.
 	NextPageToken string `protobuf:"bytes,2,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -695,7 +695,7 @@ func (x *CancelOrderRequest) GetOrderId() string {
 // CancelOrderResponse answers CancelOrder.
 type CancelOrderResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The order, cancelled.
+	// The cancelled order.
 	Order         *Order `protobuf:"bytes,1,opt,name=order,proto3" json:"order,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -787,7 +787,7 @@ func (x *WatchOrderRequest) GetOrderId() string {
 // WatchOrderResponse is one state of a watched order.
 type WatchOrderResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The order as it was when this was sent.
+	// The state of the order when the service sent it.
 	Order         *Order `protobuf:"bytes,1,opt,name=order,proto3" json:"order,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -833,9 +833,9 @@ func (x *WatchOrderResponse) GetOrder() *Order {
 // SetStockRequest sets the stock of one SKU.
 type SetStockRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// What is in stock.
+	// The SKU.
 	Sku string `protobuf:"bytes,1,opt,name=sku,proto3" json:"sku,omitempty"`
-	// How many pieces there are in all, 0 to 1,000,000,000.
+	// The total number of pieces, 0 to 1,000,000,000.
 	Total         int32 `protobuf:"varint,2,opt,name=total,proto3" json:"total,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -888,7 +888,7 @@ func (x *SetStockRequest) GetTotal() int32 {
 // SetStockResponse answers SetStock.
 type SetStockResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The stock as it is now.
+	// The current stock.
 	Stock         *Stock `protobuf:"bytes,1,opt,name=stock,proto3" json:"stock,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -934,7 +934,7 @@ func (x *SetStockResponse) GetStock() *Stock {
 // GetStockRequest names an SKU.
 type GetStockRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// What is in stock.
+	// The SKU.
 	Sku           string `protobuf:"bytes,1,opt,name=sku,proto3" json:"sku,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -980,7 +980,7 @@ func (x *GetStockRequest) GetSku() string {
 // GetStockResponse answers GetStock.
 type GetStockResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The stock as it is now.
+	// The current stock.
 	Stock         *Stock `protobuf:"bytes,1,opt,name=stock,proto3" json:"stock,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

@@ -2,7 +2,7 @@
 //
 // Source: ops/v1/ops.proto
 
-// What operators see and do: the API of the console.
+// The API of the operators' console.
 package opsv1connect
 
 import (
@@ -177,37 +177,39 @@ var (
 
 // OpsServiceClient is a client for the ops.v1.OpsService service.
 type OpsServiceClient interface {
-	// GetSession tells who the caller is and what it may do.
+	// GetSession returns the name and the permissions of the caller.
 	GetSession(context.Context, *v1.GetSessionRequest) (*v1.GetSessionResponse, error)
-	// WatchFlow sends the state of every station on the way of a message, once a second, and first the last 15 minutes in
-	// numbers. One reading of the database and the broker serves all who watch.
+	// WatchFlow sends the state of every station that messages pass, once per second, and first the numbers of the last
+	// 15 minutes. One sample of the database and the broker serves all watchers.
 	WatchFlow(context.Context, *v1.WatchFlowRequest) (OpsServiceWatchFlowClientStream, error)
-	// SearchMessages returns messages that the outbox still holds, page by page, the newest first.
+	// SearchMessages returns a page of the messages in the outbox, newest first.
 	SearchMessages(context.Context, *v1.SearchMessagesRequest) (*v1.SearchMessagesResponse, error)
-	// GetMessage returns the way of one message as far as it is known, or not_found.
+	// GetMessage returns the known history of one message, or not_found.
 	GetMessage(context.Context, *v1.GetMessageRequest) (*v1.GetMessageResponse, error)
-	// ListDeadLetters returns dead letters page by page, the newest first, without their payloads.
+	// ListDeadLetters returns a page of dead letters, newest first, without their payloads.
 	ListDeadLetters(context.Context, *v1.ListDeadLettersRequest) (*v1.ListDeadLettersResponse, error)
-	// GetDeadLetter returns one letter with its payload and what was done about it, or not_found.
+	// GetDeadLetter returns one dead letter with its payload and audit log, or not_found.
 	GetDeadLetter(context.Context, *v1.GetDeadLetterRequest) (*v1.GetDeadLetterResponse, error)
-	// ResolveDeadLetters redrives or discards letters, one transaction each, and tells of its progress. A caller that
-	// leaves ends it; what is resolved by then stays so.
+	// ResolveDeadLetters redrives or discards dead letters, one transaction each, and reports its progress. It stops
+	// when the caller disconnects; what is resolved by then stays resolved.
 	ResolveDeadLetters(context.Context, *v1.ResolveDeadLettersRequest) (OpsServiceResolveDeadLettersClientStream, error)
-	// ReopenDeadLetter takes a discard back. What was redriven is failed_precondition: it is on its way.
+	// ReopenDeadLetter undoes a discard. For a redriven dead letter it fails with failed_precondition, since its message
+	// is already on its way.
 	ReopenDeadLetter(context.Context, *v1.ReopenDeadLetterRequest) (*v1.ReopenDeadLetterResponse, error)
-	// ListGroups returns the consumer groups, the keys that are blocked longest, and what operators did last.
+	// ListGroups returns the consumer groups, the keys that have been blocked longest, and the latest actions of
+	// operators.
 	ListGroups(context.Context, *v1.ListGroupsRequest) (*v1.ListGroupsResponse, error)
-	// PauseGroup has a group take no more messages; what it has begun it finishes.
+	// PauseGroup stops a group from taking messages; it finishes the messages that it has begun.
 	PauseGroup(context.Context, *v1.PauseGroupRequest) (*v1.PauseGroupResponse, error)
-	// ResumeGroup takes a pause back.
+	// ResumeGroup undoes a pause.
 	ResumeGroup(context.Context, *v1.ResumeGroupRequest) (*v1.ResumeGroupResponse, error)
-	// BuryKey moves the first message that waits on a key, or all of them, to the dead letters.
+	// BuryKey moves the first waiting message of a key, or all of them, to the dead letters.
 	BuryKey(context.Context, *v1.BuryKeyRequest) (*v1.BuryKeyResponse, error)
-	// ListOperations returns durable calls of all callers page by page, the newest first.
+	// ListOperations returns a page of the durable calls of all callers, newest first.
 	ListOperations(context.Context, *v1.ListOperationsRequest) (*v1.ListOperationsResponse, error)
-	// CancelOperation calls off an operation that no worker has begun, whoever called it.
+	// CancelOperation cancels an operation of any caller that no worker has begun.
 	CancelOperation(context.Context, *v1.CancelOperationRequest) (*v1.CancelOperationResponse, error)
-	// ListRelays returns the shards of the outbox, their leases, and the relays alive.
+	// ListRelays returns the shards of the outbox with their leases, and the live relays.
 	ListRelays(context.Context, *v1.ListRelaysRequest) (*v1.ListRelaysResponse, error)
 }
 
@@ -260,37 +262,39 @@ func (s OpsServiceResolveDeadLettersClientStream) Close() error {
 
 // OpsServiceHandler is an implementation of the ops.v1.OpsService service.
 type OpsServiceHandler interface {
-	// GetSession tells who the caller is and what it may do.
+	// GetSession returns the name and the permissions of the caller.
 	GetSession(context.Context, *v1.GetSessionRequest) (*v1.GetSessionResponse, error)
-	// WatchFlow sends the state of every station on the way of a message, once a second, and first the last 15 minutes in
-	// numbers. One reading of the database and the broker serves all who watch.
+	// WatchFlow sends the state of every station that messages pass, once per second, and first the numbers of the last
+	// 15 minutes. One sample of the database and the broker serves all watchers.
 	WatchFlow(context.Context, *v1.WatchFlowRequest, OpsServiceWatchFlowServerStream) error
-	// SearchMessages returns messages that the outbox still holds, page by page, the newest first.
+	// SearchMessages returns a page of the messages in the outbox, newest first.
 	SearchMessages(context.Context, *v1.SearchMessagesRequest) (*v1.SearchMessagesResponse, error)
-	// GetMessage returns the way of one message as far as it is known, or not_found.
+	// GetMessage returns the known history of one message, or not_found.
 	GetMessage(context.Context, *v1.GetMessageRequest) (*v1.GetMessageResponse, error)
-	// ListDeadLetters returns dead letters page by page, the newest first, without their payloads.
+	// ListDeadLetters returns a page of dead letters, newest first, without their payloads.
 	ListDeadLetters(context.Context, *v1.ListDeadLettersRequest) (*v1.ListDeadLettersResponse, error)
-	// GetDeadLetter returns one letter with its payload and what was done about it, or not_found.
+	// GetDeadLetter returns one dead letter with its payload and audit log, or not_found.
 	GetDeadLetter(context.Context, *v1.GetDeadLetterRequest) (*v1.GetDeadLetterResponse, error)
-	// ResolveDeadLetters redrives or discards letters, one transaction each, and tells of its progress. A caller that
-	// leaves ends it; what is resolved by then stays so.
+	// ResolveDeadLetters redrives or discards dead letters, one transaction each, and reports its progress. It stops
+	// when the caller disconnects; what is resolved by then stays resolved.
 	ResolveDeadLetters(context.Context, *v1.ResolveDeadLettersRequest, OpsServiceResolveDeadLettersServerStream) error
-	// ReopenDeadLetter takes a discard back. What was redriven is failed_precondition: it is on its way.
+	// ReopenDeadLetter undoes a discard. For a redriven dead letter it fails with failed_precondition, since its message
+	// is already on its way.
 	ReopenDeadLetter(context.Context, *v1.ReopenDeadLetterRequest) (*v1.ReopenDeadLetterResponse, error)
-	// ListGroups returns the consumer groups, the keys that are blocked longest, and what operators did last.
+	// ListGroups returns the consumer groups, the keys that have been blocked longest, and the latest actions of
+	// operators.
 	ListGroups(context.Context, *v1.ListGroupsRequest) (*v1.ListGroupsResponse, error)
-	// PauseGroup has a group take no more messages; what it has begun it finishes.
+	// PauseGroup stops a group from taking messages; it finishes the messages that it has begun.
 	PauseGroup(context.Context, *v1.PauseGroupRequest) (*v1.PauseGroupResponse, error)
-	// ResumeGroup takes a pause back.
+	// ResumeGroup undoes a pause.
 	ResumeGroup(context.Context, *v1.ResumeGroupRequest) (*v1.ResumeGroupResponse, error)
-	// BuryKey moves the first message that waits on a key, or all of them, to the dead letters.
+	// BuryKey moves the first waiting message of a key, or all of them, to the dead letters.
 	BuryKey(context.Context, *v1.BuryKeyRequest) (*v1.BuryKeyResponse, error)
-	// ListOperations returns durable calls of all callers page by page, the newest first.
+	// ListOperations returns a page of the durable calls of all callers, newest first.
 	ListOperations(context.Context, *v1.ListOperationsRequest) (*v1.ListOperationsResponse, error)
-	// CancelOperation calls off an operation that no worker has begun, whoever called it.
+	// CancelOperation cancels an operation of any caller that no worker has begun.
 	CancelOperation(context.Context, *v1.CancelOperationRequest) (*v1.CancelOperationResponse, error)
-	// ListRelays returns the shards of the outbox, their leases, and the relays alive.
+	// ListRelays returns the shards of the outbox with their leases, and the live relays.
 	ListRelays(context.Context, *v1.ListRelaysRequest) (*v1.ListRelaysResponse, error)
 }
 

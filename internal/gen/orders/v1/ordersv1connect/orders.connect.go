@@ -2,7 +2,7 @@
 //
 // Source: orders/v1/orders.proto
 
-// The example domain: orders for goods that are in stock or not.
+// The example domain: orders of goods from a stock.
 package ordersv1connect
 
 import (
@@ -102,20 +102,21 @@ var (
 // OrderServiceClient is a client for the orders.v1.OrderService service.
 type OrderServiceClient interface {
 	// PlaceOrder places an order under an ID that the caller chose. Repeating a call is safe: the same ID with the same
-	// content returns the order as it is now and changes nothing; the same ID with other content is already_exists.
+	// content returns the order as it is now and changes nothing; the same ID with other content fails with
+	// already_exists.
 	PlaceOrder(context.Context, *v1.PlaceOrderRequest) (*v1.PlaceOrderResponse, error)
 	// GetOrder returns one order, or not_found.
 	GetOrder(context.Context, *v1.GetOrderRequest) (*v1.GetOrderResponse, error)
-	// ListOrders returns orders page by page, the newest first. Orders placed meanwhile never shift a page.
+	// ListOrders returns a page of orders, newest first. Orders that are placed meanwhile never shift a page.
 	ListOrders(context.Context, *v1.ListOrdersRequest) (*v1.ListOrdersResponse, error)
-	// CancelOrder cancels an order that is placed or confirmed and gives its stock back. An order that is already
-	// cancelled is returned as it is; a rejected one is failed_precondition, an unknown one not_found.
+	// CancelOrder cancels a placed or confirmed order and releases its stock. It returns an already cancelled order
+	// unchanged; a rejected one is failed_precondition, an unknown one not_found.
 	CancelOrder(context.Context, *v1.CancelOrderRequest) (*v1.CancelOrderResponse, error)
-	// WatchOrder sends the order as it is and then each change. The stream ends after the order was rejected or
-	// cancelled; a confirmed order can still be cancelled, so its stream goes on until the caller leaves. Of several
-	// changes in quick succession only the last may be sent.
+	// WatchOrder sends the current state of the order and then each change. The stream ends after the order was rejected
+	// or cancelled; a confirmed order can still be cancelled, so its stream continues until the caller leaves. Of
+	// several changes in quick succession it may send only the last.
 	WatchOrder(context.Context, *v1.WatchOrderRequest) (OrderServiceWatchOrderClientStream, error)
-	// SetStock sets how many pieces of an SKU there are in all, reserved ones included. Less than what is reserved is
+	// SetStock sets the total number of pieces of an SKU, including reserved ones. A total below the reserved number is
 	// failed_precondition.
 	SetStock(context.Context, *v1.SetStockRequest) (*v1.SetStockResponse, error)
 	// GetStock returns the stock of one SKU, or not_found.
@@ -151,20 +152,21 @@ func (s OrderServiceWatchOrderClientStream) Close() error {
 // OrderServiceHandler is an implementation of the orders.v1.OrderService service.
 type OrderServiceHandler interface {
 	// PlaceOrder places an order under an ID that the caller chose. Repeating a call is safe: the same ID with the same
-	// content returns the order as it is now and changes nothing; the same ID with other content is already_exists.
+	// content returns the order as it is now and changes nothing; the same ID with other content fails with
+	// already_exists.
 	PlaceOrder(context.Context, *v1.PlaceOrderRequest) (*v1.PlaceOrderResponse, error)
 	// GetOrder returns one order, or not_found.
 	GetOrder(context.Context, *v1.GetOrderRequest) (*v1.GetOrderResponse, error)
-	// ListOrders returns orders page by page, the newest first. Orders placed meanwhile never shift a page.
+	// ListOrders returns a page of orders, newest first. Orders that are placed meanwhile never shift a page.
 	ListOrders(context.Context, *v1.ListOrdersRequest) (*v1.ListOrdersResponse, error)
-	// CancelOrder cancels an order that is placed or confirmed and gives its stock back. An order that is already
-	// cancelled is returned as it is; a rejected one is failed_precondition, an unknown one not_found.
+	// CancelOrder cancels a placed or confirmed order and releases its stock. It returns an already cancelled order
+	// unchanged; a rejected one is failed_precondition, an unknown one not_found.
 	CancelOrder(context.Context, *v1.CancelOrderRequest) (*v1.CancelOrderResponse, error)
-	// WatchOrder sends the order as it is and then each change. The stream ends after the order was rejected or
-	// cancelled; a confirmed order can still be cancelled, so its stream goes on until the caller leaves. Of several
-	// changes in quick succession only the last may be sent.
+	// WatchOrder sends the current state of the order and then each change. The stream ends after the order was rejected
+	// or cancelled; a confirmed order can still be cancelled, so its stream continues until the caller leaves. Of
+	// several changes in quick succession it may send only the last.
 	WatchOrder(context.Context, *v1.WatchOrderRequest, OrderServiceWatchOrderServerStream) error
-	// SetStock sets how many pieces of an SKU there are in all, reserved ones included. Less than what is reserved is
+	// SetStock sets the total number of pieces of an SKU, including reserved ones. A total below the reserved number is
 	// failed_precondition.
 	SetStock(context.Context, *v1.SetStockRequest) (*v1.SetStockResponse, error)
 	// GetStock returns the stock of one SKU, or not_found.

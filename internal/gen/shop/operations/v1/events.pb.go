@@ -4,7 +4,7 @@
 // 	protoc        (unknown)
 // source: shop/operations/v1/events.proto
 
-// The message that a durable call travels by.
+// The message of a durable call.
 
 package operationsv1
 
@@ -23,13 +23,12 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
-// OperationSubmitted has a worker execute an operation. Its message ID is the operation's ID.
+// OperationSubmitted makes a worker execute an operation. Its message ID is the ID of the operation.
 type OperationSubmitted struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Which one: the UUID of its name.
+	// The UUID in the operation's name.
 	OperationId string `protobuf:"bytes,1,opt,name=operation_id,json=operationId,proto3" json:"operation_id,omitempty"`
-	// What it calls, as in Operation.method: so that a worker can wait for its turn before it asks the database for
-	// anything.
+	// The method, as in Operation.method. It lets a worker wait for its turn before it queries the database.
 	Method        string `protobuf:"bytes,2,opt,name=method,proto3" json:"method,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

@@ -4,7 +4,7 @@
 // 	protoc        (unknown)
 // source: shop/operations/v1/operations.proto
 
-// Durable calls: a call is taken now, executed later, and its result kept.
+// Durable calls: the service accepts a call at once, executes it later, and keeps its result.
 
 package operationsv1
 
@@ -28,22 +28,22 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
-// OperationState is where an operation stands. PENDING leads to RUNNING or CANCELLED, and RUNNING to SUCCEEDED or
+// OperationState is the state of an operation. PENDING leads to RUNNING or CANCELLED, and RUNNING to SUCCEEDED or
 // FAILED.
 type OperationState int32
 
 const (
-	// No state; no operation has it.
+	// No operation has this state.
 	OperationState_OPERATION_STATE_UNSPECIFIED OperationState = 0
-	// It waits for a worker.
+	// The operation waits for a worker.
 	OperationState_OPERATION_STATE_PENDING OperationState = 1
-	// A worker has begun it. It may be waiting to be tried again.
+	// A worker has begun the operation. It may be waiting for a retry.
 	OperationState_OPERATION_STATE_RUNNING OperationState = 2
-	// Its response is there. Final.
+	// The operation has a response. Final.
 	OperationState_OPERATION_STATE_SUCCEEDED OperationState = 3
-	// Its error is there. Final.
+	// The operation has an error. Final.
 	OperationState_OPERATION_STATE_FAILED OperationState = 4
-	// Its caller called it off before it began. Final.
+	// The operation was cancelled before it began. Final.
 	OperationState_OPERATION_STATE_CANCELLED OperationState = 5
 )
 
@@ -94,24 +94,25 @@ func (OperationState) EnumDescriptor() ([]byte, []int) {
 	return file_shop_operations_v1_operations_proto_rawDescGZIP(), []int{0}
 }
 
-// Operation is a durable call, after AIP-151.
+// Operation is a durable call, modelled on AIP-151.
 type Operation struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// "operations/" and a UUID.
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	// What is called, such as orders.v1.OrderService/PlaceOrder.
+	// The called method, such as orders.v1.OrderService/PlaceOrder.
 	Method string `protobuf:"bytes,2,opt,name=method,proto3" json:"method,omitempty"`
-	// Where it stands.
+	// The state.
 	State OperationState `protobuf:"varint,3,opt,name=state,proto3,enum=shop.operations.v1.OperationState" json:"state,omitempty"`
-	// When it was taken.
+	// When the service accepted the call.
 	CreateTime *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=create_time,json=createTime,proto3" json:"create_time,omitempty"`
-	// When a worker began it for the first time.
+	// When a worker first began it.
 	StartTime *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=start_time,json=startTime,proto3" json:"start_time,omitempty"`
 	// When it ended.
 	EndTime *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=end_time,json=endTime,proto3" json:"end_time,omitempty"`
-	// Which attempt runs, or ran last. One that its worker or the database broke off is made again under its number.
+	// The number of the current or last attempt. An attempt that ended because of its worker or the database is repeated
+	// under the same number.
 	Attempts int32 `protobuf:"varint,7,opt,name=attempts,proto3" json:"attempts,omitempty"`
-	// What came of it, once it has ended.
+	// The result, once the operation has ended.
 	//
 	// Types that are valid to be assigned to Result:
 	//
@@ -231,12 +232,12 @@ type isOperation_Result interface {
 }
 
 type Operation_Error struct {
-	// What a call would have failed with; canceled if it was called off.
+	// The error that the call would have returned; canceled if the operation was cancelled.
 	Error *Status `protobuf:"bytes,8,opt,name=error,proto3,oneof"`
 }
 
 type Operation_Response struct {
-	// What a call would have been answered with.
+	// The response that the call would have returned.
 	Response *anypb.Any `protobuf:"bytes,9,opt,name=response,proto3,oneof"`
 }
 
@@ -244,15 +245,15 @@ func (*Operation_Error) isOperation_Result() {}
 
 func (*Operation_Response) isOperation_Result() {}
 
-// Status is an error of a call. It is google.rpc.Status field by field, so a client that has that type can read one as
+// Status is the error of a call. It has the fields of google.rpc.Status, so a client with that type can decode one as
 // the other.
 type Status struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The code, as gRPC numbers them.
+	// The gRPC code.
 	Code int32 `protobuf:"varint,1,opt,name=code,proto3" json:"code,omitempty"`
-	// What it says, for people.
+	// The message, for people.
 	Message string `protobuf:"bytes,2,opt,name=message,proto3" json:"message,omitempty"`
-	// What it says, for programs.
+	// The details, for programs.
 	Details       []*anypb.Any `protobuf:"bytes,3,rep,name=details,proto3" json:"details,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -358,7 +359,7 @@ func (x *GetOperationRequest) GetName() string {
 // GetOperationResponse answers GetOperation.
 type GetOperationResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The operation as it is now.
+	// The current state of the operation.
 	Operation     *Operation `protobuf:"bytes,1,opt,name=operation,proto3" json:"operation,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -401,12 +402,12 @@ func (x *GetOperationResponse) GetOperation() *Operation {
 	return nil
 }
 
-// WaitOperationRequest names an operation and says how long to wait for its end.
+// WaitOperationRequest names an operation and the maximum time to wait for its end.
 type WaitOperationRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The operation's name.
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	// The longest time to wait, at most 15 seconds; unset means 10 seconds.
+	// The maximum time to wait, at most 15 seconds; unset means 10 seconds.
 	Timeout       *durationpb.Duration `protobuf:"bytes,2,opt,name=timeout,proto3" json:"timeout,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -459,7 +460,7 @@ func (x *WaitOperationRequest) GetTimeout() *durationpb.Duration {
 // WaitOperationResponse answers WaitOperation.
 type WaitOperationResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The operation as it is now.
+	// The current state of the operation.
 	Operation     *Operation `protobuf:"bytes,1,opt,name=operation,proto3" json:"operation,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -551,7 +552,7 @@ func (x *WatchOperationRequest) GetName() string {
 // WatchOperationResponse is one state of a watched operation.
 type WatchOperationResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The operation as it was when this was sent.
+	// The state of the operation when the service sent it.
 	Operation     *Operation `protobuf:"bytes,1,opt,name=operation,proto3" json:"operation,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -594,12 +595,12 @@ func (x *WatchOperationResponse) GetOperation() *Operation {
 	return nil
 }
 
-// ListOperationsRequest asks for one page of operations.
+// ListOperationsRequest asks for a page of operations.
 type ListOperationsRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The most operations to return, at most 1000; 0 means 50.
+	// The maximum number of operations to return, at most 1000; 0 means 50.
 	PageSize int32 `protobuf:"varint,1,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
-	// next_page_token of the page before, empty for the first page.
+	// next_page_token of the previous page; empty for the first page.
 	PageToken string `protobuf:"bytes,2,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
 	// Only operations in this state; unspecified means all.
 	State OperationState `protobuf:"varint,3,opt,name=state,proto3,enum=shop.operations.v1.OperationState" json:"state,omitempty"`
@@ -667,12 +668,12 @@ func (x *ListOperationsRequest) GetMethod() string {
 	return ""
 }
 
-// ListOperationsResponse is one page of operations.
+// ListOperationsResponse is a page of operations.
 type ListOperationsResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The operations, the newest first, without their responses.
+	// The operations, newest first, without their responses.
 	Operations []*Operation `protobuf:"bytes,1,rep,name=operations,proto3" json:"operations,omitempty"`
-	// Where the next page begins, empty if there is none.
+	// The token of the next page; empty if this is the last one.
 	NextPageToken string `protobuf:"bytes,2,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -771,7 +772,7 @@ func (x *CancelOperationRequest) GetName() string {
 // CancelOperationResponse answers CancelOperation.
 type CancelOperationResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The operation, cancelled.
+	// The cancelled operation.
 	Operation     *Operation `protobuf:"bytes,1,opt,name=operation,proto3" json:"operation,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

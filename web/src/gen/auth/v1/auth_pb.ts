@@ -2,7 +2,8 @@
 // @generated from file auth/v1/auth.proto (package auth.v1, syntax proto3)
 /* eslint-disable */
 
-// Who may call what. Part of the core: services import it and say with each method who may call it.
+// Access rules of methods. This package belongs to the core: services import it and declare the callers of each
+// method.
 
 import type { GenExtension, GenFile, GenMessage } from "@bufbuild/protobuf/codegenv2";
 import { extDesc, fileDesc, messageDesc } from "@bufbuild/protobuf/codegenv2";
@@ -17,27 +18,27 @@ export const file_auth_v1_auth: GenFile = /*@__PURE__*/
   fileDesc("ChJhdXRoL3YxL2F1dGgucHJvdG8SB2F1dGgudjEiPgoGQWNjZXNzEg4KBnB1YmxpYxgBIAEoCBIVCg1hdXRoZW50aWNhdGVkGAIgASgIEg0KBXJvbGVzGAMgAygJOkkKBmFjY2VzcxIeLmdvb2dsZS5wcm90b2J1Zi5NZXRob2RPcHRpb25zGL+MAyABKAsyDy5hdXRoLnYxLkFjY2Vzc1IGYWNjZXNzYgZwcm90bzM", [file_google_protobuf_descriptor]);
 
 /**
- * Access says who may call a method. A method without it, or with an empty one, is denied to everybody.
+ * Access declares who may call a method. A method without it, or with an empty one, denies all callers.
  *
  * @generated from message auth.v1.Access
  */
 export type Access = Message<"auth.v1.Access"> & {
   /**
-   * Anyone may, without credentials. Goes with nothing else.
+   * Allows all callers, even without credentials. Excludes the other fields.
    *
    * @generated from field: bool public = 1;
    */
   public: boolean;
 
   /**
-   * Any caller with valid credentials may, whatever its roles.
+   * Allows all callers with valid credentials, whatever their roles.
    *
    * @generated from field: bool authenticated = 2;
    */
   authenticated: boolean;
 
   /**
-   * Callers with at least one of these roles may.
+   * Allows callers with at least one of these roles.
    *
    * @generated from field: repeated string roles = 3;
    */
@@ -52,7 +53,7 @@ export const AccessSchema: GenMessage<Access> = /*@__PURE__*/
   messageDesc(file_auth_v1_auth, 0);
 
 /**
- * Who may call the method: option (auth.v1.access).roles = "customer";
+ * The access rule of the method: option (auth.v1.access).roles = "customer";
  *
  * @generated from extension: auth.v1.Access access = 50751;
  */

@@ -2,7 +2,7 @@
 // @generated from file idempotency/v1/idempotency.proto (package idempotency.v1, syntax proto3)
 /* eslint-disable */
 
-// Which methods answer a repeated call with the stored response. Part of the core: services import it.
+// Methods that answer a repeated call with the stored response. This package belongs to the core: services import it.
 
 import type { GenExtension, GenFile } from "@bufbuild/protobuf/codegenv2";
 import { extDesc, fileDesc } from "@bufbuild/protobuf/codegenv2";
@@ -16,8 +16,8 @@ export const file_idempotency_v1_idempotency: GenFile = /*@__PURE__*/
   fileDesc("CiBpZGVtcG90ZW5jeS92MS9pZGVtcG90ZW5jeS5wcm90bxIOaWRlbXBvdGVuY3kudjE6MgoDa2V5Eh4uZ29vZ2xlLnByb3RvYnVmLk1ldGhvZE9wdGlvbnMYwIwDIAEoCFIDa2V5YgZwcm90bzM", [file_google_protobuf_descriptor]);
 
 /**
- * The unary method honours the header Idempotency-Key: option (idempotency.v1.key) = true. Its effects must be made
- * in a transaction of internal/postgres or internal/outbox, as all of this project's are.
+ * The unary method supports the header Idempotency-Key: option (idempotency.v1.key) = true. It must write in a
+ * transaction of internal/postgres or internal/outbox, as all methods of this project do.
  *
  * @generated from extension: bool key = 50752;
  */

@@ -2,7 +2,7 @@
 // @generated from file ops/v1/ops.proto (package ops.v1, syntax proto3)
 /* eslint-disable */
 
-// What operators see and do: the API of the console.
+// The API of the operators' console.
 
 import type { GenEnum, GenFile, GenMessage, GenService } from "@bufbuild/protobuf/codegenv2";
 import { enumDesc, fileDesc, messageDesc, serviceDesc } from "@bufbuild/protobuf/codegenv2";
@@ -19,7 +19,7 @@ export const file_ops_v1_ops: GenFile = /*@__PURE__*/
   fileDesc("ChBvcHMvdjEvb3BzLnByb3RvEgZvcHMudjEiEwoRR2V0U2Vzc2lvblJlcXVlc3QiiAEKEkdldFNlc3Npb25SZXNwb25zZRINCgVhY3RvchgBIAEoCRIQCghtYXlfbG9vaxgCIAEoCBIPCgdtYXlfYWN0GAMgASgIEg8KB3NlcnZpY2UYBCABKAkSDwoHdmVyc2lvbhgFIAEoCRIOCgZncm91cHMYBiADKAkSDgoGY2F1c2VzGAcgAygJIhIKEFdhdGNoRmxvd1JlcXVlc3QidAoRV2F0Y2hGbG93UmVzcG9uc2USHgoHaGlzdG9yeRgBIAMoCzINLm9wcy52MS5Qb2ludBIcCgVwb2ludBgCIAEoCzINLm9wcy52MS5Qb2ludBIhCghzdGF0aW9ucxgDIAMoCzIPLm9wcy52MS5TdGF0aW9uIrMBCgVQb2ludBImCgJhdBgBIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXASEAoIaW5zZXJ0ZWQYAiABKAESEQoJcHVibGlzaGVkGAMgASgBEg8KB2FwcGxpZWQYBCABKAESDwoHYmFja2xvZxgFIAEoAxIOCgZxdWV1ZWQYBiABKAMSEAoIcmV0cnlpbmcYByABKAMSDAoEZGVhZBgIIAEoAxILCgNsYWcYCSABKAEi/gEKB1N0YXRpb24SIQoEa2luZBgBIAEoDjITLm9wcy52MS5TdGF0aW9uS2luZBIMCgRuYW1lGAIgASgJEg0KBWdyb3VwGAMgASgJEiMKBXN0YXRlGAQgASgOMhQub3BzLnYxLlN0YXRpb25TdGF0ZRIQCghzZW50ZW5jZRgFIAEoCRIRCgRyYXRlGAYgASgBSACIAQESFAoHd2FpdGluZxgHIAEoA0gBiAEBEhAKA2xhZxgIIAEoAUgCiAEBEhYKCXByb2Nlc3NlcxgJIAEoBUgDiAEBQgcKBV9yYXRlQgoKCF93YWl0aW5nQgYKBF9sYWdCDAoKX3Byb2Nlc3NlcyJDCgdQYXlsb2FkEgwKBHNpemUYASABKAUSDAoEdGV4dBgCIAEoCRIPCgdkZWNvZGVkGAMgASgIEgsKA2N1dBgEIAEoCCKjAQoHTWVzc2FnZRISCgptZXNzYWdlX2lkGAEgASgJEgwKBHR5cGUYAiABKAkSCwoDa2V5GAMgASgJEi8KC2luc2VydF90aW1lGAQgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBIWCg50cmFuc2FjdGlvbl9pZBgFIAEoBBINCgVzaGFyZBgGIAEoBRIRCglkZWxpdmVyZWQYByABKAgiuQEKFVNlYXJjaE1lc3NhZ2VzUmVxdWVzdBIWCgR0eXBlGAEgASgJQgi6SAVyAyj/ARIVCgNrZXkYAiABKAlCCLpIBXIDKP8BEikKBXNpbmNlGAMgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBIpCgV1bnRpbBgEIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXASGwoKcGFnZV90b2tlbhgFIAEoA0IHukgEIgIoACJUChZTZWFyY2hNZXNzYWdlc1Jlc3BvbnNlEiEKCG1lc3NhZ2VzGAEgAygLMg8ub3BzLnYxLk1lc3NhZ2USFwoPbmV4dF9wYWdlX3Rva2VuGAIgASgDIjMKEUdldE1lc3NhZ2VSZXF1ZXN0Eh4KCm1lc3NhZ2VfaWQYASABKAlCCrpIB3IFEAEo/wEijQIKEkdldE1lc3NhZ2VSZXNwb25zZRIfCgZjb3BpZXMYASADKAsyDy5vcHMudjEuTWVzc2FnZRIbCgVzdGVwcxgCIAMoCzIMLm9wcy52MS5TdGVwEiAKB3BheWxvYWQYAyABKAsyDy5vcHMudjEuUGF5bG9hZBI4CgdoZWFkZXJzGAQgAygLMicub3BzLnYxLkdldE1lc3NhZ2VSZXNwb25zZS5IZWFkZXJzRW50cnkSEgoKbGV0dGVyX2lkcxgFIAMoAxIMCgR0eXBlGAYgASgJEgsKA2tleRgHIAEoCRouCgxIZWFkZXJzRW50cnkSCwoDa2V5GAEgASgJEg0KBXZhbHVlGAIgASgJOgI4ASJLCgRTdGVwEiYKAmF0GAEgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBINCgV3aGVyZRgCIAEoCRIMCgR3aGF0GAMgASgJIpACChBEZWFkTGV0dGVyRmlsdGVyEhYKA2lkcxgBIAMoA0IJukgGkgEDEOgHEhcKBWdyb3VwGAIgASgJQgi6SAVyAyj/ARIcCgptZXNzYWdlX2lkGAMgASgJQgi6SAVyAyj/ARIWCgR0eXBlGAQgASgJQgi6SAVyAyj/ARIVCgNrZXkYBSABKAlCCLpIBXIDKP8BEhYKBWNhdXNlGAYgASgJQge6SARyAigyEikKBXNpbmNlGAcgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBIpCgV1bnRpbBgIIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXASEAoIcmVzb2x2ZWQYCSABKAgi+wEKCkRlYWRMZXR0ZXISCgoCaWQYASABKAMSDQoFZ3JvdXAYAiABKAkSEgoKbWVzc2FnZV9pZBgDIAEoCRIMCgR0eXBlGAQgASgJEgsKA2tleRgFIAEoCRINCgVjYXVzZRgGIAEoCRINCgVlcnJvchgHIAEoCRIQCghhdHRlbXB0cxgIIAEoBRItCglkZWFkX3RpbWUYCSABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wEhIKCnJlc29sdXRpb24YCiABKAkSMAoMcmVzb2x2ZV90aW1lGAsgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcCJuChZMaXN0RGVhZExldHRlcnNSZXF1ZXN0EigKBmZpbHRlchgBIAEoCzIYLm9wcy52MS5EZWFkTGV0dGVyRmlsdGVyEhsKCnBhZ2VfdG9rZW4YAiABKANCB7pIBCICKAASDQoFY291bnQYAyABKAgiZgoXTGlzdERlYWRMZXR0ZXJzUmVzcG9uc2USIwoHbGV0dGVycxgBIAMoCzISLm9wcy52MS5EZWFkTGV0dGVyEhcKD25leHRfcGFnZV90b2tlbhgCIAEoAxINCgVjb3VudBgDIAEoAyIiChRHZXREZWFkTGV0dGVyUmVxdWVzdBIKCgJpZBgBIAEoAyLtAQoVR2V0RGVhZExldHRlclJlc3BvbnNlEiIKBmxldHRlchgBIAEoCzISLm9wcy52MS5EZWFkTGV0dGVyEiAKB3BheWxvYWQYAiABKAsyDy5vcHMudjEuUGF5bG9hZBI7CgdoZWFkZXJzGAMgAygLMioub3BzLnYxLkdldERlYWRMZXR0ZXJSZXNwb25zZS5IZWFkZXJzRW50cnkSIQoFYXVkaXQYBCADKAsyEi5vcHMudjEuQXVkaXRFbnRyeRouCgxIZWFkZXJzRW50cnkSCwoDa2V5GAEgASgJEg0KBXZhbHVlGAIgASgJOgI4ASKDAQoKQXVkaXRFbnRyeRImCgJhdBgBIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXASDQoFYWN0b3IYAiABKAkSDgoGYWN0aW9uGAMgASgJEg4KBnRhcmdldBgEIAEoCRIOCgZyZWFzb24YBSABKAkSDgoGZGV0YWlsGAYgASgJIr0BChlSZXNvbHZlRGVhZExldHRlcnNSZXF1ZXN0EjAKBmZpbHRlchgBIAEoCzIYLm9wcy52MS5EZWFkTGV0dGVyRmlsdGVyQga6SAPIAQESMgoKcmVzb2x1dGlvbhgCIAEoDjISLm9wcy52MS5SZXNvbHV0aW9uQgq6SAeCAQQQASAAEhoKBnJlYXNvbhgDIAEoCUIKukgHcgUQARj0AxIPCgdkcnlfcnVuGAQgASgIEg0KBWZvcmNlGAUgASgIIpYBChpSZXNvbHZlRGVhZExldHRlcnNSZXNwb25zZRINCgV0b3RhbBgBIAEoAxIQCghyZWRyaXZlbhgCIAEoAxIRCglkdXBsaWNhdGUYAyABKAMSEQoJZGlzY2FyZGVkGAQgASgDEhIKCnVucmVzb2x2ZWQYBSABKAMSDwoHcHJvYmxlbRgGIAEoCRIMCgRkb25lGAcgASgIIkEKF1Jlb3BlbkRlYWRMZXR0ZXJSZXF1ZXN0EgoKAmlkGAEgASgDEhoKBnJlYXNvbhgCIAEoCUIKukgHcgUQARj0AyIaChhSZW9wZW5EZWFkTGV0dGVyUmVzcG9uc2UiEwoRTGlzdEdyb3Vwc1JlcXVlc3QigAEKEkxpc3RHcm91cHNSZXNwb25zZRIdCgZncm91cHMYASADKAsyDS5vcHMudjEuR3JvdXASKAoMYmxvY2tlZF9rZXlzGAIgAygLMhIub3BzLnYxLkJsb2NrZWRLZXkSIQoFYXVkaXQYAyADKAsyEi5vcHMudjEuQXVkaXRFbnRyeSKQAgoFR3JvdXASDAoEbmFtZRgBIAEoCRINCgV0eXBlcxgCIAMoCRIRCglwYXVzZWRfYnkYAyABKAkSFAoMcGF1c2VfcmVhc29uGAQgASgJEi4KCnBhdXNlX3RpbWUYBSABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wEhEKCXByb2Nlc3NlcxgGIAEoBRIMCgRyYXRlGAcgASgBEhAKA2xhZxgIIAEoAUgAiAEBEhMKBnF1ZXVlZBgJIAEoA0gBiAEBEhAKCHJldHJ5aW5nGAogASgDEg4KBm9sZGVzdBgLIAEoARIUCgxibG9ja2VkX2tleXMYDCABKANCBgoEX2xhZ0IJCgdfcXVldWVkIswBCgpCbG9ja2VkS2V5Eg0KBWdyb3VwGAEgASgJEgsKA2tleRgCIAEoCRIPCgd3YWl0aW5nGAMgASgDEikKBXNpbmNlGAQgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBISCgptZXNzYWdlX2lkGAUgASgJEhAKCGF0dGVtcHRzGAYgASgFEiwKCGR1ZV90aW1lGAcgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBISCgpsYXN0X2Vycm9yGAggASgJIkgKEVBhdXNlR3JvdXBSZXF1ZXN0EhcKBWdyb3VwGAEgASgJQgi6SAVyAyj/ARIaCgZyZWFzb24YAiABKAlCCrpIB3IFEAEY9AMiFAoSUGF1c2VHcm91cFJlc3BvbnNlIkkKElJlc3VtZUdyb3VwUmVxdWVzdBIXCgVncm91cBgBIAEoCUIIukgFcgMo/wESGgoGcmVhc29uGAIgASgJQgq6SAdyBRABGPQDIhUKE1Jlc3VtZUdyb3VwUmVzcG9uc2UibQoOQnVyeUtleVJlcXVlc3QSFwoFZ3JvdXAYASABKAlCCLpIBXIDKP8BEhcKA2tleRgCIAEoCUIKukgHcgUQASj/ARINCgV3aG9sZRgDIAEoCBIaCgZyZWFzb24YBCABKAlCCrpIB3IFEAEY9AMiIAoPQnVyeUtleVJlc3BvbnNlEg0KBW1vdmVkGAEgASgDInwKFUxpc3RPcGVyYXRpb25zUmVxdWVzdBJGCgVzdGF0ZRgBIAEoCUI3ukg0cjJSAFIHcGVuZGluZ1IHcnVubmluZ1IJc3VjY2VlZGVkUgZmYWlsZWRSCWNhbmNlbGxlZBIbCgpwYWdlX3Rva2VuGAIgASgJQge6SARyAhgkIlgKFkxpc3RPcGVyYXRpb25zUmVzcG9uc2USJQoKb3BlcmF0aW9ucxgBIAMoCzIRLm9wcy52MS5PcGVyYXRpb24SFwoPbmV4dF9wYWdlX3Rva2VuGAIgASgJIvYBCglPcGVyYXRpb24SCgoCaWQYASABKAkSDgoGbWV0aG9kGAIgASgJEg4KBmNhbGxlchgDIAEoCRINCgVzdGF0ZRgEIAEoCRIQCghhdHRlbXB0cxgFIAEoBRIvCgtjcmVhdGVfdGltZRgGIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXASLgoKc3RhcnRfdGltZRgHIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXASLAoIZW5kX3RpbWUYCCABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wEg0KBWVycm9yGAkgASgJIkoKFkNhbmNlbE9wZXJhdGlvblJlcXVlc3QSFAoCaWQYASABKAlCCLpIBXIDsAEBEhoKBnJlYXNvbhgCIAEoCUIKukgHcgUQARj0AyIZChdDYW5jZWxPcGVyYXRpb25SZXNwb25zZSITChFMaXN0UmVsYXlzUmVxdWVzdCJSChJMaXN0UmVsYXlzUmVzcG9uc2USHQoGc2hhcmRzGAEgAygLMg0ub3BzLnYxLlNoYXJkEh0KBnJlbGF5cxgCIAMoCzINLm9wcy52MS5SZWxheSLJAQoFU2hhcmQSDQoFc2hhcmQYASABKAUSEgoKZ2VuZXJhdGlvbhgCIAEoBRIPCgdyZXRpcmVkGAMgASgIEg0KBW93bmVyGAQgASgJEg0KBWVwb2NoGAUgASgDEg8KB2JhY2tsb2cYBiABKAMSCwoDbGFnGAcgASgBEhEKCXB1Ymxpc2hlZBgIIAEoAxIOCgZwYXJrZWQYCSABKAMSLQoJbW92ZV90aW1lGAogASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcCInCgVSZWxheRINCgVvd25lchgBIAEoCRIPCgdwcm9ibGVtGAIgASgJKvUBCgtTdGF0aW9uS2luZBIcChhTVEFUSU9OX0tJTkRfVU5TUEVDSUZJRUQQABIUChBTVEFUSU9OX0tJTkRfQVBJEAESFwoTU1RBVElPTl9LSU5EX09VVEJPWBACEhYKElNUQVRJT05fS0lORF9SRUxBWRADEhkKFVNUQVRJT05fS0lORF9FWENIQU5HRRAEEhYKElNUQVRJT05fS0lORF9RVUVVRRAFEhYKElNUQVRJT05fS0lORF9HUk9VUBAGEhcKE1NUQVRJT05fS0lORF9FRkZFQ1QQBxIdChlTVEFUSU9OX0tJTkRfREVBRF9MRVRURVJTEAgqlAEKDFN0YXRpb25TdGF0ZRIdChlTVEFUSU9OX1NUQVRFX1VOU1BFQ0lGSUVEEAASFAoQU1RBVElPTl9TVEFURV9PSxABEhsKF1NUQVRJT05fU1RBVEVfQVRURU5USU9OEAISFwoTU1RBVElPTl9TVEFURV9GQVVMVBADEhkKFVNUQVRJT05fU1RBVEVfVU5LTk9XThAEKlgKClJlc29sdXRpb24SGgoWUkVTT0xVVElPTl9VTlNQRUNJRklFRBAAEhYKElJFU09MVVRJT05fUkVEUklWRRABEhYKElJFU09MVVRJT05fRElTQ0FSRBACMssLCgpPcHNTZXJ2aWNlEk4KCkdldFNlc3Npb24SGS5vcHMudjEuR2V0U2Vzc2lvblJlcXVlc3QaGi5vcHMudjEuR2V0U2Vzc2lvblJlc3BvbnNlIgmQAgH64xgCEAESXAoJV2F0Y2hGbG93Ehgub3BzLnYxLldhdGNoRmxvd1JlcXVlc3QaGS5vcHMudjEuV2F0Y2hGbG93UmVzcG9uc2UiGPrjGBQaCG9ic2VydmVyGghvcGVyYXRvcjABEmwKDlNlYXJjaE1lc3NhZ2VzEh0ub3BzLnYxLlNlYXJjaE1lc3NhZ2VzUmVxdWVzdBoeLm9wcy52MS5TZWFyY2hNZXNzYWdlc1Jlc3BvbnNlIhuQAgH64xgUGghvYnNlcnZlchoIb3BlcmF0b3ISYAoKR2V0TWVzc2FnZRIZLm9wcy52MS5HZXRNZXNzYWdlUmVxdWVzdBoaLm9wcy52MS5HZXRNZXNzYWdlUmVzcG9uc2UiG5ACAfrjGBQaCG9ic2VydmVyGghvcGVyYXRvchJvCg9MaXN0RGVhZExldHRlcnMSHi5vcHMudjEuTGlzdERlYWRMZXR0ZXJzUmVxdWVzdBofLm9wcy52MS5MaXN0RGVhZExldHRlcnNSZXNwb25zZSIbkAIB+uMYFBoIb2JzZXJ2ZXIaCG9wZXJhdG9yEmkKDUdldERlYWRMZXR0ZXISHC5vcHMudjEuR2V0RGVhZExldHRlclJlcXVlc3QaHS5vcHMudjEuR2V0RGVhZExldHRlclJlc3BvbnNlIhuQAgH64xgUGghvYnNlcnZlchoIb3BlcmF0b3ISbQoSUmVzb2x2ZURlYWRMZXR0ZXJzEiEub3BzLnYxLlJlc29sdmVEZWFkTGV0dGVyc1JlcXVlc3QaIi5vcHMudjEuUmVzb2x2ZURlYWRMZXR0ZXJzUmVzcG9uc2UiDvrjGAoaCG9wZXJhdG9yMAESZQoQUmVvcGVuRGVhZExldHRlchIfLm9wcy52MS5SZW9wZW5EZWFkTGV0dGVyUmVxdWVzdBogLm9wcy52MS5SZW9wZW5EZWFkTGV0dGVyUmVzcG9uc2UiDvrjGAoaCG9wZXJhdG9yEmAKCkxpc3RHcm91cHMSGS5vcHMudjEuTGlzdEdyb3Vwc1JlcXVlc3QaGi5vcHMudjEuTGlzdEdyb3Vwc1Jlc3BvbnNlIhuQAgH64xgUGghvYnNlcnZlchoIb3BlcmF0b3ISUwoKUGF1c2VHcm91cBIZLm9wcy52MS5QYXVzZUdyb3VwUmVxdWVzdBoaLm9wcy52MS5QYXVzZUdyb3VwUmVzcG9uc2UiDvrjGAoaCG9wZXJhdG9yElYKC1Jlc3VtZUdyb3VwEhoub3BzLnYxLlJlc3VtZUdyb3VwUmVxdWVzdBobLm9wcy52MS5SZXN1bWVHcm91cFJlc3BvbnNlIg764xgKGghvcGVyYXRvchJKCgdCdXJ5S2V5EhYub3BzLnYxLkJ1cnlLZXlSZXF1ZXN0Ghcub3BzLnYxLkJ1cnlLZXlSZXNwb25zZSIO+uMYChoIb3BlcmF0b3ISbAoOTGlzdE9wZXJhdGlvbnMSHS5vcHMudjEuTGlzdE9wZXJhdGlvbnNSZXF1ZXN0Gh4ub3BzLnYxLkxpc3RPcGVyYXRpb25zUmVzcG9uc2UiG5ACAfrjGBQaCG9ic2VydmVyGghvcGVyYXRvchJiCg9DYW5jZWxPcGVyYXRpb24SHi5vcHMudjEuQ2FuY2VsT3BlcmF0aW9uUmVxdWVzdBofLm9wcy52MS5DYW5jZWxPcGVyYXRpb25SZXNwb25zZSIO+uMYChoIb3BlcmF0b3ISYAoKTGlzdFJlbGF5cxIZLm9wcy52MS5MaXN0UmVsYXlzUmVxdWVzdBoaLm9wcy52MS5MaXN0UmVsYXlzUmVzcG9uc2UiG5ACAfrjGBQaCG9ic2VydmVyGghvcGVyYXRvcmIGcHJvdG8z", [file_auth_v1_auth, file_buf_validate_validate, file_google_protobuf_timestamp]);
 
 /**
- * GetSessionRequest asks who the caller is.
+ * GetSessionRequest asks for the session of the caller.
  *
  * @generated from message ops.v1.GetSessionRequest
  */
@@ -40,21 +40,21 @@ export const GetSessionRequestSchema: GenMessage<GetSessionRequest> = /*@__PURE_
  */
 export type GetSessionResponse = Message$1<"ops.v1.GetSessionResponse"> & {
   /**
-   * What the audit log calls the caller.
+   * The caller's name in the audit log.
    *
    * @generated from field: string actor = 1;
    */
   actor: string;
 
   /**
-   * Whether the caller may look.
+   * The caller may read.
    *
    * @generated from field: bool may_look = 2;
    */
   mayLook: boolean;
 
   /**
-   * Whether the caller may act.
+   * The caller may act.
    *
    * @generated from field: bool may_act = 3;
    */
@@ -75,14 +75,14 @@ export type GetSessionResponse = Message$1<"ops.v1.GetSessionResponse"> & {
   version: string;
 
   /**
-   * The consumer groups that there are.
+   * All consumer groups.
    *
    * @generated from field: repeated string groups = 6;
    */
   groups: string[];
 
   /**
-   * The causes that a dead letter may have.
+   * All causes of dead letters.
    *
    * @generated from field: repeated string causes = 7;
    */
@@ -97,7 +97,7 @@ export const GetSessionResponseSchema: GenMessage<GetSessionResponse> = /*@__PUR
   messageDesc(file_ops_v1_ops, 1);
 
 /**
- * WatchFlowRequest asks for the flow.
+ * WatchFlowRequest asks for the flow of messages.
  *
  * @generated from message ops.v1.WatchFlowRequest
  */
@@ -118,7 +118,7 @@ export const WatchFlowRequestSchema: GenMessage<WatchFlowRequest> = /*@__PURE__*
  */
 export type WatchFlowResponse = Message$1<"ops.v1.WatchFlowResponse"> & {
   /**
-   * The samples before this one, the oldest first: only in the first response.
+   * The samples before this one, oldest first; only in the first response.
    *
    * @generated from field: repeated ops.v1.Point history = 1;
    */
@@ -132,7 +132,7 @@ export type WatchFlowResponse = Message$1<"ops.v1.WatchFlowResponse"> & {
   point?: Point | undefined;
 
   /**
-   * The stations in the order of a message's way.
+   * The stations, in the order in which messages pass them.
    *
    * @generated from field: repeated ops.v1.Station stations = 3;
    */
@@ -147,34 +147,34 @@ export const WatchFlowResponseSchema: GenMessage<WatchFlowResponse> = /*@__PURE_
   messageDesc(file_ops_v1_ops, 3);
 
 /**
- * Point is the whole flow in a few numbers at one time.
+ * Point summarizes the flow at one time.
  *
  * @generated from message ops.v1.Point
  */
 export type Point = Message$1<"ops.v1.Point"> & {
   /**
-   * When.
+   * The time of the sample.
    *
    * @generated from field: google.protobuf.Timestamp at = 1;
    */
   at?: Timestamp | undefined;
 
   /**
-   * Messages a second that were inserted.
+   * Messages inserted per second.
    *
    * @generated from field: double inserted = 2;
    */
   inserted: number;
 
   /**
-   * Messages a second that the broker confirmed.
+   * Messages confirmed by the broker per second.
    *
    * @generated from field: double published = 3;
    */
   published: number;
 
   /**
-   * Messages a second whose effect was committed, all groups together.
+   * Messages per second whose effects were committed, in all groups.
    *
    * @generated from field: double applied = 4;
    */
@@ -230,42 +230,42 @@ export const PointSchema: GenMessage<Point> = /*@__PURE__*/
  */
 export type Station = Message$1<"ops.v1.Station"> & {
   /**
-   * What it is.
+   * The kind.
    *
    * @generated from field: ops.v1.StationKind kind = 1;
    */
   kind: StationKind;
 
   /**
-   * Its name: of a queue, of a group.
+   * The name, such as the name of the queue or group.
    *
    * @generated from field: string name = 2;
    */
   name: string;
 
   /**
-   * The consumer group it belongs to, empty for those that are of all.
+   * The consumer group; empty if the station belongs to all of them.
    *
    * @generated from field: string group = 3;
    */
   group: string;
 
   /**
-   * How it does.
+   * The health.
    *
    * @generated from field: ops.v1.StationState state = 4;
    */
   state: StationState;
 
   /**
-   * One sentence that says why, empty if all is well.
+   * One sentence that explains the state; empty if the station works.
    *
    * @generated from field: string sentence = 5;
    */
   sentence: string;
 
   /**
-   * Messages a second that pass it.
+   * Messages per second that pass the station.
    *
    * @generated from field: optional double rate = 6;
    */
@@ -279,14 +279,14 @@ export type Station = Message$1<"ops.v1.Station"> & {
   waiting?: bigint | undefined;
 
   /**
-   * Age in seconds: of the oldest that waits, or of what passed last.
+   * Age in seconds of the oldest waiting message, or of the last one that passed.
    *
    * @generated from field: optional double lag = 8;
    */
   lag?: number | undefined;
 
   /**
-   * Processes that work there.
+   * Processes of the station.
    *
    * @generated from field: optional int32 processes = 9;
    */
@@ -301,34 +301,34 @@ export const StationSchema: GenMessage<Station> = /*@__PURE__*/
   messageDesc(file_ops_v1_ops, 5);
 
 /**
- * Payload is what a message carries.
+ * Payload is the payload of a message, as text.
  *
  * @generated from message ops.v1.Payload
  */
 export type Payload = Message$1<"ops.v1.Payload"> & {
   /**
-   * How many bytes it has.
+   * The size in bytes.
    *
    * @generated from field: int32 size = 1;
    */
   size: number;
 
   /**
-   * As JSON, if the type is known here and the bytes are of it; else as a hex dump.
+   * JSON, if the type is known and the bytes decode; otherwise a hex dump.
    *
    * @generated from field: string text = 2;
    */
   text: string;
 
   /**
-   * Whether text is JSON.
+   * The text is JSON.
    *
    * @generated from field: bool decoded = 3;
    */
   decoded: boolean;
 
   /**
-   * Whether the text is cut off.
+   * The text is truncated.
    *
    * @generated from field: bool cut = 4;
    */
@@ -343,27 +343,27 @@ export const PayloadSchema: GenMessage<Payload> = /*@__PURE__*/
   messageDesc(file_ops_v1_ops, 6);
 
 /**
- * Message is a message as the outbox holds it.
+ * Message is a message in the outbox.
  *
  * @generated from message ops.v1.Message
  */
 export type Message = Message$1<"ops.v1.Message"> & {
   /**
-   * Its ID.
+   * The message ID.
    *
    * @generated from field: string message_id = 1;
    */
   messageId: string;
 
   /**
-   * Its type.
+   * The message type.
    *
    * @generated from field: string type = 2;
    */
   type: string;
 
   /**
-   * Its key.
+   * The key.
    *
    * @generated from field: string key = 3;
    */
@@ -377,21 +377,21 @@ export type Message = Message$1<"ops.v1.Message"> & {
   insertTime?: Timestamp | undefined;
 
   /**
-   * By which transaction of the database.
+   * The ID of the transaction that inserted it.
    *
    * @generated from field: uint64 transaction_id = 5;
    */
   transactionId: bigint;
 
   /**
-   * The shard it is in.
+   * The shard that contains it.
    *
    * @generated from field: int32 shard = 6;
    */
   shard: number;
 
   /**
-   * Whether it was published or parked.
+   * It was published or parked.
    *
    * @generated from field: bool delivered = 7;
    */
@@ -406,41 +406,41 @@ export const MessageSchema: GenMessage<Message> = /*@__PURE__*/
   messageDesc(file_ops_v1_ops, 7);
 
 /**
- * SearchMessagesRequest chooses messages; what is empty chooses all.
+ * SearchMessagesRequest filters messages; an empty field matches all.
  *
  * @generated from message ops.v1.SearchMessagesRequest
  */
 export type SearchMessagesRequest = Message$1<"ops.v1.SearchMessagesRequest"> & {
   /**
-   * Of this type.
+   * Only messages of this type.
    *
    * @generated from field: string type = 1;
    */
   type: string;
 
   /**
-   * Of this key.
+   * Only messages of this key.
    *
    * @generated from field: string key = 2;
    */
   key: string;
 
   /**
-   * Inserted at or after this time.
+   * Only messages inserted at or after this time.
    *
    * @generated from field: google.protobuf.Timestamp since = 3;
    */
   since?: Timestamp | undefined;
 
   /**
-   * Inserted before this time.
+   * Only messages inserted before this time.
    *
    * @generated from field: google.protobuf.Timestamp until = 4;
    */
   until?: Timestamp | undefined;
 
   /**
-   * next_page_token of the page before.
+   * next_page_token of the previous page.
    *
    * @generated from field: int64 page_token = 5;
    */
@@ -455,20 +455,20 @@ export const SearchMessagesRequestSchema: GenMessage<SearchMessagesRequest> = /*
   messageDesc(file_ops_v1_ops, 8);
 
 /**
- * SearchMessagesResponse is one page of messages.
+ * SearchMessagesResponse is a page of messages.
  *
  * @generated from message ops.v1.SearchMessagesResponse
  */
 export type SearchMessagesResponse = Message$1<"ops.v1.SearchMessagesResponse"> & {
   /**
-   * The messages, the newest first.
+   * The messages, newest first.
    *
    * @generated from field: repeated ops.v1.Message messages = 1;
    */
   messages: Message[];
 
   /**
-   * Where the next page begins, 0 if there is none.
+   * The token of the next page; 0 if this is the last one.
    *
    * @generated from field: int64 next_page_token = 2;
    */
@@ -489,7 +489,7 @@ export const SearchMessagesResponseSchema: GenMessage<SearchMessagesResponse> = 
  */
 export type GetMessageRequest = Message$1<"ops.v1.GetMessageRequest"> & {
   /**
-   * Its ID, which may be any text if another service sent it.
+   * The message ID, which may be any text if another service sent the message.
    *
    * @generated from field: string message_id = 1;
    */
@@ -510,49 +510,49 @@ export const GetMessageRequestSchema: GenMessage<GetMessageRequest> = /*@__PURE_
  */
 export type GetMessageResponse = Message$1<"ops.v1.GetMessageResponse"> & {
   /**
-   * How the outbox holds it, usually once; none if it came from elsewhere or long ago.
+   * Its rows in the outbox: usually one; none if another service sent it, or if it is too old.
    *
    * @generated from field: repeated ops.v1.Message copies = 1;
    */
   copies: Message[];
 
   /**
-   * What happened to it, in the order of time, and last how it stands.
+   * Its history in chronological order; the last steps are its current state.
    *
    * @generated from field: repeated ops.v1.Step steps = 2;
    */
   steps: Step[];
 
   /**
-   * What it carries; unset if nothing holds it any more.
+   * The payload; unset if nothing contains it any more.
    *
    * @generated from field: ops.v1.Payload payload = 3;
    */
   payload?: Payload | undefined;
 
   /**
-   * Its headers.
+   * The headers.
    *
    * @generated from field: map<string, string> headers = 4;
    */
   headers: { [key: string]: string };
 
   /**
-   * Its dead letters.
+   * The IDs of its dead letters.
    *
    * @generated from field: repeated int64 letter_ids = 5;
    */
   letterIds: bigint[];
 
   /**
-   * Its type, if that is known.
+   * The type, if it is known.
    *
    * @generated from field: string type = 6;
    */
   type: string;
 
   /**
-   * Its key.
+   * The key.
    *
    * @generated from field: string key = 7;
    */
@@ -567,27 +567,27 @@ export const GetMessageResponseSchema: GenMessage<GetMessageResponse> = /*@__PUR
   messageDesc(file_ops_v1_ops, 11);
 
 /**
- * Step is one thing that happened to a message, or has yet to happen.
+ * Step is an event in the history of a message, or its current state.
  *
  * @generated from message ops.v1.Step
  */
 export type Step = Message$1<"ops.v1.Step"> & {
   /**
-   * When; unset for what has not happened, or whose time nobody keeps.
+   * The time; unset if the step has not happened yet, or if no time is recorded.
    *
    * @generated from field: google.protobuf.Timestamp at = 1;
    */
   at?: Timestamp | undefined;
 
   /**
-   * Outbox, relay, or the consumer group.
+   * outbox, relay, or the name of the consumer group.
    *
    * @generated from field: string where = 2;
    */
   where: string;
 
   /**
-   * What.
+   * The event or state.
    *
    * @generated from field: string what = 3;
    */
@@ -602,69 +602,69 @@ export const StepSchema: GenMessage<Step> = /*@__PURE__*/
   messageDesc(file_ops_v1_ops, 12);
 
 /**
- * DeadLetterFilter chooses dead letters; what is empty chooses all that are open.
+ * DeadLetterFilter selects dead letters; an empty filter selects all open ones.
  *
  * @generated from message ops.v1.DeadLetterFilter
  */
 export type DeadLetterFilter = Message$1<"ops.v1.DeadLetterFilter"> & {
   /**
-   * These letters.
+   * Only these dead letters.
    *
    * @generated from field: repeated int64 ids = 1;
    */
   ids: bigint[];
 
   /**
-   * Of this consumer group, or "relay".
+   * Only dead letters of this consumer group, or of "relay".
    *
    * @generated from field: string group = 2;
    */
   group: string;
 
   /**
-   * Of this message.
+   * Only dead letters of this message.
    *
    * @generated from field: string message_id = 3;
    */
   messageId: string;
 
   /**
-   * Of this type.
+   * Only dead letters of this message type.
    *
    * @generated from field: string type = 4;
    */
   type: string;
 
   /**
-   * Of this key.
+   * Only dead letters of this key.
    *
    * @generated from field: string key = 5;
    */
   key: string;
 
   /**
-   * That died of this.
+   * Only dead letters with this cause.
    *
    * @generated from field: string cause = 6;
    */
   cause: string;
 
   /**
-   * That died at or after this time.
+   * Only messages that died at or after this time.
    *
    * @generated from field: google.protobuf.Timestamp since = 7;
    */
   since?: Timestamp | undefined;
 
   /**
-   * That died before this time.
+   * Only messages that died before this time.
    *
    * @generated from field: google.protobuf.Timestamp until = 8;
    */
   until?: Timestamp | undefined;
 
   /**
-   * Resolved letters as well.
+   * Include resolved dead letters.
    *
    * @generated from field: bool resolved = 9;
    */
@@ -685,7 +685,7 @@ export const DeadLetterFilterSchema: GenMessage<DeadLetterFilter> = /*@__PURE__*
  */
 export type DeadLetter = Message$1<"ops.v1.DeadLetter"> & {
   /**
-   * Its ID.
+   * The ID of the dead letter.
    *
    * @generated from field: int64 id = 1;
    */
@@ -699,14 +699,14 @@ export type DeadLetter = Message$1<"ops.v1.DeadLetter"> & {
   group: string;
 
   /**
-   * The message's ID, which may be any text.
+   * The message ID, which may be any text.
    *
    * @generated from field: string message_id = 3;
    */
   messageId: string;
 
   /**
-   * The message's type.
+   * The message type.
    *
    * @generated from field: string type = 4;
    */
@@ -720,42 +720,42 @@ export type DeadLetter = Message$1<"ops.v1.DeadLetter"> & {
   key: string;
 
   /**
-   * What it died of, in a word.
+   * The cause, in one word.
    *
    * @generated from field: string cause = 6;
    */
   cause: string;
 
   /**
-   * What happened.
+   * The error.
    *
    * @generated from field: string error = 7;
    */
   error: string;
 
   /**
-   * How often it was tried.
+   * The number of attempts.
    *
    * @generated from field: int32 attempts = 8;
    */
   attempts: number;
 
   /**
-   * When it died.
+   * When the message died.
    *
    * @generated from field: google.protobuf.Timestamp dead_time = 9;
    */
   deadTime?: Timestamp | undefined;
 
   /**
-   * What became of it: redriven, discarded or duplicate; empty while it is open.
+   * redriven, discarded or duplicate; empty while it is open.
    *
    * @generated from field: string resolution = 10;
    */
   resolution: string;
 
   /**
-   * When that was.
+   * When it was resolved.
    *
    * @generated from field: google.protobuf.Timestamp resolve_time = 11;
    */
@@ -770,27 +770,27 @@ export const DeadLetterSchema: GenMessage<DeadLetter> = /*@__PURE__*/
   messageDesc(file_ops_v1_ops, 14);
 
 /**
- * ListDeadLettersRequest asks for one page.
+ * ListDeadLettersRequest asks for a page of dead letters.
  *
  * @generated from message ops.v1.ListDeadLettersRequest
  */
 export type ListDeadLettersRequest = Message$1<"ops.v1.ListDeadLettersRequest"> & {
   /**
-   * Which.
+   * Selects the dead letters.
    *
    * @generated from field: ops.v1.DeadLetterFilter filter = 1;
    */
   filter?: DeadLetterFilter | undefined;
 
   /**
-   * next_page_token of the page before.
+   * next_page_token of the previous page.
    *
    * @generated from field: int64 page_token = 2;
    */
   pageToken: bigint;
 
   /**
-   * Whether to count them all.
+   * Also count all selected dead letters.
    *
    * @generated from field: bool count = 3;
    */
@@ -805,27 +805,27 @@ export const ListDeadLettersRequestSchema: GenMessage<ListDeadLettersRequest> = 
   messageDesc(file_ops_v1_ops, 15);
 
 /**
- * ListDeadLettersResponse is one page.
+ * ListDeadLettersResponse is a page of dead letters.
  *
  * @generated from message ops.v1.ListDeadLettersResponse
  */
 export type ListDeadLettersResponse = Message$1<"ops.v1.ListDeadLettersResponse"> & {
   /**
-   * The letters, the newest first, without what a list has no room for.
+   * The dead letters, newest first.
    *
    * @generated from field: repeated ops.v1.DeadLetter letters = 1;
    */
   letters: DeadLetter[];
 
   /**
-   * Where the next page begins, 0 if there is none.
+   * The token of the next page; 0 if this is the last one.
    *
    * @generated from field: int64 next_page_token = 2;
    */
   nextPageToken: bigint;
 
   /**
-   * How many the filter chooses, if that was asked for.
+   * Number of selected dead letters, if requested.
    *
    * @generated from field: int64 count = 3;
    */
@@ -840,13 +840,13 @@ export const ListDeadLettersResponseSchema: GenMessage<ListDeadLettersResponse> 
   messageDesc(file_ops_v1_ops, 16);
 
 /**
- * GetDeadLetterRequest names a letter.
+ * GetDeadLetterRequest names a dead letter.
  *
  * @generated from message ops.v1.GetDeadLetterRequest
  */
 export type GetDeadLetterRequest = Message$1<"ops.v1.GetDeadLetterRequest"> & {
   /**
-   * Its ID.
+   * The ID of the dead letter.
    *
    * @generated from field: int64 id = 1;
    */
@@ -867,28 +867,28 @@ export const GetDeadLetterRequestSchema: GenMessage<GetDeadLetterRequest> = /*@_
  */
 export type GetDeadLetterResponse = Message$1<"ops.v1.GetDeadLetterResponse"> & {
   /**
-   * The letter.
+   * The dead letter.
    *
    * @generated from field: ops.v1.DeadLetter letter = 1;
    */
   letter?: DeadLetter | undefined;
 
   /**
-   * What the message carries.
+   * The message's payload.
    *
    * @generated from field: ops.v1.Payload payload = 2;
    */
   payload?: Payload | undefined;
 
   /**
-   * Its headers.
+   * The message's headers.
    *
    * @generated from field: map<string, string> headers = 3;
    */
   headers: { [key: string]: string };
 
   /**
-   * What was done about it.
+   * Its audit log.
    *
    * @generated from field: repeated ops.v1.AuditEntry audit = 4;
    */
@@ -903,48 +903,48 @@ export const GetDeadLetterResponseSchema: GenMessage<GetDeadLetterResponse> = /*
   messageDesc(file_ops_v1_ops, 18);
 
 /**
- * AuditEntry is what somebody did.
+ * AuditEntry is an action of an operator.
  *
  * @generated from message ops.v1.AuditEntry
  */
 export type AuditEntry = Message$1<"ops.v1.AuditEntry"> & {
   /**
-   * When.
+   * The time.
    *
    * @generated from field: google.protobuf.Timestamp at = 1;
    */
   at?: Timestamp | undefined;
 
   /**
-   * Who.
+   * The operator.
    *
    * @generated from field: string actor = 2;
    */
   actor: string;
 
   /**
-   * What.
+   * The action.
    *
    * @generated from field: string action = 3;
    */
   action: string;
 
   /**
-   * To what.
+   * The target of the action.
    *
    * @generated from field: string target = 4;
    */
   target: string;
 
   /**
-   * Why.
+   * The reason.
    *
    * @generated from field: string reason = 5;
    */
   reason: string;
 
   /**
-   * With which effect.
+   * The effect of the action.
    *
    * @generated from field: string detail = 6;
    */
@@ -959,41 +959,41 @@ export const AuditEntrySchema: GenMessage<AuditEntry> = /*@__PURE__*/
   messageDesc(file_ops_v1_ops, 19);
 
 /**
- * ResolveDeadLettersRequest says what is to be done with which letters.
+ * ResolveDeadLettersRequest selects dead letters and their resolution.
  *
  * @generated from message ops.v1.ResolveDeadLettersRequest
  */
 export type ResolveDeadLettersRequest = Message$1<"ops.v1.ResolveDeadLettersRequest"> & {
   /**
-   * Which; an empty one chooses all that are open.
+   * Selects the dead letters; an empty filter selects all open ones.
    *
    * @generated from field: ops.v1.DeadLetterFilter filter = 1;
    */
   filter?: DeadLetterFilter | undefined;
 
   /**
-   * What.
+   * The resolution.
    *
    * @generated from field: ops.v1.Resolution resolution = 2;
    */
   resolution: Resolution;
 
   /**
-   * Why.
+   * The reason, for the audit log.
    *
    * @generated from field: string reason = 3;
    */
   reason: string;
 
   /**
-   * Tell what would become of each, and change nothing.
+   * Report what would happen to each, and change nothing.
    *
    * @generated from field: bool dry_run = 4;
    */
   dryRun: boolean;
 
   /**
-   * Redrive also what may have had its effect already.
+   * Also redrive messages that may have been applied already.
    *
    * @generated from field: bool force = 5;
    */
@@ -1008,55 +1008,55 @@ export const ResolveDeadLettersRequestSchema: GenMessage<ResolveDeadLettersReque
   messageDesc(file_ops_v1_ops, 20);
 
 /**
- * ResolveDeadLettersResponse tells of the progress.
+ * ResolveDeadLettersResponse reports the progress.
  *
  * @generated from message ops.v1.ResolveDeadLettersResponse
  */
 export type ResolveDeadLettersResponse = Message$1<"ops.v1.ResolveDeadLettersResponse"> & {
   /**
-   * How many letters the filter chose at the beginning.
+   * Number of dead letters that the filter selected at the beginning.
    *
    * @generated from field: int64 total = 1;
    */
   total: bigint;
 
   /**
-   * How many were redriven.
+   * Number of redriven ones.
    *
    * @generated from field: int64 redriven = 2;
    */
   redriven: bigint;
 
   /**
-   * How many were found to be copies of what is taken care of.
+   * Number of copies of messages that are applied already or wait elsewhere.
    *
    * @generated from field: int64 duplicate = 3;
    */
   duplicate: bigint;
 
   /**
-   * How many were discarded.
+   * Number of discarded ones.
    *
    * @generated from field: int64 discarded = 4;
    */
   discarded: bigint;
 
   /**
-   * How many could not be resolved.
+   * Number of those that could not be resolved.
    *
    * @generated from field: int64 unresolved = 5;
    */
   unresolved: bigint;
 
   /**
-   * Why the first of those could not.
+   * Why the first of those could not be resolved.
    *
    * @generated from field: string problem = 6;
    */
   problem: string;
 
   /**
-   * Whether this is the last response.
+   * This is the last response.
    *
    * @generated from field: bool done = 7;
    */
@@ -1071,20 +1071,20 @@ export const ResolveDeadLettersResponseSchema: GenMessage<ResolveDeadLettersResp
   messageDesc(file_ops_v1_ops, 21);
 
 /**
- * ReopenDeadLetterRequest names a letter that was discarded.
+ * ReopenDeadLetterRequest names a discarded dead letter.
  *
  * @generated from message ops.v1.ReopenDeadLetterRequest
  */
 export type ReopenDeadLetterRequest = Message$1<"ops.v1.ReopenDeadLetterRequest"> & {
   /**
-   * Its ID.
+   * The ID of the dead letter.
    *
    * @generated from field: int64 id = 1;
    */
   id: bigint;
 
   /**
-   * Why.
+   * The reason, for the audit log.
    *
    * @generated from field: string reason = 2;
    */
@@ -1099,7 +1099,7 @@ export const ReopenDeadLetterRequestSchema: GenMessage<ReopenDeadLetterRequest> 
   messageDesc(file_ops_v1_ops, 22);
 
 /**
- * ReopenDeadLetterResponse says that it is open.
+ * ReopenDeadLetterResponse confirms that the dead letter is open.
  *
  * @generated from message ops.v1.ReopenDeadLetterResponse
  */
@@ -1149,7 +1149,7 @@ export type ListGroupsResponse = Message$1<"ops.v1.ListGroupsResponse"> & {
   blockedKeys: BlockedKey[];
 
   /**
-   * What operators did last to groups, keys and operations, the newest first.
+   * The latest actions on groups, keys and operations, newest first.
    *
    * @generated from field: repeated ops.v1.AuditEntry audit = 3;
    */
@@ -1170,63 +1170,63 @@ export const ListGroupsResponseSchema: GenMessage<ListGroupsResponse> = /*@__PUR
  */
 export type Group = Message$1<"ops.v1.Group"> & {
   /**
-   * Its name.
+   * The name.
    *
    * @generated from field: string name = 1;
    */
   name: string;
 
   /**
-   * The message types it wants.
+   * The message types that it handles.
    *
    * @generated from field: repeated string types = 2;
    */
   types: string[];
 
   /**
-   * Who paused it, empty if nobody did.
+   * The operator who paused it; empty if it is not paused.
    *
    * @generated from field: string paused_by = 3;
    */
   pausedBy: string;
 
   /**
-   * Why.
+   * The reason of the pause.
    *
    * @generated from field: string pause_reason = 4;
    */
   pauseReason: string;
 
   /**
-   * When.
+   * The time of the pause.
    *
    * @generated from field: google.protobuf.Timestamp pause_time = 5;
    */
   pauseTime?: Timestamp | undefined;
 
   /**
-   * Processes that run it.
+   * Processes that run the group.
    *
    * @generated from field: int32 processes = 6;
    */
   processes: number;
 
   /**
-   * Messages a second that it applies.
+   * Messages that it applies per second.
    *
    * @generated from field: double rate = 7;
    */
   rate: number;
 
   /**
-   * How old the message was that it applied last, in seconds; unset before the first.
+   * Age of the message that it applied last, in seconds; unset before the first.
    *
    * @generated from field: optional double lag = 8;
    */
   lag?: number | undefined;
 
   /**
-   * Messages ready in its queue; unset if the broker does not say.
+   * Messages ready in its queue; unset if unknown.
    *
    * @generated from field: optional int64 queued = 9;
    */
@@ -1240,14 +1240,14 @@ export type Group = Message$1<"ops.v1.Group"> & {
   retrying: bigint;
 
   /**
-   * How long the oldest of those has waited, in seconds.
+   * Waiting time of the oldest of those, in seconds.
    *
    * @generated from field: double oldest = 11;
    */
   oldest: number;
 
   /**
-   * Keys among them that are blocked.
+   * Number of blocked keys.
    *
    * @generated from field: int64 blocked_keys = 12;
    */
@@ -1262,7 +1262,7 @@ export const GroupSchema: GenMessage<Group> = /*@__PURE__*/
   messageDesc(file_ops_v1_ops, 26);
 
 /**
- * BlockedKey is a key whose messages wait for the first of them.
+ * BlockedKey is a key whose messages wait for a retry of the first one.
  *
  * @generated from message ops.v1.BlockedKey
  */
@@ -1282,42 +1282,42 @@ export type BlockedKey = Message$1<"ops.v1.BlockedKey"> & {
   key: string;
 
   /**
-   * How many messages wait.
+   * Number of waiting messages.
    *
    * @generated from field: int64 waiting = 3;
    */
   waiting: bigint;
 
   /**
-   * Since when.
+   * When the key became blocked.
    *
    * @generated from field: google.protobuf.Timestamp since = 4;
    */
   since?: Timestamp | undefined;
 
   /**
-   * The first message.
+   * The ID of the first message.
    *
    * @generated from field: string message_id = 5;
    */
   messageId: string;
 
   /**
-   * How often it was tried.
+   * Number of attempts of the first message.
    *
    * @generated from field: int32 attempts = 6;
    */
   attempts: number;
 
   /**
-   * When it is tried again.
+   * When the next attempt is due.
    *
    * @generated from field: google.protobuf.Timestamp due_time = 7;
    */
   dueTime?: Timestamp | undefined;
 
   /**
-   * What it failed with last.
+   * The error of the last attempt.
    *
    * @generated from field: string last_error = 8;
    */
@@ -1338,14 +1338,14 @@ export const BlockedKeySchema: GenMessage<BlockedKey> = /*@__PURE__*/
  */
 export type PauseGroupRequest = Message$1<"ops.v1.PauseGroupRequest"> & {
   /**
-   * Its name.
+   * The name of the group.
    *
    * @generated from field: string group = 1;
    */
   group: string;
 
   /**
-   * Why.
+   * The reason, for the audit log.
    *
    * @generated from field: string reason = 2;
    */
@@ -1360,7 +1360,7 @@ export const PauseGroupRequestSchema: GenMessage<PauseGroupRequest> = /*@__PURE_
   messageDesc(file_ops_v1_ops, 28);
 
 /**
- * PauseGroupResponse says that it is paused.
+ * PauseGroupResponse confirms that the group is paused.
  *
  * @generated from message ops.v1.PauseGroupResponse
  */
@@ -1381,14 +1381,14 @@ export const PauseGroupResponseSchema: GenMessage<PauseGroupResponse> = /*@__PUR
  */
 export type ResumeGroupRequest = Message$1<"ops.v1.ResumeGroupRequest"> & {
   /**
-   * Its name.
+   * The name of the group.
    *
    * @generated from field: string group = 1;
    */
   group: string;
 
   /**
-   * Why.
+   * The reason, for the audit log.
    *
    * @generated from field: string reason = 2;
    */
@@ -1403,7 +1403,7 @@ export const ResumeGroupRequestSchema: GenMessage<ResumeGroupRequest> = /*@__PUR
   messageDesc(file_ops_v1_ops, 30);
 
 /**
- * ResumeGroupResponse says that it goes on.
+ * ResumeGroupResponse confirms that the group is resumed.
  *
  * @generated from message ops.v1.ResumeGroupResponse
  */
@@ -1438,14 +1438,14 @@ export type BuryKeyRequest = Message$1<"ops.v1.BuryKeyRequest"> & {
   key: string;
 
   /**
-   * All messages that wait, and not only the first.
+   * Move all waiting messages, not only the first.
    *
    * @generated from field: bool whole = 3;
    */
   whole: boolean;
 
   /**
-   * Why.
+   * The reason, for the audit log.
    *
    * @generated from field: string reason = 4;
    */
@@ -1460,13 +1460,13 @@ export const BuryKeyRequestSchema: GenMessage<BuryKeyRequest> = /*@__PURE__*/
   messageDesc(file_ops_v1_ops, 32);
 
 /**
- * BuryKeyResponse says what was moved.
+ * BuryKeyResponse answers BuryKey.
  *
  * @generated from message ops.v1.BuryKeyResponse
  */
 export type BuryKeyResponse = Message$1<"ops.v1.BuryKeyResponse"> & {
   /**
-   * How many messages.
+   * Number of moved messages.
    *
    * @generated from field: int64 moved = 1;
    */
@@ -1481,20 +1481,20 @@ export const BuryKeyResponseSchema: GenMessage<BuryKeyResponse> = /*@__PURE__*/
   messageDesc(file_ops_v1_ops, 33);
 
 /**
- * ListOperationsRequest asks for one page of durable calls.
+ * ListOperationsRequest asks for a page of durable calls.
  *
  * @generated from message ops.v1.ListOperationsRequest
  */
 export type ListOperationsRequest = Message$1<"ops.v1.ListOperationsRequest"> & {
   /**
-   * In this state: pending, running, succeeded, failed or cancelled; empty for all.
+   * Only operations in this state: pending, running, succeeded, failed or cancelled; empty for all.
    *
    * @generated from field: string state = 1;
    */
   state: string;
 
   /**
-   * next_page_token of the page before.
+   * next_page_token of the previous page.
    *
    * @generated from field: string page_token = 2;
    */
@@ -1509,20 +1509,20 @@ export const ListOperationsRequestSchema: GenMessage<ListOperationsRequest> = /*
   messageDesc(file_ops_v1_ops, 34);
 
 /**
- * ListOperationsResponse is one page.
+ * ListOperationsResponse is a page of durable calls.
  *
  * @generated from message ops.v1.ListOperationsResponse
  */
 export type ListOperationsResponse = Message$1<"ops.v1.ListOperationsResponse"> & {
   /**
-   * The operations, the newest first.
+   * The operations, newest first.
    *
    * @generated from field: repeated ops.v1.Operation operations = 1;
    */
   operations: Operation[];
 
   /**
-   * Where the next page begins, empty if there is none.
+   * The token of the next page; empty if this is the last one.
    *
    * @generated from field: string next_page_token = 2;
    */
@@ -1543,49 +1543,50 @@ export const ListOperationsResponseSchema: GenMessage<ListOperationsResponse> = 
  */
 export type Operation = Message$1<"ops.v1.Operation"> & {
   /**
-   * Its ID, which is that of its message.
+   * The ID, which is also the ID of its message.
    *
    * @generated from field: string id = 1;
    */
   id: string;
 
   /**
-   * What is called.
+   * The called method.
    *
    * @generated from field: string method = 2;
    */
   method: string;
 
   /**
-   * Who called it.
+   * The caller.
    *
    * @generated from field: string caller = 3;
    */
   caller: string;
 
   /**
-   * Where it stands.
+   * The state.
    *
    * @generated from field: string state = 4;
    */
   state: string;
 
   /**
-   * Which attempt runs, or ran last. One that its worker or the database broke off is made again under its number.
+   * The number of the current or last attempt. An attempt that ended because of its worker or the database is repeated
+   * under the same number.
    *
    * @generated from field: int32 attempts = 5;
    */
   attempts: number;
 
   /**
-   * When it was taken.
+   * When the service accepted the call.
    *
    * @generated from field: google.protobuf.Timestamp create_time = 6;
    */
   createTime?: Timestamp | undefined;
 
   /**
-   * When it was begun.
+   * When a worker first began it.
    *
    * @generated from field: google.protobuf.Timestamp start_time = 7;
    */
@@ -1599,7 +1600,7 @@ export type Operation = Message$1<"ops.v1.Operation"> & {
   endTime?: Timestamp | undefined;
 
   /**
-   * What it failed with.
+   * The error, if it failed.
    *
    * @generated from field: string error = 9;
    */
@@ -1620,14 +1621,14 @@ export const OperationSchema: GenMessage<Operation> = /*@__PURE__*/
  */
 export type CancelOperationRequest = Message$1<"ops.v1.CancelOperationRequest"> & {
   /**
-   * Its ID.
+   * The ID of the operation.
    *
    * @generated from field: string id = 1;
    */
   id: string;
 
   /**
-   * Why; its caller reads it.
+   * The reason, which the caller of the operation can read.
    *
    * @generated from field: string reason = 2;
    */
@@ -1642,7 +1643,7 @@ export const CancelOperationRequestSchema: GenMessage<CancelOperationRequest> = 
   messageDesc(file_ops_v1_ops, 37);
 
 /**
- * CancelOperationResponse says that it is called off.
+ * CancelOperationResponse confirms that the operation is cancelled.
  *
  * @generated from message ops.v1.CancelOperationResponse
  */
@@ -1678,14 +1679,14 @@ export const ListRelaysRequestSchema: GenMessage<ListRelaysRequest> = /*@__PURE_
  */
 export type ListRelaysResponse = Message$1<"ops.v1.ListRelaysResponse"> & {
   /**
-   * The shards, those that are drained left out.
+   * The shards, without drained ones.
    *
    * @generated from field: repeated ops.v1.Shard shards = 1;
    */
   shards: Shard[];
 
   /**
-   * The relays alive.
+   * The live relays.
    *
    * @generated from field: repeated ops.v1.Relay relays = 2;
    */
@@ -1706,49 +1707,49 @@ export const ListRelaysResponseSchema: GenMessage<ListRelaysResponse> = /*@__PUR
  */
 export type Shard = Message$1<"ops.v1.Shard"> & {
   /**
-   * Its number.
+   * The number of the shard.
    *
    * @generated from field: int32 shard = 1;
    */
   shard: number;
 
   /**
-   * Its generation.
+   * The generation.
    *
    * @generated from field: int32 generation = 2;
    */
   generation: number;
 
   /**
-   * Nothing is written to it any more.
+   * New messages are no longer written to it.
    *
    * @generated from field: bool retired = 3;
    */
   retired: boolean;
 
   /**
-   * The relay that holds the lease, empty if none does.
+   * The relay that holds the lease; empty if none does.
    *
    * @generated from field: string owner = 4;
    */
   owner: string;
 
   /**
-   * How often the lease changed hands.
+   * Number of times that the lease has changed hands.
    *
    * @generated from field: int64 epoch = 5;
    */
   epoch: bigint;
 
   /**
-   * Messages that wait.
+   * Messages that wait to be published.
    *
    * @generated from field: int64 backlog = 6;
    */
   backlog: bigint;
 
   /**
-   * Age of the oldest, in seconds.
+   * Age of the oldest of those, in seconds.
    *
    * @generated from field: double lag = 7;
    */
@@ -1769,7 +1770,7 @@ export type Shard = Message$1<"ops.v1.Shard"> & {
   parked: bigint;
 
   /**
-   * When the cursor moved last.
+   * When the cursor last moved.
    *
    * @generated from field: google.protobuf.Timestamp move_time = 10;
    */
@@ -1784,20 +1785,20 @@ export const ShardSchema: GenMessage<Shard> = /*@__PURE__*/
   messageDesc(file_ops_v1_ops, 41);
 
 /**
- * Relay is a relay that is alive.
+ * Relay is a live relay.
  *
  * @generated from message ops.v1.Relay
  */
 export type Relay = Message$1<"ops.v1.Relay"> & {
   /**
-   * Its name: host, process, and a word of chance.
+   * Its name: host, process ID and a random word.
    *
    * @generated from field: string owner = 1;
    */
   owner: string;
 
   /**
-   * What keeps it from publishing, empty if nothing does.
+   * Why it cannot publish; empty if it can.
    *
    * @generated from field: string problem = 2;
    */
@@ -1812,34 +1813,34 @@ export const RelaySchema: GenMessage<Relay> = /*@__PURE__*/
   messageDesc(file_ops_v1_ops, 42);
 
 /**
- * StationKind is what a station is.
+ * StationKind is the kind of a station.
  *
  * @generated from enum ops.v1.StationKind
  */
 export enum StationKind {
   /**
-   * No kind; no station has it.
+   * No station has this kind.
    *
    * @generated from enum value: STATION_KIND_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
-   * The processes that take calls and insert messages.
+   * The processes that accept calls and insert messages.
    *
    * @generated from enum value: STATION_KIND_API = 1;
    */
   API = 1,
 
   /**
-   * The log in the database.
+   * The outbox in the database.
    *
    * @generated from enum value: STATION_KIND_OUTBOX = 2;
    */
   OUTBOX = 2,
 
   /**
-   * The processes that publish it.
+   * The processes that publish the outbox.
    *
    * @generated from enum value: STATION_KIND_RELAY = 3;
    */
@@ -1867,7 +1868,7 @@ export enum StationKind {
   GROUP = 6,
 
   /**
-   * What it has done in the database.
+   * The effects of a group in the database.
    *
    * @generated from enum value: STATION_KIND_EFFECT = 7;
    */
@@ -1888,41 +1889,41 @@ export const StationKindSchema: GenEnum<StationKind> = /*@__PURE__*/
   enumDesc(file_ops_v1_ops, 0);
 
 /**
- * StationState is how a station does.
+ * StationState is the health of a station.
  *
  * @generated from enum ops.v1.StationState
  */
 export enum StationState {
   /**
-   * No state; no station has it.
+   * No station has this state.
    *
    * @generated from enum value: STATION_STATE_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
-   * It works.
+   * The station works.
    *
    * @generated from enum value: STATION_STATE_OK = 1;
    */
   OK = 1,
 
   /**
-   * It works, and somebody should look.
+   * The station works, but an operator should look.
    *
    * @generated from enum value: STATION_STATE_ATTENTION = 2;
    */
   ATTENTION = 2,
 
   /**
-   * It does not work.
+   * The station does not work.
    *
    * @generated from enum value: STATION_STATE_FAULT = 3;
    */
   FAULT = 3,
 
   /**
-   * Nothing can be said of it.
+   * The state is unknown.
    *
    * @generated from enum value: STATION_STATE_UNKNOWN = 4;
    */
@@ -1936,27 +1937,27 @@ export const StationStateSchema: GenEnum<StationState> = /*@__PURE__*/
   enumDesc(file_ops_v1_ops, 1);
 
 /**
- * Resolution is what is to become of a dead letter.
+ * Resolution is a way to resolve a dead letter.
  *
  * @generated from enum ops.v1.Resolution
  */
 export enum Resolution {
   /**
-   * None.
+   * No resolution.
    *
    * @generated from enum value: RESOLUTION_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
-   * Its message goes its way again.
+   * Send the message again.
    *
    * @generated from enum value: RESOLUTION_REDRIVE = 1;
    */
   REDRIVE = 1,
 
   /**
-   * It is given up.
+   * Discard the dead letter.
    *
    * @generated from enum value: RESOLUTION_DISCARD = 2;
    */
@@ -1970,15 +1971,14 @@ export const ResolutionSchema: GenEnum<Resolution> = /*@__PURE__*/
   enumDesc(file_ops_v1_ops, 2);
 
 /**
- * OpsService is served on the operators' port, not with the API. Who has the role observer may look, who has the role
- * operator may look and act. What is done is kept in an audit log with the caller's name and a reason, in the
- * transaction that does it.
+ * OpsService is served by the console, not by the API. The role observer may read; the role operator may read and act.
+ * Each action is recorded in an audit log with the caller's name and a reason, in the same transaction.
  *
  * @generated from service ops.v1.OpsService
  */
 export const OpsService: GenService<{
   /**
-   * GetSession tells who the caller is and what it may do.
+   * GetSession returns the name and the permissions of the caller.
    *
    * @generated from rpc ops.v1.OpsService.GetSession
    */
@@ -1988,8 +1988,8 @@ export const OpsService: GenService<{
     output: typeof GetSessionResponseSchema;
   },
   /**
-   * WatchFlow sends the state of every station on the way of a message, once a second, and first the last 15 minutes in
-   * numbers. One reading of the database and the broker serves all who watch.
+   * WatchFlow sends the state of every station that messages pass, once per second, and first the numbers of the last
+   * 15 minutes. One sample of the database and the broker serves all watchers.
    *
    * @generated from rpc ops.v1.OpsService.WatchFlow
    */
@@ -1999,7 +1999,7 @@ export const OpsService: GenService<{
     output: typeof WatchFlowResponseSchema;
   },
   /**
-   * SearchMessages returns messages that the outbox still holds, page by page, the newest first.
+   * SearchMessages returns a page of the messages in the outbox, newest first.
    *
    * @generated from rpc ops.v1.OpsService.SearchMessages
    */
@@ -2009,7 +2009,7 @@ export const OpsService: GenService<{
     output: typeof SearchMessagesResponseSchema;
   },
   /**
-   * GetMessage returns the way of one message as far as it is known, or not_found.
+   * GetMessage returns the known history of one message, or not_found.
    *
    * @generated from rpc ops.v1.OpsService.GetMessage
    */
@@ -2019,7 +2019,7 @@ export const OpsService: GenService<{
     output: typeof GetMessageResponseSchema;
   },
   /**
-   * ListDeadLetters returns dead letters page by page, the newest first, without their payloads.
+   * ListDeadLetters returns a page of dead letters, newest first, without their payloads.
    *
    * @generated from rpc ops.v1.OpsService.ListDeadLetters
    */
@@ -2029,7 +2029,7 @@ export const OpsService: GenService<{
     output: typeof ListDeadLettersResponseSchema;
   },
   /**
-   * GetDeadLetter returns one letter with its payload and what was done about it, or not_found.
+   * GetDeadLetter returns one dead letter with its payload and audit log, or not_found.
    *
    * @generated from rpc ops.v1.OpsService.GetDeadLetter
    */
@@ -2039,8 +2039,8 @@ export const OpsService: GenService<{
     output: typeof GetDeadLetterResponseSchema;
   },
   /**
-   * ResolveDeadLetters redrives or discards letters, one transaction each, and tells of its progress. A caller that
-   * leaves ends it; what is resolved by then stays so.
+   * ResolveDeadLetters redrives or discards dead letters, one transaction each, and reports its progress. It stops
+   * when the caller disconnects; what is resolved by then stays resolved.
    *
    * @generated from rpc ops.v1.OpsService.ResolveDeadLetters
    */
@@ -2050,7 +2050,8 @@ export const OpsService: GenService<{
     output: typeof ResolveDeadLettersResponseSchema;
   },
   /**
-   * ReopenDeadLetter takes a discard back. What was redriven is failed_precondition: it is on its way.
+   * ReopenDeadLetter undoes a discard. For a redriven dead letter it fails with failed_precondition, since its message
+   * is already on its way.
    *
    * @generated from rpc ops.v1.OpsService.ReopenDeadLetter
    */
@@ -2060,7 +2061,8 @@ export const OpsService: GenService<{
     output: typeof ReopenDeadLetterResponseSchema;
   },
   /**
-   * ListGroups returns the consumer groups, the keys that are blocked longest, and what operators did last.
+   * ListGroups returns the consumer groups, the keys that have been blocked longest, and the latest actions of
+   * operators.
    *
    * @generated from rpc ops.v1.OpsService.ListGroups
    */
@@ -2070,7 +2072,7 @@ export const OpsService: GenService<{
     output: typeof ListGroupsResponseSchema;
   },
   /**
-   * PauseGroup has a group take no more messages; what it has begun it finishes.
+   * PauseGroup stops a group from taking messages; it finishes the messages that it has begun.
    *
    * @generated from rpc ops.v1.OpsService.PauseGroup
    */
@@ -2080,7 +2082,7 @@ export const OpsService: GenService<{
     output: typeof PauseGroupResponseSchema;
   },
   /**
-   * ResumeGroup takes a pause back.
+   * ResumeGroup undoes a pause.
    *
    * @generated from rpc ops.v1.OpsService.ResumeGroup
    */
@@ -2090,7 +2092,7 @@ export const OpsService: GenService<{
     output: typeof ResumeGroupResponseSchema;
   },
   /**
-   * BuryKey moves the first message that waits on a key, or all of them, to the dead letters.
+   * BuryKey moves the first waiting message of a key, or all of them, to the dead letters.
    *
    * @generated from rpc ops.v1.OpsService.BuryKey
    */
@@ -2100,7 +2102,7 @@ export const OpsService: GenService<{
     output: typeof BuryKeyResponseSchema;
   },
   /**
-   * ListOperations returns durable calls of all callers page by page, the newest first.
+   * ListOperations returns a page of the durable calls of all callers, newest first.
    *
    * @generated from rpc ops.v1.OpsService.ListOperations
    */
@@ -2110,7 +2112,7 @@ export const OpsService: GenService<{
     output: typeof ListOperationsResponseSchema;
   },
   /**
-   * CancelOperation calls off an operation that no worker has begun, whoever called it.
+   * CancelOperation cancels an operation of any caller that no worker has begun.
    *
    * @generated from rpc ops.v1.OpsService.CancelOperation
    */
@@ -2120,7 +2122,7 @@ export const OpsService: GenService<{
     output: typeof CancelOperationResponseSchema;
   },
   /**
-   * ListRelays returns the shards of the outbox, their leases, and the relays alive.
+   * ListRelays returns the shards of the outbox with their leases, and the live relays.
    *
    * @generated from rpc ops.v1.OpsService.ListRelays
    */

@@ -17,7 +17,7 @@ export const file_orders_v1_events: GenFile = /*@__PURE__*/
   fileDesc("ChZvcmRlcnMvdjEvZXZlbnRzLnByb3RvEglvcmRlcnMudjEigwEKC09yZGVyUGxhY2VkEhAKCG9yZGVyX2lkGAEgASgJEhMKC2N1c3RvbWVyX2lkGAIgASgJEh4KBWxpbmVzGAMgAygLMg8ub3JkZXJzLnYxLkxpbmUSLQoJcGxhY2VkX2F0GAQgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcCJpCg5PcmRlckNvbmZpcm1lZBIQCghvcmRlcl9pZBgBIAEoCRITCgtjdXN0b21lcl9pZBgCIAEoCRIwCgxjb25maXJtZWRfYXQYAyABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wIncKDU9yZGVyUmVqZWN0ZWQSEAoIb3JkZXJfaWQYASABKAkSEwoLY3VzdG9tZXJfaWQYAiABKAkSDgoGcmVhc29uGAMgASgJEi8KC3JlamVjdGVkX2F0GAQgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcCJpCg5PcmRlckNhbmNlbGxlZBIQCghvcmRlcl9pZBgBIAEoCRITCgtjdXN0b21lcl9pZBgCIAEoCRIwCgxjYW5jZWxsZWRfYXQYAyABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wYgZwcm90bzM", [file_google_protobuf_timestamp, file_orders_v1_orders]);
 
 /**
- * OrderPlaced says that an order was placed. Its stock is to be reserved.
+ * OrderPlaced says that an order was placed. Its stock must be reserved.
  *
  * @generated from message orders.v1.OrderPlaced
  */
@@ -30,14 +30,14 @@ export type OrderPlaced = Message<"orders.v1.OrderPlaced"> & {
   orderId: string;
 
   /**
-   * Who ordered.
+   * The customer who ordered.
    *
    * @generated from field: string customer_id = 2;
    */
   customerId: string;
 
   /**
-   * What was ordered, sorted by SKU.
+   * The ordered lines, sorted by SKU.
    *
    * @generated from field: repeated orders.v1.Line lines = 3;
    */
@@ -72,7 +72,7 @@ export type OrderConfirmed = Message<"orders.v1.OrderConfirmed"> & {
   orderId: string;
 
   /**
-   * Who ordered.
+   * The customer who ordered.
    *
    * @generated from field: string customer_id = 2;
    */
@@ -94,7 +94,7 @@ export const OrderConfirmedSchema: GenMessage<OrderConfirmed> = /*@__PURE__*/
   messageDesc(file_orders_v1_events, 1);
 
 /**
- * OrderRejected says that an order cannot be filled. It is final.
+ * OrderRejected says that an order cannot be filled. Final.
  *
  * @generated from message orders.v1.OrderRejected
  */
@@ -107,14 +107,14 @@ export type OrderRejected = Message<"orders.v1.OrderRejected"> & {
   orderId: string;
 
   /**
-   * Who ordered.
+   * The customer who ordered.
    *
    * @generated from field: string customer_id = 2;
    */
   customerId: string;
 
   /**
-   * Why, in words for the customer.
+   * The reason, in words for the customer.
    *
    * @generated from field: string reason = 3;
    */
@@ -136,7 +136,7 @@ export const OrderRejectedSchema: GenMessage<OrderRejected> = /*@__PURE__*/
   messageDesc(file_orders_v1_events, 2);
 
 /**
- * OrderCancelled says that an order was called off. What was reserved for it is to be released. It is final.
+ * OrderCancelled says that an order was cancelled. Its reserved stock must be released. Final.
  *
  * @generated from message orders.v1.OrderCancelled
  */
@@ -149,7 +149,7 @@ export type OrderCancelled = Message<"orders.v1.OrderCancelled"> & {
   orderId: string;
 
   /**
-   * Who ordered.
+   * The customer who ordered.
    *
    * @generated from field: string customer_id = 2;
    */

@@ -2,7 +2,7 @@
 // @generated from file orders/v1/orders.proto (package orders.v1, syntax proto3)
 /* eslint-disable */
 
-// The example domain: orders for goods that are in stock or not.
+// The example domain: orders of goods from a stock.
 
 import type { GenEnum, GenFile, GenMessage, GenService } from "@bufbuild/protobuf/codegenv2";
 import { enumDesc, fileDesc, messageDesc, serviceDesc } from "@bufbuild/protobuf/codegenv2";
@@ -26,14 +26,14 @@ export const file_orders_v1_orders: GenFile = /*@__PURE__*/
  */
 export type Line = Message<"orders.v1.Line"> & {
   /**
-   * What is ordered.
+   * The SKU that is ordered.
    *
    * @generated from field: string sku = 1;
    */
   sku: string;
 
   /**
-   * How many pieces of it, 1 to 1,000,000.
+   * The number of pieces, 1 to 1,000,000.
    *
    * @generated from field: int32 quantity = 2;
    */
@@ -48,7 +48,7 @@ export const LineSchema: GenMessage<Line> = /*@__PURE__*/
   messageDesc(file_orders_v1_orders, 0);
 
 /**
- * Order is an order as it stands.
+ * Order is the current state of an order.
  *
  * @generated from message orders.v1.Order
  */
@@ -61,28 +61,28 @@ export type Order = Message<"orders.v1.Order"> & {
   id: string;
 
   /**
-   * Who ordered.
+   * The customer who ordered.
    *
    * @generated from field: string customer_id = 2;
    */
   customerId: string;
 
   /**
-   * What was ordered, sorted by SKU.
+   * The ordered lines, sorted by SKU.
    *
    * @generated from field: repeated orders.v1.Line lines = 3;
    */
   lines: Line[];
 
   /**
-   * Where the order stands.
+   * The status.
    *
    * @generated from field: orders.v1.OrderStatus status = 4;
    */
   status: OrderStatus;
 
   /**
-   * Why the order was rejected, else empty.
+   * Why the order was rejected; empty otherwise.
    *
    * @generated from field: string reject_reason = 5;
    */
@@ -96,7 +96,7 @@ export type Order = Message<"orders.v1.Order"> & {
   placedAt?: Timestamp | undefined;
 
   /**
-   * When the status changed last.
+   * When the status last changed.
    *
    * @generated from field: google.protobuf.Timestamp updated_at = 7;
    */
@@ -111,13 +111,13 @@ export const OrderSchema: GenMessage<Order> = /*@__PURE__*/
   messageDesc(file_orders_v1_orders, 1);
 
 /**
- * Stock is how much there is of an SKU: total = free + reserved.
+ * Stock is the stock of an SKU: total = free + reserved.
  *
  * @generated from message orders.v1.Stock
  */
 export type Stock = Message<"orders.v1.Stock"> & {
   /**
-   * What is in stock.
+   * The SKU.
    *
    * @generated from field: string sku = 1;
    */
@@ -131,7 +131,7 @@ export type Stock = Message<"orders.v1.Stock"> & {
   total: number;
 
   /**
-   * Pieces held for confirmed orders.
+   * Pieces reserved for confirmed orders.
    *
    * @generated from field: int32 reserved = 3;
    */
@@ -159,21 +159,21 @@ export const StockSchema: GenMessage<Stock> = /*@__PURE__*/
  */
 export type PlaceOrderRequest = Message<"orders.v1.PlaceOrderRequest"> & {
   /**
-   * A new UUID, chosen by the caller: with it a call whose answer was lost can be repeated.
+   * A new UUID, chosen by the caller. With it the caller can repeat a call whose response was lost.
    *
    * @generated from field: string order_id = 1;
    */
   orderId: string;
 
   /**
-   * Who orders.
+   * The customer who orders.
    *
    * @generated from field: string customer_id = 2;
    */
   customerId: string;
 
   /**
-   * What is ordered: 1 to 100 lines, each with an SKU of its own. Their order means nothing.
+   * The ordered lines: 1 to 100, each with a different SKU. Their order does not matter.
    *
    * @generated from field: repeated orders.v1.Line lines = 3;
    */
@@ -194,7 +194,7 @@ export const PlaceOrderRequestSchema: GenMessage<PlaceOrderRequest> = /*@__PURE_
  */
 export type PlaceOrderResponse = Message<"orders.v1.PlaceOrderResponse"> & {
   /**
-   * The order as it is now.
+   * The current state of the order.
    *
    * @generated from field: orders.v1.Order order = 1;
    */
@@ -236,7 +236,7 @@ export const GetOrderRequestSchema: GenMessage<GetOrderRequest> = /*@__PURE__*/
  */
 export type GetOrderResponse = Message<"orders.v1.GetOrderResponse"> & {
   /**
-   * The order as it is now.
+   * The current state of the order.
    *
    * @generated from field: orders.v1.Order order = 1;
    */
@@ -251,20 +251,20 @@ export const GetOrderResponseSchema: GenMessage<GetOrderResponse> = /*@__PURE__*
   messageDesc(file_orders_v1_orders, 6);
 
 /**
- * ListOrdersRequest asks for one page of orders.
+ * ListOrdersRequest asks for a page of orders.
  *
  * @generated from message orders.v1.ListOrdersRequest
  */
 export type ListOrdersRequest = Message<"orders.v1.ListOrdersRequest"> & {
   /**
-   * The most orders to return, at most 1000; 0 means 50.
+   * The maximum number of orders to return, at most 1000; 0 means 50.
    *
    * @generated from field: int32 page_size = 1;
    */
   pageSize: number;
 
   /**
-   * next_page_token of the page before, empty for the first page.
+   * next_page_token of the previous page; empty for the first page.
    *
    * @generated from field: string page_token = 2;
    */
@@ -293,20 +293,20 @@ export const ListOrdersRequestSchema: GenMessage<ListOrdersRequest> = /*@__PURE_
   messageDesc(file_orders_v1_orders, 7);
 
 /**
- * ListOrdersResponse is one page of orders.
+ * ListOrdersResponse is a page of orders.
  *
  * @generated from message orders.v1.ListOrdersResponse
  */
 export type ListOrdersResponse = Message<"orders.v1.ListOrdersResponse"> & {
   /**
-   * The orders, the newest first.
+   * The orders, newest first.
    *
    * @generated from field: repeated orders.v1.Order orders = 1;
    */
   orders: Order[];
 
   /**
-   * Where the next page begins, empty if there is none.
+   * The token of the next page; empty if this is the last one.
    *
    * @generated from field: string next_page_token = 2;
    */
@@ -348,7 +348,7 @@ export const CancelOrderRequestSchema: GenMessage<CancelOrderRequest> = /*@__PUR
  */
 export type CancelOrderResponse = Message<"orders.v1.CancelOrderResponse"> & {
   /**
-   * The order, cancelled.
+   * The cancelled order.
    *
    * @generated from field: orders.v1.Order order = 1;
    */
@@ -390,7 +390,7 @@ export const WatchOrderRequestSchema: GenMessage<WatchOrderRequest> = /*@__PURE_
  */
 export type WatchOrderResponse = Message<"orders.v1.WatchOrderResponse"> & {
   /**
-   * The order as it was when this was sent.
+   * The state of the order when the service sent it.
    *
    * @generated from field: orders.v1.Order order = 1;
    */
@@ -411,14 +411,14 @@ export const WatchOrderResponseSchema: GenMessage<WatchOrderResponse> = /*@__PUR
  */
 export type SetStockRequest = Message<"orders.v1.SetStockRequest"> & {
   /**
-   * What is in stock.
+   * The SKU.
    *
    * @generated from field: string sku = 1;
    */
   sku: string;
 
   /**
-   * How many pieces there are in all, 0 to 1,000,000,000.
+   * The total number of pieces, 0 to 1,000,000,000.
    *
    * @generated from field: int32 total = 2;
    */
@@ -439,7 +439,7 @@ export const SetStockRequestSchema: GenMessage<SetStockRequest> = /*@__PURE__*/
  */
 export type SetStockResponse = Message<"orders.v1.SetStockResponse"> & {
   /**
-   * The stock as it is now.
+   * The current stock.
    *
    * @generated from field: orders.v1.Stock stock = 1;
    */
@@ -460,7 +460,7 @@ export const SetStockResponseSchema: GenMessage<SetStockResponse> = /*@__PURE__*
  */
 export type GetStockRequest = Message<"orders.v1.GetStockRequest"> & {
   /**
-   * What is in stock.
+   * The SKU.
    *
    * @generated from field: string sku = 1;
    */
@@ -481,7 +481,7 @@ export const GetStockRequestSchema: GenMessage<GetStockRequest> = /*@__PURE__*/
  */
 export type GetStockResponse = Message<"orders.v1.GetStockResponse"> & {
   /**
-   * The stock as it is now.
+   * The current stock.
    *
    * @generated from field: orders.v1.Stock stock = 1;
    */
@@ -496,20 +496,20 @@ export const GetStockResponseSchema: GenMessage<GetStockResponse> = /*@__PURE__*
   messageDesc(file_orders_v1_orders, 16);
 
 /**
- * OrderStatus is where an order stands. PLACED leads to CONFIRMED, REJECTED or CANCELLED, and CONFIRMED to CANCELLED.
+ * OrderStatus is the status of an order. PLACED leads to CONFIRMED, REJECTED or CANCELLED, and CONFIRMED to CANCELLED.
  *
  * @generated from enum orders.v1.OrderStatus
  */
 export enum OrderStatus {
   /**
-   * No status; no order has it.
+   * No order has this status.
    *
    * @generated from enum value: ORDER_STATUS_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
-   * Taken, its stock not looked at yet.
+   * The order is accepted, and its stock not checked yet.
    *
    * @generated from enum value: ORDER_STATUS_PLACED = 1;
    */
@@ -523,14 +523,14 @@ export enum OrderStatus {
   CONFIRMED = 2,
 
   /**
-   * Its stock was missing. Final.
+   * Its stock was not available. Final.
    *
    * @generated from enum value: ORDER_STATUS_REJECTED = 3;
    */
   REJECTED = 3,
 
   /**
-   * Called off by the caller. Final.
+   * A caller cancelled it. Final.
    *
    * @generated from enum value: ORDER_STATUS_CANCELLED = 4;
    */
@@ -544,15 +544,16 @@ export const OrderStatusSchema: GenEnum<OrderStatus> = /*@__PURE__*/
   enumDesc(file_orders_v1_orders, 0);
 
 /**
- * OrderService takes orders and keeps the stock that they are filled from. An order is placed first and is confirmed or
- * rejected a moment later, when its stock has been reserved or found missing.
+ * OrderService accepts orders and manages the stock that fills them. An order is placed first. A moment later it is
+ * confirmed if its stock could be reserved, or else rejected.
  *
  * @generated from service orders.v1.OrderService
  */
 export const OrderService: GenService<{
   /**
    * PlaceOrder places an order under an ID that the caller chose. Repeating a call is safe: the same ID with the same
-   * content returns the order as it is now and changes nothing; the same ID with other content is already_exists.
+   * content returns the order as it is now and changes nothing; the same ID with other content fails with
+   * already_exists.
    *
    * @generated from rpc orders.v1.OrderService.PlaceOrder
    */
@@ -572,7 +573,7 @@ export const OrderService: GenService<{
     output: typeof GetOrderResponseSchema;
   },
   /**
-   * ListOrders returns orders page by page, the newest first. Orders placed meanwhile never shift a page.
+   * ListOrders returns a page of orders, newest first. Orders that are placed meanwhile never shift a page.
    *
    * @generated from rpc orders.v1.OrderService.ListOrders
    */
@@ -582,8 +583,8 @@ export const OrderService: GenService<{
     output: typeof ListOrdersResponseSchema;
   },
   /**
-   * CancelOrder cancels an order that is placed or confirmed and gives its stock back. An order that is already
-   * cancelled is returned as it is; a rejected one is failed_precondition, an unknown one not_found.
+   * CancelOrder cancels a placed or confirmed order and releases its stock. It returns an already cancelled order
+   * unchanged; a rejected one is failed_precondition, an unknown one not_found.
    *
    * @generated from rpc orders.v1.OrderService.CancelOrder
    */
@@ -593,9 +594,9 @@ export const OrderService: GenService<{
     output: typeof CancelOrderResponseSchema;
   },
   /**
-   * WatchOrder sends the order as it is and then each change. The stream ends after the order was rejected or
-   * cancelled; a confirmed order can still be cancelled, so its stream goes on until the caller leaves. Of several
-   * changes in quick succession only the last may be sent.
+   * WatchOrder sends the current state of the order and then each change. The stream ends after the order was rejected
+   * or cancelled; a confirmed order can still be cancelled, so its stream continues until the caller leaves. Of
+   * several changes in quick succession it may send only the last.
    *
    * @generated from rpc orders.v1.OrderService.WatchOrder
    */
@@ -605,7 +606,7 @@ export const OrderService: GenService<{
     output: typeof WatchOrderResponseSchema;
   },
   /**
-   * SetStock sets how many pieces of an SKU there are in all, reserved ones included. Less than what is reserved is
+   * SetStock sets the total number of pieces of an SKU, including reserved ones. A total below the reserved number is
    * failed_precondition.
    *
    * @generated from rpc orders.v1.OrderService.SetStock

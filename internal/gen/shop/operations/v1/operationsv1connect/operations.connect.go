@@ -2,7 +2,7 @@
 //
 // Source: shop/operations/v1/operations.proto
 
-// Durable calls: a call is taken now, executed later, and its result kept.
+// Durable calls: the service accepts a call at once, executes it later, and keeps its result.
 package operationsv1connect
 
 import (
@@ -86,17 +86,17 @@ var (
 
 // OperationServiceClient is a client for the shop.operations.v1.OperationService service.
 type OperationServiceClient interface {
-	// GetOperation returns an operation as it is now, or not_found.
+	// GetOperation returns the current state of an operation, or not_found.
 	GetOperation(context.Context, *v1.GetOperationRequest) (*v1.GetOperationResponse, error)
-	// WaitOperation returns an operation as soon as it has ended, or when the time is up as it is then.
+	// WaitOperation returns an operation as soon as it has ended, or its state when the timeout expires.
 	WaitOperation(context.Context, *v1.WaitOperationRequest) (*v1.WaitOperationResponse, error)
-	// WatchOperation sends the operation as it is and then each change, until it has ended. Of several changes in quick
-	// succession only the last may be sent.
+	// WatchOperation sends the current state of the operation and then each change, until it has ended. Of several
+	// changes in quick succession it may send only the last.
 	WatchOperation(context.Context, *v1.WatchOperationRequest) (OperationServiceWatchOperationClientStream, error)
-	// ListOperations returns operations page by page, the newest first, and without their responses.
+	// ListOperations returns a page of operations, newest first and without their responses.
 	ListOperations(context.Context, *v1.ListOperationsRequest) (*v1.ListOperationsResponse, error)
-	// CancelOperation ends an operation that no worker has begun. One that is cancelled already is returned as it is; any
-	// other is failed_precondition.
+	// CancelOperation cancels an operation that no worker has begun. It returns an already cancelled operation
+	// unchanged; for any other it fails with failed_precondition.
 	CancelOperation(context.Context, *v1.CancelOperationRequest) (*v1.CancelOperationResponse, error)
 }
 
@@ -129,17 +129,17 @@ func (s OperationServiceWatchOperationClientStream) Close() error {
 
 // OperationServiceHandler is an implementation of the shop.operations.v1.OperationService service.
 type OperationServiceHandler interface {
-	// GetOperation returns an operation as it is now, or not_found.
+	// GetOperation returns the current state of an operation, or not_found.
 	GetOperation(context.Context, *v1.GetOperationRequest) (*v1.GetOperationResponse, error)
-	// WaitOperation returns an operation as soon as it has ended, or when the time is up as it is then.
+	// WaitOperation returns an operation as soon as it has ended, or its state when the timeout expires.
 	WaitOperation(context.Context, *v1.WaitOperationRequest) (*v1.WaitOperationResponse, error)
-	// WatchOperation sends the operation as it is and then each change, until it has ended. Of several changes in quick
-	// succession only the last may be sent.
+	// WatchOperation sends the current state of the operation and then each change, until it has ended. Of several
+	// changes in quick succession it may send only the last.
 	WatchOperation(context.Context, *v1.WatchOperationRequest, OperationServiceWatchOperationServerStream) error
-	// ListOperations returns operations page by page, the newest first, and without their responses.
+	// ListOperations returns a page of operations, newest first and without their responses.
 	ListOperations(context.Context, *v1.ListOperationsRequest) (*v1.ListOperationsResponse, error)
-	// CancelOperation ends an operation that no worker has begun. One that is cancelled already is returned as it is; any
-	// other is failed_precondition.
+	// CancelOperation cancels an operation that no worker has begun. It returns an already cancelled operation
+	// unchanged; for any other it fails with failed_precondition.
 	CancelOperation(context.Context, *v1.CancelOperationRequest) (*v1.CancelOperationResponse, error)
 }
 

@@ -2,7 +2,7 @@
 // @generated from file shop/operations/v1/events.proto (package shop.operations.v1, syntax proto3)
 /* eslint-disable */
 
-// The message that a durable call travels by.
+// The message of a durable call.
 
 import type { GenFile, GenMessage } from "@bufbuild/protobuf/codegenv2";
 import { fileDesc, messageDesc } from "@bufbuild/protobuf/codegenv2";
@@ -15,21 +15,20 @@ export const file_shop_operations_v1_events: GenFile = /*@__PURE__*/
   fileDesc("Ch9zaG9wL29wZXJhdGlvbnMvdjEvZXZlbnRzLnByb3RvEhJzaG9wLm9wZXJhdGlvbnMudjEiOgoST3BlcmF0aW9uU3VibWl0dGVkEhQKDG9wZXJhdGlvbl9pZBgBIAEoCRIOCgZtZXRob2QYAiABKAliBnByb3RvMw");
 
 /**
- * OperationSubmitted has a worker execute an operation. Its message ID is the operation's ID.
+ * OperationSubmitted makes a worker execute an operation. Its message ID is the ID of the operation.
  *
  * @generated from message shop.operations.v1.OperationSubmitted
  */
 export type OperationSubmitted = Message<"shop.operations.v1.OperationSubmitted"> & {
   /**
-   * Which one: the UUID of its name.
+   * The UUID in the operation's name.
    *
    * @generated from field: string operation_id = 1;
    */
   operationId: string;
 
   /**
-   * What it calls, as in Operation.method: so that a worker can wait for its turn before it asks the database for
-   * anything.
+   * The method, as in Operation.method. It lets a worker wait for its turn before it queries the database.
    *
    * @generated from field: string method = 2;
    */

@@ -2,7 +2,7 @@
 // @generated from file shop/operations/v1/operations.proto (package shop.operations.v1, syntax proto3)
 /* eslint-disable */
 
-// Durable calls: a call is taken now, executed later, and its result kept.
+// Durable calls: the service accepts a call at once, executes it later, and keeps its result.
 
 import type { GenEnum, GenFile, GenMessage, GenService } from "@bufbuild/protobuf/codegenv2";
 import { enumDesc, fileDesc, messageDesc, serviceDesc } from "@bufbuild/protobuf/codegenv2";
@@ -19,7 +19,7 @@ export const file_shop_operations_v1_operations: GenFile = /*@__PURE__*/
   fileDesc("CiNzaG9wL29wZXJhdGlvbnMvdjEvb3BlcmF0aW9ucy5wcm90bxISc2hvcC5vcGVyYXRpb25zLnYxIt4CCglPcGVyYXRpb24SDAoEbmFtZRgBIAEoCRIOCgZtZXRob2QYAiABKAkSMQoFc3RhdGUYAyABKA4yIi5zaG9wLm9wZXJhdGlvbnMudjEuT3BlcmF0aW9uU3RhdGUSLwoLY3JlYXRlX3RpbWUYBCABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wEi4KCnN0YXJ0X3RpbWUYBSABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wEiwKCGVuZF90aW1lGAYgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBIQCghhdHRlbXB0cxgHIAEoBRIrCgVlcnJvchgIIAEoCzIaLnNob3Aub3BlcmF0aW9ucy52MS5TdGF0dXNIABIoCghyZXNwb25zZRgJIAEoCzIULmdvb2dsZS5wcm90b2J1Zi5BbnlIAEIICgZyZXN1bHQiTgoGU3RhdHVzEgwKBGNvZGUYASABKAUSDwoHbWVzc2FnZRgCIAEoCRIlCgdkZXRhaWxzGAMgAygLMhQuZ29vZ2xlLnByb3RvYnVmLkFueSI5ChNHZXRPcGVyYXRpb25SZXF1ZXN0EiIKBG5hbWUYASABKAlCFLpIEXIPGGQ6C29wZXJhdGlvbnMvIkgKFEdldE9wZXJhdGlvblJlc3BvbnNlEjAKCW9wZXJhdGlvbhgBIAEoCzIdLnNob3Aub3BlcmF0aW9ucy52MS5PcGVyYXRpb24idAoUV2FpdE9wZXJhdGlvblJlcXVlc3QSIgoEbmFtZRgBIAEoCUIUukgRcg8YZDoLb3BlcmF0aW9ucy8SOAoHdGltZW91dBgCIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbkIMukgJqgEGIgIIDzIAIkkKFVdhaXRPcGVyYXRpb25SZXNwb25zZRIwCglvcGVyYXRpb24YASABKAsyHS5zaG9wLm9wZXJhdGlvbnMudjEuT3BlcmF0aW9uIjsKFVdhdGNoT3BlcmF0aW9uUmVxdWVzdBIiCgRuYW1lGAEgASgJQhS6SBFyDxhkOgtvcGVyYXRpb25zLyJKChZXYXRjaE9wZXJhdGlvblJlc3BvbnNlEjAKCW9wZXJhdGlvbhgBIAEoCzIdLnNob3Aub3BlcmF0aW9ucy52MS5PcGVyYXRpb24iqgEKFUxpc3RPcGVyYXRpb25zUmVxdWVzdBIdCglwYWdlX3NpemUYASABKAVCCrpIBxoFGOgHKAASGwoKcGFnZV90b2tlbhgCIAEoCUIHukgEcgIYZBI7CgVzdGF0ZRgDIAEoDjIiLnNob3Aub3BlcmF0aW9ucy52MS5PcGVyYXRpb25TdGF0ZUIIukgFggECEAESGAoGbWV0aG9kGAQgASgJQgi6SAVyAxj/ASJkChZMaXN0T3BlcmF0aW9uc1Jlc3BvbnNlEjEKCm9wZXJhdGlvbnMYASADKAsyHS5zaG9wLm9wZXJhdGlvbnMudjEuT3BlcmF0aW9uEhcKD25leHRfcGFnZV90b2tlbhgCIAEoCSI8ChZDYW5jZWxPcGVyYXRpb25SZXF1ZXN0EiIKBG5hbWUYASABKAlCFLpIEXIPGGQ6C29wZXJhdGlvbnMvIksKF0NhbmNlbE9wZXJhdGlvblJlc3BvbnNlEjAKCW9wZXJhdGlvbhgBIAEoCzIdLnNob3Aub3BlcmF0aW9ucy52MS5PcGVyYXRpb24qxQEKDk9wZXJhdGlvblN0YXRlEh8KG09QRVJBVElPTl9TVEFURV9VTlNQRUNJRklFRBAAEhsKF09QRVJBVElPTl9TVEFURV9QRU5ESU5HEAESGwoXT1BFUkFUSU9OX1NUQVRFX1JVTk5JTkcQAhIdChlPUEVSQVRJT05fU1RBVEVfU1VDQ0VFREVEEAMSGgoWT1BFUkFUSU9OX1NUQVRFX0ZBSUxFRBAEEh0KGU9QRVJBVElPTl9TVEFURV9DQU5DRUxMRUQQBTLPBAoQT3BlcmF0aW9uU2VydmljZRJsCgxHZXRPcGVyYXRpb24SJy5zaG9wLm9wZXJhdGlvbnMudjEuR2V0T3BlcmF0aW9uUmVxdWVzdBooLnNob3Aub3BlcmF0aW9ucy52MS5HZXRPcGVyYXRpb25SZXNwb25zZSIJkAIB+uMYAhABEm8KDVdhaXRPcGVyYXRpb24SKC5zaG9wLm9wZXJhdGlvbnMudjEuV2FpdE9wZXJhdGlvblJlcXVlc3QaKS5zaG9wLm9wZXJhdGlvbnMudjEuV2FpdE9wZXJhdGlvblJlc3BvbnNlIgmQAgH64xgCEAEScQoOV2F0Y2hPcGVyYXRpb24SKS5zaG9wLm9wZXJhdGlvbnMudjEuV2F0Y2hPcGVyYXRpb25SZXF1ZXN0Giouc2hvcC5vcGVyYXRpb25zLnYxLldhdGNoT3BlcmF0aW9uUmVzcG9uc2UiBvrjGAIQATABEnIKDkxpc3RPcGVyYXRpb25zEikuc2hvcC5vcGVyYXRpb25zLnYxLkxpc3RPcGVyYXRpb25zUmVxdWVzdBoqLnNob3Aub3BlcmF0aW9ucy52MS5MaXN0T3BlcmF0aW9uc1Jlc3BvbnNlIgmQAgH64xgCEAESdQoPQ2FuY2VsT3BlcmF0aW9uEiouc2hvcC5vcGVyYXRpb25zLnYxLkNhbmNlbE9wZXJhdGlvblJlcXVlc3QaKy5zaG9wLm9wZXJhdGlvbnMudjEuQ2FuY2VsT3BlcmF0aW9uUmVzcG9uc2UiCZACAvrjGAIQAWIGcHJvdG8z", [file_auth_v1_auth, file_buf_validate_validate, file_google_protobuf_any, file_google_protobuf_duration, file_google_protobuf_timestamp]);
 
 /**
- * Operation is a durable call, after AIP-151.
+ * Operation is a durable call, modelled on AIP-151.
  *
  * @generated from message shop.operations.v1.Operation
  */
@@ -32,28 +32,28 @@ export type Operation = Message<"shop.operations.v1.Operation"> & {
   name: string;
 
   /**
-   * What is called, such as orders.v1.OrderService/PlaceOrder.
+   * The called method, such as orders.v1.OrderService/PlaceOrder.
    *
    * @generated from field: string method = 2;
    */
   method: string;
 
   /**
-   * Where it stands.
+   * The state.
    *
    * @generated from field: shop.operations.v1.OperationState state = 3;
    */
   state: OperationState;
 
   /**
-   * When it was taken.
+   * When the service accepted the call.
    *
    * @generated from field: google.protobuf.Timestamp create_time = 4;
    */
   createTime?: Timestamp | undefined;
 
   /**
-   * When a worker began it for the first time.
+   * When a worker first began it.
    *
    * @generated from field: google.protobuf.Timestamp start_time = 5;
    */
@@ -67,20 +67,21 @@ export type Operation = Message<"shop.operations.v1.Operation"> & {
   endTime?: Timestamp | undefined;
 
   /**
-   * Which attempt runs, or ran last. One that its worker or the database broke off is made again under its number.
+   * The number of the current or last attempt. An attempt that ended because of its worker or the database is repeated
+   * under the same number.
    *
    * @generated from field: int32 attempts = 7;
    */
   attempts: number;
 
   /**
-   * What came of it, once it has ended.
+   * The result, once the operation has ended.
    *
    * @generated from oneof shop.operations.v1.Operation.result
    */
   result: {
     /**
-     * What a call would have failed with; canceled if it was called off.
+     * The error that the call would have returned; canceled if the operation was cancelled.
      *
      * @generated from field: shop.operations.v1.Status error = 8;
      */
@@ -88,7 +89,7 @@ export type Operation = Message<"shop.operations.v1.Operation"> & {
     case: "error";
   } | {
     /**
-     * What a call would have been answered with.
+     * The response that the call would have returned.
      *
      * @generated from field: google.protobuf.Any response = 9;
      */
@@ -105,28 +106,28 @@ export const OperationSchema: GenMessage<Operation> = /*@__PURE__*/
   messageDesc(file_shop_operations_v1_operations, 0);
 
 /**
- * Status is an error of a call. It is google.rpc.Status field by field, so a client that has that type can read one as
+ * Status is the error of a call. It has the fields of google.rpc.Status, so a client with that type can decode one as
  * the other.
  *
  * @generated from message shop.operations.v1.Status
  */
 export type Status = Message<"shop.operations.v1.Status"> & {
   /**
-   * The code, as gRPC numbers them.
+   * The gRPC code.
    *
    * @generated from field: int32 code = 1;
    */
   code: number;
 
   /**
-   * What it says, for people.
+   * The message, for people.
    *
    * @generated from field: string message = 2;
    */
   message: string;
 
   /**
-   * What it says, for programs.
+   * The details, for programs.
    *
    * @generated from field: repeated google.protobuf.Any details = 3;
    */
@@ -168,7 +169,7 @@ export const GetOperationRequestSchema: GenMessage<GetOperationRequest> = /*@__P
  */
 export type GetOperationResponse = Message<"shop.operations.v1.GetOperationResponse"> & {
   /**
-   * The operation as it is now.
+   * The current state of the operation.
    *
    * @generated from field: shop.operations.v1.Operation operation = 1;
    */
@@ -183,7 +184,7 @@ export const GetOperationResponseSchema: GenMessage<GetOperationResponse> = /*@_
   messageDesc(file_shop_operations_v1_operations, 3);
 
 /**
- * WaitOperationRequest names an operation and says how long to wait for its end.
+ * WaitOperationRequest names an operation and the maximum time to wait for its end.
  *
  * @generated from message shop.operations.v1.WaitOperationRequest
  */
@@ -196,7 +197,7 @@ export type WaitOperationRequest = Message<"shop.operations.v1.WaitOperationRequ
   name: string;
 
   /**
-   * The longest time to wait, at most 15 seconds; unset means 10 seconds.
+   * The maximum time to wait, at most 15 seconds; unset means 10 seconds.
    *
    * @generated from field: google.protobuf.Duration timeout = 2;
    */
@@ -217,7 +218,7 @@ export const WaitOperationRequestSchema: GenMessage<WaitOperationRequest> = /*@_
  */
 export type WaitOperationResponse = Message<"shop.operations.v1.WaitOperationResponse"> & {
   /**
-   * The operation as it is now.
+   * The current state of the operation.
    *
    * @generated from field: shop.operations.v1.Operation operation = 1;
    */
@@ -259,7 +260,7 @@ export const WatchOperationRequestSchema: GenMessage<WatchOperationRequest> = /*
  */
 export type WatchOperationResponse = Message<"shop.operations.v1.WatchOperationResponse"> & {
   /**
-   * The operation as it was when this was sent.
+   * The state of the operation when the service sent it.
    *
    * @generated from field: shop.operations.v1.Operation operation = 1;
    */
@@ -274,20 +275,20 @@ export const WatchOperationResponseSchema: GenMessage<WatchOperationResponse> = 
   messageDesc(file_shop_operations_v1_operations, 7);
 
 /**
- * ListOperationsRequest asks for one page of operations.
+ * ListOperationsRequest asks for a page of operations.
  *
  * @generated from message shop.operations.v1.ListOperationsRequest
  */
 export type ListOperationsRequest = Message<"shop.operations.v1.ListOperationsRequest"> & {
   /**
-   * The most operations to return, at most 1000; 0 means 50.
+   * The maximum number of operations to return, at most 1000; 0 means 50.
    *
    * @generated from field: int32 page_size = 1;
    */
   pageSize: number;
 
   /**
-   * next_page_token of the page before, empty for the first page.
+   * next_page_token of the previous page; empty for the first page.
    *
    * @generated from field: string page_token = 2;
    */
@@ -316,20 +317,20 @@ export const ListOperationsRequestSchema: GenMessage<ListOperationsRequest> = /*
   messageDesc(file_shop_operations_v1_operations, 8);
 
 /**
- * ListOperationsResponse is one page of operations.
+ * ListOperationsResponse is a page of operations.
  *
  * @generated from message shop.operations.v1.ListOperationsResponse
  */
 export type ListOperationsResponse = Message<"shop.operations.v1.ListOperationsResponse"> & {
   /**
-   * The operations, the newest first, without their responses.
+   * The operations, newest first, without their responses.
    *
    * @generated from field: repeated shop.operations.v1.Operation operations = 1;
    */
   operations: Operation[];
 
   /**
-   * Where the next page begins, empty if there is none.
+   * The token of the next page; empty if this is the last one.
    *
    * @generated from field: string next_page_token = 2;
    */
@@ -371,7 +372,7 @@ export const CancelOperationRequestSchema: GenMessage<CancelOperationRequest> = 
  */
 export type CancelOperationResponse = Message<"shop.operations.v1.CancelOperationResponse"> & {
   /**
-   * The operation, cancelled.
+   * The cancelled operation.
    *
    * @generated from field: shop.operations.v1.Operation operation = 1;
    */
@@ -386,49 +387,49 @@ export const CancelOperationResponseSchema: GenMessage<CancelOperationResponse> 
   messageDesc(file_shop_operations_v1_operations, 11);
 
 /**
- * OperationState is where an operation stands. PENDING leads to RUNNING or CANCELLED, and RUNNING to SUCCEEDED or
+ * OperationState is the state of an operation. PENDING leads to RUNNING or CANCELLED, and RUNNING to SUCCEEDED or
  * FAILED.
  *
  * @generated from enum shop.operations.v1.OperationState
  */
 export enum OperationState {
   /**
-   * No state; no operation has it.
+   * No operation has this state.
    *
    * @generated from enum value: OPERATION_STATE_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
 
   /**
-   * It waits for a worker.
+   * The operation waits for a worker.
    *
    * @generated from enum value: OPERATION_STATE_PENDING = 1;
    */
   PENDING = 1,
 
   /**
-   * A worker has begun it. It may be waiting to be tried again.
+   * A worker has begun the operation. It may be waiting for a retry.
    *
    * @generated from enum value: OPERATION_STATE_RUNNING = 2;
    */
   RUNNING = 2,
 
   /**
-   * Its response is there. Final.
+   * The operation has a response. Final.
    *
    * @generated from enum value: OPERATION_STATE_SUCCEEDED = 3;
    */
   SUCCEEDED = 3,
 
   /**
-   * Its error is there. Final.
+   * The operation has an error. Final.
    *
    * @generated from enum value: OPERATION_STATE_FAILED = 4;
    */
   FAILED = 4,
 
   /**
-   * Its caller called it off before it began. Final.
+   * The operation was cancelled before it began. Final.
    *
    * @generated from enum value: OPERATION_STATE_CANCELLED = 5;
    */
@@ -442,15 +443,14 @@ export const OperationStateSchema: GenEnum<OperationState> = /*@__PURE__*/
   enumDesc(file_shop_operations_v1_operations, 0);
 
 /**
- * OperationService tells what became of durable calls. A durable call is a unary call with the header Prefer:
- * respond-async; the header Operation of its answer is the operation's name. A caller sees its own operations and no
- * others.
+ * OperationService returns the results of durable calls. A durable call is a unary call with the header Prefer:
+ * respond-async; the response has the operation's name in the header Operation. A caller sees only its own operations.
  *
  * @generated from service shop.operations.v1.OperationService
  */
 export const OperationService: GenService<{
   /**
-   * GetOperation returns an operation as it is now, or not_found.
+   * GetOperation returns the current state of an operation, or not_found.
    *
    * @generated from rpc shop.operations.v1.OperationService.GetOperation
    */
@@ -460,7 +460,7 @@ export const OperationService: GenService<{
     output: typeof GetOperationResponseSchema;
   },
   /**
-   * WaitOperation returns an operation as soon as it has ended, or when the time is up as it is then.
+   * WaitOperation returns an operation as soon as it has ended, or its state when the timeout expires.
    *
    * @generated from rpc shop.operations.v1.OperationService.WaitOperation
    */
@@ -470,8 +470,8 @@ export const OperationService: GenService<{
     output: typeof WaitOperationResponseSchema;
   },
   /**
-   * WatchOperation sends the operation as it is and then each change, until it has ended. Of several changes in quick
-   * succession only the last may be sent.
+   * WatchOperation sends the current state of the operation and then each change, until it has ended. Of several
+   * changes in quick succession it may send only the last.
    *
    * @generated from rpc shop.operations.v1.OperationService.WatchOperation
    */
@@ -481,7 +481,7 @@ export const OperationService: GenService<{
     output: typeof WatchOperationResponseSchema;
   },
   /**
-   * ListOperations returns operations page by page, the newest first, and without their responses.
+   * ListOperations returns a page of operations, newest first and without their responses.
    *
    * @generated from rpc shop.operations.v1.OperationService.ListOperations
    */
@@ -491,8 +491,8 @@ export const OperationService: GenService<{
     output: typeof ListOperationsResponseSchema;
   },
   /**
-   * CancelOperation ends an operation that no worker has begun. One that is cancelled already is returned as it is; any
-   * other is failed_precondition.
+   * CancelOperation cancels an operation that no worker has begun. It returns an already cancelled operation
+   * unchanged; for any other it fails with failed_precondition.
    *
    * @generated from rpc shop.operations.v1.OperationService.CancelOperation
    */
