@@ -64,7 +64,7 @@ func run(ctx context.Context, queue bool) (err error) {
 	}
 	group, ctx := errgroup.WithContext(ctx)
 	if queue {
-		config.AMQPURL, config.RPCOverRabbitMQ = os.Getenv("AMQP_URL"), true
+		config.AMQPURL, config.RPCOverRabbitMQ.Serve = os.Getenv("AMQP_URL"), true
 	}
 	group.Go(func() error { return app.RunAPI(ctx, config) })
 	group.Go(func() error {
@@ -84,7 +84,7 @@ func run(ctx context.Context, queue bool) (err error) {
 func configure(request *conformancev1.ServerCompatRequest, address *net.TCPAddr, scratch string) (app.Config, error) {
 	config := app.Config{
 		PostgresURL: os.Getenv("POSTGRES_URL"), Exchange: "events", Addr: address.String(), MaxConns: 4,
-		RPCPrefetch: 64, Version: "conformance",
+		Version: "conformance",
 		Edge: app.Edge{
 			NoAuth: true, ReadMaxBytes: int(request.GetMessageReceiveLimit()),
 			Limit: rpcserver.LimitConfig{Rate: 100_000, Concurrent: 200},

@@ -2,13 +2,13 @@ package main
 
 import (
 	"cmp"
-	"errors"
 	"fmt"
 	"math"
 	"net"
 	"strings"
 	"time"
 
+	"example.com/shop/internal/app"
 	"example.com/shop/internal/outbox"
 )
 
@@ -25,17 +25,6 @@ func (a *listenAddress) UnmarshalText(text []byte) error {
 	}
 	*a = listenAddress(text)
 	return nil
-}
-
-// optionalAddress is a listenAddress, or nothing.
-type optionalAddress string
-
-func (a *optionalAddress) UnmarshalText(text []byte) error {
-	if len(text) == 0 {
-		*a = ""
-		return nil
-	}
-	return (*listenAddress)(a).UnmarshalText(text)
 }
 
 func (f *databaseFlags) check() error {
@@ -71,24 +60,7 @@ func (f *apiFlags) check() error {
 }
 
 func (f *consumerFlags) check() error {
-	if err := between("--prefetch", f.Prefetch, 1, 10_000); err != nil {
-		return err
-	}
-	for method, limit := range f.CallLimit {
-		if err := between("--call-limit "+method, limit, 1, 1000); err != nil {
-			return err
-		}
-	}
-	return between("--batch", f.Batch, 1, 1000)
-}
-
-func (f *rpcFlags) check() error {
-	return between("--rpc-prefetch", f.RPCPrefetch, 1, 10_000)
-}
-
-// checkCalls allows for two connections per call that is executed.
-func checkCalls(db *databaseFlags, f *consumerFlags) error {
-	return between("--call-concurrency", f.CallConcurrency, 0, int(db.MaxConns)/2)
+	return cmp.Or(between("--prefetch", f.Prefetch, 1, 10_000), between("--batch", f.Batch, 1, 1000))
 }
 
 // kong calls Validate of commands only, so each command checks the flags that it embeds.
@@ -97,46 +69,41 @@ func (c *apiCommand) Validate() error {
 	if c.PostgresURL == "" {
 		return nil // kong names all missing flags, but only if nothing else is wrong
 	}
-	if c.RPCOverRabbitMQ && c.AMQPURL == "" {
-		return errors.New("--rpc-over-rabbitmq needs --amqp-url")
-	}
-	return firstOf(&c.databaseFlags, &c.apiFlags, &c.edgeFlags, &c.rpcFlags)
+	_, err := c.config()
+	return err
 }
+
 func (c *relayCommand) Validate() error {
-	return firstOf(&c.databaseFlags, &c.brokerFlags, &c.relayFlags)
+	_, err := c.config()
+	return err
 }
-func (c *consoleCommand) Validate() error {
-	if c.PostgresURL == "" || c.AMQPURL == "" {
-		return nil
-	}
-	return firstOf(&c.databaseFlags, &c.brokerFlags, &c.edgeFlags)
-}
+
 func (c *runConsumersCommand) Validate() error {
-	return cmp.Or(
-		firstOf(&c.databaseFlags, &c.brokerFlags, &c.consumerFlags),
-		checkCalls(&c.databaseFlags, &c.consumerFlags),
-	)
+	_, err := c.config()
+	return err
 }
+
 func (c *allCommand) Validate() error {
 	if c.PostgresURL == "" || c.AMQPURL == "" {
 		return nil
 	}
-	return cmp.Or(
-		firstOf(
-			&c.databaseFlags, &c.apiFlags, &c.brokerFlags, &c.relayFlags, &c.consumerFlags, &c.edgeFlags, &c.rpcFlags,
-		),
-		checkCalls(&c.databaseFlags, &c.consumerFlags),
-	)
+	_, err := c.config()
+	return err
 }
 
-// firstOf returns the first error only, so that it is one line.
-func firstOf(flags ...interface{ check() error }) error {
+// checked returns config with the features, or the first error only, so that it is one line.
+func checked(config app.Config, features []featureFlags, flags ...interface{ check() error }) (app.Config, error) {
 	for _, f := range flags {
 		if err := f.check(); err != nil {
-			return err
+			return app.Config{}, err
 		}
 	}
-	return nil
+	for _, f := range features {
+		if err := f.apply(&config); err != nil {
+			return app.Config{}, err
+		}
+	}
+	return config, nil
 }
 
 func between[N int | int32 | int64 | float64 | time.Duration](flag string, value, least, most N) error {

@@ -12,6 +12,7 @@ import (
 	"example.com/shop/internal/app"
 	"example.com/shop/internal/deadletter"
 	"example.com/shop/internal/inbox"
+	"example.com/shop/internal/ops"
 )
 
 // noteFlags are the flags of commands that write to the audit log.
@@ -66,7 +67,7 @@ const maxKeys = 100
 
 func (c *consumerLsCommand) Run(ctx context.Context) error {
 	return c.withAdmin(ctx, func(admin *app.Admin) error {
-		statuses, err := inbox.GroupStatuses(ctx, admin.DB, admin.Acts().Groups)
+		statuses, err := inbox.GroupStatuses(ctx, admin.DB, ops.Names(admin.Acts().Groups))
 		if err != nil {
 			return err
 		}

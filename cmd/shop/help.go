@@ -12,7 +12,6 @@ var helpTexts = kong.Vars{
 	"management_url": "RabbitMQ's management API, to find policies that lose messages. " +
 		"Its user needs the tag management.",
 	"topology_mode": "declare: the process creates the exchange and queues; given: it expects them to exist.",
-	"console_addr":  "Address of the operators' console; empty for none.",
 	"ops_listen":    "Address for probes and metrics, in plain HTTP: /healthz, /readyz, /metrics.",
 
 	"max_backlog": "Number of messages waiting for the broker at which the API refuses writes with resource_exhausted; " +
@@ -21,12 +20,6 @@ var helpTexts = kong.Vars{
 	"page_rows":       "Maximum messages of one page, 1 to 5000. A crash of the relay repeats at most two pages.",
 	"poll_interval":   "Maximum time between two polls of the outbox if no doorbell rings, 10ms to 1m.",
 	"retention":       "Minimum time to keep delivered messages for replay, 1m to 32h.",
-	"call_keys": "Keys that sign the callers of durable calls, the same for api and consumer: " +
-		"base64 of 32 bytes or more, the newest first.",
-	"call_concurrency": "Maximum durable calls executed at once, from 1 to half of the connections to Postgres; " +
-		"0 for one less than half.",
-	"call_limit":   "The same for single methods, such as orders.v1.OrderService/SetStock=1.",
-	"rpc_prefetch": "Maximum calls of one service executed at once for RabbitMQ, 1 to 10000.",
 
 	"roles_claim": "Claim that lists a caller's roles: its name, or a path to a nested claim, " +
 		"such as realm_access.roles.",
@@ -62,11 +55,6 @@ var helpTexts = kong.Vars{
 	"users_password":    "Password of the users that --users creates, any text.",
 	"topology_amqp_url": "RabbitMQ and vhost, as a user who may configure them; needed to declare.",
 
-	"rpc_services": "Full names of services, such as orders.v1.OrderService. " +
-		"AMQP cannot list them; the default is the services of this program.",
-	"rpc_rate": "Also count incoming requests for this long, such as 2s, at most 1m. " +
-		"Meanwhile the broker sends copies of them here; " +
-		"a request to a service whose last replica leaves just then waits for its deadline.",
 	"rpc_http": "Call over HTTP/2 (default, with http://127.0.0.1:8080). " +
 		"The server provides the schema of a service that is not part of this program.",
 }

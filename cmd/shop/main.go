@@ -3,13 +3,13 @@ package main
 
 import (
 	"context"
-	"encoding/base64"
 	"errors"
 	"fmt"
 	"log/slog"
 	"net/http"
 	"os"
 	"os/signal"
+	"regexp"
 	"runtime/debug"
 	"strings"
 	"syscall"
@@ -36,7 +36,6 @@ type cli struct {
 	API         apiCommand         `cmd:"" name:"api" help:"Serve the RPCs (Connect, gRPC, gRPC-Web)."`
 	Relay       relayCommand       `cmd:"" help:"Publish the outbox to RabbitMQ."`
 	Consumer    consumerCommand    `cmd:"" help:"Run the consumer groups."`
-	Console     consoleCommand     `cmd:"" help:"Serve the operators' console."`
 	All         allCommand         `cmd:"" help:"Run API, relay, consumers and console in one process."`
 	Migrate     migrateCommand     `cmd:"" help:"Migrate the database schema."`
 	Topology    topologyCommand    `cmd:"" help:"${topology}"`
@@ -46,8 +45,9 @@ type cli struct {
 	Doctor      doctorCommand      `cmd:"" help:"${doctor}"`
 	APIKey      apiKeyCommand      `cmd:"" name:"apikey" help:"Create an API key."`
 	Healthcheck healthcheckCommand `cmd:"" help:"Check whether a running process is ready; exit 1 if not."`
-	RPC         rpcCommands        `cmd:"" name:"rpc" help:"Call services, or list those served over RabbitMQ."`
+	RPC         rpcCommands        `cmd:"" name:"rpc" help:"Call the RPCs of a service."`
 	Version     versionCommand     `cmd:"" help:"Print the version."`
+	featureCommands
 }
 
 type databaseFlags struct {
@@ -79,40 +79,18 @@ type relayFlags struct {
 	Retention    time.Duration `env:"OUTBOX_RETENTION" default:"24h" help:"${retention}"`
 }
 
-type callFlags struct {
-	CallKeys []signingKey `env:"CALL_KEYS" help:"${call_keys}"`
-}
-
-func (f *callFlags) keys() (keys [][]byte) {
-	for _, key := range f.CallKeys {
-		keys = append(keys, key)
-	}
-	return keys
-}
-
 type consumerFlags struct {
 	Prefetch int `env:"CONSUMER_PREFETCH" default:"300" help:"Maximum unacked deliveries per group, 1 to 10000."`
 	Batch    int `env:"CONSUMER_BATCH" default:"100" help:"Maximum deliveries per transaction, 1 to 1000."`
-
-	CallConcurrency int            `env:"CALL_CONCURRENCY" default:"0" help:"${call_concurrency}"`
-	CallLimit       map[string]int `env:"CALL_LIMIT" placeholder:"METHOD=N" mapsep:"," help:"${call_limit}"`
-}
-
-// rpcFlags are the flags for serving RPCs from queues.
-type rpcFlags struct {
-	RPCOverRabbitMQ bool `name:"rpc-over-rabbitmq" env:"RPC_OVER_RABBITMQ" help:"Also serve the RPCs over RabbitMQ."`
-	RPCPrefetch     int  `env:"RPC_PREFETCH" default:"64" help:"${rpc_prefetch}"`
 }
 
 type apiCommand struct {
 	Listen    listenAddress `env:"LISTEN" default:"127.0.0.1:8080" help:"Address to serve on."`
 	OpsListen listenAddress `env:"OPS_LISTEN" default:"127.0.0.1:9180" help:"${ops_listen}"`
-	AMQPURL   amqpURL       `name:"amqp-url" env:"AMQP_URL" help:"RabbitMQ URL with its vhost, for --rpc-over-rabbitmq."`
 	databaseFlags
 	apiFlags
 	edgeFlags
-	rpcFlags
-	callFlags
+	apiFeatures
 }
 
 type relayCommand struct {
@@ -137,53 +115,63 @@ type runConsumersCommand struct {
 	databaseFlags
 	brokerFlags
 	consumerFlags
-	callFlags
+	consumerFeatures
 }
 
 type allCommand struct {
-	Listen      listenAddress   `env:"LISTEN" default:"127.0.0.1:8080" help:"Address to serve on."`
-	OpsListen   listenAddress   `env:"OPS_LISTEN" default:"127.0.0.1:9180" help:"${ops_listen}"`
-	ConsoleAddr optionalAddress `env:"CONSOLE_ADDR" default:"127.0.0.1:8090" help:"${console_addr}"`
+	Listen    listenAddress `env:"LISTEN" default:"127.0.0.1:8080" help:"Address to serve on."`
+	OpsListen listenAddress `env:"OPS_LISTEN" default:"127.0.0.1:9180" help:"${ops_listen}"`
 	databaseFlags
 	apiFlags
 	edgeFlags
 	brokerFlags
 	relayFlags
 	consumerFlags
-	rpcFlags
-	callFlags
-	managementFlags
+	allFeatures
 }
 
-func (c *apiCommand) Run(ctx context.Context) error {
-	broker := brokerFlags{AMQPURL: c.AMQPURL}
-	config := appConfig(c.OpsListen, c.databaseFlags, c.apiFlags, broker, relayFlags{}, consumerFlags{})
-	config.Addr, config.Edge, config.Calls.Keys = string(c.Listen), c.edgeFlags.config(), c.keys()
-	c.rpcFlags.set(&config)
-	return app.RunAPI(ctx, config)
+// config returns the configuration, or an error of one line if a value is wrong.
+func (c *apiCommand) config() (app.Config, error) {
+	config := appConfig(c.OpsListen, c.databaseFlags, c.apiFlags, brokerFlags{}, relayFlags{}, consumerFlags{})
+	config.Addr, config.Edge = string(c.Listen), c.edgeFlags.config()
+	return checked(config, c.apiFeatures.all(), &c.databaseFlags, &c.apiFlags, &c.edgeFlags)
 }
 
-func (c *relayCommand) Run(ctx context.Context) error {
+func (c *relayCommand) config() (app.Config, error) {
 	config := appConfig(c.OpsListen, c.databaseFlags, apiFlags{}, c.brokerFlags, c.relayFlags, consumerFlags{})
-	return app.RunRelay(ctx, config)
+	return checked(config, nil, &c.databaseFlags, &c.brokerFlags, &c.relayFlags)
 }
+
+func (c *runConsumersCommand) config() (app.Config, error) {
+	config := appConfig(c.OpsListen, c.databaseFlags, apiFlags{}, c.brokerFlags, relayFlags{}, c.consumerFlags)
+	return checked(config, c.consumerFeatures.all(), &c.databaseFlags, &c.brokerFlags, &c.consumerFlags)
+}
+
+func (c *allCommand) config() (app.Config, error) {
+	config := appConfig(c.OpsListen, c.databaseFlags, c.apiFlags, c.brokerFlags, c.relayFlags, c.consumerFlags)
+	config.Addr, config.Edge = string(c.Listen), c.edgeFlags.config()
+	return checked(config, c.allFeatures.all(),
+		&c.databaseFlags, &c.apiFlags, &c.brokerFlags, &c.relayFlags, &c.consumerFlags, &c.edgeFlags)
+}
+
+func (c *apiCommand) Run(ctx context.Context) error { return runWith(ctx, c.config, app.RunAPI) }
+
+func (c *relayCommand) Run(ctx context.Context) error { return runWith(ctx, c.config, app.RunRelay) }
 
 func (c *runConsumersCommand) Run(ctx context.Context) error {
-	config := appConfig(c.OpsListen, c.databaseFlags, apiFlags{}, c.brokerFlags, relayFlags{}, c.consumerFlags)
-	config.Calls.Keys = c.keys()
-	return app.RunConsumer(ctx, config)
+	return runWith(ctx, c.config, app.RunConsumer)
 }
 
-func (c *allCommand) Run(ctx context.Context) error {
-	config := appConfig(c.OpsListen, c.databaseFlags, c.apiFlags, c.brokerFlags, c.relayFlags, c.consumerFlags)
-	config.Addr, config.Edge, config.Calls.Keys = string(c.Listen), c.edgeFlags.config(), c.keys()
-	c.rpcFlags.set(&config)
-	config.ConsoleAddr, config.ManagementURL = string(c.ConsoleAddr), string(c.ManagementURL)
-	return app.RunAll(ctx, config)
-}
+func (c *allCommand) Run(ctx context.Context) error { return runWith(ctx, c.config, app.RunAll) }
 
-func (f *rpcFlags) set(config *app.Config) {
-	config.RPCOverRabbitMQ, config.RPCPrefetch = f.RPCOverRabbitMQ, f.RPCPrefetch
+func runWith(
+	ctx context.Context, config func() (app.Config, error), run func(context.Context, app.Config) error,
+) error {
+	values, err := config() // checked before: see Validate
+	if err != nil {
+		return err
+	}
+	return run(ctx, values)
 }
 
 func appConfig(
@@ -197,7 +185,6 @@ func appConfig(
 			PageRows: relay.PageRows, Lease: relay.Lease, PollInterval: relay.PollInterval, Retention: relay.Retention,
 		},
 		Prefetch: consumer.Prefetch, Batch: consumer.Batch, Version: buildVersion(),
-		Calls: app.Calls{Concurrency: consumer.CallConcurrency, Limits: consumer.CallLimit},
 	}
 }
 
@@ -242,15 +229,22 @@ func buildVersion() string {
 }
 
 func newParser(flags *cli) *kong.Kong {
-	return kong.Must(flags, kong.Name(app.ServiceName), helpTexts, kong.Vars{"causes": causes()},
-		kong.Description("RPCs over Connect and RabbitMQ, with a transactional outbox."))
+	options := []kong.Option{
+		kong.Name(app.ServiceName), kong.Description("RPCs with a transactional outbox."),
+		helpTexts, kong.Vars{"causes": causes()},
+	}
+	for _, texts := range featureTexts {
+		options = append(options, texts)
+	}
+	return kong.Must(flags, options...)
 }
 
 func main() {
 	var flags cli
-	command, err := newParser(&flags).Parse(os.Args[1:])
+	parser := newParser(&flags)
+	command, err := parser.Parse(os.Args[1:])
 	if err != nil {
-		fail(2, withoutSecrets(err.Error()))
+		fail(2, withoutSecrets(err.Error(), parser.Model))
 	}
 	log := telemetry.NewLogger(os.Stderr, flags.LogFormat, flags.LogLevel)
 	slog.SetDefault(log)
@@ -282,19 +276,24 @@ func fail(status int, text string) {
 	os.Exit(status)
 }
 
-// withoutSecrets removes the values of variables with passwords from an error text: kong quotes the value that it
-// rejects.
-func withoutSecrets(text string) string {
-	for _, name := range []string{
-		"POSTGRES_URL", "POSTGRES_LISTEN_URL", "AMQP_URL", "RABBITMQ_MANAGEMENT_URL", "API_KEYS", "CALL_KEYS",
-	} {
-		if value := os.Getenv(name); value != "" {
-			text = strings.ReplaceAll(text, fmt.Sprintf("%q", value), "…")
-			text = strings.ReplaceAll(text, value, "…")
+// withoutSecrets removes the values of variables with passwords or keys from an error text: kong quotes the value that
+// it rejects.
+func withoutSecrets(text string, model *kong.Application) string {
+	for _, command := range model.Leaves(false) {
+		for _, f := range command.Flags {
+			for _, name := range f.Envs {
+				if value := os.Getenv(name); value != "" && secretName.MatchString(name) {
+					text = strings.ReplaceAll(text, fmt.Sprintf("%q", value), "…")
+					text = strings.ReplaceAll(text, value, "…")
+				}
+			}
 		}
 	}
 	return text
 }
+
+// secretName matches the names of variables that contain a secret.
+var secretName = regexp.MustCompile(`_(URL|KEYS|PASSWORD)$`)
 
 // postgresURL is checked when flags are parsed, so that a typo ends the process at once instead of causing endless
 // retries.
@@ -305,18 +304,6 @@ func (u *postgresURL) UnmarshalText(text []byte) error {
 		return errors.New("not a Postgres URL or connection string, such as postgres://user:password@host:5432/database")
 	}
 	*u = postgresURL(text)
-	return nil
-}
-
-// signingKey is a secret; its error does not show it.
-type signingKey []byte
-
-func (k *signingKey) UnmarshalText(text []byte) error {
-	key, err := base64.StdEncoding.DecodeString(string(text))
-	if err != nil || len(key) < 32 {
-		return errors.New("not a base64 key of 32 bytes or more, as from `openssl rand -base64 32`")
-	}
-	*k = key
 	return nil
 }
 

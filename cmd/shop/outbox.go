@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -110,7 +111,7 @@ func (c *outboxReplayCommand) Validate() error {
 	if err := between("--rate", c.Rate, 0.01, 1e6); err != nil {
 		return err
 	}
-	return firstOf(&c.brokerFlags, &c.period)
+	return cmp.Or(c.brokerFlags.check(), c.period.check())
 }
 
 func (c *outboxReplayCommand) Run(ctx context.Context) error {

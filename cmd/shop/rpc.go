@@ -3,20 +3,15 @@ package main
 import (
 	"cmp"
 	"context"
-	"errors"
 	"fmt"
 	"net/http"
-	"os"
 	"slices"
 	"strings"
-	"text/tabwriter"
 	"time"
 
 	"connectrpc.com/connect/v2"
 	"connectrpc.com/connect/v2/connecthttp"
 	"connectrpc.com/grpcreflect/v2"
-	"example.com/shop/internal/app"
-	"example.com/shop/internal/rabbitrpc"
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/reflect/protodesc"
 	"google.golang.org/protobuf/reflect/protoreflect"
@@ -26,52 +21,8 @@ import (
 )
 
 type rpcCommands struct {
-	Ls   rpcLsCommand   `cmd:"" help:"List services on RabbitMQ with their replicas and waiting requests."`
-	Call rpcCallCommand `cmd:"" help:"Call a unary method, over HTTP or over RabbitMQ."`
-}
-
-type rpcLsCommand struct {
-	Services []string      `arg:"" optional:"" help:"${rpc_services}"`
-	AMQPURL  amqpURL       `name:"amqp-url" env:"AMQP_URL" required:"" help:"RabbitMQ URL with its vhost."`
-	Rate     time.Duration `help:"${rpc_rate}"`
-}
-
-// Validate bounds Rate because requests to a service without replicas wait while copies are counted: see
-// rabbitrpc.Rates.
-func (c *rpcLsCommand) Validate() error { return between("--rate", c.Rate, 0, time.Minute) }
-
-func (c *rpcLsCommand) Run(ctx context.Context) error {
-	names := c.Services
-	if len(names) == 0 {
-		names = app.Services()
-	}
-	states, err := rabbitrpc.Look(ctx, string(c.AMQPURL), names...)
-	if err != nil {
-		return err
-	}
-	var rates map[string]float64
-	if c.Rate > 0 {
-		var served []string
-		for _, state := range states {
-			if state.Replicas > 0 {
-				served = append(served, state.Name)
-			}
-		}
-		rates, err = rabbitrpc.Rates(ctx, string(c.AMQPURL), rabbitrpc.DefaultExchange, c.Rate, served...)
-		if err != nil {
-			return err
-		}
-	}
-	table := tabwriter.NewWriter(os.Stdout, 0, 0, 3, ' ', 0)
-	fmt.Fprint(table, "SERVICE\tREPLICAS\tWAITING\tCALLS/S\n")
-	for _, state := range states {
-		rate := "-"
-		if c.Rate > 0 {
-			rate = fmt.Sprintf("%.1f", rates[state.Name])
-		}
-		fmt.Fprintf(table, "%s\t%d\t%d\t%s\n", state.Name, state.Replicas, state.Waiting, rate)
-	}
-	return table.Flush()
+	Call rpcCallCommand `cmd:"" help:"Call a unary method."`
+	rpcFeatures
 }
 
 type rpcCallCommand struct {
@@ -79,14 +30,22 @@ type rpcCallCommand struct {
 	Data      string            `short:"d" default:"{}" help:"Request as JSON."`
 	Header    map[string]string `short:"H" help:"Metadata to send, such as authorization=TOKEN."`
 	HTTP      string            `name:"http" xor:"way" placeholder:"URL" help:"${rpc_http}"`
-	AMQP      bool              `name:"amqp" xor:"way" help:"Call over RabbitMQ."`
-	AMQPURL   amqpURL           `name:"amqp-url" env:"AMQP_URL" help:"RabbitMQ URL with its vhost, for --amqp."`
 	Timeout   time.Duration     `default:"10s" help:"Deadline of the call."`
+	callFeatures
+}
+
+// callTransport is another transport than HTTP.
+type callTransport interface {
+	check() error
+	// client returns nil if the flags do not select this transport.
+	client() (client *connect.Client, done func())
 }
 
 func (c *rpcCallCommand) Validate() error {
-	if c.AMQP && c.AMQPURL == "" {
-		return errors.New("--amqp needs --amqp-url")
+	for _, transport := range c.callFeatures.all() {
+		if err := transport.check(); err != nil {
+			return err
+		}
 	}
 	service, method, ok := strings.Cut(strings.TrimPrefix(c.Procedure, "/"), "/")
 	if !ok || !protoreflect.FullName(service).IsValid() || !protoreflect.Name(method).IsValid() {
@@ -99,9 +58,9 @@ func (c *rpcCallCommand) Validate() error {
 func (c *rpcCallCommand) Run(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, c.Timeout)
 	defer cancel()
-	client, done := c.client()
+	client, hasReflection, done := c.client()
 	defer done()
-	method, err := c.method(ctx, client)
+	method, err := c.method(ctx, client, hasReflection)
 	if err != nil {
 		return err
 	}
@@ -122,11 +81,11 @@ func (c *rpcCallCommand) Run(ctx context.Context) error {
 	return nil
 }
 
-func (c *rpcCallCommand) client() (client *connect.Client, done func()) {
-	if c.AMQP {
-		config := rabbitrpc.TransportConfig{URL: string(c.AMQPURL), Name: app.ServiceName + " rpc call"}
-		transport := rabbitrpc.NewTransport(config)
-		return connect.NewClient(transport), func() { _ = transport.Close() }
+func (c *rpcCallCommand) client() (client *connect.Client, hasReflection bool, done func()) {
+	for _, transport := range c.callFeatures.all() {
+		if client, done = transport.client(); client != nil {
+			return client, false, done
+		}
 	}
 	protocols := new(http.Protocols)
 	protocols.SetHTTP2(true)
@@ -134,14 +93,16 @@ func (c *rpcCallCommand) client() (client *connect.Client, done func()) {
 	transport := &http.Transport{Protocols: protocols}
 	url := cmp.Or(strings.TrimSuffix(c.HTTP, "/"), "http://127.0.0.1:8080")
 	client = connect.NewClient(connecthttp.NewTransport(&http.Client{Transport: transport}, url))
-	return client, transport.CloseIdleConnections
+	return client, true, transport.CloseIdleConnections
 }
 
 // method finds the method's schema in this program, else through the server's reflection, which only HTTP offers.
-func (c *rpcCallCommand) method(ctx context.Context, client *connect.Client) (protoreflect.MethodDescriptor, error) {
+func (c *rpcCallCommand) method(
+	ctx context.Context, client *connect.Client, hasReflection bool,
+) (protoreflect.MethodDescriptor, error) {
 	service, name, _ := strings.Cut(strings.TrimPrefix(c.Procedure, "/"), "/")
 	found, err := protoregistry.GlobalFiles.FindDescriptorByName(protoreflect.FullName(service))
-	if err != nil && !c.AMQP {
+	if err != nil && hasReflection {
 		found, err = askForSchema(ctx, client, protoreflect.FullName(service))
 	}
 	if err != nil {

@@ -60,16 +60,12 @@ func (c *topologyCommand) Run(ctx context.Context) error {
 		types, dead := strings.Join(queue.Types, ", "), rabbit.DeadQueue(queue.Name)
 		fmt.Printf("queue    %s for %s; undeliverable messages go to %s\n", queue.Name, types, dead)
 	}
-	show := func(users ...string) {
-		for _, user := range users {
-			p := permissions[user]
-			fmt.Printf("%-10s '%s' '%s' '%s'\n", user, p.Configure, p.Write, p.Read)
-		}
+	fmt.Println("\nMinimal permissions of the broker's users (rabbitmqctl set_permissions USER CONFIGURE WRITE READ),\n" +
+		"of relay and consumer with TOPOLOGY=given:")
+	for _, user := range slices.Sorted(maps.Keys(permissions)) {
+		p := permissions[user]
+		fmt.Printf("%-10s '%s' '%s' '%s'\n", user, p.Configure, p.Write, p.Read)
 	}
-	fmt.Println("\nPermissions with TOPOLOGY=given (rabbitmqctl set_permissions USER CONFIGURE WRITE READ):")
-	show("relay", "consumer", "console")
-	fmt.Println("\nPermissions of an api with RPC_OVER_RABBITMQ, which creates its queues itself, and of its callers:")
-	show("rpc-server", "rpc-client")
 	return nil
 }
 

@@ -14,7 +14,6 @@ import (
 	"connectrpc.com/connect/v2"
 	"example.com/shop/internal/changes"
 	"example.com/shop/internal/idempotency"
-	"example.com/shop/internal/operations"
 	"example.com/shop/internal/outbox"
 	"example.com/shop/internal/postgres"
 	"example.com/shop/internal/rabbit"
@@ -45,8 +44,6 @@ type Config struct {
 	// OpsAddr is where the process answers probes and scrapes: /healthz, /readyz, /metrics. The default is a free port
 	// of the loopback interface.
 	OpsAddr string
-	// ConsoleAddr is where RunAll serves the operators' console; "" for no console.
-	ConsoleAddr string
 	// MaxConns bounds the connections of one process to Postgres.
 	MaxConns int32
 	Relay    outbox.Config
@@ -55,18 +52,13 @@ type Config struct {
 	// Prefetch and Batch configure the consumers; see rabbit.ConsumerConfig.
 	Prefetch int
 	Batch    int
-	// RPCOverRabbitMQ makes the API also serve its RPCs from queues. It needs AMQPURL; readiness still does not depend
-	// on the broker.
-	RPCOverRabbitMQ bool
-	// RPCPrefetch bounds how many calls of one service the API executes at once for the queues.
-	RPCPrefetch int
-	Calls       Calls
 	// Version is the program's version in telemetry.
 	Version string
 	// Spans receives the spans in tests, instead of the collector that the environment names.
 	Spans sdktrace.SpanExporter
 	// Edge configures who may call the API, and the limits of calls.
 	Edge Edge
+	Features
 
 	// domain makes the domain. The default is defaultDomain; tests of the core bring their own, since users of the
 	// template delete the example.
@@ -98,10 +90,10 @@ func RunConsumer(ctx context.Context, config Config) error {
 	return run(ctx, config, "consumer", (*process).startConsumer)
 }
 
-// RunAll runs relay, consumer groups, API and console in one process until ctx is done.
+// RunAll runs all parts in one process until ctx is done.
 func RunAll(ctx context.Context, config Config) error {
 	return run(ctx, config, "all",
-		(*process).startRelay, (*process).startConsumer, (*process).startAPI, (*process).startConsole)
+		(*process).startRelay, (*process).startConsumer, (*process).startAPI, (*process).startAllFeatures)
 }
 
 // process is the state that the parts of one process share.
@@ -117,9 +109,11 @@ type process struct {
 	bell      *outbox.NotifyBell
 	gate      *outbox.Gate
 	changes   *changes.Hub
-	calls     *operations.Operations
+	out       *outbox.Writer
 	keys      *idempotency.Keys
 	domain    domain
+	features  []feature
+	shared    shared
 	// afterCheck runs a part once the database has passed the checks that parts with an inbox or outbox need; see
 	// afterDatabaseCheck.
 	afterCheck func(part func(context.Context) error) error
@@ -158,14 +152,11 @@ func run(ctx context.Context, config Config, name string, parts ...part) error {
 	defer p.closePools()
 	p.group, ctx = errgroup.WithContext(ctx)
 	config.HighWater.MeterProvider = providers.Meter
-	if config.domain == nil {
-		config.domain = defaultDomain
-	}
 	p.bell, p.gate = outbox.NewNotifyBell(config.notifyURL()), outbox.NewGate(p.db, config.HighWater)
 	p.changes = changes.New(changes.Config{NotifyURL: config.notifyURL(), ListenURL: config.listenURL()})
-	writer := outbox.NewWriter(p.db, p.bell, p.gate)
-	p.domain = config.domain(p.db, writer, p.changes)
-	p.newCalls(writer)
+	p.out = outbox.NewWriter(p.db, p.bell, p.gate)
+	p.keys = idempotency.New(p.db, p.out, idempotency.Config{Caller: callerName})
+	p.compose()
 	p.afterCheck = afterDatabaseCheck(ctx, p.db)
 	defer p.ring(ctx)()
 	p.checks = p.databaseChecks()
@@ -183,6 +174,22 @@ func run(ctx context.Context, config Config, name string, parts ...part) error {
 	err = p.group.Wait()
 	slog.InfoContext(ctx, "stopped", "process", name)
 	return err
+}
+
+// compose makes the domain and the features.
+func (p *process) compose() {
+	if p.config.domain == nil {
+		p.config.domain = defaultDomain
+	}
+	p.domain = p.config.domain(p.db, p.out, p.changes)
+	p.addFeatures()
+}
+
+// declared returns a process that tells what the service consists of. It handles no message and serves no call.
+func declared(config Config) *process {
+	p := &process{config: config, changes: changes.New(changes.Config{})}
+	p.compose()
+	return p
 }
 
 func (p *process) openPools(ctx context.Context) (err error) {
@@ -253,13 +260,11 @@ func (p *process) connectionName(part string) string {
 
 func (p *process) startAPI(ctx context.Context) {
 	p.startEdge(ctx)
-	p.serve(ctx, p.domain.register, p.calls.Register)
+	p.serve(ctx, p.register)
 	p.group.Go(func() error { p.keys.Run(ctx); return nil })
 	p.group.Go(func() error { p.gate.Run(ctx); return nil })
 	p.group.Go(func() error { p.changes.Follow(ctx); return nil })
-	if p.config.RPCOverRabbitMQ {
-		p.startQueueAPI(ctx)
-	}
+	p.startFeatures(ctx, func(f feature) func(context.Context) { return f.startAPI })
 }
 
 func (p *process) serve(ctx context.Context, register ...func(*connect.Server)) {

@@ -69,8 +69,9 @@ func TestConsoleInABrowser(t *testing.T) {
 	keys, lines := apiKeys(t, "operator")
 	address := testenv.FreeAddress(t)
 	all := start(t, RunAll, Config{
-		PostgresURL: db.Config().ConnString(), AMQPURL: amqpURL, Exchange: "events", ConsoleAddr: address,
+		PostgresURL: db.Config().ConnString(), AMQPURL: amqpURL, Exchange: "events",
 		Edge: Edge{APIKeys: lines}, domain: twoGroups, Version: "test",
+		Features: Features{Console: Console{Addr: address}},
 	})
 	await(t, "all", all.ready, http.StatusOK)
 	s := &browserSession{t: t, db: db}

@@ -50,7 +50,7 @@ func TestCallsThroughTheProcesses(t *testing.T) {
 	if _, err := owner.Exec(t.Context(), `GRANT INSERT ON effects TO shop_api`); err != nil {
 		t.Fatal(err)
 	}
-	topology := probed(Config{}).domain(nil, nil, changes.New(changes.Config{})).topology("events")
+	topology := declared(probed(Config{})).topology()
 	if err := topology.Declare(t.Context(), admin); err != nil {
 		t.Fatal(err)
 	}
@@ -62,7 +62,7 @@ func TestCallsThroughTheProcesses(t *testing.T) {
 		return called(Config{
 			PostgresURL: testenv.As(t, owner.Config().ConnString(), role), TopologyGiven: true,
 			AMQPURL: testenv.Management(t, admin).User(permissions.Configure, permissions.Write, permissions.Read),
-			Edge:    Edge{APIKeys: line}, Calls: Calls{Keys: [][]byte{make([]byte, 32)}},
+			Edge:    Edge{APIKeys: line}, Features: Features{DurableCalls: DurableCalls{Keys: [][]byte{make([]byte, 32)}}},
 		})
 	}
 	api := start(t, RunAPI, config("shop_api", rabbit.Permissions{}))
@@ -106,4 +106,28 @@ func TestCallsThroughTheProcesses(t *testing.T) {
 		}
 	}
 	awaitEffects(2)
+}
+
+func TestDurableCallsSurviveAFailover(t *testing.T) {
+	t.Parallel()
+	testFailover(t, 0, func(before *connect.Client) map[string]call {
+		ctx, info := connect.NewClientContext(t.Context())
+		info.RequestHeader().Set("Prefer", "respond-async")
+		if _, err := probe.Call(ctx, before, probe.Mutate, "to be cancelled"); err != nil {
+			t.Fatal(err)
+		}
+		operation := info.ResponseHeader().Get("Operation")
+		return map[string]call{
+			"a durable call": func(client *connect.Client) error {
+				ctx := withHeader(t.Context(), "Idempotency-Key", "durable", "Prefer", "respond-async")
+				_, err := probe.Call(ctx, client, probe.Mutate, "durable")
+				return err
+			},
+			"a durable call that is cancelled": func(client *connect.Client) error {
+				_, err := operationsv1connect.NewOperationServiceClient(client).
+					CancelOperation(t.Context(), &operationsv1.CancelOperationRequest{Name: operation})
+				return err
+			},
+		}
+	})
 }

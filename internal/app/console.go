@@ -9,27 +9,40 @@ import (
 	"connectrpc.com/connect/v2"
 	"example.com/shop/internal/console"
 	"example.com/shop/internal/gen/ops/v1/opsv1connect"
-	"example.com/shop/internal/operations"
-	"example.com/shop/internal/ops"
 	"example.com/shop/internal/rabbit"
 	"example.com/shop/internal/rpcserver"
 )
 
+// Console configures the operators' console.
+type Console struct {
+	// Addr is where RunAll serves the console; "" for no console.
+	Addr string
+}
+
+func operatorsConsole(p *process) feature {
+	return feature{
+		startAll: p.startConsole,
+		permissions: func() map[string]rabbit.Permissions {
+			return map[string]rabbit.Permissions{"console": p.topology().ObserverPermissions()}
+		},
+	}
+}
+
 // RunConsole serves the operators' console until ctx is done.
 func RunConsole(ctx context.Context, config Config) error {
-	config.ConsoleAddr = cmp.Or(config.ConsoleAddr, config.Addr)
+	config.Console.Addr = cmp.Or(config.Console.Addr, config.Addr)
 	return run(ctx, config, "console", (*process).startEdge, (*process).startConsole)
 }
 
 // startConsole serves the console on its own address, for operators. The console does not need the broker to be ready:
 // operators need it most when the broker is down.
 func (p *process) startConsole(ctx context.Context) {
-	if p.config.ConsoleAddr == "" {
+	if p.config.Console.Addr == "" {
 		return
 	}
 	gauge := rabbit.NewGauge(p.config.AMQPURL, p.connectionName("console"))
 	service := console.New(console.Config{
-		DB: p.db, Operations: p.calls, Groups: p.consoleGroups(), Depths: gauge.Read, Dangers: p.dangers,
+		DB: p.db, Groups: p.consoleGroups(), Depths: gauge.Read, Dangers: p.dangers,
 		APIs: []string{ServiceName + " api", ServiceName + " all"}, Service: ServiceName, Version: p.config.Version,
 	})
 	server := p.newConsoleServer(service)
@@ -49,11 +62,18 @@ func (p *process) dangers(ctx context.Context) ([]rabbit.Danger, error) {
 // origins, even those that the API allows.
 func (p *process) newConsoleServer(service *console.Console) *rpcserver.Server {
 	server := rpcserver.New(rpcserver.Config{
-		Addr: p.config.ConsoleAddr, Checks: p.consoleChecks(), Interceptors: p.edge.interceptors,
+		Addr: p.config.Console.Addr, Checks: p.consoleChecks(), Interceptors: p.edge.interceptors,
 		MeterProvider: p.telemetry.Meter, TracerProvider: p.telemetry.Tracer, TLS: p.edge.tls,
 		ReadMaxBytes: p.edge.ReadMaxBytes, MaxConns: p.edge.MaxConns, MaxConnsPerAddress: p.edge.MaxConnsPerAddress,
 		Budget: p.edge.budget, LocalNames: p.edge.NoAuth, Hosts: p.edge.NoAuthHosts,
-	}, func(s *connect.Server) { opsv1connect.RegisterOpsServiceHandler(s, service) })
+	}, func(s *connect.Server) {
+		opsv1connect.RegisterOpsServiceHandler(s, service)
+		for _, f := range p.features {
+			if f.operators != nil {
+				f.operators(s)
+			}
+		}
+	})
 	server.Handle("GET "+console.Prefix, console.Pages())
 	server.Handle("GET /{$}", redirect(strings.TrimPrefix(console.Prefix, "/")))
 	return server
@@ -68,12 +88,20 @@ func redirect(to string) http.Handler {
 	})
 }
 
-// consoleGroups returns the groups that operators see: those of the domain, and the group of durable calls.
 func (p *process) consoleGroups() (groups []console.Group) {
-	for _, g := range p.domain.groups {
-		groups = append(groups, console.Group{Group: ops.Group{Name: g.Name(), Types: g.Types()}, Queue: queueName(g)})
+	for _, g := range p.groups() {
+		groups = append(groups, console.Group{Group: g.Group, Queue: g.queue.Name})
 	}
-	return append(groups, console.Group{
-		Group: ops.Group{Name: operations.Consumer, Types: callsQueue.Types}, Queue: callsQueue.Name,
-	})
+	return groups
+}
+
+// consoleChecks returns the console's readiness checks. It needs neither the broker, since it shows that the broker is
+// down, nor the clock.
+func (p *process) consoleChecks() (needed []rpcserver.Check) {
+	for _, check := range p.checks {
+		if check.Name != "broker" && check.Name != "clock" {
+			needed = append(needed, check)
+		}
+	}
+	return needed
 }

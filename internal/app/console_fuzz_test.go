@@ -14,7 +14,6 @@ import (
 	"example.com/shop/internal/console"
 	"example.com/shop/internal/dev/testenv"
 	"example.com/shop/internal/gen/ops/v1/opsv1connect"
-	"example.com/shop/internal/operations"
 	"example.com/shop/internal/ops"
 	"example.com/shop/internal/outbox"
 	"example.com/shop/internal/telemetry"
@@ -39,11 +38,13 @@ func startConsoleAPI(t *testing.T) *api {
 	if err != nil {
 		t.Fatal(err)
 	}
-	calls := operations.New(a.db, outbox.NewWriter(a.db, nil, nil), changes.New(changes.Config{}), operations.Config{})
 	groups := []console.Group{{Group: ops.Group{Name: "group"}, Queue: "q"}}
-	service := console.New(console.Config{DB: a.db, Operations: calls, Groups: groups})
-	p := &process{edge: edge, telemetry: new(telemetry.Providers)}
-	a.server = p.newServer(func(s *connect.Server) { opsv1connect.RegisterOpsServiceHandler(s, service) })
+	p := &process{
+		config: probed(Config{}), edge: edge, telemetry: new(telemetry.Providers), db: a.db,
+		out: outbox.NewWriter(a.db, nil, nil), changes: changes.New(changes.Config{}),
+	}
+	p.compose()
+	a.server = p.newConsoleServer(console.New(console.Config{DB: a.db, Groups: groups}))
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)

@@ -119,7 +119,7 @@ func TestConsolePausesAGroup(t *testing.T) {
 	owner, admin := testenv.Postgres(t), testenv.AMQP(t)
 	awaitEffects := effectsIn(t, owner)
 	url := owner.Config().ConnString()
-	topology := probed(Config{}).domain(nil, nil, nil).topology("events")
+	topology := declared(probed(Config{})).topology()
 	if err := topology.Declare(t.Context(), admin); err != nil {
 		t.Fatal(err)
 	}

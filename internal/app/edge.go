@@ -14,7 +14,6 @@ import (
 	"connectrpc.com/connect/v2"
 	"example.com/shop/internal/auth"
 	"example.com/shop/internal/idempotency"
-	"example.com/shop/internal/operations"
 	"example.com/shop/internal/rpcserver"
 )
 
@@ -107,7 +106,7 @@ func (c Edge) inFlightBytes() int64 {
 
 // newServer makes the API's server.
 func (p *process) newServer(services ...func(*connect.Server)) *rpcserver.Server {
-	request, response := headers()
+	request, response := p.headers()
 	return rpcserver.New(rpcserver.Config{
 		Addr: p.config.Addr, Checks: p.checks, Interceptors: p.interceptors(),
 		MeterProvider: p.telemetry.Meter, TracerProvider: p.telemetry.Tracer,
@@ -128,19 +127,37 @@ func (p *process) startEdge(ctx context.Context) {
 	}
 }
 
-// interceptors returns the interceptors of calls over any transport: authentication, limits, authorization, durable
-// calls and idempotency keys.
+// interceptors returns the interceptors of calls over any transport: authentication, limits, authorization, features
+// and idempotency keys.
 func (p *process) interceptors() []connect.ServerInterceptor {
-	return append(slices.Clone(p.edge.interceptors), p.calls.Interceptor(), p.keys.Interceptor())
+	all := slices.Clone(p.edge.interceptors)
+	for _, f := range p.features {
+		if f.interceptor != nil {
+			all = append(all, f.interceptor)
+		}
+	}
+	return append(all, p.keys.Interceptor())
 }
 
 // headers returns the headers that the interceptors read from requests and write to responses.
-func headers() (request, response []string) {
-	for _, of := range []func() (request, response []string){operations.Headers, idempotency.Headers} {
-		read, written := of()
-		request, response = append(request, read...), append(response, written...)
+func (p *process) headers() (request, response []string) {
+	request, response = idempotency.Headers()
+	for _, f := range p.features {
+		if f.headers != nil {
+			read, written := f.headers()
+			request, response = append(request, read...), append(response, written...)
+		}
 	}
 	return request, response
+}
+
+// callerName returns a unique name of the caller, "" without credentials.
+func callerName(ctx context.Context) string {
+	caller, known := auth.FromContext(ctx)
+	if !known {
+		return ""
+	}
+	return caller.By + ":" + caller.Subject
 }
 
 // warnOfNoAuth logs a warning every minute, so that nobody overlooks it.

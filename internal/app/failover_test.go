@@ -13,8 +13,6 @@ import (
 	"example.com/shop/internal/changes"
 	"example.com/shop/internal/dev/probe"
 	"example.com/shop/internal/dev/testenv"
-	operationsv1 "example.com/shop/internal/gen/shop/operations/v1"
-	"example.com/shop/internal/gen/shop/operations/v1/operationsv1connect"
 	"example.com/shop/internal/outbox"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
@@ -48,11 +46,30 @@ func withHeader(ctx context.Context, pairs ...string) context.Context {
 	return ctx
 }
 
-// A call that finds its effect done reports success only if no failover can undo the effect. Here the standby is down:
-// the first call commits on the primary, and its caller gets an unknown outcome. A repeat finds the row, and must get
-// an unknown outcome, too.
+// call is a call with an effect that a repeat finds done.
+type call func(client *connect.Client) error
+
 func TestDoneAlreadySurvivesAFailover(t *testing.T) {
 	t.Parallel()
+	testFailover(t, 2, func(*connect.Client) map[string]call {
+		return map[string]call{
+			"a row": func(client *connect.Client) error {
+				_, err := probe.Call(t.Context(), client, probe.Mutate, "row")
+				return err
+			},
+			"a key": func(client *connect.Client) error {
+				_, err := probe.Call(withHeader(t.Context(), "Idempotency-Key", "key"), client, probe.Mutate, "key")
+				return err
+			},
+		}
+	})
+}
+
+// A call that finds its effect done reports success only if no failover can undo the effect. Here the standby is down:
+// the first call commits on the primary, and its caller gets an unknown outcome. A repeat finds the row, and must get
+// an unknown outcome, too. prepare runs while the standby is up.
+func testFailover(t *testing.T, effects int, prepare func(before *connect.Client) map[string]call) {
+	t.Helper()
 	primary, standby := testenv.Replicated(t)
 	owner, err := pgx.Connect(t.Context(), primary.URL())
 	if err != nil {
@@ -70,32 +87,7 @@ func TestDoneAlreadySurvivesAFailover(t *testing.T) {
 		return connect.NewClient(connecthttp.NewTransport(web, served.url))
 	}
 	before := client(primary.URL())
-	ctx, info := connect.NewClientContext(t.Context())
-	info.RequestHeader().Set("Prefer", "respond-async")
-	if _, err := probe.Call(ctx, before, probe.Mutate, "to be cancelled"); err != nil {
-		t.Fatal(err)
-	}
-	operation := info.ResponseHeader().Get("Operation")
-	calls := map[string]func(client *connect.Client) error{
-		"a row": func(client *connect.Client) error {
-			_, err := probe.Call(t.Context(), client, probe.Mutate, "row")
-			return err
-		},
-		"a key": func(client *connect.Client) error {
-			_, err := probe.Call(withHeader(t.Context(), "Idempotency-Key", "key"), client, probe.Mutate, "key")
-			return err
-		},
-		"a durable call": func(client *connect.Client) error {
-			ctx := withHeader(t.Context(), "Idempotency-Key", "durable", "Prefer", "respond-async")
-			_, err := probe.Call(ctx, client, probe.Mutate, "durable")
-			return err
-		},
-		"a durable call that is cancelled": func(client *connect.Client) error {
-			_, err := operationsv1connect.NewOperationServiceClient(client).
-				CancelOperation(t.Context(), &operationsv1.CancelOperationRequest{Name: operation})
-			return err
-		},
-	}
+	calls := prepare(before)
 	standby.Stop()
 	for _, which := range []string{"first", "repeated"} {
 		var all errgroup.Group
@@ -112,8 +104,8 @@ func TestDoneAlreadySurvivesAFailover(t *testing.T) {
 		_ = all.Wait()
 	}
 	var rows int
-	if err := owner.QueryRow(t.Context(), `SELECT count(*) FROM effects`).Scan(&rows); err != nil || rows != 2 {
-		t.Errorf("%d rows on the primary, %v, want the 2 that the repeats must find", rows, err)
+	if err := owner.QueryRow(t.Context(), `SELECT count(*) FROM effects`).Scan(&rows); err != nil || rows != effects {
+		t.Errorf("%d rows on the primary, %v, want the %d that the repeats must find", rows, err, effects)
 	}
 	primary.Kill()
 	after := client(standby.Promote())

@@ -4,8 +4,8 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"maps"
 
-	"example.com/shop/internal/changes"
 	"example.com/shop/internal/deadletter"
 	"example.com/shop/internal/inbox"
 	"example.com/shop/internal/messaging"
@@ -17,23 +17,35 @@ import (
 
 // Topology returns the exchange and queues that the service's groups need.
 func Topology(exchange string) rabbit.Topology {
-	return defaultDomain(nil, nil, changes.New(changes.Config{})).topology(exchange) // this domain handles no message
+	return declared(Config{Exchange: exchange}).topology()
 }
 
-func (d domain) topology(exchange string) rabbit.Topology {
-	topology := rabbit.Topology{Exchange: exchange}
-	for _, group := range d.groups {
-		topology.Queues = append(topology.Queues, rabbit.Queue{Name: queueName(group), Types: group.Types()})
-	}
-	topology.Queues = append(topology.Queues, callsQueue)
-	return topology
-}
-
-// topology returns the same for this process, which declares it when it connects, unless Config.TopologyGiven.
+// topology returns the topology, which the process declares when it connects, unless Config.TopologyGiven.
 func (p *process) topology() rabbit.Topology {
-	topology := p.domain.topology(p.config.Exchange)
-	topology.Given = p.config.TopologyGiven
+	topology := rabbit.Topology{Exchange: p.config.Exchange, Given: p.config.TopologyGiven}
+	for _, group := range p.groups() {
+		topology.Queues = append(topology.Queues, group.queue)
+	}
 	return topology
+}
+
+// Permissions returns the minimal permissions of the broker's users with a given topology, by user: relay, consumer, and
+// the users of the features.
+func Permissions(exchange string) map[string]rabbit.Permissions {
+	return declared(Config{Exchange: exchange}).permissions()
+}
+
+func (p *process) permissions() map[string]rabbit.Permissions {
+	topology := p.topology()
+	all := map[string]rabbit.Permissions{
+		"relay": topology.PublisherPermissions(), "consumer": topology.ConsumerPermissions(),
+	}
+	for _, f := range p.features {
+		if f.permissions != nil {
+			maps.Copy(all, f.permissions())
+		}
+	}
+	return all
 }
 
 func queueName(g group) string { return ServiceName + "." + g.Name() }
@@ -67,33 +79,45 @@ func (p *process) startRelay(ctx context.Context) {
 // one for its queue and one for its dead queue.
 func (p *process) deliveryBytes() int64 {
 	const least = 4 << 20 // four messages of the largest size that the outbox accepts
-	consumers := 2 * int64(len(p.domain.groups)+1)
-	return max(least, p.config.Edge.inFlightBytes()/consumers)
+	consumers := 2 * int64(len(p.groups()))
+	return max(least, p.config.Edge.inFlightBytes()/max(1, consumers))
 }
 
 func (p *process) startConsumer(ctx context.Context) {
 	p.needBroker()
-	meters := p.telemetry.Meter
-	for _, group := range p.domain.groups {
+	groups := p.groups()
+	for i, group := range p.domain.groups {
 		config := inboxConfig
-		config.AfterCommit, config.MeterProvider, config.TracerProvider = p.bell.Ring, meters, p.telemetry.Tracer
-		box := inbox.New(p.db, group.Group, config)
-		consumer := rabbit.NewConsumer(rabbit.ConsumerConfig{
-			URL: p.config.AMQPURL, Topology: p.topology(), Queue: queueName(group),
-			Name:  p.connectionName("consumer " + group.Name()),
-			Lanes: group.lanes, Prefetch: p.config.Prefetch, Batch: p.config.Batch, MaxBytes: p.deliveryBytes(),
-			MeterProvider: meters,
-		}, box.Process)
-		drain := rabbit.NewConsumer(rabbit.ConsumerConfig{
-			URL: p.config.AMQPURL, Topology: p.topology(), Queue: rabbit.DeadQueue(queueName(group)),
-			Name:     p.connectionName("drain " + group.Name()),
-			MaxBytes: p.deliveryBytes(), MeterProvider: meters,
-		}, box.Drain)
-		p.group.Go(func() error {
-			return p.afterCheck(func(ctx context.Context) error { return box.WhileResumed(ctx, consumer.Run) })
+		config.AfterCommit = p.bell.Ring
+		config.MeterProvider, config.TracerProvider = p.telemetry.Meter, p.telemetry.Tracer
+		p.consume(groups[i], inbox.New(p.db, group.Group, config), rabbit.ConsumerConfig{
+			Lanes: group.lanes, Prefetch: p.config.Prefetch, Batch: p.config.Batch,
 		})
-		p.group.Go(func() error { return p.afterCheck(drain.Run) })
-		p.group.Go(func() error { return p.afterCheck(box.Run) })
 	}
-	p.startCalls()
+	p.startFeatures(ctx, func(f feature) func(context.Context) { return f.startConsumer })
+}
+
+// box applies the messages of a consumer group, once each.
+type box interface {
+	Process(ctx context.Context, deliveries []messaging.Delivery) error
+	Drain(ctx context.Context, deliveries []messaging.Delivery) error
+	WhileResumed(ctx context.Context, part func(ctx context.Context) error) error
+	Run(ctx context.Context) error
+}
+
+// consume consumes from a group's queue, with the given config, and from its dead queue.
+func (p *process) consume(group queueGroup, box box, config rabbit.ConsumerConfig) {
+	config.URL, config.Topology, config.Queue = p.config.AMQPURL, p.topology(), group.queue.Name
+	config.MaxBytes, config.MeterProvider = p.deliveryBytes(), p.telemetry.Meter
+	dead := rabbit.ConsumerConfig{
+		URL: config.URL, Topology: config.Topology, Queue: rabbit.DeadQueue(group.queue.Name),
+		MaxBytes: config.MaxBytes, MeterProvider: config.MeterProvider, Name: p.connectionName("drain " + group.Name),
+	}
+	config.Name = p.connectionName("consumer " + group.Name)
+	consumer, drain := rabbit.NewConsumer(config, box.Process), rabbit.NewConsumer(dead, box.Drain)
+	p.group.Go(func() error {
+		return p.afterCheck(func(ctx context.Context) error { return box.WhileResumed(ctx, consumer.Run) })
+	})
+	p.group.Go(func() error { return p.afterCheck(drain.Run) })
+	p.group.Go(func() error { return p.afterCheck(box.Run) })
 }

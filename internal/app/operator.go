@@ -31,8 +31,11 @@ func OpenAdmin(ctx context.Context, config Config) (*Admin, error) {
 	if err != nil {
 		return nil, err
 	}
-	domain := defaultDomain(db, outbox.NewWriter(db, nil, nil), changes.New(changes.Config{}))
-	return &Admin{DB: db, process: process{config: config, db: db, domain: domain}}, nil
+	a := &Admin{DB: db, process: process{
+		config: config, db: db, out: outbox.NewWriter(db, nil, nil), changes: changes.New(changes.Config{}),
+	}}
+	a.compose()
+	return a, nil
 }
 
 // Close closes the connections.
@@ -46,11 +49,11 @@ func (a *Admin) Groups() (groups []ops.Group) {
 	return groups
 }
 
-// Acts returns an Operator for all consumer groups, including the one of durable calls.
+// Acts returns an Operator for all consumer groups, including those of the features.
 func (a *Admin) Acts() ops.Operator {
 	operator := ops.Operator{DB: a.DB}
-	for _, group := range a.consoleGroups() {
-		operator.Groups = append(operator.Groups, group.Name)
+	for _, group := range a.groups() {
+		operator.Groups = append(operator.Groups, group.Group)
 	}
 	return operator
 }

@@ -3,26 +3,22 @@ package app
 import (
 	"net/http"
 	"testing"
-	"time"
 
-	"connectrpc.com/connect/v2"
 	"example.com/shop/internal/dev/testenv"
-	operationsv1 "example.com/shop/internal/gen/shop/operations/v1"
-	"example.com/shop/internal/gen/shop/operations/v1/operationsv1connect"
 	"example.com/shop/internal/postgres"
-	"example.com/shop/internal/rabbitrpc"
 )
 
-// Each process works with its own role in the database, and with exactly its permissions on the broker.
+// Each process works with its own role in the database, and with exactly its permissions on the broker. The API has
+// none there.
 func TestLeastPrivilege(t *testing.T) {
 	t.Parallel()
 	owner, admin := testenv.Postgres(t), testenv.AMQP(t)
 	awaitEffects := effectsIn(t, owner)
-	domain := probed(Config{}).domain(nil, nil, nil)
-	if err := domain.topology("events").Declare(t.Context(), admin); err != nil {
+	service := declared(probed(Config{Exchange: "events"}))
+	if err := service.topology().Declare(t.Context(), admin); err != nil {
 		t.Fatal(err)
 	}
-	permissions := domain.permissions("events")
+	permissions := service.permissions()
 	user := func(name string) string {
 		p := permissions[name]
 		return testenv.Management(t, admin).User(p.Configure, p.Write, p.Read)
@@ -31,8 +27,8 @@ func TestLeastPrivilege(t *testing.T) {
 		url := testenv.As(t, owner.Config().ConnString(), role)
 		return probed(Config{PostgresURL: url, TopologyGiven: true, AMQPURL: user(name)})
 	}
-	api := config("shop_api", "rpc-server")
-	api.RPCOverRabbitMQ, api.Edge = true, Edge{NoAuth: true}
+	api := config("shop_api", "")
+	api.Edge = Edge{NoAuth: true}
 	await(t, "api", serve(t, RunAPI, api), http.StatusOK)
 	await(t, "relay", serve(t, RunRelay, config("shop_relay", "relay")), http.StatusOK)
 	await(t, "consumer", serve(t, RunConsumer, config("shop_consumer", "consumer")), http.StatusOK)
@@ -46,12 +42,4 @@ func TestLeastPrivilege(t *testing.T) {
 		t.Fatal(err)
 	}
 	awaitEffects(1)
-
-	transport := rabbitrpc.NewTransport(rabbitrpc.TransportConfig{URL: user("rpc-client")})
-	defer transport.Close()
-	client := operationsv1connect.NewOperationServiceClient(connect.NewClient(transport))
-	testenv.Eventually(t, 20*time.Second, func() error { // the server is starting
-		_, err := client.ListOperations(t.Context(), &operationsv1.ListOperationsRequest{})
-		return err
-	})
 }

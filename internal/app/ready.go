@@ -87,14 +87,3 @@ func (p *process) needKeys() {
 		p.checks = append(p.checks, rpcserver.Check{Name: "jwks", Ready: p.edge.keys.Ready})
 	}
 }
-
-// consoleChecks returns the console's readiness checks. It needs neither the broker, since it shows that the broker is
-// down, nor the clock.
-func (p *process) consoleChecks() (needed []rpcserver.Check) {
-	for _, check := range p.checks {
-		if check.Name != "broker" && check.Name != "clock" {
-			needed = append(needed, check)
-		}
-	}
-	return needed
-}

@@ -6,20 +6,33 @@ import (
 	"slices"
 
 	"connectrpc.com/connect/v2"
-	"example.com/shop/internal/changes"
-	"example.com/shop/internal/operations"
 	"example.com/shop/internal/rabbit"
 	"example.com/shop/internal/rabbitrpc"
 	"example.com/shop/internal/rpcserver"
 )
 
+// RPCOverRabbitMQ configures the API over RabbitMQ.
+type RPCOverRabbitMQ struct {
+	// Serve makes the API also serve its RPCs from queues. It needs AMQPURL; readiness still does not depend on the
+	// broker.
+	Serve bool
+	// Prefetch bounds how many calls of one service the API executes at once for the queues.
+	Prefetch int
+}
+
+func rpcOverRabbitMQ(p *process) feature {
+	return feature{startAPI: p.startQueueAPI, permissions: p.rpcPermissions}
+}
+
 // startQueueAPI serves the API over RabbitMQ, through the same interceptors and so with the same access as over HTTP.
 func (p *process) startQueueAPI(ctx context.Context) {
+	if !p.config.RPCOverRabbitMQ.Serve {
+		return
+	}
 	rpc := connect.NewServer(rpcserver.Interceptors(slog.Default(), p.interceptors()...)...)
-	p.domain.register(rpc)
-	p.calls.Register(rpc)
+	p.register(rpc)
 	server := rabbitrpc.NewServer(rabbitrpc.ServerConfig{
-		URL: p.config.AMQPURL, Name: p.connectionName("rpc"), Prefetch: p.config.RPCPrefetch,
+		URL: p.config.AMQPURL, Name: p.connectionName("rpc"), Prefetch: p.config.RPCOverRabbitMQ.Prefetch,
 		RequestMaxBytes: p.edge.ReadMaxBytes, MaxBytes: p.config.Edge.inFlightBytes(),
 		MeterProvider: p.telemetry.Meter, TracerProvider: p.telemetry.Tracer,
 	}, rpc)
@@ -27,14 +40,11 @@ func (p *process) startQueueAPI(ctx context.Context) {
 }
 
 // Services returns the full names of the services that the API serves.
-func Services() []string {
-	return defaultDomain(nil, nil, changes.New(changes.Config{})).services() // this domain serves no call
-}
+func Services() []string { return declared(Config{}).services() }
 
-func (d domain) services() []string {
+func (p *process) services() []string {
 	rpc := connect.NewServer()
-	d.register(rpc)
-	operations.New(nil, nil, changes.New(changes.Config{}), operations.Config{}).Register(rpc)
+	p.register(rpc)
 	var names []string
 	for spec := range rpc.Specs() {
 		names = append(names, rabbitrpc.ServiceOf(spec.Procedure))
@@ -43,18 +53,10 @@ func (d domain) services() []string {
 	return slices.Compact(names)
 }
 
-// Permissions returns the minimal permissions of the broker's users: relay, consumer and console with a given
-// topology, an API that serves RPCs from queues (rpc-server), and its callers (rpc-client).
-func Permissions(exchange string) map[string]rabbit.Permissions {
-	return defaultDomain(nil, nil, changes.New(changes.Config{})).permissions(exchange)
-}
-
-func (d domain) permissions(exchange string) map[string]rabbit.Permissions {
-	topology := d.topology(exchange)
+// rpcPermissions returns the minimal permissions of an API that serves RPCs from queues, and of its callers.
+func (p *process) rpcPermissions() map[string]rabbit.Permissions {
 	return map[string]rabbit.Permissions{
-		"relay": topology.PublisherPermissions(), "consumer": topology.ConsumerPermissions(),
-		"console":    topology.ObserverPermissions(),
-		"rpc-server": rabbitrpc.ServerPermissions(rabbitrpc.DefaultExchange, d.services()...),
+		"rpc-server": rabbitrpc.ServerPermissions(rabbitrpc.DefaultExchange, p.services()...),
 		"rpc-client": rabbitrpc.ClientPermissions(rabbitrpc.DefaultExchange),
 	}
 }

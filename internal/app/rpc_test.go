@@ -36,13 +36,13 @@ func TestAPIServesOverRabbitMQ(t *testing.T) {
 	}
 }
 
-func testQueueAPI(t *testing.T, edge Edge, want *connect.Error) {
-	spec := connect.Spec{Procedure: "/probe.v1.Probe/Unary"}
-	config := Config{
-		PostgresURL:     testenv.As(t, testenv.PostgresURL(t), "shop_api"),
-		RPCOverRabbitMQ: true, RPCPrefetch: 5, Edge: edge,
+// queueAPI returns the config of an API over RabbitMQ with one method, which counts its calls and fails.
+func queueAPI(t *testing.T, edge Edge) (config Config, spec connect.Spec, executed *atomic.Int64) {
+	spec, executed = connect.Spec{Procedure: "/probe.v1.Probe/Unary"}, new(atomic.Int64)
+	config = Config{
+		PostgresURL: testenv.As(t, testenv.PostgresURL(t), "shop_api"), Edge: edge,
+		Features: Features{RPCOverRabbitMQ: RPCOverRabbitMQ{Serve: true, Prefetch: 5}},
 	}
-	var executed atomic.Int64
 	config.domain = func(*pgxpool.Pool, *outbox.Writer, *changes.Hub) domain {
 		return domain{register: func(s *connect.Server) {
 			handler := func(context.Context, connect.Spec, connect.ServerStream) error {
@@ -52,6 +52,11 @@ func testQueueAPI(t *testing.T, edge Edge, want *connect.Error) {
 			s.Register(connect.Method{Spec: spec, Handler: handler})
 		}}
 	}
+	return config, spec, executed
+}
+
+func testQueueAPI(t *testing.T, edge Edge, want *connect.Error) {
+	config, spec, executed := queueAPI(t, edge)
 	amqpURL := testenv.AMQP(t)
 	broker, proxied := testenv.ProxyURL(t, amqpURL)
 	config.AMQPURL = proxied
@@ -60,6 +65,15 @@ func testQueueAPI(t *testing.T, edge Edge, want *connect.Error) {
 	await(t, "without the broker", ready, http.StatusOK)
 	broker.Refuse(false)
 
+	awaitError(t, amqpURL, spec, want)
+	if want.Code() == connect.CodeUnauthenticated && executed.Load() > 0 {
+		t.Error("a call without credentials was executed")
+	}
+}
+
+// awaitError calls over RabbitMQ until the call returns the error.
+func awaitError(t *testing.T, amqpURL string, spec connect.Spec, want *connect.Error) {
+	t.Helper()
 	transport := rabbitrpc.NewTransport(rabbitrpc.TransportConfig{URL: amqpURL})
 	defer transport.Close()
 	testenv.Eventually(t, 20*time.Second, func() error {
@@ -72,7 +86,18 @@ func testQueueAPI(t *testing.T, edge Edge, want *connect.Error) {
 		}
 		return nil
 	})
-	if want.Code() == connect.CodeUnauthenticated && executed.Load() > 0 {
-		t.Error("a call without credentials was executed")
+}
+
+// An API over RabbitMQ and its callers need exactly their permissions on the broker.
+func TestLeastPrivilegeOverRabbitMQ(t *testing.T) {
+	t.Parallel()
+	config, spec, _ := queueAPI(t, Edge{NoAuth: true})
+	admin, permissions := testenv.AMQP(t), declared(config).permissions()
+	user := func(name string) string {
+		p := permissions[name]
+		return testenv.Management(t, admin).User(p.Configure, p.Write, p.Read)
 	}
+	config.AMQPURL = user("rpc-server")
+	await(t, "api", serve(t, RunAPI, config), http.StatusOK)
+	awaitError(t, user("rpc-client"), spec, connect.NewError(connect.CodeInternal, "internal error"))
 }

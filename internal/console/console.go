@@ -16,7 +16,6 @@ import (
 	"example.com/shop/internal/deadletter"
 	opsv1 "example.com/shop/internal/gen/ops/v1"
 	"example.com/shop/internal/messaging"
-	"example.com/shop/internal/operations"
 	"example.com/shop/internal/ops"
 	"example.com/shop/internal/postgres"
 	"example.com/shop/internal/rabbit"
@@ -25,8 +24,7 @@ import (
 
 // Config configures a Console.
 type Config struct {
-	DB         *pgxpool.Pool
-	Operations *operations.Operations
+	DB *pgxpool.Pool
 	// Groups are the consumer groups.
 	Groups []Group
 	// Depths returns how many messages and consumers queues have.
@@ -50,7 +48,6 @@ type Console struct {
 	config   Config
 	db       *pgxpool.Pool
 	operator ops.Operator
-	groups   []ops.Group
 	flow     *flow
 }
 
@@ -58,8 +55,7 @@ type Console struct {
 func New(config Config) *Console {
 	c := &Console{config: config, db: config.DB, flow: newFlow(), operator: ops.Operator{DB: config.DB}}
 	for _, group := range config.Groups {
-		c.groups = append(c.groups, group.Group)
-		c.operator.Groups = append(c.operator.Groups, group.Name)
+		c.operator.Groups = append(c.operator.Groups, group.Group)
 	}
 	return c
 }
@@ -75,7 +71,8 @@ func (c *Console) GetSession(ctx context.Context, _ *opsv1.GetSessionRequest) (*
 	caller, _ := auth.FromContext(ctx)
 	off := caller.By == "nothing"
 	response := &opsv1.GetSessionResponse{
-		Actor: actor(ctx), Service: c.config.Service, Version: c.config.Version, Groups: c.operator.Groups,
+		Actor: actor(ctx), Service: c.config.Service, Version: c.config.Version,
+		Groups: ops.Names(c.operator.Groups),
 		MayAct: off || slices.Contains(caller.Roles, operatorRole),
 	}
 	response.MayLook = response.MayAct || slices.Contains(caller.Roles, observerRole)
@@ -117,7 +114,7 @@ func publicError(err error) error {
 	switch {
 	case err == nil:
 		return nil
-	case errors.As(err, new(ops.Refusal)), errors.Is(err, operations.ErrBegun):
+	case errors.As(err, new(ops.Refusal)):
 		return connect.NewError(connect.CodeFailedPrecondition, err.Error())
 	case errors.Is(err, ops.ErrTooSlow):
 		return connect.NewError(connect.CodeDeadlineExceeded, err.Error())

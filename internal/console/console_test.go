@@ -11,12 +11,9 @@ import (
 
 	"connectrpc.com/connect/v2"
 	"example.com/shop/internal/auth"
-	"example.com/shop/internal/changes"
 	"example.com/shop/internal/dev/testenv"
 	opsv1 "example.com/shop/internal/gen/ops/v1"
-	"example.com/shop/internal/operations"
 	"example.com/shop/internal/ops"
-	"example.com/shop/internal/outbox"
 	"example.com/shop/internal/postgres"
 	"example.com/shop/internal/rabbit"
 	"example.com/shop/internal/session"
@@ -48,11 +45,9 @@ func setup(t *testing.T) *fixture {
 		t.Fatal(err)
 	}
 	t.Cleanup(db.Close)
-	hub := changes.New(changes.Config{})
 	group := ops.Group{Name: "group", Types: []string{"google.protobuf.StringValue"}}
 	f.Console = New(Config{
-		DB: db, Operations: operations.New(db, outbox.NewWriter(db, nil, nil), hub, operations.Config{}),
-		APIs: []string{"s api"}, Groups: []Group{{Group: group, Queue: "s.group"}},
+		DB: db, APIs: []string{"s api"}, Groups: []Group{{Group: group, Queue: "s.group"}},
 		Depths:  func(context.Context, []string) ([]rabbit.Depth, error) { return f.broker() },
 		Dangers: func(context.Context) ([]rabbit.Danger, error) { return f.dangers, nil },
 	})
@@ -304,36 +299,6 @@ func TestMessages(t *testing.T) {
 	wantCode(t, err, connect.CodeNotFound)
 }
 
-func TestCancelOfAnybodysOperation(t *testing.T) {
-	t.Parallel()
-	f := setup(t)
-	for _, state := range []string{"pending", "running"} {
-		f.exec(t, `INSERT INTO operation
-				(id, caller, idempotency_key, method, request, request_hash, identity, signature, state)
-			VALUES (outbox_uuidv7(), 'apikey:bob', '', 'a.B/C', '', '', '', '', $1)`, state)
-	}
-	list, err := f.ListOperations(t.Context(), &opsv1.ListOperationsRequest{})
-	if err != nil || len(list.GetOperations()) != 2 {
-		t.Fatalf("%v, %v", list, err)
-	}
-	for _, o := range list.GetOperations() {
-		_, err := f.CancelOperation(asAnn(t), &opsv1.CancelOperationRequest{Id: o.GetId(), Reason: "why"})
-		refused := connect.CodeOf(err) == connect.CodeFailedPrecondition
-		if o.GetState() == "pending" && err != nil || o.GetState() == "running" && !refused {
-			t.Errorf("%s: %v", o.GetState(), err)
-		}
-	}
-	list, err = f.ListOperations(t.Context(), &opsv1.ListOperationsRequest{State: "cancelled"})
-	if err != nil || len(list.GetOperations()) != 1 || !strings.Contains(list.GetOperations()[0].GetError(), "why") {
-		t.Errorf("%v, %v", list, err)
-	}
-	n := f.text(t, `SELECT count(*)::text FROM operator_audit WHERE action = 'cancel' AND actor = 'apikey:ann'`)
-	if n != "1" {
-		t.Errorf("%s audit records", n)
-	}
-}
-
-// A fault appears at its station and at no other.
 func TestFaultsAreShownWhereTheyAre(t *testing.T) {
 	t.Parallel()
 	f := setup(t)

@@ -16,7 +16,7 @@ const (
 
 // ListGroups implements ops.v1.OpsService.
 func (c *Console) ListGroups(ctx context.Context, _ *opsv1.ListGroupsRequest) (*opsv1.ListGroupsResponse, error) {
-	statuses, err := inbox.GroupStatuses(ctx, c.db, c.operator.Groups)
+	statuses, err := inbox.GroupStatuses(ctx, c.db, ops.Names(c.operator.Groups))
 	if err != nil {
 		return nil, publicError(err)
 	}
@@ -30,7 +30,7 @@ func (c *Console) ListGroups(ctx context.Context, _ *opsv1.ListGroupsRequest) (*
 	}
 	response := &opsv1.ListGroupsResponse{}
 	for i, status := range statuses {
-		response.Groups = append(response.Groups, c.groupOf(c.groups[i], status))
+		response.Groups = append(response.Groups, c.groupOf(c.operator.Groups[i], status))
 	}
 	for _, k := range blocked {
 		response.BlockedKeys = append(response.BlockedKeys, &opsv1.BlockedKey{

@@ -62,7 +62,7 @@ func (c *Console) GetMessage(ctx context.Context, req *opsv1.GetMessageRequest) 
 	for _, e := range trace.Log {
 		response.Copies = append(response.Copies, messageOf(e))
 	}
-	for _, step := range trace.Steps(c.groups) {
+	for _, step := range trace.Steps(c.operator.Groups) {
 		at := optionalTimestamp(step.At)
 		response.Steps = append(response.Steps, &opsv1.Step{At: at, Where: step.Where, What: step.What})
 	}

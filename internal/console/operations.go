@@ -2,6 +2,7 @@ package console
 
 import (
 	"context"
+	"errors"
 	"strings"
 
 	"connectrpc.com/connect/v2"
@@ -12,13 +13,24 @@ import (
 	"example.com/shop/internal/postgres"
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
-	"google.golang.org/protobuf/types/known/timestamppb"
+	"github.com/jackc/pgx/v5/pgxpool"
 )
+
+// Operations implements ops.v1.OperationsService.
+type Operations struct {
+	db    *pgxpool.Pool
+	calls *operations.Operations
+}
+
+// NewOperations makes an Operations for the durable calls in db.
+func NewOperations(db *pgxpool.Pool, calls *operations.Operations) *Operations {
+	return &Operations{db, calls}
+}
 
 const statePrefix = "OPERATION_STATE_"
 
-// ListOperations implements ops.v1.OpsService.
-func (c *Console) ListOperations(
+// ListOperations implements ops.v1.OperationsService.
+func (o *Operations) ListOperations(
 	ctx context.Context, req *opsv1.ListOperationsRequest,
 ) (*opsv1.ListOperationsResponse, error) {
 	listing := operations.Listing{Limit: pageRows + 1}
@@ -31,7 +43,7 @@ func (c *Console) ListOperations(
 		}
 		listing.Before = &before
 	}
-	found, err := c.config.Operations.List(ctx, listing)
+	found, err := o.calls.List(ctx, listing)
 	if err != nil {
 		return nil, publicError(err)
 	}
@@ -40,18 +52,19 @@ func (c *Console) ListOperations(
 		found = found[:pageRows]
 		response.NextPageToken = found[pageRows-1].ID.String()
 	}
-	for _, o := range found {
+	for _, call := range found {
 		response.Operations = append(response.Operations, &opsv1.Operation{
-			Id: o.ID.String(), Method: o.Method, Caller: o.Caller, Attempts: o.Attempts,
-			State:      strings.ToLower(strings.TrimPrefix(o.State.String(), statePrefix)),
-			CreateTime: o.CreateTime, StartTime: o.StartTime, EndTime: o.EndTime, Error: o.GetError().GetMessage(),
+			Id: call.ID.String(), Method: call.Method, Caller: call.Caller, Attempts: call.Attempts,
+			State:      strings.ToLower(strings.TrimPrefix(call.State.String(), statePrefix)),
+			CreateTime: call.CreateTime, StartTime: call.StartTime, EndTime: call.EndTime,
+			Error: call.GetError().GetMessage(),
 		})
 	}
 	return response, nil
 }
 
-// CancelOperation implements ops.v1.OpsService.
-func (c *Console) CancelOperation(
+// CancelOperation implements ops.v1.OperationsService.
+func (o *Operations) CancelOperation(
 	ctx context.Context, req *opsv1.CancelOperationRequest,
 ) (*opsv1.CancelOperationResponse, error) {
 	id, err := uuid.Parse(req.GetId())
@@ -62,36 +75,14 @@ func (c *Console) CancelOperation(
 	if err != nil || why.Reason == "" {
 		return nil, connect.NewError(connect.CodeInvalidArgument, "id must be a UUID, and reason must not be empty")
 	}
-	err = postgres.Transact(ctx, c.db, func(tx pgx.Tx) error {
-		if err := c.config.Operations.CancelFor(ctx, tx, id, why.Reason); err != nil {
+	err = postgres.Transact(ctx, o.db, func(tx pgx.Tx) error {
+		if err := o.calls.CancelFor(ctx, tx, id, why.Reason); err != nil {
 			return err
 		}
 		return ops.Record(ctx, tx, ops.Entry{Action: "cancel", Target: "operations/" + id.String(), Note: why})
 	})
+	if errors.Is(err, operations.ErrBegun) {
+		return nil, connect.NewError(connect.CodeFailedPrecondition, err.Error())
+	}
 	return &opsv1.CancelOperationResponse{}, publicError(err)
-}
-
-// ListRelays implements ops.v1.OpsService.
-func (c *Console) ListRelays(ctx context.Context, _ *opsv1.ListRelaysRequest) (*opsv1.ListRelaysResponse, error) {
-	shards, err := ops.Shards(ctx, c.db)
-	if err != nil {
-		return nil, publicError(err)
-	}
-	relays, err := ops.Relays(ctx, c.db)
-	if err != nil {
-		return nil, publicError(err)
-	}
-	response := &opsv1.ListRelaysResponse{}
-	for _, s := range shards {
-		if !s.Drained {
-			response.Shards = append(response.Shards, &opsv1.Shard{
-				Shard: int32(s.Shard), Generation: int32(s.Generation), Retired: s.Retired, Owner: s.Owner, Epoch: s.Epoch,
-				Backlog: s.Backlog, Lag: s.Lag, Published: s.Published, Parked: s.Parked, MoveTime: timestamppb.New(s.MovedAt),
-			})
-		}
-	}
-	for _, r := range relays {
-		response.Relays = append(response.Relays, &opsv1.Relay{Owner: r.Owner, Problem: r.Problem})
-	}
-	return response, nil
 }

@@ -93,7 +93,7 @@ func (s *sampler) readDatabase(ctx context.Context, r *reading) (err error) {
 	if r.relays, err = ops.Relays(ctx, db); err != nil {
 		return err
 	}
-	if r.groups, err = inbox.GroupStatuses(ctx, db, s.console.operator.Groups); err != nil {
+	if r.groups, err = inbox.GroupStatuses(ctx, db, ops.Names(s.console.operator.Groups)); err != nil {
 		return err
 	}
 	if r.sessions, err = ops.Sessions(ctx, db); err != nil {

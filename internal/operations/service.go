@@ -259,25 +259,6 @@ type withCaller struct {
 
 func (r withCaller) Scan(into ...any) error { return r.CollectableRow.Scan(append(into, r.caller)...) }
 
-// StateOf returns the state of an operation as tx sees it, by the ID of its message. If there is no such operation, it
-// returns OPERATION_STATE_UNSPECIFIED.
-func StateOf(ctx context.Context, tx pgx.Tx, messageID string) (operationsv1.OperationState, error) {
-	const none = operationsv1.OperationState_OPERATION_STATE_UNSPECIFIED
-	id, err := uuid.Parse(messageID)
-	if err != nil {
-		return none, nil // not the message of an operation
-	}
-	var state string
-	err = tx.QueryRow(ctx, `SELECT state FROM operation WHERE id = $1`, id).Scan(&state)
-	switch {
-	case errors.Is(err, pgx.ErrNoRows):
-		return none, nil
-	case err != nil:
-		return none, fmt.Errorf("read state of operation: %w", err)
-	}
-	return parseState(state), nil
-}
-
 // ErrBegun means that an operation is not pending, or does not exist.
 var ErrBegun = errors.New("only an operation that no worker has begun can be cancelled")
 

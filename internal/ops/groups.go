@@ -27,11 +27,29 @@ func checked(note deadletter.Note) error {
 	return nil
 }
 
+// Group is a consumer group and the types that it consumes.
+type Group struct {
+	Name  string
+	Types []string
+	// Ended, unless it is nil, is called before a message of these types is redriven. It returns a resolution if the
+	// message has no work left, an error if it must be discarded, and otherwise "".
+	Ended func(ctx context.Context, tx pgx.Tx, letter deadletter.Stored) (
+		resolution deadletter.Resolution, detail string, err error)
+}
+
+// Names returns the names of groups.
+func Names(groups []Group) (names []string) {
+	for _, group := range groups {
+		names = append(names, group.Name)
+	}
+	return names
+}
+
 // Operator acts on consumer groups, for the commands and for the console.
 type Operator struct {
 	DB *pgxpool.Pool
 	// Groups are all consumer groups.
-	Groups []string
+	Groups []Group
 }
 
 // act runs fn in one transaction together with its record in the audit log. The result of fn is the record's detail.
@@ -41,7 +59,7 @@ func (d Operator) act(
 	if err := checked(note); err != nil {
 		return err
 	}
-	if !slices.Contains(d.Groups, group) {
+	if !slices.Contains(Names(d.Groups), group) {
 		return refuse("consumer group %q does not exist", group)
 	}
 	target := group

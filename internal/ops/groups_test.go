@@ -12,7 +12,7 @@ import (
 func TestActsOnGroupsAreRecorded(t *testing.T) {
 	t.Parallel()
 	db := testenv.Postgres(t)
-	operator := Operator{DB: db, Groups: []string{"group"}}
+	operator := Operator{DB: db, Groups: []Group{{Name: "group"}}}
 	why := deadletter.Note{Actor: "ann", Reason: "why"}
 	for i := range 3 {
 		_, err := db.Exec(t.Context(), `
@@ -76,7 +76,7 @@ func TestReopen(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	selection := Selection{Filter: deadletter.Filter{}, Note: why, Groups: []string{"group"}}
+	selection := Selection{Filter: deadletter.Filter{}, Note: why, Groups: []Group{{Name: "group"}}}
 	each := func(o Outcome) {
 		if o.Err != nil {
 			t.Error(o.Err)

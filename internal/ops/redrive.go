@@ -8,14 +8,11 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"strings"
 	"time"
 
 	"example.com/shop/internal/deadletter"
-	operationsv1 "example.com/shop/internal/gen/shop/operations/v1"
 	"example.com/shop/internal/inbox"
 	"example.com/shop/internal/messaging"
-	"example.com/shop/internal/operations"
 	"example.com/shop/internal/outbox"
 	"example.com/shop/internal/postgres"
 	"github.com/google/uuid"
@@ -35,8 +32,8 @@ type Selection struct {
 	// Force also redrives messages that may already have had their effect, because their copies can no longer be
 	// recognized.
 	Force bool
-	// Groups are all consumer groups, including that of durable calls.
-	Groups []string
+	// Groups are all consumer groups.
+	Groups []Group
 	// Begin, unless it is nil, is called before the first dead letter with the number to resolve.
 	Begin func(total int64)
 }
@@ -193,8 +190,11 @@ var neverApplied = []deadletter.Reason{
 func (s Selection) redrive(
 	ctx context.Context, tx pgx.Tx, letter deadletter.Stored,
 ) (deadletter.Resolution, string, error) {
-	if letter.Type == operations.MessageType {
-		if resolution, detail, err := durable(ctx, tx, letter); err != nil || resolution != "" {
+	for _, group := range s.Groups {
+		if group.Ended == nil || !slices.Contains(group.Types, letter.Type) {
+			continue
+		}
+		if resolution, detail, err := group.Ended(ctx, tx, letter); err != nil || resolution != "" {
 			return resolution, detail, err
 		}
 	}
@@ -202,7 +202,7 @@ func (s Selection) redrive(
 		return s.republish(ctx, tx, letter)
 	}
 	switch {
-	case !slices.Contains(s.Groups, letter.Consumer):
+	case !slices.Contains(Names(s.Groups), letter.Consumer):
 		return "", "", fmt.Errorf("consumer group %q no longer exists", letter.Consumer)
 	case letter.Reason == deadletter.Malformed:
 		return "", "", errors.New("the message can be neither stored nor applied; discard it")
@@ -220,27 +220,6 @@ func (s Selection) redrive(
 		return deadletter.Duplicate, err.Error(), nil
 	}
 	return deadletter.Redriven, "", err
-}
-
-// durable resolves the message of a durable call that has ended. Executing it again would change nothing, because its
-// caller has the result and the request is erased. durable returns "" if the call has not ended, so that its message
-// may continue.
-func durable(ctx context.Context, tx pgx.Tx, letter deadletter.Stored) (deadletter.Resolution, string, error) {
-	state, err := operations.StateOf(ctx, tx, letter.MessageID)
-	switch {
-	case err != nil:
-		return "", "", err
-	case state == operationsv1.OperationState_OPERATION_STATE_UNSPECIFIED:
-		return "", "", errors.New("its durable call is unknown or was deleted; discard it")
-	case state == operationsv1.OperationState_OPERATION_STATE_SUCCEEDED:
-		return deadletter.Duplicate, "its durable call has succeeded", nil
-	case state == operationsv1.OperationState_OPERATION_STATE_FAILED,
-		state == operationsv1.OperationState_OPERATION_STATE_CANCELLED:
-		return "", "", fmt.Errorf("its durable call has ended as %s, and its caller has that result: "+
-			"only the caller can submit it again, without the old idempotency key; discard it",
-			strings.ToLower(strings.TrimPrefix(state.String(), "OPERATION_STATE_")))
-	}
-	return "", "", nil
 }
 
 // republish inserts a message that the relay parked into the log again, under its own ID. If that ID is too old for

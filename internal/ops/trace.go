@@ -52,12 +52,6 @@ func Trace(ctx context.Context, db *pgxpool.Pool, messageID string) (t MessageTr
 // Known reports whether anything is known of the message.
 func (t MessageTrace) Known() bool { return len(t.Log)+len(t.Groups)+len(t.Letters) > 0 }
 
-// Group is a consumer group and the types that it consumes.
-type Group struct {
-	Name  string
-	Types []string
-}
-
 // Step is something that happened to a message, or has yet to happen.
 type Step struct {
 	// At is when it happened; nil if it has not happened or its time is not recorded.

@@ -42,7 +42,9 @@ func (f *fixture) steps(t testing.TB, id string) (steps []string) {
 	if err != nil || !trace.Known() {
 		t.Fatalf("known %t, %v", trace.Known(), err)
 	}
-	groups := []Group{{"group", f.types()}, {"other", f.types()}, {"third", []string{"type"}}}
+	groups := []Group{
+		{Name: "group", Types: f.types()}, {Name: "other", Types: f.types()}, {Name: "third", Types: []string{"type"}},
+	}
 	for _, step := range trace.Steps(groups) {
 		what, _, _ := strings.Cut(step.What, " by transaction")
 		what, _, _ = strings.Cut(what, ", due")

@@ -34,7 +34,7 @@ var headers = map[string]string{"Authorization": "Bearer " + token}
 func serveQueues(t *testing.T) (addr, amqpURL string) {
 	t.Helper()
 	amqpURL = testenv.AMQP(t)
-	addr = serve(t, func(config *app.Config) { config.AMQPURL, config.RPCOverRabbitMQ = amqpURL, true })
+	addr = serve(t, func(config *app.Config) { config.AMQPURL, config.RPCOverRabbitMQ.Serve = amqpURL, true })
 	// Being ready does not imply that the API serves its queues.
 	testenv.Eventually(t, 30*time.Second, func() error {
 		states, err := rabbitrpc.Look(t.Context(), amqpURL, app.Services()...)

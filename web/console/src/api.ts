@@ -21,20 +21,19 @@ function header(credential: string): [string, string] {
   return credential.split(".").length === 3 ? ["authorization", `Bearer ${credential}`] : ["x-api-key", credential];
 }
 
-export const api: Client<typeof OpsService> = createClient(
-  OpsService,
-  createConnectTransport({
-    // The page is at console/, next to the procedures. A proxy may add a prefix to both paths.
-    baseUrl: new URL("..", location.href).href.replace(/\/$/, ""),
-    interceptors: [
-      (next) => (request) => {
-        const credential = sessionStorage.getItem(slot);
-        if (credential) request.header.set(...header(credential));
-        return next(request);
-      },
-    ],
-  }),
-);
+export const transport = createConnectTransport({
+  // The page is at console/, next to the procedures. A proxy may add a prefix to both paths.
+  baseUrl: new URL("..", location.href).href.replace(/\/$/, ""),
+  interceptors: [
+    (next) => (request) => {
+      const credential = sessionStorage.getItem(slot);
+      if (credential) request.header.set(...header(credential));
+      return next(request);
+    },
+  ],
+});
+
+export const api: Client<typeof OpsService> = createClient(OpsService, transport);
 
 /** reason explains an error to the user. */
 export function reason(error: unknown): string {

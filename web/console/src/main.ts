@@ -11,7 +11,9 @@ import { flow } from "./flow.js";
 import { count } from "./format.js";
 import { follow, watch } from "./live.js";
 import { messages } from "./messages.js";
+// durable-calls
 import { operations } from "./operations.js";
+// /durable-calls
 import { button, type Context, field } from "./parts.js";
 import { relays } from "./relays.js";
 
@@ -20,7 +22,9 @@ const pages: Record<string, { name: string; show: (context: Context) => Node }> 
   messages: { name: "Messages", show: messages },
   dead: { name: "Dead letters", show: deadLetters },
   consumers: { name: "Consumers", show: consumers },
+  // durable-calls
   operations: { name: "Operations", show: operations },
+  // /durable-calls
   relays: { name: "Relays", show: relays },
 };
 

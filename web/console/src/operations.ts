@@ -1,9 +1,12 @@
 // Durable calls: states, errors and cancellation.
-import type { Operation } from "../../src/gen/ops/v1/ops_pb.js";
-import { api } from "./api.js";
+import { createClient } from "@connectrpc/connect";
+import { type Operation, OperationsService } from "../../src/gen/ops/v1/operations_pb.js";
+import { transport } from "./api.js";
 import { fill, h } from "./dom.js";
 import { clock, count, shortType } from "./format.js";
 import { ask, button, type Context, empty, field, link, loaded, pageOf, search, select, table } from "./parts.js";
+
+const api = createClient(OperationsService, transport);
 
 const tags: Record<string, string> = {
   pending: "",

@@ -2735,327 +2735,6 @@ func (x *BuryKeyResponse) GetMoved() int64 {
 	return 0
 }
 
-// ListOperationsRequest asks for a page of durable calls.
-type ListOperationsRequest struct {
-	state protoimpl.MessageState `protogen:"open.v1"`
-	// Only operations in this state: pending, running, succeeded, failed or cancelled; empty for all.
-	State string `protobuf:"bytes,1,opt,name=state,proto3" json:"state,omitempty"`
-	// next_page_token of the previous page.
-	PageToken     string `protobuf:"bytes,2,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *ListOperationsRequest) Reset() {
-	*x = ListOperationsRequest{}
-	mi := &file_ops_v1_ops_proto_msgTypes[34]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *ListOperationsRequest) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*ListOperationsRequest) ProtoMessage() {}
-
-func (x *ListOperationsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ops_v1_ops_proto_msgTypes[34]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use ListOperationsRequest.ProtoReflect.Descriptor instead.
-func (*ListOperationsRequest) Descriptor() ([]byte, []int) {
-	return file_ops_v1_ops_proto_rawDescGZIP(), []int{34}
-}
-
-func (x *ListOperationsRequest) GetState() string {
-	if x != nil {
-		return x.State
-	}
-	return ""
-}
-
-func (x *ListOperationsRequest) GetPageToken() string {
-	if x != nil {
-		return x.PageToken
-	}
-	return ""
-}
-
-// ListOperationsResponse is a page of durable calls.
-type ListOperationsResponse struct {
-	state protoimpl.MessageState `protogen:"open.v1"`
-	// The operations, newest first.
-	Operations []*Operation `protobuf:"bytes,1,rep,name=operations,proto3" json:"operations,omitempty"`
-	// The token of the next page; empty if this is the last one.
-	NextPageToken string `protobuf:"bytes,2,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *ListOperationsResponse) Reset() {
-	*x = ListOperationsResponse{}
-	mi := &file_ops_v1_ops_proto_msgTypes[35]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *ListOperationsResponse) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*ListOperationsResponse) ProtoMessage() {}
-
-func (x *ListOperationsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ops_v1_ops_proto_msgTypes[35]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use ListOperationsResponse.ProtoReflect.Descriptor instead.
-func (*ListOperationsResponse) Descriptor() ([]byte, []int) {
-	return file_ops_v1_ops_proto_rawDescGZIP(), []int{35}
-}
-
-func (x *ListOperationsResponse) GetOperations() []*Operation {
-	if x != nil {
-		return x.Operations
-	}
-	return nil
-}
-
-func (x *ListOperationsResponse) GetNextPageToken() string {
-	if x != nil {
-		return x.NextPageToken
-	}
-	return ""
-}
-
-// Operation is a durable call.
-type Operation struct {
-	state protoimpl.MessageState `protogen:"open.v1"`
-	// The ID, which is also the ID of its message.
-	Id string `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	// The called method.
-	Method string `protobuf:"bytes,2,opt,name=method,proto3" json:"method,omitempty"`
-	// The caller.
-	Caller string `protobuf:"bytes,3,opt,name=caller,proto3" json:"caller,omitempty"`
-	// The state.
-	State string `protobuf:"bytes,4,opt,name=state,proto3" json:"state,omitempty"`
-	// The number of the current or last attempt. An attempt that ended because of its worker or the database is repeated
-	// under the same number.
-	Attempts int32 `protobuf:"varint,5,opt,name=attempts,proto3" json:"attempts,omitempty"`
-	// When the service accepted the call.
-	CreateTime *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=create_time,json=createTime,proto3" json:"create_time,omitempty"`
-	// When a worker first began it.
-	StartTime *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=start_time,json=startTime,proto3" json:"start_time,omitempty"`
-	// When it ended.
-	EndTime *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=end_time,json=endTime,proto3" json:"end_time,omitempty"`
-	// The error, if it failed.
-	Error         string `protobuf:"bytes,9,opt,name=error,proto3" json:"error,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *Operation) Reset() {
-	*x = Operation{}
-	mi := &file_ops_v1_ops_proto_msgTypes[36]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *Operation) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*Operation) ProtoMessage() {}
-
-func (x *Operation) ProtoReflect() protoreflect.Message {
-	mi := &file_ops_v1_ops_proto_msgTypes[36]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use Operation.ProtoReflect.Descriptor instead.
-func (*Operation) Descriptor() ([]byte, []int) {
-	return file_ops_v1_ops_proto_rawDescGZIP(), []int{36}
-}
-
-func (x *Operation) GetId() string {
-	if x != nil {
-		return x.Id
-	}
-	return ""
-}
-
-func (x *Operation) GetMethod() string {
-	if x != nil {
-		return x.Method
-	}
-	return ""
-}
-
-func (x *Operation) GetCaller() string {
-	if x != nil {
-		return x.Caller
-	}
-	return ""
-}
-
-func (x *Operation) GetState() string {
-	if x != nil {
-		return x.State
-	}
-	return ""
-}
-
-func (x *Operation) GetAttempts() int32 {
-	if x != nil {
-		return x.Attempts
-	}
-	return 0
-}
-
-func (x *Operation) GetCreateTime() *timestamppb.Timestamp {
-	if x != nil {
-		return x.CreateTime
-	}
-	return nil
-}
-
-func (x *Operation) GetStartTime() *timestamppb.Timestamp {
-	if x != nil {
-		return x.StartTime
-	}
-	return nil
-}
-
-func (x *Operation) GetEndTime() *timestamppb.Timestamp {
-	if x != nil {
-		return x.EndTime
-	}
-	return nil
-}
-
-func (x *Operation) GetError() string {
-	if x != nil {
-		return x.Error
-	}
-	return ""
-}
-
-// CancelOperationRequest names an operation.
-type CancelOperationRequest struct {
-	state protoimpl.MessageState `protogen:"open.v1"`
-	// The ID of the operation.
-	Id string `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	// The reason, which the caller of the operation can read.
-	Reason        string `protobuf:"bytes,2,opt,name=reason,proto3" json:"reason,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *CancelOperationRequest) Reset() {
-	*x = CancelOperationRequest{}
-	mi := &file_ops_v1_ops_proto_msgTypes[37]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *CancelOperationRequest) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*CancelOperationRequest) ProtoMessage() {}
-
-func (x *CancelOperationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ops_v1_ops_proto_msgTypes[37]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use CancelOperationRequest.ProtoReflect.Descriptor instead.
-func (*CancelOperationRequest) Descriptor() ([]byte, []int) {
-	return file_ops_v1_ops_proto_rawDescGZIP(), []int{37}
-}
-
-func (x *CancelOperationRequest) GetId() string {
-	if x != nil {
-		return x.Id
-	}
-	return ""
-}
-
-func (x *CancelOperationRequest) GetReason() string {
-	if x != nil {
-		return x.Reason
-	}
-	return ""
-}
-
-// CancelOperationResponse confirms that the operation is cancelled.
-type CancelOperationResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *CancelOperationResponse) Reset() {
-	*x = CancelOperationResponse{}
-	mi := &file_ops_v1_ops_proto_msgTypes[38]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *CancelOperationResponse) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*CancelOperationResponse) ProtoMessage() {}
-
-func (x *CancelOperationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ops_v1_ops_proto_msgTypes[38]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use CancelOperationResponse.ProtoReflect.Descriptor instead.
-func (*CancelOperationResponse) Descriptor() ([]byte, []int) {
-	return file_ops_v1_ops_proto_rawDescGZIP(), []int{38}
-}
-
 // ListRelaysRequest asks for the relays.
 type ListRelaysRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -3065,7 +2744,7 @@ type ListRelaysRequest struct {
 
 func (x *ListRelaysRequest) Reset() {
 	*x = ListRelaysRequest{}
-	mi := &file_ops_v1_ops_proto_msgTypes[39]
+	mi := &file_ops_v1_ops_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3077,7 +2756,7 @@ func (x *ListRelaysRequest) String() string {
 func (*ListRelaysRequest) ProtoMessage() {}
 
 func (x *ListRelaysRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_ops_v1_ops_proto_msgTypes[39]
+	mi := &file_ops_v1_ops_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3090,7 +2769,7 @@ func (x *ListRelaysRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRelaysRequest.ProtoReflect.Descriptor instead.
 func (*ListRelaysRequest) Descriptor() ([]byte, []int) {
-	return file_ops_v1_ops_proto_rawDescGZIP(), []int{39}
+	return file_ops_v1_ops_proto_rawDescGZIP(), []int{34}
 }
 
 // ListRelaysResponse answers ListRelays.
@@ -3106,7 +2785,7 @@ type ListRelaysResponse struct {
 
 func (x *ListRelaysResponse) Reset() {
 	*x = ListRelaysResponse{}
-	mi := &file_ops_v1_ops_proto_msgTypes[40]
+	mi := &file_ops_v1_ops_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3118,7 +2797,7 @@ func (x *ListRelaysResponse) String() string {
 func (*ListRelaysResponse) ProtoMessage() {}
 
 func (x *ListRelaysResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_ops_v1_ops_proto_msgTypes[40]
+	mi := &file_ops_v1_ops_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3131,7 +2810,7 @@ func (x *ListRelaysResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRelaysResponse.ProtoReflect.Descriptor instead.
 func (*ListRelaysResponse) Descriptor() ([]byte, []int) {
-	return file_ops_v1_ops_proto_rawDescGZIP(), []int{40}
+	return file_ops_v1_ops_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *ListRelaysResponse) GetShards() []*Shard {
@@ -3177,7 +2856,7 @@ type Shard struct {
 
 func (x *Shard) Reset() {
 	*x = Shard{}
-	mi := &file_ops_v1_ops_proto_msgTypes[41]
+	mi := &file_ops_v1_ops_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3189,7 +2868,7 @@ func (x *Shard) String() string {
 func (*Shard) ProtoMessage() {}
 
 func (x *Shard) ProtoReflect() protoreflect.Message {
-	mi := &file_ops_v1_ops_proto_msgTypes[41]
+	mi := &file_ops_v1_ops_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3202,7 +2881,7 @@ func (x *Shard) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Shard.ProtoReflect.Descriptor instead.
 func (*Shard) Descriptor() ([]byte, []int) {
-	return file_ops_v1_ops_proto_rawDescGZIP(), []int{41}
+	return file_ops_v1_ops_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *Shard) GetShard() int32 {
@@ -3288,7 +2967,7 @@ type Relay struct {
 
 func (x *Relay) Reset() {
 	*x = Relay{}
-	mi := &file_ops_v1_ops_proto_msgTypes[42]
+	mi := &file_ops_v1_ops_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3300,7 +2979,7 @@ func (x *Relay) String() string {
 func (*Relay) ProtoMessage() {}
 
 func (x *Relay) ProtoReflect() protoreflect.Message {
-	mi := &file_ops_v1_ops_proto_msgTypes[42]
+	mi := &file_ops_v1_ops_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3313,7 +2992,7 @@ func (x *Relay) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Relay.ProtoReflect.Descriptor instead.
 func (*Relay) Descriptor() ([]byte, []int) {
-	return file_ops_v1_ops_proto_rawDescGZIP(), []int{42}
+	return file_ops_v1_ops_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *Relay) GetOwner() string {
@@ -3552,33 +3231,7 @@ const file_ops_v1_ops_proto_rawDesc = "" +
 	"\x06reason\x18\x04 \x01(\tB\n" +
 	"\xbaH\ar\x05\x10\x01\x18\xf4\x03R\x06reason\"'\n" +
 	"\x0fBuryKeyResponse\x12\x14\n" +
-	"\x05moved\x18\x01 \x01(\x03R\x05moved\"\x8e\x01\n" +
-	"\x15ListOperationsRequest\x12M\n" +
-	"\x05state\x18\x01 \x01(\tB7\xbaH4r2R\x00R\apendingR\arunningR\tsucceededR\x06failedR\tcancelledR\x05state\x12&\n" +
-	"\n" +
-	"page_token\x18\x02 \x01(\tB\a\xbaH\x04r\x02\x18$R\tpageToken\"s\n" +
-	"\x16ListOperationsResponse\x121\n" +
-	"\n" +
-	"operations\x18\x01 \x03(\v2\x11.ops.v1.OperationR\n" +
-	"operations\x12&\n" +
-	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xc2\x02\n" +
-	"\tOperation\x12\x0e\n" +
-	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
-	"\x06method\x18\x02 \x01(\tR\x06method\x12\x16\n" +
-	"\x06caller\x18\x03 \x01(\tR\x06caller\x12\x14\n" +
-	"\x05state\x18\x04 \x01(\tR\x05state\x12\x1a\n" +
-	"\battempts\x18\x05 \x01(\x05R\battempts\x12;\n" +
-	"\vcreate_time\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
-	"createTime\x129\n" +
-	"\n" +
-	"start_time\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\tstartTime\x125\n" +
-	"\bend_time\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\aendTime\x12\x14\n" +
-	"\x05error\x18\t \x01(\tR\x05error\"V\n" +
-	"\x16CancelOperationRequest\x12\x18\n" +
-	"\x02id\x18\x01 \x01(\tB\b\xbaH\x05r\x03\xb0\x01\x01R\x02id\x12\"\n" +
-	"\x06reason\x18\x02 \x01(\tB\n" +
-	"\xbaH\ar\x05\x10\x01\x18\xf4\x03R\x06reason\"\x19\n" +
-	"\x17CancelOperationResponse\"\x13\n" +
+	"\x05moved\x18\x01 \x01(\x03R\x05moved\"\x13\n" +
 	"\x11ListRelaysRequest\"b\n" +
 	"\x12ListRelaysResponse\x12%\n" +
 	"\x06shards\x18\x01 \x03(\v2\r.ops.v1.ShardR\x06shards\x12%\n" +
@@ -3620,7 +3273,7 @@ const file_ops_v1_ops_proto_rawDesc = "" +
 	"Resolution\x12\x1a\n" +
 	"\x16RESOLUTION_UNSPECIFIED\x10\x00\x12\x16\n" +
 	"\x12RESOLUTION_REDRIVE\x10\x01\x12\x16\n" +
-	"\x12RESOLUTION_DISCARD\x10\x022\xcb\v\n" +
+	"\x12RESOLUTION_DISCARD\x10\x022\xf9\t\n" +
 	"\n" +
 	"OpsService\x12N\n" +
 	"\n" +
@@ -3643,9 +3296,6 @@ const file_ops_v1_ops_proto_rawDesc = "" +
 	"\vResumeGroup\x12\x1a.ops.v1.ResumeGroupRequest\x1a\x1b.ops.v1.ResumeGroupResponse\"\x0e\xfa\xe3\x18\n" +
 	"\x1a\boperator\x12J\n" +
 	"\aBuryKey\x12\x16.ops.v1.BuryKeyRequest\x1a\x17.ops.v1.BuryKeyResponse\"\x0e\xfa\xe3\x18\n" +
-	"\x1a\boperator\x12l\n" +
-	"\x0eListOperations\x12\x1d.ops.v1.ListOperationsRequest\x1a\x1e.ops.v1.ListOperationsResponse\"\x1b\xfa\xe3\x18\x14\x1a\bobserver\x1a\boperator\x90\x02\x01\x12b\n" +
-	"\x0fCancelOperation\x12\x1e.ops.v1.CancelOperationRequest\x1a\x1f.ops.v1.CancelOperationResponse\"\x0e\xfa\xe3\x18\n" +
 	"\x1a\boperator\x12`\n" +
 	"\n" +
 	"ListRelays\x12\x19.ops.v1.ListRelaysRequest\x1a\x1a.ops.v1.ListRelaysResponse\"\x1b\xfa\xe3\x18\x14\x1a\bobserver\x1a\boperator\x90\x02\x01B{\n" +
@@ -3665,7 +3315,7 @@ func file_ops_v1_ops_proto_rawDescGZIP() []byte {
 }
 
 var file_ops_v1_ops_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_ops_v1_ops_proto_msgTypes = make([]protoimpl.MessageInfo, 45)
+var file_ops_v1_ops_proto_msgTypes = make([]protoimpl.MessageInfo, 40)
 var file_ops_v1_ops_proto_goTypes = []any{
 	(StationKind)(0),                   // 0: ops.v1.StationKind
 	(StationState)(0),                  // 1: ops.v1.StationState
@@ -3704,96 +3354,83 @@ var file_ops_v1_ops_proto_goTypes = []any{
 	(*ResumeGroupResponse)(nil),        // 34: ops.v1.ResumeGroupResponse
 	(*BuryKeyRequest)(nil),             // 35: ops.v1.BuryKeyRequest
 	(*BuryKeyResponse)(nil),            // 36: ops.v1.BuryKeyResponse
-	(*ListOperationsRequest)(nil),      // 37: ops.v1.ListOperationsRequest
-	(*ListOperationsResponse)(nil),     // 38: ops.v1.ListOperationsResponse
-	(*Operation)(nil),                  // 39: ops.v1.Operation
-	(*CancelOperationRequest)(nil),     // 40: ops.v1.CancelOperationRequest
-	(*CancelOperationResponse)(nil),    // 41: ops.v1.CancelOperationResponse
-	(*ListRelaysRequest)(nil),          // 42: ops.v1.ListRelaysRequest
-	(*ListRelaysResponse)(nil),         // 43: ops.v1.ListRelaysResponse
-	(*Shard)(nil),                      // 44: ops.v1.Shard
-	(*Relay)(nil),                      // 45: ops.v1.Relay
-	nil,                                // 46: ops.v1.GetMessageResponse.HeadersEntry
-	nil,                                // 47: ops.v1.GetDeadLetterResponse.HeadersEntry
-	(*timestamppb.Timestamp)(nil),      // 48: google.protobuf.Timestamp
+	(*ListRelaysRequest)(nil),          // 37: ops.v1.ListRelaysRequest
+	(*ListRelaysResponse)(nil),         // 38: ops.v1.ListRelaysResponse
+	(*Shard)(nil),                      // 39: ops.v1.Shard
+	(*Relay)(nil),                      // 40: ops.v1.Relay
+	nil,                                // 41: ops.v1.GetMessageResponse.HeadersEntry
+	nil,                                // 42: ops.v1.GetDeadLetterResponse.HeadersEntry
+	(*timestamppb.Timestamp)(nil),      // 43: google.protobuf.Timestamp
 }
 var file_ops_v1_ops_proto_depIdxs = []int32{
 	7,  // 0: ops.v1.WatchFlowResponse.history:type_name -> ops.v1.Point
 	7,  // 1: ops.v1.WatchFlowResponse.point:type_name -> ops.v1.Point
 	8,  // 2: ops.v1.WatchFlowResponse.stations:type_name -> ops.v1.Station
-	48, // 3: ops.v1.Point.at:type_name -> google.protobuf.Timestamp
+	43, // 3: ops.v1.Point.at:type_name -> google.protobuf.Timestamp
 	0,  // 4: ops.v1.Station.kind:type_name -> ops.v1.StationKind
 	1,  // 5: ops.v1.Station.state:type_name -> ops.v1.StationState
-	48, // 6: ops.v1.Message.insert_time:type_name -> google.protobuf.Timestamp
-	48, // 7: ops.v1.SearchMessagesRequest.since:type_name -> google.protobuf.Timestamp
-	48, // 8: ops.v1.SearchMessagesRequest.until:type_name -> google.protobuf.Timestamp
+	43, // 6: ops.v1.Message.insert_time:type_name -> google.protobuf.Timestamp
+	43, // 7: ops.v1.SearchMessagesRequest.since:type_name -> google.protobuf.Timestamp
+	43, // 8: ops.v1.SearchMessagesRequest.until:type_name -> google.protobuf.Timestamp
 	10, // 9: ops.v1.SearchMessagesResponse.messages:type_name -> ops.v1.Message
 	10, // 10: ops.v1.GetMessageResponse.copies:type_name -> ops.v1.Message
 	15, // 11: ops.v1.GetMessageResponse.steps:type_name -> ops.v1.Step
 	9,  // 12: ops.v1.GetMessageResponse.payload:type_name -> ops.v1.Payload
-	46, // 13: ops.v1.GetMessageResponse.headers:type_name -> ops.v1.GetMessageResponse.HeadersEntry
-	48, // 14: ops.v1.Step.at:type_name -> google.protobuf.Timestamp
-	48, // 15: ops.v1.DeadLetterFilter.since:type_name -> google.protobuf.Timestamp
-	48, // 16: ops.v1.DeadLetterFilter.until:type_name -> google.protobuf.Timestamp
-	48, // 17: ops.v1.DeadLetter.dead_time:type_name -> google.protobuf.Timestamp
-	48, // 18: ops.v1.DeadLetter.resolve_time:type_name -> google.protobuf.Timestamp
+	41, // 13: ops.v1.GetMessageResponse.headers:type_name -> ops.v1.GetMessageResponse.HeadersEntry
+	43, // 14: ops.v1.Step.at:type_name -> google.protobuf.Timestamp
+	43, // 15: ops.v1.DeadLetterFilter.since:type_name -> google.protobuf.Timestamp
+	43, // 16: ops.v1.DeadLetterFilter.until:type_name -> google.protobuf.Timestamp
+	43, // 17: ops.v1.DeadLetter.dead_time:type_name -> google.protobuf.Timestamp
+	43, // 18: ops.v1.DeadLetter.resolve_time:type_name -> google.protobuf.Timestamp
 	16, // 19: ops.v1.ListDeadLettersRequest.filter:type_name -> ops.v1.DeadLetterFilter
 	17, // 20: ops.v1.ListDeadLettersResponse.letters:type_name -> ops.v1.DeadLetter
 	17, // 21: ops.v1.GetDeadLetterResponse.letter:type_name -> ops.v1.DeadLetter
 	9,  // 22: ops.v1.GetDeadLetterResponse.payload:type_name -> ops.v1.Payload
-	47, // 23: ops.v1.GetDeadLetterResponse.headers:type_name -> ops.v1.GetDeadLetterResponse.HeadersEntry
+	42, // 23: ops.v1.GetDeadLetterResponse.headers:type_name -> ops.v1.GetDeadLetterResponse.HeadersEntry
 	22, // 24: ops.v1.GetDeadLetterResponse.audit:type_name -> ops.v1.AuditEntry
-	48, // 25: ops.v1.AuditEntry.at:type_name -> google.protobuf.Timestamp
+	43, // 25: ops.v1.AuditEntry.at:type_name -> google.protobuf.Timestamp
 	16, // 26: ops.v1.ResolveDeadLettersRequest.filter:type_name -> ops.v1.DeadLetterFilter
 	2,  // 27: ops.v1.ResolveDeadLettersRequest.resolution:type_name -> ops.v1.Resolution
 	29, // 28: ops.v1.ListGroupsResponse.groups:type_name -> ops.v1.Group
 	30, // 29: ops.v1.ListGroupsResponse.blocked_keys:type_name -> ops.v1.BlockedKey
 	22, // 30: ops.v1.ListGroupsResponse.audit:type_name -> ops.v1.AuditEntry
-	48, // 31: ops.v1.Group.pause_time:type_name -> google.protobuf.Timestamp
-	48, // 32: ops.v1.BlockedKey.since:type_name -> google.protobuf.Timestamp
-	48, // 33: ops.v1.BlockedKey.due_time:type_name -> google.protobuf.Timestamp
-	39, // 34: ops.v1.ListOperationsResponse.operations:type_name -> ops.v1.Operation
-	48, // 35: ops.v1.Operation.create_time:type_name -> google.protobuf.Timestamp
-	48, // 36: ops.v1.Operation.start_time:type_name -> google.protobuf.Timestamp
-	48, // 37: ops.v1.Operation.end_time:type_name -> google.protobuf.Timestamp
-	44, // 38: ops.v1.ListRelaysResponse.shards:type_name -> ops.v1.Shard
-	45, // 39: ops.v1.ListRelaysResponse.relays:type_name -> ops.v1.Relay
-	48, // 40: ops.v1.Shard.move_time:type_name -> google.protobuf.Timestamp
-	3,  // 41: ops.v1.OpsService.GetSession:input_type -> ops.v1.GetSessionRequest
-	5,  // 42: ops.v1.OpsService.WatchFlow:input_type -> ops.v1.WatchFlowRequest
-	11, // 43: ops.v1.OpsService.SearchMessages:input_type -> ops.v1.SearchMessagesRequest
-	13, // 44: ops.v1.OpsService.GetMessage:input_type -> ops.v1.GetMessageRequest
-	18, // 45: ops.v1.OpsService.ListDeadLetters:input_type -> ops.v1.ListDeadLettersRequest
-	20, // 46: ops.v1.OpsService.GetDeadLetter:input_type -> ops.v1.GetDeadLetterRequest
-	23, // 47: ops.v1.OpsService.ResolveDeadLetters:input_type -> ops.v1.ResolveDeadLettersRequest
-	25, // 48: ops.v1.OpsService.ReopenDeadLetter:input_type -> ops.v1.ReopenDeadLetterRequest
-	27, // 49: ops.v1.OpsService.ListGroups:input_type -> ops.v1.ListGroupsRequest
-	31, // 50: ops.v1.OpsService.PauseGroup:input_type -> ops.v1.PauseGroupRequest
-	33, // 51: ops.v1.OpsService.ResumeGroup:input_type -> ops.v1.ResumeGroupRequest
-	35, // 52: ops.v1.OpsService.BuryKey:input_type -> ops.v1.BuryKeyRequest
-	37, // 53: ops.v1.OpsService.ListOperations:input_type -> ops.v1.ListOperationsRequest
-	40, // 54: ops.v1.OpsService.CancelOperation:input_type -> ops.v1.CancelOperationRequest
-	42, // 55: ops.v1.OpsService.ListRelays:input_type -> ops.v1.ListRelaysRequest
-	4,  // 56: ops.v1.OpsService.GetSession:output_type -> ops.v1.GetSessionResponse
-	6,  // 57: ops.v1.OpsService.WatchFlow:output_type -> ops.v1.WatchFlowResponse
-	12, // 58: ops.v1.OpsService.SearchMessages:output_type -> ops.v1.SearchMessagesResponse
-	14, // 59: ops.v1.OpsService.GetMessage:output_type -> ops.v1.GetMessageResponse
-	19, // 60: ops.v1.OpsService.ListDeadLetters:output_type -> ops.v1.ListDeadLettersResponse
-	21, // 61: ops.v1.OpsService.GetDeadLetter:output_type -> ops.v1.GetDeadLetterResponse
-	24, // 62: ops.v1.OpsService.ResolveDeadLetters:output_type -> ops.v1.ResolveDeadLettersResponse
-	26, // 63: ops.v1.OpsService.ReopenDeadLetter:output_type -> ops.v1.ReopenDeadLetterResponse
-	28, // 64: ops.v1.OpsService.ListGroups:output_type -> ops.v1.ListGroupsResponse
-	32, // 65: ops.v1.OpsService.PauseGroup:output_type -> ops.v1.PauseGroupResponse
-	34, // 66: ops.v1.OpsService.ResumeGroup:output_type -> ops.v1.ResumeGroupResponse
-	36, // 67: ops.v1.OpsService.BuryKey:output_type -> ops.v1.BuryKeyResponse
-	38, // 68: ops.v1.OpsService.ListOperations:output_type -> ops.v1.ListOperationsResponse
-	41, // 69: ops.v1.OpsService.CancelOperation:output_type -> ops.v1.CancelOperationResponse
-	43, // 70: ops.v1.OpsService.ListRelays:output_type -> ops.v1.ListRelaysResponse
-	56, // [56:71] is the sub-list for method output_type
-	41, // [41:56] is the sub-list for method input_type
-	41, // [41:41] is the sub-list for extension type_name
-	41, // [41:41] is the sub-list for extension extendee
-	0,  // [0:41] is the sub-list for field type_name
+	43, // 31: ops.v1.Group.pause_time:type_name -> google.protobuf.Timestamp
+	43, // 32: ops.v1.BlockedKey.since:type_name -> google.protobuf.Timestamp
+	43, // 33: ops.v1.BlockedKey.due_time:type_name -> google.protobuf.Timestamp
+	39, // 34: ops.v1.ListRelaysResponse.shards:type_name -> ops.v1.Shard
+	40, // 35: ops.v1.ListRelaysResponse.relays:type_name -> ops.v1.Relay
+	43, // 36: ops.v1.Shard.move_time:type_name -> google.protobuf.Timestamp
+	3,  // 37: ops.v1.OpsService.GetSession:input_type -> ops.v1.GetSessionRequest
+	5,  // 38: ops.v1.OpsService.WatchFlow:input_type -> ops.v1.WatchFlowRequest
+	11, // 39: ops.v1.OpsService.SearchMessages:input_type -> ops.v1.SearchMessagesRequest
+	13, // 40: ops.v1.OpsService.GetMessage:input_type -> ops.v1.GetMessageRequest
+	18, // 41: ops.v1.OpsService.ListDeadLetters:input_type -> ops.v1.ListDeadLettersRequest
+	20, // 42: ops.v1.OpsService.GetDeadLetter:input_type -> ops.v1.GetDeadLetterRequest
+	23, // 43: ops.v1.OpsService.ResolveDeadLetters:input_type -> ops.v1.ResolveDeadLettersRequest
+	25, // 44: ops.v1.OpsService.ReopenDeadLetter:input_type -> ops.v1.ReopenDeadLetterRequest
+	27, // 45: ops.v1.OpsService.ListGroups:input_type -> ops.v1.ListGroupsRequest
+	31, // 46: ops.v1.OpsService.PauseGroup:input_type -> ops.v1.PauseGroupRequest
+	33, // 47: ops.v1.OpsService.ResumeGroup:input_type -> ops.v1.ResumeGroupRequest
+	35, // 48: ops.v1.OpsService.BuryKey:input_type -> ops.v1.BuryKeyRequest
+	37, // 49: ops.v1.OpsService.ListRelays:input_type -> ops.v1.ListRelaysRequest
+	4,  // 50: ops.v1.OpsService.GetSession:output_type -> ops.v1.GetSessionResponse
+	6,  // 51: ops.v1.OpsService.WatchFlow:output_type -> ops.v1.WatchFlowResponse
+	12, // 52: ops.v1.OpsService.SearchMessages:output_type -> ops.v1.SearchMessagesResponse
+	14, // 53: ops.v1.OpsService.GetMessage:output_type -> ops.v1.GetMessageResponse
+	19, // 54: ops.v1.OpsService.ListDeadLetters:output_type -> ops.v1.ListDeadLettersResponse
+	21, // 55: ops.v1.OpsService.GetDeadLetter:output_type -> ops.v1.GetDeadLetterResponse
+	24, // 56: ops.v1.OpsService.ResolveDeadLetters:output_type -> ops.v1.ResolveDeadLettersResponse
+	26, // 57: ops.v1.OpsService.ReopenDeadLetter:output_type -> ops.v1.ReopenDeadLetterResponse
+	28, // 58: ops.v1.OpsService.ListGroups:output_type -> ops.v1.ListGroupsResponse
+	32, // 59: ops.v1.OpsService.PauseGroup:output_type -> ops.v1.PauseGroupResponse
+	34, // 60: ops.v1.OpsService.ResumeGroup:output_type -> ops.v1.ResumeGroupResponse
+	36, // 61: ops.v1.OpsService.BuryKey:output_type -> ops.v1.BuryKeyResponse
+	38, // 62: ops.v1.OpsService.ListRelays:output_type -> ops.v1.ListRelaysResponse
+	50, // [50:63] is the sub-list for method output_type
+	37, // [37:50] is the sub-list for method input_type
+	37, // [37:37] is the sub-list for extension type_name
+	37, // [37:37] is the sub-list for extension extendee
+	0,  // [0:37] is the sub-list for field type_name
 }
 
 func init() { file_ops_v1_ops_proto_init() }
@@ -3809,7 +3446,7 @@ func file_ops_v1_ops_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_ops_v1_ops_proto_rawDesc), len(file_ops_v1_ops_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   45,
+			NumMessages:   40,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -51,10 +51,6 @@ const (
 	OpsServiceResumeGroupProcedure = "/ops.v1.OpsService/ResumeGroup"
 	// OpsServiceBuryKeyProcedure is the procedure name of the OpsService's BuryKey RPC.
 	OpsServiceBuryKeyProcedure = "/ops.v1.OpsService/BuryKey"
-	// OpsServiceListOperationsProcedure is the procedure name of the OpsService's ListOperations RPC.
-	OpsServiceListOperationsProcedure = "/ops.v1.OpsService/ListOperations"
-	// OpsServiceCancelOperationProcedure is the procedure name of the OpsService's CancelOperation RPC.
-	OpsServiceCancelOperationProcedure = "/ops.v1.OpsService/CancelOperation"
 	// OpsServiceListRelaysProcedure is the procedure name of the OpsService's ListRelays RPC.
 	OpsServiceListRelaysProcedure = "/ops.v1.OpsService/ListRelays"
 )
@@ -150,21 +146,6 @@ var (
 			Procedure:  OpsServiceBuryKeyProcedure,
 		}
 	})
-	opsServiceListOperationsSpec = sync.OnceValue(func() connect.Spec {
-		return connect.Spec{
-			StreamType:       connect.StreamTypeUnary,
-			Schema:           v1.File_ops_v1_ops_proto.Services().ByName("OpsService").Methods().ByName("ListOperations"),
-			Procedure:        OpsServiceListOperationsProcedure,
-			IdempotencyLevel: connect.IdempotencyNoSideEffects,
-		}
-	})
-	opsServiceCancelOperationSpec = sync.OnceValue(func() connect.Spec {
-		return connect.Spec{
-			StreamType: connect.StreamTypeUnary,
-			Schema:     v1.File_ops_v1_ops_proto.Services().ByName("OpsService").Methods().ByName("CancelOperation"),
-			Procedure:  OpsServiceCancelOperationProcedure,
-		}
-	})
 	opsServiceListRelaysSpec = sync.OnceValue(func() connect.Spec {
 		return connect.Spec{
 			StreamType:       connect.StreamTypeUnary,
@@ -205,10 +186,6 @@ type OpsServiceClient interface {
 	ResumeGroup(context.Context, *v1.ResumeGroupRequest) (*v1.ResumeGroupResponse, error)
 	// BuryKey moves the first waiting message of a key, or all of them, to the dead letters.
 	BuryKey(context.Context, *v1.BuryKeyRequest) (*v1.BuryKeyResponse, error)
-	// ListOperations returns a page of the durable calls of all callers, newest first.
-	ListOperations(context.Context, *v1.ListOperationsRequest) (*v1.ListOperationsResponse, error)
-	// CancelOperation cancels an operation of any caller that no worker has begun.
-	CancelOperation(context.Context, *v1.CancelOperationRequest) (*v1.CancelOperationResponse, error)
 	// ListRelays returns the shards of the outbox with their leases, and the live relays.
 	ListRelays(context.Context, *v1.ListRelaysRequest) (*v1.ListRelaysResponse, error)
 }
@@ -290,10 +267,6 @@ type OpsServiceHandler interface {
 	ResumeGroup(context.Context, *v1.ResumeGroupRequest) (*v1.ResumeGroupResponse, error)
 	// BuryKey moves the first waiting message of a key, or all of them, to the dead letters.
 	BuryKey(context.Context, *v1.BuryKeyRequest) (*v1.BuryKeyResponse, error)
-	// ListOperations returns a page of the durable calls of all callers, newest first.
-	ListOperations(context.Context, *v1.ListOperationsRequest) (*v1.ListOperationsResponse, error)
-	// CancelOperation cancels an operation of any caller that no worker has begun.
-	CancelOperation(context.Context, *v1.CancelOperationRequest) (*v1.CancelOperationResponse, error)
 	// ListRelays returns the shards of the outbox with their leases, and the live relays.
 	ListRelays(context.Context, *v1.ListRelaysRequest) (*v1.ListRelaysResponse, error)
 }
@@ -314,8 +287,6 @@ func RegisterOpsServiceHandler(server *connect.Server, svc OpsServiceHandler) {
 		connect.Method{Spec: opsServicePauseGroupSpec(), Handler: adapter.pauseGroup},
 		connect.Method{Spec: opsServiceResumeGroupSpec(), Handler: adapter.resumeGroup},
 		connect.Method{Spec: opsServiceBuryKeySpec(), Handler: adapter.buryKey},
-		connect.Method{Spec: opsServiceListOperationsSpec(), Handler: adapter.listOperations},
-		connect.Method{Spec: opsServiceCancelOperationSpec(), Handler: adapter.cancelOperation},
 		connect.Method{Spec: opsServiceListRelaysSpec(), Handler: adapter.listRelays},
 	)
 }
@@ -400,14 +371,6 @@ func (UnimplementedOpsServiceHandler) ResumeGroup(context.Context, *v1.ResumeGro
 
 func (UnimplementedOpsServiceHandler) BuryKey(context.Context, *v1.BuryKeyRequest) (*v1.BuryKeyResponse, error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, "ops.v1.OpsService.BuryKey is not implemented")
-}
-
-func (UnimplementedOpsServiceHandler) ListOperations(context.Context, *v1.ListOperationsRequest) (*v1.ListOperationsResponse, error) {
-	return nil, connect.NewError(connect.CodeUnimplemented, "ops.v1.OpsService.ListOperations is not implemented")
-}
-
-func (UnimplementedOpsServiceHandler) CancelOperation(context.Context, *v1.CancelOperationRequest) (*v1.CancelOperationResponse, error) {
-	return nil, connect.NewError(connect.CodeUnimplemented, "ops.v1.OpsService.CancelOperation is not implemented")
 }
 
 func (UnimplementedOpsServiceHandler) ListRelays(context.Context, *v1.ListRelaysRequest) (*v1.ListRelaysResponse, error) {
@@ -509,22 +472,6 @@ func (c *opsServiceClient) ResumeGroup(ctx context.Context, req *v1.ResumeGroupR
 func (c *opsServiceClient) BuryKey(ctx context.Context, req *v1.BuryKeyRequest) (*v1.BuryKeyResponse, error) {
 	var res v1.BuryKeyResponse
 	if err := c.client.CallUnary(ctx, opsServiceBuryKeySpec(), req, &res); err != nil {
-		return nil, err
-	}
-	return &res, nil
-}
-
-func (c *opsServiceClient) ListOperations(ctx context.Context, req *v1.ListOperationsRequest) (*v1.ListOperationsResponse, error) {
-	var res v1.ListOperationsResponse
-	if err := c.client.CallUnary(ctx, opsServiceListOperationsSpec(), req, &res); err != nil {
-		return nil, err
-	}
-	return &res, nil
-}
-
-func (c *opsServiceClient) CancelOperation(ctx context.Context, req *v1.CancelOperationRequest) (*v1.CancelOperationResponse, error) {
-	var res v1.CancelOperationResponse
-	if err := c.client.CallUnary(ctx, opsServiceCancelOperationSpec(), req, &res); err != nil {
 		return nil, err
 	}
 	return &res, nil
@@ -670,30 +617,6 @@ func (h opsServiceHandler) buryKey(ctx context.Context, _ connect.Spec, stream c
 		return err
 	}
 	res, err := h.svc.BuryKey(ctx, &req)
-	if err != nil {
-		return err
-	}
-	return stream.Send(res)
-}
-
-func (h opsServiceHandler) listOperations(ctx context.Context, _ connect.Spec, stream connect.ServerStream) error {
-	var req v1.ListOperationsRequest
-	if err := stream.Receive(&req); err != nil {
-		return err
-	}
-	res, err := h.svc.ListOperations(ctx, &req)
-	if err != nil {
-		return err
-	}
-	return stream.Send(res)
-}
-
-func (h opsServiceHandler) cancelOperation(ctx context.Context, _ connect.Spec, stream connect.ServerStream) error {
-	var req v1.CancelOperationRequest
-	if err := stream.Receive(&req); err != nil {
-		return err
-	}
-	res, err := h.svc.CancelOperation(ctx, &req)
 	if err != nil {
 		return err
 	}
