@@ -18,8 +18,16 @@ import (
 
 var update = flag.Bool("update", false, "rewrite docs/configuration.md")
 
-// processes are the commands that run until they are stopped.
-var processes = []string{"api", "relay", "consumer", "console", "all"}
+// processes returns the commands that run until they are stopped: those that answer probes.
+func processes() (names []string) {
+	for _, leaf := range newParser(new(cli)).Model.Leaves(true) {
+		answers := func(f *kong.Flag) bool { return slices.Contains(f.Envs, "OPS_LISTEN") }
+		if slices.ContainsFunc(leaf.Flags, answers) {
+			names = append(names, commandOf(leaf))
+		}
+	}
+	return names
+}
 
 const configurationHead = `# Configuration
 
@@ -61,46 +69,56 @@ type setting struct {
 
 func configurationPage(t *testing.T) string {
 	t.Helper()
-	edge := []string{"api", "console", "all"}
 	var out strings.Builder
 	out.WriteString(configurationHead)
 	model := newParser(new(cli)).Model
-	settings := settingsOf(model)
-	listed := 0
-	for _, section := range []struct {
-		title string
-		has   func(ofProcesses []string) bool
-	}{
-		{"Servers and shared settings", func(p []string) bool { return len(p) > 2 && !slices.Equal(p, edge) }},
-		{"Access to API and console, and limits", func(p []string) bool { return slices.Equal(p, edge) }},
-		{"API", func(p []string) bool { return slices.Equal(p, []string{"api", "all"}) }},
-		{"Relay", func(p []string) bool { return slices.Equal(p, []string{"relay", "all"}) }},
-		{"Consumer", func(p []string) bool { return slices.Equal(p, []string{"consumer", "all"}) }},
-		{"Console", func(p []string) bool {
-			return slices.Equal(p, []string{"all"}) || slices.Equal(p, []string{"console", "all"})
-		}},
-		{"Other commands", func(p []string) bool { return len(p) == 0 }},
-	} {
-		fmt.Fprintf(&out, "\n## %s\n\n", section.title)
-		out.WriteString("| Variable | Flag | Default | Value | Meaning | Used by |\n|---|---|---|---|---|---|\n")
-		for _, s := range settings {
-			if section.has(s.processes()) {
-				listed++
-				usual := s.usual()
-				fmt.Fprintf(&out, "| `%s` | `--%s` | %s | %s | %s | %s |\n", usual.Envs[0], usual.Name,
-					s.defaultText(), valueText(usual.Value), meaning(usual.Help), s.commandsText(model))
-			}
-		}
-	}
-	if listed != len(settings) {
-		t.Errorf("%d of %d settings are in a section", listed, len(settings))
-	}
+	writeSettings(t, &out, model)
 	out.WriteString("\n## Commands\n\nArguments and flags without a variable; commands without any are not listed. " +
 		"`[…]` is optional, `…` may be repeated.\n")
 	for _, leaf := range model.Leaves(true) {
 		writeCommand(&out, leaf)
 	}
 	return out.String()
+}
+
+// writeSettings writes each setting into the first section that it belongs to.
+func writeSettings(t *testing.T, out *strings.Builder, model *kong.Application) {
+	settings := settingsOf(model)
+	isKey := func(s *setting) bool { return s.usual().Envs[0] == "API_KEYS" }
+	edge := settings[slices.IndexFunc(settings, isKey)].processes()
+	total, listed := len(settings), 0
+	for _, section := range []struct {
+		title string
+		has   func(ofProcesses []string) bool
+	}{
+		{"Servers and shared settings", func(p []string) bool { return len(p) > 2 && !slices.Equal(p, edge) }},
+		{"Access and limits", func(p []string) bool { return slices.Equal(p, edge) }},
+		{"API", func(p []string) bool { return slices.Contains(p, "api") }},
+		{"Relay", func(p []string) bool { return slices.Contains(p, "relay") }},
+		{"Consumer", func(p []string) bool { return slices.Contains(p, "consumer") }},
+		{"Console", func(p []string) bool { return slices.Contains(p, "all") }},
+		{"Other commands", func(p []string) bool { return len(p) == 0 }},
+	} {
+		isHere := func(s *setting) bool { return section.has(s.processes()) }
+		if !slices.ContainsFunc(settings, isHere) {
+			continue
+		}
+		fmt.Fprintf(out, "\n## %s\n\n", section.title)
+		out.WriteString("| Variable | Flag | Default | Value | Meaning | Used by |\n|---|---|---|---|---|---|\n")
+		settings = slices.DeleteFunc(settings, func(s *setting) bool {
+			if !isHere(s) {
+				return false
+			}
+			listed++
+			usual := s.usual()
+			fmt.Fprintf(out, "| `%s` | `--%s` | %s | %s | %s | %s |\n", usual.Envs[0], usual.Name,
+				s.defaultText(), valueText(usual.Value), meaning(usual.Help), s.commandsText(model))
+			return true
+		})
+	}
+	if listed != total {
+		t.Errorf("%d of %d settings are in a section", listed, total)
+	}
 }
 
 // settingsOf returns the settings with an environment variable, in the order of the commands and their flags.
@@ -134,7 +152,8 @@ func commandOf(leaf *kong.Node) string {
 
 // processes returns the processes that use the setting.
 func (s *setting) processes() []string {
-	isOther := func(command string) bool { return !slices.Contains(processes, command) }
+	all := processes()
+	isOther := func(command string) bool { return !slices.Contains(all, command) }
 	return slices.DeleteFunc(slices.Clone(s.commands), isOther)
 }
 
@@ -244,10 +263,10 @@ func kindText(v *kong.Value) string {
 		return "SHARD:ID"
 	case postgresURL, amqpURL, managementURL:
 		return "URL"
-	case listenAddress, optionalAddress:
-		return "HOST:PORT"
 	}
 	switch {
+	case strings.HasSuffix(kind.Name(), "Address"):
+		return "HOST:PORT"
 	case kind.Kind() == reflect.Bool:
 		return "true, false"
 	case kind.Kind() == reflect.Pointer || reflect.Zero(kind).CanInt() || reflect.Zero(kind).CanFloat():

@@ -14,7 +14,7 @@ func TestConsumerCommands(t *testing.T) {
 				(consumer, message_id, type, key, payload, headers, attempts, due_at, last_error)
 			VALUES ($1, $2, 't.T', 'k', '', '{}', 1, now(), E'it is\x1b[31m broken')`, name, fmt.Sprint("m", i))
 	}
-	f.wantOutput(0, "consumer ls", name+` +no process runs it +0 +3 `, `operations`,
+	f.wantOutput(0, "consumer ls", name+` +no process runs it +0 +3 `,
 		name+` +k +3 .* m0 +it is\\x1b\[31m broken`)
 	f.wantOutput(0, "consumer pause "+name+" --reason=why", "is paused")
 	f.wantOutput(1, "consumer pause "+name+" --reason=why", "already paused")

@@ -33,9 +33,10 @@ type cli struct {
 	LogLevel  slog.Level `env:"LOG_LEVEL" default:"info" help:"Lowest level to log: debug, info, warn, error."`
 	LogFormat string     `env:"LOG_FORMAT" default:"text" enum:"text,json" help:"Log format: text or json."`
 
-	API         apiCommand         `cmd:"" name:"api" help:"Serve the RPCs (Connect, gRPC, gRPC-Web)."`
-	Relay       relayCommand       `cmd:"" help:"Publish the outbox to RabbitMQ."`
-	Consumer    consumerCommand    `cmd:"" help:"Run the consumer groups."`
+	API      apiCommand      `cmd:"" name:"api" help:"Serve the RPCs (Connect, gRPC, gRPC-Web)."`
+	Relay    relayCommand    `cmd:"" help:"Publish the outbox to RabbitMQ."`
+	Consumer consumerCommand `cmd:"" help:"Run the consumer groups."`
+	featureCommands
 	All         allCommand         `cmd:"" help:"Run API, relay, consumers and console in one process."`
 	Migrate     migrateCommand     `cmd:"" help:"Migrate the database schema."`
 	Topology    topologyCommand    `cmd:"" help:"${topology}"`
@@ -47,7 +48,6 @@ type cli struct {
 	Healthcheck healthcheckCommand `cmd:"" help:"Check whether a running process is ready; exit 1 if not."`
 	RPC         rpcCommands        `cmd:"" name:"rpc" help:"Call the RPCs of a service."`
 	Version     versionCommand     `cmd:"" help:"Print the version."`
-	featureCommands
 }
 
 type databaseFlags struct {

@@ -66,95 +66,93 @@ func callProgram(
 	return command.ProcessState.ExitCode(), out.String(), errs.String()
 }
 
+type wrongSetting struct {
+	environment string // in addition to valid URLs
+	args        string
+	names       string // must be in the error line
+}
+
+// wrongSettings also contains those that the tests of features add.
+var wrongSettings = map[string]wrongSetting{
+	"no command":              {"", "", "expected one of"},
+	"unknown command":         {"", "serve", "serve"},
+	"unknown flag":            {"", "api --port=1", "--port"},
+	"log level":               {"LOG_LEVEL=loud", "all", "--log-level"},
+	"log format":              {"LOG_FORMAT=xml", "all", "--log-format"},
+	"listen address":          {"LISTEN=nowhere", "api", "--listen"},
+	"listen port":             {"LISTEN=127.0.0.1:70000", "api", "--listen"},
+	"postgres url":            {"POSTGRES_URL=postgres://u:hunter2@h:port/d", "api", "--postgres-url"},
+	"postgres url of migrate": {"POSTGRES_URL=postgres://u:hunter2@h:port/d", "migrate", "--postgres-url"},
+	"listen url":              {"POSTGRES_LISTEN_URL=mysql://u:hunter2@h", "api", "--postgres-listen-url"},
+	"amqp url":                {"AMQP_URL=http://u:hunter2@h", "relay", "--amqp-url"},
+	"too few connections":     {"POSTGRES_MAX_CONNS=1", "api", "--max-conns"},
+	"connections not number":  {"POSTGRES_MAX_CONNS=many", "api", "--max-conns"},
+	"page rows":               {"RELAY_PAGE_ROWS=0", "relay", "--page-rows"},
+	"lease":                   {"RELAY_LEASE=1ms", "relay", "--lease"},
+	"lease not duration":      {"RELAY_LEASE=5", "relay", "--lease"},
+	"poll interval":           {"RELAY_POLL_INTERVAL=1h", "all", "--poll-interval"},
+	"prefetch":                {"CONSUMER_PREFETCH=0", "consumer", "--prefetch"},
+	"batch":                   {"CONSUMER_BATCH=9999", "consumer", "--batch"},
+	"exchange":                {"EXCHANGE=amq.fanout", "relay", "--exchange"},
+	"topology":                {"TOPOLOGY=maybe", "relay", "--topology"},
+	"exchange of topology":    {"", "topology --exchange=amq.fanout", "--exchange"},
+	"declare nowhere":         {"AMQP_URL=", "topology --declare", "--amqp-url"},
+	"shards":                  {"OUTBOX_SHARDS=65", "migrate", "--shards"},
+	"wait of migrate":         {"MIGRATE_WAIT=25h", "migrate", "--wait"},
+	"no command of outbox":    {"", "outbox", "expected one of"},
+	"replay since":            {"", "outbox replay --since=yesterday", "--since"},
+	"replay until":            {"", "outbox replay --until=-1h", "--until"},
+	"replay backwards":        {"", "outbox replay --since=1h --until=2h", "--until"},
+	"replay id":               {"", "outbox replay --id=seven", "--id"},
+	"replay rate":             {"", "outbox replay --rate=0", "--rate"},
+	"replay after":            {"", "outbox replay --after=7", "--after"},
+	"replay group":            {"", "outbox replay --group=nobody", "--group"},
+	"no shards":               {"", "outbox shards 0", "shards"},
+	"shards not number":       {"", "outbox shards many", "<n>"},
+	"shards timeout":          {"", "outbox shards 2 --timeout=0s", "--timeout"},
+	"letter":                  {"", "dead show one", "<id>"},
+	"letters limit":           {"", "dead list --limit=0", "--limit"},
+	"letters cause":           {"", "dead list --cause=bad", "--cause"},
+	"letters since":           {"", "dead list --since=2026-13-01", "--since"},
+	"redrive without reason":  {"", "dead redrive --id=1", "--reason"},
+	"redrive of everything":   {"", "dead redrive --reason=x", "--all"},
+	"redrive of all and some": {"", "dead redrive --reason=x --all --key=k", "--all"},
+	"redrive rate":            {"", "dead redrive --reason=x --all --rate=0", "--rate"},
+	"redrive rate of nothing": {"", "dead redrive --reason=x --all --rate=NaN", "--rate"},
+	"replay rate of nothing":  {"", "outbox replay --rate=NaN", "--rate"},
+	"discard without reason":  {"", "dead discard --id=1", "--reason"},
+	"discard of everything":   {"", "dead discard --reason=x", "--all"},
+	"discard by force":        {"", "dead discard --reason=x --id=1 --force", "--force"},
+	"trace of nothing":        {"", "trace", "<message-id>"},
+	"doctor's exchange":       {"EXCHANGE=amq.fanout", "doctor", "--exchange"},
+	"doctor's listen url":     {"POSTGRES_LISTEN_URL=mysql://u:hunter2@h", "doctor", "--postgres-listen-url"},
+	"doctor's management url": {"RABBITMQ_MANAGEMENT_URL=ftp://u:hunter2@h", "doctor", "--management-url"},
+	"no credentials":          {"API_KEYS=", "api", "--insecure-no-auth"},
+	"pause without reason":    {"", "consumer pause g --reason=", "--reason"},
+	"none for all":            {"API_KEYS=", "all", "--insecure-no-auth"},
+	"keys and no auth":        {"INSECURE_NO_AUTH=true", "api", "--insecure-no-auth"},
+	"half of the tokens":      {"JWT_ISSUER=https://issuer.example", "api", "--jwks"},
+	"keys twice":              {"API_KEYS_FILE=keys", "api", "--api-keys"},
+	"certificate without key": {"TLS_CERT=cert.pem", "all", "--tls-key"},
+	"client CA without TLS":   {"TLS_CLIENT_CA=ca.pem", "api", "--tls-client-ca"},
+	"client CA missing":       {"TLS_CLIENT_REQUIRED=true", "api", "--tls-client-required"},
+	"caller rate":             {"CALLER_RATE=NaN", "api", "--caller-rate"},
+	"caller burst":            {"CALLER_BURST=0", "api", "--caller-burst"},
+	"caller concurrency":      {"CALLER_CONCURRENCY=-1", "api", "--caller-concurrency"},
+	"message size":            {"READ_MAX_BYTES=1", "api", "--read-max-bytes"},
+	"http connections":        {"HTTP_MAX_CONNS=0", "api", "--http-max-conns"},
+	"bytes in flight":         {"IN_FLIGHT_MAX_BYTES=-1", "api", "--in-flight-max-bytes"},
+	"connections per address": {"HTTP_MAX_CONNS_PER_ADDRESS=-2", "api", "--http-max-conns-per-address"},
+	"operators' address":      {"OPS_LISTEN=nowhere", "relay", "--ops-listen"},
+	"any origin":              {"CORS_ORIGINS=*", "api", "--cors-origins"},
+	"origin with a path":      {"CORS_ORIGINS=https://a.example/b", "api", "--cors-origins"},
+	"rpc call":                {"", "rpc call orders.v1.OrderService", "SERVICE/METHOD"},
+	"health check timeout":    {"", "healthcheck --timeout=soon", "--timeout"},
+}
+
 func TestWrongSettingsAreNamedInOneLine(t *testing.T) {
 	t.Parallel()
-	for name, test := range map[string]struct {
-		environment string // in addition to valid URLs
-		args        string
-		names       string // must be in the error line
-	}{
-		"no command":              {"", "", "expected one of"},
-		"unknown command":         {"", "serve", "serve"},
-		"unknown flag":            {"", "api --port=1", "--port"},
-		"log level":               {"LOG_LEVEL=loud", "all", "--log-level"},
-		"log format":              {"LOG_FORMAT=xml", "all", "--log-format"},
-		"listen address":          {"LISTEN=nowhere", "api", "--listen"},
-		"listen port":             {"LISTEN=127.0.0.1:70000", "api", "--listen"},
-		"postgres url":            {"POSTGRES_URL=postgres://u:hunter2@h:port/d", "api", "--postgres-url"},
-		"postgres url of migrate": {"POSTGRES_URL=postgres://u:hunter2@h:port/d", "migrate", "--postgres-url"},
-		"listen url":              {"POSTGRES_LISTEN_URL=mysql://u:hunter2@h", "api", "--postgres-listen-url"},
-		"amqp url":                {"AMQP_URL=http://u:hunter2@h", "relay", "--amqp-url"},
-		"too few connections":     {"POSTGRES_MAX_CONNS=1", "api", "--max-conns"},
-		"connections not number":  {"POSTGRES_MAX_CONNS=many", "api", "--max-conns"},
-		"page rows":               {"RELAY_PAGE_ROWS=0", "relay", "--page-rows"},
-		"lease":                   {"RELAY_LEASE=1ms", "relay", "--lease"},
-		"lease not duration":      {"RELAY_LEASE=5", "relay", "--lease"},
-		"poll interval":           {"RELAY_POLL_INTERVAL=1h", "all", "--poll-interval"},
-		"prefetch":                {"CONSUMER_PREFETCH=0", "consumer", "--prefetch"},
-		"batch":                   {"CONSUMER_BATCH=9999", "consumer", "--batch"},
-		"exchange":                {"EXCHANGE=amq.fanout", "relay", "--exchange"},
-		"topology":                {"TOPOLOGY=maybe", "relay", "--topology"},
-		"exchange of topology":    {"", "topology --exchange=amq.fanout", "--exchange"},
-		"declare nowhere":         {"AMQP_URL=", "topology --declare", "--amqp-url"},
-		"shards":                  {"OUTBOX_SHARDS=65", "migrate", "--shards"},
-		"wait of migrate":         {"MIGRATE_WAIT=25h", "migrate", "--wait"},
-		"no command of outbox":    {"", "outbox", "expected one of"},
-		"replay since":            {"", "outbox replay --since=yesterday", "--since"},
-		"replay until":            {"", "outbox replay --until=-1h", "--until"},
-		"replay backwards":        {"", "outbox replay --since=1h --until=2h", "--until"},
-		"replay id":               {"", "outbox replay --id=seven", "--id"},
-		"replay rate":             {"", "outbox replay --rate=0", "--rate"},
-		"replay after":            {"", "outbox replay --after=7", "--after"},
-		"replay group":            {"", "outbox replay --group=nobody", "--group"},
-		"no shards":               {"", "outbox shards 0", "shards"},
-		"shards not number":       {"", "outbox shards many", "<n>"},
-		"shards timeout":          {"", "outbox shards 2 --timeout=0s", "--timeout"},
-		"letter":                  {"", "dead show one", "<id>"},
-		"letters limit":           {"", "dead list --limit=0", "--limit"},
-		"letters cause":           {"", "dead list --cause=bad", "--cause"},
-		"letters since":           {"", "dead list --since=2026-13-01", "--since"},
-		"redrive without reason":  {"", "dead redrive --id=1", "--reason"},
-		"redrive of everything":   {"", "dead redrive --reason=x", "--all"},
-		"redrive of all and some": {"", "dead redrive --reason=x --all --key=k", "--all"},
-		"redrive rate":            {"", "dead redrive --reason=x --all --rate=0", "--rate"},
-		"redrive rate of nothing": {"", "dead redrive --reason=x --all --rate=NaN", "--rate"},
-		"replay rate of nothing":  {"", "outbox replay --rate=NaN", "--rate"},
-		"discard without reason":  {"", "dead discard --id=1", "--reason"},
-		"discard of everything":   {"", "dead discard --reason=x", "--all"},
-		"discard by force":        {"", "dead discard --reason=x --id=1 --force", "--force"},
-		"trace of nothing":        {"", "trace", "<message-id>"},
-		"doctor's exchange":       {"EXCHANGE=amq.fanout", "doctor", "--exchange"},
-		"doctor's listen url":     {"POSTGRES_LISTEN_URL=mysql://u:hunter2@h", "doctor", "--postgres-listen-url"},
-		"doctor's management url": {"RABBITMQ_MANAGEMENT_URL=ftp://u:hunter2@h", "doctor", "--management-url"},
-		"no credentials":          {"API_KEYS=", "api", "--insecure-no-auth"},
-		"none for the console":    {"API_KEYS=", "console", "--insecure-no-auth"},
-		"console address":         {"CONSOLE_ADDR=nowhere", "all", "--console-addr"},
-		"pause without reason":    {"", "consumer pause g --reason=", "--reason"},
-		"none for all":            {"API_KEYS=", "all", "--insecure-no-auth"},
-		"keys and no auth":        {"INSECURE_NO_AUTH=true", "api", "--insecure-no-auth"},
-		"half of the tokens":      {"JWT_ISSUER=https://issuer.example", "api", "--jwks"},
-		"keys twice":              {"API_KEYS_FILE=keys", "api", "--api-keys"},
-		"certificate without key": {"TLS_CERT=cert.pem", "all", "--tls-key"},
-		"client CA without TLS":   {"TLS_CLIENT_CA=ca.pem", "api", "--tls-client-ca"},
-		"client CA missing":       {"TLS_CLIENT_REQUIRED=true", "api", "--tls-client-required"},
-		"caller rate":             {"CALLER_RATE=NaN", "api", "--caller-rate"},
-		"caller burst":            {"CALLER_BURST=0", "api", "--caller-burst"},
-		"caller concurrency":      {"CALLER_CONCURRENCY=-1", "api", "--caller-concurrency"},
-		"message size":            {"READ_MAX_BYTES=1", "api", "--read-max-bytes"},
-		"http connections":        {"HTTP_MAX_CONNS=0", "api", "--http-max-conns"},
-		"bytes in flight":         {"IN_FLIGHT_MAX_BYTES=-1", "api", "--in-flight-max-bytes"},
-		"connections per address": {"HTTP_MAX_CONNS_PER_ADDRESS=-2", "api", "--http-max-conns-per-address"},
-		"operators' address":      {"OPS_LISTEN=nowhere", "relay", "--ops-listen"},
-		"any origin":              {"CORS_ORIGINS=*", "api", "--cors-origins"},
-		"origin with a path":      {"CORS_ORIGINS=https://a.example/b", "api", "--cors-origins"},
-		"rpc without broker":      {"AMQP_URL=", "api --rpc-over-rabbitmq", "--amqp-url"},
-		"rpc prefetch":            {"RPC_PREFETCH=0", "all", "--rpc-prefetch"},
-		"rpc call":                {"", "rpc call orders.v1.OrderService", "SERVICE/METHOD"},
-		"rpc call over both":      {"", "rpc call a.B/C --amqp --http=http://127.0.0.1:1", "--amqp"},
-		"rpc ls without broker":   {"AMQP_URL=http://x", "rpc ls", "--amqp-url"},
-		"rpc ls for hours":        {"", "rpc ls --rate=1h", "--rate"},
-		"health check timeout":    {"", "healthcheck --timeout=soon", "--timeout"},
-	} {
+	for name, test := range wrongSettings {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			environment := []string{goodPostgres, goodAMQP, "API_KEYS=" + goodKeys}
@@ -217,6 +215,15 @@ func secretEnvironment() []string {
 	return all
 }
 
+// failing are commands that fail with secretEnvironment.
+var failing = []string{
+	"doctor", "doctor --json", "migrate", "topology --declare", "topology --declare --users=x", "outbox status",
+	"outbox replay --since=1h", "dead list", "consumer ls",
+	"rpc call --http=http://u:hunter2@127.0.0.1:1/?hunter2 a.B/C",
+	"healthcheck http://u:hunter2@127.0.0.1:1/?hunter2",
+	"relay --amqp-url=http://u:hunter2@h?hunter2", "api --jwks=ftp://u:hunter2@h?hunter2",
+}
+
 // No process and no command writes the secrets of a URL to its log or its output, whichever step fails.
 func TestNothingShowsTheSecretsOfURLs(t *testing.T) {
 	t.Parallel()
@@ -225,7 +232,7 @@ func TestNothingShowsTheSecretsOfURLs(t *testing.T) {
 			t.Errorf("%s takes a URL: add it to secretURLs", name)
 		}
 	}
-	for _, name := range []string{"api", "relay", "consumer", "console", "all"} {
+	for _, name := range processes() {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			p := startProcess(t, name, secretEnvironment()...)
@@ -240,13 +247,7 @@ func TestNothingShowsTheSecretsOfURLs(t *testing.T) {
 			p.await(t, "database")
 		})
 	}
-	for _, command := range []string{
-		"doctor", "doctor --json", "migrate", "topology --declare", "topology --declare --users=x", "outbox status",
-		"outbox replay --since=1h", "dead list", "consumer ls", "rpc ls", "rpc call --amqp a.B/C",
-		"rpc call --http=http://u:hunter2@127.0.0.1:1/?hunter2 a.B/C",
-		"healthcheck http://u:hunter2@127.0.0.1:1/?hunter2",
-		"api --amqp-url=http://u:hunter2@h?hunter2", "api --jwks=ftp://u:hunter2@h?hunter2",
-	} {
+	for _, command := range failing {
 		status, stdout, stderr := call(t, secretEnvironment(), strings.Fields(command)...)
 		if status == 0 || strings.Contains(stdout+stderr, "hunter2") {
 			t.Errorf("%s: exit status %d, %s%s", command, status, stdout, stderr)

@@ -6,11 +6,8 @@ import (
 	"net"
 	"strings"
 	"testing"
-	"time"
 
 	"connectrpc.com/connect/v2"
-	"example.com/shop/internal/dev/testenv"
-	"example.com/shop/internal/rabbitrpc"
 	"example.com/shop/internal/rpcserver"
 	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/protobuf/proto"
@@ -34,14 +31,6 @@ func health(s *connect.Server) {
 		return stream.Send(&healthv1.HealthCheckResponse{Status: healthv1.HealthCheckResponse_SERVING})
 	}
 	s.Register(connect.Method{Spec: spec, Handler: handler})
-}
-
-// serveQueue serves over RabbitMQ until the test ends.
-func serveQueue(t *testing.T, url string, register func(*connect.Server)) {
-	t.Helper()
-	rpc := connect.NewServer()
-	register(rpc)
-	run(t, rabbitrpc.NewServer(rabbitrpc.ServerConfig{URL: url}, rpc).Run)
 }
 
 // serveHTTP serves until the test ends, and returns the URL.
@@ -69,32 +58,6 @@ func run(t *testing.T, serve func(context.Context) error) {
 		cancel()
 		<-ended
 	})
-}
-
-func TestRPCCallOverRabbitMQ(t *testing.T) {
-	t.Parallel()
-	url := testenv.AMQP(t)
-	environment := []string{"AMQP_URL=" + url}
-	const method = "grpc.health.v1.Health/Check"
-	status, _, stderr := call(t, environment, "rpc", "call", method, "--amqp")
-	want := "shop: unavailable: no replica serves grpc.health.v1.Health; nothing was done\n"
-	if status != 1 || stderr != want {
-		t.Errorf("without a server: exit status %d, %q", status, stderr)
-	}
-	serveQueue(t, url, health)
-	var stdout string
-	testenv.Eventually(t, 20*time.Second, func() error { // the server is starting
-		status, stdout, stderr = call(t, environment, "rpc", "call", method, "--amqp", "--header", "authorization=token")
-		if status != 0 && strings.Contains(stderr, "no replica serves") {
-			return context.DeadlineExceeded
-		}
-		return nil
-	})
-	wantJSON(t, stdout, "status", "SERVING")
-	status, _, stderr = call(t, environment, "rpc", "call", method, "--amqp", "--data", `{"service": "x"}`)
-	if want := "shop: unauthenticated: no token for x\n"; status != 1 || stderr != want {
-		t.Errorf("exit status %d, %q", status, stderr)
-	}
 }
 
 func TestRPCCallOverHTTP(t *testing.T) {
@@ -162,37 +125,5 @@ func wantJSON(t *testing.T, text, name, want string) {
 	var values map[string]any
 	if err := json.Unmarshal([]byte(text), &values); err != nil || values[name] != want {
 		t.Errorf("got %q, %v", text, err)
-	}
-}
-
-func TestRPCLs(t *testing.T) {
-	t.Parallel()
-	url := testenv.AMQP(t)
-	environment := []string{"AMQP_URL=" + url}
-	for range 2 {
-		serveQueue(t, url, health)
-	}
-	testenv.Eventually(t, 20*time.Second, func() error {
-		states, err := rabbitrpc.Look(t.Context(), url, "grpc.health.v1.Health")
-		if err == nil && states[0].Replicas != 2 {
-			err = context.DeadlineExceeded
-		}
-		return err
-	})
-	args := []string{"rpc", "ls", "--rate", "100ms", "grpc.health.v1.Health", "none.v1.None"}
-	status, stdout, stderr := call(t, environment, args...)
-	want := []string{"SERVICE REPLICAS WAITING CALLS/S", "grpc.health.v1.Health 2 0 0.0", "none.v1.None 0 0 0.0"}
-	lines := strings.Split(strings.TrimSpace(stdout), "\n")
-	if status != 0 || len(lines) != len(want) {
-		t.Fatalf("exit status %d, %q, %q", status, stdout, stderr)
-	}
-	for i, line := range lines {
-		if collapse(line) != want[i] {
-			t.Errorf("line %q, want %q", line, want[i])
-		}
-	}
-	_, stdout, _ = call(t, environment, "rpc", "ls")
-	if strings.Contains(stdout, "grpc.") || strings.Count(stdout, "\n") < 2 || !strings.Contains(stdout, " -\n") {
-		t.Errorf("services of this program: %q", stdout)
 	}
 }

@@ -71,11 +71,16 @@ func (p *started) await(t *testing.T, missing ...string) {
 	})
 }
 
+// processRole is a process with its role in the database.
+type processRole struct{ name, role string }
+
+// startOrder also contains processes that the tests of features add.
+var startOrder = []processRole{{"api", "shop_api"}, {"relay", "shop_relay"}, {"consumer", "shop_consumer"}}
+
 // Processes may start in any order. They wait for servers, roles and schema, and migrate waits for Postgres: in the end
 // all are ready, and none has ended. In this test even the roles do not exist at first.
 func TestAnyOrderOfStart(t *testing.T) {
 	t.Parallel()
-	processes := []string{"api", "relay", "consumer", "console"}
 	for name, postgresFirst := range map[string]bool{"ProcessesFirst": false, "PostgresFirst": true} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -85,9 +90,9 @@ func TestAnyOrderOfStart(t *testing.T) {
 			broker.Refuse(true)
 			database.Refuse(!postgresFirst)
 			var all []*started
-			for i, name := range processes {
-				role := []string{"shop_api", "shop_relay", "shop_consumer", "shop_operator"}[i]
-				all = append(all, startProcess(t, name, "POSTGRES_URL="+testenv.As(t, url, role), "AMQP_URL="+amqp))
+			for _, process := range startOrder {
+				url := testenv.As(t, url, process.role)
+				all = append(all, startProcess(t, process.name, "POSTGRES_URL="+url, "AMQP_URL="+amqp))
 			}
 			for _, p := range all {
 				p.await(t, "database") // Postgres is unreachable, or the role does not exist

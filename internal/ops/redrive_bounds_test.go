@@ -4,16 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"strings"
 	"testing"
 	"time"
 
 	"example.com/shop/internal/deadletter"
 	"example.com/shop/internal/dev/testenv"
-	"example.com/shop/internal/operations"
-	"example.com/shop/internal/postgres"
 	"github.com/google/uuid"
-	"github.com/jackc/pgx/v5"
 )
 
 // park inserts n dead letters of the relay.
