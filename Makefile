@@ -102,8 +102,11 @@ kubernetes: ## Check deploy/kubernetes against Kubernetes' own schemas
 vuln: ## Find known vulnerabilities in code that the programs really call
 	go tool -modfile=tools/go.mod govulncheck ./...
 
+# console
 console: ## Build the console of web/console into internal/console/dist
 	bash scripts/console.sh
+.PHONY: console
+# /console
 
 generate: ## Generate code from proto/
 	@bash scripts/packages.sh tools web
@@ -117,7 +120,7 @@ $(STACK): FORCE
 
 FORCE:
 .PHONY: help up down test test-settings conformance fuzz lint ci docs build reproducible image image-release \
-	kubernetes vuln console generate FORCE
+	kubernetes vuln generate FORCE
 # example
 .PHONY: demo load bench compose-test
 # /example

@@ -5,14 +5,44 @@ import (
 	"errors"
 	"net"
 	"net/http"
+	"os"
 
 	"connectrpc.com/connect/v2"
 	"connectrpc.com/connect/v2/connecthttp"
 	conformancev1 "example.com/shop/conformance/gen/connectrpc/conformance/v1"
 	"example.com/shop/conformance/gen/connectrpc/conformance/v1/conformancev1connect"
+	"example.com/shop/internal/app"
 	"example.com/shop/internal/rabbitrpc"
 	"example.com/shop/internal/unary"
+	"golang.org/x/sync/errgroup"
 )
+
+func init() { transports["queue"] = overRabbitMQ }
+
+// overRabbitMQ calls the API over RabbitMQ, through an HTTP server that only forwards unary calls. It announces that
+// server once a replica answers from the queue. All replicas share the service's queue, so it allows one server at a
+// time.
+//
+//	connectconformance --mode server --conf queue.yaml --max-servers 1 -- conformance queue
+func overRabbitMQ(
+	ctx context.Context, group *errgroup.Group, config app.Config, _ *conformancev1.ServerCompatRequest,
+) error {
+	config.AMQPURL, config.RPCOverRabbitMQ.Serve = os.Getenv("AMQP_URL"), true
+	group.Go(func() error { return app.RunAPI(ctx, config) })
+	transport := rabbitrpc.NewTransport(rabbitrpc.TransportConfig{
+		URL: config.AMQPURL, Name: "conformance", Timeout: noTimeout,
+	})
+	context.AfterFunc(ctx, func() { _ = transport.Close() })
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return err
+	}
+	group.Go(func() error { return serveBridge(ctx, newBridge(transport), listener) })
+	if err := untilServed(ctx, transport); err != nil {
+		return err
+	}
+	return announce(new(conformancev1.ServerCompatRequest), listener.Addr().(*net.TCPAddr))
+}
 
 // newBridge returns an HTTP server that forwards unary calls over RabbitMQ. It has no limits and changes nothing, so
 // the runner sees the answers that the queue's client received.

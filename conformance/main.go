@@ -2,12 +2,8 @@
 // (connectrpc.com/conformance) starts and calls it. `make conformance` runs it.
 //
 //	connectconformance --mode server --conf http.yaml --known-failing @http-known-failing.txt -- conformance
-//	connectconformance --mode server --conf queue.yaml --max-servers 1 -- conformance queue
 //
-// The first line calls the API over HTTP. The second calls it over RabbitMQ, through an HTTP server that only forwards
-// unary calls. All replicas share the service's queue, so it allows one server at a time.
-//
-// It uses the Postgres of POSTGRES_URL, with the schema of `shop migrate`, and the RabbitMQ of AMQP_URL.
+// It uses the Postgres of POSTGRES_URL, with the schema of `shop migrate`.
 package main
 
 import (
@@ -26,7 +22,6 @@ import (
 
 	conformancev1 "example.com/shop/conformance/gen/connectrpc/conformance/v1"
 	"example.com/shop/internal/app"
-	"example.com/shop/internal/rabbitrpc"
 	"example.com/shop/internal/rpcserver"
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/protobuf/proto"
@@ -36,15 +31,41 @@ func main() {
 	slog.SetDefault(slog.New(slog.DiscardHandler)) // the suite provokes errors
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	if err := run(ctx, len(os.Args) > 1 && os.Args[1] == "queue"); err != nil {
+	serve := overHTTP
+	if len(os.Args) > 1 {
+		serve = transports[os.Args[1]]
+	}
+	if err := run(ctx, serve); err != nil {
 		fmt.Fprintln(os.Stderr, "conformance:", err)
 		os.Exit(1)
 	}
 }
 
+// A transport serves the API over a transport, in the group, and announces it to the runner.
+type transport func(
+	ctx context.Context, group *errgroup.Group, config app.Config, request *conformancev1.ServerCompatRequest,
+) error
+
+// transports are those besides HTTP, by the program's argument.
+var transports = map[string]transport{}
+
+func overHTTP(
+	ctx context.Context, group *errgroup.Group, config app.Config, request *conformancev1.ServerCompatRequest,
+) error {
+	address, err := net.ResolveTCPAddr("tcp", config.Addr)
+	if err != nil {
+		return err
+	}
+	group.Go(func() error { return app.RunAPI(ctx, config) })
+	if err := untilListening(ctx, config.Addr); err != nil {
+		return err
+	}
+	return announce(request, address)
+}
+
 // run starts the server that the runner requests on standard input, writes its address to standard output, and serves
 // until ctx is done.
-func run(ctx context.Context, queue bool) (err error) {
+func run(ctx context.Context, serve transport) (err error) {
 	request := new(conformancev1.ServerCompatRequest)
 	if err := receive(os.Stdin, request); err != nil {
 		return fmt.Errorf("read the runner's request: %w", err)
@@ -63,19 +84,7 @@ func run(ctx context.Context, queue bool) (err error) {
 		return err
 	}
 	group, ctx := errgroup.WithContext(ctx)
-	if queue {
-		config.AMQPURL, config.RPCOverRabbitMQ.Serve = os.Getenv("AMQP_URL"), true
-	}
-	group.Go(func() error { return app.RunAPI(ctx, config) })
-	group.Go(func() error {
-		if queue {
-			return startBridge(ctx, group, config)
-		}
-		if err := untilListening(ctx, address.String()); err != nil {
-			return err
-		}
-		return announce(request, address)
-	})
+	group.Go(func() error { return serve(ctx, group, config, request) })
 	return group.Wait()
 }
 
@@ -109,23 +118,6 @@ func configure(request *conformancev1.ServerCompatRequest, address *net.TCPAddr,
 	}
 	files.RequireClient = files.ClientCA != ""
 	return config, nil
-}
-
-// startBridge serves the bridge, and announces it to the runner once a replica answers from the queue.
-func startBridge(ctx context.Context, group *errgroup.Group, config app.Config) error {
-	transport := rabbitrpc.NewTransport(rabbitrpc.TransportConfig{
-		URL: config.AMQPURL, Name: "conformance", Timeout: noTimeout,
-	})
-	context.AfterFunc(ctx, func() { _ = transport.Close() })
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return err
-	}
-	group.Go(func() error { return serveBridge(ctx, newBridge(transport), listener) })
-	if err := untilServed(ctx, transport); err != nil {
-		return err
-	}
-	return announce(new(conformancev1.ServerCompatRequest), listener.Addr().(*net.TCPAddr))
 }
 
 // announce tells the runner the server's address, and its certificate, which the runner made.

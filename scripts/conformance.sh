@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs Connect's conformance suite against the API: all of it over HTTP, its unary cases over RabbitMQ. It fails if a
+# Runs Connect's conformance suite against the API. It fails if a
 # case fails that conformance/*-known-failing.txt does not list, or if a listed one passes. Needs the servers in the
 # environment, as `stack` sets them.
 #
@@ -24,8 +24,11 @@ suite() {
 
 flags=("$@")
 suite http
-flags+=(--max-servers 1) # all servers consume from the same queue
+# rpc-over-rabbitmq
+# The unary cases over RabbitMQ. All servers consume from the same queue.
+flags+=(--max-servers 1)
 suite queue queue
+# /rpc-over-rabbitmq
 if [ ${#failed[@]} -gt 0 ]; then
   printf '\nunexpected results: %s\n' "${failed[*]}"
   exit 1

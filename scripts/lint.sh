@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs all static checks: Go, protobuf, generated code, the built console, alert rules, docker-compose.yml. At the end,
+# Runs all static checks: Go, protobuf, generated code, alert rules, docker-compose.yml. At the end,
 # names the failed checks.
 #
 #   scripts/lint.sh
@@ -73,6 +73,7 @@ generated() {
   done
 }
 
+# console
 console_is_current() {
   bash scripts/console.sh "$scratch/console" || return 1
   if ! diff -r "$scratch/console" internal/console/dist; then
@@ -80,6 +81,7 @@ console_is_current() {
     return 1
   fi
 }
+# /console
 
 buf=tools/node_modules/.bin/buf
 bash scripts/packages.sh tools web
@@ -107,7 +109,9 @@ check 'buf lint' "$buf" lint
 check 'buf format' "$buf" format --diff --exit-code
 check 'buf breaking, against main' breaking
 check 'generated code is current' generated
+# console
 check 'the built console is current' console_is_current
+# /console
 check 'prometheus.yml and its alert rules' promtool check config deploy/prometheus/prometheus.yml
 check 'alert rules fire as tested' promtool test rules deploy/prometheus/alerts_test.yml
 

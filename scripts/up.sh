@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Starts the servers and the four processes of the service, and leaves them running. `make down` stops them.
+# Starts the servers and the processes of the service, and leaves them running. `make down` stops them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 stack=.stack/bin/stack
-api=127.0.0.1:${API_PORT:-8080} console=127.0.0.1:${CONSOLE_PORT:-8090}
+api=127.0.0.1:${API_PORT:-8080}
 # The addresses for probes and scrapes.
 api_ops=127.0.0.1:${API_OPS_PORT:-9180} relay_ops=127.0.0.1:${RELAY_OPS_PORT:-9181}
-consumer_ops=127.0.0.1:${CONSUMER_OPS_PORT:-9182} console_ops=127.0.0.1:${CONSOLE_OPS_PORT:-9190}
+consumer_ops=127.0.0.1:${CONSUMER_OPS_PORT:-9182}
+addresses=("$api_ops" "$relay_ops" "$consumer_ops")
 
 # as ROLE prints the database's URL for a session with the rights of that role only.
 as() {
@@ -40,19 +41,30 @@ if ! grep -qs "^dev:$(IFS=,; echo "${roles[*]}"):" "$keys" || [ ! -s "$key_file"
     awk '$1 == "key:" { print $2 }' <<<"$made" >"$key_file"
   )
 fi
+export AMQP_PASSWORD=$password TOPOLOGY=given
+api_environment=() consumer_environment=()
+# durable-calls
 # The API signs the callers of durable calls, and the consumer checks them with the same key. Waiting operations still
 # need it after a restart.
 call_key=.stack/dev/call-key
 [ -s "$call_key" ] || (umask 077; head -c 32 /dev/urandom | base64 >"$call_key")
-export AMQP_PASSWORD=$password TOPOLOGY=given
-LISTEN=$api OPS_LISTEN=$api_ops POSTGRES_URL=$(as shop_api) AMQP_URL=$(at_broker rpc-server) API_KEYS_FILE=$keys \
-  CALL_KEYS=$(cat "$call_key") RPC_OVER_RABBITMQ=true $stack daemon api -- bin/shop api
+api_environment+=("CALL_KEYS=$(cat "$call_key")") consumer_environment+=("CALL_KEYS=$(cat "$call_key")")
+# /durable-calls
+# rpc-over-rabbitmq
+api_environment+=("AMQP_URL=$(at_broker rpc-server)" RPC_OVER_RABBITMQ=true)
+# /rpc-over-rabbitmq
+LISTEN=$api OPS_LISTEN=$api_ops POSTGRES_URL=$(as shop_api) API_KEYS_FILE=$keys \
+  env "${api_environment[@]}" $stack daemon api -- bin/shop api
 OPS_LISTEN=$relay_ops POSTGRES_URL=$(as shop_relay) AMQP_URL=$(at_broker relay) $stack daemon relay -- bin/shop relay
-OPS_LISTEN=$consumer_ops POSTGRES_URL=$(as shop_consumer) AMQP_URL=$(at_broker consumer) CALL_KEYS=$(cat "$call_key") \
-  $stack daemon consumer -- bin/shop consumer
+OPS_LISTEN=$consumer_ops POSTGRES_URL=$(as shop_consumer) AMQP_URL=$(at_broker consumer) \
+  env "${consumer_environment[@]}" $stack daemon consumer -- bin/shop consumer
+# console
+console=127.0.0.1:${CONSOLE_PORT:-8090} console_ops=127.0.0.1:${CONSOLE_OPS_PORT:-9190}
 LISTEN=$console OPS_LISTEN=$console_ops POSTGRES_URL=$(as shop_operator) AMQP_URL=$(at_broker console) \
   API_KEYS_FILE=$keys $stack daemon console -- bin/shop console
-for address in $api_ops $relay_ops $consumer_ops $console_ops; do
+addresses+=("$console_ops")
+# /console
+for address in "${addresses[@]}"; do
   for try in $(seq 100); do
     if bin/shop healthcheck "http://$address/readyz" 2>/dev/null; then
       continue 2
@@ -65,13 +77,15 @@ done
 cat <<TEXT
 
 API        http://$api     (Connect, gRPC and gRPC-Web, without TLS)
-console    http://$console/console/
-API key    $(cat "$key_file")     (for both; kept in $key_file)
-readiness  http://$api_ops/readyz, http://$relay_ops/readyz, http://$consumer_ops/readyz, http://$console_ops/readyz
+API key    $(cat "$key_file")     (kept in $key_file)
+readiness  of each process: $(printf 'http://%s/readyz ' "${addresses[@]}")
 Postgres   $POSTGRES_URL
 RabbitMQ   $AMQP_URL   management: $RABBITMQ_MANAGEMENT_URL
 logs       .stack/dev/log
 TEXT
+# console
+echo "console    http://$console/console/ (the same API key)"
+# /console
 # example
 order=0190c0de-0000-7000-8000-000000000001
 cat <<TEXT

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 )
@@ -39,6 +40,9 @@ func (o *options) omitted(name string) bool {
 		left = append(left[:len(left):len(left)], exampleFiles...)
 	} else {
 		left = append(left[:len(left):len(left)], guide)
+	}
+	if slices.ContainsFunc(o.left(), func(f feature) bool { return f.isOf(name) }) {
+		return true
 	}
 	for _, file := range left {
 		if name == file || strings.HasSuffix(file, "/") && strings.HasPrefix(name, file) {
@@ -128,6 +132,8 @@ func (o *options) finish(ctx context.Context, tree string, out io.Writer) error 
 		{"", o.benchTidied()},
 		{"", []string{"go", "-C", "conformance", "mod", "tidy"}},
 		{"building", []string{"go", "build", "./..."}},
+		{"", o.settingsListed()},
+		{"", o.consoleBuilt()},
 		{"committing", []string{"git", "-c", "init.defaultBranch=main", "init", "-q"}},
 		{"", []string{"git", "add", "-A"}},
 		{"", append(o.identity(ctx), "commit", "-q", "--no-verify", "-m", "Make "+o.service+
@@ -154,6 +160,22 @@ func (o *options) benchTidied() []string {
 		return []string{"true"}
 	}
 	return []string{"go", "-C", "bench", "mod", "tidy"}
+}
+
+// settingsListed returns the command that lists the settings of a service without some features.
+func (o *options) settingsListed() []string {
+	if len(o.without) == 0 {
+		return []string{"true"}
+	}
+	return []string{"go", "test", "-count=1", "-run", "^TestConfigurationPage$", "./cmd/" + o.service, "-update"}
+}
+
+// consoleBuilt returns the command that builds the console without a page.
+func (o *options) consoleBuilt() []string {
+	if o.has("durable-calls") || !o.has("console") {
+		return []string{"true"}
+	}
+	return []string{"make", "-s", "console"}
 }
 
 // identity returns the git command, with a user name if git has none configured.

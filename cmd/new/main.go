@@ -3,7 +3,8 @@
 //	go run ./cmd/new -module github.com/acme/billing -service billing ../billing
 //
 // It copies all tracked files, replaces names everywhere, generates code again, and leaves a repository with one
-// commit. With -bare it omits the example domain. The rest builds, migrates, starts and passes its tests.
+// commit. With -bare it omits the example domain, and with -without parts of the core. The rest builds, migrates, starts
+// and passes its tests.
 //
 // The folder is either complete at the end or does not exist.
 package main
@@ -20,7 +21,7 @@ import (
 	"syscall"
 )
 
-const usage = "usage: go run ./cmd/new -module MODULE -service NAME [-bare | -example] FOLDER"
+const usage = "usage: go run ./cmd/new -module MODULE -service NAME [-example | -bare [-without FEATURES]] FOLDER"
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
@@ -46,12 +47,14 @@ Makes a service from this template in FOLDER, which must not exist.
   -module   path of the new Go module, such as github.com/acme/billing
   -service  name of the service: of its binary, packages, queues and database. Lower-case letters and digits
   -example  keep the example domain, under the new name (this is the default)
-  -bare     omit it: an empty service, for docs/make-it-yours.md to fill`
+  -bare     omit it: an empty service, for docs/make-it-yours.md to fill
+  -without  also omit parts of the core, separated by commas: console, durable-calls, rpc-over-rabbitmq`
 
 // options are the parsed command line.
 type options struct {
 	module, service string
 	bare            bool
+	without         []string // features that the new tree does not get
 	folder          string // absolute path of the new service
 	template        string // top folder of the checkout that is copied
 	oldModule       string // module of that checkout; not templateModule if gonew made it
@@ -66,11 +69,15 @@ func parse(args []string) (*options, error) {
 	flags.StringVar(&o.service, "service", "", "")
 	flags.BoolVar(&o.bare, "bare", false, "")
 	example := flags.Bool("example", false, "")
+	flags.Func("without", "", o.setWithout)
 	if err := flags.Parse(args); err != nil {
 		return nil, err
 	}
 	if o.bare && *example {
 		return nil, errors.New("-bare and -example exclude each other")
+	}
+	if len(o.without) > 0 && !o.bare {
+		return nil, errors.New("-without needs -bare: the example uses every feature")
 	}
 	if o.module == "" || o.service == "" || flags.NArg() != 1 {
 		return nil, errors.New(usage)

@@ -8,7 +8,6 @@ package main
 
 import (
 	"context"
-	"encoding/base64"
 	"fmt"
 	"maps"
 	"os"
@@ -42,32 +41,19 @@ func main() {
 			problems++
 		}
 	}
-	if problem := checkCallKeys(project); problem != "" {
-		fmt.Println(problem)
-		problems++
+	for _, check := range projectChecks {
+		if problem := check(project); problem != "" {
+			fmt.Println(problem)
+			problems++
+		}
 	}
 	if problems > 0 {
 		os.Exit(1)
 	}
 }
 
-// checkCallKeys checks that durable calls are enabled: api, which takes the calls, and consumer, which executes them,
-// must have the same key of at least 32 bytes.
-func checkCallKeys(project *types.Project) string {
-	text := func(service string) string {
-		if value := project.Services[service].Environment["CALL_KEYS"]; value != nil {
-			return *value
-		}
-		return ""
-	}
-	if key, err := base64.StdEncoding.DecodeString(text("api")); err != nil || len(key) < 32 {
-		return "api: CALL_KEYS is not a key of 32 bytes in base64"
-	}
-	if text("api") != text("consumer") {
-		return "api and consumer have different CALL_KEYS"
-	}
-	return ""
-}
+// projectChecks contains checks of the services together, which return a problem or "".
+var projectChecks []func(*types.Project) string
 
 func fail(err error) {
 	fmt.Fprintln(os.Stderr, "composecheck:", err)

@@ -7,32 +7,34 @@ import (
 	"context"
 	"fmt"
 	"log"
-	"log/slog"
 	"os"
 	"os/signal"
 	"syscall"
 	"time"
 
-	"connectrpc.com/connect/v2"
-	"example.com/shop/internal/changes"
-	"example.com/shop/internal/dev/probe"
 	"example.com/shop/internal/inbox"
 	"example.com/shop/internal/messaging"
-	"example.com/shop/internal/operations"
 	"example.com/shop/internal/outbox"
 	"example.com/shop/internal/postgres"
 	"example.com/shop/internal/rabbit"
-	"example.com/shop/internal/rpcserver"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 )
 
-const (
-	exchange = "events"
-	queue    = "victim.effects"
-	calls    = "victim.operations"
+const queue = "victim.effects"
+
+// roles contains what the process can run, by its argument.
+var roles = map[string]func(context.Context, *errgroup.Group, *pgxpool.Pool) error{
+	"relay": runRelay, "consumer": runConsumer,
+}
+
+var (
+	amqpURL  = os.Getenv("AMQP_URL")
+	topology = rabbit.Topology{Exchange: "events", Queues: []rabbit.Queue{
+		{Name: queue, Types: []string{"google.protobuf.StringValue"}},
+	}}
 )
 
 func main() {
@@ -49,46 +51,43 @@ func run(ctx context.Context, role string) error {
 		return err
 	}
 	defer db.Close()
-	group := inbox.NewGroup("effects")
-	inbox.Handle(group, apply)
-	topology := rabbit.Topology{Exchange: exchange, Queues: []rabbit.Queue{
-		{Name: queue, Types: group.Types()}, {Name: calls, Types: []string{operations.MessageType}, Unordered: true},
-	}}
-	amqpURL := os.Getenv("AMQP_URL")
-
-	running, ctx := errgroup.WithContext(ctx)
-	switch role {
-	case "relay":
-		lease, err := time.ParseDuration(cmp.Or(os.Getenv("LEASE"), "1s"))
-		if err != nil {
-			return err
-		}
-		config := outbox.Config{PageRows: 20, Lease: lease, PollInterval: 20 * time.Millisecond}
-		newPublisher := func() messaging.Publisher {
-			config := rabbit.PublisherConfig{URL: amqpURL, Topology: topology, Name: "victim relay"}
-			return inflating{rabbit.NewPublisher(config)}
-		}
-		relay := outbox.NewRelay(db, newPublisher, config)
-		running.Go(func() error { return relay.Run(ctx) })
-		running.Go(func() error { relay.Listen(ctx, os.Getenv("POSTGRES_URL")); return nil })
-	case "consumer":
-		box := inbox.New(db, group, inbox.Config{PollInterval: 20 * time.Millisecond, HandlerTimeout: time.Second})
-		consumer := rabbit.NewConsumer(rabbit.ConsumerConfig{
-			URL: amqpURL, Topology: topology, Queue: queue, Name: "victim consumer", Batch: 20, Lanes: 2,
-		}, box.Process)
-		running.Go(func() error { return consumer.Run(ctx) })
-		running.Go(func() error { return box.Run(ctx) })
-	case "worker":
-		worker := newWorker(db)
-		consumer := rabbit.NewConsumer(rabbit.ConsumerConfig{
-			URL: amqpURL, Topology: topology, Queue: calls, Name: "victim worker", Unordered: true, Prefetch: 32,
-		}, worker.Process)
-		running.Go(func() error { return consumer.Run(ctx) })
-		running.Go(func() error { return worker.Run(ctx) })
-	default:
+	start, known := roles[role]
+	if !known {
 		return fmt.Errorf("unknown role %q", role)
 	}
+	running, ctx := errgroup.WithContext(ctx)
+	if err := start(ctx, running, db); err != nil {
+		return err
+	}
 	return running.Wait()
+}
+
+func runRelay(ctx context.Context, running *errgroup.Group, db *pgxpool.Pool) error {
+	lease, err := time.ParseDuration(cmp.Or(os.Getenv("LEASE"), "1s"))
+	if err != nil {
+		return err
+	}
+	config := outbox.Config{PageRows: 20, Lease: lease, PollInterval: 20 * time.Millisecond}
+	newPublisher := func() messaging.Publisher {
+		config := rabbit.PublisherConfig{URL: amqpURL, Topology: topology, Name: "victim relay"}
+		return inflating{rabbit.NewPublisher(config)}
+	}
+	relay := outbox.NewRelay(db, newPublisher, config)
+	running.Go(func() error { return relay.Run(ctx) })
+	running.Go(func() error { relay.Listen(ctx, os.Getenv("POSTGRES_URL")); return nil })
+	return nil
+}
+
+func runConsumer(ctx context.Context, running *errgroup.Group, db *pgxpool.Pool) error {
+	group := inbox.NewGroup("effects")
+	inbox.Handle(group, apply)
+	box := inbox.New(db, group, inbox.Config{PollInterval: 20 * time.Millisecond, HandlerTimeout: time.Second})
+	consumer := rabbit.NewConsumer(rabbit.ConsumerConfig{
+		URL: amqpURL, Topology: topology, Queue: queue, Name: "victim consumer", Batch: 20, Lanes: 2,
+	}, box.Process)
+	running.Go(func() error { return consumer.Run(ctx) })
+	running.Go(func() error { return box.Run(ctx) })
+	return nil
 }
 
 // apply is deliberately not idempotent.
@@ -98,25 +97,6 @@ func apply(ctx context.Context, tx pgx.Tx, message *wrapperspb.StringValue) erro
 	}
 	_, err := tx.Exec(ctx, `INSERT INTO effects (message) VALUES ($1)`, message.GetValue())
 	return err
-}
-
-func newWorker(db *pgxpool.Pool) *operations.Worker {
-	out := outbox.NewWriter(db, nil, nil)
-	server := connect.NewServer(rpcserver.Interceptors(slog.Default())...)
-	probe.Handle(server, probe.Mutate, func(ctx context.Context, text string) (string, error) {
-		err := out.Transact(ctx, func(tx pgx.Tx) error {
-			if err := apply(ctx, tx, wrapperspb.String(text)); err != nil {
-				return err
-			}
-			_, err := tx.Exec(ctx, `SELECT pg_sleep(0.02)`) // makes kills in the middle of a call likely
-			return err
-		})
-		return text, err
-	})
-	store := operations.New(db, out, changes.New(changes.Config{}), operations.Config{})
-	return operations.NewWorker(db, store, server, operations.WorkerConfig{
-		Concurrency: 4, Inbox: inbox.Config{PollInterval: 20 * time.Millisecond, HandlerTimeout: 2 * time.Second},
-	})
 }
 
 // die ends the process as a kill from outside does: it closes nothing and runs no deferred function.
