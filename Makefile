@@ -38,7 +38,7 @@ test-settings: $(STACK) ## Test on a Postgres with other settings; SETTINGS="loc
 	@bash scripts/need.sh psql postgresql-client
 	@$(STACK) --profile test -- bash scripts/test_settings.sh $(SETTINGS)
 
-conformance: $(STACK) ## Run Connect's conformance suite against the API, over HTTP and over RabbitMQ
+conformance: $(STACK) ## Run Connect's conformance suite against the API, over every transport
 	$(STACK) -- bash scripts/conformance.sh
 
 FUZZTIME ?= 1m

@@ -214,7 +214,7 @@ func setMetadata(ctx context.Context, definition interface {
 	}
 }
 
-// noTimeout is the timeout of calls over RabbitMQ whose caller has set none, because every call over RabbitMQ has one.
+// noTimeout is the timeout of calls whose caller has set none over transports where every call has one.
 // It is longer than any timeout of the suite.
 const noTimeout = time.Hour
 

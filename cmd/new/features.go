@@ -22,13 +22,13 @@ var features = []feature{
 	{"console", regexp.MustCompile(`(?i)console`), []string{
 		"internal/console/", "web/console/", "proto/ops/", "docs/console.md", "docs/images/", "scripts/console.sh",
 		"deploy/kubernetes/base/console.yaml", "cmd/shop/console*.go", "internal/app/*console*.go",
-		"internal/app/browser_test.go",
+		"internal/app/browser_test.go", "internal/dev/architecture/console_test.go",
 	}},
 	{"durable-calls", regexp.MustCompile(`(?i)durablecall`), []string{
 		"internal/operations/", "proto/shop/operations/", "proto/ops/v1/operations.proto", "docs/durable-calls.md",
 		"migrations/core/0004_operations.sql", "migrations/operations_test.go", "cmd/shop/calls*.go",
 		"internal/app/calls*.go", "internal/console/operations*.go", "internal/ops/operations_test.go",
-		"internal/dev/chaos/calls_test.go", "internal/dev/chaos/victim/calls.go", "tools/composecheck/calls.go",
+		"internal/dev/architecture/calls_test.go", "internal/dev/chaos/calls_test.go", "internal/dev/chaos/victim/calls.go", "tools/composecheck/calls.go",
 		"web/console/src/operations.ts",
 	}},
 	{"rpc-over-rabbitmq", regexp.MustCompile(`(?i)overrabbitmq`), []string{

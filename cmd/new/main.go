@@ -55,9 +55,9 @@ type options struct {
 	module, service string
 	bare            bool
 	without         []string // features that the new tree does not get
-	folder          string // absolute path of the new service
-	template        string // top folder of the checkout that is copied
-	oldModule       string // module of that checkout; not templateModule if gonew made it
+	folder          string   // absolute path of the new service
+	template        string   // top folder of the checkout that is copied
+	oldModule       string   // module of that checkout; not templateModule if gonew made it
 }
 
 // parse returns checked options, or an error of one line.

@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -72,6 +73,10 @@ func TestWrongArguments(t *testing.T) {
 		"flag after the folder": {"-module github.com/acme/billing -service billing DIR/billing -bare", "usage: "},
 		"unknown flag": {"-modul github.com/acme/billing -service billing DIR/billing",
 			"not defined: -modul"},
+		"without a feature of the example": {"-without console -module github.com/acme/billing -service billing DIR/billing",
+			"-without needs -bare"},
+		"without an unknown feature": {"-bare -without web -module github.com/acme/billing -service billing DIR/billing",
+			`"web" is none of console, durable-calls, rpc-over-rabbitmq`},
 		"both forms": {"-bare -example -module github.com/acme/billing -service billing DIR/billing",
 			"exclude each other"},
 		"module with spaces": {"-module github.com/acme/bil+,ling -service billing DIR/billing",
@@ -168,7 +173,7 @@ func TestInterruptLeavesNothingBehind(t *testing.T) {
 // optionsOf parses a command line.
 func optionsOf(t *testing.T, form, service, folder string) *options {
 	t.Helper()
-	o, err := parse([]string{form, "-module", "github.com/acme/billing", "-service", service, folder})
+	o, err := parse(append(strings.Fields(form), "-module", "github.com/acme/billing", "-service", service, folder))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -186,6 +191,50 @@ func TestBareTreeDoesNotNameTheExample(t *testing.T) {
 		`cmd/demo|make demo|make bench|compose_test`)
 	everyText(t, copied(t, "-bare", "billing"), func(name, line string) {
 		if !measured[name] && named.MatchString(line) && !exempt.MatchString(line) {
+			t.Errorf("%s: %s", name, line)
+		}
+	})
+}
+
+const withoutAll = "-bare -without console,durable-calls,rpc-over-rabbitmq"
+
+// featuresNamed are words for the features, and exempted lines have another sense of them.
+var (
+	featuresNamed = regexp.MustCompile(`(?i)durable.?call|\bconsole\b|operations\.v1|internal/operations|rabbitrpc|` +
+		`over.?rabbitmq|CALL_|\brpc-(server|client)\b|OpsService`)
+	exempted = regexp.MustCompile(`https?://(evil\.)?console\.example|const console|closed, console|console \+|console: true|{open, console|` +
+		`\[\]string{console}`)
+)
+
+// A tree without the features does not mention them, except in records of past decisions.
+func TestTreeWithoutFeaturesDoesNotNameThem(t *testing.T) {
+	t.Parallel()
+	everyText(t, copied(t, withoutAll, "billing"), func(name, line string) {
+		if !measured[name] && !strings.HasPrefix(name, "docs/adr/") && featuresNamed.MatchString(line) &&
+			!exempted.MatchString(line) {
+			t.Errorf("%s: %s", name, line)
+		}
+	})
+}
+
+// Each pattern has a file, and features are taken out of Go without marks.
+func TestFeaturesAreWholeFiles(t *testing.T) {
+	t.Parallel()
+	list, err := exec.Command("git", "-C", "../..", "ls-files").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	names := strings.Fields(string(list))
+	for _, f := range features {
+		for _, pattern := range f.files {
+			one := feature{files: []string{pattern}}
+			if !slices.ContainsFunc(names, one.isOf) {
+				t.Errorf("%s: no file matches %s", f.name, pattern)
+			}
+		}
+	}
+	everyText(t, filepath.Join("..", ".."), func(name, line string) {
+		if filepath.Ext(name) == ".go" && mark.MatchString(line) {
 			t.Errorf("%s: %s", name, line)
 		}
 	})
@@ -223,7 +272,7 @@ func TestTheServicesNameStandsAlone(t *testing.T) {
 // Marks are removed, and links lead to existing files.
 func TestPagesOfANewTreeLeadSomewhere(t *testing.T) {
 	t.Parallel()
-	for _, form := range []string{"-bare", "-example"} {
+	for _, form := range []string{"-bare", "-example", withoutAll} {
 		tree := copied(t, form, "billing")
 		link := regexp.MustCompile(`\]\(([^)#:]+)(?:#[^)]*)?\)`)
 		everyText(t, tree, func(name, line string) {

@@ -28,7 +28,7 @@ func (a *listenAddress) UnmarshalText(text []byte) error {
 }
 
 func (f *databaseFlags) check() error {
-	// One for a durable call, one for a call that is retried, and one for what the first call reads.
+	// One for a call of a message, one for a call that is retried, and one for what the first call reads.
 	return between("--max-conns", f.MaxConns, 3, 1000)
 }
 

@@ -96,7 +96,7 @@ func writeSettings(t *testing.T, out *strings.Builder, model *kong.Application) 
 		{"API", func(p []string) bool { return slices.Contains(p, "api") }},
 		{"Relay", func(p []string) bool { return slices.Contains(p, "relay") }},
 		{"Consumer", func(p []string) bool { return slices.Contains(p, "consumer") }},
-		{"Console", func(p []string) bool { return slices.Contains(p, "all") }},
+		{"All in one process", func(p []string) bool { return slices.Contains(p, "all") }},
 		{"Other commands", func(p []string) bool { return len(p) == 0 }},
 	} {
 		isHere := func(s *setting) bool { return section.has(s.processes()) }

@@ -5,7 +5,7 @@ import (
 	"testing"
 )
 
-// The commands manage groups and keys as the console does, as shop_operator and with an audit record.
+// The commands manage groups and keys as shop_operator, and with an audit record.
 func TestConsumerCommands(t *testing.T) {
 	f := newFixture(t)
 	name := f.group.Name

@@ -37,7 +37,7 @@ type cli struct {
 	Relay    relayCommand    `cmd:"" help:"Publish the outbox to RabbitMQ."`
 	Consumer consumerCommand `cmd:"" help:"Run the consumer groups."`
 	featureCommands
-	All         allCommand         `cmd:"" help:"Run API, relay, consumers and console in one process."`
+	All         allCommand         `cmd:"" help:"Run all processes in one."`
 	Migrate     migrateCommand     `cmd:"" help:"Migrate the database schema."`
 	Topology    topologyCommand    `cmd:"" help:"${topology}"`
 	Outbox      outboxCommand      `cmd:"" help:"Inspect, replay, reshard or repair the outbox."`

@@ -33,7 +33,7 @@ type Config struct {
 	// support. The default is PostgresURL; if that is such a pooler (see postgres.Config), the relay polls.
 	ListenURL string
 	AMQPURL   string
-	// ManagementURL is RabbitMQ's management API, for the doctor and the console. They do not use it if it is "".
+	// ManagementURL is RabbitMQ's management API, for operators; "" for none.
 	ManagementURL string
 	// Exchange is the topic exchange for events.
 	Exchange string

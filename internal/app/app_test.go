@@ -35,7 +35,7 @@ func serve(t *testing.T, run func(context.Context, Config) error, config Config)
 
 // started is a process that runs until the test ends or stops it.
 type started struct {
-	url, ops string // URLs of the API or console, and of the operators' port
+	url, ops string // URLs for callers, and of the operators' port
 	stop     func()
 }
 
@@ -75,16 +75,23 @@ func await(t *testing.T, what string, ready func() int, want int) {
 	})
 }
 
-// Each process is ready while its servers are available. All need the database; API and console do not need the broker.
+// tested is a process under test.
+type tested struct {
+	run         func(context.Context, Config) error
+	needsBroker bool
+	takesCalls  bool // and has no other part
+}
+
+// processes also contains those that the tests of features add.
+var processes = map[string]tested{
+	"API": {run: RunAPI, takesCalls: true}, "Relay": {run: RunRelay, needsBroker: true},
+	"Consumer": {run: RunConsumer, needsBroker: true}, "All": {run: RunAll, needsBroker: true},
+}
+
+// Each process is ready while its servers are available. All need the database.
 func TestReadiness(t *testing.T) {
 	t.Parallel()
-	for name, process := range map[string]struct {
-		run         func(context.Context, Config) error
-		needsBroker bool
-	}{
-		"API": {RunAPI, false}, "Relay": {RunRelay, true}, "Consumer": {RunConsumer, true},
-		"All": {RunAll, true}, "Console": {RunConsole, false},
-	} {
+	for name, process := range processes {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			database, postgresURL := testenv.ProxyURL(t, testenv.PostgresURL(t))

@@ -19,6 +19,8 @@ import (
 	"example.com/shop/internal/telemetry"
 )
 
+func init() { processes["Console"] = tested{run: RunConsole, takesCalls: true} }
+
 // Every procedure of the console declares its callers: observers read, operators read and act, and all others are
 // refused.
 func TestConsoleAccess(t *testing.T) {
@@ -53,6 +55,29 @@ func TestConsoleAccess(t *testing.T) {
 	}
 	if acts < 6 {
 		t.Errorf("only %d procedures act", acts)
+	}
+}
+
+// No role may call both the API and the console.
+func TestRolesOfTheConsoleAreItsOwn(t *testing.T) {
+	t.Parallel()
+	roles := map[string]bool{}
+	for spec := range consoleServer(t).Specs() {
+		if strings.HasPrefix(spec.Procedure, "/ops.") {
+			for _, role := range auth.AccessTo(spec).GetRoles() {
+				roles[role] = true
+			}
+		}
+	}
+	if len(roles) == 0 {
+		t.Fatal("found no roles")
+	}
+	for spec := range startAPI(t, Edge{}).server.Specs() {
+		for _, role := range auth.AccessTo(spec).GetRoles() {
+			if roles[role] {
+				t.Errorf("%s is open to %s, which is a role of the console", spec.Procedure, role)
+			}
+		}
 	}
 }
 

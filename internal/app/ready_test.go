@@ -163,11 +163,15 @@ func TestNotReadyBeforeTheFirstKeys(t *testing.T) {
 	url := start(t, RunAPI, config).ops
 	awaitMissing(t, url)
 	config.Edge = tokens
-	api := start(t, RunAPI, config).ops
-	console := start(t, RunConsole, config).ops
-	awaitMissing(t, api, "jwks")
-	awaitMissing(t, console, "jwks")
+	var urls []string
+	for _, process := range processes {
+		if process.takesCalls {
+			urls = append(urls, start(t, process.run, config).ops)
+			awaitMissing(t, urls[len(urls)-1], "jwks")
+		}
+	}
 	available.Store(true)
-	awaitMissing(t, api)
-	awaitMissing(t, console)
+	for _, url := range urls {
+		awaitMissing(t, url)
+	}
 }

@@ -57,7 +57,7 @@ type Keys struct {
 	// turns admits one call of a key at a time.
 	turns *turns[account]
 	// room bounds the calls that use a connection. They get two fifths of the pool: their handlers may need a second
-	// connection to read, durable calls may use half of the pool in the same way, and some connections must be left.
+	// connection to read, other parts may use half of the pool in the same way, and some connections must be left.
 	room *semaphore.Weighted
 	// shares limits each caller to all places of the room but one, so that the slow calls of one caller do not block
 	// others.
@@ -89,7 +89,7 @@ const (
 func Headers() (request, response []string) { return []string{keyHeader}, []string{replayedHeader} }
 
 // Interceptor returns the interceptor that handles keys. It must follow the interceptors that identify the caller and
-// validate requests, and the one that submits durable calls, which handles the keys of those calls itself.
+// validate requests, and any that handles the keys of some calls itself.
 func (k *Keys) Interceptor() connect.ServerInterceptor {
 	return func(next connect.ServerFunc) connect.ServerFunc {
 		return func(ctx context.Context, spec connect.Spec, stream connect.ServerStream) error {

@@ -45,7 +45,7 @@ func Names(groups []Group) (names []string) {
 	return names
 }
 
-// Operator acts on consumer groups, for the commands and for the console.
+// Operator acts on consumer groups.
 type Operator struct {
 	DB *pgxpool.Pool
 	// Groups are all consumer groups.

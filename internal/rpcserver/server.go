@@ -79,7 +79,7 @@ type Config struct {
 	Budget *Budget
 	// Checks check the dependencies of the services. Without checks, the server is ready as soon as it listens.
 	Checks []Check
-	// Interceptors run inside of logging and error mapping: authentication, durable calls. The messages that they receive
+	// Interceptors run inside of logging and error mapping, such as authentication. The messages that they receive
 	// are valid.
 	Interceptors []connect.ServerInterceptor
 	// Log logs calls (at debug, failures at info) and the errors that callers must not see (at warn and error). Default
@@ -161,7 +161,7 @@ func New(config Config, register ...func(*connect.Server)) *Server {
 // Specs yields all procedures of the server.
 func (s *Server) Specs() iter.Seq[connect.Spec] { return s.rpc.Specs() }
 
-// Handle adds a handler that is not an RPC, such as the console, under a pattern of http.ServeMux. It panics if the
+// Handle adds a handler that is not an RPC under a pattern of http.ServeMux. It panics if the
 // pattern is taken. It must be called before Run.
 func (s *Server) Handle(pattern string, handler http.Handler) { s.mux.Handle(pattern, handler) }
 

@@ -38,16 +38,14 @@ var domain = []string{"internal/orders", "internal/gen/orders", "cmd/demo"}
 var dependencies = map[string][]string{
 	"cmd/shop": {
 		"internal/app", "internal/auth", "internal/bounds", "internal/deadletter", "internal/inbox",
-		"internal/messaging",
-		"internal/ops", "internal/outbox", "internal/postgres", "internal/rabbit", "internal/rabbitrpc",
+		"internal/messaging", "internal/ops", "internal/outbox", "internal/postgres", "internal/rabbit",
 		"internal/rpcserver", "internal/telemetry", "migrations",
 	},
 	"cmd/stack": {"internal/dev/localstack"},
 	"internal/app": {
-		"migrations", "internal/auth", "internal/changes", "internal/console", "internal/deadletter",
-		"internal/gen/ops/v1/opsv1connect", "internal/idempotency", "internal/inbox", "internal/messaging",
-		"internal/operations", "internal/ops", "internal/outbox", "internal/postgres", "internal/rabbit",
-		"internal/rabbitrpc", "internal/rpcserver", "internal/session", "internal/telemetry",
+		"migrations", "internal/auth", "internal/changes", "internal/deadletter", "internal/idempotency",
+		"internal/inbox", "internal/messaging", "internal/ops", "internal/outbox", "internal/postgres",
+		"internal/rabbit", "internal/rpcserver", "internal/session", "internal/telemetry",
 	},
 	"internal/bounds":  {},
 	"internal/changes": {"internal/postgres", "internal/session"},
@@ -62,18 +60,11 @@ var dependencies = map[string][]string{
 	},
 	"internal/deadletter": {"internal/messaging", "internal/postgres"},
 	"internal/ops": {
-		"internal/deadletter", "internal/gen/shop/operations/v1", "internal/inbox", "internal/messaging",
-		"internal/operations", "internal/outbox", "internal/postgres", "internal/rabbit", "internal/session",
-		"migrations",
-	},
-	"internal/console": {
-		"internal/bounds", "internal/auth", "internal/deadletter", "internal/gen/shop/operations/v1",
-		"internal/gen/ops/v1", "internal/gen/ops/v1/opsv1connect", "internal/inbox", "internal/messaging",
-		"internal/operations", "internal/ops", "internal/outbox", "internal/postgres", "internal/rabbit",
+		"internal/deadletter", "internal/inbox", "internal/messaging", "internal/outbox", "internal/postgres",
+		"internal/rabbit", "internal/session", "migrations",
 	},
 	"internal/rabbit":    {"internal/dev/failpoint", "internal/messaging"},
 	"internal/telemetry": {"internal/bounds"},
-	"internal/rabbitrpc": {"internal/bounds", "internal/rabbit"},
 	"internal/auth":      {"internal/bounds", "internal/gen/auth/v1", "internal/reload"},
 	"internal/reload":    {},
 	"internal/rpcserver": {
@@ -83,8 +74,7 @@ var dependencies = map[string][]string{
 	"migrations":           {"internal/session"},
 	"internal/postgres":    {"internal/session"},
 	"internal/dev/chaos/victim": {
-		"internal/changes", "internal/inbox", "internal/messaging", "internal/operations", "internal/outbox",
-		"internal/postgres", "internal/dev/probe", "internal/rabbit", "internal/rpcserver",
+		"internal/inbox", "internal/messaging", "internal/outbox", "internal/postgres", "internal/rabbit",
 	},
 	"internal/dev/chaos":     {},
 	"internal/gen/auth/v1":   {},
@@ -92,18 +82,22 @@ var dependencies = map[string][]string{
 	"internal/idempotency": {
 		"internal/gen/idempotency/v1", "internal/messaging", "internal/outbox", "internal/postgres", "internal/unary",
 	},
-	"internal/operations": {
-		"internal/bounds", "internal/changes", "internal/deadletter", "internal/gen/shop/operations/v1",
-		"internal/gen/shop/operations/v1/operationsv1connect", "internal/inbox", "internal/messaging",
-		"internal/outbox",
-		"internal/postgres", "internal/unary",
-	},
-	"internal/dev/probe":                                  {"internal/gen/auth/v1", "internal/gen/idempotency/v1"},
-	"internal/gen/ops/v1":                                 {"internal/gen/auth/v1"},
-	"internal/gen/ops/v1/opsv1connect":                    {"internal/gen/ops/v1"},
-	"internal/gen/shop/operations/v1":                     {"internal/gen/auth/v1"},
-	"internal/gen/shop/operations/v1/operationsv1connect": {"internal/gen/shop/operations/v1"},
+	"internal/dev/probe": {"internal/gen/auth/v1", "internal/gen/idempotency/v1"},
 }
+
+// allow adds the dependencies of a feature.
+func allow(more map[string][]string) {
+	for dir, imported := range more {
+		dependencies[dir] = append(dependencies[dir], imported...)
+	}
+}
+
+// withoutAMQP and withoutPgx list packages that must not import a client of the broker or of the database. The tests of
+// features add their own.
+var (
+	withoutAMQP = []string{"internal/outbox", "internal/inbox", "internal/orders", "internal/messaging"}
+	withoutPgx  = []string{"internal/rabbit", "internal/messaging"}
+)
 
 // file is a Go file of the module.
 type file struct {
@@ -189,10 +183,6 @@ func TestDependencies(t *testing.T) {
 
 // Only internal/app uses both Postgres and RabbitMQ.
 func TestPostgresAndRabbitMQAreKeptApart(t *testing.T) {
-	withoutAMQP := []string{
-		"internal/outbox", "internal/inbox", "internal/operations", "internal/orders", "internal/messaging",
-	}
-	withoutPgx := []string{"internal/rabbit", "internal/rabbitrpc", "internal/messaging"}
 	for _, f := range files(t) {
 		if f.test {
 			continue

@@ -18,6 +18,8 @@ import (
 	"google.golang.org/protobuf/types/known/wrapperspb"
 )
 
+func init() { logins["worker"] = "consumer" } // the consumer executes durable calls
+
 // TestDurableCalls makes a thousand durable calls while it kills the workers at random. Each call has exactly one
 // result and one effect.
 func TestDurableCalls(t *testing.T) {

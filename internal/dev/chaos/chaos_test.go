@@ -175,11 +175,18 @@ func (o *output) String() string {
 	return o.text.String()
 }
 
+// logins contains the roles in the database of victims that are called differently.
+var logins = map[string]string{}
+
 // start starts a victim, which stops at the end of the test.
 func (s *stage) start(t *testing.T, role string, environment ...string) *process {
 	t.Helper()
 	p := &process{command: exec.Command(s.binary, role), output: &output{}, done: make(chan struct{})}
-	login := "shop_" + strings.Replace(role, "worker", "consumer", 1) // the consumer executes durable calls
+	login, differs := logins[role]
+	if !differs {
+		login = role
+	}
+	login = "shop_" + login
 	p.command.Env = append(os.Environ(), "POSTGRES_URL="+testenv.As(t, s.postgresURL, login), "AMQP_URL="+s.amqpURL)
 	p.command.Env = append(p.command.Env, environment...)
 	p.command.Stdout, p.command.Stderr = p.output, p.output

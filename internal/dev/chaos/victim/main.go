@@ -1,5 +1,5 @@
-// Command victim runs the relay, the consumer or the worker for durable calls of a service without a domain. The tests
-// in internal/dev/chaos kill it. Its only handler records each effect, which reveals doubled and missing ones.
+// Command victim runs a process of a service without a domain. The tests in internal/dev/chaos kill it. Its only
+// handler records each effect, which reveals doubled and missing ones.
 package main
 
 import (
