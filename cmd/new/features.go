@@ -28,7 +28,8 @@ var features = []feature{
 		"internal/operations/", "proto/shop/operations/", "proto/ops/v1/operations.proto", "docs/durable-calls.md",
 		"migrations/core/0004_operations.sql", "migrations/operations_test.go", "cmd/shop/calls*.go",
 		"internal/app/calls*.go", "internal/console/operations*.go", "internal/ops/operations_test.go",
-		"internal/dev/architecture/calls_test.go", "internal/dev/chaos/calls_test.go", "internal/dev/chaos/victim/calls.go", "tools/composecheck/calls.go",
+		"internal/dev/architecture/calls_test.go", "internal/dev/chaos/calls_test.go", "internal/dev/chaos/victim/calls.go",
+		"tools/composecheck/calls.go",
 		"web/console/src/operations.ts",
 	}},
 	{"rpc-over-rabbitmq", regexp.MustCompile(`(?i)overrabbitmq`), []string{

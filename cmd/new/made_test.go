@@ -80,6 +80,23 @@ func TestMadeWithTheExample(t *testing.T) {
 		.stack/bin/stack --profile test -- go run ./cmd/demo --orders 400`)
 }
 
+// Without features, all checks and tests of the rest pass. A tree without a single feature passes those that compile
+// everything and start every process.
+func TestMadeWithoutFeatures(t *testing.T) {
+	s := &shell{t: t, dir: checkout(t), env: environment()}
+	s.run("go run ./cmd/new " + withoutAll + " -module github.com/acme/lean -service lean ../lean\n" +
+		"cd ../lean\nmake lint test")
+	for _, f := range features {
+		s.dir = filepath.Join(filepath.Dir(s.dir), "template")
+		s.run(fmt.Sprintf(`
+			go run ./cmd/new -bare -without %[1]s -module github.com/acme/lean -service lean ../without-%[1]s
+			cd ../without-%[1]s
+			make lint
+			make -s .stack/bin/stack
+			.stack/bin/stack --profile test -- go test -count=1 ./cmd/lean/ ./internal/app/`, f.name))
+	}
+}
+
 // gonew rewrites only import paths, so the tree must not contain its module's name anywhere else.
 func TestMadeByGonew(t *testing.T) {
 	s := &shell{t: t, dir: checkout(t), env: environment()}

@@ -3,8 +3,8 @@
 //	go run ./cmd/new -module github.com/acme/billing -service billing ../billing
 //
 // It copies all tracked files, replaces names everywhere, generates code again, and leaves a repository with one
-// commit. With -bare it omits the example domain, and with -without parts of the core. The rest builds, migrates, starts
-// and passes its tests.
+// commit. With -bare it omits the example domain, and with -without parts of the core. The rest builds, migrates,
+// starts and passes its tests.
 //
 // The folder is either complete at the end or does not exist.
 package main

@@ -202,8 +202,8 @@ const withoutAll = "-bare -without console,durable-calls,rpc-over-rabbitmq"
 var (
 	featuresNamed = regexp.MustCompile(`(?i)durable.?call|\bconsole\b|operations\.v1|internal/operations|rabbitrpc|` +
 		`over.?rabbitmq|CALL_|\brpc-(server|client)\b|OpsService`)
-	exempted = regexp.MustCompile(`https?://(evil\.)?console\.example|const console|closed, console|console \+|console: true|{open, console|` +
-		`\[\]string{console}`)
+	exempted = regexp.MustCompile(`https?://(evil\.)?console\.example|const console|closed, console|console \+|` +
+		`console: true|{open, console|\[\]string{console}`)
 )
 
 // A tree without the features does not mention them, except in records of past decisions.

@@ -29,8 +29,8 @@ func (p *process) topology() rabbit.Topology {
 	return topology
 }
 
-// Permissions returns the minimal permissions of the broker's users with a given topology, by user: relay, consumer, and
-// the users of the features.
+// Permissions returns the minimal permissions of the broker's users with a given topology, by user: relay, consumer,
+// and the users of the features.
 func Permissions(exchange string) map[string]rabbit.Permissions {
 	return declared(Config{Exchange: exchange}).permissions()
 }

@@ -129,7 +129,9 @@ func (f *fixture) want(t testing.TB, name, sql string, want ...string) {
 	}
 }
 
-var all = Selection{Note: deadletter.Note{Actor: "ann", Reason: "fixed"}, PerSecond: 1e6, Groups: []Group{{Name: "group"}}}
+var all = Selection{
+	Note: deadletter.Note{Actor: "ann", Reason: "fixed"}, PerSecond: 1e6, Groups: []Group{{Name: "group"}},
+}
 
 // redrive returns the outcomes of a redrive as text.
 func (f *fixture) redrive(t testing.TB, selection Selection) []string {
