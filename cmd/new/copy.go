@@ -52,8 +52,18 @@ func (o *options) omitted(name string) bool {
 	return false
 }
 
-// run makes the tree in a hidden folder beside the requested one, and renames it when it is complete.
+// run makes the service's folder. The tree is complete before it gets that name.
 func (o *options) run(ctx context.Context, out io.Writer) (err error) {
+	return o.rendered(ctx, out, func(tree string) error {
+		if err := o.commit(ctx, tree, out); err != nil {
+			return err
+		}
+		return os.Rename(tree, o.folder)
+	})
+}
+
+// rendered makes the tree in a hidden folder beside the service's, calls use with it, and removes what use leaves.
+func (o *options) rendered(ctx context.Context, out io.Writer, use func(tree string) error) (err error) {
 	scratch, err := os.MkdirTemp(filepath.Dir(o.folder), "."+filepath.Base(o.folder)+"-")
 	if err != nil {
 		return err
@@ -73,7 +83,7 @@ func (o *options) run(ctx context.Context, out io.Writer) (err error) {
 	if err := o.finish(ctx, tree, out); err != nil {
 		return err
 	}
-	return os.Rename(tree, o.folder)
+	return use(tree)
 }
 
 // copyTo copies all tracked files in their current state.
@@ -121,12 +131,18 @@ func (o *options) copyOne(name, tree string) error {
 	return os.WriteFile(target, []byte(text), info.Mode().Perm())
 }
 
-// finish makes a repository of the copied files if they build.
+// step is a command that runs in the new tree.
+type step struct {
+	what string // to report, or ""
+	args []string
+}
+
+// finish generates code, records the options, and builds the tree.
 func (o *options) finish(ctx context.Context, tree string, out io.Writer) error {
-	steps := []struct {
-		what string
-		args []string
-	}{
+	if err := o.recordIn(ctx, tree); err != nil {
+		return err
+	}
+	return inTree(ctx, tree, out, []step{
 		{"generating code", []string{"make", "-s", "generate"}},
 		{"tidying go.mod", []string{"go", "mod", "tidy"}},
 		{"", o.benchTidied()},
@@ -134,11 +150,22 @@ func (o *options) finish(ctx context.Context, tree string, out io.Writer) error 
 		{"building", []string{"go", "build", "./..."}},
 		{"", o.settingsListed()},
 		{"", o.consoleBuilt()},
-		{"committing", []string{"git", "-c", "init.defaultBranch=main", "init", "-q"}},
+	})
+}
+
+// commit makes a repository of the tree. The branch of the template has the tree as the template makes it, and main
+// begins there.
+func (o *options) commit(ctx context.Context, tree string, out io.Writer) error {
+	message := "Make " + o.service + " from the template\n\nIt was at " + o.version(ctx) + "."
+	return inTree(ctx, tree, out, []step{
+		{"committing", []string{"git", "init", "-q", "-b", templateBranch}},
 		{"", []string{"git", "add", "-A"}},
-		{"", append(o.identity(ctx), "commit", "-q", "--no-verify", "-m", "Make "+o.service+
-			" from the template\n\nIt was "+o.describe(ctx)+".")},
-	}
+		{"", append(o.identity(ctx), "commit", "-q", "--no-verify", "-m", message)},
+		{"", []string{"git", "switch", "-q", "-c", "main"}},
+	})
+}
+
+func inTree(ctx context.Context, tree string, out io.Writer, steps []step) error {
 	for _, step := range steps {
 		if step.what != "" {
 			fmt.Fprintln(out, step.what)
@@ -187,11 +214,11 @@ func (o *options) identity(ctx context.Context) []string {
 	return git
 }
 
-// describe describes the copied state of the template.
-func (o *options) describe(ctx context.Context) string {
-	text, err := exec.CommandContext(ctx, "git", "-C", o.template, "describe", "--always", "--dirty").Output()
+// version names the copied state of the template.
+func (o *options) version(ctx context.Context) string {
+	text, err := exec.CommandContext(ctx, "git", "-C", o.template, "describe", "--tags", "--always", "--dirty").Output()
 	if err != nil {
-		return "not committed"
+		return "no commit"
 	}
-	return "at " + strings.TrimSpace(string(text))
+	return strings.TrimSpace(string(text))
 }

@@ -14,17 +14,21 @@ type feature struct {
 	name string
 	// word occurs in each line of a file features.go that belongs to the feature.
 	word *regexp.Regexp
+	// row matches the first cell of rows about the feature in the tables of pages, where no mark can be.
+	row *regexp.Regexp
 	// files are patterns for the feature's files, as for path.Match, or folders with a slash at the end.
 	files []string
 }
 
+func pattern(text string) *regexp.Regexp { return regexp.MustCompile("(?i)" + text) }
+
 var features = []feature{
-	{"console", regexp.MustCompile(`(?i)console`), []string{
+	{"console", pattern(`console`), pattern(`console`), []string{
 		"internal/console/", "web/console/", "proto/ops/", "docs/console.md", "docs/images/", "scripts/console.sh",
 		"deploy/kubernetes/base/console.yaml", "cmd/shop/console*.go", "internal/app/*console*.go",
 		"internal/app/browser_test.go", "internal/dev/architecture/console_test.go",
 	}},
-	{"durable-calls", regexp.MustCompile(`(?i)durablecall`), []string{
+	{"durable-calls", pattern(`durablecall`), pattern(`durable call|CALL_(KEYS|CON|LIM)`), []string{
 		"internal/operations/", "proto/shop/operations/", "proto/ops/v1/operations.proto", "docs/durable-calls.md",
 		"migrations/core/0004_operations.sql", "migrations/operations_test.go", "cmd/shop/calls*.go",
 		"internal/app/calls*.go", "internal/console/operations*.go", "internal/ops/operations_test.go",
@@ -32,7 +36,7 @@ var features = []feature{
 		"tools/composecheck/calls.go",
 		"web/console/src/operations.ts",
 	}},
-	{"rpc-over-rabbitmq", regexp.MustCompile(`(?i)overrabbitmq`), []string{
+	{"rpc-over-rabbitmq", pattern(`overrabbitmq`), pattern(`over rabbitmq|RPC_|rpc ls`), []string{
 		"internal/rabbitrpc/", "docs/rpc-over-rabbitmq.md", "cmd/shop/rpc_rabbitmq*.go", "internal/app/rpc*.go",
 		"conformance/bridge.go", "conformance/queue*", "internal/dev/architecture/rpc_test.go",
 	}},
@@ -85,4 +89,32 @@ func (o *options) withoutLines(text string) string {
 		text = kept.String()
 	}
 	return text
+}
+
+// withoutNames removes what a row of a table says about features that the new tree does not get: names of their
+// packages. It returns "" if the row is about such a feature, or if nothing is left of a cell.
+func (o *options) withoutNames(row string) string {
+	cells := strings.Split(row, "|")
+	for _, f := range o.left() {
+		if f.row.MatchString(cells[1]) {
+			return ""
+		}
+		for _, file := range f.files {
+			pkg, isPackage := strings.CutPrefix(strings.TrimSuffix(file, "/"), "internal/")
+			if !isPackage || file == pkg || strings.Contains(pkg, "/") || !strings.HasSuffix(file, "/") {
+				continue
+			}
+			name := regexp.MustCompile("(?:, )?`" + pkg + "\\.\\w[\\w.]*`")
+			for i, cell := range cells {
+				if name.MatchString(cell) {
+					cells[i] = strings.TrimPrefix(strings.TrimSpace(name.ReplaceAllString(cell, "")), ", ")
+					if cells[i] == "" {
+						return ""
+					}
+					cells[i] = " " + cells[i] + " "
+				}
+			}
+		}
+	}
+	return strings.Join(cells, "|")
 }

@@ -7,6 +7,13 @@
 // starts and passes its tests.
 //
 // The folder is either complete at the end or does not exist.
+//
+// A service keeps what the template made on a branch of its own. In a checkout of a newer template,
+//
+//	go run ./cmd/new -update ../billing
+//
+// renders that template with the service's options onto the branch, and merges it. With -dry-run it only shows what
+// would change.
 package main
 
 import (
@@ -21,7 +28,8 @@ import (
 	"syscall"
 )
 
-const usage = "usage: go run ./cmd/new -module MODULE -service NAME [-example | -bare [-without FEATURES]] FOLDER"
+const usage = "usage: go run ./cmd/new -module MODULE -service NAME [-example | -bare [-without FEATURES]] FOLDER, " +
+	"or go run ./cmd/new -update FOLDER [-dry-run]"
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
@@ -34,10 +42,14 @@ func main() {
 	if err != nil {
 		fail(2, err)
 	}
-	if err := options.run(ctx, os.Stdout); err != nil {
+	if options.updates {
+		err = options.update(ctx, os.Stdout)
+	} else if err = options.run(ctx, os.Stdout); err == nil {
+		options.report(os.Stdout)
+	}
+	if err != nil {
 		fail(1, err)
 	}
-	options.report(os.Stdout)
 }
 
 const help = usage + `
@@ -48,7 +60,11 @@ Makes a service from this template in FOLDER, which must not exist.
   -service  name of the service: of its binary, packages, queues and database. Lower-case letters and digits
   -example  keep the example domain, under the new name (this is the default)
   -bare     omit it: an empty service, for docs/make-it-yours.md to fill
-  -without  also omit parts of the core, separated by commas: console, durable-calls, rpc-over-rabbitmq`
+  -without  also omit parts of the core, separated by commas: console, durable-calls, rpc-over-rabbitmq
+
+  -update   bring the service in FOLDER to this version of the template: commit it to the service's branch template,
+            and merge that branch. git reports conflicts in files that were edited on both sides
+  -dry-run  show what -update would change, and which files would conflict`
 
 // options are the parsed command line.
 type options struct {
@@ -58,6 +74,10 @@ type options struct {
 	folder          string   // absolute path of the new service
 	template        string   // top folder of the checkout that is copied
 	oldModule       string   // module of that checkout; not templateModule if gonew made it
+
+	updates, dryRun bool
+	old             record // of the service that is updated
+	base            string // commit of its branch of the template
 }
 
 // parse returns checked options, or an error of one line.
@@ -70,8 +90,19 @@ func parse(args []string) (*options, error) {
 	flags.BoolVar(&o.bare, "bare", false, "")
 	example := flags.Bool("example", false, "")
 	flags.Func("without", "", o.setWithout)
+	flags.StringVar(&o.folder, "update", "", "")
+	flags.BoolVar(&o.dryRun, "dry-run", false, "")
 	if err := flags.Parse(args); err != nil {
 		return nil, err
+	}
+	if o.updates = o.folder != ""; o.updates {
+		if flags.NFlag() > 2 || flags.NFlag() == 2 && !o.dryRun || flags.NArg() > 0 {
+			return nil, errors.New("-update: the service has its options; " + usage)
+		}
+		return o, o.findService(context.Background())
+	}
+	if o.dryRun {
+		return nil, errors.New("-dry-run needs -update")
 	}
 	if o.bare && *example {
 		return nil, errors.New("-bare and -example exclude each other")

@@ -59,6 +59,7 @@ func (o *options) withoutRows(name, text string) string {
 			if found != nil && o.omitted(path.Join(path.Dir(name), found[1])) {
 				continue
 			}
+			line = o.withoutNames(line)
 			if o.bare {
 				line = exampleTests.ReplaceAllString(line, " |\n")
 				if strings.Contains(line, "`orders.Service") {

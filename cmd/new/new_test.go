@@ -201,7 +201,7 @@ const withoutAll = "-bare -without console,durable-calls,rpc-over-rabbitmq"
 // featuresNamed are words for the features, and exempted lines have another sense of them.
 var (
 	featuresNamed = regexp.MustCompile(`(?i)durable.?call|\bconsole\b|operations\.v1|internal/operations|rabbitrpc|` +
-		`over.?rabbitmq|CALL_|\brpc-(server|client)\b|OpsService`)
+		`over.?rabbitmq|CALL_(KEYS|CON|LIM)|\brpc-(server|client)\b|OpsService`)
 	exempted = regexp.MustCompile(`https?://(evil\.)?console\.example|const console|closed, console|console \+|` +
 		`console: true|{open, console|\[\]string{console}`)
 )
