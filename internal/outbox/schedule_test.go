@@ -133,10 +133,15 @@ func TestSchedule(t *testing.T) {
 		db := testenv.Postgres(t)
 		b := newBroker(2)
 		start(t, db, b, Config{PollInterval: 50 * time.Millisecond})
-		scheduled(t, db, time.Now().Add(300*time.Millisecond), probe("k", "m001"))
-		insert(t, db, "k", "m000")
+		due := time.Now().Add(300 * time.Millisecond)
+		in(t, db, func(ctx context.Context, tx pgx.Tx) error {
+			return errors.Join(Schedule(ctx, tx, due, probe("k", "m001")), Insert(ctx, tx, probe("k", "m000")))
+		})
 		await(t, "both", b.complete)
 		equal(t, "stored", b.stored, numbered(2))
+		if early := time.Until(due); early > 0 {
+			t.Errorf("published %s before it was due", early)
+		}
 	})
 }
 
