@@ -81,7 +81,7 @@ var heldRow = row{
 		"published: a REPEATABLE READ transaction that has read something (a report, a dump, a forgotten psql), or one " +
 		"that has inserted a message of its own. The SKIP LOCKED loop of the peers row is there for comparison.",
 	limit: "RabbitMQ, as without such a transaction: the log leaves no dead rows to skip, and the relay finds the " +
-		"cursor by place. The rows that the loop deletes stay, and each scan passes them again.",
+		"cursor by ctid. The rows that the loop deletes stay, and each scan passes them again.",
 	contestants: []contestant{
 		{name: "relay", run: drain(heldMessages, 1)},
 		{name: "relay, snapshot", run: drainHeld(holdSnapshot)},

@@ -29,21 +29,21 @@ func processes() (names []string) {
 	return names
 }
 
-const configurationHead = `# Configuration
+// configurationHead is the beginning of the page, with quotation marks for backquotes.
+var configurationHead = strings.ReplaceAll(`# Configuration
 
-Every setting is a flag, and most are also environment variables; a flag takes precedence. A wrong value gives one line
-that names it and exit status 2, before the command does anything. ` + "`shop COMMAND --help`" + ` prints the same
+Every setting is a flag, and most are also environment variables; a flag takes precedence. For a wrong value the command
+prints one line that names it, and exits with status 2 before it does anything. "shop COMMAND --help" prints the same
 texts.
 
-This page is generated from the code: ` + "`make docs`" + ` writes it, and a test fails while it is out of date.
+This page is generated from the code: "make docs" writes it, and a test fails while it is out of date.
 
-TLS to Postgres and RabbitMQ is configured in their URLs ([security](security.md#tls)). libpq's own variables
-(` + "`PGHOST`, `PGPASSWORD`, …" + `) provide what a Postgres URL omits. ` + "`AMQP_PASSWORD`" + ` provides the
-password if ` + "`AMQP_URL` or `RABBITMQ_MANAGEMENT_URL`" + ` names a user without one. Both password variables
-contain the plain text; a URL contains it percent-encoded. Traces are exported if
-` + "`OTEL_EXPORTER_OTLP_ENDPOINT`" + ` names a collector; OpenTelemetry's other variables work as it defines them
-([metrics](metrics.md#traces)).
-`
+The URLs of Postgres and RabbitMQ configure TLS ([security](security.md#tls)). libpq's own variables ("PGHOST",
+"PGPASSWORD", …) provide what a Postgres URL omits. "AMQP_PASSWORD" provides the password if "AMQP_URL" or
+"RABBITMQ_MANAGEMENT_URL" names a user without one. Both variables contain a password as plain text; a URL contains it
+percent-encoded. Processes export traces if "OTEL_EXPORTER_OTLP_ENDPOINT" names a collector; OpenTelemetry's other
+variables work as it defines them ([metrics](metrics.md#traces)).
+`, `"`, "`")
 
 // docs/configuration.md describes the flags of this program.
 func TestConfigurationPage(t *testing.T) {

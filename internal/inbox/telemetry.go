@@ -37,7 +37,8 @@ func newMeters(provider metric.MeterProvider, group string) meters {
 	m.applied = counter(0, "applied", "Messages whose effect was committed.")
 	m.duplicates = counter(1, "duplicates", "Copies that were absorbed because the message was taken already.")
 	m.retries = counter(2, "retries", "Runs of handlers that failed and will be retried.")
-	m.crashes = counter(3, "crashes", "Messages set aside because their delivery was interrupted repeatedly.")
+	m.crashes = counter(3, "crashes",
+		"Messages moved to inbox_retry unhandled, because two of their deliveries were interrupted.")
 	m.deadLetter = counter(4, "dead_letters", "Messages moved to dead_letter.")
 	m.handler, errs[5] = meter.Float64Histogram("inbox.handler.duration", metric.WithUnit("s"),
 		metric.WithDescription("Duration of one run of a handler."),

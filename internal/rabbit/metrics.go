@@ -37,10 +37,10 @@ func newMeters(provider metric.MeterProvider, client string) meters {
 		metric.WithDescription("Attempts to connect to the broker, by outcome: the first one, and one after each "+
 			"failure."))
 	m.blocked = upDown(1, "publishers.blocked", "{connection}",
-		"Connections that the broker has blocked, because it is short of memory or disk.")
+		"Connections that the broker has blocked because it is short of memory or disk.")
 	m.consuming = upDown(2, "consumers", "{consumer}", "Connected consumers of the queue.")
 	m.paused = upDown(3, "batches.paused", "{batch}",
-		"Batches that wait because nothing can be decided about them, for example while the database is unavailable.")
+		"Batches that wait because the database cannot settle them, for example while it is unavailable.")
 	if err := errors.Join(errs[:]...); err != nil {
 		otel.Handle(err)
 	}
