@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -215,6 +216,36 @@ func TestTreeWithoutFeaturesDoesNotNameThem(t *testing.T) {
 			t.Errorf("%s: %s", name, line)
 		}
 	})
+}
+
+// The guide says how many lines each feature brings, within a tenth. Generated code and built pages do not count.
+func TestTheGuideCountsTheLinesOfFeatures(t *testing.T) {
+	t.Parallel()
+	page, err := os.ReadFile(filepath.Join("..", "..", guide))
+	if err != nil {
+		t.Fatal(err)
+	}
+	lines := func(form string) (n int) {
+		everyText(t, copied(t, form, "billing"), func(name, _ string) {
+			if !strings.Contains(name, "/dist/") && name != "docs/configuration.md" && filepath.Ext(name) != ".png" {
+				n++
+			}
+		})
+		return n
+	}
+	all := lines("-bare")
+	for _, f := range features {
+		want := all - lines("-bare -without "+f.name)
+		row := regexp.MustCompile("(?m)^\\| `" + f.name + "` \\|.*\\| ([0-9,]+) \\|$").FindSubmatch(page)
+		if row == nil {
+			t.Errorf("%s has no row for %s, which brings %d lines", guide, f.name, want)
+			continue
+		}
+		got, err := strconv.Atoi(strings.ReplaceAll(string(row[1]), ",", ""))
+		if err != nil || got < want*9/10 || got > want*11/10 {
+			t.Errorf("%s says %s lines of %s, but it brings %d (%v)", guide, row[1], f.name, want, err)
+		}
+	}
 }
 
 // Each pattern has a file, and features are taken out of Go without marks.
