@@ -139,12 +139,15 @@ func span(s spread) string {
 	return number(s.least) + " – " + number(s.most)
 }
 
-// number prints at least three significant digits, and a comma before the last three digits from 10,000 on.
+// number prints at least three significant digits, and a comma before every three digits from 10,000 on.
 func number(v float64) string {
 	switch {
 	case math.Abs(v) >= 10_000:
 		text := strconv.FormatFloat(v, 'f', 0, 64)
-		return text[:len(text)-3] + "," + text[len(text)-3:]
+		for i := len(text) - 3; i > 0 && text[i-1] != '-'; i -= 3 {
+			text = text[:i] + "," + text[i:]
+		}
+		return text
 	case math.Abs(v) >= 100:
 		return strconv.FormatFloat(v, 'f', 0, 64)
 	case math.Abs(v) >= 10:

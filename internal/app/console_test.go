@@ -88,7 +88,9 @@ func consoleServer(t *testing.T) *rpcserver.Server {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return (&process{edge: edge, telemetry: new(telemetry.Providers)}).newConsoleServer(console.New(console.Config{}))
+	p := declared(probed(Config{}))
+	p.edge, p.telemetry = edge, new(telemetry.Providers)
+	return p.newConsoleServer(console.New(console.Config{}))
 }
 
 // Pages of other origins cannot call the console, not even with DNS rebinding.

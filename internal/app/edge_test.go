@@ -43,8 +43,12 @@ func startAPI(t *testing.T, config Edge, more ...func(*connect.Server)) *api {
 		t.Fatal(err)
 	}
 	db := testenv.Postgres(t)
-	domain := newDomain(db, outbox.NewWriter(db, nil, nil), changes.New(changes.Config{}))
-	p := &process{edge: edge, telemetry: new(telemetry.Providers), domain: domain}
+	p := &process{
+		edge: edge, telemetry: new(telemetry.Providers), db: db, out: outbox.NewWriter(db, nil, nil),
+		changes: changes.New(changes.Config{}),
+	}
+	p.config.domain = newDomain
+	p.compose()
 	a := &api{db: db, server: p.newServer(append(more, p.domain.register)...)}
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {

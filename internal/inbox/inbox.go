@@ -117,7 +117,7 @@ type item struct {
 	outside error
 }
 
-// maxBreaks is how many deliveries of a message may end without an ack before the message is queued unhandled.
+// maxBreaks is how many deliveries of a message may end without an ack before it moves to inbox_retry unhandled.
 const maxBreaks = 2
 
 // Process settles a batch, in its order. When it returns nil, every delivery may be acked: it is applied, recognized as
@@ -216,7 +216,7 @@ func (b *Inbox) apply(ctx context.Context, items []*item, known *failure) error 
 				if !waiting[it.Key] {
 					done.broken++
 				}
-				waiting[it.Key] = it.Key != ""
+				waiting[it.Key] = it.Key != "" // a message without a key blocks no other
 			default:
 				err = b.run(ctx, tx, it.Delivery)
 				done.applied++

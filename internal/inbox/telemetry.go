@@ -3,6 +3,7 @@ package inbox
 import (
 	"context"
 	"errors"
+	"slices"
 	"time"
 
 	"example.com/shop/internal/deadletter"
@@ -54,10 +55,12 @@ func newMeters(provider metric.MeterProvider, group string) meters {
 }
 
 // reasons are the reasons for which an inbox makes dead letters.
-var reasons = []deadletter.Reason{
-	deadletter.NoID, deadletter.OutsideWindow, deadletter.UnknownType, deadletter.Undecodable, deadletter.Permanent,
-	deadletter.Exhausted, deadletter.Crashed, deadletter.Undelivered,
-}
+var reasons = slices.DeleteFunc(slices.Clone(deadletter.Reasons), func(reason deadletter.Reason) bool {
+	return slices.Contains([]deadletter.Reason{
+		deadletter.Unroutable, deadletter.Refused, // only a relay meets these
+		deadletter.Skipped, // an operator's command, in another process
+	}, reason)
+})
 
 // groupStatusSQL explains the cost of counting. This statement runs once in a few seconds, however often metrics are
 // scraped.

@@ -69,7 +69,8 @@ func (s *Service) PlaceOrder(
 	}
 	lines, skus, quantities := sortLines(req.GetLines())
 	var order *ordersv1.Order
-	// While the backlog is full, the outbox refuses new orders. repeat still answers a call for an order placed before.
+	// While the backlog is full, TransactOnce runs repeat instead of the function below. repeat answers the call if an
+	// earlier call placed the order.
 	repeat := func(tx pgx.Tx) (found bool, err error) {
 		order, err = samePlaced(ctx, tx, id, req.GetCustomerId(), lines)
 		if connect.CodeOf(err) == connect.CodeNotFound {
@@ -257,7 +258,7 @@ func pageToken(last *ordersv1.Order) string {
 	return base64.RawURLEncoding.EncodeToString(append(token, id[:]...))
 }
 
-// parsePageToken decodes a token of pageToken. It returns nil, nil for an empty token, which means the first page.
+// parsePageToken decodes a token of pageToken. It returns nil, nil, nil for an empty token, which means the first page.
 func parsePageToken(text string) (*time.Time, *uuid.UUID, error) {
 	if text == "" {
 		return nil, nil, nil
