@@ -40,14 +40,17 @@ func TestFunctionsThatLockNeedReadCommitted(t *testing.T) {
 	}
 }
 
+// locking are calls of functions that lock. The test of a feature adds its own.
+var locking = []string{
+	`outbox_set_shards(2)`, `outbox_sweep('1 h')`, `outbox_measure('1 s')`, `outbox_move_due(1)`,
+	`outbox_repair()`, `inbox_sweep('1 h')`, `inbox_bury('c', 'k', true, '')`,
+	`idempotency_key_sweep('1 h')`,
+}
+
 func TestOtherIsolationLevelsAreRefused(t *testing.T) {
 	t.Parallel()
 	db := testenv.Postgres(t)
-	for _, call := range []string{
-		`outbox_set_shards(2)`, `outbox_sweep('1 h')`, `outbox_measure('1 s')`, `outbox_move_due(1)`,
-		`outbox_repair()`, `inbox_sweep('1 h')`, `inbox_bury('c', 'k', true, '')`, `operation_sweep('1 h')`,
-		`idempotency_key_sweep('1 h')`,
-	} {
+	for _, call := range locking {
 		for _, level := range []pgx.TxIsoLevel{pgx.RepeatableRead, pgx.Serializable} {
 			err := pgx.BeginTxFunc(t.Context(), db, pgx.TxOptions{IsoLevel: level}, func(tx pgx.Tx) error {
 				_, err := tx.Exec(t.Context(), `SELECT `+call)

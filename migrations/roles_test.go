@@ -33,9 +33,7 @@ var denied = map[string][]string{
 		`INSERT INTO inbox (slot, consumer, message_id) VALUES (-1, 'c', outbox_uuidv7())`, `DELETE FROM inbox`,
 		`SELECT FROM inbox_retry`, `SELECT inbox_sweep('0')`, `SELECT FROM dead_letter`,
 		`SELECT FROM dead_letter_audit`,
-		// Execute a call, change its signed parts, or forget a response.
-		`UPDATE operation SET response = ''`, `UPDATE operation SET caller = 'another'`,
-		`UPDATE operation SET identity = ''`, `DELETE FROM operation`, `SELECT operation_sweep('0')`,
+		// Forget a response.
 		`UPDATE idempotency_key SET request_hash = ''`, `DELETE FROM idempotency_key`,
 	},
 	"shop_relay": {
@@ -47,8 +45,7 @@ var denied = map[string][]string{
 		`SELECT outbox_unschedule(outbox_uuidv7())`,
 		`SELECT outbox_set_shards(2)`, `SELECT outbox_repair()`, `SELECT FROM inbox`, `SELECT FROM inbox_retry`,
 		`SELECT inbox_sweep('0')`, `SELECT payload FROM dead_letter`, `UPDATE dead_letter SET resolution = 'discarded'`,
-		`DELETE FROM dead_letter`, `SELECT FROM dead_letter_audit`, `SELECT FROM operation`,
-		`SELECT operation_sweep('0')`,
+		`DELETE FROM dead_letter`, `SELECT FROM dead_letter_audit`,
 		`SELECT FROM idempotency_key`, `SELECT idempotency_key_sweep('0')`,
 	},
 	"shop_consumer": {
@@ -60,11 +57,10 @@ var denied = map[string][]string{
 		`DELETE FROM inbox`, `TRUNCATE inbox`, `TRUNCATE inbox_slot_0`,
 		`UPDATE dead_letter SET resolution = 'discarded'`, `DELETE FROM dead_letter`, `SELECT FROM dead_letter_audit`,
 		`INSERT INTO dead_letter_audit (letter_id, resolution, reason, actor) VALUES (1, 'discarded', 'r', 'a')`,
-		`UPDATE operation SET caller = 'another'`, `UPDATE operation SET identity = ''`, `DELETE FROM operation`,
 		`SELECT FROM idempotency_key`, `SELECT idempotency_key_sweep('0')`,
 		`DELETE FROM inbox_pause`, `INSERT INTO inbox_pause (consumer, actor, reason) VALUES ('c', 'a', 'r')`,
 		`SELECT FROM operator_audit`,
-		`SELECT inbox_bury('c', 'k', true, '')`, `SELECT operation_cancel(outbox_uuidv7(), '')`,
+		`SELECT inbox_bury('c', 'k', true, '')`,
 	},
 	"shop_operator": {
 		insertDirectly, `UPDATE outbox SET payload = ''`, `DELETE FROM outbox`,
@@ -78,8 +74,7 @@ var denied = map[string][]string{
 		`UPDATE inbox_consumer SET applied = 0`,
 		`INSERT INTO dead_letter (consumer, message_id, type, key, payload, headers, reason, error, attempts)
 			VALUES ('', '', '', '', '', '{}', '', '', 1)`,
-		`UPDATE operation SET state = 'pending'`, `INSERT INTO operation (id) VALUES (outbox_uuidv7())`,
-		`DELETE FROM operation`, `SELECT FROM idempotency_key`,
+		 `SELECT FROM idempotency_key`,
 	},
 }
 
@@ -90,7 +85,7 @@ var deniedToAll = []string{
 	`CREATE OR REPLACE FUNCTION outbox_shard(key text, message_id uuid) RETURNS smallint
 		LANGUAGE sql RETURN 1::smallint`,
 	`CREATE ROLE mine`, `GRANT shop_relay TO shop_api`, `SET ROLE postgres`,
-	`UPDATE goose_db_version SET is_applied = false`,
+	`UPDATE goose_core_version SET is_applied = false`, `UPDATE goose_db_version SET is_applied = false`,
 	`COPY (SELECT 1) TO PROGRAM 'true'`,
 }
 

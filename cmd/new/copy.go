@@ -26,7 +26,7 @@ var templateFiles = []string{
 
 // exampleFiles are files that belong to the example. Marks delimit parts of other files that belong to it.
 var exampleFiles = []string{
-	"internal/orders/", "proto/orders/", "migrations/0004_orders.sql", "cmd/demo/", "bench/", "web/test/",
+	"internal/orders/", "proto/orders/", "migrations/0001_orders.sql", "cmd/demo/", "bench/", "web/test/",
 	"scripts/compose_test.sh", "docs/clients.md",
 }
 
@@ -103,7 +103,7 @@ func (o *options) copyTo(ctx context.Context, tree string) (n int, err error) {
 		}
 		n++
 	}
-	return n, nil
+	return n, writeSums(tree)
 }
 
 func (o *options) copyOne(name, tree string) error {

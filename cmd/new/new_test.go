@@ -2,7 +2,9 @@ package main
 
 import (
 	"bytes"
+	"crypto/sha256"
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -298,6 +300,45 @@ func TestTheServicesNameStandsAlone(t *testing.T) {
 			t.Errorf("%s: %s", name, line)
 		}
 	})
+}
+
+// The core's migrations get the service's name and no other change, even if the name is a word of their text. The list
+// of their checksums is that of the new files.
+func TestCoreMigrationsChangeOnlyTheServicesName(t *testing.T) {
+	t.Parallel()
+	for form, service := range map[string]string{"-bare": "key", "-example": "billing"} {
+		tree := copied(t, form, service)
+		files, err := filepath.Glob(filepath.Join("..", "..", filepath.FromSlash(coreMigrations), "*.sql"))
+		if err != nil || len(files) == 0 {
+			t.Fatalf("%v, %v", files, err)
+		}
+		var sums strings.Builder
+		for _, file := range files {
+			text, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			want := strings.ReplaceAll(string(text), templateService, service)
+			got := readIn(t, tree, coreMigrations+filepath.Base(file))
+			if got != want {
+				t.Errorf("%s: %s has other changes", form, file)
+			}
+			fmt.Fprintf(&sums, "%x  %s\n", sha256.Sum256([]byte(got)), filepath.Base(file))
+		}
+		if got := readIn(t, tree, coreMigrations+"SHA256SUMS"); got != sums.String() {
+			t.Errorf("%s: the list of checksums is\n%swant\n%s", form, got, sums.String())
+		}
+	}
+}
+
+// readIn returns the text of a file in a tree.
+func readIn(t *testing.T, tree, name string) string {
+	t.Helper()
+	text, err := os.ReadFile(filepath.Join(tree, filepath.FromSlash(name)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(text)
 }
 
 // Marks are removed, and links lead to existing files.

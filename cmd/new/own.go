@@ -21,7 +21,7 @@ var (
 // rewritten returns the text of a file in the new tree, before names are replaced.
 func (o *options) rewritten(name, text string) (string, error) {
 	switch {
-	case verbatim(name):
+	case verbatim(name), strings.HasPrefix(name, coreMigrations):
 		return text, nil
 	case name == "README.md":
 		return o.readme(text)

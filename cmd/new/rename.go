@@ -35,7 +35,7 @@ func (o *options) renamed(name, text string) (newName, newText string, err error
 	if verbatim(name) {
 		return name, text, nil
 	}
-	if o.bare && !measured[name] && name != guide {
+	if o.bare && !measured[name] && name != guide && !strings.HasPrefix(name, coreMigrations) {
 		text = guideExamples.Replace(text)
 	}
 	text = o.names().Replace(text)

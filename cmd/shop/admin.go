@@ -20,12 +20,19 @@ type adminFlags struct {
 	JSON        bool        `name:"json" help:"Print JSON."`
 }
 
-// withAdmin runs fn with an Admin of the database.
+// withAdmin runs fn with an Admin of the database, if this binary can work with its schema.
 func (f *adminFlags) withAdmin(ctx context.Context, fn func(admin *app.Admin) error) error {
-	return withAdmin(ctx, app.Config{PostgresURL: string(f.PostgresURL)}, fn)
+	config := app.Config{PostgresURL: string(f.PostgresURL)}
+	return withAnySchema(ctx, config, func(admin *app.Admin) error {
+		if err := admin.CheckSchema(ctx); err != nil {
+			return err
+		}
+		return fn(admin)
+	})
 }
 
-func withAdmin(ctx context.Context, config app.Config, fn func(admin *app.Admin) error) error {
+// withAnySchema runs fn with an Admin of a database whose schema may not fit this binary.
+func withAnySchema(ctx context.Context, config app.Config, fn func(admin *app.Admin) error) error {
 	admin, err := app.OpenAdmin(ctx, config)
 	if err != nil {
 		return err

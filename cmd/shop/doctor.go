@@ -24,7 +24,7 @@ func (c *doctorCommand) Run(ctx context.Context) error {
 	database := databaseFlags{PostgresURL: c.PostgresURL, ListenURL: c.ListenURL}
 	config := appConfig("", database, apiFlags{}, c.brokerFlags, relayFlags{}, consumerFlags{})
 	config.ManagementURL = string(c.ManagementURL)
-	return withAdmin(ctx, config, func(admin *app.Admin) error {
+	return withAnySchema(ctx, config, func(admin *app.Admin) error {
 		findings := ops.Doctor(ctx, admin.Target())
 		var err error
 		if c.JSON {

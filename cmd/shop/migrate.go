@@ -45,11 +45,11 @@ func (c *migrateCommand) spread(ctx context.Context) error {
 
 func (c *migrateCommand) Run(ctx context.Context) error {
 	applied, err := c.up(ctx)
-	if err != nil {
-		return err
-	}
 	for _, name := range applied {
 		fmt.Println("applied", name)
+	}
+	if err != nil {
+		return err
 	}
 	if len(applied) == 0 {
 		fmt.Println("schema is up to date")

@@ -117,9 +117,12 @@ func (c *outboxReplayCommand) Validate() error {
 func (c *outboxReplayCommand) Run(ctx context.Context) error {
 	database := databaseFlags{PostgresURL: c.PostgresURL}
 	config := appConfig("", database, apiFlags{}, c.brokerFlags, relayFlags{}, consumerFlags{})
-	return withAdmin(ctx, config, func(admin *app.Admin) error {
+	return withAnySchema(ctx, config, func(admin *app.Admin) error {
 		types, err := c.types(admin.Groups())
 		if err != nil {
+			return err
+		}
+		if err := admin.CheckSchema(ctx); err != nil {
 			return err
 		}
 		filter := outbox.ReplayFilter{

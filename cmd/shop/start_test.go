@@ -26,9 +26,14 @@ type started struct {
 // startProcess starts a command that runs until the test ends.
 func startProcess(t *testing.T, name string, environment ...string) *started {
 	t.Helper()
+	return startProgram(t, binary(), name, environment...)
+}
+
+func startProgram(t *testing.T, program, name string, environment ...string) *started {
+	t.Helper()
 	ops := testenv.FreeAddress(t)
 	p := &started{name: name, url: "http://" + ops, ended: make(chan error, 1)}
-	command := exec.Command(binary(), name)
+	command := exec.Command(program, name)
 	command.Env, command.Stderr = append(environment, "LISTEN="+testenv.FreeAddress(t), "OPS_LISTEN="+ops), &p.log
 	if !slices.ContainsFunc(environment, func(setting string) bool { return strings.HasPrefix(setting, "JWT_") }) {
 		command.Env = append(command.Env, "INSECURE_NO_AUTH=true")
@@ -114,23 +119,4 @@ func TestAnyOrderOfStart(t *testing.T) {
 			}
 		})
 	}
-}
-
-// A process is not ready while the schema lacks one of its migrations; a newer schema does not matter.
-func TestTheSchemaDecidesOnReadiness(t *testing.T) {
-	t.Parallel()
-	db := testenv.Postgres(t)
-	exec := func(sql string) {
-		t.Helper()
-		if _, err := db.Exec(t.Context(), sql); err != nil {
-			t.Fatal(err)
-		}
-	}
-	exec(`INSERT INTO goose_db_version (version_id, is_applied) VALUES (9999, true);
-		CREATE TABLE kept AS SELECT version_id FROM goose_db_version WHERE version_id = 3;
-		DELETE FROM goose_db_version WHERE version_id = 3`)
-	p := startProcess(t, "api", "POSTGRES_URL="+testenv.As(t, db.Config().ConnString(), "shop_api"))
-	p.await(t, "schema")
-	exec(`INSERT INTO goose_db_version (version_id, is_applied) SELECT version_id, true FROM kept`)
-	p.await(t)
 }

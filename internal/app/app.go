@@ -157,7 +157,9 @@ func run(ctx context.Context, config Config, name string, parts ...part) error {
 	p.out = outbox.NewWriter(p.db, p.bell, p.gate)
 	p.keys = idempotency.New(p.db, p.out, idempotency.Config{Caller: callerName})
 	p.compose()
-	p.afterCheck = afterDatabaseCheck(ctx, p.db)
+	schema := awaitSchema(ctx, p.db)
+	p.group.Go(schema) // ends the process if the schema can never fit it
+	p.afterCheck = afterDatabaseCheck(ctx, p.db, schema)
 	defer p.ring(ctx)()
 	p.checks = p.databaseChecks()
 	for _, start := range parts {

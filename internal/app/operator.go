@@ -11,6 +11,7 @@ import (
 	"example.com/shop/internal/outbox"
 	"example.com/shop/internal/postgres"
 	"example.com/shop/internal/rabbit"
+	"example.com/shop/migrations"
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
@@ -67,6 +68,11 @@ func (a *Admin) Publisher(group string) messaging.Publisher {
 		}
 	}
 	return rabbit.NewPublisher(config)
+}
+
+// CheckSchema returns an error unless the commands of this binary can work with the schema of the database.
+func (a *Admin) CheckSchema(ctx context.Context) error {
+	return postgres.Classify(migrations.Check(ctx, a.DB))
 }
 
 // CheckBroker returns an error if the broker is unreachable.

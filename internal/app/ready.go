@@ -47,17 +47,17 @@ func (p *process) checkDatabase() func(context.Context) error {
 	}
 }
 
-// checkSchema returns a check that this binary's migrations are applied. Once they are it queries no more, so a lock on
-// the table of versions does not affect readiness. The check "database" reports an unavailable database.
+// checkSchema returns a check that the schema fits this binary. Once it does, the check queries no more, so a lock on
+// the version tables does not affect readiness. The check "database" reports an unavailable database.
 func (p *process) checkSchema() func(context.Context) error {
-	var applied atomic.Bool
+	var fits atomic.Bool
 	return func(ctx context.Context) error {
-		if applied.Load() {
+		if fits.Load() {
 			return nil
 		}
 		err := postgres.Classify(migrations.Check(ctx, p.readyDB))
 		if err == nil {
-			applied.Store(true)
+			fits.Store(true)
 		}
 		if errors.Is(err, postgres.ErrUnavailable) {
 			return nil

@@ -60,7 +60,7 @@ func TestReadyWhileCallsHoldAllConnections(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer lock.Rollback(context.WithoutCancel(t.Context()))
-	if _, err := lock.Exec(t.Context(), `LOCK TABLE outbox, goose_db_version IN ACCESS EXCLUSIVE MODE`); err != nil {
+	if _, err := lock.Exec(t.Context(), `LOCK TABLE outbox, goose_core_version IN ACCESS EXCLUSIVE MODE`); err != nil {
 		t.Fatal(err)
 	}
 	var waiting sync.WaitGroup

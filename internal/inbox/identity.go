@@ -15,7 +15,8 @@ import (
 )
 
 const (
-	// slotLength and slots describe the ring of the table inbox. migrations/0002_inbox.sql creates one partition per slot.
+	// slotLength and slots describe the ring of the table inbox. migrations/core/0002_inbox.sql creates one partition
+	// per slot.
 	slotLength = 24 * time.Hour
 	slots      = 8
 	// foreignSlot is for messages whose IDs contain no time.

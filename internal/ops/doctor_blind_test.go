@@ -77,7 +77,7 @@ func TestDoctorCouldNotLook(t *testing.T) {
 		}, "schema", Wrong, "Run the command migrate", []string{"grants", "indexes", "cluster", "relay", "retries"}},
 		"HalfASchema": {func(t *testing.T, s *healthyService) {
 			s.exec(t, `
-				DELETE FROM goose_db_version WHERE version_id = (SELECT max(version_id) FROM goose_db_version);
+				DELETE FROM goose_core_version WHERE version_id = (SELECT max(version_id) FROM goose_core_version);
 				DROP TABLE inbox_retry`)
 		}, "schema", Wrong, "Run the command migrate", []string{"grants", "retries"}},
 		"TableMissing": {func(t *testing.T, s *healthyService) { s.exec(t, `DROP TABLE inbox_retry`) },

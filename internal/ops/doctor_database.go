@@ -44,18 +44,23 @@ const oldestPostgres = 15
 
 func checkSchema(ctx context.Context, target Target) (Finding, error) {
 	err := migrations.Check(ctx, target.DB)
+	refusal := new(migrations.Refusal)
 	switch {
-	case errors.Is(err, migrations.ErrNoSchema):
-		return Finding{
-			Verdict: Wrong, Detail: err.Error(), cause: cause{kind: noSchema, blocksAll: true},
-			Cure: "Run the command migrate, if POSTGRES_URL names the right database.",
-		}, nil
-	case errors.Is(err, migrations.ErrPending):
-		return Finding{Verdict: Wrong, Detail: err.Error(), cause: cause{kind: noSchema}}, nil
-	case err != nil:
+	case err == nil:
+		return Finding{Detail: "up to date"}, nil
+	case !errors.As(err, &refusal):
 		return Finding{}, err
 	}
-	return Finding{Detail: "up to date"}, nil
+	finding := Finding{Verdict: Wrong, Detail: refusal.Problem(), cause: cause{kind: noSchema}}
+	switch refusal.Reason {
+	case migrations.ErrNoSchema:
+		finding.cause.blocksAll = true
+		finding.Cure = "Run the command migrate, if POSTGRES_URL names the right database."
+	case migrations.ErrTooOld: // the cure of the check
+	default:
+		finding.Cure = strings.ToUpper(refusal.Cure[:1]) + refusal.Cure[1:] + "."
+	}
+	return finding, nil
 }
 
 // queryTexts runs a query that describes each problem in a row of text.

@@ -93,8 +93,13 @@ func TestDoctorFinds(t *testing.T) {
 			s.DB = open(t, "postgres://u:hunter2@127.0.0.1:1/d")
 		}, "database", Unknown, "refused"},
 		"MigrationsPending": {
-			`DELETE FROM goose_db_version WHERE version_id = (SELECT max(version_id) FROM goose_db_version)`, nil,
+			`DELETE FROM goose_core_version WHERE version_id = (SELECT max(version_id) FROM goose_core_version)`, nil,
 			"schema", Wrong, "not applied"},
+		"SchemaTooNew": {
+			`INSERT INTO goose_core_version (version_id, is_applied, name, breaks)
+			VALUES (9999, true, 'core/9999_drop.sql', 9998)`, nil, "schema", Wrong, "core/9999_drop.sql breaks versions"},
+		"SchemaChanged": {`UPDATE goose_core_version SET sha256 = 'another' WHERE version_id = 2`, nil,
+			"schema", Wrong, "core/0002_inbox.sql is not the file that was applied"},
 		"TableGrant": {`REVOKE UPDATE ON outbox_cursor FROM shop_relay`, nil,
 			"grants", Wrong, "shop_relay may not update outbox_cursor"},
 		"ColumnGrant": {`REVOKE UPDATE (resolution, resolved_at) ON dead_letter FROM shop_operator`, nil,

@@ -14,11 +14,7 @@ import (
 // schema returns the text of all migrations.
 func schema(t *testing.T) (text string) {
 	t.Helper()
-	found, err := filepath.Glob(filepath.Join("..", "..", "..", "migrations", "*.sql"))
-	if err != nil || len(found) == 0 {
-		t.Fatalf("no migrations found: %v", err)
-	}
-	for _, name := range found {
+	for _, name := range migrationFiles(t) {
 		migration, err := os.ReadFile(name)
 		if err != nil {
 			t.Fatal(err)
@@ -26,6 +22,19 @@ func schema(t *testing.T) (text string) {
 		text += string(migration)
 	}
 	return text
+}
+
+// migrationFiles returns the paths of the migrations of both sets.
+func migrationFiles(t *testing.T) (found []string) {
+	t.Helper()
+	for _, folder := range []string{"core", "."} {
+		files, err := filepath.Glob(filepath.Join("..", "..", "..", "migrations", folder, "*.sql"))
+		if err != nil || folder == "core" && len(files) == 0 {
+			t.Fatalf("no migrations found: %v", err)
+		}
+		found = append(found, files...)
+	}
+	return found
 }
 
 // declared returns the declarations of the packages: package.Name, package.Type.Method, and for tests package.TestName

@@ -202,11 +202,7 @@ var tableOf = regexp.MustCompile(`(?i)\b(?:FROM|INTO|UPDATE|JOIN|TABLE|TRUNCATE)
 
 func TestEachTableIsNamedByOnePackage(t *testing.T) {
 	owners := map[string]map[string]bool{}
-	migrations, err := filepath.Glob(filepath.Join("..", "..", "..", "migrations", "*.sql"))
-	if err != nil || len(migrations) == 0 {
-		t.Fatalf("no migrations found: %v", err)
-	}
-	for _, p := range migrations {
+	for _, p := range migrationFiles(t) {
 		text, err := os.ReadFile(p)
 		if err != nil {
 			t.Fatal(err)

@@ -40,17 +40,17 @@ func (t *template) ensure(ctx context.Context, e *environment) (string, error) {
 }
 
 func templateName(migrations fs.FS) (string, error) {
-	paths, err := fs.Glob(migrations, "*.sql")
-	if err != nil {
-		return "", fmt.Errorf("list migrations: %w", err)
-	}
 	hash := sha256.New()
-	for _, path := range paths {
-		content, err := fs.ReadFile(migrations, path)
-		if err != nil {
-			return "", fmt.Errorf("read migration: %w", err)
+	err := fs.WalkDir(migrations, ".", func(path string, entry fs.DirEntry, err error) error {
+		if err != nil || entry.IsDir() {
+			return err
 		}
+		content, err := fs.ReadFile(migrations, path)
 		fmt.Fprintf(hash, "%s %d\n%s", path, len(content), content)
+		return err
+	})
+	if err != nil {
+		return "", fmt.Errorf("read migrations: %w", err)
 	}
 	return fmt.Sprintf("template_%.8x", hash.Sum(nil)), nil
 }

@@ -20,7 +20,7 @@ func TestPostgres(t *testing.T) {
 	t.Run("IsMigrated", func(t *testing.T) {
 		t.Parallel()
 		pool := testenv.Postgres(t)
-		if version := query[int](t, pool, `SELECT max(version_id)::int FROM goose_db_version`); version < 1 {
+		if version := query[int](t, pool, `SELECT max(version_id)::int FROM goose_core_version`); version < 1 {
 			t.Errorf("got version %d, want a migrated database", version)
 		}
 	})

@@ -1,4 +1,4 @@
--- Durable calls, and the stored responses for repeated calls.
+-- Durable calls.
 
 -- +goose Up
 
@@ -42,21 +42,6 @@ CREATE INDEX operation_caller_idx ON operation (caller, id DESC);
 -- Serves the sweep.
 CREATE INDEX operation_ended_at_idx ON operation (ended_at) WHERE ended_at IS NOT NULL;
 
--- One row per idempotency key, written in the transaction of the call's effect.
-CREATE TABLE idempotency_key (
-    caller       text        NOT NULL,
-    key          text        NOT NULL,
-    method       text        NOT NULL,
-    request_hash bytea       NOT NULL,
-    -- NULL only inside the transaction that executes the call.
-    response     bytea,
-    created_at   timestamptz NOT NULL DEFAULT clock_timestamp(),
-    CONSTRAINT idempotency_key_pkey PRIMARY KEY (caller, key)
-);
-
--- Serves the sweep.
-CREATE INDEX idempotency_key_created_at_idx ON idempotency_key (created_at);
-
 -- Deletes operations that ended longer ago than the retention, in batches of 5,000 and for about 10 s at most, and
 -- returns how many. Operations that have not ended are kept, however old they are.
 -- +goose StatementBegin
@@ -81,29 +66,6 @@ END
 $$;
 -- +goose StatementEnd
 
--- The same for idempotency keys.
--- +goose StatementBegin
-CREATE FUNCTION idempotency_key_sweep(retention interval) RETURNS bigint
-    LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
-DECLARE
-    began   CONSTANT timestamptz := clock_timestamp();
-    batch   bigint;
-    deleted bigint := 0;
-BEGIN
-    PERFORM needs_read_committed();
-    LOOP
-        DELETE FROM idempotency_key WHERE ctid = ANY (ARRAY(
-            SELECT ctid FROM idempotency_key WHERE created_at < began - retention ORDER BY created_at LIMIT 5000
-            FOR UPDATE SKIP LOCKED));
-        GET DIAGNOSTICS batch = ROW_COUNT;
-        deleted := deleted + batch;
-        EXIT WHEN batch < 5000 OR clock_timestamp() > began + interval '10 s';
-    END LOOP;
-    RETURN deleted;
-END
-$$;
--- +goose StatementEnd
-
 -- Cancels an operation that no worker has started, and returns whether it did. Operators may cancel any caller's
 -- operation, and cannot change operations in any other way.
 -- +goose StatementBegin
@@ -117,17 +79,15 @@ END
 $$;
 -- +goose StatementEnd
 
-REVOKE EXECUTE ON FUNCTION operation_sweep, operation_cancel, idempotency_key_sweep FROM PUBLIC;
+REVOKE EXECUTE ON FUNCTION operation_sweep, operation_cancel FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION operation_cancel TO shop_operator;
 GRANT EXECUTE ON FUNCTION operation_sweep TO shop_consumer;
-GRANT EXECUTE ON FUNCTION idempotency_key_sweep TO shop_api;
 -- Workers insert as well, because a handler may stage another call.
 GRANT SELECT, INSERT ON operation TO shop_api, shop_consumer;
 GRANT UPDATE (state, request, error, ended_at) ON operation TO shop_api;
 GRANT UPDATE (state, request, response, error, attempts, started_at, ended_at) ON operation TO shop_consumer;
 GRANT SELECT ON operation TO shop_operator;
-GRANT SELECT, INSERT, UPDATE (response) ON idempotency_key TO shop_api;
 
 -- +goose Down
-DROP FUNCTION idempotency_key_sweep, operation_cancel, operation_sweep;
-DROP TABLE idempotency_key, operation;
+DROP FUNCTION operation_cancel, operation_sweep;
+DROP TABLE operation;

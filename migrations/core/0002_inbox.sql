@@ -162,8 +162,8 @@ CREATE TABLE inbox_pause (
     paused_at timestamptz NOT NULL DEFAULT clock_timestamp()
 );
 
--- Live consumers: one row per process and consumer group, written about once a second. The console derives from it
--- which processes are alive, and their rates.
+-- Live consumers: one row per process and consumer group, written about once a second. It tells
+-- operators which processes are alive, and their rates.
 CREATE TABLE inbox_consumer (
     consumer   text             NOT NULL,
     owner      text             NOT NULL,

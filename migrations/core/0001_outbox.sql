@@ -75,9 +75,9 @@ $$;
 CREATE FUNCTION sequences_behind() RETURNS TABLE (col text, owner regclass, seq regclass, drawn bigint, used bigint)
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
 DECLARE
-    one record;
+    numbered record;
 BEGIN
-    FOR one IN
+    FOR numbered IN
         SELECT attrelid::regclass AS of, attname, seqrelid::regclass AS sequence, seqstart
         FROM pg_depend
         JOIN pg_sequence ON seqrelid = objid
@@ -87,17 +87,17 @@ BEGIN
             AND relnamespace = 'public'::regnamespace AND seqincrement > 0
         ORDER BY attrelid::regclass::text, attname
     LOOP
-        IF one.of = 'outbox'::regclass THEN -- use the index, and include delivered rows that a sweep removed
+        IF numbered.of = 'outbox'::regclass THEN -- use the index, and include delivered rows that a sweep removed
             SELECT greatest(max(top_id), max((SELECT max(id) FROM outbox WHERE outbox.shard = outbox_cursor.shard)))
             INTO used FROM outbox_cursor;
         ELSE
-            EXECUTE format('SELECT max(%I)::bigint FROM %s', one.attname, one.of) INTO used;
+            EXECUTE format('SELECT max(%I)::bigint FROM %s', numbered.attname, numbered.of) INTO used;
         END IF;
-        drawn := coalesce(pg_sequence_last_value(one.sequence), one.seqstart - 1);
+        drawn := coalesce(pg_sequence_last_value(numbered.sequence), numbered.seqstart - 1);
         IF drawn < used THEN
-            col := one.of || '.' || one.attname;
-            owner := one.of;
-            seq := one.sequence;
+            col := numbered.of || '.' || numbered.attname;
+            owner := numbered.of;
+            seq := numbered.sequence;
             RETURN NEXT;
         END IF;
     END LOOP;
@@ -659,7 +659,7 @@ CREATE FUNCTION outbox_repair() RETURNS bigint
 DECLARE
     here    CONSTANT bigint := (SELECT system_identifier FROM pg_control_system());
     me      CONSTANT xid8 := pg_current_xact_id();
-    one     record;
+    behind  record;
     again   bigint; -- ids up to this one were drawn twice
     amiss   boolean := false;
     problem text;
@@ -667,10 +667,10 @@ DECLARE
 BEGIN
     PERFORM needs_read_committed();
     -- Lock the outbox last, because that blocks every writer.
-    FOR one IN SELECT * FROM sequences_behind() ORDER BY owner = 'outbox'::regclass LOOP
-        EXECUTE format('LOCK TABLE %s IN SHARE ROW EXCLUSIVE MODE', one.owner);
-        SELECT CASE col WHEN 'outbox.id' THEN drawn END INTO again FROM sequences_behind() WHERE seq = one.seq;
-        PERFORM setval(seq, used) FROM sequences_behind() WHERE seq = one.seq;
+    FOR behind IN SELECT * FROM sequences_behind() ORDER BY owner = 'outbox'::regclass LOOP
+        EXECUTE format('LOCK TABLE %s IN SHARE ROW EXCLUSIVE MODE', behind.owner);
+        SELECT CASE col WHEN 'outbox.id' THEN drawn END INTO again FROM sequences_behind() WHERE seq = behind.seq;
+        PERFORM setval(seq, used) FROM sequences_behind() WHERE seq = behind.seq;
         amiss := true;
     END LOOP;
     LOCK TABLE outbox IN SHARE ROW EXCLUSIVE MODE;
@@ -803,8 +803,8 @@ GRANT INSERT, SELECT (consumer, reason, resolution) ON dead_letter TO shop_relay
 GRANT SELECT, INSERT ON dead_letter TO shop_consumer;
 GRANT SELECT ON outbox, outbox_cursor, outbox_relay, outbox_backlog, outbox_scheduled, dead_letter, dead_letter_audit
     TO shop_operator;
--- A process is not ready until the schema has at least the version that the process was built for.
-GRANT SELECT ON goose_db_version TO shop_api, shop_relay, shop_consumer, shop_operator;
+-- Every process compares the applied migrations with its own: those of the core, and those of the service.
+GRANT SELECT ON goose_core_version, goose_db_version TO shop_api, shop_relay, shop_consumer, shop_operator;
 GRANT UPDATE (resolution, resolved_at) ON dead_letter TO shop_operator;
 GRANT INSERT ON dead_letter_audit TO shop_operator;
 
