@@ -74,7 +74,7 @@ var denied = map[string][]string{
 		`UPDATE inbox_consumer SET applied = 0`,
 		`INSERT INTO dead_letter (consumer, message_id, type, key, payload, headers, reason, error, attempts)
 			VALUES ('', '', '', '', '', '{}', '', '', 1)`,
-		 `SELECT FROM idempotency_key`,
+		`SELECT FROM idempotency_key`,
 	},
 }
 
