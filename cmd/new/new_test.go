@@ -213,8 +213,9 @@ var (
 func TestTreeWithoutFeaturesDoesNotNameThem(t *testing.T) {
 	t.Parallel()
 	everyText(t, copied(t, withoutAll, "billing"), func(name, line string) {
-		if !measured[name] && !strings.HasPrefix(name, "docs/adr/") && featuresNamed.MatchString(line) &&
-			!exempted.MatchString(line) {
+		later := name == "docs/configuration.md" // finish writes it again
+		past := measured[name] || strings.HasPrefix(name, "docs/adr/")
+		if !later && !past && featuresNamed.MatchString(line) && !exempted.MatchString(line) {
 			t.Errorf("%s: %s", name, line)
 		}
 	})

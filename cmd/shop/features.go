@@ -5,8 +5,8 @@ import (
 	"github.com/alecthomas/kong"
 )
 
-// A service can be made without the features that this file wires in. `cmd/new -without` omits the files of a feature,
-// and the lines of this file that name it.
+// A service can be made without the features that this file wires in: then their files, and the lines of this file that
+// name them, are absent.
 
 // featureFlags are flags of a feature. apply adds them to the config, which already has the process's own flags, and
 // returns an error if one is wrong.

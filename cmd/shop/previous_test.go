@@ -128,9 +128,7 @@ func (f *fixture) wantWorking(program string) {
 	f.t.Helper()
 	url := f.Config().ConnString()
 	var all []*started
-	for _, process := range []struct{ name, role string }{
-		{"api", "shop_api"}, {"relay", "shop_relay"}, {"consumer", "shop_consumer"}, {"console", "shop_operator"},
-	} {
+	for _, process := range startOrder {
 		all = append(all, startProgram(f.t, program, process.name,
 			"POSTGRES_URL="+testenv.As(f.t, url, process.role), "AMQP_URL="+f.amqpURL))
 	}

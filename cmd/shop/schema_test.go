@@ -43,8 +43,9 @@ var operatorCommands = []string{
 // that breaks this version, or one that has other content than this version's.
 func TestAWrongSchemaIsRefusedInOneLine(t *testing.T) {
 	f := newFixture(t)
-	roles := map[string]string{
-		"api": "shop_api", "relay": "shop_relay", "consumer": "shop_consumer", "console": "shop_operator", "all": "shop_all",
+	roles := map[string]string{"all": "shop_all"}
+	for _, process := range startOrder {
+		roles[process.name] = process.role
 	}
 	for _, test := range []struct{ change, line, undo string }{
 		{`INSERT INTO goose_core_version (version_id, is_applied, name, breaks)

@@ -1,7 +1,7 @@
 package app
 
-// A service can be made without the features that this file lists. `cmd/new -without` omits the files of a feature, and
-// the lines of this file that name it.
+// A service can be made without the features that this file lists: then their files, and the lines of this file that
+// name them, are absent.
 
 // Features configures the features.
 type Features struct {
