@@ -279,8 +279,8 @@ func TestNameOfTheServiceIsRenamedEverywhere(t *testing.T) {
 	t.Parallel()
 	tree := copied(t, "-example", "billing")
 	everyText(t, tree, func(name, line string) {
-		if strings.Contains(strings.ToLower(line), "shop") || strings.Contains(line, "cmd/new") ||
-			strings.Contains(line, "new-test") {
+		named := strings.Contains(line, "cmd/new") && name != "docs/upgrading.md" // tells owners how to update
+		if named || strings.Contains(strings.ToLower(line), "shop") || strings.Contains(line, "new-test") {
 			t.Errorf("%s: %s", name, line)
 		}
 	})
