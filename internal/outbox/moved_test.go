@@ -215,10 +215,10 @@ func TestRepairOfMovedRows(t *testing.T) {
 func TestRepairRefusesWhatItCannotTell(t *testing.T) {
 	t.Parallel()
 	for name, test := range map[string]struct{ harm, says string }{
-		"NoCursor": {`DELETE FROM outbox_cursor`, "no shard that is written to"},
+		"NoCursor": {`DELETE FROM outbox_cursor`, "no shard that accepts messages"},
 		"ClockBehind": {
 			`UPDATE outbox_cursor SET moved_at = clock_timestamp() + interval '1 h'`,
-			"which is yet to come by this cluster's clock",
+			"which is in the future by this cluster's clock",
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
