@@ -247,7 +247,8 @@ func TestAFailedMigrationLeavesNothingBehind(t *testing.T) {
 	wantFits(t, db, with(t, files))
 }
 
-// One lock covers both sets: a second process applies nothing while the first one is between them.
+// One lock covers the comparison and both sets: a process that waits while another one breaks its version applies
+// nothing afterwards.
 func TestOneLockCoversBothSets(t *testing.T) {
 	t.Parallel()
 	db := testenv.Postgres(t)
@@ -265,11 +266,11 @@ func TestOneLockCoversBothSets(t *testing.T) {
 	var running sync.WaitGroup
 	defer running.Wait()
 	defer func() { _ = gate.Rollback(t.Context()) }()
-	up := func(files fs.FS, want ...string) {
+	up := func(files fs.FS, reason error, want ...string) {
 		running.Go(func() {
 			applied, err := migrations.UpFrom(t.Context(), url, files)
-			if err != nil || !slices.Equal(applied, want) {
-				t.Errorf("applied %q, %v, want %q", applied, err, want)
+			if !errors.Is(err, reason) || !slices.Equal(applied, want) {
+				t.Errorf("applied %q, %v, want %q, %v", applied, err, want, reason)
 			}
 		})
 	}
@@ -285,17 +286,13 @@ func TestOneLockCoversBothSets(t *testing.T) {
 			return err
 		})
 	}
-	files := map[string]string{"core/9001_a.sql": "CREATE TABLE a ()", "9001_own.sql": "DROP TABLE gate"}
-	up(with(t, files), "core/9001_a.sql", "9001_own.sql")
-	await(`%DROP TABLE gate%`)
-	files["core/9002_b.sql"] = "CREATE TABLE b ()"
-	up(with(t, files), "core/9002_b.sql")
-	await(`SELECT pg_try_advisory_lock%`)
-	var absent bool
-	err = db.QueryRow(t.Context(), `SELECT to_regclass('a') IS NOT NULL AND to_regclass('b') IS NULL`).Scan(&absent)
-	if err != nil || !absent {
-		t.Errorf("the second process did not wait (%v)", err)
+	files := map[string]string{
+		"core/9001_new.sql": "-- breaks: 9001\nDROP TABLE gate", "9001_new.sql": "CREATE TABLE new ()",
 	}
+	up(with(t, files), nil, "core/9001_new.sql", "9001_new.sql")
+	await(`%DROP TABLE gate%`)
+	up(with(t, map[string]string{"9002_old.sql": "CREATE TABLE old ()"}), migrations.ErrTooNew)
+	await(`SELECT pg_try_advisory_lock%`)
 	if err := gate.Rollback(t.Context()); err != nil {
 		t.Error(err)
 	}
@@ -305,6 +302,10 @@ func TestOneLockCoversBothSets(t *testing.T) {
 func TestTheCoresMigrationsAreFrozen(t *testing.T) {
 	t.Parallel()
 	db := testenv.Postgres(t)
+	empty(t, db)
+	if _, err := migrations.Up(t.Context(), db.Config().ConnString()); err != nil {
+		t.Fatal(err)
+	}
 	list, err := os.ReadFile("core/SHA256SUMS")
 	if err != nil {
 		t.Fatal(err)
