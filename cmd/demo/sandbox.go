@@ -104,6 +104,12 @@ func (b *sandbox) addUser(ctx context.Context, process string, permissions rabbi
 		return "", fmt.Errorf("create user %s: %w", name, err)
 	}
 	b.users = append(b.users, name)
+	if topics := permissions.Topics; topics != nil {
+		if err := b.manage(ctx, http.MethodPut, topics, "topic-permissions", b.name, name); err != nil {
+			return "", fmt.Errorf("limit the topics of %s: %w", name, err)
+		}
+	}
+	permissions.Topics = nil
 	if err := b.manage(ctx, http.MethodPut, permissions, "permissions", b.name, name); err != nil {
 		return "", fmt.Errorf("grant permissions to %s: %w", name, err)
 	}

@@ -74,8 +74,8 @@ func TestDoctorWithoutServers(t *testing.T) {
 	f.environment = append(good, goodAMQP)
 	f.wantOutput(1, "doctor",
 		`broker +unknown +could not run: .*refused`, `→ Check host and port in AMQP_URL`,
-		`skipped for the same reason: queues, policies\n`, `relay +wrong`,
-		`shop: \d checks? failed, 3 checks could not run\n$`)
+		`skipped for the same reason: queues, policies, publishers\n`, `relay +wrong`,
+		`shop: \d checks? failed, 4 checks could not run\n$`)
 	var answer struct {
 		Verdict  ops.Verdict
 		Findings []ops.Finding

@@ -10,7 +10,7 @@ var helpTexts = kong.Vars{
 	"listen_url": "Direct connection to the same database for LISTEN/NOTIFY, " +
 		"if the other one is a transaction-mode pooler.",
 	"management_url": "RabbitMQ's management API, to find policies that lose messages. " +
-		"Its user needs the tag management.",
+		"Its user needs the tag management; to find users that may publish everything, administrator.",
 	"topology_mode": "declare: the process creates the exchange and queues; given: it expects them to exist.",
 	"ops_listen":    "Address for probes and metrics, in plain HTTP: /healthz, /readyz, /metrics.",
 
@@ -51,7 +51,7 @@ var helpTexts = kong.Vars{
 		"because their copies can no longer be detected.",
 	"topology": "Show or declare the exchange and queues that the service needs, and show its permissions.",
 	"users": "Create a user of the broker for each process, named PREFIX-PROCESS, " +
-		"with exactly the printed permissions in the vhost, and no tags.",
+		"with exactly the printed permissions in the vhost, those on topics included, and no tags.",
 	"users_password":    "Password of the users that --users creates, any text.",
 	"topology_amqp_url": "RabbitMQ and vhost, as a user who may configure them; needed to declare.",
 

@@ -30,6 +30,11 @@ func TestTopologyNamesThePermissions(t *testing.T) {
 			t.Errorf("%q is not in\n%s", line, stdout)
 		}
 	}
+	topics := want["relay"].Topics
+	line := fmt.Sprintf("relay '%s' '%s' '%s'", topics.Exchange, topics.Write, topics.Read)
+	if !strings.Contains(collapse(stdout), line) {
+		t.Errorf("%q is not in\n%s", line, stdout)
+	}
 	_, stdout, _ = callProgram(t, shipped(), nil, "topology", "--json")
 	var got struct{ Permissions map[string]rabbit.Permissions }
 	if err := json.Unmarshal([]byte(stdout), &got); err != nil {

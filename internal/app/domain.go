@@ -17,6 +17,9 @@ const ServiceName = "shop"
 type domain struct {
 	register func(*connect.Server)
 	groups   []group
+	// publishes lists the proto packages of the service's events, unless its RPC services are in the same package. On the
+	// broker, the service may publish the events of its own packages only.
+	publishes []string
 }
 
 // group is a consumer group with the number of batches that it handles at once. Use more than one lane if one does not

@@ -5,7 +5,10 @@ import (
 	"errors"
 	"log/slog"
 	"maps"
+	"slices"
+	"strings"
 
+	"connectrpc.com/connect/v2"
 	"example.com/shop/internal/deadletter"
 	"example.com/shop/internal/inbox"
 	"example.com/shop/internal/messaging"
@@ -26,7 +29,34 @@ func (p *process) topology() rabbit.Topology {
 	for _, group := range p.groups() {
 		topology.Queues = append(topology.Queues, group.queue)
 	}
+	topology.Packages = p.packages()
 	return topology
+}
+
+// services returns the full names of the services for callers.
+func (p *process) services() []string {
+	rpc := connect.NewServer()
+	p.register(rpc)
+	var names []string
+	for spec := range rpc.Specs() {
+		service, _, _ := strings.Cut(strings.TrimPrefix(spec.Procedure, "/"), "/")
+		names = append(names, service)
+	}
+	slices.Sort(names)
+	return slices.Compact(names)
+}
+
+// packages returns the proto packages of the messages that the service publishes: those of its services, and those
+// that the domain lists.
+func (p *process) packages() []string {
+	names := slices.Clone(p.domain.publishes)
+	for _, service := range p.services() {
+		if i := strings.LastIndexByte(service, '.'); i > 0 {
+			names = append(names, service[:i])
+		}
+	}
+	slices.Sort(names)
+	return slices.Compact(names)
 }
 
 // Permissions returns the minimal permissions of the broker's users with a given topology, by user: relay, consumer,
@@ -60,6 +90,7 @@ func (p *process) startRelay(ctx context.Context) {
 	}
 	config := p.config.Relay
 	config.MeterProvider, config.TracerProvider = p.telemetry.Meter, p.telemetry.Tracer
+	config.MustBeHeard = outbox.MustBeHeard(p.topology().Types())
 	relay := outbox.NewRelay(p.relayDB, newPublisher, config)
 	err := errors.Join(
 		postgres.ObservePool(p.relayDB, "relay", p.telemetry.Meter),

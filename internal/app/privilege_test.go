@@ -20,8 +20,12 @@ func TestLeastPrivilege(t *testing.T) {
 	}
 	permissions := service.permissions()
 	user := func(name string) string {
-		p := permissions[name]
-		return testenv.Management(t, admin).User(p.Configure, p.Write, p.Read)
+		p, broker := permissions[name], testenv.Management(t, admin)
+		url := broker.User(p.Configure, p.Write, p.Read)
+		if p.Topics != nil {
+			broker.Topics(url, p.Topics.Exchange, p.Topics.Write, p.Topics.Read)
+		}
+		return url
 	}
 	config := func(role, name string) Config {
 		url := testenv.As(t, owner.Config().ConnString(), role)

@@ -31,7 +31,9 @@ func probed(config Config) Config {
 			_, err := tx.Exec(ctx, `INSERT INTO effects (effect) VALUES ($1)`, text.GetValue())
 			return err
 		})
-		return domain{register: func(*connect.Server) {}, groups: []group{{probes, 2}}}
+		return domain{
+			register: func(*connect.Server) {}, groups: []group{{probes, 2}}, publishes: []string{"google.protobuf"},
+		}
 	}
 	return config
 }

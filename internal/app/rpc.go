@@ -3,8 +3,6 @@ package app
 import (
 	"context"
 	"log/slog"
-	"slices"
-
 	"connectrpc.com/connect/v2"
 	"example.com/shop/internal/rabbit"
 	"example.com/shop/internal/rabbitrpc"
@@ -41,17 +39,6 @@ func (p *process) startQueueAPI(ctx context.Context) {
 
 // Services returns the full names of the services that the API serves.
 func Services() []string { return declared(Config{}).services() }
-
-func (p *process) services() []string {
-	rpc := connect.NewServer()
-	p.register(rpc)
-	var names []string
-	for spec := range rpc.Specs() {
-		names = append(names, rabbitrpc.ServiceOf(spec.Procedure))
-	}
-	slices.Sort(names)
-	return slices.Compact(names)
-}
 
 // rpcPermissions returns the minimal permissions of an API that serves RPCs from queues, and of its callers.
 func (p *process) rpcPermissions() map[string]rabbit.Permissions {

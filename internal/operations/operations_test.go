@@ -257,6 +257,9 @@ func TestAnErrorIsAResult(t *testing.T) {
 			})
 			return errors.Join(err, connect.NewError(connect.CodeFailedPrecondition, "no"))
 		}, "failed_precondition: no"},
+		"another service": {
+			fails(connect.NewError(connect.CodeNotFound, "secret").WithDetail(detail).WithRemote()), "internal: internal error",
+		},
 		"resource": {fails(connect.NewError(connect.CodeResourceExhausted, "yours")), "resource_exhausted: yours"},
 	} {
 		b.on(text, test.act)
@@ -288,6 +291,8 @@ func TestTransientErrorsAreRetried(t *testing.T) {
 		"aborted":     connect.NewError(connect.CodeAborted, "later"),
 		"unknown":     postgres.ErrOutcomeUnknown,
 		"backlog":     outbox.ErrBacklogFull,
+		"limited":     connect.NewError(connect.CodeResourceExhausted, "by another service").WithRemote(),
+		"too slow":    connect.NewError(connect.CodeDeadlineExceeded, "of another service").WithRemote(),
 	} {
 		b.on(text, fails(err), fails(err), fails(nil))
 		name := b.submit(t, text)
@@ -296,8 +301,8 @@ func TestTransientErrorsAreRetried(t *testing.T) {
 			t.Errorf("%s: got %d attempts, want 3", text, got.GetAttempts())
 		}
 	}
-	if n := b.count(t, `SELECT count(*) FROM effects`); n != 4 {
-		t.Errorf("got %d effects of 4 calls", n)
+	if n := b.count(t, `SELECT count(*) FROM effects`); n != 6 {
+		t.Errorf("got %d effects of 6 calls", n)
 	}
 }
 
@@ -338,6 +343,12 @@ func TestWhatIsGivenUpHasAResult(t *testing.T) {
 		t.Errorf("got %d attempts, want 3", got.GetAttempts())
 	}
 
+	b.on("needs another", fails(connect.NewError(connect.CodeUnavailable, "dial tcp 10.0.0.7:80: refused").WithRemote()))
+	behind := b.submit(t, "needs another")
+	b.deliver(t)
+	b.wantState(t, behind, failed,
+		"unavailable: a service that this one calls is unavailable, try again with the same ID")
+
 	crashed := b.submit(t, "crashes")
 	killer := b.messages(t)
 	killer[0].Count = 2 // its earlier deliveries were interrupted, so the inbox moves it to inbox_retry
@@ -355,7 +366,7 @@ func TestWhatIsGivenUpHasAResult(t *testing.T) {
 	b.wantState(t, undelivered, failed, "unavailable: given up: no worker executed the call in time")
 
 	b.wantEffects(t)
-	if n := b.count(t, `SELECT count(*) FROM dead_letter`); n != 3 {
-		t.Errorf("got %d dead letters, want 3", n)
+	if n := b.count(t, `SELECT count(*) FROM dead_letter`); n != 4 {
+		t.Errorf("got %d dead letters, want 4", n)
 	}
 }

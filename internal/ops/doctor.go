@@ -84,6 +84,7 @@ var brokerChecks = []check{
 	{"broker", checkBroker, ""},
 	{"queues", checkQueues, "Empty and delete the queue that differs, or give the new one another name."},
 	{"policies", checkPolicies, "Exclude our queues by the policy's pattern, or remove the setting from the policy."},
+	{"publishers", checkPublishers, "Use the users of the command topology --users, or set topic permissions."},
 }
 
 // Doctor runs every check, one after the other. A check that cannot run is also a finding, with the cure of the

@@ -177,6 +177,9 @@ func TestDoctorFinds(t *testing.T) {
 			"policies", Attention, "policy limits sets max-length=1000 on queue group: it refuses messages beyond the limit"},
 		"PoliciesUnreadable": {"", func(_ *testing.T, s *healthyService) { s.ManagementURL = "http://u:hunter2@127.0.0.1:1" },
 			"policies", Attention, "refused"},
+		"PublisherWithoutLimits": {"", func(t *testing.T, s *healthyService) {
+			testenv.Management(t, s.AMQPURL).User("^$", "^(events|other)$", "^$")
+		}, "publishers", Attention, "may publish every type to exchange events"},
 		"QueueDiffers": {"", func(t *testing.T, s *healthyService) { redeclare(t, s.AMQPURL, "group") },
 			"queues", Wrong, "group exists with other arguments"},
 	} {

@@ -87,7 +87,11 @@ func (t MessageTrace) Steps(groups []Group) []Step {
 			steps = append(steps, now(deadletter.Relay, "waits to be published"))
 		// If the relay has a dead letter of it, it may be parked and not published.
 		case !slices.ContainsFunc(t.Letters, func(l deadletter.Stored) bool { return l.Consumer == "" }):
-			steps = append(steps, after(entry.CreatedAt, deadletter.Relay, "published"))
+			what := "published"
+			if !slices.ContainsFunc(groups, func(g Group) bool { return slices.Contains(g.Types, entry.Type) }) {
+				what += "; no group of this service handles " + entry.Type
+			}
+			steps = append(steps, after(entry.CreatedAt, deadletter.Relay, what))
 		}
 	}
 	for _, status := range t.Groups {

@@ -91,6 +91,12 @@ func TestStepsOfAMessage(t *testing.T) {
 		INSERT INTO inbox_retry (consumer, message_id, type, key, payload, headers, attempts, due_at, last_error)
 		VALUES ('group', $1, 't', 'k', '', '{}', 2, now(), 'still broken')`, m.ID)
 	wantSteps("waits for a retry", "now group: waits for a retry", end)
+
+	f.exec(t, `UPDATE outbox SET type = 'nobodys.v1.Event' WHERE message_id = $1`, m.ID)
+	if steps := f.steps(t, m.ID); !slices.Contains(steps,
+		"now relay: published; no group of this service handles nobodys.v1.Event") {
+		t.Errorf("a message that no group handles: %q", steps)
+	}
 }
 
 // A dead letter of the relay replaces the publishing. A dead letter for an undelivered message says nothing about the

@@ -101,6 +101,7 @@ type progress struct {
 	topID     int64  // the largest id delivered since the last move
 	claimed   string // the snapshot of the page that is published next, "" for none
 	published int
+	unheard   int // those of the published messages that no queue took
 	parked    []deadletter.Letter
 }
 

@@ -17,9 +17,9 @@ const scope = "example.com/shop/internal/outbox"
 
 // meters are the relay's instruments. Verdicts count when they arrive, everything else when the cursor's move commits.
 type meters struct {
-	published, returned, nacked, unknown, parked, steals metric.Int64Counter
-	confirm                                              metric.Float64Histogram
-	page                                                 metric.Int64Histogram
+	published, returned, nacked, unknown, unheard, parked, steals metric.Int64Counter
+	confirm                                                       metric.Float64Histogram
+	page                                                          metric.Int64Histogram
 }
 
 func (r *Relay) newMeters() (m meters) {
@@ -33,6 +33,7 @@ func (r *Relay) newMeters() (m meters) {
 	m.returned = counter("returned", "Messages that the broker returned because no queue is bound for them.")
 	m.nacked = counter("nacked", "Messages that the broker nacked; they are published again.")
 	m.unknown = counter("unknown", "Messages whose verdict was lost with the connection; they are published again.")
+	m.unheard = counter("unheard", "Published messages that no queue was bound for, and that did not need one.")
 	m.parked = counter("parked", "Messages moved to dead_letter because they cannot be published.")
 	var errs [5]error
 	m.steals, errs[0] = meter.Int64Counter("outbox.lease.steals", metric.WithUnit("{lease}"),
@@ -52,7 +53,7 @@ func (r *Relay) newMeters() (m meters) {
 	for _, reason := range []deadletter.Reason{deadletter.Unroutable, deadletter.Malformed, deadletter.Refused} {
 		m.parked.Add(ctx, 0, ofReason(reason))
 	}
-	for _, counter := range []metric.Int64Counter{m.published, m.returned, m.nacked, m.unknown, m.steals} {
+	for _, counter := range []metric.Int64Counter{m.published, m.returned, m.nacked, m.unknown, m.unheard, m.steals} {
 		counter.Add(ctx, 0) // increase() would miss the first event if the counter appeared only with it
 	}
 	return m
@@ -137,6 +138,9 @@ func (m *meters) verdict(ctx context.Context, verdict error) {
 func (m *meters) moved(ctx context.Context, p *progress) {
 	if p.published > 0 {
 		m.published.Add(ctx, int64(p.published))
+	}
+	if p.unheard > 0 {
+		m.unheard.Add(ctx, int64(p.unheard))
 	}
 	for _, letter := range p.parked {
 		m.parked.Add(ctx, 1, ofReason(letter.Reason))

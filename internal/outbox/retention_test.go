@@ -39,8 +39,8 @@ func nextSlot(t testing.TB, db *pgxpool.Pool) (slot int16) {
 	return slot
 }
 
-// inOneSlot returns a database with two rows in one slot that has ended: a committed row, delivered or not, and a row of
-// an open transaction. On a busy machine a slot may end between the rows. Then inOneSlot starts over.
+// inOneSlot returns a database with two rows in one slot that has ended: a committed row, delivered or not, and a row
+// of an open transaction. On a busy machine a slot may end between the rows. Then inOneSlot starts over.
 func inOneSlot(t *testing.T, length time.Duration, delivered bool) (db *pgxpool.Pool, open pgx.Tx) {
 	t.Helper()
 	for same := false; !same; {

@@ -8,7 +8,6 @@ import (
 	"slices"
 	"time"
 
-	"example.com/shop/internal/deadletter"
 	"example.com/shop/internal/dev/failpoint"
 	"example.com/shop/internal/messaging"
 	"example.com/shop/internal/postgres"
@@ -34,6 +33,8 @@ type run struct {
 	publisher messaging.Publisher
 	meters    *meters
 	problem   *problem
+	unheard   *unheard
+	mustHear  func(messageType string) bool
 	spans     spanMaker
 	wake      LocalBell
 	poll      time.Duration
@@ -68,7 +69,7 @@ func (l *lease) newRun(held *cursor, at position) *run {
 	return &run{
 		log:    eventLog{db: l.relay.db, shard: l.shard, maxRows: config.PageRows, maxBytes: config.PageBytes},
 		cursor: held, publisher: l.publisher, meters: &l.relay.meters, problem: &l.problem, spans: l.relay.spans,
-		wake: l.wake, poll: config.PollInterval, pause: l.pause,
+		unheard: &l.relay.unheard, mustHear: config.MustBeHeard, wake: l.wake, poll: config.PollInterval, pause: l.pause,
 		next: at, settled: progress{delivered: at},
 	}
 }
@@ -275,12 +276,7 @@ func (r *run) settle(ctx context.Context) error {
 			}
 			return fmt.Errorf("%w: publish message %s: %w", errBroker, oldest.rows[i].message.ID, verdict)
 		}
-		if verdict == nil {
-			r.settled.published++
-		} else {
-			r.settled.parked = append(r.settled.parked, park(ctx, oldest.rows[i], reason, verdict))
-		}
-		r.settled.topID = max(r.settled.topID, oldest.rows[i].id)
+		r.count(ctx, oldest.rows[i], reason, verdict)
 	}
 	r.passed(oldest.end)
 	r.inFlight = r.inFlight[1:]
@@ -288,32 +284,6 @@ func (r *run) settle(ctx context.Context) error {
 	r.alone = max(0, r.alone-len(oldest.rows))
 	r.pause.Reset() // the broker works again
 	return nil
-}
-
-// judge reports whether a verdict is final and, if it is final and not nil, the reason to park the message. A refusal
-// is final only for a message that was alone on the channel.
-func judge(verdict error, alone bool) (reason deadletter.Reason, final bool) {
-	switch {
-	case verdict == nil:
-		return "", true
-	case errors.Is(verdict, messaging.ErrInvalid):
-		return deadletter.Malformed, true
-	case errors.Is(verdict, messaging.ErrReturned):
-		return deadletter.Unroutable, true
-	case errors.Is(verdict, messaging.ErrRefused) && alone:
-		return deadletter.Refused, true
-	}
-	return "", false
-}
-
-func park(ctx context.Context, parked row, reason deadletter.Reason, verdict error) deadletter.Letter {
-	m := parked.message
-	ctx = traceOf(ctx, m.Headers)
-	slog.ErrorContext(ctx, "message parked", "message_id", m.ID, "type", m.Type, "reason", reason, "error", verdict)
-	return deadletter.Letter{
-		MessageID: m.ID.String(), Type: m.Type, Key: m.Key, Payload: m.Payload, Headers: m.Headers,
-		Reason: reason, Error: verdict.Error(), Attempts: 1,
-	}
 }
 
 func (r *run) passed(at position) {

@@ -2,6 +2,7 @@ package rabbit
 
 import (
 	"regexp"
+	"slices"
 	"strings"
 )
 
@@ -11,6 +12,17 @@ type Permissions struct {
 	Configure string `json:"configure"`
 	Write     string `json:"write"`
 	Read      string `json:"read"`
+	// Topics limits which messages the user may publish. If it is nil, the user may publish all messages to the exchanges
+	// that match Write.
+	Topics *Topics `json:"topics,omitempty"`
+}
+
+// Topics are a user's topic permissions on one topic exchange: regular expressions for the routing keys that the user
+// may publish with, and bind queues with.
+type Topics struct {
+	Exchange string `json:"exchange"`
+	Write    string `json:"write"`
+	Read     string `json:"read"`
 }
 
 // nothing is a regular expression that matches no name.
@@ -22,10 +34,26 @@ const nothing = "^$"
 // side's objects, one that it cannot use: binding and unbinding require both writing to the queue and reading from
 // the exchange, and no process has both.
 
-// PublisherPermissions are all that a relay needs if the topology is given: it writes to the exchange and cannot read
-// any messages.
+// PublisherPermissions are all that a relay needs if the topology is given: it writes its own packages' messages to the
+// exchange and cannot read any messages.
 func (t Topology) PublisherPermissions() Permissions {
-	return Permissions{Configure: nothing, Write: Only(append(t.queueNames(), t.Exchange)...), Read: nothing}
+	p := Permissions{Configure: nothing, Write: Only(append(t.queueNames(), t.Exchange)...), Read: nothing}
+	if len(t.Packages) > 0 {
+		p.Topics = &Topics{Exchange: t.Exchange, Write: t.ownTypes(), Read: nothing}
+	}
+	return p
+}
+
+// ownTypes returns a regular expression that matches the message types of the service's own packages.
+func (t Topology) ownTypes() string {
+	return strings.TrimSuffix(Only(t.Packages...), "$") + `\.`
+}
+
+// owns reports whether the service may publish messages of a type.
+func (t Topology) owns(messageType string) bool {
+	return len(t.Packages) == 0 || slices.ContainsFunc(t.Packages, func(name string) bool {
+		return strings.HasPrefix(messageType, name+".")
+	})
 }
 
 // ObserverPermissions are all that reading queue depths needs. Write permission on a queue only allows binding it,

@@ -176,26 +176,38 @@ func requestError(err error) error {
 
 // queue returns what the API says about a queue, or the zero state if the queue does not exist.
 func (m *managementAPI) queue(ctx context.Context, name string) (state queueState, err error) {
-	target := m.base.JoinPath("api", "queues", url.PathEscape(m.vhost), url.PathEscape(name))
+	err = m.get(ctx, &state, "queues", m.vhost, name)
+	return state, err
+}
+
+// get reads from the API path that names form, and leaves into unchanged if there is nothing. It escapes the names, so
+// they may contain any character.
+func (m *managementAPI) get(ctx context.Context, into any, names ...string) error {
+	target := m.base.JoinPath("api")
+	for _, name := range names {
+		target = target.JoinPath(url.PathEscape(name))
+	}
 	request, err := http.NewRequestWithContext(ctx, http.MethodGet, target.String(), http.NoBody)
 	if err != nil {
-		return state, err
+		return err
 	}
 	request.SetBasicAuth(m.user, m.password)
 	response, err := m.client.Do(request)
 	if err != nil {
-		return state, requestError(err)
+		return requestError(err)
 	}
 	defer response.Body.Close()
 	switch response.StatusCode {
 	case http.StatusOK:
 	case http.StatusNotFound:
-		return state, nil
+		return nil
+	case http.StatusUnauthorized, http.StatusForbidden:
+		return fmt.Errorf("%w: the management API answers user %s with %s", ErrNotAllowed, m.user, response.Status)
 	default:
-		return state, fmt.Errorf("the management API answers user %s with %s", m.user, response.Status)
+		return fmt.Errorf("the management API answers user %s with %s", m.user, response.Status)
 	}
-	if err := json.NewDecoder(io.LimitReader(response.Body, 1<<20)).Decode(&state); err != nil {
-		return state, fmt.Errorf("decode the management API's response for queue %s: %w", name, err)
+	if err := json.NewDecoder(io.LimitReader(response.Body, 1<<20)).Decode(into); err != nil {
+		return fmt.Errorf("decode the management API's response for %s: %w", strings.Join(names, "/"), err)
 	}
-	return state, nil
+	return nil
 }

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"regexp"
 	"slices"
 	"time"
 
@@ -53,6 +54,7 @@ func NewPublisher(config PublisherConfig) *Publisher {
 type link struct {
 	conn      *Connection
 	channel   *amqp.Channel
+	topology  *Topology
 	meters    *meters
 	returns   chan amqp.Return
 	closed    chan *amqp.Error
@@ -128,7 +130,8 @@ func (p *Publisher) connect(ctx context.Context) error {
 	idle := make(chan struct{})
 	close(idle)
 	p.link = &link{
-		conn: conn, channel: channel, meters: &p.meters, writing: idle, returned: map[string][]amqp.Return{},
+		conn: conn, channel: channel, topology: &p.config.Topology, meters: &p.meters, writing: idle,
+		returned:  map[string][]amqp.Return{},
 		returns:   channel.NotifyReturn(make(chan amqp.Return, p.config.Window)),
 		closed:    channel.NotifyClose(make(chan *amqp.Error, 1)),
 		blockings: conn.NotifyBlocked(make(chan amqp.Blocking, 64)),
@@ -282,15 +285,24 @@ func (l *link) closeVerdict(otherwise error) error {
 	if l.reason == nil {
 		return fmt.Errorf("%w: %w", messaging.ErrUnknown, otherwise)
 	}
-	return classify(l.reason)
+	return l.topology.classify(l.reason)
 }
 
-// classify recognizes refusals of a message: it is too large (406, 311), or has a property that the broker does not
-// accept (406, 502). Other errors, such as a missing exchange (404) or permission (403), concern the broker's state and
-// must be fixed there.
-func classify(reason *amqp.Error) error {
-	switch reason.Code {
-	case amqp.ContentTooLarge, amqp.PreconditionFailed, amqp.SyntaxError:
+// refusedTopic matches the broker's error for a message type that the user may not publish. The broker cuts its errors
+// to 255 bytes, so the end of a long type may be missing.
+var refusedTopic = regexp.MustCompile(`access to topic '([^']*)`)
+
+// classify recognizes refusals of a message: it is too large (406, 311), has a property that the broker does not accept
+// (406, 502), or belongs to another service (403). Other errors, such as a missing exchange (404) or permission (403),
+// concern the broker's state and must be fixed there. The missing permission for a type of this service is one of them.
+func (t *Topology) classify(reason *amqp.Error) error {
+	topic := refusedTopic.FindStringSubmatch(reason.Reason)
+	switch {
+	case reason.Code == amqp.AccessRefused && topic != nil && t.owns(topic[1]):
+		const cure = "set the topic permissions of the relay's user (the command topology shows them)"
+		return fmt.Errorf("%w: %s: %w", messaging.ErrUnknown, cure, reason)
+	case reason.Code == amqp.AccessRefused && topic != nil,
+		slices.Contains([]int{amqp.ContentTooLarge, amqp.PreconditionFailed, amqp.SyntaxError}, reason.Code):
 		return fmt.Errorf("%w: %w", messaging.ErrRefused, reason)
 	}
 	return fmt.Errorf("%w: %w", messaging.ErrUnknown, reason)

@@ -15,6 +15,9 @@ type Topology struct {
 	// Exchange is the topic exchange that events go to, with the message type as routing key.
 	Exchange string
 	Queues   []Queue
+	// Packages are the protobuf packages of the service's own messages: it may publish these and no others. Empty means
+	// that it may publish every message.
+	Packages []string
 	// Given means that processes do not declare the topology and only check that it exists. They then need no permission
 	// to configure.
 	Given bool
@@ -28,6 +31,14 @@ type Queue struct {
 	// Unordered means that the order of the messages does not matter: all consumers are active at once. In an ordered
 	// queue one consumer is active and the others stand by.
 	Unordered bool `json:"unordered,omitempty"`
+}
+
+// Types returns the message types that a queue is bound to.
+func (t Topology) Types() (types []string) {
+	for _, queue := range t.Queues {
+		types = append(types, queue.Types...)
+	}
+	return types
 }
 
 // DeadQueue is the name of the queue for messages that the broker gave up delivering from the named queue.

@@ -18,7 +18,8 @@ type User struct {
 
 // MakeUsers creates users through RabbitMQ's management API and sets their permissions in the vhost of amqpURL. It
 // authenticates as the user of managementURL, or else of amqpURL, who needs the tag administrator. If a user exists,
-// MakeUsers resets its password and permissions and removes its tags. Its permissions in other vhosts stay.
+// MakeUsers resets its password and permissions and removes its tags. Its permissions in other vhosts stay, and so do
+// its topic permissions on other exchanges.
 func MakeUsers(ctx context.Context, managementURL, amqpURL string, users ...User) error {
 	api, err := newManagementAPI(managementURL, amqpURL)
 	if err != nil {
@@ -33,11 +34,23 @@ func MakeUsers(ctx context.Context, managementURL, amqpURL string, users ...User
 		if err := api.put(ctx, login, "users", user.Name); err != nil {
 			return fmt.Errorf("create user %s: %w", user.Name, err)
 		}
-		if err := api.put(ctx, user.Permissions, "permissions", api.vhost, user.Name); err != nil {
+		if err := api.permit(ctx, user.Name, user.Permissions); err != nil {
 			return fmt.Errorf("set the permissions of user %s: %w", user.Name, err)
 		}
 	}
 	return nil
+}
+
+// permit sets the permissions of a user. It sets those on topics first: without them, a user may publish everything to
+// an exchange that it may write to.
+func (m *managementAPI) permit(ctx context.Context, user string, p Permissions) error {
+	if p.Topics != nil {
+		if err := m.put(ctx, p.Topics, "topic-permissions", m.vhost, user); err != nil {
+			return err
+		}
+	}
+	p.Topics = nil
+	return m.put(ctx, p, "permissions", m.vhost, user)
 }
 
 // put writes content to the API path that names form. It escapes them, so they may contain any character.

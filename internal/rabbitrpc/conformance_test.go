@@ -77,10 +77,12 @@ func (b *testbed) reach(address string) {
 }
 
 // client returns a client for what serve serves.
-func (b *testbed) client() *connect.Client {
+func (b *testbed) client() *connect.Client { return connect.NewClient(b.transport()) }
+
+func (b *testbed) transport() connect.Transport {
 	if b.name == "RabbitMQ" {
 		config := rabbitrpc.TransportConfig{URL: b.url, RequestMaxBytes: readLimit, ReplyMaxBytes: readLimit}
-		return connect.NewClient(newTransport(b.t, config))
+		return newTransport(b.t, config)
 	}
 	protocols := new(http.Protocols)
 	protocols.SetUnencryptedHTTP2(true)
@@ -90,7 +92,7 @@ func (b *testbed) client() *connect.Client {
 		b.url = "http://127.0.0.1:1" // nothing listens there
 	}
 	client := &http.Client{Transport: transport}
-	return connect.NewClient(connecthttp.NewTransport(client, b.url, connecthttp.WithReadMaxBytes(readLimit)))
+	return connecthttp.NewTransport(client, b.url, connecthttp.WithReadMaxBytes(readLimit))
 }
 
 // TestConformance checks that callers see the same over both transports. docs/rpc-over-rabbitmq.md lists the

@@ -24,10 +24,11 @@ import (
 // and so comes before validation.
 //
 // This is the only place that decides which parts of an error callers may see. A *connect.Error that a handler
-// returns is meant for the caller and passes, unless it comes from another server. postgres.ErrUnavailable, ErrBusy
-// and ErrOutcomeUnknown become unavailable, each with its own text. outbox.ErrBacklogFull becomes resource_exhausted.
-// The end of the call's context becomes canceled or deadline_exceeded. Any other error is logged and becomes internal
-// with a fixed text. Texts and details are cut to the limits of package bounds.
+// returns is meant for the caller and passes, unless it is the error of a call to another service: see ofOtherService.
+// postgres.ErrUnavailable, ErrBusy and ErrOutcomeUnknown become unavailable, each with its own text.
+// outbox.ErrBacklogFull becomes resource_exhausted. The end of the call's context becomes canceled or
+// deadline_exceeded. Any other error is logged and becomes internal with a fixed text. Texts and details are cut to the
+// limits of package bounds.
 func Interceptors(log *slog.Logger, inner ...connect.ServerInterceptor) []connect.ServerInterceptor {
 	outer := []connect.ServerInterceptor{nameRequest, logAccess(log), answerErrors(log), validateRequests()}
 	return append(outer, inner...)
@@ -71,7 +72,7 @@ func answerErrors(log *slog.Logger) connect.ServerInterceptor {
 					err = errInternal
 				}
 			}()
-			if err := next(ctx, spec, receivingStream{stream}); err != nil {
+			if err := next(ctx, spec, callerStream{stream}); err != nil {
 				answer, level := public(ctx, err)
 				cause := slog.Any("error", err)
 				if answer.Code() == connect.CodeInvalidArgument {
@@ -86,22 +87,37 @@ func answerErrors(log *slog.Logger) connect.ServerInterceptor {
 	}
 }
 
-// receivingStream attributes malformed messages to the caller. Connect returns internal for an invalid frame, as gRPC's
-// specification requires. But then any caller could trigger alerts.
-type receivingStream struct{ connect.ServerStream }
+// callerStream attributes errors of the stream to the caller, malformed messages among them. Connect returns internal
+// for an invalid frame, as gRPC's specification requires. But then any caller could trigger alerts.
+type callerStream struct{ connect.ServerStream }
 
-func (s receivingStream) Receive(message any) error {
+func (s callerStream) Receive(message any) error {
 	err := s.ServerStream.Receive(message)
 	var malformed *connect.Error
 	switch {
 	case !errors.As(err, &malformed):
+		return err
 	case errors.Is(err, bounds.ErrTooManyFields):
-		return connect.NewError(connect.CodeResourceExhausted, bounds.ErrTooManyFields.Error()).WithCause(err)
+		err = connect.NewError(connect.CodeResourceExhausted, bounds.ErrTooManyFields.Error()).WithCause(err)
 	case malformed.Code() == connect.CodeInternal, malformed.Code() == connect.CodeUnknown:
-		return connect.NewError(connect.CodeInvalidArgument, malformed.Message()).WithCause(err)
+		err = connect.NewError(connect.CodeInvalidArgument, malformed.Message()).WithCause(err)
 	}
-	return err
+	return callerError{err}
 }
+
+func (s callerStream) Send(message any) error {
+	err := s.ServerStream.Send(message)
+	var failed *connect.Error
+	if !errors.As(err, &failed) {
+		return err
+	}
+	return callerError{err}
+}
+
+// callerError is an error of the caller's stream.
+type callerError struct{ error }
+
+func (e callerError) Unwrap() error { return e.error }
 
 var errInternal = connect.NewError(connect.CodeInternal, "internal error")
 
@@ -113,13 +129,9 @@ func public(ctx context.Context, err error) (*connect.Error, slog.Level) {
 		return connect.NewError(connect.CodeUnavailable, "server is shutting down, try again"), slog.LevelDebug
 	case errors.Is(context.Cause(ctx), errQuiet):
 		return connect.NewError(connect.CodeUnavailable, "stream was idle for too long, open it again"), slog.LevelDebug
-	case errors.As(err, &own) && !own.IsRemote():
-		if errors.Is(err, os.ErrDeadlineExceeded) && draining(ctx) { // the drain ends bodies that have not arrived
-			return connect.NewError(connect.CodeUnavailable, "server is shutting down, try again"), slog.LevelDebug
-		}
-		if errors.Is(err, os.ErrDeadlineExceeded) { // deadline of the body; Connect's text contains addresses
-			return connect.NewError(connect.CodeDeadlineExceeded, "request did not arrive in time"), slog.LevelDebug
-		}
+	case errors.As(err, new(callerError)):
+		return ofCaller(ctx, err)
+	case errors.As(err, &own) && !fromOtherService(own):
 		return own, slog.LevelDebug
 	case errors.Is(err, postgres.ErrOutcomeUnknown):
 		return connect.NewError(connect.CodeUnavailable,
@@ -140,6 +152,22 @@ func public(ctx context.Context, err error) (*connect.Error, slog.Level) {
 	case errors.Is(err, postgres.ErrBusy):
 		return connect.NewError(connect.CodeUnavailable,
 			"database is busy; nothing was done, try again"), slog.LevelWarn
+	case own != nil:
+		return ofOtherService(own)
+	}
+	return errInternal, slog.LevelError
+}
+
+// ofCaller returns the public error for an error of the caller's stream.
+func ofCaller(ctx context.Context, err error) (*connect.Error, slog.Level) {
+	var own *connect.Error
+	switch late := errors.Is(err, os.ErrDeadlineExceeded); {
+	case late && draining(ctx): // the drain ends bodies that have not arrived
+		return connect.NewError(connect.CodeUnavailable, "server is shutting down, try again"), slog.LevelDebug
+	case late: // deadline of the body; Connect's text contains addresses
+		return connect.NewError(connect.CodeDeadlineExceeded, "request did not arrive in time"), slog.LevelDebug
+	case errors.As(err, &own):
+		return own, slog.LevelDebug
 	}
 	return errInternal, slog.LevelError
 }

@@ -53,7 +53,8 @@ var dependencies = map[string][]string{
 		"internal/changes", "internal/inbox", "internal/messaging", "internal/outbox", "internal/postgres",
 	},
 	"internal/outbox": {
-		"internal/deadletter", "internal/dev/failpoint", "internal/messaging", "internal/postgres", "internal/session",
+		"internal/deadletter", "internal/dev/failpoint", "internal/gen/outbox/v1", "internal/messaging",
+		"internal/postgres", "internal/session",
 	},
 	"internal/inbox": {
 		"internal/bounds", "internal/deadletter", "internal/dev/failpoint", "internal/messaging", "internal/postgres",
@@ -67,6 +68,7 @@ var dependencies = map[string][]string{
 	"internal/telemetry": {"internal/bounds"},
 	"internal/auth":      {"internal/bounds", "internal/gen/auth/v1", "internal/reload"},
 	"internal/reload":    {},
+	"internal/rpcclient": {},
 	"internal/rpcserver": {
 		"internal/auth", "internal/bounds", "internal/outbox", "internal/postgres", "internal/reload",
 	},
@@ -276,6 +278,26 @@ func TestOnePackageJudgesErrors(t *testing.T) {
 			if ok && (selector.Sel.Name == "PgError" || selector.Sel.Name == "ConnectError") {
 				t.Errorf("%s/%s uses %s: use internal/postgres (Classify, IsAway, IsLocked)",
 					f.dir, f.name, selector.Sel.Name)
+			}
+			return true
+		})
+	}
+}
+
+// A handler that called another service with a client of its own making could show the errors of its transport to
+// callers. Programs that are not servers may.
+func TestHandlersCallThroughRPCClient(t *testing.T) {
+	for _, f := range files(t) {
+		if f.test || f.dir == "internal/rpcclient" || !strings.HasPrefix(f.dir, "internal/") {
+			continue
+		}
+		ast.Inspect(f.syntax, func(n ast.Node) bool {
+			selector, ok := n.(*ast.SelectorExpr)
+			if !ok || selector.Sel.Name != "NewClient" {
+				return true
+			}
+			if pkg, ok := selector.X.(*ast.Ident); ok && pkg.Name == "connect" {
+				t.Errorf("%s/%s calls connect.NewClient: use rpcclient.New", f.dir, f.name)
 			}
 			return true
 		})

@@ -105,6 +105,17 @@ func (c *ManagementClient) User(configure, write, read string) (amqpURL string) 
 	return broker.String()
 }
 
+// Topics limits a user, whose URL User returned, to publishing to a topic exchange with routing keys that match write,
+// and to binding queues to it with those that match read.
+func (c *ManagementClient) Topics(userURL, exchange, write, read string) {
+	c.t.Helper()
+	user, err := url.Parse(userURL)
+	c.must("parse the user's URL", err)
+	permissions := map[string]string{"exchange": exchange, "write": write, "read": read}
+	c.must("set topic permissions",
+		c.try(http.MethodPut, permissions, nil, "topic-permissions", c.vhost, user.User.Username()))
+}
+
 // Users returns the permissions in the vhost of users whose names begin with prefix: the expressions for configure,
 // write and read by the rest of the name. It deletes these users when the test ends.
 func (c *ManagementClient) Users(prefix string) map[string][3]string {
