@@ -3,10 +3,11 @@
 SHELL := /bin/bash
 
 VERSION := $(shell git describe --tags --always --dirty 2>/dev/null)
-LDFLAGS := -s -w -X main.version=$(VERSION)
+LDFLAGS := -X main.version=$(VERSION)
 # The same commit gives the same bytes in every folder and on every machine: no paths, no C. The Dockerfile does the
-# same.
-BUILD   := CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '$(LDFLAGS)'
+# same. These flags compile every package anew, so only releases use them: all other targets compile like a plain
+# `go build`, and share its cache.
+RELEASE := CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '-s -w $(LDFLAGS)'
 STACK   := .stack/bin/stack
 
 help: ## Show this list
@@ -56,7 +57,7 @@ new-test: ## Make services from this template, by the guide and by gonew, and ru
 ci: lint test conformance ## Run the main checks of CI
 
 # example
-bench: $(STACK) build ## Measure against RabbitMQ's own ceiling and peers, 25 minutes; ROWS="relay idle" for some rows
+bench: $(STACK) release ## Measure against RabbitMQ's own ceiling and peers, 25 minutes; ROWS="relay idle" for some rows
 	go build -C bench -o ../.stack/bin/bench .
 	$(STACK) -- .stack/bin/bench $(if $(ROWS),$(ROWS),--out docs/benchmarks.md)
 	@$(if $(ROWS),,$(QUOTE))
@@ -72,7 +73,10 @@ docs: $(STACK) ## Write the parts of pages that come from the code
 # /example
 
 build: ## Build bin/shop
-	$(BUILD) -o bin/shop ./cmd/shop
+	go build -buildvcs=false -ldflags '$(LDFLAGS)' -o bin/shop ./cmd/shop
+
+release: ## Build bin/shop as releases do: the same bytes on every machine
+	$(RELEASE) -o bin/shop ./cmd/shop
 
 reproducible: ## Build this commit twice from scratch, and compare
 	bash scripts/reproducible.sh '$(VERSION)'
@@ -119,7 +123,7 @@ $(STACK): FORCE
 	@go build -o $@ ./cmd/stack
 
 FORCE:
-.PHONY: help up down test test-settings conformance fuzz lint ci docs build reproducible image image-release \
+.PHONY: help up down test test-settings conformance fuzz lint ci docs build release reproducible image image-release \
 	kubernetes vuln generate FORCE
 # example
 .PHONY: demo load bench compose-test

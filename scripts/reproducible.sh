@@ -11,7 +11,7 @@ for folder in one another/one; do
   mkdir -p "$scratch/$folder"
   git archive HEAD | tar -x -C "$scratch/$folder"
 done
-make -s -C "$scratch/one" build VERSION="$1"
-GOCACHE=$scratch/cache make -s -C "$scratch/another/one" build VERSION="$1"
+make -s -C "$scratch/one" release VERSION="$1"
+GOCACHE=$scratch/cache make -s -C "$scratch/another/one" release VERSION="$1"
 cmp "$scratch/one/bin/shop" "$scratch/another/one/bin/shop"
 sha256sum <"$scratch/one/bin/shop" | sed "s|-|bin/shop $1, twice|"

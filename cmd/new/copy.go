@@ -27,11 +27,12 @@ var templateFiles = []string{
 // exampleFiles are files that belong to the example. Marks delimit parts of other files that belong to it.
 var exampleFiles = []string{
 	"internal/orders/", "proto/orders/", "migrations/0001_orders.sql", "cmd/demo/", "bench/", "web/test/",
-	"scripts/compose_test.sh", "docs/clients.md",
+	"scripts/compose_test.sh", "docs/client-examples.md", "docs/comparison.md",
+	"internal/dev/architecture/example_test.go",
 }
 
-// measured are pages with numbers that were measured with the example. A bare tree keeps them unchanged.
-var measured = map[string]bool{"docs/benchmarks.md": true, "docs/comparison.md": true, "docs/scaling.md": true}
+// measured is the page with numbers that were measured with the example. A bare tree keeps it unchanged.
+const measured = "docs/benchmarks.md"
 
 // omitted reports whether the new tree does not get a file of the template.
 func (o *options) omitted(name string) bool {
@@ -137,12 +138,17 @@ type step struct {
 	args []string
 }
 
-// finish generates code, records the options, and builds the tree.
+// finish generates code, records the options, and builds the tree. It installs npm's packages in the template, where
+// scripts/packages.sh copies them from: so npm runs once and not for each service.
 func (o *options) finish(ctx context.Context, tree string, out io.Writer) error {
 	if err := o.recordIn(ctx, tree); err != nil {
 		return err
 	}
-	return inTree(ctx, tree, out, []step{
+	packages := []step{{"", []string{"bash", "scripts/packages.sh", "tools", "web"}}}
+	if err := o.inTree(ctx, o.template, out, packages); err != nil {
+		return err
+	}
+	return o.inTree(ctx, tree, out, []step{
 		{"generating code", []string{"make", "-s", "generate"}},
 		{"tidying go.mod", []string{"go", "mod", "tidy"}},
 		{"", o.benchTidied()},
@@ -157,7 +163,7 @@ func (o *options) finish(ctx context.Context, tree string, out io.Writer) error 
 // begins there.
 func (o *options) commit(ctx context.Context, tree string, out io.Writer) error {
 	message := "Make " + o.service + " from the template\n\nIt was at " + o.version(ctx) + "."
-	return inTree(ctx, tree, out, []step{
+	return o.inTree(ctx, tree, out, []step{
 		{"committing", []string{"git", "init", "-q", "-b", templateBranch}},
 		{"", []string{"git", "add", "-A"}},
 		{"", append(o.identity(ctx), "commit", "-q", "--no-verify", "-m", message)},
@@ -165,13 +171,14 @@ func (o *options) commit(ctx context.Context, tree string, out io.Writer) error 
 	})
 }
 
-func inTree(ctx context.Context, tree string, out io.Writer, steps []step) error {
+func (o *options) inTree(ctx context.Context, tree string, out io.Writer, steps []step) error {
 	for _, step := range steps {
 		if step.what != "" {
 			fmt.Fprintln(out, step.what)
 		}
 		command := exec.CommandContext(ctx, step.args[0], step.args[1:]...)
 		command.Dir = tree
+		command.Env = append(os.Environ(), "PACKAGES_FROM="+o.template)
 		// On SIGTERM, make stops its children, so npm ends before its folder is removed.
 		command.Cancel = func() error { return command.Process.Signal(syscall.SIGTERM) }
 		if output, err := command.CombinedOutput(); err != nil {

@@ -30,7 +30,7 @@ func (o *options) rewritten(name, text string) (string, error) {
 	case name == "internal/app/domain.go" && o.bare:
 		return bareDomain, nil
 	}
-	if o.bare && name == "docs/benchmarks.md" {
+	if o.bare && name == measured {
 		text = strings.Replace(text, "\n\n", "\n\nMeasured with the template that this service was made from; run its "+
 			"`make bench` to measure again.\n\n", 1)
 	}

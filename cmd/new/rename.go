@@ -23,6 +23,9 @@ var guideExamples = strings.NewReplacer(
 	`{"sku": "apple", "total": 10}`,
 	`{"invoiceId": "0190c0de-0000-7000-8000-000000000001", "customerId": "ann", "cents": 1200}`,
 	`{"order_id": "..."}`, `{"customer_id": "ann"}`,
+	"fulfillment", "balances", "of notifications", "of balances", "--group notifications", "--group balances",
+	"notifications  ", "balances       ", "group        notifications", "group        balances",
+	"record notification", "add to balance",
 )
 
 // verbatim reports whether a file is vendored or written by a tool, and therefore copied unchanged.
@@ -35,7 +38,7 @@ func (o *options) renamed(name, text string) (newName, newText string, err error
 	if verbatim(name) {
 		return name, text, nil
 	}
-	if o.bare && !measured[name] && name != guide && !strings.HasPrefix(name, coreMigrations) {
+	if o.bare && name != measured && name != guide && !strings.HasPrefix(name, coreMigrations) {
 		text = guideExamples.Replace(text)
 	}
 	text = o.names().Replace(text)

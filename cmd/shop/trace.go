@@ -14,7 +14,7 @@ import (
 
 type traceCommand struct {
 	adminFlags
-	MessageID string `arg:"" help:"Message ID."`
+	MessageID string `arg:"" help:"Message ID, also of a scheduled message."`
 }
 
 func (c *traceCommand) Validate() error {
@@ -62,14 +62,24 @@ func (c *traceCommand) printJSON(trace ops.MessageTrace, steps []ops.Step) error
 		view.Audit = trace.Audit[letter.ID]
 		letters = append(letters, view)
 	}
-	return printJSON(map[string]any{
-		"message_id": c.MessageID, "outbox": entries, "groups": trace.Groups, "dead_letters": letters, "steps": steps,
-	})
+	answer := map[string]any{
+		"message_id": trace.MessageID, "outbox": entries, "groups": trace.Groups, "dead_letters": letters, "steps": steps,
+	}
+	if trace.ScheduledID != "" {
+		answer["scheduled_id"] = trace.ScheduledID
+	}
+	if trace.Scheduled != nil {
+		answer["due_at"] = trace.Scheduled.DueAt
+	}
+	return printJSON(answer)
 }
 
 func (c *traceCommand) print(out io.Writer, trace ops.MessageTrace, steps []ops.Step) error {
-	fmt.Fprintln(out, "message", plain(c.MessageID))
-	if len(trace.Log) > 0 {
+	fmt.Fprintln(out, "message", plain(trace.MessageID))
+	switch {
+	case trace.Scheduled != nil:
+		fmt.Fprintf(out, "type %s, key %s\n", cellText(trace.Scheduled.Type), cellText(trace.Scheduled.Key))
+	case len(trace.Log) > 0:
 		fmt.Fprintf(out, "type %s, key %s\n", cellText(trace.Log[0].Type), cellText(trace.Log[0].Key))
 	}
 	fmt.Fprintln(out)

@@ -60,8 +60,8 @@ type Config struct {
 	Edge Edge
 	Features
 
-	// domain makes the domain. The default is defaultDomain; tests of the core bring their own, since users of the
-	// template delete the example.
+	// domain makes the domain. The default is defaultDomain; tests of the core bring their own, since a new service may
+	// have none.
 	domain func(db *pgxpool.Pool, out *outbox.Writer, hub *changes.Hub) domain
 }
 

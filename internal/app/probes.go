@@ -16,7 +16,7 @@ import (
 )
 
 // With the tag probes, the domain is two groups and a method without a schema. The program's tests need some domain,
-// and users of the template delete the example.
+// and a new service may have none.
 func init() {
 	defaultDomain = func(*pgxpool.Pool, *outbox.Writer, *changes.Hub) domain {
 		probes, others := inbox.NewGroup("probes"), inbox.NewGroup("others")

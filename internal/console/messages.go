@@ -71,6 +71,10 @@ func (c *Console) GetMessage(ctx context.Context, req *opsv1.GetMessageRequest) 
 		response.Type, response.Key, response.Headers = letter.Type, letter.Key, letter.Headers
 		response.Payload = show(letter.Type, letter.Payload)
 	}
+	if waiting := trace.Scheduled; waiting != nil {
+		response.Type, response.Key, response.Headers = waiting.Type, waiting.Key, waiting.Headers
+		response.Payload = show(waiting.Type, waiting.Payload)
+	}
 	if len(trace.Log) > 0 {
 		first := trace.Log[0]
 		response.Type, response.Key, response.Headers = first.Type, first.Key, first.Headers

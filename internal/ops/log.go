@@ -77,16 +77,18 @@ func optional(at time.Time) *time.Time {
 	return &at
 }
 
+// findSQL finds a message by the random bits of its ID. The first six bytes are a time, which changes when a scheduled
+// message enters the log (outbox_redate).
 const findSQL = `
 SELECT message_id, type, key, payload, headers, created_at, shard, xid, outbox_delivered(outbox_cursor, xid, id)
 FROM outbox JOIN outbox_cursor USING (shard)
-WHERE message_id = $1 AND created_at BETWEEN $2 AND $3`
+WHERE substring(uuid_send(message_id) FROM 7) = substring(uuid_send($1) FROM 7) AND created_at BETWEEN $2 AND $3`
 
 // FindInLog returns the outbox's rows of a message: usually one, and none after the retention. The time in the ID
-// limits the search.
+// limits the search. If the message was scheduled, id may be the ID that it had then; the rows have its published ID.
 func FindInLog(ctx context.Context, db *pgxpool.Pool, id uuid.UUID) ([]Logged, error) {
 	created := time.Unix(id.Time().UnixTime())
-	// Clocks differ by minutes, but a redriven message may be inserted much later than its ID says.
+	// Clocks differ by minutes, but a redriven or scheduled message may be inserted much later than its ID says.
 	for _, around := range []time.Duration{15 * time.Minute, 100 * 365 * 24 * time.Hour} {
 		rows, err := db.Query(ctx, findSQL, id, created.Add(-around), created.Add(around))
 		if err != nil {
@@ -98,6 +100,47 @@ func FindInLog(ctx context.Context, db *pgxpool.Pool, id uuid.UUID) ([]Logged, e
 		}
 	}
 	return nil, nil
+}
+
+// Scheduled is a message that waits outside the log for its time.
+type Scheduled struct {
+	messaging.Message
+	DueAt time.Time
+}
+
+const scheduledSQL = `
+SELECT message_id, type, key, payload, headers, created_at, due_at FROM outbox_scheduled WHERE message_id = $1`
+
+// findScheduled returns a message that waits for its time, or nil.
+func findScheduled(ctx context.Context, db *pgxpool.Pool, id uuid.UUID) (*Scheduled, error) {
+	var m Scheduled
+	var headers messaging.StoredHeaders
+	err := db.QueryRow(ctx, scheduledSQL, id).
+		Scan(&m.ID, &m.Type, &m.Key, &m.Payload, &headers, &m.CreatedAt, &m.DueAt)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("find scheduled message: %w", err)
+	}
+	m.Headers = headers.Map
+	return &m, nil
+}
+
+const letterSQL = `
+SELECT message_id FROM dead_letter WHERE right(message_id, 22) = right($1, 22) ORDER BY id DESC LIMIT 1`
+
+// letterID returns the ID that the dead letters of a message have, or the given one if it has none. They outlive the
+// log. The last 22 characters are the version and the random bits.
+func letterID(ctx context.Context, db *pgxpool.Pool, id uuid.UUID) (found string, err error) {
+	err = db.QueryRow(ctx, letterSQL, id.String()).Scan(&found)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return id.String(), nil
+	}
+	if err != nil {
+		return "", fmt.Errorf("find dead letter: %w", err)
+	}
+	return found, nil
 }
 
 func scanLogged(r pgx.CollectableRow) (m Logged, err error) {

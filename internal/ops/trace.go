@@ -16,6 +16,12 @@ import (
 
 // MessageTrace is how one message travelled, as far as it is known.
 type MessageTrace struct {
+	// MessageID is the ID under which the message was published, or would be if it is in no log.
+	MessageID string
+	// ScheduledID is the ID that a scheduled message had before it entered the log, if Trace was asked for that one.
+	ScheduledID string
+	// Scheduled is the message while it waits for its time, otherwise nil.
+	Scheduled *Scheduled
 	// Log contains its rows in the outbox. It is empty after the retention, or if another service sent the message.
 	Log []Logged
 	// Groups contains the consumer groups that took it.
@@ -26,20 +32,21 @@ type MessageTrace struct {
 	Audit map[int64][]deadletter.Record
 }
 
-// Trace collects what is known of a message.
+// Trace collects what is known of a message. messageID is the ID under which it was published or scheduled.
 func Trace(ctx context.Context, db *pgxpool.Pool, messageID string) (t MessageTrace, err error) {
 	if messageID == "" {
 		return t, errors.New("the message ID is empty")
 	}
+	t.MessageID = messageID
 	if id, invalid := uuid.Parse(messageID); invalid == nil {
-		if t.Log, err = FindInLog(ctx, db, id); err != nil {
+		if err := t.find(ctx, db, id); err != nil {
 			return t, err
 		}
 	}
-	if t.Groups, err = inbox.StatusesOf(ctx, db, messageID); err != nil {
+	if t.Groups, err = inbox.StatusesOf(ctx, db, t.MessageID); err != nil {
 		return t, err
 	}
-	t.Letters, err = deadletter.List(ctx, db, deadletter.Filter{MessageID: messageID, Resolved: true}, 0, 100)
+	t.Letters, err = deadletter.List(ctx, db, deadletter.Filter{MessageID: t.MessageID, Resolved: true}, 0, 100)
 	t.Audit = make(map[int64][]deadletter.Record, len(t.Letters))
 	for _, letter := range t.Letters {
 		if err == nil { // an open one may have been discarded and reopened
@@ -49,8 +56,31 @@ func Trace(ctx context.Context, db *pgxpool.Pool, messageID string) (t MessageTr
 	return t, err
 }
 
+// find finds the message with this ID among those that wait for their time and in the log. If it has entered the log
+// under another ID, find sets both.
+func (t *MessageTrace) find(ctx context.Context, db *pgxpool.Pool, id uuid.UUID) (err error) {
+	if t.Scheduled, err = findScheduled(ctx, db, id); err != nil || t.Scheduled != nil {
+		return err
+	}
+	if t.Log, err = FindInLog(ctx, db, id); err != nil {
+		return err
+	}
+	published := id.String()
+	if len(t.Log) > 0 {
+		published = t.Log[0].ID.String()
+	} else if published, err = letterID(ctx, db, id); err != nil {
+		return err
+	}
+	if published != id.String() {
+		t.MessageID, t.ScheduledID = published, id.String()
+	}
+	return nil
+}
+
 // Known reports whether anything is known of the message.
-func (t MessageTrace) Known() bool { return len(t.Log)+len(t.Groups)+len(t.Letters) > 0 }
+func (t MessageTrace) Known() bool {
+	return t.Scheduled != nil || len(t.Log)+len(t.Groups)+len(t.Letters) > 0
+}
 
 // Step is something that happened to a message, or has yet to happen.
 type Step struct {
@@ -78,7 +108,7 @@ var endOfTime = time.Unix(1<<40, 0)
 // Steps returns the steps in the order of time, and the current state last. groups are all consumer groups: if one of
 // them consumes the message and has not received it, that is also a step.
 func (t MessageTrace) Steps(groups []Group) []Step {
-	var steps []Step
+	steps := t.scheduleSteps()
 	for _, entry := range t.Log {
 		steps = append(steps, at(entry.CreatedAt, "outbox",
 			fmt.Sprintf("inserted by transaction %d, shard %d", entry.TransactionID, entry.Shard)))
@@ -104,6 +134,19 @@ func (t MessageTrace) Steps(groups []Group) []Step {
 	steps = append(steps, t.missing(groups)...)
 	slices.SortStableFunc(steps, func(a, b Step) int { return a.order.Compare(b.order) })
 	return steps
+}
+
+// scheduleSteps returns the steps of a message that waits for its time or has waited for it.
+func (t MessageTrace) scheduleSteps() []Step {
+	switch {
+	case t.Scheduled != nil:
+		return []Step{at(t.Scheduled.CreatedAt, "outbox", "scheduled"),
+			now("outbox", "waits for its time, due "+t.Scheduled.DueAt.UTC().Format(time.RFC3339))}
+	case t.ScheduledID != "":
+		made := time.Unix(uuid.MustParse(t.ScheduledID).Time().UnixTime())
+		return []Step{at(made, "outbox", "scheduled as "+t.ScheduledID)}
+	}
+	return nil
 }
 
 // groupSteps returns the state of a message in a group that has taken it. If the inbox wrote a dead letter for a

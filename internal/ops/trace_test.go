@@ -5,6 +5,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"example.com/shop/internal/deadletter"
 	"example.com/shop/internal/inbox"
@@ -120,6 +121,41 @@ func TestStepsOfOtherLetters(t *testing.T) {
 		"at relay: dead letter 1, unroutable after 1 attempt: 312", "at group: received",
 		"now group: applied", "at group: dead letter 2, undelivered after 0 attempts: the broker gave it up: ",
 		"now relay: dead letter 1 is open", "now group: dead letter 2 is open", "now other: has not received it")
+}
+
+// A scheduled message is traced by the ID that its writer knows, before and after it enters the log under another one.
+func TestStepsOfAScheduledMessage(t *testing.T) {
+	t.Parallel()
+	f := newFixture(t)
+	message := messaging.New("k", wrapperspb.String("m"))
+	copy(message.ID[:6], make([]byte, 6)) // scheduled long ago
+	message.ID[0] = 1
+	err := postgres.Transact(t.Context(), f.Pool, func(tx pgx.Tx) error {
+		return outbox.Schedule(t.Context(), tx, time.Now(), message)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.insert(t, "k", "another message")
+	equal(t, "waiting", f.steps(t, message.ID.String()), "at outbox: scheduled", "now outbox: waits for its time")
+
+	f.exec(t, `SELECT outbox_move_due(10)`)
+	f.delivered(t)
+	trace, err := Trace(t.Context(), f.Pool, message.ID.String())
+	if err != nil || trace.ScheduledID != message.ID.String() || trace.MessageID == trace.ScheduledID {
+		t.Fatalf("%+v, %v", trace, err)
+	}
+	m := messaging.Delivery{ID: trace.MessageID, Type: message.Type, Key: "k", Payload: message.Payload}
+	f.fail(t, m)
+	want := []string{"at outbox: inserted", "now relay: published", "at group: received",
+		"at group: dead letter 1, permanent after 1 attempt: broken", "now group: dead letter 1 is open",
+		"now other: has not received it"}
+	equal(t, "by the published ID", f.steps(t, m.ID), want...)
+	want = append([]string{"at outbox: scheduled as " + message.ID.String()}, want...)
+	equal(t, "by the scheduled ID", f.steps(t, message.ID.String()), want...)
+
+	f.exec(t, `TRUNCATE outbox`)
+	equal(t, "after the retention", f.steps(t, message.ID.String())[:2], want[0], want[3])
 }
 
 func TestCheckRetention(t *testing.T) {

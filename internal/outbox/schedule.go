@@ -9,6 +9,7 @@ import (
 
 	"example.com/shop/internal/messaging"
 	"example.com/shop/internal/postgres"
+	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
 )
 
@@ -19,8 +20,8 @@ const (
 )
 
 // Schedule writes messages, as part of tx, that enter the log at the time due by the database's clock, or soon after.
-// Until then they are stored outside the log. They are published with the random part of their IDs and the time at
-// which they entered the log.
+// Until then they are stored outside the log. They are published with the random bits of their IDs and the time at
+// which they entered the log, because an inbox forgets IDs after days. Operators can trace both IDs.
 func Schedule(ctx context.Context, tx pgx.Tx, due time.Time, messages ...messaging.Message) error {
 	return schedule(ctx, tx, scheduleSQL, due, messages)
 }
@@ -56,14 +57,15 @@ func schedule(ctx context.Context, tx pgx.Tx, sql string, when any, messages []m
 // ErrNotScheduled means that a message does not wait for its time: it has entered the log or was never scheduled.
 var ErrNotScheduled = errors.New("message is not scheduled")
 
-// Unschedule cancels a scheduled message, as part of tx.
-func Unschedule(ctx context.Context, tx pgx.Tx, message messaging.Message) error {
+// Unschedule cancels the message that was scheduled with this ID, as part of tx. It returns ErrNotScheduled if no such
+// message waits: it may have been published.
+func Unschedule(ctx context.Context, tx pgx.Tx, id uuid.UUID) error {
 	var found bool
-	if err := tx.QueryRow(ctx, `SELECT outbox_unschedule($1)`, message.ID).Scan(&found); err != nil {
+	if err := tx.QueryRow(ctx, `SELECT outbox_unschedule($1)`, id).Scan(&found); err != nil {
 		return fmt.Errorf("unschedule: %w", err)
 	}
 	if !found {
-		return fmt.Errorf("message %s: %w", message.ID, ErrNotScheduled)
+		return fmt.Errorf("message %s: %w", id, ErrNotScheduled)
 	}
 	return nil
 }

@@ -95,9 +95,9 @@ func TestSchedule(t *testing.T) {
 		db := testenv.Postgres(t)
 		message := probe("", "never")
 		scheduled(t, db, time.Now(), message)
-		in(t, db, func(ctx context.Context, tx pgx.Tx) error { return Unschedule(ctx, tx, message) })
+		in(t, db, func(ctx context.Context, tx pgx.Tx) error { return Unschedule(ctx, tx, message.ID) })
 		equal(t, "moved", moveDue(t, db), 0)
-		err := postgres.Transact(t.Context(), db, func(tx pgx.Tx) error { return Unschedule(t.Context(), tx, message) })
+		err := postgres.Transact(t.Context(), db, func(tx pgx.Tx) error { return Unschedule(t.Context(), tx, message.ID) })
 		if !errors.Is(err, ErrNotScheduled) {
 			t.Errorf("second time: %v", err)
 		}

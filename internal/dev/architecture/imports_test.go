@@ -1,5 +1,5 @@
 // Package architecture tests rules that span packages. It restricts the imports between packages, so that the core does
-// not depend on the example domain.
+// not depend on the domain.
 package architecture
 
 import (
@@ -30,8 +30,36 @@ var module = sync.OnceValue(func() string {
 	return modfile.ModulePath(text) + "/"
 })
 
-// domain lists the folders of the example domain, which users of the template delete, and of its demo.
-var domain = []string{"internal/orders", "internal/gen/orders", "cmd/demo"}
+// domain returns the folders of the domain, with its generated code: what internal/app/domain.go imports that no other
+// file of internal/app may.
+var domain = sync.OnceValue(func() (dirs []string) {
+	wiring := filepath.Join("..", "..", "app", "domain.go")
+	syntax, err := parser.ParseFile(token.NewFileSet(), wiring, nil, parser.ImportsOnly)
+	if err != nil {
+		panic(err)
+	}
+	for _, spec := range syntax.Imports {
+		imported, _ := strconv.Unquote(spec.Path.Value)
+		dir, ours := strings.CutPrefix(imported, module())
+		if !ours || slices.Contains(dependencies["internal/app"], dir) {
+			continue
+		}
+		if parts := strings.Split(dir, "/"); len(parts) > 3 && parts[1] == "gen" {
+			dir = path.Join(parts[:3]...)
+		}
+		dirs = append(dirs, dir)
+	}
+	return dirs
+})
+
+// domainMayImport lists the packages of the core that packages of the domain may import, besides generated code.
+var domainMayImport = []string{
+	"internal/changes", "internal/inbox", "internal/messaging", "internal/outbox", "internal/postgres",
+}
+
+// programs lists folders of programs that drive the service from outside. They may import the domain, read all tables
+// and open sessions of their own.
+var programs []string
 
 // dependencies lists the packages of ours that each package of the core may import. A package that is not listed may
 // import none.
@@ -49,9 +77,6 @@ var dependencies = map[string][]string{
 	},
 	"internal/bounds":  {},
 	"internal/changes": {"internal/postgres", "internal/session"},
-	"internal/orders": {
-		"internal/changes", "internal/inbox", "internal/messaging", "internal/outbox", "internal/postgres",
-	},
 	"internal/outbox": {
 		"internal/deadletter", "internal/dev/failpoint", "internal/gen/outbox/v1", "internal/messaging",
 		"internal/postgres", "internal/session",
@@ -78,9 +103,8 @@ var dependencies = map[string][]string{
 	"internal/dev/chaos/victim": {
 		"internal/inbox", "internal/messaging", "internal/outbox", "internal/postgres", "internal/rabbit",
 	},
-	"internal/dev/chaos":     {},
-	"internal/gen/auth/v1":   {},
-	"internal/gen/orders/v1": {"internal/gen/auth/v1", "internal/gen/idempotency/v1"},
+	"internal/dev/chaos":   {},
+	"internal/gen/auth/v1": {},
 	"internal/idempotency": {
 		"internal/gen/idempotency/v1", "internal/messaging", "internal/outbox", "internal/postgres", "internal/unary",
 	},
@@ -97,7 +121,7 @@ func allow(more map[string][]string) {
 // withoutAMQP and withoutPgx list packages that must not import a client of the broker or of the database. The tests of
 // features add their own.
 var (
-	withoutAMQP = []string{"internal/outbox", "internal/inbox", "internal/orders", "internal/messaging"}
+	withoutAMQP = []string{"internal/outbox", "internal/inbox", "internal/messaging"}
 	withoutPgx  = []string{"internal/rabbit", "internal/messaging"}
 )
 
@@ -154,17 +178,30 @@ func files(t *testing.T) []file {
 }
 
 func isDomain(dir string) bool {
-	return slices.ContainsFunc(domain, func(d string) bool { return dir == d || strings.HasPrefix(dir, d+"/") })
+	return slices.ContainsFunc(domain(), func(d string) bool { return dir == d || strings.HasPrefix(dir, d+"/") })
+}
+
+func isProgram(f file) bool { return slices.Contains(programs, f.dir) }
+
+// mayImport returns the packages of ours that a package may import.
+func mayImport(dir string) []string {
+	switch {
+	case !isDomain(dir):
+		return dependencies[dir]
+	case strings.HasPrefix(dir, "internal/gen/"):
+		return []string{"internal/gen/auth/v1", "internal/gen/idempotency/v1"}
+	}
+	return domainMayImport
 }
 
 func TestOnlyDomainGoNamesTheDomain(t *testing.T) {
 	for _, f := range files(t) {
-		if isDomain(f.dir) || f.dir == "internal/app" && f.name == "domain.go" {
+		if isDomain(f.dir) || isProgram(f) || f.dir == "internal/app" && f.name == "domain.go" {
 			continue
 		}
 		for _, imported := range f.imports {
 			if isDomain(imported) {
-				t.Errorf("%s/%s imports %s: the core must not depend on the example domain", f.dir, f.name, imported)
+				t.Errorf("%s/%s imports %s: the core must not depend on the domain", f.dir, f.name, imported)
 			}
 		}
 	}
@@ -172,11 +209,11 @@ func TestOnlyDomainGoNamesTheDomain(t *testing.T) {
 
 func TestDependencies(t *testing.T) {
 	for _, f := range files(t) {
-		if f.test || f.dir == "cmd/demo" {
+		if f.test || isProgram(f) {
 			continue
 		}
 		for _, imported := range f.imports {
-			if !isDomain(imported) && !slices.Contains(dependencies[f.dir], imported) {
+			if !isDomain(imported) && !slices.Contains(mayImport(f.dir), imported) {
 				t.Errorf("%s/%s imports %s: add this dependency above only for a good reason", f.dir, f.name, imported)
 			}
 		}
@@ -192,7 +229,7 @@ func TestPostgresAndRabbitMQAreKeptApart(t *testing.T) {
 		for _, imported := range f.foreign {
 			amqp := strings.HasPrefix(imported, "github.com/rabbitmq/")
 			pgx := strings.HasPrefix(imported, "github.com/jackc/pgx/")
-			if amqp && slices.Contains(withoutAMQP, f.dir) || pgx && slices.Contains(withoutPgx, f.dir) {
+			if amqp && (slices.Contains(withoutAMQP, f.dir) || isDomain(f.dir)) || pgx && slices.Contains(withoutPgx, f.dir) {
 				t.Errorf("%s/%s imports %s", f.dir, f.name, imported)
 			}
 		}
@@ -214,8 +251,8 @@ func TestEachTableIsNamedByOnePackage(t *testing.T) {
 		}
 	}
 	for _, f := range files(t) {
-		// Tests, the demo's ledger and the operators' side read all tables.
-		if f.test || f.dir == "cmd/demo" || f.dir == "internal/ops" {
+		// Tests, programs outside of the service and the operators' side read all tables.
+		if f.test || isProgram(f) || f.dir == "internal/ops" {
 			continue
 		}
 		ast.Inspect(f.syntax, func(n ast.Node) bool {
@@ -245,10 +282,10 @@ var opens = regexp.MustCompile(
 func TestSessionsAreSetUp(t *testing.T) {
 	mayOpen := []string{
 		"internal/session", "internal/postgres", "internal/dev/testenv", "migrations", // through internal/session
-		"internal/dev/localstack", "cmd/demo", // which only read, or check that the server answers
+		"internal/dev/localstack", // which checks that the server answers
 	}
 	for _, f := range files(t) {
-		if f.test || slices.Contains(mayOpen, f.dir) {
+		if f.test || isProgram(f) || slices.Contains(mayOpen, f.dir) {
 			continue
 		}
 		ast.Inspect(f.syntax, func(n ast.Node) bool {

@@ -21,7 +21,7 @@ type profile struct {
 }
 
 var profiles = map[string]profile{
-	// The demo and the benchmarks use dev, so its commits must be durable.
+	// dev is for trying out and measuring, so its commits must be durable.
 	"dev": {name: "dev", postgres: []string{"fsync=on"}},
 	"test": {name: "test", throwaway: true, postgres: []string{
 		"fsync=off",

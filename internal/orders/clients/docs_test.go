@@ -10,7 +10,7 @@ import (
 	"testing"
 )
 
-// example is a block of code in docs/clients.md, and the lines that it prints according to the document.
+// example is a block of code in docs/client-examples.md, and the lines that it prints according to the document.
 type example struct {
 	language, code string
 	prints         []string
@@ -21,7 +21,7 @@ var block = regexp.MustCompile("(?ms)^```(\\w+)( setup)?\n(.*?)^```$")
 // examples returns the examples of the document in their order, and the setup code that precedes every shell example.
 func examples(t *testing.T) (all []example, setup string) {
 	t.Helper()
-	text, err := os.ReadFile(filepath.Join(root, "docs", "clients.md"))
+	text, err := os.ReadFile(filepath.Join(root, "docs", "client-examples.md"))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,5 +1,5 @@
 // Package clients calls the running service as its clients do. It tests that every kind of client gets the same
-// responses, and that the examples in docs/clients.md work.
+// responses, and that the examples in docs/client-examples.md work.
 package clients
 
 import (
