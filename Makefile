@@ -118,6 +118,11 @@ generate: ## Generate code from proto/
 	tools/node_modules/.bin/buf generate --template buf.gen.web.yaml
 	bash scripts/conformance_code.sh .
 
+import-api: ## Copy the API and events of another service into apis/; FROM=../billing/proto or a git repository
+	@bash scripts/packages.sh tools
+	bash scripts/import_api.sh '$(FROM)'
+.PHONY: import-api
+
 # Always built: go build knows what is out of date.
 $(STACK): FORCE
 	@go build -o $@ ./cmd/stack

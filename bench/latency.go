@@ -138,7 +138,8 @@ func (b *bench) withParts(ctx context.Context, fn func(p *parts) error) error {
 	return b.withDatabase(ctx, nothing, migrated, func(url string) error {
 		return withPool(ctx, postgres.Config{URL: url}, func(db *pgxpool.Pool) error {
 			bell := outbox.NewNotifyBell(url)
-			service := orders.NewService(db, outbox.NewWriter(db, bell, nil), changes.New(changes.Config{}))
+			out := outbox.NewWriter(db, bell, nil)
+			service := orders.NewService(db, out, changes.New(changes.Config{}), orders.Config{})
 			if err := stockUp(ctx, service); err != nil {
 				return err
 			}

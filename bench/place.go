@@ -74,7 +74,7 @@ func place(overHTTP, withOutbox bool) func(ctx context.Context, b *bench) (measu
 				defer func() { cancel(); _ = group.Wait() }()
 				writer := outbox.NewWriter(db, bell, nil)
 				var service ordersv1connect.OrderServiceHandler = orders.NewService(db, writer,
-					changes.New(changes.Config{}))
+					changes.New(changes.Config{}), orders.Config{})
 				if !withOutbox {
 					service = &bareService{service, db}
 				}

@@ -54,8 +54,7 @@ breaking() {
     return
   fi
   mkdir "$scratch/main"
-  git archive "$ref" proto | tar -x -C "$scratch/main"
-  cp buf.yaml "$scratch/main"
+  git archive "$ref" buf.yaml $(git ls-tree --name-only "$ref" proto apis) | tar -x -C "$scratch/main"
   "$buf" breaking --against "$scratch/main"
 }
 

@@ -137,7 +137,7 @@ func (d *demo) readQueues(f *facts) (err error) {
 
 // groups returns the service's consumer groups.
 func groups() []*inbox.Group {
-	service := orders.NewService(nil, nil, changes.New(changes.Config{})) // only describes its groups
+	service := orders.NewService(nil, nil, changes.New(changes.Config{}), orders.Config{}) // only describes its groups
 	return []*inbox.Group{service.Fulfillment(), service.Notifications()}
 }
 

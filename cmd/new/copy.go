@@ -196,9 +196,9 @@ func (o *options) benchTidied() []string {
 	return []string{"go", "-C", "bench", "mod", "tidy"}
 }
 
-// settingsListed returns the command that lists the settings of a service without some features.
+// settingsListed returns the command that lists the settings of a service without some features or the example.
 func (o *options) settingsListed() []string {
-	if len(o.without) == 0 {
+	if !o.bare {
 		return []string{"true"}
 	}
 	return []string{"go", "test", "-count=1", "-run", "^TestConfigurationPage$", "./cmd/" + o.service, "-update"}

@@ -22,7 +22,8 @@ func TestPackagesAreInstalledOnce(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	write("bin/npm", "#!/bin/sh\nmkdir -p node_modules\necho installed >>'"+dir+"/calls'\ncp package-lock.json node_modules/")
+	write("bin/npm",
+		"#!/bin/sh\nmkdir -p node_modules\necho installed >>'"+dir+"/calls'\ncp package-lock.json node_modules/")
 	for _, script := range []string{"packages.sh", "need.sh"} {
 		text, err := os.ReadFile(filepath.Join("..", "..", "scripts", script))
 		if err != nil {

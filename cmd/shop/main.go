@@ -90,6 +90,7 @@ type apiCommand struct {
 	databaseFlags
 	apiFlags
 	edgeFlags
+	domainFlags
 	apiFeatures
 }
 
@@ -115,6 +116,7 @@ type runConsumersCommand struct {
 	databaseFlags
 	brokerFlags
 	consumerFlags
+	domainFlags
 	consumerFeatures
 }
 
@@ -127,6 +129,7 @@ type allCommand struct {
 	brokerFlags
 	relayFlags
 	consumerFlags
+	domainFlags
 	allFeatures
 }
 
@@ -134,7 +137,7 @@ type allCommand struct {
 func (c *apiCommand) config() (app.Config, error) {
 	config := appConfig(c.OpsListen, c.databaseFlags, c.apiFlags, brokerFlags{}, relayFlags{}, consumerFlags{})
 	config.Addr, config.Edge = string(c.Listen), c.edgeFlags.config()
-	return checked(config, c.apiFeatures.all(), &c.databaseFlags, &c.apiFlags, &c.edgeFlags)
+	return checked(config, append(c.apiFeatures.all(), &c.domainFlags), &c.databaseFlags, &c.apiFlags, &c.edgeFlags)
 }
 
 func (c *relayCommand) config() (app.Config, error) {
@@ -144,13 +147,14 @@ func (c *relayCommand) config() (app.Config, error) {
 
 func (c *runConsumersCommand) config() (app.Config, error) {
 	config := appConfig(c.OpsListen, c.databaseFlags, apiFlags{}, c.brokerFlags, relayFlags{}, c.consumerFlags)
-	return checked(config, c.consumerFeatures.all(), &c.databaseFlags, &c.brokerFlags, &c.consumerFlags)
+	return checked(config, append(c.consumerFeatures.all(), &c.domainFlags),
+		&c.databaseFlags, &c.brokerFlags, &c.consumerFlags)
 }
 
 func (c *allCommand) config() (app.Config, error) {
 	config := appConfig(c.OpsListen, c.databaseFlags, c.apiFlags, c.brokerFlags, c.relayFlags, c.consumerFlags)
 	config.Addr, config.Edge = string(c.Listen), c.edgeFlags.config()
-	return checked(config, c.allFeatures.all(),
+	return checked(config, append(c.allFeatures.all(), &c.domainFlags),
 		&c.databaseFlags, &c.apiFlags, &c.brokerFlags, &c.relayFlags, &c.consumerFlags, &c.edgeFlags)
 }
 
@@ -293,7 +297,7 @@ func withoutSecrets(text string, model *kong.Application) string {
 }
 
 // secretName matches the names of variables that contain a secret.
-var secretName = regexp.MustCompile(`_(URL|KEYS|PASSWORD)$`)
+var secretName = regexp.MustCompile(`_(URL|KEYS?|PASSWORD|SECRET|TOKEN)$`)
 
 // postgresURL is checked when flags are parsed, so that a typo ends the process at once instead of causing endless
 // retries.

@@ -71,9 +71,11 @@ type rpcOverRabbitMQLs struct {
 func (c *rpcOverRabbitMQLs) Validate() error { return between("--rate", c.Rate, 0, time.Minute) }
 
 func (c *rpcOverRabbitMQLs) Run(ctx context.Context) error {
-	names := c.Services
+	names, err := c.Services, error(nil)
 	if len(names) == 0 {
-		names = app.Services()
+		if names, err = app.Services(); err != nil {
+			return err
+		}
 	}
 	states, err := rabbitrpc.Look(ctx, string(c.AMQPURL), names...)
 	if err != nil {

@@ -35,13 +35,19 @@ func (c *topologyCommand) Validate() error {
 }
 
 func (c *topologyCommand) Run(ctx context.Context) error {
-	topology := app.Topology(c.Exchange)
+	topology, err := app.Topology(c.Exchange)
+	if err != nil {
+		return err
+	}
 	if c.Declare {
 		if err := topology.Declare(ctx, string(c.AMQPURL)); err != nil {
 			return err
 		}
 	}
-	permissions := app.Permissions(c.Exchange)
+	permissions, err := app.Permissions(c.Exchange)
+	if err != nil {
+		return err
+	}
 	if c.Users != "" {
 		users := c.users(permissions)
 		if err := rabbit.MakeUsers(ctx, string(c.ManagementURL), string(c.AMQPURL), users...); err != nil {

@@ -16,7 +16,10 @@ import (
 // The command prints the permissions that internal/app's tests run the processes with, as text and as JSON.
 func TestTopologyNamesThePermissions(t *testing.T) {
 	t.Parallel()
-	want := app.Permissions("events")
+	want, err := app.Permissions("events")
+	if err != nil {
+		t.Fatal(err)
+	}
 	if len(want) < 2 {
 		t.Fatalf("permissions of %d users", len(want))
 	}

@@ -58,17 +58,19 @@ type Config struct {
 	Spans sdktrace.SpanExporter
 	// Edge configures who may call the API, and the limits of calls.
 	Edge Edge
+	// Domain is the domain's own configuration. It is nil in a process that neither serves calls nor handles messages.
+	Domain *DomainConfig
 	Features
 
 	// domain makes the domain. The default is defaultDomain; tests of the core bring their own, since a new service may
 	// have none.
-	domain func(db *pgxpool.Pool, out *outbox.Writer, hub *changes.Hub) domain
+	domain func(deps) (domain, error)
 }
 
 // WithServices returns the config with the given services instead of the domain, and no consumer groups. It is for
 // tests of the processes themselves.
 func (c Config) WithServices(register func(*connect.Server)) Config {
-	c.domain = func(*pgxpool.Pool, *outbox.Writer, *changes.Hub) domain { return domain{register: register} }
+	c.domain = func(deps) (domain, error) { return domain{register: register}, nil }
 	return c
 }
 
@@ -112,6 +114,7 @@ type process struct {
 	out       *outbox.Writer
 	keys      *idempotency.Keys
 	domain    domain
+	closers   []func() // of the domain's clients
 	features  []feature
 	shared    shared
 	// afterCheck runs a part once the database has passed the checks that parts with an inbox or outbox need; see
@@ -156,11 +159,14 @@ func run(ctx context.Context, config Config, name string, parts ...part) error {
 	p.changes = changes.New(changes.Config{NotifyURL: config.notifyURL(), ListenURL: config.listenURL()})
 	p.out = outbox.NewWriter(p.db, p.bell, p.gate)
 	p.keys = idempotency.New(p.db, p.out, idempotency.Config{Caller: callerName})
-	p.compose()
+	if err := p.compose(); err != nil {
+		return err
+	}
 	schema := awaitSchema(ctx, p.db)
 	p.group.Go(schema) // ends the process if the schema can never fit it
 	p.afterCheck = afterDatabaseCheck(ctx, p.db, schema)
 	defer p.ring(ctx)()
+	defer p.closeDomain() // before the ring stops, since it may commit
 	p.checks = p.databaseChecks()
 	for _, start := range parts {
 		start(p, ctx)
@@ -176,22 +182,6 @@ func run(ctx context.Context, config Config, name string, parts ...part) error {
 	err = p.group.Wait()
 	slog.InfoContext(ctx, "stopped", "process", name)
 	return err
-}
-
-// compose makes the domain and the features.
-func (p *process) compose() {
-	if p.config.domain == nil {
-		p.config.domain = defaultDomain
-	}
-	p.domain = p.config.domain(p.db, p.out, p.changes)
-	p.addFeatures()
-}
-
-// declared returns a process that tells what the service consists of. It handles no message and serves no call.
-func declared(config Config) *process {
-	p := &process{config: config, changes: changes.New(changes.Config{})}
-	p.compose()
-	return p
 }
 
 func (p *process) openPools(ctx context.Context) (err error) {

@@ -19,17 +19,15 @@ import (
 	"time"
 
 	"connectrpc.com/connect/v2"
-	"example.com/shop/internal/changes"
 	"example.com/shop/internal/dev/testenv"
 	"example.com/shop/internal/inbox"
-	"example.com/shop/internal/outbox"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 )
 
 // twoGroups gives a process two groups, which write every text to the table effects.
-func twoGroups(*pgxpool.Pool, *outbox.Writer, *changes.Hub) domain {
+func twoGroups(deps) (domain, error) {
 	named := func(name string) group {
 		g := inbox.NewGroup(name)
 		inbox.Handle(g, func(ctx context.Context, tx pgx.Tx, text *wrapperspb.StringValue) error {
@@ -41,7 +39,7 @@ func twoGroups(*pgxpool.Pool, *outbox.Writer, *changes.Hub) domain {
 		})
 		return group{g, 1}
 	}
-	return domain{register: func(*connect.Server) {}, groups: []group{named("shipping"), named("billing")}}
+	return domain{register: func(*connect.Server) {}, groups: []group{named("shipping"), named("billing")}}, nil
 }
 
 // corpus contains texts that run as scripts in a page that fails to escape them.

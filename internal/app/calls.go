@@ -12,6 +12,7 @@ import (
 	"example.com/shop/internal/ops"
 	"example.com/shop/internal/rabbit"
 	"example.com/shop/internal/rpcserver"
+	"github.com/jackc/pgx/v5"
 )
 
 // DurableCalls configures durable calls.
@@ -33,6 +34,9 @@ var callsGroup = queueGroup{
 }
 
 var callTypes = []string{operations.MessageType}
+
+// forwardedCalls serve the methods of other services; see deps.forward.
+type forwardedCalls []func(*connect.Server) error
 
 // operationsOf is the durable calls of one process.
 type operationsOf struct {
@@ -69,6 +73,27 @@ func restoreCaller(ctx context.Context, captured []byte) (context.Context, error
 	return auth.As(ctx, caller), err
 }
 
+// submitAs returns a function that submits a durable call of the service's own API as part of tx, in an RPC or in a
+// message handler. The caller of the call is the service itself, with the given roles. Without CALL_KEYS the function
+// returns failed_precondition.
+func (d deps) submitAs(roles ...string) func(context.Context, pgx.Tx, operations.Call) (name string, err error) {
+	caller := auth.Caller{Subject: ServiceName, Roles: roles, By: "service"}
+	return func(ctx context.Context, tx pgx.Tx, call operations.Call) (string, error) {
+		return d.process.shared.durableCalls.Submit(auth.As(ctx, caller), tx, call)
+	}
+}
+
+// forward makes submitAs also take calls of another service, by its full name, such as invoices.v1.InvoiceService. The
+// consumer makes these calls through client, again and again while the other service is unavailable. The roles of
+// submitAs must be those that the other service's proto file asks for; the other service itself checks the credentials
+// of client.
+func (d deps) forward(client *connect.Client, service string) error {
+	d.process.shared.forwarded = append(d.process.shared.forwarded, func(server *connect.Server) error {
+		return operations.Forward(server, client, service)
+	})
+	return operations.Forward(connect.NewServer(), client, service) // a typo ends every process, not just consumers
+}
+
 // startWorker executes durable calls with an internal server of the same services, which listens on no port.
 func (c *operationsOf) startWorker(context.Context) {
 	meters, tracers := c.telemetry.Meter, c.telemetry.Tracer
@@ -76,6 +101,12 @@ func (c *operationsOf) startWorker(context.Context) {
 	interceptors = append(interceptors, rpcserver.Interceptors(slog.Default(), auth.Authorize(slog.Default()))...)
 	server := connect.NewServer(interceptors...)
 	c.register(server)
+	for _, add := range c.shared.forwarded {
+		if err := add(server); err != nil { // cannot happen: forward has tried the same
+			c.group.Go(func() error { return err })
+			return
+		}
+	}
 	config := operations.WorkerConfig{
 		Concurrency: cmp.Or(c.config.DurableCalls.Concurrency, max(1, int(c.db.Config().MaxConns)/2-1)),
 		Limits:      c.config.DurableCalls.Limits, Inbox: inboxConfig,

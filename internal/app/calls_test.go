@@ -2,22 +2,24 @@ package app
 
 import (
 	"context"
+	"fmt"
 	"net/http"
+	"strings"
 	"testing"
 	"time"
 
 	"connectrpc.com/connect/v2"
 	"connectrpc.com/connect/v2/connecthttp"
 	"example.com/shop/internal/auth"
-	"example.com/shop/internal/changes"
+	"example.com/shop/internal/clients"
 	"example.com/shop/internal/dev/probe"
 	"example.com/shop/internal/dev/testenv"
 	operationsv1 "example.com/shop/internal/gen/shop/operations/v1"
 	"example.com/shop/internal/gen/shop/operations/v1/operationsv1connect"
-	"example.com/shop/internal/outbox"
+	"example.com/shop/internal/inbox"
+	"example.com/shop/internal/operations"
 	"example.com/shop/internal/rabbit"
 	"github.com/jackc/pgx/v5"
-	"github.com/jackc/pgx/v5/pgxpool"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 )
 
@@ -25,18 +27,18 @@ import (
 func called(config Config) Config {
 	config = probed(config)
 	probes := config.domain
-	config.domain = func(db *pgxpool.Pool, out *outbox.Writer, hub *changes.Hub) domain {
-		d := probes(db, out, hub)
+	config.domain = func(from deps) (domain, error) {
+		d, err := probes(from)
 		d.register = func(server *connect.Server) {
 			probe.Handle(server, probe.Mutate, func(ctx context.Context, text string) (string, error) {
 				caller, _ := auth.FromContext(ctx)
-				return caller.Subject + " did " + text, out.Transact(ctx, func(tx pgx.Tx) error {
+				return caller.Subject + " did " + text, from.out.Transact(ctx, func(tx pgx.Tx) error {
 					_, err := tx.Exec(ctx, `INSERT INTO effects (effect) VALUES ($1)`, text)
 					return err
 				})
 			})
 		}
-		return d
+		return d, err
 	}
 	return config
 }
@@ -50,7 +52,7 @@ func TestCallsThroughTheProcesses(t *testing.T) {
 	if _, err := owner.Exec(t.Context(), `GRANT INSERT ON effects TO shop_api`); err != nil {
 		t.Fatal(err)
 	}
-	topology := declared(probed(Config{})).topology()
+	topology := names(t, probed(Config{})).topology()
 	if err := topology.Declare(t.Context(), admin); err != nil {
 		t.Fatal(err)
 	}
@@ -130,4 +132,134 @@ func TestDurableCallsSurviveAFailover(t *testing.T) {
 			},
 		}
 	})
+}
+
+// A message handler submits a durable call of its own service in its transaction, and another one gets the result as a
+// message. The call is executed as the service, with the roles that the domain chose.
+func TestAHandlerSubmitsACallAndIsNotified(t *testing.T) {
+	t.Parallel()
+	db := testenv.Postgres(t)
+	awaitEffects := effectsIn(t, db)
+	config := Config{
+		PostgresURL: db.Config().ConnString(), AMQPURL: testenv.AMQP(t), Exchange: "events", Domain: new(DomainConfig),
+		Edge: Edge{NoAuth: true}, Features: Features{DurableCalls: DurableCalls{Keys: [][]byte{make([]byte, 32)}}},
+	}
+	write := func(ctx context.Context, tx pgx.Tx, effect string) error {
+		_, err := tx.Exec(ctx, `INSERT INTO effects (effect) VALUES ($1)`, effect)
+		return err
+	}
+	config.domain = func(d deps) (domain, error) {
+		submit, saga := d.submitAs("customer"), inbox.NewGroup("saga")
+		inbox.Handle(saga, func(ctx context.Context, tx pgx.Tx, event *wrapperspb.StringValue) error {
+			_, err := submit(ctx, tx, operations.Call{
+				Procedure: probe.Mutate.Procedure, Request: event, NotifyKey: event.GetValue(),
+			})
+			return err
+		})
+		inbox.Handle(saga, func(ctx context.Context, tx pgx.Tx, ended *operationsv1.OperationEnded) error {
+			var text wrapperspb.StringValue
+			if err := ended.GetOperation().GetResponse().UnmarshalTo(&text); err != nil {
+				return err
+			}
+			message, _ := inbox.FromContext(ctx)
+			return write(ctx, tx, message.Key+": "+text.GetValue())
+		})
+		return domain{
+			register: func(server *connect.Server) {
+				probe.Handle(server, probe.Mutate, func(ctx context.Context, text string) (string, error) {
+					caller, _ := auth.FromContext(ctx)
+					return fmt.Sprint(caller.Subject, caller.Roles), d.out.Transact(ctx, func(tx pgx.Tx) error {
+						return write(ctx, tx, "called with "+text)
+					})
+				})
+			},
+			groups: []group{{saga, 1}},
+		}, nil
+	}
+	await(t, "all", start(t, RunAll, config).ready, http.StatusOK)
+	if err := send(t.Context(), db, "key", "text"); err != nil {
+		t.Fatal(err)
+	}
+	awaitEffects(2)
+	var result string
+	err := db.QueryRow(t.Context(), `SELECT effect FROM effects WHERE effect LIKE 'text: %'`).Scan(&result)
+	if err != nil || result != "text: "+ServiceName+"[customer]" {
+		t.Errorf("got %q, %v", result, err)
+	}
+}
+
+// A durable call of another service waits while that service is away, is made with the same idempotency key in each
+// attempt, and its result arrives as a message.
+func TestADurableCallOfAnotherServiceWaitsForIt(t *testing.T) {
+	t.Parallel()
+	db := testenv.Postgres(t)
+	awaitEffects := effectsIn(t, db)
+	address := testenv.FreeAddress(t)
+	config := Config{
+		PostgresURL: db.Config().ConnString(), AMQPURL: testenv.AMQP(t), Exchange: "events", Domain: new(DomainConfig),
+		Edge: Edge{NoAuth: true}, Features: Features{DurableCalls: DurableCalls{Keys: [][]byte{make([]byte, 32)}}},
+	}
+	config.domain = func(d deps) (domain, error) {
+		other, err := d.client("http://"+address, clients.Config{Attempts: 1})
+		if err == nil {
+			err = d.forward(other, "probe.durable.v1.Probe")
+		}
+		submit, saga := d.submitAs(), inbox.NewGroup("saga")
+		inbox.Handle(saga, func(ctx context.Context, tx pgx.Tx, event *wrapperspb.StringValue) error {
+			_, err := submit(ctx, tx, operations.Call{
+				Procedure: probe.Mutate.Procedure, Request: event, NotifyKey: "saga",
+			})
+			return err
+		})
+		inbox.Handle(saga, func(ctx context.Context, tx pgx.Tx, ended *operationsv1.OperationEnded) error {
+			var text wrapperspb.StringValue
+			if err := ended.GetOperation().GetResponse().UnmarshalTo(&text); err != nil {
+				return err
+			}
+			_, err := tx.Exec(ctx, `INSERT INTO effects (effect) VALUES ($1)`, text.GetValue())
+			return err
+		})
+		return domain{register: func(*connect.Server) {}, groups: []group{{saga, 1}}}, err
+	}
+	await(t, "all", start(t, RunAll, config).ready, http.StatusOK)
+	if err := send(t.Context(), db, "key", "text"); err != nil {
+		t.Fatal(err)
+	}
+	testenv.Eventually(t, 30*time.Second, func() error {
+		var attempts int
+		err := db.QueryRow(t.Context(), `SELECT max(attempts) FROM operation WHERE error IS NOT NULL`).Scan(&attempts)
+		return err // until the first attempt has failed
+	})
+	keys := make(chan string, 10)
+	server := connect.NewServer()
+	probe.Handle(server, probe.Mutate, func(ctx context.Context, text string) (string, error) {
+		info, _ := connect.CallInfoForServerContext(ctx)
+		keys <- info.RequestHeader().Get("Idempotency-Key")
+		if len(keys) == 1 {
+			return "", connect.NewError(connect.CodeResourceExhausted, "busy")
+		}
+		return "the other did " + text, nil
+	})
+	mux := http.NewServeMux()
+	connecthttp.Mount(mux, server)
+	listening := &http.Server{Addr: address, Handler: mux}
+	served := make(chan error, 1)
+	go func() { served <- listening.ListenAndServe() }()
+	t.Cleanup(func() { _ = listening.Close(); <-served })
+	awaitEffects(1)
+	if first, second := <-keys, <-keys; first != second || !strings.HasPrefix(first, "operations/") {
+		t.Errorf("attempts had the keys %q and %q", first, second)
+	}
+}
+
+// A typo in the name of another service ends the process at its start.
+func TestForwardToAnUnknownService(t *testing.T) {
+	t.Parallel()
+	for _, service := range []string{"probe.durable.v1.Prob", "google.protobuf.StringValue"} {
+		config := probed(Config{})
+		config.domain = func(d deps) (domain, error) { return domain{}, d.forward(nil, service) }
+		if _, err := declared(config); err == nil || !strings.Contains(err.Error(), service) {
+			t.Errorf("%s: got %v", service, err)
+		}
+	}
 }

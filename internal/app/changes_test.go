@@ -13,10 +13,8 @@ import (
 	"example.com/shop/internal/changes"
 	"example.com/shop/internal/dev/testenv"
 	"example.com/shop/internal/inbox"
-	"example.com/shop/internal/outbox"
 	"example.com/shop/internal/session"
 	"github.com/jackc/pgx/v5"
-	"github.com/jackc/pgx/v5/pgxpool"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 )
 
@@ -31,10 +29,10 @@ func TestChangesCrossProcesses(t *testing.T) {
 	topics := make(chan *changes.Topic[*wrapperspb.Int32Value], 2)
 	url := db.Config().ConnString()
 	config := Config{PostgresURL: url, AMQPURL: testenv.AMQP(t), Exchange: "events"}
-	config.domain = func(db *pgxpool.Pool, _ *outbox.Writer, hub *changes.Hub) domain {
+	config.domain = func(d deps) (domain, error) {
 		type states = map[string]*wrapperspb.Int32Value
-		topic := changes.NewTopic(hub, "effect", func(ctx context.Context, keys []string) (states, error) {
-			rows, _ := db.Query(ctx, `SELECT effect, times FROM effects WHERE effect = ANY ($1)`, keys)
+		topic := changes.NewTopic(d.changes, "effect", func(ctx context.Context, keys []string) (states, error) {
+			rows, _ := d.db.Query(ctx, `SELECT effect, times FROM effects WHERE effect = ANY ($1)`, keys)
 			found := states{}
 			var effect string
 			var times int32
@@ -53,7 +51,7 @@ func TestChangesCrossProcesses(t *testing.T) {
 				text.GetValue())
 			return err
 		})
-		return domain{register: func(*connect.Server) {}, groups: []group{{counted, 1}}}
+		return domain{register: func(*connect.Server) {}, groups: []group{{counted, 1}}}, nil
 	}
 	await(t, "api", serve(t, RunAPI, config), http.StatusOK)
 	watched := <-topics

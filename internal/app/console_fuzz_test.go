@@ -43,7 +43,9 @@ func startConsoleAPI(t *testing.T) *api {
 		config: probed(Config{}), edge: edge, telemetry: new(telemetry.Providers), db: a.db,
 		out: outbox.NewWriter(a.db, nil, nil), changes: changes.New(changes.Config{}),
 	}
-	p.compose()
+	if err := p.compose(); err != nil {
+		t.Fatal(err)
+	}
 	a.server = p.newConsoleServer(console.New(console.Config{DB: a.db, Groups: groups}))
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {

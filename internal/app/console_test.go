@@ -88,7 +88,7 @@ func consoleServer(t *testing.T) *rpcserver.Server {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := declared(probed(Config{}))
+	p := names(t, probed(Config{}))
 	p.edge, p.telemetry = edge, new(telemetry.Providers)
 	return p.newConsoleServer(console.New(console.Config{}))
 }
@@ -146,7 +146,7 @@ func TestConsolePausesAGroup(t *testing.T) {
 	owner, admin := testenv.Postgres(t), testenv.AMQP(t)
 	awaitEffects := effectsIn(t, owner)
 	url := owner.Config().ConnString()
-	topology := declared(probed(Config{})).topology()
+	topology := names(t, probed(Config{})).topology()
 	if err := topology.Declare(t.Context(), admin); err != nil {
 		t.Fatal(err)
 	}

@@ -48,7 +48,9 @@ func startAPI(t *testing.T, config Edge, more ...func(*connect.Server)) *api {
 		changes: changes.New(changes.Config{}),
 	}
 	p.config.domain = newDomain
-	p.compose()
+	if err := p.compose(); err != nil {
+		t.Fatal(err)
+	}
 	a := &api{db: db, server: p.newServer(append(more, p.domain.register)...)}
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {

@@ -10,29 +10,26 @@ import (
 
 	"connectrpc.com/connect/v2"
 	"connectrpc.com/connect/v2/connecthttp"
-	"example.com/shop/internal/changes"
 	"example.com/shop/internal/dev/probe"
 	"example.com/shop/internal/dev/testenv"
-	"example.com/shop/internal/outbox"
 	"github.com/jackc/pgx/v5"
-	"github.com/jackc/pgx/v5/pgxpool"
 	"golang.org/x/sync/errgroup"
 )
 
 // written is probed with a method that writes its text to the table effects, unless the table contains it.
 func written(config Config) Config {
 	config = probed(config)
-	config.domain = func(_ *pgxpool.Pool, out *outbox.Writer, _ *changes.Hub) domain {
+	config.domain = func(d deps) (domain, error) {
 		return domain{register: func(server *connect.Server) {
 			probe.Handle(server, probe.Mutate, func(ctx context.Context, text string) (answer string, err error) {
-				err = out.Transact(ctx, func(tx pgx.Tx) error {
+				err = d.out.Transact(ctx, func(tx pgx.Tx) error {
 					tag, err := tx.Exec(ctx, `INSERT INTO effects (effect) VALUES ($1) ON CONFLICT DO NOTHING`, text)
 					answer = fmt.Sprintf("%s, %d now", text, tag.RowsAffected())
 					return err
 				})
 				return answer, err
 			})
-		}}
+		}}, nil
 	}
 	return config
 }

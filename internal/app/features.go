@@ -21,4 +21,5 @@ var features = []func(*process) feature{
 // shared is the state that features share with each other.
 type shared struct {
 	durableCalls *operationsOf
+	forwarded    forwardedCalls // of durableCalls
 }

@@ -8,12 +8,9 @@ import (
 	"testing"
 	"time"
 
-	"example.com/shop/internal/changes"
 	"example.com/shop/internal/deadletter"
 	"example.com/shop/internal/dev/testenv"
-	"example.com/shop/internal/outbox"
 	"example.com/shop/internal/postgres"
-	"github.com/jackc/pgx/v5/pgxpool"
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 
@@ -25,7 +22,7 @@ func TestNoServicePublishesEventsOfAnother(t *testing.T) {
 	admin := testenv.AMQP(t)
 	broker := testenv.Management(t, admin)
 	config := probed(Config{PostgresURL: testenv.PostgresURL(t), AMQPURL: admin, TopologyGiven: true})
-	service := declared(config)
+	service := names(t, config)
 	if err := service.topology().Declare(t.Context(), admin); err != nil {
 		t.Fatal(err)
 	}
@@ -93,12 +90,12 @@ func TestPackagesOfADomain(t *testing.T) {
 	t.Parallel()
 	config := written(Config{})
 	service := config.domain
-	config.domain = func(db *pgxpool.Pool, out *outbox.Writer, hub *changes.Hub) domain {
-		d := service(db, out, hub)
-		d.publishes = []string{"google.protobuf"}
-		return d
+	config.domain = func(d deps) (domain, error) {
+		made, err := service(d)
+		made.publishes = []string{"google.protobuf"}
+		return made, err
 	}
-	got := declared(config).packages()
+	got := names(t, config).packages()
 	for _, want := range []string{"google.protobuf", "probe.durable.v1"} {
 		if !slices.Contains(got, want) {
 			t.Errorf("got %s without %s", got, want)

@@ -19,8 +19,12 @@ import (
 )
 
 // Topology returns the exchange and queues that the service's groups need.
-func Topology(exchange string) rabbit.Topology {
-	return declared(Config{Exchange: exchange}).topology()
+func Topology(exchange string) (rabbit.Topology, error) {
+	p, err := declared(Config{Exchange: exchange})
+	if err != nil {
+		return rabbit.Topology{}, err
+	}
+	return p.topology(), nil
 }
 
 // topology returns the topology, which the process declares when it connects, unless Config.TopologyGiven.
@@ -61,8 +65,12 @@ func (p *process) packages() []string {
 
 // Permissions returns the minimal permissions of the broker's users with a given topology, by user: relay, consumer,
 // and the users of the features.
-func Permissions(exchange string) map[string]rabbit.Permissions {
-	return declared(Config{Exchange: exchange}).permissions()
+func Permissions(exchange string) (map[string]rabbit.Permissions, error) {
+	p, err := declared(Config{Exchange: exchange})
+	if err != nil {
+		return nil, err
+	}
+	return p.permissions(), nil
 }
 
 func (p *process) permissions() map[string]rabbit.Permissions {

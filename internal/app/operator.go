@@ -35,12 +35,18 @@ func OpenAdmin(ctx context.Context, config Config) (*Admin, error) {
 	a := &Admin{DB: db, process: process{
 		config: config, db: db, out: outbox.NewWriter(db, nil, nil), changes: changes.New(changes.Config{}),
 	}}
-	a.compose()
+	if err := a.compose(); err != nil {
+		db.Close()
+		return nil, err
+	}
 	return a, nil
 }
 
 // Close closes the connections.
-func (a *Admin) Close() { a.DB.Close() }
+func (a *Admin) Close() {
+	a.closeDomain()
+	a.DB.Close()
+}
 
 // Groups returns the consumer groups of the domain.
 func (a *Admin) Groups() (groups []ops.Group) {

@@ -14,7 +14,7 @@ func TestLeastPrivilege(t *testing.T) {
 	t.Parallel()
 	owner, admin := testenv.Postgres(t), testenv.AMQP(t)
 	awaitEffects := effectsIn(t, owner)
-	service := declared(probed(Config{Exchange: "events"}))
+	service := names(t, probed(Config{Exchange: "events"}))
 	if err := service.topology().Declare(t.Context(), admin); err != nil {
 		t.Fatal(err)
 	}

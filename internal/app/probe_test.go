@@ -7,7 +7,6 @@ import (
 	"time"
 
 	"connectrpc.com/connect/v2"
-	"example.com/shop/internal/changes"
 	"example.com/shop/internal/dev/testenv"
 	"example.com/shop/internal/inbox"
 	"example.com/shop/internal/messaging"
@@ -25,7 +24,7 @@ const (
 // probed gives a process a domain of one consumer group, which writes every text to the table effects.
 func probed(config Config) Config {
 	config.Exchange = "events"
-	config.domain = func(*pgxpool.Pool, *outbox.Writer, *changes.Hub) domain {
+	config.domain = func(deps) (domain, error) {
 		probes := inbox.NewGroup(probeGroup)
 		inbox.Handle(probes, func(ctx context.Context, tx pgx.Tx, text *wrapperspb.StringValue) error {
 			_, err := tx.Exec(ctx, `INSERT INTO effects (effect) VALUES ($1)`, text.GetValue())
@@ -33,9 +32,19 @@ func probed(config Config) Config {
 		})
 		return domain{
 			register: func(*connect.Server) {}, groups: []group{{probes, 2}}, publishes: []string{"google.protobuf"},
-		}
+		}, nil
 	}
 	return config
+}
+
+// names returns a process that tells what a service with this config consists of.
+func names(t *testing.T, config Config) *process {
+	t.Helper()
+	p, err := declared(config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p
 }
 
 // effectsIn creates the table effects, and returns a function that waits until it contains n different effects.

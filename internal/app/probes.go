@@ -6,11 +6,8 @@ import (
 	"context"
 
 	"connectrpc.com/connect/v2"
-	"example.com/shop/internal/changes"
 	"example.com/shop/internal/inbox"
-	"example.com/shop/internal/outbox"
 	"github.com/jackc/pgx/v5"
-	"github.com/jackc/pgx/v5/pgxpool"
 	"google.golang.org/protobuf/types/known/emptypb"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 )
@@ -18,7 +15,7 @@ import (
 // With the tag probes, the domain is two groups and a method without a schema. The program's tests need some domain,
 // and a new service may have none.
 func init() {
-	defaultDomain = func(*pgxpool.Pool, *outbox.Writer, *changes.Hub) domain {
+	defaultDomain = func(deps) (domain, error) {
 		probes, others := inbox.NewGroup("probes"), inbox.NewGroup("others")
 		inbox.Handle(probes, func(context.Context, pgx.Tx, *wrapperspb.StringValue) error { return nil })
 		inbox.Handle(others, func(context.Context, pgx.Tx, *emptypb.Empty) error { return nil })
@@ -27,6 +24,6 @@ func init() {
 				s.Register(connect.Method{Spec: connect.Spec{Procedure: "/probe.v1.Probe/Call"}})
 			},
 			groups: []group{{probes, 1}, {others, 1}},
-		}
+		}, nil
 	}
 }

@@ -15,9 +15,7 @@ import (
 
 	"connectrpc.com/connect/v2"
 	"example.com/shop/internal/auth"
-	"example.com/shop/internal/changes"
 	"example.com/shop/internal/dev/testenv"
-	"example.com/shop/internal/outbox"
 	"github.com/jackc/pgx/v5/pgxpool"
 )
 
@@ -48,9 +46,9 @@ func TestReadyWhileCallsHoldAllConnections(t *testing.T) {
 	db := testenv.Postgres(t)
 	var calls *pgxpool.Pool
 	config := probed(Config{PostgresURL: testenv.As(t, db.Config().ConnString(), "shop_api"), MaxConns: 3})
-	config.domain = func(db *pgxpool.Pool, _ *outbox.Writer, _ *changes.Hub) domain {
-		calls = db
-		return domain{register: func(*connect.Server) {}}
+	config.domain = func(d deps) (domain, error) {
+		calls = d.db
+		return domain{register: func(*connect.Server) {}}, nil
 	}
 	url := start(t, RunAPI, config).ops
 	awaitMissing(t, url)

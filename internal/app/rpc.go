@@ -2,8 +2,10 @@ package app
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"connectrpc.com/connect/v2"
+	"example.com/shop/internal/clients"
 	"example.com/shop/internal/rabbit"
 	"example.com/shop/internal/rabbitrpc"
 	"example.com/shop/internal/rpcserver"
@@ -37,8 +39,32 @@ func (p *process) startQueueAPI(ctx context.Context) {
 	p.group.Go(func() error { return server.Run(ctx) })
 }
 
+// clientOverRabbitMQ returns a client of services that serve their RPCs over RabbitMQ, at an AMQP URL whose user has
+// the permissions of rpc-client that `topology` prints. It is otherwise like client.
+func (d deps) clientOverRabbitMQ(url string, config clients.Config) (*connect.Client, error) {
+	if d.namesOnly {
+		url = "amqp://unused"
+	}
+	if err := rabbit.ValidateURL(url); err != nil {
+		return nil, errors.New("not an AMQP URL, such as amqp://user:password@host:5672/vhost")
+	}
+	config = d.measured(config)
+	transport := rabbitrpc.NewTransport(rabbitrpc.TransportConfig{
+		URL: url, Name: d.process.connectionName("client"),
+		MeterProvider: config.MeterProvider, TracerProvider: config.TracerProvider,
+	})
+	d.process.closers = append(d.process.closers, func() { _ = transport.Close() })
+	return clients.New(transport, config), nil
+}
+
 // Services returns the full names of the services that the API serves.
-func Services() []string { return declared(Config{}).services() }
+func Services() ([]string, error) {
+	p, err := declared(Config{})
+	if err != nil {
+		return nil, err
+	}
+	return p.services(), nil
+}
 
 // rpcPermissions returns the minimal permissions of an API that serves RPCs from queues, and of its callers.
 func (p *process) rpcPermissions() map[string]rabbit.Permissions {

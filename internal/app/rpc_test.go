@@ -10,11 +10,9 @@ import (
 	"time"
 
 	"connectrpc.com/connect/v2"
-	"example.com/shop/internal/changes"
+	"example.com/shop/internal/clients"
 	"example.com/shop/internal/dev/testenv"
-	"example.com/shop/internal/outbox"
 	"example.com/shop/internal/rabbitrpc"
-	"github.com/jackc/pgx/v5/pgxpool"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 )
 
@@ -43,14 +41,14 @@ func queueAPI(t *testing.T, edge Edge) (config Config, spec connect.Spec, execut
 		PostgresURL: testenv.As(t, testenv.PostgresURL(t), "shop_api"), Edge: edge,
 		Features: Features{RPCOverRabbitMQ: RPCOverRabbitMQ{Serve: true, Prefetch: 5}},
 	}
-	config.domain = func(*pgxpool.Pool, *outbox.Writer, *changes.Hub) domain {
+	config.domain = func(deps) (domain, error) {
 		return domain{register: func(s *connect.Server) {
 			handler := func(context.Context, connect.Spec, connect.ServerStream) error {
 				executed.Add(1)
 				return errors.New("secret")
 			}
 			s.Register(connect.Method{Spec: spec, Handler: handler})
-		}}
+		}}, nil
 	}
 	return config, spec, executed
 }
@@ -92,7 +90,7 @@ func awaitError(t *testing.T, amqpURL string, spec connect.Spec, want *connect.E
 func TestLeastPrivilegeOverRabbitMQ(t *testing.T) {
 	t.Parallel()
 	config, spec, _ := queueAPI(t, Edge{NoAuth: true})
-	admin, permissions := testenv.AMQP(t), declared(config).permissions()
+	admin, permissions := testenv.AMQP(t), names(t, config).permissions()
 	user := func(name string) string {
 		p := permissions[name]
 		return testenv.Management(t, admin).User(p.Configure, p.Write, p.Read)
@@ -100,4 +98,44 @@ func TestLeastPrivilegeOverRabbitMQ(t *testing.T) {
 	config.AMQPURL = user("rpc-server")
 	await(t, "api", serve(t, RunAPI, config), http.StatusOK)
 	awaitError(t, user("rpc-client"), spec, connect.NewError(connect.CodeInternal, "internal error"))
+}
+
+// A domain calls a service over RabbitMQ with the permissions of rpc-client, and its client ends with the process.
+func TestTheDomainCallsOverRabbitMQ(t *testing.T) {
+	t.Parallel()
+	served, spec, executed := queueAPI(t, Edge{NoAuth: true})
+	served.AMQPURL = testenv.AMQP(t)
+	await(t, "api", serve(t, RunAPI, served), http.StatusOK)
+	permissions := names(t, served).permissions()["rpc-client"]
+	url := testenv.Management(t, served.AMQPURL).User(permissions.Configure, permissions.Write, permissions.Read)
+
+	var made *connect.Client
+	config := Config{PostgresURL: testenv.PostgresURL(t), Edge: Edge{NoAuth: true}, Domain: new(DomainConfig)}
+	config.domain = func(d deps) (_ domain, err error) {
+		if d.namesOnly {
+			url = ""
+		}
+		made, err = d.clientOverRabbitMQ(url, clients.Config{Timeout: 20 * time.Second})
+		return domain{register: func(*connect.Server) {}}, err
+	}
+	calling := start(t, RunAPI, config)
+	await(t, "calling", calling.ready, http.StatusOK)
+	call := func() error {
+		return made.CallUnary(t.Context(), spec, wrapperspb.String(""), new(wrapperspb.StringValue))
+	}
+	// Until the API has its queue, calls are unavailable.
+	testenv.Eventually(t, 30*time.Second, func() error {
+		if err := call(); connect.CodeOf(err) != connect.CodeInternal {
+			return err
+		}
+		return nil
+	})
+	if executed.Load() != 1 {
+		t.Errorf("executed %d times", executed.Load())
+	}
+	calling.stop()
+	if err := call(); connect.CodeOf(err) != connect.CodeUnavailable || executed.Load() != 1 {
+		t.Errorf("after the end of the process: %v, executed %d times", err, executed.Load())
+	}
+	names(t, config)
 }

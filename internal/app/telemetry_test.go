@@ -18,7 +18,6 @@ import (
 	"time"
 
 	"connectrpc.com/connect/v2"
-	"example.com/shop/internal/changes"
 	"example.com/shop/internal/dev/testenv"
 	"example.com/shop/internal/inbox"
 	"example.com/shop/internal/messaging"
@@ -26,7 +25,6 @@ import (
 	"example.com/shop/internal/postgres"
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
-	"github.com/jackc/pgx/v5/pgxpool"
 	amqp "github.com/rabbitmq/amqp091-go"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/wrapperspb"
@@ -112,7 +110,7 @@ const (
 func watched(config Config) Config {
 	config = probed(config)
 	config.Edge.NoAuth = true // the procedure has no proto file to declare its callers
-	config.domain = func(*pgxpool.Pool, *outbox.Writer, *changes.Hub) domain {
+	config.domain = func(deps) (domain, error) {
 		failing := inbox.NewGroup("failing")
 		inbox.Handle(failing, func(ctx context.Context, tx pgx.Tx, text *wrapperspb.StringValue) error {
 			if strings.HasPrefix(text.GetValue(), "panic") {
@@ -131,7 +129,7 @@ func watched(config Config) Config {
 				panic(&in)
 			},
 		}
-		return domain{register: func(s *connect.Server) { s.Register(say) }, groups: []group{{failing, 1}}}
+		return domain{register: func(s *connect.Server) { s.Register(say) }, groups: []group{{failing, 1}}}, nil
 	}
 	return config
 }

@@ -37,9 +37,10 @@ func (g *Group) Types() []string { return slices.Sorted(maps.Keys(g.handlers)) }
 // Handle registers fn for messages of the protobuf type M. It panics if M has a handler already.
 //
 // fn runs in the transaction that records the message as taken: its writes through tx, including outbox.Insert, are
-// committed once or not at all. Its effects elsewhere (mail, HTTP) may happen more than once. An error marked by
-// messaging.Permanent makes the message a dead letter. After any other error the message is retried later, before any
-// other message of its key. fn may run several times before one run is committed.
+// committed once or not at all. Its effects elsewhere (mail, HTTP) may happen more than once: pass on the message's ID
+// from FromContext as idempotency key, so that the receiver can absorb repeats. An error marked by messaging.Permanent
+// makes the message a dead letter. After any other error the message is retried later, before any other message of its
+// key. fn may run several times before one run is committed.
 func Handle[M proto.Message](g *Group, fn func(ctx context.Context, tx pgx.Tx, message M) error) {
 	var zero M
 	kind := zero.ProtoReflect().Type()
@@ -64,7 +65,17 @@ func (g *Group) handle(ctx context.Context, tx pgx.Tx, delivery messaging.Delive
 		return &rejection{deadletter.UnknownType, fmt.Errorf("group %s has no handler for type %q", g.name,
 			delivery.Type)}
 	}
-	return handler(ctx, tx, delivery)
+	return handler(context.WithValue(ctx, deliveryKey{}, delivery), tx, delivery)
+}
+
+type deliveryKey struct{}
+
+// FromContext returns the message that a handler runs on: its ID, type, key, payload and headers. ok is false outside
+// of a handler. The ID is the same in every run of every group: after retries, and in copies, replays and redrives. It
+// is "" only if the sender set none and an operator redrove the message. The caller must not change the headers.
+func FromContext(ctx context.Context) (delivery messaging.Delivery, ok bool) {
+	delivery, ok = ctx.Value(deliveryKey{}).(messaging.Delivery)
+	return delivery, ok
 }
 
 // declared returns what the sender says about the payload, if anything.

@@ -19,6 +19,49 @@ func (b *bundle) makeDue(t testing.TB) {
 	b.exec(t, sql, b.group.name)
 }
 
+// A handler sees the same ID, key and headers of its message in every run, so that the ID can be the idempotency key of
+// an effect elsewhere.
+func TestHandlersSeeTheirMessage(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	var seen []messaging.Delivery
+	look := func(ctx context.Context, _ pgx.Tx) error {
+		delivery, ok := FromContext(ctx)
+		if !ok {
+			t.Error("the handler has no message")
+		}
+		seen = append(seen, delivery)
+		return nil
+	}
+	failing := true
+	b.on("second", func(ctx context.Context, tx pgx.Tx) error {
+		_ = look(ctx, tx)
+		if failing {
+			return errProbe
+		}
+		return nil
+	})
+	b.on("first", look)
+	first, second := probe("a", "first"), probe("b", "second")
+	p := b.inbox(eager)
+	process(t, p, first, second)
+	failing = false
+	retryAll(t, p)
+	b.wantEffects(t, "first", "second")
+	// The batch runs both, then each alone, then the second is retried.
+	want := []messaging.Delivery{first, second, first, second, second}
+	same := slices.EqualFunc(seen, want, func(got, want messaging.Delivery) bool {
+		return got.ID == want.ID && got.Type == want.Type && got.Key == want.Key &&
+			got.Headers["probe"] == want.Headers["probe"]
+	})
+	if !same {
+		t.Errorf("handlers saw %+v, want %+v", seen, want)
+	}
+	if _, ok := FromContext(t.Context()); ok {
+		t.Error("a context outside of a handler has a message")
+	}
+}
+
 func TestOrderOfAKeySurvivesFailures(t *testing.T) {
 	t.Parallel()
 

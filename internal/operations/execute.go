@@ -31,12 +31,20 @@ func (w *Worker) execute(ctx context.Context, tx pgx.Tx, message *operationsv1.O
 		defer leave()
 	}
 	op, err := w.begin(ctx, message.GetOperationId())
-	if errors.Is(err, pgx.ErrNoRows) {
-		return nil // cancelled, or has a result
+	if errors.Is(err, pgx.ErrNoRows) { // cancelled, or deleted
+		return w.notify(ctx, tx, message)
 	}
 	if err != nil {
 		return err
 	}
+	if err := w.executeAs(ctx, tx, op); err != nil {
+		return err
+	}
+	return w.notify(ctx, tx, message)
+}
+
+// executeAs executes a call that has begun as its caller, and stores its result.
+func (w *Worker) executeAs(ctx context.Context, tx pgx.Tx, op signed) (err error) {
 	joined := postgres.Join(ctx, w.db, tx)
 	var response proto.Message
 	// This nested transaction undoes everything if the call fails after one of its own transactions.
@@ -146,6 +154,34 @@ func (w *Worker) end(ctx context.Context, tx pgx.Tx, op signed, state string, re
 	}
 	w.operations.topic.Touch(tx, op.id.String())
 	return nil
+}
+
+// maxResponse is the largest response in bytes in a message OperationEnded, half of the largest message.
+const maxResponse = messaging.MaxPayload / 2
+
+// notify sends OperationEnded of a call that has ended, if its submit asked for that. The inbox applies the message of
+// the call once, so notify runs once.
+func (w *Worker) notify(ctx context.Context, tx pgx.Tx, message *operationsv1.OperationSubmitted) error {
+	if message.GetNotifyKey() == "" {
+		return nil
+	}
+	id, err := uuid.Parse(message.GetOperationId())
+	if err != nil {
+		return fmt.Errorf("operation id %q: %w", message.GetOperationId(), err)
+	}
+	rows, _ := tx.Query(ctx, readSQL, []string{id.String()})
+	op, err := pgx.CollectExactlyOneRow(rows, scan)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return nil // deleted long after its end
+	}
+	if err != nil {
+		return fmt.Errorf("read ended operation: %w", err)
+	}
+	ended := &operationsv1.OperationEnded{Operation: op}
+	if len(op.GetResponse().GetValue()) > maxResponse {
+		op.Result, ended.ResponseOmitted = nil, true
+	}
+	return outbox.Insert(ctx, tx, messaging.New(message.GetNotifyKey(), ended))
 }
 
 const noteSQL = `

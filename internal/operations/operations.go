@@ -81,6 +81,10 @@ type Call struct {
 	Request proto.Message
 	// Key identifies repeated submits of one caller. If it is "", each submit is new. At most 255 bytes.
 	Key string
+	// NotifyKey asks for a message OperationEnded with this key when the call has ended, such as the ID of an object
+	// that waits for the result. A consumer group must handle that type. With "" there is no message. At most 255 bytes.
+	// Of several submits with one Key, the first decides.
+	NotifyKey string
 }
 
 const submitSQL = `
@@ -112,7 +116,9 @@ func (o *Operations) Submit(ctx context.Context, tx pgx.Tx, call Call) (name str
 		}
 		return name, err
 	}
-	message := messaging.New("", &operationsv1.OperationSubmitted{OperationId: s.id.String(), Method: s.method})
+	message := messaging.New("", &operationsv1.OperationSubmitted{
+		OperationId: s.id.String(), Method: s.method, NotifyKey: call.NotifyKey,
+	})
 	message.ID = s.id
 	return nameOf(s.id), outbox.Insert(ctx, tx, message)
 }
@@ -198,6 +204,9 @@ func submittable(call Call) error {
 	case len(call.Key) > maxKey || !messaging.ValidText(call.Key):
 		return connect.Errorf(connect.CodeInvalidArgument,
 			"idempotency key must be UTF-8 without NUL, of at most %d bytes", maxKey)
+	case len(call.NotifyKey) > messaging.MaxKey || !messaging.ValidText(call.NotifyKey):
+		return connect.Errorf(connect.CodeInvalidArgument,
+			"notify key must be UTF-8 without NUL, of at most %d bytes", messaging.MaxKey)
 	}
 	return nil
 }

@@ -190,9 +190,15 @@ func (w *Worker) giveUp(ctx context.Context, tx pgx.Tx, letter deadletter.Letter
 			Code: int32(connect.CodeUnavailable), Message: "given up: no worker executed the call in time",
 		}
 	}
-	if _, err := tx.Exec(ctx, giveUpSQL, id, encode(status)); err != nil {
+	tag, err := tx.Exec(ctx, giveUpSQL, id, encode(status))
+	if err != nil {
 		return fmt.Errorf("give up operation: %w", err)
 	}
 	w.operations.topic.Touch(tx, id.String())
-	return nil
+	message := &operationsv1.OperationSubmitted{}
+	if err := bounds.Unmarshal(letter.Payload, message); err != nil || message.GetOperationId() != id.String() ||
+		tag.RowsAffected() == 0 {
+		return nil // not readable, or ended before
+	}
+	return w.notify(ctx, tx, message)
 }

@@ -25,7 +25,8 @@ func TestRepeatsAreAnsweredWhileTheBacklogIsFull(t *testing.T) {
 		t.Fatal(err)
 	}
 	b.cancel(t, gone)
-	gated := orders.NewService(b.db, outbox.NewWriter(b.db, nil, closedGate(t, b.db)), changes.New(changes.Config{}))
+	out := outbox.NewWriter(b.db, nil, closedGate(t, b.db))
+	gated := orders.NewService(b.db, out, changes.New(changes.Config{}), orders.Config{})
 	placed, err := gated.PlaceOrder(t.Context(), req)
 	if err != nil || placed.GetOrder().GetId() != req.OrderId {
 		t.Errorf("place an order again: %v, %v", placed, err)

@@ -8,6 +8,7 @@
 package orders
 
 import (
+	"cmp"
 	"context"
 	"encoding/base64"
 	"encoding/binary"
@@ -36,14 +37,22 @@ import (
 type Service struct {
 	db      *pgxpool.Pool
 	out     *outbox.Writer
+	config  Config
 	watched *changes.Topic[*ordersv1.Order]
+}
+
+// Config configures a Service.
+type Config struct {
+	// PageSize is how many orders ListOrders returns if the caller names no number. Default 50, at most 1000.
+	PageSize int
 }
 
 var _ ordersv1connect.OrderServiceHandler = (*Service)(nil)
 
 // NewService returns a Service that reads from db, writes through out, and notifies watchers through hub.
-func NewService(db *pgxpool.Pool, out *outbox.Writer, hub *changes.Hub) *Service {
-	s := &Service{db: db, out: out}
+func NewService(db *pgxpool.Pool, out *outbox.Writer, hub *changes.Hub, config Config) *Service {
+	config.PageSize = cmp.Or(config.PageSize, 50)
+	s := &Service{db: db, out: out, config: config}
 	s.watched = changes.NewTopic(hub, "order", s.readAll)
 	return s
 }
@@ -191,10 +200,7 @@ LIMIT $5`
 func (s *Service) ListOrders(
 	ctx context.Context, req *ordersv1.ListOrdersRequest,
 ) (*ordersv1.ListOrdersResponse, error) {
-	size := int(req.GetPageSize())
-	if size == 0 {
-		size = 50
-	}
+	size := cmp.Or(int(req.GetPageSize()), s.config.PageSize)
 	var status, customer *string
 	if req.GetStatus() != ordersv1.OrderStatus_ORDER_STATUS_UNSPECIFIED {
 		status = proto.String(statusText(req.GetStatus()))

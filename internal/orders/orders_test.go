@@ -14,8 +14,10 @@ import (
 	"buf.build/go/protovalidate"
 	"connectrpc.com/connect/v2"
 	"connectrpc.com/connect/v2/connectproto"
+	"example.com/shop/internal/changes"
 	ordersv1 "example.com/shop/internal/gen/orders/v1"
 	"example.com/shop/internal/gen/orders/v1/ordersv1connect"
+	"example.com/shop/internal/orders"
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/uuid"
 	"google.golang.org/grpc"
@@ -268,6 +270,24 @@ func TestUnknownIsNotFound(t *testing.T) {
 		stream.Close()
 	}
 	wantCode(t, err, connect.CodeNotFound, "")
+}
+
+// The configuration gives the size of pages whose caller names none.
+func TestListOrdersHasAConfiguredPageSize(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	for range 3 {
+		if _, err := b.PlaceOrder(t.Context(), order(1, "apple")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	service := orders.NewService(b.db, nil, changes.New(changes.Config{}), orders.Config{PageSize: 2})
+	for size, want := range map[int32]int{0: 2, 1: 1, 3: 3} {
+		page, err := service.ListOrders(t.Context(), &ordersv1.ListOrdersRequest{PageSize: size})
+		if err != nil || len(page.GetOrders()) != want {
+			t.Errorf("page size %d: got %d orders, %v, want %d", size, len(page.GetOrders()), err, want)
+		}
+	}
 }
 
 func TestListOrdersPages(t *testing.T) {

@@ -88,7 +88,7 @@ func newService(t *testing.T, db *pgxpool.Pool, change func(config *pgxpool.Conf
 	// With so long an interval, watchers see a change only because of a notification.
 	hub := changes.New(changes.Config{NotifyURL: url, ListenURL: url, SafetyInterval: time.Hour})
 	out := outbox.NewWriter(own, nil, nil)
-	service := &domain{orders.NewService(own, out, hub), idempotency.New(own, out, idempotency.Config{})}
+	service := &domain{orders.NewService(own, out, hub, orders.Config{}), idempotency.New(own, out, idempotency.Config{})}
 	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
 	var running sync.WaitGroup
 	running.Go(func() { hub.Ring(ctx) })

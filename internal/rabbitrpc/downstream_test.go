@@ -10,7 +10,7 @@ import (
 	"connectrpc.com/connect/v2"
 	"connectrpc.com/connect/v2/connectproto"
 	"example.com/shop/internal/rabbitrpc"
-	"example.com/shop/internal/rpcclient"
+	"example.com/shop/internal/clients"
 	"google.golang.org/protobuf/types/known/durationpb"
 )
 
@@ -42,14 +42,15 @@ func newChain(t *testing.T, inner, outer *testbed) *chain {
 	inner.t, outer.t = t, t
 	c := &chain{inner: inner, outer: outer, begun: make(chan struct{}, 1)}
 	inner.serve(register(again, c.answer))
-	client := rpcclient.New(inner.transport())
+	single := clients.Config{Attempts: 1}
+	client := clients.New(inner.transport(), single)
 	broken := map[string]*connect.Client{
-		"away": rpcclient.New((&testbed{t: t, name: "HTTP"}).transport()),
+		"away": clients.New((&testbed{t: t, name: "HTTP"}).transport(), single),
 		// This client does not mark its errors.
 		"away, other client": (&testbed{t: t, name: "HTTP"}).client(),
-		"broker away": rpcclient.New(newTransport(t, rabbitrpc.TransportConfig{
+		"broker away": clients.New(newTransport(t, rabbitrpc.TransportConfig{
 			URL: "amqp://guest:guest@127.0.0.1:1/",
-		})),
+		}), single),
 	}
 	outer.serve(register(once, func(ctx context.Context, in string) (string, error) {
 		if client := broken[in]; client != nil {
@@ -63,7 +64,7 @@ func newChain(t *testing.T, inner, outer *testbed) *chain {
 		code, passed := strings.CutPrefix(in, "pass ")
 		out, err := call(ctx, client, again, code)
 		if passed {
-			err = rpcclient.Pass(err, connect.CodeNotFound, connect.CodeFailedPrecondition)
+			err = clients.Pass(err, connect.CodeNotFound, connect.CodeFailedPrecondition)
 		}
 		return out, err
 	}))

@@ -17,7 +17,7 @@ import (
 //
 // If the other service, or the way to it, does not work now, the caller gets unavailable and may repeat the call. Every
 // other verdict, such as not_found, is about a request that the caller does not know. A handler that knows what the
-// verdict means for its caller returns an error of its own, or uses rpcclient.Pass. Otherwise the handler is at fault,
+// verdict means for its caller returns an error of its own, or uses clients.Pass. Otherwise the handler is at fault,
 // and the caller gets internal.
 func ofOtherService(err *connect.Error) (*connect.Error, slog.Level) {
 	again := networkFailure(err) != nil
@@ -33,7 +33,7 @@ func ofOtherService(err *connect.Error) (*connect.Error, slog.Level) {
 	return errInternal, slog.LevelError
 }
 
-// fromOtherService reports whether err comes from a call to another service. A client of package rpcclient marks its
+// fromOtherService reports whether err comes from a call to another service. A client of package clients marks its
 // errors. Any other client is recognized only if its error quotes a failure of the network.
 func fromOtherService(err *connect.Error) bool {
 	failure := networkFailure(err)

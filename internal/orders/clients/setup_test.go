@@ -41,7 +41,11 @@ func serveQueues(t *testing.T) (addr, amqpURL string) {
 	addr = serve(t, func(config *app.Config) { config.AMQPURL, config.RPCOverRabbitMQ.Serve = amqpURL, true })
 	// Being ready does not imply that the API serves its queues.
 	testenv.Eventually(t, 30*time.Second, func() error {
-		states, err := rabbitrpc.Look(t.Context(), amqpURL, app.Services()...)
+		names, err := app.Services()
+		if err != nil {
+			return err
+		}
+		states, err := rabbitrpc.Look(t.Context(), amqpURL, names...)
 		for _, service := range states {
 			if service.Replicas == 0 {
 				return fmt.Errorf("no process serves %s", service.Name)

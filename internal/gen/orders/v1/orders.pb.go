@@ -521,7 +521,7 @@ func (x *GetOrderResponse) GetOrder() *Order {
 // ListOrdersRequest asks for a page of orders.
 type ListOrdersRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The maximum number of orders to return, at most 1000; 0 means 50.
+	// The maximum number of orders to return, at most 1000; 0 means what the service configures, usually 50.
 	PageSize int32 `protobuf:"varint,1,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
 	// next_page_token of the previous page; empty for the first page.
 	PageToken string `protobuf:"bytes,2,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`

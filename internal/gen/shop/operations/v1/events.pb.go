@@ -4,7 +4,7 @@
 // 	protoc        (unknown)
 // source: shop/operations/v1/events.proto
 
-// The message of a durable call.
+// The messages of durable calls.
 
 package operationsv1
 
@@ -29,7 +29,9 @@ type OperationSubmitted struct {
 	// The UUID in the operation's name.
 	OperationId string `protobuf:"bytes,1,opt,name=operation_id,json=operationId,proto3" json:"operation_id,omitempty"`
 	// The method, as in Operation.method. It lets a worker wait for its turn before it queries the database.
-	Method        string `protobuf:"bytes,2,opt,name=method,proto3" json:"method,omitempty"`
+	Method string `protobuf:"bytes,2,opt,name=method,proto3" json:"method,omitempty"`
+	// The key of the message OperationEnded; without one, no such message is sent.
+	NotifyKey     string `protobuf:"bytes,3,opt,name=notify_key,json=notifyKey,proto3" json:"notify_key,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -78,14 +80,82 @@ func (x *OperationSubmitted) GetMethod() string {
 	return ""
 }
 
+func (x *OperationSubmitted) GetNotifyKey() string {
+	if x != nil {
+		return x.NotifyKey
+	}
+	return ""
+}
+
+// OperationEnded tells the handler that submitted a call of its result. It is sent in the transaction that stores the
+// result, once, and only for calls that were submitted with a key for it.
+type OperationEnded struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The operation with its result.
+	Operation *Operation `protobuf:"bytes,1,opt,name=operation,proto3" json:"operation,omitempty"`
+	// The response is larger than 512 KiB and therefore not part of this message.
+	ResponseOmitted bool `protobuf:"varint,2,opt,name=response_omitted,json=responseOmitted,proto3" json:"response_omitted,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
+}
+
+func (x *OperationEnded) Reset() {
+	*x = OperationEnded{}
+	mi := &file_shop_operations_v1_events_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *OperationEnded) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*OperationEnded) ProtoMessage() {}
+
+func (x *OperationEnded) ProtoReflect() protoreflect.Message {
+	mi := &file_shop_operations_v1_events_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use OperationEnded.ProtoReflect.Descriptor instead.
+func (*OperationEnded) Descriptor() ([]byte, []int) {
+	return file_shop_operations_v1_events_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *OperationEnded) GetOperation() *Operation {
+	if x != nil {
+		return x.Operation
+	}
+	return nil
+}
+
+func (x *OperationEnded) GetResponseOmitted() bool {
+	if x != nil {
+		return x.ResponseOmitted
+	}
+	return false
+}
+
 var File_shop_operations_v1_events_proto protoreflect.FileDescriptor
 
 const file_shop_operations_v1_events_proto_rawDesc = "" +
 	"\n" +
-	"\x1fshop/operations/v1/events.proto\x12\x12shop.operations.v1\"O\n" +
+	"\x1fshop/operations/v1/events.proto\x12\x12shop.operations.v1\x1a#shop/operations/v1/operations.proto\"n\n" +
 	"\x12OperationSubmitted\x12!\n" +
 	"\foperation_id\x18\x01 \x01(\tR\voperationId\x12\x16\n" +
-	"\x06method\x18\x02 \x01(\tR\x06methodB\xce\x01\n" +
+	"\x06method\x18\x02 \x01(\tR\x06method\x12\x1d\n" +
+	"\n" +
+	"notify_key\x18\x03 \x01(\tR\tnotifyKey\"x\n" +
+	"\x0eOperationEnded\x12;\n" +
+	"\toperation\x18\x01 \x01(\v2\x1d.shop.operations.v1.OperationR\toperation\x12)\n" +
+	"\x10response_omitted\x18\x02 \x01(\bR\x0fresponseOmittedB\xce\x01\n" +
 	"\x16com.shop.operations.v1B\vEventsProtoP\x01Z=example.com/shop/internal/gen/shop/operations/v1;operationsv1\xa2\x02\x03SOX\xaa\x02\x12Shop.Operations.V1\xca\x02\x12Shop\\Operations\\V1\xe2\x02\x1eShop\\Operations\\V1\\GPBMetadata\xea\x02\x14Shop::Operations::V1b\x06proto3"
 
 var (
@@ -100,16 +170,19 @@ func file_shop_operations_v1_events_proto_rawDescGZIP() []byte {
 	return file_shop_operations_v1_events_proto_rawDescData
 }
 
-var file_shop_operations_v1_events_proto_msgTypes = make([]protoimpl.MessageInfo, 1)
+var file_shop_operations_v1_events_proto_msgTypes = make([]protoimpl.MessageInfo, 2)
 var file_shop_operations_v1_events_proto_goTypes = []any{
 	(*OperationSubmitted)(nil), // 0: shop.operations.v1.OperationSubmitted
+	(*OperationEnded)(nil),     // 1: shop.operations.v1.OperationEnded
+	(*Operation)(nil),          // 2: shop.operations.v1.Operation
 }
 var file_shop_operations_v1_events_proto_depIdxs = []int32{
-	0, // [0:0] is the sub-list for method output_type
-	0, // [0:0] is the sub-list for method input_type
-	0, // [0:0] is the sub-list for extension type_name
-	0, // [0:0] is the sub-list for extension extendee
-	0, // [0:0] is the sub-list for field type_name
+	2, // 0: shop.operations.v1.OperationEnded.operation:type_name -> shop.operations.v1.Operation
+	1, // [1:1] is the sub-list for method output_type
+	1, // [1:1] is the sub-list for method input_type
+	1, // [1:1] is the sub-list for extension type_name
+	1, // [1:1] is the sub-list for extension extendee
+	0, // [0:1] is the sub-list for field type_name
 }
 
 func init() { file_shop_operations_v1_events_proto_init() }
@@ -117,13 +190,14 @@ func file_shop_operations_v1_events_proto_init() {
 	if File_shop_operations_v1_events_proto != nil {
 		return
 	}
+	file_shop_operations_v1_operations_proto_init()
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_shop_operations_v1_events_proto_rawDesc), len(file_shop_operations_v1_events_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   1,
+			NumMessages:   2,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

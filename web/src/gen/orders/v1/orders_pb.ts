@@ -257,7 +257,7 @@ export const GetOrderResponseSchema: GenMessage<GetOrderResponse> = /*@__PURE__*
  */
 export type ListOrdersRequest = Message<"orders.v1.ListOrdersRequest"> & {
   /**
-   * The maximum number of orders to return, at most 1000; 0 means 50.
+   * The maximum number of orders to return, at most 1000; 0 means what the service configures, usually 50.
    *
    * @generated from field: int32 page_size = 1;
    */

@@ -2,17 +2,19 @@
 // @generated from file shop/operations/v1/events.proto (package shop.operations.v1, syntax proto3)
 /* eslint-disable */
 
-// The message of a durable call.
+// The messages of durable calls.
 
 import type { GenFile, GenMessage } from "@bufbuild/protobuf/codegenv2";
 import { fileDesc, messageDesc } from "@bufbuild/protobuf/codegenv2";
+import type { Operation } from "./operations_pb.js";
+import { file_shop_operations_v1_operations } from "./operations_pb.js";
 import type { Message } from "@bufbuild/protobuf";
 
 /**
  * Describes the file shop/operations/v1/events.proto.
  */
 export const file_shop_operations_v1_events: GenFile = /*@__PURE__*/
-  fileDesc("Ch9zaG9wL29wZXJhdGlvbnMvdjEvZXZlbnRzLnByb3RvEhJzaG9wLm9wZXJhdGlvbnMudjEiOgoST3BlcmF0aW9uU3VibWl0dGVkEhQKDG9wZXJhdGlvbl9pZBgBIAEoCRIOCgZtZXRob2QYAiABKAliBnByb3RvMw");
+  fileDesc("Ch9zaG9wL29wZXJhdGlvbnMvdjEvZXZlbnRzLnByb3RvEhJzaG9wLm9wZXJhdGlvbnMudjEiTgoST3BlcmF0aW9uU3VibWl0dGVkEhQKDG9wZXJhdGlvbl9pZBgBIAEoCRIOCgZtZXRob2QYAiABKAkSEgoKbm90aWZ5X2tleRgDIAEoCSJcCg5PcGVyYXRpb25FbmRlZBIwCglvcGVyYXRpb24YASABKAsyHS5zaG9wLm9wZXJhdGlvbnMudjEuT3BlcmF0aW9uEhgKEHJlc3BvbnNlX29taXR0ZWQYAiABKAhiBnByb3RvMw", [file_shop_operations_v1_operations]);
 
 /**
  * OperationSubmitted makes a worker execute an operation. Its message ID is the ID of the operation.
@@ -33,6 +35,13 @@ export type OperationSubmitted = Message<"shop.operations.v1.OperationSubmitted"
    * @generated from field: string method = 2;
    */
   method: string;
+
+  /**
+   * The key of the message OperationEnded; without one, no such message is sent.
+   *
+   * @generated from field: string notify_key = 3;
+   */
+  notifyKey: string;
 };
 
 /**
@@ -41,4 +50,33 @@ export type OperationSubmitted = Message<"shop.operations.v1.OperationSubmitted"
  */
 export const OperationSubmittedSchema: GenMessage<OperationSubmitted> = /*@__PURE__*/
   messageDesc(file_shop_operations_v1_events, 0);
+
+/**
+ * OperationEnded tells the handler that submitted a call of its result. It is sent in the transaction that stores the
+ * result, once, and only for calls that were submitted with a key for it.
+ *
+ * @generated from message shop.operations.v1.OperationEnded
+ */
+export type OperationEnded = Message<"shop.operations.v1.OperationEnded"> & {
+  /**
+   * The operation with its result.
+   *
+   * @generated from field: shop.operations.v1.Operation operation = 1;
+   */
+  operation?: Operation | undefined;
+
+  /**
+   * The response is larger than 512 KiB and therefore not part of this message.
+   *
+   * @generated from field: bool response_omitted = 2;
+   */
+  responseOmitted: boolean;
+};
+
+/**
+ * Describes the message shop.operations.v1.OperationEnded.
+ * Use `create(OperationEndedSchema)` to create a new message.
+ */
+export const OperationEndedSchema: GenMessage<OperationEnded> = /*@__PURE__*/
+  messageDesc(file_shop_operations_v1_events, 1);
 

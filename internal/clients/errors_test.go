@@ -1,4 +1,4 @@
-package rpcclient_test
+package clients_test
 
 import (
 	"context"
@@ -12,8 +12,8 @@ import (
 
 	"connectrpc.com/connect/v2"
 	"connectrpc.com/connect/v2/connecthttp"
+	"example.com/shop/internal/clients"
 	"example.com/shop/internal/dev/probe"
-	"example.com/shop/internal/rpcclient"
 	"example.com/shop/internal/rpcserver"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 )
@@ -62,7 +62,7 @@ func TestErrorsOfStreamsAreRemote(t *testing.T) {
 	defer server.Close()
 	for _, options := range [][]connecthttp.Option{nil, {connecthttp.WithGRPCWeb()}} {
 		at := func(url string) *connect.Client {
-			return rpcclient.New(connecthttp.NewTransport(server.Client(), url, options...))
+			return clients.New(connecthttp.NewTransport(server.Client(), url, options...), clients.Config{Attempts: 1})
 		}
 		if n, err := receive(t.Context(), at(server.URL), "hello"); n != 2 || err != nil {
 			t.Errorf("received %d messages, %v", n, err)
@@ -77,7 +77,8 @@ func TestErrorsOfStreamsAreRemote(t *testing.T) {
 	}
 	broken := httptest.NewServer(http.NotFoundHandler())
 	defer broken.Close()
-	_, err := receive(t.Context(), rpcclient.New(connecthttp.NewTransport(broken.Client(), broken.URL)), "no service")
+	client := clients.New(connecthttp.NewTransport(broken.Client(), broken.URL), clients.Config{Attempts: 1})
+	_, err := receive(t.Context(), client, "no service")
 	wantRemote(t, err, connect.CodeUnimplemented)
 }
 
@@ -92,7 +93,7 @@ func wantRemote(t *testing.T, err error, code connect.Code) {
 func TestPass(t *testing.T) {
 	t.Parallel()
 	remote := fmt.Errorf("get customer: %w", connect.NewError(connect.CodeNotFound, "secret").WithRemote())
-	passed := rpcclient.Pass(remote, connect.CodeAborted, connect.CodeNotFound)
+	passed := clients.Pass(remote, connect.CodeAborted, connect.CodeNotFound)
 	var own *connect.Error
 	if !errors.As(passed, &own) || own.IsRemote() || !errors.Is(passed, remote) ||
 		own.Error() != "not_found: a service that this one calls answered not_found" {
@@ -100,11 +101,11 @@ func TestPass(t *testing.T) {
 	}
 	other := errors.New("other")
 	for _, err := range []error{nil, other, remote} {
-		if got := rpcclient.Pass(err, connect.CodeAborted); !errors.Is(got, err) || got != err {
+		if got := clients.Pass(err, connect.CodeAborted); !errors.Is(got, err) || got != err {
 			t.Errorf("got %v, want %v", got, err)
 		}
 	}
-	if got := rpcclient.Pass(other, connect.CodeUnknown); got != other {
+	if got := clients.Pass(other, connect.CodeUnknown); got != other {
 		t.Errorf("an error without a code is passed as %v", got)
 	}
 }

@@ -1,10 +1,4 @@
-// Package rpcclient makes clients for handlers that call other services.
-//
-// A transport reports its own failures, such as an address that refuses connections, with the same type of error that a
-// handler returns for its caller. If a handler returns such an error, its text would reach the caller. So a Client
-// marks every error of a call as remote (connect.Error.IsRemote). package rpcserver shows callers at most the code of
-// such an error, and docs/security.md lists which code.
-package rpcclient
+package clients
 
 import (
 	"context"
@@ -13,11 +7,6 @@ import (
 
 	"connectrpc.com/connect/v2"
 )
-
-// New is connect.NewClient for calls that a handler makes. It takes any transport.
-func New(transport connect.Transport, interceptors ...connect.ClientInterceptor) *connect.Client {
-	return connect.NewClient(transport, append([]connect.ClientInterceptor{markErrors}, interceptors...)...)
-}
 
 // Pass returns an error that passes on the verdict of another service: the caller gets its code with a fixed text,
 // without the details. It does so only if err has one of the given codes; otherwise it returns err. Use it if the code
@@ -31,6 +20,9 @@ func Pass(err error, codes ...connect.Code) error {
 	return connect.Errorf(code, "a service that this one calls answered %s", code).WithCause(err)
 }
 
+// markErrors marks every error of a call as remote (connect.Error.IsRemote). A transport reports its own failures, such
+// as an address that refuses connections, with the same type of error that a handler returns for its caller. Package
+// rpcserver shows callers at most the code of a remote error; docs/security.md lists which code.
 func markErrors(next connect.ClientFunc) connect.ClientFunc {
 	return func(ctx context.Context, spec connect.Spec) (connect.ClientStream, error) {
 		stream, err := next(ctx, spec)
