@@ -1,3 +1,5 @@
+//go:build !probes
+
 package main
 
 import "example.com/shop/internal/app"

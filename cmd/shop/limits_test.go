@@ -22,6 +22,7 @@ func TestLimitsAreThoseOfTheHelp(t *testing.T) {
 	t.Setenv("POSTGRES_URL", "postgres://h/d")
 	t.Setenv("AMQP_URL", "amqp://h/")
 	t.Setenv("INSECURE_NO_AUTH", "true")
+	setRequired(t)
 	found := 0
 	for _, leaf := range newParser(new(cli)).Model.Leaves(true) {
 		for _, f := range leaf.Flags {

@@ -30,7 +30,8 @@ type Caller struct {
 	Subject string
 	// Roles are compared with the roles in auth.v1.Access.
 	Roles []string
-	// By is the kind of credential: "jwt", "apikey", "mtls", or "nothing" when authentication is off.
+	// By is the kind of credential: "jwt", "apikey", "mtls", "nothing" when authentication is off, or "service" for calls
+	// of the service itself.
 	By string
 	// Expires is when the credential expires, which also ends a stream. Zero means never.
 	Expires time.Time

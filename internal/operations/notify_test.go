@@ -11,6 +11,7 @@ import (
 
 	"connectrpc.com/connect/v2"
 	"connectrpc.com/connect/v2/connectinprocess"
+	"example.com/shop/internal/deadletter"
 	"example.com/shop/internal/dev/probe"
 	operationsv1 "example.com/shop/internal/gen/shop/operations/v1"
 	"example.com/shop/internal/gen/shop/operations/v1/operationsv1connect"
@@ -70,7 +71,8 @@ func TestASubmitterIsNotifiedOnce(t *testing.T) {
 	b.on("b fails", fails(connect.NewError(connect.CodeFailedPrecondition, "no stock")))
 	b.on("c fails at first", away, nil)
 	b.on("d is given up", away)
-	for _, text := range []string{"a succeeds", "b fails", "c fails at first", "d is given up"} {
+	succeeded := b.submitIn(t, "a succeeds", nil)
+	for _, text := range []string{"b fails", "c fails at first", "d is given up"} {
 		b.submitIn(t, text, nil)
 	}
 	cancelled := b.submitIn(t, "e is cancelled", nil)
@@ -84,9 +86,23 @@ func TestASubmitterIsNotifiedOnce(t *testing.T) {
 	}
 	b.wantEnded(t)
 	b.deliver(t)
-	b.wantEnded(t, "a succeeds succeeded did a succeeds", "b fails failed failed_precondition: no stock",
+	want := []string{
+		"a succeeds succeeded did a succeeds", "b fails failed failed_precondition: no stock",
 		"c fails at first succeeded did c fails at first", "d is given up failed unavailable: not now",
-		"e is cancelled cancelled "+resultOf(t, b.get(t, cancelled)), large[:20]+" succeeded omitted")
+		"e is cancelled cancelled " + resultOf(t, b.get(t, cancelled)), large[:20] + " succeeded omitted",
+	}
+	b.wantEnded(t, want...)
+
+	// A copy that arrives after the inbox has forgotten the message becomes a dead letter.
+	id := strings.TrimPrefix(succeeded, namePrefix)
+	letter := deadletter.Letter{MessageID: id, Payload: encode(&operationsv1.OperationSubmitted{
+		OperationId: id, Method: methodName(probe.Mutate.Procedure), NotifyKey: "a succeeds",
+	})}
+	err = b.out.Transact(t.Context(), func(tx pgx.Tx) error { return b.worker.giveUp(t.Context(), tx, letter) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.wantEnded(t, want...)
 }
 
 // A method that takes no Idempotency-Key would refuse it, so only the others get one.
