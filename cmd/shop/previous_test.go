@@ -113,7 +113,7 @@ func buildRelease(t *testing.T, tag string) string {
 	}
 	for _, args := range [][]string{
 		{"tar", "-x", "-f", archive, "-C", tree},
-		{"go", "build", "-C", tree, "-buildvcs=false", "-tags", "probes", "-o", path, "./cmd/shop"},
+		{"go", "build", "-C", tree, "-trimpath", "-buildvcs=false", "-tags", "probes", "-o", path, "./cmd/shop"},
 	} {
 		if output, err := exec.CommandContext(t.Context(), args[0], args[1:]...).CombinedOutput(); err != nil {
 			t.Fatalf("%s: %v\n%s", strings.Join(args, " "), err, output)
