@@ -129,6 +129,7 @@ func (w *Worker) call(ctx context.Context, op signed) (proto.Message, error) {
 	info := &connect.CallInfo{Protocol: "operation", Codec: connect.CodecNameProto}
 	info.Spec.Procedure = "/" + op.method
 	info.RequestHeader().Set(nameHeader, nameOf(op.id))
+	asCaller = context.WithValue(asCaller, nameKey{}, nameOf(op.id))
 	if err := w.server.Call(asCaller, info.Spec.Procedure, info, stream); err != nil {
 		return nil, err
 	}

@@ -45,6 +45,9 @@ func Forward(server *connect.Server, client *connect.Client, service string) err
 	return nil
 }
 
+// nameKey is the key of the operation's name in the context of its call.
+type nameKey struct{}
+
 func forward(client *connect.Client, spec connect.Spec, method protoreflect.MethodDescriptor) connect.ServerFunc {
 	withKey, _ := proto.GetExtension(method.Options(), idempotencyv1.E_Key).(bool)
 	return func(ctx context.Context, _ connect.Spec, stream connect.ServerStream) error {
@@ -52,10 +55,10 @@ func forward(client *connect.Client, spec connect.Spec, method protoreflect.Meth
 		if err != nil {
 			return err
 		}
-		served, _ := connect.CallInfoForServerContext(ctx)
+		name, _ := ctx.Value(nameKey{}).(string)
 		ctx, info := connect.NewClientContext(ctx)
 		if withKey { // other methods refuse the header
-			info.RequestHeader().Set(keyHeader, served.RequestHeader().Get(nameHeader))
+			info.RequestHeader().Set(keyHeader, name)
 		}
 		response := unary.New(method.Output())
 		if err := client.CallUnary(ctx, spec, request, response); err != nil {
