@@ -98,7 +98,7 @@ func (p *process) startRelay(ctx context.Context) {
 	}
 	config := p.config.Relay
 	config.MeterProvider, config.TracerProvider = p.telemetry.Meter, p.telemetry.Tracer
-	config.MustBeHeard = outbox.MustBeHeard(p.topology().Types())
+	config.Handled = p.topology().Types()
 	relay := outbox.NewRelay(p.relayDB, newPublisher, config)
 	err := errors.Join(
 		postgres.ObservePool(p.relayDB, "relay", p.telemetry.Meter),

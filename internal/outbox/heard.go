@@ -16,22 +16,20 @@ import (
 	"google.golang.org/protobuf/types/descriptorpb"
 )
 
-// MustBeHeard returns the Config.MustBeHeard of a service whose consumer groups handle the given types. A message must
-// be heard in each of these cases:
+// mustBeHeard reports whether a message of a type becomes a dead letter if no queue takes it:
 //
-//   - One of the groups handles its type. If no queue takes the message, the group's binding is lost.
-//   - Its proto file sets option (outbox.v1.must_be_heard) = true.
-//   - No proto file that is linked into this program declares its type: the type may be misspelled.
-func MustBeHeard(handled []string) func(messageType string) bool {
-	return func(messageType string) bool {
-		found, err := protoregistry.GlobalFiles.FindDescriptorByName(protoreflect.FullName(messageType))
-		message, declared := found.(protoreflect.MessageDescriptor)
-		if err != nil || !declared || slices.Contains(handled, messageType) {
-			return true
-		}
-		options, _ := message.Options().(*descriptorpb.MessageOptions)
-		return proto.GetExtension(options, outboxv1.E_MustBeHeard).(bool)
+//   - One of the service's own groups handles the type, so the group's binding is lost.
+//   - The type's proto file sets option (outbox.v1.must_be_heard) = true.
+//   - No proto file that is linked into this program declares the type: it may be misspelled.
+//   - Handled is nil.
+func (c Config) mustBeHeard(messageType string) bool {
+	found, err := protoregistry.GlobalFiles.FindDescriptorByName(protoreflect.FullName(messageType))
+	message, declared := found.(protoreflect.MessageDescriptor)
+	if c.Handled == nil || err != nil || !declared || slices.Contains(c.Handled, messageType) {
+		return true
 	}
+	options, _ := message.Options().(*descriptorpb.MessageOptions)
+	return proto.GetExtension(options, outboxv1.E_MustBeHeard).(bool)
 }
 
 // unheardLogInterval is the least time between two log lines about unheard messages of one type.

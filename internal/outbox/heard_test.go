@@ -35,7 +35,7 @@ func TestMustBeHeard(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	mustBeHeard := MustBeHeard([]string{"heard.v1.Handled"})
+	mustBeHeard := Config{Handled: []string{"heard.v1.Handled"}}.mustBeHeard
 	for name, want := range map[string]bool{
 		"heard.v1.Required": true, "heard.v1.Handled": true, "heard.v1.Optional": false,
 		"heard.v1.Misspelled": true, "heard.v1.Kind": true, "": true, "not a name": true,
@@ -60,7 +60,7 @@ func TestUnheardMessagesAreDelivered(t *testing.T) {
 		return nil
 	}
 	stop := start(t, db, b, Config{
-		PageRows: 5, MustBeHeard: func(string) bool { return false },
+		PageRows: 5, Handled: []string{},
 		MeterProvider: sdk.NewMeterProvider(sdk.WithReader(reader)),
 	})
 	await(t, "the others", b.complete)

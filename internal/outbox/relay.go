@@ -38,9 +38,10 @@ type Config struct {
 	PollInterval time.Duration
 	// Retention is the minimum time that delivered messages stay in the log, for inspection and replay. Default 24 h.
 	Retention time.Duration
-	// MustBeHeard reports whether a message of a type becomes a dead letter if no queue is bound for it. Any other such
-	// message is delivered: the relay counts it, and a replay can publish it again. Default: every message must be heard.
-	MustBeHeard func(messageType string) bool
+	// Handled lists the types that the service's own consumer groups handle. A message of another type is delivered even
+	// if no queue is bound for it, unless its proto file says that it must be heard: the relay counts it, and a replay can
+	// publish it again. Default: every message must be heard.
+	Handled []string
 	// MeterProvider receives the metrics. Default: the global one.
 	MeterProvider metric.MeterProvider
 	// TracerProvider receives a span for each published message whose trace is recorded. Default: none.
@@ -57,9 +58,6 @@ func (c Config) withDefaults() Config {
 	c.Lease = cmp.Or(c.Lease, 5*time.Second)
 	c.PollInterval = cmp.Or(c.PollInterval, time.Second)
 	c.Retention = cmp.Or(c.Retention, 24*time.Hour)
-	if c.MustBeHeard == nil {
-		c.MustBeHeard = func(string) bool { return true }
-	}
 	if c.MeterProvider == nil {
 		c.MeterProvider = otel.GetMeterProvider()
 	}

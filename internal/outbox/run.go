@@ -69,7 +69,7 @@ func (l *lease) newRun(held *cursor, at position) *run {
 	return &run{
 		log:    eventLog{db: l.relay.db, shard: l.shard, maxRows: config.PageRows, maxBytes: config.PageBytes},
 		cursor: held, publisher: l.publisher, meters: &l.relay.meters, problem: &l.problem, spans: l.relay.spans,
-		unheard: &l.relay.unheard, mustHear: config.MustBeHeard, wake: l.wake, poll: config.PollInterval, pause: l.pause,
+		unheard: &l.relay.unheard, mustHear: config.mustBeHeard, wake: l.wake, poll: config.PollInterval, pause: l.pause,
 		next: at, settled: progress{delivered: at},
 	}
 }
