@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+
 	"connectrpc.com/connect/v2"
 	"example.com/shop/internal/clients"
 	"example.com/shop/internal/rabbit"

@@ -65,7 +65,7 @@ func (t *MessageTrace) find(ctx context.Context, db *pgxpool.Pool, id uuid.UUID)
 	if t.Log, err = FindInLog(ctx, db, id); err != nil {
 		return err
 	}
-	published := id.String()
+	var published string
 	if len(t.Log) > 0 {
 		published = t.Log[0].ID.String()
 	} else if published, err = letterID(ctx, db, id); err != nil {

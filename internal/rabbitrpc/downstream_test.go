@@ -9,8 +9,8 @@ import (
 
 	"connectrpc.com/connect/v2"
 	"connectrpc.com/connect/v2/connectproto"
-	"example.com/shop/internal/rabbitrpc"
 	"example.com/shop/internal/clients"
+	"example.com/shop/internal/rabbitrpc"
 	"google.golang.org/protobuf/types/known/durationpb"
 )
 
