@@ -21,8 +21,9 @@ func TestNoServicePublishesEventsOfAnother(t *testing.T) {
 	const foreignType = "billing.v1.InvoicePaid"
 	admin := testenv.AMQP(t)
 	broker := testenv.Management(t, admin)
-	config := probed(Config{PostgresURL: testenv.PostgresURL(t), AMQPURL: admin, TopologyGiven: true})
+	config := probed(Config{PostgresURL: testenv.PostgresURL(t), AMQPURL: admin})
 	service := names(t, config)
+	config.TopologyGiven = true
 	if err := service.topology().Declare(t.Context(), admin); err != nil {
 		t.Fatal(err)
 	}
