@@ -265,10 +265,11 @@ func main() {
 	}
 }
 
-// limitMemory sets the garbage collector's limit to nine tenths of the cgroup's memory; the rest is for memory that Go
-// does not manage. GOMEMLIMIT takes precedence. Without either there is no limit.
+// limitMemory sets the garbage collector's limit to four fifths of the cgroup's memory. The rest is for memory that Go
+// does not manage, and for garbage that arrives faster than a busy machine collects it. GOMEMLIMIT takes precedence.
+// Without either there is no limit.
 func limitMemory(log *slog.Logger) {
-	_, err := memlimit.Set()
+	_, err := memlimit.Set(memlimit.WithRatio(0.8))
 	if err != nil && !errors.Is(err, memlimit.ErrNoCgroup) && !errors.Is(err, memlimit.ErrCgroupsNotSupported) {
 		log.Warn("cannot determine the memory limit", "error", err)
 	}
