@@ -83,11 +83,12 @@ func TestTopologyMakesUsers(t *testing.T) {
 		t.Fatal(err)
 	}
 	bare.User = url.User(prefix + "-relay")
-	for given, want := range map[string]int{password: 0, "another": 1} {
+	// With the right password, the user logs in, and may not declare.
+	for given, want := range map[string]string{password: "configure access", "another": "not allowed"} {
 		environment := []string{"AMQP_URL=" + bare.String(), "AMQP_PASSWORD=" + given}
-		status, _, stderr := callProgram(t, binary(), environment, "rpc", "ls")
-		if status != want || strings.Contains(stderr, given) {
-			t.Errorf("with %q: status %d, want %d: %s", given, status, want, stderr)
+		status, _, stderr := callProgram(t, binary(), environment, "topology", "--declare")
+		if status != 1 || !strings.Contains(stderr, want) || strings.Contains(stderr, given) {
+			t.Errorf("with %q: status %d, want %q: %s", given, status, want, stderr)
 		}
 	}
 }
