@@ -36,7 +36,7 @@ var features = []feature{
 		"tools/composecheck/calls.go",
 		"web/console/src/operations.ts",
 	}},
-	{"rpc-over-rabbitmq", pattern(`overrabbitmq`), pattern(`over rabbitmq|RPC_|rpc ls`), []string{
+	{"rpc-over-rabbitmq", pattern(`overrabbitmq`), pattern(`over rabbitmq|RPC_(OVER|PREFETCH)|rpc ls`), []string{
 		"internal/rabbitrpc/", "docs/rpc-over-rabbitmq.md", "cmd/shop/rpc_rabbitmq*.go", "internal/app/rpc*.go",
 		"conformance/bridge.go", "conformance/queue*", "internal/dev/architecture/rpc_test.go",
 	}},

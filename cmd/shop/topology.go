@@ -72,9 +72,10 @@ func (c *topologyCommand) Run(ctx context.Context) error {
 		p := permissions[user]
 		fmt.Printf("%-10s '%s' '%s' '%s'\n", user, p.Configure, p.Write, p.Read)
 	}
-	topics := permissions["relay"].Topics
-	fmt.Println("\nTypes that the relay may publish (rabbitmqctl set_topic_permissions USER EXCHANGE WRITE READ):")
-	fmt.Printf("%-10s '%s' '%s' '%s'\n", "relay", topics.Exchange, topics.Write, topics.Read)
+	if topics := permissions["relay"].Topics; topics != nil { // nil for a service that publishes nothing
+		fmt.Println("\nTypes that the relay may publish (rabbitmqctl set_topic_permissions USER EXCHANGE WRITE READ):")
+		fmt.Printf("%-10s '%s' '%s' '%s'\n", "relay", topics.Exchange, topics.Write, topics.Read)
+	}
 	return nil
 }
 
