@@ -33,10 +33,11 @@ func TestTopologyNamesThePermissions(t *testing.T) {
 			t.Errorf("%q is not in\n%s", line, stdout)
 		}
 	}
-	topics := want["relay"].Topics
-	line := fmt.Sprintf("relay '%s' '%s' '%s'", topics.Exchange, topics.Write, topics.Read)
-	if !strings.Contains(collapse(stdout), line) {
-		t.Errorf("%q is not in\n%s", line, stdout)
+	if topics := want["relay"].Topics; topics != nil { // a service without a domain may publish nothing
+		line := fmt.Sprintf("relay '%s' '%s' '%s'", topics.Exchange, topics.Write, topics.Read)
+		if !strings.Contains(collapse(stdout), line) {
+			t.Errorf("%q is not in\n%s", line, stdout)
+		}
 	}
 	_, stdout, _ = callProgram(t, shipped(), nil, "topology", "--json")
 	var got struct{ Permissions map[string]rabbit.Permissions }
