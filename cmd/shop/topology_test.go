@@ -85,7 +85,7 @@ func TestTopologyMakesUsers(t *testing.T) {
 	}
 	bare.User = url.User(prefix + "-relay")
 	// With the right password, the user logs in, and may not declare.
-	for given, want := range map[string]string{password: "configure access", "another": "not allowed"} {
+	for given, want := range map[string]string{password: "refused for user", "another": "not allowed"} {
 		environment := []string{"AMQP_URL=" + bare.String(), "AMQP_PASSWORD=" + given}
 		status, _, stderr := callProgram(t, binary(), environment, "topology", "--declare")
 		if status != 1 || !strings.Contains(stderr, want) || strings.Contains(stderr, given) {
