@@ -52,7 +52,7 @@ func callProgram(
 	t *testing.T, program string, environment []string, args ...string,
 ) (status int, stdout, stderr string) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second) // a process that should have failed runs forever
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute) // a process that should have failed runs forever
 	defer cancel()
 	command := exec.CommandContext(ctx, program, args...)
 	var out, errs bytes.Buffer
