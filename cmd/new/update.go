@@ -10,7 +10,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strings"
 )
 
@@ -191,7 +190,7 @@ func duties(changelog, after string) (list []string) {
 			list = append(list, version+":\n"+strings.TrimSpace(owners))
 		}
 	}
-	return slices.Clip(list)
+	return list
 }
 
 // reportUpdate prints what remains to be done after an update.

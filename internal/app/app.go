@@ -116,6 +116,7 @@ type process struct {
 	domain    domain
 	closers   []func() // of the domain's clients
 	features  []feature
+	publishes []string // the proto packages of the service's messages; see packages
 	shared    shared
 	// afterCheck runs a part once the database has passed the checks that parts with an inbox or outbox need; see
 	// afterDatabaseCheck.

@@ -69,6 +69,7 @@ func (p *process) compose() (err error) {
 		return fmt.Errorf("make the domain: %w", err)
 	}
 	p.addFeatures()
+	p.publishes = p.packages()
 	return nil
 }
 

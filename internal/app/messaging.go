@@ -33,7 +33,7 @@ func (p *process) topology() rabbit.Topology {
 	for _, group := range p.groups() {
 		topology.Queues = append(topology.Queues, group.queue)
 	}
-	topology.Packages = p.packages()
+	topology.Packages = p.publishes
 	return topology
 }
 
