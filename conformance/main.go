@@ -41,7 +41,7 @@ func main() {
 	}
 }
 
-// A transport serves the API over a transport, in the group, and announces it to the runner.
+// transport starts the API in the group, serves it over one transport, and announces it to the runner.
 type transport func(
 	ctx context.Context, group *errgroup.Group, config app.Config, request *conformancev1.ServerCompatRequest,
 ) error

@@ -38,15 +38,15 @@ var callTypes = []string{operations.MessageType}
 // forwardedCalls serve the methods of other services; see deps.forward.
 type forwardedCalls []func(*connect.Server) error
 
-// operationsOf is the durable calls of one process.
-type operationsOf struct {
+// processCalls serves and executes the durable calls of one process.
+type processCalls struct {
 	*process
 	*operations.Operations
 }
 
 func durableCalls(p *process) feature {
 	identity := operations.Identity{Name: callerName, Capture: p.captureCaller, Restore: restoreCaller}
-	calls := &operationsOf{p, operations.New(p.db, p.out, p.changes, operations.Config{
+	calls := &processCalls{p, operations.New(p.db, p.out, p.changes, operations.Config{
 		Identity: identity, Keys: p.config.DurableCalls.Keys,
 	})}
 	p.shared.durableCalls = calls
@@ -95,7 +95,7 @@ func (d deps) forward(client *connect.Client, service string) error {
 }
 
 // startWorker executes durable calls with an internal server of the same services, which listens on no port.
-func (c *operationsOf) startWorker(context.Context) {
+func (c *processCalls) startWorker(context.Context) {
 	meters, tracers := c.telemetry.Meter, c.telemetry.Tracer
 	interceptors := []connect.ServerInterceptor{rpcserver.Telemetry(meters, tracers)}
 	interceptors = append(interceptors, rpcserver.Interceptors(slog.Default(), auth.Authorize(slog.Default()))...)

@@ -20,6 +20,6 @@ var features = []func(*process) feature{
 
 // shared is the state that features share with each other.
 type shared struct {
-	durableCalls *operationsOf
+	durableCalls *processCalls
 	forwarded    forwardedCalls // of durableCalls
 }
