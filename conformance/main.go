@@ -35,6 +35,10 @@ func main() {
 	if len(os.Args) > 1 {
 		serve = transports[os.Args[1]]
 	}
+	if serve == nil {
+		fmt.Fprintf(os.Stderr, "conformance: there is no transport %q\n", os.Args[1])
+		os.Exit(2)
+	}
 	if err := run(ctx, serve); err != nil {
 		fmt.Fprintln(os.Stderr, "conformance:", err)
 		os.Exit(1)
